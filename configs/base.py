@@ -1,0 +1,115 @@
+"""Every knob of cptjax once, with unit and range. Other configs start from `get_config()` here and change what they need."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "run"
+    c.seed = 0
+    c.seeds = ()  # several seeds: one run each, side by side under the workdir; () = only `seed`
+    c.orders = ()  # several task orders: each a tuple of stage indices; () = as listed
+    c.allow_change = False  # resume although the config differs from the one that started the run
+
+    c.model = ConfigDict(dict(
+        path="",  # Hugging Face folder or hub id; "" = a random model of `preset`
+        preset="tiny",  # tiny | 3b | 7b | 32b | 72b; only read where path is ""
+        param_dtype="float32",  # float32 | bfloat16: the trained weights (frozen weights are always held in compute_dtype)
+        compute_dtype="bfloat16",  # bfloat16 | float32
+        min_pixels=200704,  # pixels per image, >= one merged patch; one setting for SFT, RL and evaluation
+        max_pixels=1003520,  # pixels per image
+        freeze=(),  # of vision | merger | language
+        remat="dots",  # none | dots | block | offload: what a layer keeps for its backward pass
+        attention="auto",  # auto | xla | cudnn | splash
+        lora=dict(rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"), vision=False),  # rank 0 = full training
+    ))  # fmt: skip
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, model=1, slices=1))  # devices per axis; one may be -1
+
+    c.tasks = ConfigDict()  # a user's own tasks by name; see README "Your own task"
+    c.stages = ()  # each dict(task="name" | ("a", "b"), steps=N | epochs=N, and any section below to override)
+    c.data = ConfigDict(dict(
+        root="",  # folder with local copies of the datasets; "" = the hub
+        prompt_limit=2048,  # tokens; a longer prompt is a bad row
+        buckets=(),  # token lengths that rows are padded to; () = powers of two up to prompt_limit
+        bad_rows=0,  # how many bad rows may be left out (each is printed); more stop the run
+        limit=None,  # training rows per task; None = all
+        workers=0,  # image decoding processes; 0 = in this one
+        prefetch=2,  # batches
+        pack=False,  # SFT: several conversations in one row
+        template="cot",  # cot | direct | answer | none | path.jinja
+        weights=(),  # of a stage's tasks, when it has several; () = by size
+    ))  # fmt: skip
+
+    c.method = ConfigDict(dict(
+        name="grpo",  # label in reports
+        source="rollouts",  # gold | rollouts | self (own correct answers) | corpus (a rollouts/*.jsonl)
+        objective="policy",  # policy | sft | eaft | distill
+        advantage="grpo",  # grpo | dr_grpo | rloo | remax | reinforce | reinforce01 | reinforce++ | batch
+        ratio="none",  # none | token | sequence (GSPO) | cispo
+        clip_low=0.2, clip_high=0.3, clip_dual=3.0,  # 0 <= clip_low < 1; clip_dual > 1 or None
+        normalise="token",  # token | sequence | fixed: what the summed loss is divided by
+        kl_coef=0.01,  # >= 0; 0 keeps no reference model
+        kl_estimator="k3",  # k1 (in reward only) | k2 | k3
+        kl_place="loss",  # loss | reward
+        kl_reference="stage",  # base | stage | a checkpoint folder
+        updates_per_batch=1,  # optimiser steps on one batch of rollouts
+        truncated="score",  # score | zero | mask: a response that met the length limit
+        overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
+        tis_cap=None,  # truncated importance sampling of stale or quantised rollouts; None = off
+        entropy_coef=0.0,
+        filter=None,  # None | dict(name="incompetent" | "zero_variance" | "window" | "random", samples=8, lo=1, hi=8)
+        online_filter=None,  # None | dict(lo=0.01, hi=0.99, max_refills=10): DAPO's dynamic sampling
+        corpus="",  # source="corpus": the file
+        self_samples=4,  # source="self": answers drawn per prompt
+        refresh="never",  # source="self": never | epoch | a number of steps
+        replay=dict(fraction=0.0, kind="gold"),  # of a batch, from earlier stages; gold | prompts
+        penalty=dict(name="none", coef=0.0, samples=64),  # none | ewc | l2 | lwf
+        average=0.0,  # WiSE-FT: weight of the stage's start after the stage, in [0, 1)
+        distill=dict(teacher="ema", ema=0.01, direction="forward", top_k=0, skip_tokens=0),  # SDFT
+    ))  # fmt: skip
+
+    c.rewards = ConfigDict(dict(
+        accuracy=0.9, format=0.1,  # weights of the template's two parts
+        on_error="stop",  # stop | zero: a reward function that raises, hangs or returns NaN
+        timeout=10.0,  # seconds for one answer
+        processes=2,
+    ))  # fmt: skip
+    c.rollout = ConfigDict(dict(
+        group=8,  # responses per prompt
+        temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
+        max_new_tokens=1024,
+        slots=0,  # groups decoded at a time; 0 = the whole batch
+        check_every=16,  # decode steps between two looks at which rows are done
+        dtype="",  # "" = compute_dtype | int8 (needs qwix)
+        gather=False,  # copy the weights to every fsdp member while decoding
+    ))  # fmt: skip
+
+    c.train = ConfigDict(dict(
+        batch=128,  # prompts (RL) or conversations (SFT) per rollout batch
+        micro_batch=0,  # rows per device pass; 0 = all
+        lr=1e-6, schedule="constant", warmup=0.0,  # constant | cosine | linear; warmup: share of the stage's steps
+        optimizer="adamw",  # adamw | muon | adafactor
+        b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0,
+        moments_dtype="float32",  # bfloat16 second moments with b2 = .999 never decay: a parity switch only
+        reset_optimizer=True,  # at each stage
+        max_skipped=10,  # non-finite steps in a row before the run stops
+        chunk=1024,  # tokens whose logits exist at one time
+        offload=False,  # optimiser state in host memory where the backend can
+    ))  # fmt: skip
+
+    c.eval = ConfigDict(dict(
+        tasks="all",  # all = every task of the stages
+        general=(),  # tasks never trained, reported apart
+        limit=None,  # test rows per task
+        every=None,  # steps; None = at stage ends only
+        mini=240,  # rows per task of the evaluation inside a stage
+        before=True,  # evaluate the base model (row 0)
+        batch=64,
+        max_new_tokens=256, temperature=0.0,
+        templates=(),  # () = the training template; several = one row of evals.csv each
+        forced_prefix=False,  # also score with the expected prefix forced (format apart from knowledge)
+        drift=0,  # prompts per task for KL(base || now); 0 = off
+    ))  # fmt: skip
+    c.checkpoint = ConfigDict(dict(every=100, minutes=0, keep=2, async_save=True))  # within a stage; stage ends are kept for good
+    c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))
+    return c

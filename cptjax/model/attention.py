@@ -1,0 +1,165 @@
+"""Attention behind one function; the mesh's platform chooses the kernel, and each kernel equals `reference` in the tests.
+
+A query sees a key of its own segment number (padding, number 0, sees padding only), at or before itself where `causal`:
+
+    segments   1 1 2 2 0
+               x . . . .
+               x x . . .
+               . . x . .
+               . . x x .
+               . . . . x
+
+A group is one prompt and G responses; a response sees the whole prompt and its own past, never another response:
+
+               p p | a a | b b
+        p      x . | . . | . .
+        p      x x | . . | . .
+        a      x x | x . | . .
+        a      x x | x x | . .
+        b      x x | . . | x .
+        b      x x | . . | x x
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from cptjax import sharding
+from cptjax.types import Array
+
+MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
+BACKENDS = {"cpu": "xla", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
+
+
+def choose(mesh: Mesh | None, wanted: str = "auto") -> str:
+    """The kernel for a mesh's platform; what the user names is taken as it is."""
+    if wanted not in ("auto", "xla", "cudnn", "splash"):
+        raise ValueError(f"model.attention={wanted!r}; expected auto, xla, cudnn or splash")
+    if wanted != "auto":
+        return wanted
+    device = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
+    return BACKENDS.get(device, "xla")
+
+
+def reference(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q [B T N H], k and v [B S K H], mask [B T S] -> [B T N H]: the definition that every kernel must equal."""
+    b, t, n, h = q.shape
+    kv = k.shape[2]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(b, t, kv, n // kv, h), k, preferred_element_type=jnp.float32) * h**-0.5
+    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), -1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
+
+
+def segment_mask(q_segments: Array, kv_segments: Array, causal: bool, offset: int = 0) -> Array:
+    """[B T] and [B S] -> [B T S]; query i stands at key position i + offset."""
+    mask = q_segments[:, :, None] == kv_segments[:, None, :]
+    if causal:
+        t, s = mask.shape[1:]
+        mask &= jnp.arange(s)[None, :] <= jnp.arange(t)[:, None] + offset
+    return mask
+
+
+def attend(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, *, causal: bool, backend: str, offset: int = 0) -> Array:
+    """Segmented attention of q [B T N H] over k and v [B S K H]."""
+    if backend == "splash":
+        return _splash(q, k, v, q_segments, kv_segments, causal, offset)
+    mask = segment_mask(q_segments, kv_segments, causal, offset)
+    if backend == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    return reference(q, k, v, mask)
+
+
+def attend_shared(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, own_mask: Array) -> Array:
+    """Responses q [Q G R N H] over the shared prompt [Q P K H] and their own keys [Q G S K H]; the prompt is never copied.
+
+    prompt_mask [Q P]; own_mask broadcasts to [Q G R S]. One softmax over both parts.
+    """
+    nq, g, r, n, h = q.shape
+    kv, p = prompt_k.shape[2], prompt_k.shape[1]
+    q = q.reshape(nq, g, r, kv, n // kv, h)
+    shared = jnp.einsum("qgrkmh,qpkh->qkmgrp", q, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
+    own = jnp.einsum("qgrkmh,qgskh->qkmgrs", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
+    shared = jnp.where(prompt_mask[:, None, None, None, None], shared, MASKED)
+    own = jnp.where(jnp.broadcast_to(own_mask, (nq, g, r, own.shape[-1]))[:, None, None], own, MASKED)
+    probs = jax.nn.softmax(jnp.concatenate([shared, own], -1), -1).astype(own_v.dtype)
+    out = jnp.einsum("qkmgrp,qpkh->qgrkmh", probs[..., :p], prompt_v) + jnp.einsum("qkmgrs,qgskh->qgrkmh", probs[..., p:], own_v)
+    return out.reshape(nq, g, r, n, h)
+
+
+def attend_group(q: Array, k: Array, v: Array, segments: Array, prompt: int, group: int, backend: str) -> Array:
+    """One row holds a prompt of `prompt` slots and `group` responses behind it: q [Q P+G*R N H], segments [Q P] of the prompt."""
+    nq, total = q.shape[:2]
+    r = (total - prompt) // group
+    head = attend(q[:, :prompt], k[:, :prompt], v[:, :prompt], segments, segments, causal=True, backend=backend)
+    split = lambda x: x[:, prompt:].reshape(nq, group, r, *x.shape[2:])
+    if backend == "xla":
+        causal = jnp.tril(jnp.ones((r, r), bool))
+        tail = attend_shared(split(q), k[:, :prompt], v[:, :prompt], split(k), split(v), segments > 0, causal)
+    else:
+        tail = _group_by_copy(split(q), k[:, :prompt], v[:, :prompt], split(k), split(v), segments, backend)
+    return jnp.concatenate([head, tail.reshape(nq, group * r, *q.shape[2:])], 1)
+
+
+def _group_by_copy(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array, backend: str) -> Array:
+    """Flash kernels want plain rows: each response gets [prompt keys, own keys]; only keys and values are copied, nothing else."""
+    nq, g, r = q.shape[:3]
+    p = prompt_k.shape[1]
+    rows = lambda x: x.reshape(nq * g, *x.shape[2:])
+    join = lambda shared, own: rows(jnp.concatenate([jnp.broadcast_to(shared[:, None], (nq, g, *shared.shape[1:])), own], 2))
+    ones = jnp.ones((nq * g, r), segments.dtype)
+    kv_segments = jnp.concatenate([jnp.repeat((segments > 0).astype(segments.dtype), g, 0), ones], 1)
+    out = attend(rows(q), join(prompt_k, own_k), join(prompt_v, own_v), ones, kv_segments, causal=True, backend=backend, offset=p)
+    return out.reshape(q.shape)
+
+
+def _pad(x: Array, axis: int, multiple: int) -> Array:
+    extra = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)]) if extra else x
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    mask = masks.CausalMask((t, s), offset=offset) if causal else masks.FullMask((t, s))
+    block = lambda n: next(b for b in (512, 384, 256, 128) if n % b == 0)
+    bq, bk = block(t), block(s)
+    sizes = kernel.BlockSizes(
+        block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk, block_q_dq=bq, block_kv_dq=bk
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        return kernel.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
+
+
+def _splash(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int) -> Array:
+    """The TPU flash kernel, one call per row and key/value head, each device on its own rows and heads."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    mesh = jax.sharding.get_abstract_mesh()
+    h, ways = q.shape[-1], 1 if mesh.empty else mesh.shape["model"]
+    if k.shape[2] % ways:  # fewer key/value heads than members of `model`: each member gets a copy of the head it needs
+        k, v = (jnp.repeat(x, ways // k.shape[2], 2) for x in (k, v))
+
+    def local(q, k, v, q_segments, kv_segments):
+        b, t, n, _ = q.shape
+        kv = k.shape[2]
+        pad = lambda x: _pad(_pad(x, 1, 128), 3, 128)
+        qp = pad(q * h**-0.5).reshape(b, -1, kv, n // kv, h + -h % 128).transpose(0, 2, 3, 1, 4)
+        kp, vp = (pad(x).transpose(0, 2, 1, 3) for x in (k, v))
+        ids = kernel.SegmentIds(_pad(q_segments, 1, 128), _pad(kv_segments, 1, 128))
+        run = _splash_kernel(n // kv, qp.shape[3], kp.shape[2], causal, offset, INTERPRET)
+        out = jax.vmap(jax.vmap(run, (0, 0, 0, None)))(qp, kp, vp, ids)
+        return out.transpose(0, 3, 1, 2, 4)[:, :t, ..., :h].reshape(b, t, n, h)
+
+    if mesh.empty:
+        return local(q, k, v, q_segments, kv_segments)
+    heads, rows = sharding.spec(("batch", None, "heads", None)), sharding.spec(("batch", None))
+    return jax.shard_map(local, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)(
+        q, k, v, q_segments, kv_segments
+    )
+
+
+INTERPRET = False  # tests run the TPU kernel on the CPU by interpretation

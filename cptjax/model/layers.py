@@ -1,0 +1,51 @@
+"""Pieces that both towers share: linear maps, RMS norm, rotary embedding, gated MLP."""
+
+import jax
+import jax.numpy as jnp
+
+from cptjax.sharding import Param
+from cptjax.types import Array, Params
+
+zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+
+
+def linear_params(depth: int, inputs: dict[str, int], outputs: dict[str, int], bias: bool) -> Params:
+    """A stacked linear map from named input axes to named output axes (depth 0: not stacked)."""
+    layer, axis = ((depth,), ("layer",)) if depth else ((), ())
+    axes = tuple(name.rstrip("'") or None for name in (*inputs, *outputs))
+    w = Param((*layer, *inputs.values(), *outputs.values()), (*axis, *axes), inputs=len(inputs))
+    b = Param((*layer, *outputs.values()), (*axis, *axes[len(inputs) :]), zeros)
+    return {"w": w, "b": b} if bias else {"w": w}
+
+
+def norm_params(depth: int, width: int) -> Param:
+    return Param((depth, width), ("layer", None), ones) if depth else Param((width,), (None,), ones)
+
+
+def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Array:
+    """x [..., *in] -> [..., *out]; low-rank adapters are added where they are present."""
+    axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    y = jnp.tensordot(x, p["w"].astype(x.dtype), axes)
+    if "lora_a" in p:
+        low = jnp.tensordot(x, p["lora_a"].astype(x.dtype), axes)
+        y = y + jnp.tensordot(low, p["lora_b"].astype(x.dtype), 1) * lora_scale
+    return y + p["b"].astype(x.dtype) if "b" in p else y
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Normalised in float32, scaled in x's type."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotate(x: Array, angles: Array) -> Array:
+    """Rotary embedding of x [..., heads, H] by angles [..., H / 2]; pair i is (x[i], x[i + H / 2])."""
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def mlp(p: Params, x: Array, lora_scale: float = 1.0) -> Array:
+    """down(silu(gate(x)) * up(x))."""
+    return linear(p["down"], jax.nn.silu(linear(p["gate"], x, 1, lora_scale)) * linear(p["up"], x, 1, lora_scale), 1, lora_scale)

@@ -1,0 +1,70 @@
+"""The language model: embedding, a scan over stacked decoder blocks, final norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptjax.model.config import Config, TextConfig
+from cptjax.model.layers import linear, linear_params, mlp, norm_params, rms_norm, rotate
+from cptjax.model.remat import checkpoint
+from cptjax.sharding import Param, constrain
+from cptjax.types import Array, Params
+
+MLP = ("gate", "up", "down")
+
+
+def params(t: TextConfig) -> Params:
+    d, n, k, h, f = t.width, t.heads, t.kv_heads, t.head_dim, t.mlp
+    lin = lambda i, o, bias=False: linear_params(t.depth, i, o, bias)
+    tree = {
+        "embed": Param((t.vocab, d), ("vocab", "embed")),
+        "blocks": {
+            "norm1": norm_params(t.depth, d), "q": lin({"embed": d}, {"heads": n, "head_dim": h}, True),
+            "k": lin({"embed": d}, {"kv_heads": k, "head_dim": h}, True), "v": lin({"embed": d}, {"kv_heads": k, "head_dim": h}, True),
+            "o": lin({"heads": n, "head_dim": h}, {"embed": d}), "norm2": norm_params(t.depth, d),
+            "gate": lin({"embed": d}, {"mlp": f}), "up": lin({"embed": d}, {"mlp": f}), "down": lin({"mlp": f}, {"embed": d}),
+        },
+        "norm": norm_params(0, d),
+    }  # fmt: skip
+    return tree if t.tied else tree | {"unembed": linear_params(0, {"embed": d}, {"vocab": t.vocab}, bias=False)}
+
+
+def angles(positions: Array, t: TextConfig) -> Array:
+    """M-RoPE: [3 ...] time, height, width ids -> [... H / 2] angles; each frequency follows one of the three."""
+    axis = np.repeat(np.arange(3), t.rope_sections)
+    freq = 1.0 / t.rope_theta ** (np.arange(0, t.head_dim, 2, dtype=np.float32) / t.head_dim)
+    return jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * freq
+
+
+def block(p: Params, x: Array, rope: Array, attend: Callable, cfg: Config) -> tuple[Array, Any]:
+    """One decoder block on x [B T D]; `attend(q, k, v)` returns the mixed values and whatever it wants kept (a cache)."""
+    s = cfg.lora_scale
+    with jax.named_scope("attention"):
+        y = rms_norm(x, p["norm1"], cfg.text.norm_eps)
+        q, k, v = (linear(p[name], y, 1, s) for name in "qkv")
+        q = constrain(q, "batch", None, "heads", None)
+        out, kept = attend(rotate(q, rope), rotate(k, rope), v)
+        x = x + linear(p["o"], out, 2, s)
+    with jax.named_scope("mlp"):
+        x = x + mlp({k: p[k] for k in MLP}, rms_norm(x, p["norm2"], cfg.text.norm_eps), s)
+    return constrain(x, "batch", None, None), kept
+
+
+def run(p: Params, x: Array, positions: Array, attend: Callable, cfg: Config) -> tuple[Array, Any]:
+    """All blocks and the final norm; what `attend` keeps is stacked over the layers."""
+    rope = angles(positions, cfg.text)
+    step = lambda x, layer: block(layer, x, rope, attend, cfg)
+    x, kept = jax.lax.scan(checkpoint(step, cfg.remat), x, p["blocks"])
+    return rms_norm(x, p["norm"], cfg.text.norm_eps), kept
+
+
+def embed(p: Params, tokens: Array, dtype: jnp.dtype) -> Array:
+    return constrain(p["embed"].astype(dtype)[tokens], "batch", None, None)
+
+
+def unembedding(p: Params) -> Array:
+    """[D V]."""
+    return p["unembed"]["w"] if "unembed" in p else p["embed"].T

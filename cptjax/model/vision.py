@@ -1,0 +1,93 @@
+"""The vision tower: patches in window order -> one feature per merged token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptjax.model import attention
+from cptjax.model.config import Config, VisionConfig
+from cptjax.model.layers import linear, linear_params, mlp, norm_params, rms_norm, rotate
+from cptjax.model.remat import checkpoint
+from cptjax.sharding import constrain
+from cptjax.types import Array, Params, Vision
+
+EPS = 1e-6
+THETA = 1e4
+
+
+def params(v: VisionConfig) -> Params:
+    d, n, h, f = v.width, v.heads, v.head_dim, v.mlp
+    lin = lambda i, o: linear_params(v.depth, i, o, bias=True)
+    return {
+        "patch": linear_params(0, {"patch": v.patch_dim}, {"embed": d}, bias=False),
+        "blocks": {
+            "norm1": norm_params(v.depth, d), "qkv": lin({"embed": d}, {"'": 3, "heads": n, "head_dim": h}),
+            "proj": lin({"heads": n, "head_dim": h}, {"embed": d}), "norm2": norm_params(v.depth, d),
+            "gate": lin({"embed": d}, {"mlp": f}), "up": lin({"embed": d}, {"mlp": f}), "down": lin({"mlp": f}, {"embed": d}),
+        },
+    }  # fmt: skip
+
+
+def merger_params(cfg: Config) -> Params:
+    wide = cfg.vision.width * cfg.vision.merge**2
+    return {
+        "norm": norm_params(0, cfg.vision.width),
+        "fc1": linear_params(0, {"embed": wide}, {"mlp": wide}, bias=True),
+        "fc2": linear_params(0, {"mlp": wide}, {"embed": cfg.text.width}, bias=True),
+    }
+
+
+def angles(positions: Array, v: VisionConfig) -> Array:
+    """[... 2] row and column -> [... H / 2] rotary angles, the first half by row."""
+    quarter = v.head_dim // 2
+    freq = 1.0 / THETA ** (np.arange(0, quarter, 2, dtype=np.float32) / quarter)
+    return (positions[..., None].astype(jnp.float32) * freq).reshape(*positions.shape[:-1], quarter)
+
+
+def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array, cfg: Config) -> Array:
+    """q, k, v [rows P N H]: whole frames in the full blocks, windows of `window_slots` elsewhere."""
+    slots = cfg.vision.window_slots
+
+    def whole(q, k, v):
+        return attention.attend(q, k, v, frames, frames, causal=False, backend=cfg.attention)
+
+    def windows(q, k, v):
+        cut = lambda x: x.reshape(-1, slots, *x.shape[2:])
+        out = attention.attend(cut(q), cut(k), cut(v), cut(frames), cut(frames), causal=False, backend="xla")
+        return out.reshape(q.shape)
+
+    return jax.lax.cond(full, whole, windows, q, k, v)
+
+
+def block(p: Params, x: Array, rope: Array, frames: Array, full: Array, cfg: Config) -> Array:
+    """One block on rows x [rows P D]."""
+    qkv = linear(p["qkv"], rms_norm(x, p["norm1"], EPS), 1, cfg.lora_scale)
+    q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in range(3))
+    out = _attend(rotate(q, rope), rotate(k, rope), v, frames, full, cfg)
+    x = x + linear(p["proj"], out, 2, cfg.lora_scale)
+    return constrain(x + mlp(p["mlp"], rms_norm(x, p["norm2"], EPS), cfg.lora_scale), "batch", None, None)
+
+
+def merge(p: Params, x: Array, cfg: Config) -> Array:
+    """Neighbouring patches of a merge unit -> one feature of the text's width: [rows P D] -> [rows P/4 D_text]."""
+    y = rms_norm(x, p["norm"], EPS)
+    y = y.reshape(y.shape[0], -1, p["fc1"]["w"].shape[0])
+    return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], y), approximate=False))
+
+
+def encode(tower: Params, merger: Params, vision: Vision, cfg: Config, dtype: jnp.dtype) -> Array:
+    """-> features [S W*P/4 D_text], shard by shard."""
+    s, w, slots, values = vision.patches.shape
+    rows = lambda x: x.reshape(s * w, *x.shape[2:])
+    x = constrain(linear(tower["patch"], rows(vision.patches).astype(dtype)), "batch", None, None)
+    rope, frames = angles(rows(vision.positions), cfg.vision), rows(vision.frames)
+    full = np.isin(np.arange(cfg.vision.depth), cfg.vision.full_blocks)
+
+    def step(x, layer):
+        p, full = layer
+        return block(p, x, rope, frames, full, cfg), None
+
+    blocks = {k: v for k, v in tower["blocks"].items() if k not in ("gate", "up", "down")}
+    blocks["mlp"] = {k: tower["blocks"][k] for k in ("gate", "up", "down")}
+    x, _ = jax.lax.scan(checkpoint(step, cfg.remat), x, (blocks, jnp.asarray(full)))
+    return merge(merger, x, cfg).reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width)

