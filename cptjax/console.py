@@ -1,0 +1,183 @@
+"""What a person at the terminal sees: one progress display for everything that takes more than seconds.
+
+A terminal gets live bars, a log file gets a plain line every few seconds, a test gets silence.
+All of it goes to standard error, so that standard output belongs to results.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
+_mode = "auto"
+_live: Progress | None = None
+_depth = 0
+
+
+def configure(mode: str) -> None:
+    """Chooses how progress is shown: auto, live, plain or silent."""
+    global _mode
+    if mode not in ("auto", "live", "plain", "silent"):
+        raise ValueError(f"console mode: expected auto, live, plain or silent, got {mode!r}")
+    _mode = mode
+
+
+def mode() -> str:
+    if _mode != "auto":
+        return _mode
+    return "live" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
+
+
+def say(text: str) -> None:
+    """Prints one line; it does not disturb a running bar."""
+    if mode() != "silent":
+        _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    if mode() != "silent":
+        _console().print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a small table, the first column left, the others right."""
+    grid = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        grid.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        grid.add_row(*map(str, row))
+    if mode() != "silent":
+        _console().print(grid)
+
+
+class Bar:
+    """Counts finished units; what `advance` is told by name stays visible beside the count."""
+
+    def __init__(self, text: str, total: int | None, done: int = 0):
+        self.text, self.total, self.done, self.resumed = text, total, done, done
+        self.shown: dict[str, object] = {}
+        self.started = self.printed = time.monotonic()
+
+    def advance(self, n: int = 1, **shown: object) -> None:
+        self.done += n
+        self.shown |= shown
+        self._show()
+
+    def _show(self) -> None:
+        pass
+
+    def _end(self) -> None:
+        pass
+
+    def eta(self) -> float | None:
+        """Returns the seconds left at the speed so far; None while nothing is known."""
+        made = self.done - self.resumed
+        return (time.monotonic() - self.started) / made * (self.total - self.done) if made and self.total else None
+
+    def values(self) -> str:
+        return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.shown.items())
+
+    def line(self) -> str:
+        count = f"{self.done}/{self.total} ({self.done / self.total:.0%})" if self.total else str(self.done)
+        left = f"  ETA {duration(eta)}" if (eta := self.eta()) else f"  {duration(time.monotonic() - self.started)}"
+        return f"{self.text}  {count}{left}  {self.values()}".rstrip()
+
+
+class _PlainBar(Bar):
+    def _show(self) -> None:
+        if time.monotonic() - self.printed >= PLAIN_EVERY:
+            self.printed = time.monotonic()
+            say(self.line())
+
+    def _end(self) -> None:
+        if time.monotonic() - self.started >= PLAIN_EVERY / 2:
+            say(self.line())
+
+
+class _LiveBar(Bar):
+    def __init__(self, text: str, total: int | None, done: int, live: Progress):
+        super().__init__(text, total, done)
+        self.live, self.id = live, live.add_task(escape(text), total=total, completed=done, shown="")
+
+    def _show(self) -> None:
+        self.live.update(self.id, completed=self.done, shown=escape(self.values()))
+
+    def _end(self) -> None:
+        self.live.remove_task(self.id)
+
+
+@contextlib.contextmanager
+def progress(text: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+    """Shows a bar while its body runs; bars may be nested, `done` is where a resumed run starts."""
+    with _display() as live:
+        kind = {"plain": _PlainBar, "silent": Bar}.get(mode(), Bar)
+        bar = _LiveBar(text, total, done, live) if live else kind(text, total, done)
+        try:
+            yield bar
+        finally:
+            bar._end()
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Shows that something without countable steps is going on, and for how long."""
+    if mode() != "plain":
+        with progress(text):
+            yield
+        return
+    done, started = threading.Event(), time.monotonic()
+    thread = threading.Thread(target=_remind, args=(text, done, started), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if (took := time.monotonic() - started) >= PLAIN_EVERY / 2:
+        say(f"{text}: took {duration(took)}")
+
+
+def duration(seconds: float) -> str:
+    """Writes seconds as 7s, 3m05s or 2h04m."""
+    s = round(seconds)
+    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02}m"
+
+
+def _remind(text: str, done: threading.Event, started: float) -> None:
+    while not done.wait(PLAIN_EVERY):
+        say(f"{text}  {duration(time.monotonic() - started)} so far")
+
+
+def _console() -> Console:
+    return _live.console if _live else Console(stderr=True)
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Progress | None]:
+    """Opens the one live display that nested bars share."""
+    global _live, _depth
+    if mode() != "live":
+        yield None
+        return
+    if _live is None:
+        _live = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        _live.start()
+    _depth += 1
+    try:
+        yield _live
+    finally:
+        _depth -= 1
+        if not _depth:
+            _live.stop()
+            _live = None

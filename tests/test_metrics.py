@@ -1,0 +1,133 @@
+"""Sums with counts, and files that a kill can not spoil."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from cptjax import console, metrics
+from cptjax.metrics import Lines, Log, Mean
+
+ROW = {"stage": 0, "stage_name": "base", "step": 0, "task": "a,b", "metric": "accuracy", "value": 0.5, "n": 4, "stderr": 0.25,
+       "scorer": "exact", "template": "cot", "pixels": "1-2", "decoding": "T=0"}  # fmt: skip
+
+
+def test_means_of_unequal_micro_batches_add_up_to_the_whole():
+    values = np.arange(10.0)
+    whole = Mean(values.sum(), len(values))
+    parts = [{"x": Mean(p.sum(), len(p))} for p in (values[:1], values[1:4], values[4:])]
+    assert metrics.add(parts)["x"] == whole == sum(p["x"] for p in parts)
+    assert whole.value == 4.5 and math.isnan(Mean(0, 0).value)
+
+
+def test_a_resumed_log_equals_one_that_was_never_killed(tmp_path):
+    straight, killed = Log(tmp_path / "a"), Log(tmp_path / "b")
+    for log in (straight, killed):
+        log.step(1, 1, {"loss": Mean(3.0, 2)})
+        log.evals([ROW])
+        log.rollouts(1, [{"prompt": "é", "reward": np.float32(1)}])
+    stored = json.loads(json.dumps(killed.positions()))
+    killed.step(1, 2, {"loss": 0.1})
+    killed.rollouts(2, [{"prompt": "written after the checkpoint"}])
+    killed.close()
+    with (tmp_path / "b/metrics.jsonl").open("a") as file:
+        file.write('{"stage": 1, "st')  # the kill falls into a write
+    resumed = Log(tmp_path / "b")
+    resumed.rewind(stored)
+    for log in (straight, resumed):
+        log.step(1, 2, {"loss": float("nan")})
+        log.evals([ROW | {"stage": 1}])
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file())
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert metrics.read_lines(tmp_path / "b/metrics.jsonl")[1] == {"stage": 1, "step": 2, "loss": None}
+
+
+def test_rewind_to_nothing_leaves_no_file(tmp_path):
+    log = Log(tmp_path)
+    log.step(1, 1, {})
+    log.rewind({})
+    assert not (tmp_path / "metrics.jsonl").exists()
+    log.evals([ROW])
+    header, line = (tmp_path / "evals.csv").read_text().splitlines()
+    assert header == "stage,stage_name,step,task,metric,value,n,stderr,scorer,template,pixels,decoding"
+    assert line == '0,base,0,"a,b",accuracy,0.5,4,0.25,exact,cot,1-2,T=0'
+    assert metrics.read_evals(tmp_path / "evals.csv") == [ROW]
+
+
+def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):
+    lines = Lines(tmp_path / "x.jsonl")
+    lines.append({"a": 1})
+    with pytest.raises(ValueError, match=r"expects at least 99 bytes, the file has 9"):
+        lines.truncate(99)
+
+
+def test_half_a_line_is_cut_when_the_file_is_opened(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": ')
+    lines = Lines(tmp_path / "x.jsonl")
+    lines.append({"a": 2})
+    assert [row["a"] for row in metrics.read_lines(tmp_path / "x.jsonl")] == [1, 2]
+
+
+def test_a_row_with_a_wrong_column_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs exactly stage,"):
+        Log(tmp_path).evals([{**ROW, "oops": 1}])
+
+
+def test_replacing_a_file_keeps_the_old_one_when_writing_fails(tmp_path, monkeypatch):
+    metrics.write_json(tmp_path / "s.json", {"x": math.inf, "y": np.arange(2)})
+    assert json.loads((tmp_path / "s.json").read_text()) == {"x": None, "y": [0, 1]}
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        metrics.write_json(tmp_path / "s.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"] and "[" in (tmp_path / "s.json").read_text()
+
+
+@pytest.mark.parametrize("options, package", [({"tensorboard": True}, "tensorboardX"), ({"wandb": "p"}, "wandb")])
+def test_a_sink_whose_package_is_missing_says_so(tmp_path, monkeypatch, options, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ValueError, match=f"needs {package}: pip install"):
+        Log(tmp_path, **options)
+
+
+def test_cost_adds_up_by_stage_and_kind_of_work(tmp_path):
+    log = Log(tmp_path)
+    log.step(1, 1, {"seconds": 2.0, "tokens": 10, "rollouts": 4})
+    log.step(1, 2, {"seconds": 3.0, "tokens": 10, "rollouts": 4})
+    log.step(1, 2, {"event": "evaluate", "seconds": 1.0})
+    cost = metrics.cost(tmp_path)
+    assert (cost["seconds"], cost["tokens"], cost["rollouts"]) == (6.0, 20, 8)
+    assert [(p["work"], p["seconds"]) for p in cost["parts"]] == [("evaluate", 1.0), ("train", 5.0)]
+
+
+def test_plain_progress_has_counts_eta_and_values(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_mode", "plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
+    with console.progress("evaluate scienceqa", 4) as bar:
+        bar.advance(2, accuracy=0.51239)
+    with console.waiting("compiling"):
+        pass
+    err = capsys.readouterr().err
+    assert "evaluate scienceqa  2/4 (50%)  ETA 0s  accuracy 0.5124" in err and "compiling: took 0s" in err
+
+
+def test_live_bars_nest_and_silence_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_mode", "live")
+    with console.progress("stage 1 [colour]", 2) as outer, console.waiting("saving"):
+        outer.advance(1, loss=1.0)
+        console.warn("disk is [nearly] full")
+    assert console._live is None and "disk is [nearly] full" in capsys.readouterr().err
+    monkeypatch.setattr(console, "_mode", "silent")
+    with console.progress("x", 1) as bar:
+        bar.advance()
+    console.say("nothing")
+    assert capsys.readouterr().err == ""
+
+
+def test_eta_of_a_resumed_bar_counts_only_what_this_process_did():
+    bar = console.Bar("train", 100, done=90)
+    bar.started -= 10
+    bar.advance(5)
+    assert bar.eta() == pytest.approx(10, rel=0.01)
