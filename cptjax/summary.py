@@ -1,0 +1,101 @@
+"""What a workdir's evaluations amount to: matrix.csv and summary.json, for finished, running and crashed runs."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cptjax import metrics
+from cptjax.matrix import NONE, Table, format_share, numbers, per_stage, schedule, table
+
+
+def transitions(before: Mapping[tuple[str, str], float], after: Mapping[tuple[str, str], float]) -> dict[str, dict[str, int]]:
+    """Counts per task the examples that went from right to wrong and back; right is a score of at least a half."""
+    counts: dict[str, dict[str, int]] = {}
+    for key in before.keys() & after.keys():
+        name = {(1, 0): "lost", (0, 1): "gained", (1, 1): "kept", (0, 0): "never"}[before[key] >= 0.5, after[key] >= 0.5]
+        row = counts.setdefault(key[0], dict.fromkeys(("lost", "gained", "kept", "never", "n"), 0))
+        row[name] += 1
+        row["n"] += 1
+    return dict(sorted(counts.items()))
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Returns mean and sample standard deviation over seeds; None where no seed has the number."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if not known:
+        return None
+    return {"mean": float(np.mean(known)), "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None, "n": len(known)}
+
+
+def load(workdir: Path | str) -> tuple[dict[str, Any], Table]:
+    """Reads a run's config and its evaluations; finished, running and crashed runs alike."""
+    path = Path(workdir) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        stages = schedule(config)
+    except FileNotFoundError:
+        raise ValueError(f"{workdir} is no run: it has no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a run's config with stages, each with a task: {error!r}") from None
+    return config, table(metrics.read_evals(Path(workdir) / "evals.csv"), stages)
+
+
+def scores(workdir: Path | str, stage: int) -> dict[tuple[str, str], float]:
+    """Reads predictions/stage{K}.jsonl: the score of each test example, by (task, id)."""
+    rows = metrics.read_lines(Path(workdir) / "predictions" / f"stage{stage}.jsonl")
+    return {(row["task"], str(row["id"])): row["score"] for row in rows if row["score"] is not None}
+
+
+def flips(workdir: Path | str, t: Table) -> dict[str, Any]:
+    """Counts right/wrong changes up to S: of old tasks since they were learned, of all tasks since the base."""
+    after = scores(workdir, t.final)
+    since = {}
+    for stage in sorted({t.last(j) for j in t.old()}):
+        kept = {j for j in t.old() if t.last(j) == stage}
+        since |= {j: c for j, c in transitions(scores(workdir, stage), after).items() if j in kept}
+    return {"since_learned": since, "since_base": transitions(scores(workdir, 0), after)}
+
+
+def covers(t: Table) -> str:
+    """Says in words which part of the schedule the numbers are about."""
+    missing = [f"{task} at stage {i}" for i, task in t.missing() if i <= t.final]
+    text = f"all {len(t.stages)} stages" if t.finished else f"{t.final} of {len(t.stages)} stages so far"
+    return text + (f"; not measured: {', '.join(missing)}" if missing else "")
+
+
+def _task(t: Table, task: str) -> dict[str, Any]:
+    value = lambda cells, row: cells.get((row, task), NONE).value
+    S, learned = t.final, t.last(task)
+    free = {"base": value(t.cells, 0), "final": value(t.cells, S), "stderr": t.cells.get((S, task), NONE).stderr}
+    forced = {"base_forced": value(t.forced, 0), "forced": value(t.forced, S)}
+    return {"learned_at": learned, "learned": value(t.cells, learned) if learned else None, **free, **forced}
+
+
+def summary(t: Table, joint: Table | None = None) -> dict[str, Any]:
+    """Returns everything that follows from the evaluations alone."""
+    state = {"finished": t.finished, "covers": covers(t), "stage": t.final, "stages": [list(a) for a in t.stages], "unit": "fraction of 1"}
+    parts = {"metrics": numbers(t, joint), "format_share": format_share(t), "per_stage": per_stage(t)}
+    groups = {"tasks": {j: _task(t, j) for j in t.tasks}, "general": {j: _task(t, j) for j in t.general}}
+    return {**state, **parts, **groups}
+
+
+def summarise(workdir: Path | str, joint: Path | str | None = None) -> dict[str, Any]:
+    """Returns the summary of a run's workdir, with transitions and cost; `joint` is the workdir of a joint run."""
+    config, t = load(workdir)
+    found = summary(t, load(joint)[1] if joint else None)
+    return metrics.plain({"name": config.get("name", ""), **found, "transitions": flips(workdir, t), "cost": metrics.cost(workdir)})
+
+
+def write(workdir: Path | str, joint: Path | str | None = None) -> dict[str, Any]:
+    """Writes matrix.csv and summary.json beside evals.csv; returns the summary."""
+    _, t = load(workdir)
+    names = ["base", *("+".join(a) for a in t.stages)]
+    rows = [[i, name, *row] for i, (name, row) in enumerate(zip(names, t.array().tolist(), strict=True))]
+    metrics.write_text(Path(workdir) / "matrix.csv", metrics.csv_text([["stage", "stage_name", *t.tasks], *rows]))
+    found = summarise(workdir, joint)
+    metrics.write_json(Path(workdir) / "summary.json", found)
+    return found
