@@ -135,3 +135,9 @@ def place(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | None = N
     axis = axis or (lambda x: ("batch",) + (None,) * (np.ndim(x) - 1) if np.ndim(x) else ())
     put = lambda x: jax.make_array_from_process_local_data(sharding(axis(x), mesh), np.asarray(x))
     return jax.tree.map(put, batch)
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array cut along its first axis, in order, copies left out."""
+    parts = {shard.index[0].start or 0 if shard.index else 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)]) if x.ndim else np.asarray(x)

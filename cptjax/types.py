@@ -71,6 +71,21 @@ class Rollouts:
 
 
 @flax.struct.dataclass
+class Batch:
+    """Tokens to learn from, each with the state that predicts it.
+
+    Rows of plain or packed conversations name those states in `where`; groups (`where` is None) hold B = Q * G responses
+    that follow Q left-padded prompts.
+    """
+
+    prompts: Prompts
+    targets: Array  # [B A] the tokens (A = R for groups)
+    mask: Array  # [B A]
+    where: Array | None = None  # [B A] index into the row of the state that predicts each target
+    extra: dict[str, Array] = flax.struct.field(default_factory=dict)  # per row or token: advantages, old_logps, ref_logps, ...
+
+
+@flax.struct.dataclass
 class TrainState:
     """All that a training step changes."""
 

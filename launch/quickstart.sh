@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Fresh machine -> virtual environment, install, the demo (a tiny model, drawn tasks, no downloads), and where its report is.
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+out=${1:-runs/demo}
+JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python launch/train.py --config=configs/demo.py --workdir="$out"
+echo "The report: $out/report.html"

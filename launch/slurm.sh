@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=cptjax
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --signal=TERM@120
+# One process per node; jax.distributed reads SLURM's variables. SIGTERM two minutes before the end saves and exits 0.
+#   sbatch --nodes=4 launch/slurm.sh --config=configs/cpt7.py:grpo,7b --workdir=/shared/run
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+source launch/env.sh cuda
+CPTJAX_DISTRIBUTED=1 srun python launch/train.py "$@"
