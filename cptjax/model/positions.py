@@ -76,7 +76,7 @@ def mrope(
             h, w = h // cfg.merge, w // cfg.merge
             n = t * h * w
             # transformers multiplies in float32 and truncates
-            step = np.float32(cfg.tokens_per_second * next(seconds)) if kind == 2 else np.float32(1)
+            step = np.float32(cfg.tokens_per_second) * np.float32(next(seconds)) if kind == 2 else np.float32(1)
             ids = np.indices((t, h, w)).reshape(3, -1)
             ids = np.stack([(ids[0].astype(np.float32) * step).astype(np.int64), ids[1], ids[2]])
             parts.append(ids + start)

@@ -13,6 +13,7 @@ from cptjax.types import Array, Params, Vision
 
 EPS = 1e-6
 THETA = 1e4
+MLP = ("gate", "up", "down")
 
 
 def params(v: VisionConfig) -> Params:
@@ -75,6 +76,11 @@ def merge(p: Params, x: Array, cfg: Config) -> Array:
     return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], y), approximate=False))
 
 
+def grouped(blocks: Params) -> Params:
+    """The blocks' leaves with the three of the gated MLP under one name."""
+    return {k: v for k, v in blocks.items() if k not in MLP} | {"mlp": {k: blocks[k] for k in MLP}}
+
+
 def encode(tower: Params, merger: Params, vision: Vision, cfg: Config, dtype: jnp.dtype) -> Array:
     """-> features [S W*P/4 D_text], shard by shard."""
     s, w, slots, values = vision.patches.shape
@@ -87,7 +93,6 @@ def encode(tower: Params, merger: Params, vision: Vision, cfg: Config, dtype: jn
         p, full = layer
         return block(p, x, rope, frames, full, cfg), None
 
-    blocks = {k: v for k, v in tower["blocks"].items() if k not in ("gate", "up", "down")}
-    blocks["mlp"] = {k: tower["blocks"][k] for k in ("gate", "up", "down")}
+    blocks = grouped(tower["blocks"])
     x, _ = jax.lax.scan(checkpoint(step, cfg.remat), x, (blocks, jnp.asarray(full)))
     return merge(merger, x, cfg).reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width)

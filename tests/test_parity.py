@@ -1,0 +1,137 @@
+"""Our model against transformers' on random tiny checkpoints that transformers saves and our loader reads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import Image, Video
+
+from cptjax.model import convert, qwen25_vl, text, vision
+
+ONE = [[6, Image(8, 12), 9]]
+THREE = [[3, Image(4, 10), 5, Image(12, 18), 2, Image(6, 22), 7]]
+MIXED = [[30], [4, Image(6, 10), 8], [5, Image(10, 4), 3, Image(4, 14), 11], [2, Image(8, 8), 1]]
+CLIP = [[4, Video(3, 8, 12, 0.7), 6, Video(1, 4, 6, 2.0), 5]]
+CASES = {
+    "text": ({}, [[40], [25]], True),
+    "one image": ({}, ONE, True),
+    "three images": ({}, THREE, True),
+    "mixed, left padding": ({}, MIXED, True),
+    "mixed, right padding": ({}, MIXED, False),
+    "video": ({}, CLIP, True),
+    "video and image": ({}, [[3, Image(6, 10), 4, Video(3, 4, 10, 1.5), 5]], True),
+    "tied": ({"tied": True}, ONE, True),
+    "one kv head": ({"text": {"num_key_value_heads": 1}}, ONE, True),
+    "as many kv heads as heads": ({"text": {"num_key_value_heads": 8}}, ONE, True),
+    "full blocks first": ({"vision": {"fullatt_block_indexes": [0, 2]}}, THREE, True),
+    "no full block": ({"vision": {"fullatt_block_indexes": []}}, THREE, True),
+    "all full, other window": ({"vision": {"fullatt_block_indexes": [0, 1, 2, 3], "window_size": 56}}, THREE, True),
+    "other rope": ({"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 1, 3]}}}, CLIP, True),
+}
+
+
+@functools.cache
+def _models(key: str, folder: str):
+    """(transformers' model, our config, our parameters)."""
+    kwargs = dict(next(k for k, *_ in CASES.values() if str(k) == key))
+    return tiny.torch_model(**kwargs), (cfg := tiny.our_config(**kwargs)), convert.load(tiny.save(folder, **kwargs), cfg)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    kwargs, rows, left = CASES[request.param]
+    root = tmp_path_factory.getbasetemp() / f"checkpoint{sorted(str(k) for k, *_ in CASES.values()).index(str(kwargs))}"
+    model, cfg, params = _models(str(kwargs), str(root))
+    rng = np.random.default_rng(1)
+    drawn = [tiny.draw(row, cfg, rng) for row in rows]
+    return model, cfg, params, tiny.prompts(drawn, cfg, left), tiny.hf_inputs(drawn, cfg, left)
+
+
+def _real(prompts) -> np.ndarray:
+    return prompts.segments > 0
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _layers(params, prompts, cfg):
+    """The hidden states after every vision block, after every text block, and the logits: `forward`, written out."""
+    tower, seen = [], []
+    take = lambda blocks, i: jax.tree.map(lambda x: x[i], blocks)
+    if (v := prompts.vision) is not None:
+        rows = lambda x: x.reshape(-1, *x.shape[2:])
+        x = rows(v.patches) @ params["vision"]["patch"]["w"]
+        rope, frames = vision.angles(rows(v.positions), cfg.vision), rows(v.frames)
+        blocks = vision.grouped(params["vision"]["blocks"])
+        for i in range(cfg.vision.depth):
+            x = vision.block(take(blocks, i), x, rope, frames, jnp.asarray(i in cfg.vision.full_blocks), cfg)
+            tower.append(x)
+    x, seg = qwen25_vl.embed(params, prompts, cfg, jnp.float32), prompts.segments
+    attend = lambda q, k, v: (qwen25_vl.attention.attend(q, k, v, seg, seg, causal=True, backend="xla"), None)
+    for i in range(cfg.text.depth):
+        x, _ = text.block(take(params["text"]["blocks"], i), x, text.angles(prompts.positions, cfg.text), attend, cfg)
+        seen.append(x)
+    return tower, seen, qwen25_vl.forward(params, prompts, cfg) @ text.unembedding(params["text"])
+
+
+def test_logits_and_every_layer(case):
+    model, cfg, params, prompts, inputs = case
+    caught = {"vision": [], "text": []}
+    hooks = [b.register_forward_hook(lambda _, __, out: caught["vision"].append(out.numpy())) for b in model.model.visual.blocks]
+    hooks += [b.register_forward_hook(lambda _, __, out: caught["text"].append(out.numpy())) for b in model.model.language_model.layers]
+    with torch.no_grad():
+        theirs = model(**inputs).logits.numpy()
+    for hook in hooks:
+        hook.remove()
+    tower, seen, logits = _layers(params, prompts, cfg)
+    real = _real(prompts)
+    for ours, wanted in zip(seen, caught["text"], strict=True):
+        np.testing.assert_allclose(np.asarray(ours)[real], wanted[real], atol=1e-4, rtol=0)
+    if len({k for k in inputs if k.startswith("pixel")}) == 1:  # images and videos pass the tower in two calls there
+        filled = prompts.vision.frames.reshape(-1) > 0
+        for ours, wanted in zip(tower, caught["vision"], strict=True):
+            np.testing.assert_allclose(np.asarray(ours).reshape(-1, ours.shape[-1])[filled], wanted, atol=1e-4, rtol=0)
+    assert np.abs(theirs[real]).max() > 1, "logits too small to tell anything"
+    np.testing.assert_allclose(np.asarray(logits)[real], theirs[real], atol=2e-4, rtol=0)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.value_and_grad)
+def _loss(params, prompts, weights, cfg):
+    logits = qwen25_vl.forward(params, prompts, cfg) @ text.unembedding(params["text"])
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), prompts.tokens[:, 1:, None], -1)[..., 0]
+    return -jnp.sum(picked * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+
+
+def _stored(grads, cfg):
+    """Our gradients under transformers' names and in its shapes."""
+    declared = convert.leaves(cfg)
+    for name, entry in convert.table(cfg).items():
+        leaf = grads
+        for part in entry.path:
+            leaf = leaf[part]
+        one, inputs = np.asarray(leaf if entry.layer is None else leaf[entry.layer]), declared[entry.path].inputs
+        yield name, (one.reshape(np.prod(one.shape[:inputs]), -1).T if inputs else one).reshape(entry.shape)
+
+
+def test_gradients_of_a_token_loss(case):
+    model, cfg, params, prompts, inputs = case
+    weights = (_real(prompts) & (prompts.slots < 0)).astype(np.float32)
+    weights[:, 1:] *= _real(prompts)[:, :-1]  # a row's first token has nothing before it
+    model.zero_grad()
+    logits = model(**inputs).logits[:, :-1].log_softmax(-1)
+    w = torch.tensor(weights)[:, 1:]
+    loss = -(logits.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0] * w).sum() / w.sum()
+    loss.backward()
+    value, grads = _loss(params, prompts, weights, cfg)
+    np.testing.assert_allclose(float(value), loss.item(), rtol=1e-5)
+    theirs = {convert.released(n): p.grad for n, p in model.named_parameters()}
+    for name, ours in _stored(grads, cfg):
+        wanted = theirs.get(name)
+        if wanted is None:
+            assert not ours.any(), f"{name} has a gradient here, none in torch"
+            continue
+        off = np.linalg.norm(ours - wanted.numpy()) / np.linalg.norm(wanted.numpy())
+        assert off < 1e-3, f"gradient of {name} is off by {off:.1e}"
