@@ -18,7 +18,7 @@ class VisionConfig:
     window: int = 112  # pixels
     full_blocks: tuple[int, ...] = (7, 15, 23, 31)
     channels: int = 3
-    tokens_per_second: float = 2.0
+    tokens_per_second: int = 2  # time ids of one second of video
 
     @property
     def head_dim(self) -> int:
@@ -63,7 +63,7 @@ class Config:
     vision_end: int = 151653
     eos: tuple[int, ...] = (151645, 151643)
     pad: int = 151643
-    remat: str = "none"  # a name of text.REMAT
+    remat: str = "none"  # a name of remat.REMAT
     attention: str = "xla"  # xla | cudnn | splash, chosen from the mesh by attention.choose
     lora_scale: float = 1.0  # alpha / rank, where adapters are present
     unroll: bool = False  # decode layers without a loop: faster where a loop copies each layer's weights (CPU)
@@ -103,34 +103,40 @@ def _get(source: dict, *names: str, default: Any = dataclasses.MISSING) -> Any:
     return default
 
 
-def _supported(what: str, came: Any, expected: Any) -> None:
-    if came != expected:
-        raise ValueError(f"config.json has {what}={came!r}; cptjax trains Qwen2.5-VL, where it is {expected!r}")
+def _supported(what: str, came: Any, *expected: Any) -> None:
+    if came not in expected:
+        raise ValueError(f"config.json has {what}={came!r}; cptjax trains Qwen2.5-VL, where it is {' or '.join(map(repr, expected))}")
 
 
 def _vision(v: dict, width: int) -> VisionConfig:
     _supported("vision_config.hidden_act", _get(v, "hidden_act", default="silu"), "silu")
+    _supported("vision_config rope_theta", (v.get("rope_parameters") or {}).get("rope_theta", 1e4), 1e4)
     _supported("vision_config.out_hidden_size", _get(v, "out_hidden_size", default=width), width)
     return VisionConfig(
         depth=_get(v, "depth"), width=_get(v, "hidden_size"), mlp=_get(v, "intermediate_size"), heads=_get(v, "num_heads"),
         patch=_get(v, "patch_size", "spatial_patch_size", default=14), temporal=_get(v, "temporal_patch_size", default=2),
         merge=_get(v, "spatial_merge_size", default=2), window=_get(v, "window_size", default=112),
         full_blocks=tuple(_get(v, "fullatt_block_indexes", default=(7, 15, 23, 31))), channels=_get(v, "in_channels", "in_chans", default=3),
-        tokens_per_second=float(_get(v, "tokens_per_second", default=4)),
+        tokens_per_second=int(_get(v, "tokens_per_second", default=4)),
     )  # fmt: skip
 
 
 def _text(t: dict, tied: bool) -> TextConfig:
     rope = t.get("rope_parameters") or t.get("rope_scaling") or {}
-    _supported("rope type", _get(rope, "rope_type", "type", default="mrope") in ("mrope", "default"), True)
+    _supported("rope type", _get(rope, "rope_type", "type", default="mrope"), "mrope", "default")
     _supported("hidden_act", _get(t, "hidden_act", default="silu"), "silu")
     _supported("use_sliding_window", bool(t.get("use_sliding_window", False)), False)
     heads, width = _get(t, "num_attention_heads"), _get(t, "hidden_size")
+    kv_heads, sections = _get(t, "num_key_value_heads", default=heads), tuple(_get(rope, "mrope_section"))
+    _supported("head_dim", _get(t, "head_dim", default=width // heads), width // heads)
+    if width % heads or heads % kv_heads:
+        raise ValueError(f"config.json has num_attention_heads={heads}, num_key_value_heads={kv_heads}, hidden_size={width}; they must divide")
+    if 2 * sum(sections) != width // heads or len(sections) != 3:
+        raise ValueError(f"config.json has mrope_section={list(sections)}; expected three numbers that sum to {width // heads // 2}")
     return TextConfig(
         vocab=_get(t, "vocab_size"), width=width, mlp=_get(t, "intermediate_size"), depth=_get(t, "num_hidden_layers"), heads=heads,
-        kv_heads=_get(t, "num_key_value_heads", default=heads), head_dim=_get(t, "head_dim", default=width // heads),
-        rope_theta=float(_get(rope, "rope_theta", default=None) or _get(t, "rope_theta", default=1e6)),
-        rope_sections=tuple(_get(rope, "mrope_section")), norm_eps=float(_get(t, "rms_norm_eps", default=1e-6)), tied=tied,
+        kv_heads=kv_heads, head_dim=width // heads, rope_theta=float(_get(rope, "rope_theta", default=_get(t, "rope_theta", default=1e6))),
+        rope_sections=sections, norm_eps=float(_get(t, "rms_norm_eps", default=1e-5)), tied=tied,
         max_positions=_get(t, "max_position_embeddings", default=32768),
     )  # fmt: skip
 
@@ -145,14 +151,16 @@ def _stops(*sources: dict) -> tuple[int, ...]:
 
 
 def from_hf(raw: dict, generation: dict | None = None) -> Config:
-    """A Config from Hugging Face's dictionary, flat text keys (released checkpoints) or nested `text_config` (newer ones)."""
+    """A Config from Hugging Face's dictionary, flat text keys (released checkpoints) or nested `text_config` (newer ones).
+
+    A key that is left out means what it means in transformers.
+    """
     _supported("model_type", raw.get("model_type"), "qwen2_5_vl")
     text = {**raw, **(raw.get("text_config") or {})}
-    tied = raw.get("tie_word_embeddings")
-    tied = bool(text.get("tie_word_embeddings", False) if tied is None else tied)
+    tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))  # either place; older versions wrote it inside
     stops = _stops(generation or {}, raw, text) or Config().eos
     return Config(
-        vision=_vision(_get(raw, "vision_config"), text["hidden_size"]), text=_text(text, tied),
+        vision=_vision(_get(raw, "vision_config"), _get(text, "hidden_size")), text=_text(text, tied),
         image_token=_get(raw, "image_token_id", default=151655), video_token=_get(raw, "video_token_id", default=151656),
         vision_start=_get(raw, "vision_start_token_id", default=151652), vision_end=_get(raw, "vision_end_token_id", default=151653),
         eos=stops, pad=_get(generation or {}, "pad_token_id", default=_get(text, "pad_token_id", default=stops[-1])),
@@ -165,7 +173,14 @@ def read(folder: str | Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a Hugging Face checkpoint folder")
     generation = path.with_name("generation_config.json")
-    return from_hf(json.loads(path.read_text()), json.loads(generation.read_text()) if generation.is_file() else None)
+    return from_hf(_json(path), _json(generation) if generation.is_file() else None)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
 
 
 def to_hf(cfg: Config, dtype: str = "bfloat16") -> dict:
