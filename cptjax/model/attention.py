@@ -21,6 +21,8 @@ A group is one prompt and G responses; a response sees the whole prompt and its 
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +66,10 @@ def segment_mask(q_segments: Array, kv_segments: Array, causal: bool, offset: in
 def attend(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, *, causal: bool, backend: str, offset: int = 0) -> Array:
     """Segmented attention of q [B T N H] over k and v [B S K H]."""
     if backend == "splash":
-        return _splash(q, k, v, q_segments, kv_segments, causal, offset)
-    mask = segment_mask(q_segments, kv_segments, causal, offset)
+        return _per_device(functools.partial(_splash, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
     if backend == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    return reference(q, k, v, mask)
+        return _per_device(functools.partial(_cudnn, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
+    return reference(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
 
 
 def attend_shared(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, own_mask: Array) -> Array:
@@ -86,6 +87,27 @@ def attend_shared(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_
     probs = jax.nn.softmax(jnp.concatenate([shared, own], -1), -1).astype(own_v.dtype)
     out = jnp.einsum("qkmgrp,qpkh->qgrkmh", probs[..., :p], prompt_v) + jnp.einsum("qkmgrs,qgskh->qgrkmh", probs[..., p:], own_v)
     return out.reshape(nq, g, r, n, h)
+
+
+def attend_cached(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, seen: Array) -> Array:
+    """One query [Q G N H] of each response over the shared prompt [Q K P H] and its own past [Q G K R H]; the prompt is never copied.
+
+    prompt_mask [Q P], seen [Q R]. Two partial softmaxes under one common maximum.
+    """
+    nq, g, n, h = q.shape
+    kv = prompt_k.shape[1]
+    q = q.reshape(nq, g, kv, n // kv, h)
+    shared = jnp.einsum("qgkmh,qkph->qgkmp", q, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
+    own = jnp.einsum("qgkmh,qgkrh->qgkmr", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
+    shared = jnp.where(prompt_mask[:, None, None, None], shared, MASKED)
+    own = jnp.where(seen[:, None, None, None], own, MASKED)
+    top = jnp.maximum(jnp.max(shared, -1), jnp.max(own, -1))[..., None]
+    shared, own = jnp.exp(shared - top), jnp.exp(own - top)
+    total = jnp.sum(shared, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+    shared, own = (x.astype(own_v.dtype) for x in (shared, own))
+    out = jnp.einsum("qgkmp,qkph->qgkmh", shared, prompt_v, preferred_element_type=jnp.float32)
+    out = out + jnp.einsum("qgkmr,qgkrh->qgkmh", own, own_v, preferred_element_type=jnp.float32)
+    return (out / total).astype(q.dtype).reshape(nq, g, n, h)
 
 
 def attend_group(q: Array, k: Array, v: Array, segments: Array, prompt: int, group: int, backend: str) -> Array:
@@ -119,8 +141,8 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)]) if extra else x
 
 
-@functools.lru_cache(maxsize=64)
 def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interpret: bool):
+    """Made anew in each trace: its mask tables are constants of the program, so no device is needed (ahead-of-time compilation)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -130,34 +152,43 @@ def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interp
     sizes = kernel.BlockSizes(
         block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk, block_q_dq=bq, block_kv_dq=bk
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():
-        return kernel.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
+    return kernel.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
 
 
 def _splash(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int) -> Array:
-    """The TPU flash kernel, one call per row and key/value head, each device on its own rows and heads."""
+    """The TPU flash kernel, one call per row and key/value head."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
+    b, t, n, h = q.shape
+    kv = k.shape[2]
+    pad = lambda x: _pad(_pad(x, 1, 128), 3, 128)
+    qp = pad(q * h**-0.5).reshape(b, -1, kv, n // kv, h + -h % 128).transpose(0, 2, 3, 1, 4)
+    kp, vp = (pad(x).transpose(0, 2, 1, 3) for x in (k, v))
+    ids = kernel.SegmentIds(_pad(q_segments, 1, 128), _pad(kv_segments, 1, 128))
+    run = _splash_kernel(n // kv, qp.shape[3], kp.shape[2], causal, offset, INTERPRET)
+    out = jax.vmap(jax.vmap(run, (0, 0, 0, None)))(qp, kp, vp, ids)
+    return out.transpose(0, 3, 1, 2, 4)[:, :t, ..., :h].reshape(b, t, n, h)
+
+
+def _cudnn(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int) -> Array:
+    """The CUDA flash kernel; it wants even lengths, and skips what lies in the future where it knows that rows are causal."""
+    t = q.shape[1]
+    q, k, v, q_segments, kv_segments = (_pad(x, 1, 2) for x in (q, k, v, q_segments, kv_segments))
+    mask = segment_mask(q_segments, kv_segments, causal, offset)[:, None]
+    square = causal and offset == 0 and q.shape[1] == k.shape[1]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=square, implementation="cudnn")[:, :t]
+
+
+def _per_device(kernel: Callable, q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array) -> Array:
+    """A kernel that the compiler cannot cut, each device on its own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    h, ways = q.shape[-1], 1 if mesh.empty else mesh.shape["model"]
-    if k.shape[2] % ways:  # fewer key/value heads than members of `model`: each member gets a copy of the head it needs
-        k, v = (jnp.repeat(x, ways // k.shape[2], 2) for x in (k, v))
-
-    def local(q, k, v, q_segments, kv_segments):
-        b, t, n, _ = q.shape
-        kv = k.shape[2]
-        pad = lambda x: _pad(_pad(x, 1, 128), 3, 128)
-        qp = pad(q * h**-0.5).reshape(b, -1, kv, n // kv, h + -h % 128).transpose(0, 2, 3, 1, 4)
-        kp, vp = (pad(x).transpose(0, 2, 1, 3) for x in (k, v))
-        ids = kernel.SegmentIds(_pad(q_segments, 1, 128), _pad(kv_segments, 1, 128))
-        run = _splash_kernel(n // kv, qp.shape[3], kp.shape[2], causal, offset, INTERPRET)
-        out = jax.vmap(jax.vmap(run, (0, 0, 0, None)))(qp, kp, vp, ids)
-        return out.transpose(0, 3, 1, 2, 4)[:, :t, ..., :h].reshape(b, t, n, h)
-
     if mesh.empty:
-        return local(q, k, v, q_segments, kv_segments)
+        return kernel(q, k, v, q_segments, kv_segments)
+    ways = mesh.shape["model"]
+    if k.shape[2] % ways:  # fewer key/value heads than members of `model`: each member gets a copy of the head it needs
+        k, v = (jnp.repeat(x, math.lcm(k.shape[2], ways) // k.shape[2], 2) for x in (k, v))
     heads, rows = sharding.spec(("batch", None, "heads", None)), sharding.spec(("batch", None))
-    return jax.shard_map(local, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)(
+    return jax.shard_map(kernel, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)(
         q, k, v, q_segments, kv_segments
     )
 
