@@ -1,0 +1,166 @@
+"""Finds the runs under the folders a reader names, and reads what a report needs of them."""
+
+import base64
+import dataclasses
+import io
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cptjax import metrics, summary
+from cptjax.matrix import Table
+
+SEED = re.compile(r"(seed|order)\d+(_(seed|order)\d+)?")
+ASIDE = {"base", "checkpoints", "rollouts", "predictions", "tensorboard", "wandb"}  # "base": the pre-stage that made the base model
+QUIET = 300  # seconds without a write after which an unfinished run counts as stopped
+SAMPLE = 400_000  # bytes of a rollouts file that are read at its start and at its end
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    path: Path
+    label: str
+    config: dict[str, Any]
+    table: Table
+    summary: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    @property
+    def state(self) -> str:
+        if self.table.finished:
+            return "finished"
+        return "running" if time.time() - last_write(self.path) < QUIET else "stopped"
+
+    @property
+    def joint(self) -> bool:
+        """True where one stage trains everything: such a run has no order and forgets nothing it was trained on."""
+        return len(self.table.stages) == 1 and len(self.table.tasks) > 1
+
+    def number(self, name: str) -> dict[str, Any]:
+        return self.summary["metrics"][name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One method: a run, or the same config under several seeds or task orders."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def spread(self, name: str) -> dict[str, Any] | None:
+        return summary.spread(run.number(name)["value"] for run in self.runs)
+
+    def over(self, *keys: str) -> dict[str, Any] | None:
+        """Returns the spread of a summary entry, as in over("tasks", "colour", "final")."""
+        return summary.spread(_dig(run.summary, keys) for run in self.runs)
+
+    @property
+    def joint(self) -> bool:
+        return self.runs[0].joint
+
+
+def _dig(value: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def last_write(folder: Path) -> float:
+    return max((p.stat().st_mtime for p in [*folder.glob("*"), *folder.glob("rollouts/*")] if p.name != "report.html"), default=0.0)
+
+
+def children(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name not in ASIDE and p.name[0] not in "._" and groups(p)]
+
+
+def groups(folder: Path) -> list[tuple[str, list[Path]]]:
+    """Returns (label, workdirs) for each arm in a folder: a run, its seeds side by side, or arms side by side."""
+    if not folder.is_dir():
+        return []
+    inner = children(folder)
+    if not inner:
+        return [(folder.resolve().name, [folder])] if (folder / "config.json").exists() else []
+    if all(SEED.fullmatch(p.name) for p in inner):
+        return [(folder.resolve().name, [path for p in inner for _, paths in groups(p) for path in paths])]
+    return [group for p in inner for group in groups(p)]
+
+
+def arms(folders: Sequence[Path | str]) -> list[Arm]:
+    """Reads all arms under the named folders, in the paper's order: SFT, the others, joint; joint serves as the others' reference."""
+    found: list[tuple[str, list[Path]]] = []
+    for folder in map(Path, folders):
+        here = groups(folder)
+        if not here:
+            raise ValueError(f"{folder} is no run: expected a workdir with config.json, or a folder of such workdirs")
+        found += here
+    labels = _distinct(found)
+    read = [Arm(label, tuple(load(p, label) for p in paths)) for label, (_, paths) in zip(labels, found, strict=True)]
+    read = [with_joint(arm, read) for arm in read]
+    return sorted(read, key=lambda a: (a.joint, not a.label.startswith("sft")))
+
+
+def _distinct(found: Sequence[tuple[str, list[Path]]]) -> list[str]:
+    names = [name for name, _ in found]
+    parent = lambda paths: paths[0].resolve().parent.name
+    return [name if names.count(name) == 1 else f"{parent(paths)}/{name}" for name, paths in found]
+
+
+def load(path: Path, label: str) -> Run:
+    config, table = summary.load(path)
+    return Run(path, label, config, table, summary.summarise(path), metrics.read_lines(path / "metrics.jsonl"))
+
+
+def with_joint(arm: Arm, others: Sequence[Arm]) -> Arm:
+    """Adds intransigence to an arm's runs where a joint run over the same tasks lies beside them."""
+    joint = next((o for o in others if o.joint and set(o.runs[0].table.tasks) == set(arm.runs[0].table.tasks)), None)
+    if joint is None or arm.joint:
+        return arm
+    runs = []
+    for i, run in enumerate(arm.runs):
+        reference = joint.runs[min(i, len(joint.runs) - 1)].table
+        runs.append(dataclasses.replace(run, summary={**run.summary, **metrics.plain(summary.summary(run.table, reference))}))
+    return Arm(arm.label, tuple(runs))
+
+
+def rollouts(run: Run, stage: int) -> list[dict[str, Any]]:
+    """Reads the first and the last responses of a stage, without reading the middle of a large file."""
+    path = run.path / "rollouts" / f"stage{stage}.jsonl"
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        head, size = file.read(SAMPLE), path.stat().st_size
+        file.seek(max(len(head), size - SAMPLE))
+        tail = file.read()
+    if size <= 2 * SAMPLE:
+        return metrics.parse_lines(head + tail, path)
+    return metrics.parse_lines(head, path) + metrics.parse_lines(tail.partition(b"\n")[2], path)
+
+
+def spoken(prompt: Any) -> str:
+    """Returns the text of a prompt, be it a string or a conversation in the chat form."""
+    if not isinstance(prompt, list):
+        return str(prompt or "")
+    contents = [m.get("content", "") for m in prompt if isinstance(m, Mapping)]
+    parts = [part for c in contents for part in ([{"text": c}] if isinstance(c, str) else c)]
+    return "\n".join(part["text"] for part in parts if part.get("text"))
+
+
+def picture(run: Run, source: str | None) -> str | None:
+    """Returns a thumbnail as a data URI; files outside the workdir are not embedded."""
+    if not source or source.startswith("data:image/"):
+        return source
+    path = (run.path / source).resolve()
+    if not path.is_relative_to(run.path.resolve()) or not path.is_file():
+        return None
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    if max(image.size) > 320:
+        image.thumbnail((320, 320))
+    out = io.BytesIO()
+    image.save(out, "PNG" if max(image.size) <= 160 else "JPEG")
+    kind = "png" if max(image.size) <= 160 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

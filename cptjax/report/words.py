@@ -1,0 +1,160 @@
+"""Numbers and findings as a reader would say them; every sentence is made from the run's own numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from cptjax.report.read import Arm, Run
+
+UNSURE = 0.06  # learned accuracies further apart than this are not "equal learning"
+
+
+def known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def percent(value: float | None) -> str:
+    return f"{100 * value:.1f}" if known(value) else "–"
+
+
+def points(value: float | None) -> str:
+    """Writes a difference in points with its sign."""
+    if not known(value):
+        return "–"
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def spread(found: dict[str, Any] | None, signed: bool = False) -> str:
+    """Writes a mean over seeds with its standard deviation."""
+    if found is None:
+        return "–"
+    text = (points if signed else percent)(found["mean"])
+    return f"{text} ± {100 * found['sd']:.1f}" if found["sd"] is not None else text
+
+
+def interval(number: dict[str, Any]) -> str:
+    return f"± {196 * number['stderr']:.1f}" if known(number.get("stderr")) else ""
+
+
+def amount(value: float, unit: str = "") -> str:
+    """Writes a large count with a suffix: 12.3 k, 4.5 M, 1.2 G."""
+    for power, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= power:
+            return f"{value / power:.3g} {suffix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def bold(text: str) -> Markup:
+    return Markup("<b>{}</b>").format(text)
+
+
+def rate(value: float | None) -> str:
+    return f"{percent(value)}%"
+
+
+def sentence(text: str, **parts: Any) -> Markup:
+    return Markup(text).format(**{k: bold(v) for k, v in parts.items()})
+
+
+def moved(number: dict[str, Any]) -> str:
+    """Says whether a difference is more than its own 95 % interval."""
+    value, error = number["value"], number["stderr"] or 0.0
+    if abs(value) <= max(1.96 * error, 0.0005):
+        return f"did not measurably change ({points(value)} {interval(number)} points)"
+    return f"{'rose' if value > 0 else 'fell'} by {abs(100 * value):.1f} points"
+
+
+def run_headline(run: Run) -> list[Markup]:
+    m, S = run.summary["metrics"], run.table.final
+    base, now, learned, fm, general = (m[k] for k in ("base_acc", "avg_acc", "learned_acc", "fm_diagonal", "general_delta"))
+    if not S:
+        start = sentence(" The base model scores {base} on the tasks.", base=rate(base["value"])) if known(base["value"]) else ""
+        return [Markup("No stage has been evaluated yet.") + start]
+    where = f"{S} stage{'s' * (S > 1)}" if run.table.finished else f"{S} of {len(run.table.stages)} stages"
+    said = [sentence("After {where} the model scores {now} on its tasks.", where=where, now=rate(now["value"]))]
+    if known(base["value"]):
+        said[0] = said[0][:-1] + sentence("; before training it scored {base}.", base=rate(base["value"]))
+    if known(fm["value"]):
+        kept = sentence("{x} on what earlier stages had taught it", x=_forgot(fm))
+        said.append(sentence("It reached {l} right after learning each task, and ", l=rate(learned["value"])) + kept + ".")
+    if known(general["value"]):
+        said.append(sentence("Abilities it was never trained on {x}.", x=moved(general)))
+    return said + format_sentence(run)
+
+
+def _forgot(fm: dict[str, Any]) -> str:
+    value, error = fm["value"], fm["stderr"] or 0.0
+    if abs(value) <= max(1.96 * error, 0.0005):
+        return f"did not measurably lose or gain ({points(value)} {interval(fm)} points)"
+    return f"has {'lost' if value < 0 else 'gained'} {abs(100 * value):.1f} points"
+
+
+def format_sentence(run: Run) -> list[Markup]:
+    share = run.summary["format_share"]
+    if not known(share["value"]):
+        return []
+    text = "With the answer's prefix forced, the loss on earlier and general tasks is {forced}, not {loss} points: {share} is format."
+    return [sentence(text, forced=percent(share["loss_forced"]), loss=percent(share["loss"]), share=f"{100 * share['value']:.0f}%")]
+
+
+def mean(arm: Arm, name: str) -> float:
+    found = arm.spread(name)
+    return found["mean"] if found else math.nan
+
+
+def doubt(arm: Arm, name: str) -> float:
+    """Returns the standard error of an arm's number: between its seeds, or of the one run's test sets."""
+    found = arm.spread(name)
+    if found and found["sd"] is not None:
+        return found["sd"] / math.sqrt(found["n"])
+    return next((run.number(name)["stderr"] or 0.0 for run in arm.runs), 0.0)
+
+
+def compare_headline(arms: Sequence[Arm]) -> list[Markup]:
+    sequences = [a for a in arms if known(mean(a, "fm_diagonal"))]
+    tested = [a for a in arms if known(mean(a, "general_delta"))]
+    said = [
+        _extremes(sequences, "fm_diagonal", "{best} keeps most of what it learned (FM {b}); {worst} keeps least (FM {w}).",
+                  "All keep about equally much of what they learned (FM {w} to {b})."),
+        _extremes(tested, "general_delta", "On abilities never trained, {best} changed by {b} points and {worst} by {w}.",
+                  "On abilities never trained, all changed about equally ({w} to {b} points)."),
+        *_plasticity(sequences),
+        *_format(arms),
+        None if any(len(a.runs) > 1 for a in arms) else Markup("One seed each: differences of a few points may be chance."),
+    ]  # fmt: skip
+    return [s for s in said if s]
+
+
+def _extremes(arms: Sequence[Arm], name: str, apart: str, alike: str) -> Markup | None:
+    """Names the best and the worst arm, unless their difference lies within its 95 % interval."""
+    if len(arms) < 2:
+        return None
+    best, worst = (pick(arms, key=lambda a: mean(a, name)) for pick in (max, min))
+    values = {"b": points(mean(best, name)), "w": points(mean(worst, name))}
+    if mean(best, name) - mean(worst, name) <= 1.96 * math.hypot(doubt(best, name), doubt(worst, name)):
+        return sentence(alike, **values)
+    return sentence(apart, best=best.label, worst=worst.label, **values)
+
+
+def _plasticity(arms: Sequence[Arm]) -> list[Markup]:
+    if len(arms) < 2:
+        return []
+    low, high = (pick(arms, key=lambda a: mean(a, "learned_acc")) for pick in (min, max))
+    gap = mean(high, "learned_acc") - mean(low, "learned_acc")
+    values = {"l": rate(mean(low, "learned_acc")), "h": rate(mean(high, "learned_acc"))}
+    if gap <= UNSURE:
+        return [sentence("All learned about equally much: {l} to {h} right after each task's stage.", **values)]
+    text = "They did not learn equally much ({low} {l}, {high} {h}): part of “forgets less” may be “learned less”."
+    return [sentence(text, low=low.label, high=high.label, **values)]
+
+
+def _format(arms: Sequence[Arm]) -> list[Markup]:
+    shares = {a.label: a.over("format_share", "value") for a in arms}
+    worst = max((a for a in arms if shares[a.label]), key=lambda a: a.over("format_share", "loss")["mean"], default=None)
+    if worst is None:
+        return []
+    text = "About {share} of {name}'s loss is only format: it is gone once the answer's prefix is forced."
+    return [sentence(text, share=f"{100 * shares[worst.label]['mean']:.0f}%", name=worst.label)]

@@ -1,0 +1,22 @@
+"""Write report.html about one run, or about several side by side: python launch/report.py DIR [DIR ...] [--out=report.html]"""
+
+import argparse
+import sys
+
+from cptjax import report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="a workdir, or a folder of workdirs (arms or seeds)")
+    parser.add_argument("--out", help="the page to write; default: report.html in the first DIR")
+    args = parser.parse_args()
+    try:
+        print(report.write(args.folders, args.out))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

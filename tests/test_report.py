@@ -1,0 +1,251 @@
+"""The report on finished, running and crashed runs, and how it looks in a real browser."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cptjax import matrix, metrics, report, summary
+from cptjax.report import page, read, svg, words
+
+TASKS = ["colour", "shape", "digit", "count"]
+GENERAL = ["arith", "facts", "jigsaw"]
+STEPS = 60
+SCENES = {  # name -> (what an old task loses a stage, what general tasks lose a stage, stages)
+    "sft_bare": (0.13, 0.22, TASKS), "sft_style": (0.02, 0.01, TASKS), "grpo": (0.01, -0.005, TASKS), "joint": (0.0, 0.18, [TASKS]),
+}  # fmt: skip
+
+
+def cell(stage, name, task, value, metric="accuracy", step=STEPS, n=192):
+    p = value if metric == "kl_base" else min(max(value, 0.0), 1.0)
+    values = (stage, name, step, task, metric, p, n, abs(p * (1 - p) / n) ** 0.5, "exact", "answer", "1024-1024", "T=0 max=8")
+    return dict(zip(metrics.EVAL_COLUMNS, values, strict=True))
+
+
+def evaluate(log, stage, stages, lost, lost_general, rng, step=STEPS, metric="accuracy"):
+    name = "+".join(np.atleast_1d(stages[stage - 1])) if stage else "base"
+    for k, task in enumerate(TASKS):
+        learned = next((i for i, s in enumerate(stages, 1) if task in np.atleast_1d(s)), 0)
+        value = 0.55 + 0.04 * k if stage < learned or not stage else 0.95 - lost * (stage - learned)
+        log.evals([cell(stage, name, task, value + rng.normal(0, 0.012), metric, step)])
+        if metric == "accuracy":
+            log.evals([cell(stage, name, task, value + 0.8 * lost * max(stage - learned, 0), "accuracy_forced")])
+            log.evals([cell(stage, name, task, 0.02 + stage * (lost + 0.02) * (1 + 0.1 * k), "kl_base")])
+    for k, task in enumerate(GENERAL if metric == "accuracy" else []):
+        log.evals([cell(stage, name, task, 0.97 - 0.05 * k - lost_general * stage)])
+        log.evals([cell(stage, name, task, 0.97 - 0.05 * k - 0.1 * lost_general * stage, "accuracy_forced")])
+
+
+def make(workdir, arm="grpo", upto=None, seed=0, crash=False):
+    """Writes a workdir as a run of `arm` would, up to a stage; a crashed one ends within a stage and within a line."""
+    lost, lost_general, stages = SCENES[arm]
+    rng, log = np.random.default_rng(seed), metrics.Log(workdir)
+    method = {"name": arm.split("_")[0], "objective": "sft" if "sft" in arm else "policy", "kl_coef": 0.0}
+    config = {"name": arm, "seed": seed, "method": method, "stages": [{"task": s, "steps": STEPS} for s in stages]}
+    metrics.write_json(Path(workdir) / "config.json", config)
+    metrics.write_json(Path(workdir) / "versions.json", {"jax": "0.10.2", "devices": "cpu x 1"})
+    evaluate(log, 0, stages, lost, lost_general, rng)
+    upto = len(stages) if upto is None else upto
+    for stage in range(1, upto + 1 + crash):
+        train(log, workdir, stage, stages, arm, rng, STEPS if stage <= upto else STEPS // 3)
+        if stage <= upto:
+            evaluate(log, stage, stages, lost, lost_general, rng, STEPS // 2, "accuracy_mini")
+            evaluate(log, stage, stages, lost, lost_general, rng)
+            log.step(stage, STEPS, {"event": "evaluate", "seconds": 2.0})
+    for stage in range(upto + 1):
+        right = rng.random((4, 40)) < 0.9 - lost * stage
+        log.predictions(stage, [{"task": t, "id": i, "score": float(right[k, i])} for k, t in enumerate(TASKS) for i in range(40)])
+    log.close()
+    if crash:
+        with (Path(workdir) / "metrics.jsonl").open("a") as file:
+            file.write('{"stage": 3, "st')
+    return workdir
+
+
+def train(log, workdir, stage, stages, arm, rng, steps):
+    for step in range(1, steps + 1):
+        reward = 0.95 - 0.4 * np.exp(-step / 15)
+        values = {"loss": 0.4 * np.exp(-step / 20) + rng.normal(0, 0.01), "grad_norm": 1 + rng.normal(0, 0.1)}
+        values |= {"seconds": 0.1, "tokens": 2000}
+        if "sft" not in arm and arm != "joint":
+            values |= {"reward": reward + rng.normal(0, 0.03), "response_length/mean": 4 + rng.normal(0, 0.1), "rollouts": 128,
+                       "frac_reward_zero_std": 1 - reward}  # fmt: skip
+        log.step(stage, step, values)
+    if "sft" in arm or arm == "joint":
+        return
+    folder = Path(workdir) / "rollouts" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in (1, steps // 2, steps):
+        pixels = np.full((32, 32, 3), 235, np.uint8)
+        pixels[6:26, 6:26] = rng.integers(0, 255, 3)
+        Image.fromarray(pixels).save(folder / f"{stage}_{step}.png")
+        drawn = [("it is red", 1.0), ("answer : red", 1.0), ("i think blue", 0.0), ("it is <b>green</b>", 0.0), ("red", 1.0)]
+        shared = {"stage": stage, "step": step, "task": str(stages[stage - 1]), "id": f"{step}", "prompt": "What colour is the shape?",
+                  "answer": "red", "image": f"rollouts/images/{stage}_{step}.png"}  # fmt: skip
+        rewards = [{"reward": r, "rewards": {"accuracy": r, "format": 1.0}, "advantage": r - 0.6} for _, r in drawn]
+        log.rollouts(stage, [{**shared, "response": text, **parts} for (text, _), parts in zip(drawn, rewards, strict=True)])
+
+
+def written(*folders, out=None):
+    return report.write(folders, out).read_text(encoding="utf-8")
+
+
+def test_a_finished_run_reads_back_its_numbers(tmp_path):
+    text = written(make(tmp_path / "grpo"))
+    found = summary.summarise(tmp_path / "grpo")
+    numbers = found["metrics"]
+    assert words.percent(numbers["avg_acc"]["value"]) in text and words.points(numbers["fm_diagonal"]["value"]) in text
+    assert 'class="badge finished"' in text and "all 4 stages" in text and text.count("data:image/png;base64,") == 12
+    assert "it is &lt;b&gt;green" in text and "<b>green" not in text  # what a model says is never markup
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings[:3] == ["Accuracy after each stage", "Learning and forgetting", "Training"]
+    assert headings[3:] == ["Answers the model drew", "Which examples changed", "All numbers", "Cost", "Setting"]
+
+
+def test_the_page_needs_no_network(tmp_path):
+    text = written(make(tmp_path / "a", "sft_bare"), make(tmp_path / "b", "grpo"))
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text) and "<script" not in text and "@import" not in text and "url(" not in text
+
+
+def test_crashed_running_and_fresh_runs(tmp_path):
+    text = written(make(tmp_path / "crash", upto=2, crash=True))
+    assert 'class="badge running"' in text and "2 of 4 stages so far" in text
+    for path in (tmp_path / "crash").rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    assert 'class="badge stopped"' in written(tmp_path / "crash", out=tmp_path / "again.html")
+    metrics.write_json(tmp_path / "fresh/config.json", {"stages": [{"task": "a"}, {"task": "b"}]})
+    assert "No stage has been evaluated yet." in written(tmp_path / "fresh")
+    assert "The base model scores" in written(make(tmp_path / "base_only", upto=0))
+
+
+def test_arms_stand_side_by_side_in_the_papers_order(tmp_path):
+    for arm in SCENES:
+        make(tmp_path / arm, arm)
+    make(tmp_path / "base", "joint")  # the run that made the base model is no arm
+    text = written(tmp_path)
+    assert [a.label for a in read.arms([tmp_path])] == ["sft_bare", "sft_style", "grpo", "joint"]
+    assert "keeps most of what it learned" in text and "sft_bare</b> keeps least" in text
+    assert re.search(r"About <b>\d+%</b> of <b>sft_bare</b>'s loss is only format", text)
+    assert "[S3]" in text and "Not reproduced here" in text
+    assert read.arms([tmp_path])[0].runs[0].number("intransigence")["value"] is not None
+
+
+def test_seeds_of_an_arm_become_mean_and_deviation(tmp_path):
+    for seed in range(3):
+        make(tmp_path / "grpo" / f"seed{seed}", "grpo", seed=seed)
+    make(tmp_path / "sft_bare" / "seed0_order1", "sft_bare")
+    arms = read.arms([tmp_path])
+    assert [(a.label, len(a.runs)) for a in arms] == [("sft_bare", 1), ("grpo", 3)]
+    values = [r.number("avg_acc")["value"] for r in arms[1].runs]
+    assert words.spread(arms[1].spread("avg_acc")) == f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+    assert "Seed by seed" in written(tmp_path) and "Seed by seed" in written(tmp_path / "grpo")
+
+
+def test_a_repeated_task_and_different_task_sets_do_not_break_the_page(tmp_path):
+    make(tmp_path / "a")
+    config = {"stages": [{"task": "colour"}, {"task": "shape"}, {"task": "colour"}, {"task": ["digit", "other"]}]}
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    metrics.write_json(tmp_path / "b/config.json", config)
+    assert "other" in written(tmp_path / "a", tmp_path / "b", out=tmp_path / "c.html")
+
+
+def test_pictures_come_only_from_the_workdir(tmp_path):
+    run = read.load(make(tmp_path / "run"), "run")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    assert read.picture(run, "../secret.png") is None and read.picture(run, "https://x/y.png") is None and read.picture(run, None) is None
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "run/big.png")
+    assert len(read.picture(run, "big.png")) < 20_000
+
+
+def test_long_rollout_files_are_sampled_at_both_ends(tmp_path, monkeypatch):
+    run = read.load(make(tmp_path / "run"), "run")
+    monkeypatch.setattr(read, "SAMPLE", 600)
+    rows = read.rollouts(run, 1)
+    assert rows[0]["step"] == 1 and rows[-1]["step"] == STEPS and 0 < len(rows) < 15
+
+
+@pytest.mark.parametrize(
+    "low, high, expected", [(0, 100, [0, 20, 40, 60, 80, 100]), (-0.3, 0.1, [-0.3, -0.2, -0.1, 0, 0.1]), (5, 5, [5, 6])]
+)
+def test_ticks_are_round_and_reach_both_ends(low, high, expected):
+    assert svg.ticks(low, high)[0] <= low and svg.ticks(low, high)[-1] >= high
+    assert svg.ticks(low, high) == pytest.approx(expected)
+
+
+def test_changes_within_their_interval_are_not_called_changes():
+    assert words.moved({"value": -0.01, "stderr": 0.01}) == "did not measurably change (−1.0 ± 2.0 points)"
+    assert words.moved({"value": -0.1, "stderr": 0.01}) == "fell by 10.0 points"
+    assert words.points(-0.0001) == "0.0" and words.points(None) == "–" and words.amount(12_340) == "12.3 k"
+
+
+def test_widened_axes_keep_their_limit():
+    assert svg.widened([94, 95], 20, 100) == [80, 100] and svg.widened([10, 60], 20, 100) == [10, 60] and svg.widened([5], 4) == [3, 7]
+
+
+def test_arms_within_noise_are_not_ranked(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        make(tmp_path / name, "grpo", seed=seed)
+    said = words.compare_headline(read.arms([tmp_path]))
+    assert said[0].startswith("All keep about equally much of what they learned (FM <b>−")
+
+
+def test_a_conversation_is_shown_as_its_text():
+    assert read.spoken([{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "What?"}]}]) == "What?"
+    assert read.spoken("plain") == "plain" and read.spoken(None) == ""
+
+
+def launch(*args):
+    command = [sys.executable, "launch/report.py", *map(str, args)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+
+
+def test_the_launcher_answers_in_one_line(tmp_path):
+    done = launch(make(tmp_path / "run"), f"--out={tmp_path / 'x.html'}")
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "x.html") and (tmp_path / "x.html").exists()
+    (tmp_path / "empty").mkdir()
+    refused = launch(tmp_path / "empty")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "is no run" in refused.stderr
+
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+PHONE, DESKTOP = 390, 1280
+
+
+def screenshot(html, png, width, height=2400, dark=False):
+    """Shows a page in a frame of that width, since a headless window is never as narrow as a phone."""
+    frame = Path(f"{png}.html")
+    frame.write_text(f'<body style="margin:0"><iframe src="{html}" style="width:{width}px;height:{height}px;border:0;display:block">')
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={png}.profile", f"--screenshot={png}",
+             f"--window-size={max(width, 500)},{height}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]  # fmt: skip
+    subprocess.run([BROWSER, *flags, f"file://{frame}"], capture_output=True, timeout=120, check=True)
+    with Image.open(png) as image:
+        return np.asarray(image.convert("L"), float)[:, :width]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_it_looks_like_a_page_in_a_browser(tmp_path, width):
+    for arm in ("sft_bare", "grpo"):
+        make(tmp_path / arm, arm)
+    pages = [report.write([tmp_path / "grpo"], tmp_path / "run.html"), report.write([tmp_path], tmp_path / "compare.html")]
+    for html in pages:
+        light, dark = (screenshot(html, tmp_path / f"{html.stem}{d}.png", width, dark=d) for d in (False, True))
+        assert light.mean() > 195 and dark.mean() < 75  # paper and night
+        for image in (light, dark):
+            ink = np.abs(image - np.median(image)) > 60
+            assert ink.any(1).mean() > 0.3 and ink[:300].any() and ink[-300:].any()  # from top to bottom
+            assert not ink[:, -8:].any()  # nothing sticks out on the right
+
+
+def test_every_number_has_a_title():
+    assert {*matrix.FORMULAS, "format_share"} == set(page.TITLES)
