@@ -212,16 +212,16 @@ def wandb_sink(workdir: Path, project: str, name: str, config: Mapping | None):
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
     """Reads a jsonl file, without the half line that a running or killed writer may have at its end."""
     path = Path(path)
-    if not path.exists():
-        return []
+    return parse_lines(path.read_bytes(), path) if path.exists() else []
+
+
+def parse_lines(text: bytes, path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise ValueError(f"{path}:{number}: expected one JSON object, got {line[:60]!r}; delete the line or restore the file") from None
+            raise ValueError(f"{path}: expected one JSON object a line, got {line[:60]!r}; delete that line or restore the file") from None
     return rows
 
 

@@ -27,7 +27,7 @@ def test_a_resumed_log_equals_one_that_was_never_killed(tmp_path):
     for log in (straight, killed):
         log.step(1, 1, {"loss": Mean(3.0, 2)})
         log.evals([ROW])
-        log.rollouts(1, [{"prompt": "é", "reward": np.float32(1)}])
+        log.rollouts(1, [{"prompt": "é\u2028", "reward": np.float32(1)}])
     stored = json.loads(json.dumps(killed.positions()))
     killed.step(1, 2, {"loss": 0.1})
     killed.rollouts(2, [{"prompt": "written after the checkpoint"}])
@@ -42,6 +42,7 @@ def test_a_resumed_log_equals_one_that_was_never_killed(tmp_path):
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file())
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert metrics.read_lines(tmp_path / "b/rollouts/stage1.jsonl") == [{"prompt": "é\u2028", "reward": 1.0}]
     assert metrics.read_lines(tmp_path / "b/metrics.jsonl")[1] == {"stage": 1, "step": 2, "loss": None}
 
 
