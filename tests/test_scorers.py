@@ -1,0 +1,237 @@
+"""Golden vectors of each benchmark's rule, what is reported beside the mean, and a user's own scorer."""
+
+import random
+import re
+
+import pytest
+
+from cptjax import scorers
+from cptjax.scorers import Record, choice, find, score, summarise, text
+from cptjax.verify import Pool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(processes=1, timeout=20.0) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    path = tmp_path_factory.mktemp("user") / "mine.py"
+    path.write_text(
+        "import sys\n"
+        "def half(prediction, answer, **columns): return 0.5\n"
+        "def leaves(prediction, answer): sys.exit(1)\n"
+        "def nan(prediction, answer): return float('nan')\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("Yes.", "yes"), ("1,000", "1000"), ("it's", "it 's"), ("Coca-Cola", "coca cola"), ("U.S.A.", "usa"), ("none", "0"),
+        ("dont", "don't"), ("a.b", "ab"), ("5:4", "5:4"), ("3.5", "3.5"), ("$5.00", "$5.00"), ("Ten", "10"), ("The  cat\n", "cat"),
+        ("a -b-c", "bc"), ("they'dve", "they'd've"), ("somebody'd", "somebodyd"), (".5", ".5"), ("5.", "5"), ("." * 40, "." * 8),
+    ],
+)  # fmt: skip
+def test_evalai_normaliser(raw, normal):
+    assert text.evalai(raw) == normal
+
+
+def test_vqa_soft_leaves_the_compared_annotator_out():
+    answers = ["red"] * 3 + ["blue"] * 7
+    assert text.vqa_soft("Red.", answers) == pytest.approx(0.9)  # 7 see 3 matches -> 1, 3 see 2 matches -> 2/3; the plain rule gives 1
+    assert text.vqa_soft("red", ["red"] * 4 + ["blue"] * 6) == 1.0
+    assert text.vqa_soft("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)
+    assert text.vqa_soft("red", ["red"] * 2 + ["blue"] * 8) == pytest.approx(0.6)
+    assert text.vqa_soft("green", answers) == 0.0
+    assert text.vqa_soft("the Red", "red") == 1.0 and text.vqa_soft("red", ["red", "red"]) == 1.0
+
+
+def test_modal_answer():
+    answers = ["unanswerable"] * 4 + ["Dog", "dog", "a dog", "DOG.", "dog"] + ["cat"]
+    assert text.vqa_em_modal("dog", answers) == 1.0  # only after normalisation is "dog" the most frequent
+    assert text.vqa_em_modal("unanswerable", answers) == 0.0
+    assert text.vqa_em_modal("two", "2") == 1.0
+
+
+def test_exact_rules_differ_where_they_should():
+    cases = {"blue": (1, 1, 1), "Blue.": (0, 1, 1), "it is blue": (0, 0, 1), "blu": (0, 0, 0)}
+    for said, expected in cases.items():
+        assert (text.exact(said, "blue"), text.exact_match(said, "blue"), text.contains(said, "blue")) == expected
+    assert text.exact_match("on", "no") == 0.0
+    assert text.exact("b", ["a", "b"]) == 1.0
+    assert text.contains("anything", "") == 0.0
+
+
+def test_anls():
+    assert text.levenshtein("kitten", "sitting") == 3
+    assert text.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
+    assert text.anls("Kitten ", ["dog", "kitten"]) == 1.0
+    assert text.anls("abcd", ["abxy"]) == 0.5 and text.anls("abcd", ["axyz"]) == 0.0
+    assert text.anls("a" * 20_000, ["a"]) == 0.0
+
+
+def test_pope_yes_ratio_counts_predictions():
+    yes_no = find("yes_no")
+    said = ["Yes, there is.", "yes", "yes", "There is a dog in it: yes", "no", "maybe"]
+    gold = ["yes", "yes", "no", "no", "yes", "no"]
+    metrics = summarise(yes_no, score(yes_no, said, gold, [{}] * 6))
+    assert metrics["accuracy"] == pytest.approx(2 / 6)
+    assert metrics["precision"] == pytest.approx(2 / 4) and metrics["recall"] == pytest.approx(2 / 3)
+    assert metrics["f1"] == pytest.approx(4 / 7)
+    assert metrics["yes_ratio"] == pytest.approx(4 / 6)  # of the gold answers it would be 3/6
+    assert metrics["neither"] == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [("No, yes is wrong", "no"), ("yes and no", "yes"), ("is it yes or no", None), ("nothing", None)]
+)
+def test_yes_or_no(said, found):
+    assert text.yes_or_no(said) == found
+
+
+def test_pathvqa_reports_both_kinds():
+    scorer = find("pathvqa_split")
+    gold = ["yes", "no", "acute lung injury", "liver"]
+    metrics = summarise(scorer, score(scorer, ["Yes.", "yes", "lung injury", "liver"], gold, [{}] * 4))
+    assert (metrics["yes_no"], metrics["open"], metrics["accuracy"]) == (0.5, 0.5, 0.5)
+    assert metrics["open_recall"] == pytest.approx((2 / 3 + 1) / 2) and metrics["open_f1"] == pytest.approx((0.8 + 1) / 2)
+    assert (metrics["yes_no_n"], metrics["open_n"]) == (2.0, 2.0)
+
+
+def test_mcq_letter_reads_index_and_letter():
+    assert choice.mcq_letter("(C)", 2) == choice.mcq_letter("c", "C") == choice.mcq_letter("The answer is C.", "(C)") == 1.0
+    assert choice.mcq_letter("C", 1) == 0.0 and choice.mcq_letter("Cat", "C") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("Between (A) and (C) I choose (C)", "C"),
+        ("(B) since A is wrong", "B"),
+        ("D", "D"),
+        ("It must be B.", "B"),
+        ("A picture shows this", "A"),  # the article: an official quirk
+        ("I believe it shows the dog and cat", "A"),
+        ("I think", None),
+    ],
+)
+def test_mmmu_choice(said, letter):
+    assert choice.mmmu_choice(said, ["cat", "dog", "blue", "12"]) == letter
+
+
+@pytest.mark.parametrize(
+    ("said", "gold", "right"),
+    [
+        ("Therefore the answer is 0.5", "0.5", True),
+        ("The answer is hepatitis", "hepatitis", True),
+        ("The answer is 0.9", "0.5", False),
+        ("It costs $1,200.", "1200", True),
+        ("x = 0.333", "0.33", True),
+        ("so it is chronic hepatitis B", "hepatitis", False),  # the official parser cuts after the "is " of hepatitis
+        ("it shows hepatitis", "hepatitis", True),
+        ("the result is 24/7", "['24/7', '3.43']", True),
+        ("3.4286", "['24/7', '3.43']", True),
+        ("", "5", False),
+    ],
+)
+def test_mmmu_open_question(said, gold, right):
+    assert choice.mmmu(said, gold, {"question_type": "open"}) == float(right)
+
+
+def test_mmmu_guess_is_the_same_each_time_and_reported():
+    subjects = ("Art_Theory", "Math")
+    metas = [{"id": f"validation_{subject}_{i}", "options": "['a', 'b', 'c', 'd']"} for i in range(50) for subject in subjects]
+    official, strict = find("mmmu_official"), find("mmmu_strict")
+    runs = [score(official, ["no idea"] * 100, ["B"] * 100, metas) for _ in range(2)]
+    assert [r.score for r in runs[0]] == [r.score for r in runs[1]]
+    metrics = summarise(official, runs[0])
+    assert 0.1 < metrics["accuracy"] < 0.45 and metrics["unread_choice"] == 1.0
+    assert {"discipline/art_and_design", "discipline/science"} <= set(metrics)
+    assert summarise(strict, score(strict, ["no idea"] * 100, ["B"] * 100, metas))["accuracy"] == 0.0
+
+
+def test_mmmu_disciplines_cover_the_thirty_subjects():
+    subjects = [s for names in choice.DISCIPLINES.values() for s in names.split()]
+    assert len(subjects) == len(set(subjects)) == 30
+    assert choice.discipline({"id": "validation_Art_Theory_12"}) == "art_and_design"
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("The answer is (C). Not B", "C"),
+        ("answer is J", "J"),
+        ("A and B are wrong.\nAnswer: D", "D"),
+        ("first A\nthen perhaps F, who knows", "F"),
+        ("nothing", None),
+    ],
+)
+def test_mmlu_pro_letter(said, letter):
+    assert choice.mmlu_pro_letter(said) == letter
+
+
+def test_mmlu_pro_mean_is_weighted_by_size():
+    scorer = find("mmlu_pro")
+    metas = [{"category": "law"}] * 3 + [{"category": "math"}]
+    metrics = summarise(scorer, score(scorer, ["The answer is (A)"] * 4, ["A", "A", "A", "B"], metas))
+    assert metrics["accuracy"] == 0.75 and metrics["category/law"] == 1.0 and metrics["category/math"] == 0.0
+
+
+def test_extraction_failure_stands_beside_the_accuracy():
+    scorer = find("exact_match")
+    records = score(scorer, [r"\boxed{blue}", "blue", r"\boxed{red}", "x"], ["blue"] * 4, [{}] * 4, extraction="boxed")
+    assert summarise(scorer, records) == {"accuracy": 0.25, "extraction_failure": 0.5, "error": 0.0}
+    assert isinstance(records[0], Record) and records[1].prediction is None
+
+
+def test_a_users_scorer_stops_at_the_row_or_scores_zero(user, pool):
+    scorer = find(f"{user}:half")
+    assert re.fullmatch(r"mine\.py:half@[0-9a-f]{8}", scorer.id)
+    assert score(scorer, ["a"], ["b"], [{}], pool=pool)[0].score == 0.5
+    broken = find(f"{user}:leaves")
+    with pytest.raises(ValueError, match=r"scorer mine\.py:leaves failed on row r3: SystemExit"):
+        score(broken, ["a"], ["b"], [{}], ["r3"], pool=pool)
+    records = score(broken, ["a"], ["b"], [{}], pool=pool, on_error="zero")
+    assert records[0].score == 0.0 and "SystemExit" in records[0].error
+
+
+def test_loading_fails_early_with_a_reason(user, pool, tmp_path):
+    (tmp_path / "bad.py").write_text("def f(:")
+    with pytest.raises(ValueError, match=r"no function 'nope' in .*mine\.py; it has half, leaves, nan"):
+        pool.load(f"{user}:nope")
+    with pytest.raises(ValueError, match="SyntaxError"):
+        pool.load(f"{tmp_path}/bad.py:f")
+    with pytest.raises(ValueError, match="there is no file"):
+        find("nowhere/x.py:f")
+    with pytest.raises(ValueError, match="expected file.py:function, got 'x.py:a b'"):
+        find("x.py:a b")
+    with pytest.raises(ValueError, match="unknown scorer 'vqa_sofd', did you mean 'vqa_soft'"):
+        find("vqa_sofd")
+
+
+def test_every_scorer_scores_a_right_and_a_wrong_answer(pool):
+    rows = {  # right, wrong, answer, columns
+        "numeric": ("5", "6", "5", {}), "math": ("5", "6", "5", {}), "mathruler_parity": ("5", "6", "5", {}),
+        "yes_no": ("yes", "no", "yes", {}),
+        "mcq_letter": ("B", "A", "B", {}), "mmlu_pro": ("B", "A", "B", {}), "mmmu_official": ("B", "A", "B", {"options": ["x", "y"]}),
+        "mmmu_strict": ("B", "A", "B", {"options": ["x", "y"]}), "iou": ("[0,0,1,1]", "[2,2,3,3]", [0, 0, 1, 1], {}),
+        "iou50": ("[0,0,1,1]", "[2,2,3,3]", [0, 0, 1, 1], {}), "countdown": ("2+3", "2-3", 5, {"nums": [3, 2]}),
+        "jigsaw": ("2 1", "1 2", [2, 1], {}), "ifeval": ("x", "x,", [{"id": "punctuation:no_comma"}], {}),
+    }  # fmt: skip
+    for name, scorer in scorers.SCORERS.items():
+        right, wrong, answer, meta = rows.get(name, ("blue", "crimson", "blue", {}))
+        records = score(scorer, [right, wrong], [answer] * 2, [meta] * 2, pool=pool)
+        assert [r.score for r in records] == [1.0, 0.0], name
+        assert summarise(scorer, records)["accuracy"] == 0.5, name
+
+
+def test_scores_do_not_depend_on_the_order_of_rows():
+    said, gold = ["a", "b c", "the d", "5"], ["a", "c", "d", "5"]
+    order = random.Random(0).sample(range(4), 4)
+    plain = score(find("vqa_soft"), said, gold, [{}] * 4)
+    mixed = score(find("vqa_soft"), [said[i] for i in order], [gold[i] for i in order], [{}] * 4)
+    assert [plain[i].score for i in order] == [r.score for r in mixed]
