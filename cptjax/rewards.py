@@ -1,0 +1,149 @@
+r"""What a response earns: parts by name, of which "reward" is learned from and the others are logged.
+
+    reward = weight(accuracy) * scorer(extracted answer) + weight(format) * (does the whole response have the form?)
+
+The papers' weights are 0.9 and 0.1. A template that asks for no form has no format term, and there the reward is the accuracy.
+The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's `file.py:function` replaces all of this.
+Departure: `<think>...</think><answer>...</answer>` must hold each tag once, so that a response can not hide a second answer.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cptjax import scorers
+from cptjax.scorers import Scorer
+from cptjax.scorers.extract import boxed
+from cptjax.scorers.puzzles import jigsaw_hits
+from cptjax.templates import Template
+from cptjax.verify import Call, Pool, shared_pool, split_target
+
+Parts = dict[str, float]
+THINK_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
+
+
+def has_box(response: str) -> bool:
+    r"""Is there a `\boxed{}` whose braces close?"""
+    return boxed(response) is not None
+
+
+def thinks_then_boxes(response: str) -> bool:
+    r"""Is the whole response `<think>...</think>...\boxed{...}...`? Space around `<`, `>` and `/` is squeezed out first."""
+    rest = re.sub(r"\s*([<>/])\s*", r"\1", response)
+    # Searched mark by mark, in linear time: as a pattern of `.*` a degenerate response of repeated tags would take minutes.
+    for mark in ("</think>", "\\boxed{", "}"):
+        before, found, rest = rest.partition(mark)
+        if not found or (mark == "</think>" and not before.startswith("<think>")):
+            return False
+    return True
+
+
+def thinks_then_answers(response: str) -> bool:
+    """Is the whole response `<think>...</think><answer>...</answer>`, each tag once?"""
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    return all(response.count(tag) == 1 for tag in tags) and THINK_ANSWER.fullmatch(response.strip()) is not None
+
+
+FORMATS: dict[str, Callable[[str], bool]] = {"boxed": has_box, "think_boxed": thinks_then_boxes, "think_answer": thinks_then_answers}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """How a task's responses are rewarded: by its scorer and template, by the jigsaw's sum, or by a user's function."""
+
+    name: str
+    template: Template
+    scorer: Scorer
+    accuracy: float = 0.9  # weights
+    format: float = 0.1
+    target: str = ""  # file.py:function of a user
+    on_error: str = "stop"  # stop | zero: a user's function (or scorer) that raises, hangs or gives no finite number
+
+    def __call__(
+        self,
+        completions: Sequence[str],
+        answers: Sequence[Any],
+        metas: Sequence[Mapping[str, Any]],
+        ids: Sequence[str],
+        pool: Pool | None = None,
+    ) -> list[Parts]:
+        """The parts of each completion; `pool` gives the time limit for what runs in worker processes."""
+        if self.target:
+            return _by_user(self, completions, answers, metas, ids, pool or shared_pool())
+        how = self.template.extract
+        records = scorers.score(self.scorer, completions, answers, metas, ids, extraction=how, pool=pool, on_error=self.on_error)
+        combine = _jigsaw if self.name == "jigsaw" else _weighted
+        return [combine(self, completion, record) for completion, record in zip(completions, records, strict=True)]
+
+
+def find(
+    name: str,
+    template: Template,
+    scorer: Scorer,
+    *,
+    accuracy: float = 0.9,
+    format: float = 0.1,
+    on_error: str = "stop",
+    pool: Pool | None = None,
+) -> Reward:
+    """The reward of a task: "" or "default" = its scorer's, "jigsaw", another scorer's name, or `file.py:function` (loaded now)."""
+    if on_error not in ("stop", "zero"):
+        raise ValueError(f"rewards.on_error must be stop or zero; got {on_error!r}")
+    if min(accuracy, format) < 0 or accuracy + format == 0:
+        raise ValueError(f"reward weights must be >= 0 and not both 0; got accuracy={accuracy}, format={format}")
+    settings = {"template": template, "accuracy": accuracy, "format": format, "on_error": on_error}
+    if ".py:" in name:
+        path, function = split_target(name)
+        target = f"{path.resolve()}:{function}"
+        (pool or shared_pool()).load(target)
+        return Reward(f"{path.name}:{function}", scorer=scorer, target=target, **settings)
+    if name == "jigsaw":
+        return Reward(name, scorer=scorers.SCORERS["jigsaw"], **settings)
+    chosen = scorer if name in ("", "default") else scorers.find(name)
+    return Reward(chosen.name, scorer=chosen, **settings)
+
+
+def _weighted(reward: Reward, completion: str, record: scorers.Record) -> Parts:
+    parts = {"accuracy": record.score, "extracted": float(record.prediction is not None)}
+    if record.error:
+        parts["error"] = 1.0
+    if not reward.template.format:
+        return {"reward": record.score, **parts}
+    form = float(FORMATS[reward.template.format](completion))
+    return {"reward": reward.accuracy * record.score + reward.format * form, **parts, "format": form}
+
+
+def _jigsaw(reward: Reward, completion: str, record: scorers.Record) -> Parts:
+    hit = jigsaw_hits(record.prediction or "", record.answer)
+    form = float(FORMATS[reward.template.format](completion)) if reward.template.format else 0.0
+    return {"reward": hit + record.score + form, "hit": hit, "accuracy": record.score, "format": form}
+
+
+def _by_user(
+    reward: Reward,
+    completions: Sequence[str],
+    answers: Sequence[Any],
+    metas: Sequence[Mapping[str, Any]],
+    ids: Sequence[str],
+    pool: Pool,
+) -> list[Parts]:
+    calls = [Call((c, a), scorers.columns(m)) for c, a, m in zip(completions, answers, metas, strict=True)]
+    parts = []
+    for row_id, outcome in zip(ids, pool.map(reward.target, calls), strict=True):
+        value = outcome.value if isinstance(outcome.value, Mapping) else {"reward": outcome.value}
+        error = outcome.error or _wrong(value)
+        if error and reward.on_error == "stop":
+            hint = "correct the function, or set rewards.on_error=zero to score such rows 0"
+            raise ValueError(f"reward {Path(reward.target).parent / reward.name} failed on row {row_id}: {error}; {hint}")
+        parts.append({"reward": 0.0, "error": 1.0} if error else {k: float(v) for k, v in value.items()})
+    return parts
+
+
+def _wrong(value: Mapping[str, Any]) -> str:
+    """What is wrong with the parts of a user's reward; "" for finite numbers with "reward" among them."""
+    if "reward" not in value:
+        return f"returned the parts {', '.join(map(str, value)) or 'none'}; expected one named 'reward'"
+    wrong = [f"{key}: {message}" for key, v in value.items() if (message := scorers.not_a_number(v))]
+    return wrong[0] if wrong else ""
