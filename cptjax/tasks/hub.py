@@ -1,0 +1,146 @@
+"""Rows of a public dataset, from the hub or from a local copy of the same files, through one code path."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cptjax.tasks.task import Examples, Task, nearest, sample
+from cptjax.types import Example
+
+DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where one split lives, and which of its rows are used."""
+
+    dataset: str
+    split: str
+    config: str | None = None
+    needs: str = ""  # only rows in which this column is not null
+    part: tuple[float, float] = (0.0, 1.0)  # a share of the rows in a fixed random order, where a dataset has no split of its own
+    most: int | None = None  # at most so many rows of that order
+
+
+Build = Callable[[dict[str, Any]], Example]
+
+
+def task(name: str, sources: dict[str, Source], build: Build, scorer: str, **fields: Any) -> Task:
+    """Makes a task whose splits are public datasets."""
+    return Task(name, functools.partial(load, name, sources, build), scorer, **fields)
+
+
+def load(name: str, sources: dict[str, Source], build: Build, split: str, root: str = "", limit: int | None = None, seed: int = 0):
+    """Loads a split's examples; images stay encoded until an example is asked for."""
+    source = pick(name, sources, split)
+    rows = load_rows(source, root)
+    return Examples(name, split, rows, build, sample(usable(rows, source), limit, seed))
+
+
+def pick(name: str, sources: dict[str, Source], split: str) -> Source:
+    """Returns the source of a split or says which splits there are."""
+    if split not in sources:
+        raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(sources)}{nearest(split, sources)}")
+    return sources[split]
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """A datasets.Dataset read row by row as plain values; images stay {"bytes", "path"}, whatever their feature says."""
+
+    def __init__(self, dataset: Any):
+        self.table = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table[int(index)].to_pylist()[0]
+
+    def column(self, name: str):
+        """Returns one column as an Arrow array, without reading the others."""
+        return self.table.select_columns([name])[:].column(name)
+
+    @property
+    def names(self) -> list[str]:
+        return self.table.column_names
+
+
+def load_rows(source: Source, root: str = "") -> Rows:
+    """Loads the rows of a split from the hub, or from the copy under `root`."""
+    import datasets  # slow to import, and drawn tasks never need it
+
+    if root:
+        return Rows(_from_folder(local_copy(source.dataset, root), source))
+    try:
+        return Rows(datasets.load_dataset(source.dataset, source.config, split=source.split))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source.dataset} can not be loaded from the hub ({reason}); put a copy under data.root") from error
+
+
+def local_copy(dataset: str, root: str) -> Path:
+    """Returns the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>."""
+    org, _, name = dataset.rpartition("/")
+    candidates = [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    looked = ", ".join(str(folder) for folder in candidates)
+    raise ValueError(f"no local copy of {dataset}: looked for {looked}; copy the dataset there or leave data.root empty to use the hub")
+
+
+def usable(rows: Rows, source: Source) -> np.ndarray:
+    """Returns the indices of the rows that a source uses."""
+    order = np.arange(len(rows))
+    if source.needs:
+        order = order[np.asarray(rows.column(source.needs).is_valid())]
+    if source.part != (0.0, 1.0) or source.most is not None:
+        order = np.random.default_rng(0).permutation(order)
+        start, stop = (round(share * len(order)) for share in source.part)
+        order = np.sort(order[start:stop][: source.most])
+    return order
+
+
+def _from_folder(folder: Path, source: Source):
+    """Reads one split of a copied dataset: save_to_disk, a clone of the repository, or bare data files."""
+    import datasets
+
+    inner = folder / source.config if source.config else folder
+    for place in (inner / source.split, inner, folder):
+        if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(place))
+            return _member(loaded, source, place) if isinstance(loaded, datasets.DatasetDict) else loaded
+    files = split_files(folder, source)
+    return datasets.load_dataset(DATA_FILES[Path(files[0]).suffix], data_files={source.split: files}, split=source.split)
+
+
+def _member(splits, source: Source, place: Path):
+    if source.split not in splits:
+        raise ValueError(f"{place}: no split {source.split!r} of {source.dataset}; it has {', '.join(splits)}")
+    return splits[source.split]
+
+
+def split_files(folder: Path, source: Source) -> list[str]:
+    """Returns the data files of a split: named after it, or in a folder of that name.
+
+    A dataset with several configs keeps each in its own folder; a copy of the one config alone may lie at the top.
+    """
+    inner = folder / source.config if source.config else folder
+    if inner.is_dir():
+        candidates = inner.rglob("*")
+    else:
+        candidates = [path for place in (folder, folder / "data", folder / source.split) for path in place.glob("*")]
+    files = sorted(path for path in candidates if path.suffix in DATA_FILES)
+    own = [path for path in files if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split]
+    if not own:
+        found = ", ".join(sorted({path.name for path in files})[:5]) or "nothing"
+        raise ValueError(
+            f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet (or .arrow, "
+            f".jsonl, .json) or a folder {source.split}/, found {found}"
+        )
+    return [str(path) for path in own if path.suffix == own[0].suffix]

@@ -1,0 +1,60 @@
+"""RefCOCO grounding: name the box of what an expression means, in pixels of the image that the model sees; scored by IoU.
+
+Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So the image is resized here, to the size that the
+processor would choose within `min_pixels` and `max_pixels`, and the box with it; the processor then leaves both alone.
+Give the same limits as model.min_pixels and model.max_pixels. The public copy has no training split: train is its "val".
+"""
+
+import functools
+import math
+from typing import Any
+
+from PIL import Image
+
+from cptjax.images import open_image
+from cptjax.tasks import hub
+from cptjax.tasks.task import Task, ask
+from cptjax.types import Example
+
+SPLITS = {"train": "val", "validation": "testB", "test": "testA"}
+QUESTION = '<image>Locate "{expression}" in the image. Give its bounding box in pixels as [x1, y1, x2, y2].'
+MERGED = 28  # pixels: a merged patch
+
+
+def build(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Example:
+    image = open_image(row["image"])
+    width, height = snap(image.width, image.height, min_pixels, max_pixels)
+    x, y, w, h = row["bbox"]
+    across, down = width / image.width, height / image.height
+    left, top = round(x * across), round(y * down)
+    box = [left, top, max(left + 1, round((x + w) * across)), max(top + 1, round((y + h) * down))]
+    expression = row["answer"][0]
+    meta = {"size": [width, height], "original_size": [image.width, image.height], "expressions": row["answer"]}
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return Example(str(row["question_id"]), ask(QUESTION.format(expression=expression), [resized]), box, str(box), meta=meta)
+
+
+def snap(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Returns the size that the processor chooses: multiples of 28, nearly the same shape, pixels within the limits."""
+    w, h = (max(MERGED, round(side / MERGED) * MERGED) for side in (width, height))
+    if w * h > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        return tuple(max(MERGED, math.floor(side / shrink / MERGED) * MERGED) for side in (width, height))
+    if w * h < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        return tuple(math.ceil(side * grow / MERGED) * MERGED for side in (width, height))
+    return w, h
+
+
+def make(
+    name: str = "refcoco",
+    dataset: str = "lmms-lab/RefCOCO",
+    min_pixels: int = 200_704,
+    max_pixels: int = 1_003_520,
+    scorer: str = "iou",
+    **fields: Any,
+) -> Task:
+    """Makes the task; `dataset` may be lmms-lab/RefCOCOplus, whose files look the same."""
+    sources = {ours: hub.Source(dataset, theirs) for ours, theirs in SPLITS.items()}
+    build_row = functools.partial(build, min_pixels=min_pixels, max_pixels=max_pixels)
+    return hub.task(name, sources, build_row, scorer, **{"direct_suffix": "Give only the box.", **fields})

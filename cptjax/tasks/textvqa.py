@@ -1,0 +1,27 @@
+"""TextVQA: 34,602 questions to train on; the 5,000 of the validation split are the test (the test split has no gold)."""
+
+import functools
+from typing import Any
+
+from cptjax.images import open_image
+from cptjax.tasks import hub
+from cptjax.tasks.task import WORD, Task, ask, modal, plain
+from cptjax.types import Example
+
+DATASET = "lmms-lab/textvqa"
+SOURCES = {"train": hub.Source(DATASET, "train"), "test": hub.Source(DATASET, "validation")}
+
+
+def build(row: dict[str, Any], ocr: bool, single: bool) -> Example:
+    question = "<image>" + row["question"].capitalize()
+    if ocr:
+        question += "\nReference OCR token: " + ", ".join(row["ocr_tokens"] or ())
+    best = modal(row["answers"])
+    meta = plain(row, "image_id", "image_classes")
+    return Example(str(row["question_id"]), ask(question, [open_image(row["image"])]), best if single else row["answers"], best, meta=meta)
+
+
+def make(name: str = "textvqa", ocr: bool = False, single: bool = False, scorer: str = "vqa_soft", **fields: Any) -> Task:
+    """Makes the task; `ocr` lists the given OCR tokens in the prompt, `single` keeps the most frequent of the ten answers (paper A)."""
+    build_row = functools.partial(build, ocr=ocr, single=single)
+    return hub.task(name, SOURCES, build_row, scorer, **{"direct_suffix": WORD, **fields})
