@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cptjax", "cptjax.*"]),
-    package_data={"cptjax": ["templates/*.jinja"]},
+    package_data={"cptjax": ["templates/*.jinja", "report/templates/*"]},
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax>=0.2.8", "orbax-checkpoint>=0.12", "transformers>=5.0", "datasets>=4.0",
         "grain>=0.2.18", "ml-collections>=1.1", "absl-py", "safetensors>=0.8", "numpy", "pillow", "jinja2",

@@ -9,6 +9,8 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.seeds = ()  # several seeds: one run each, side by side under the workdir; () = only `seed`
     c.orders = ()  # several task orders: each a tuple of stage indices; () = as listed
+    c.arms = ConfigDict()  # name -> overrides: several methods side by side, each in its sub-workdir, and one report over them
+    c.prestage = ConfigDict()  # overrides of a run that makes the base model first (its export becomes model.path); empty = none
     c.allow_change = False  # resume although the config differs from the one that started the run
 
     c.model = ConfigDict(dict(
@@ -52,7 +54,8 @@ def get_config() -> ConfigDict:
         kl_estimator="k3",  # k1 (in reward only) | k2 | k3
         kl_place="loss",  # loss | reward
         kl_reference="stage",  # base | stage | a checkpoint folder
-        updates_per_batch=1,  # optimiser steps on one batch of rollouts
+        updates_per_batch=1,  # parts that a batch of rollouts is cut into, one optimiser step each
+        passes=1,  # times over one batch of rollouts
         truncated="score",  # score | zero | mask: a response that met the length limit
         overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
         tis_cap=None,  # truncated importance sampling of stale or quantised rollouts; None = off
@@ -113,3 +116,26 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict(dict(every=100, minutes=0, keep=2, async_save=True))  # within a stage; stage ends are kept for good
     c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))
     return c
+
+
+# Methods as what they change of `method`; `config.method.update(METHODS["rloo"])` or `dict(method=METHODS["rloo"])` in a stage.
+_SFT = dict(objective="sft", kl_coef=0.0)
+METHODS = dict(
+    sft=dict(name="sft", source="gold", **_SFT),
+    eaft=dict(name="eaft", source="gold", objective="eaft", kl_coef=0.0),  # cross-entropy weighted by entropy
+    self_sft=dict(name="self_sft", source="self", refresh="never", **_SFT),  # own correct answers of the stage's start
+    iterative_sft=dict(name="iterative_sft", source="self", refresh="epoch", **_SFT),  # drawn anew each epoch
+    corpus_sft=dict(name="corpus_sft", source="corpus", **_SFT),  # another run's rollouts: set method.corpus
+    sdft=dict(name="sdft", source="rollouts", objective="distill", kl_coef=0.0),
+    grpo=dict(name="grpo", advantage="grpo"),
+    dr_grpo=dict(name="dr_grpo", advantage="dr_grpo", normalise="fixed", kl_coef=0.0),
+    dapo=dict(name="dapo", advantage="grpo", ratio="token", clip_low=0.2, clip_high=0.28, clip_dual=None, kl_coef=0.0,
+              online_filter=dict(lo=0.0, hi=1.0, max_refills=10), overlong=128),
+    gspo=dict(name="gspo", advantage="grpo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, clip_dual=None, normalise="sequence"),
+    cispo=dict(name="cispo", advantage="grpo", ratio="cispo", clip_low=0.99, clip_high=0.28, clip_dual=None, kl_coef=0.0),
+    rloo=dict(name="rloo", advantage="rloo"),
+    remax=dict(name="remax", advantage="remax"),
+    reinforce=dict(name="reinforce", advantage="reinforce", kl_coef=0.0),
+    reinforce01=dict(name="reinforce01", advantage="reinforce01", kl_coef=0.0),  # only correct answers are pushed
+    reinforce_pp=dict(name="reinforce++", advantage="reinforce++", ratio="token"),
+)  # fmt: skip

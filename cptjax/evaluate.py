@@ -1,0 +1,110 @@
+"""One task, one model -> scored answers: the same decoding for every method, never teacher-forced."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cptjax import console, metrics, multihost, runtime, scorers
+from cptjax.processor import Encoded
+from cptjax.prompting import Course
+from cptjax.runtime import Runtime, Sampling
+from cptjax.types import Example, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """The answers of a model to one task's test rows."""
+
+    course: Course
+    records: list[scorers.Record]
+    forced: list[scorers.Record]  # after the forced prefix; empty where that was not asked for
+    texts: list[str]
+    tokens: int  # generated, the forced ones included
+
+
+def answer(
+    rt: Runtime, params: Params, encoded: Sequence[Encoded], sampling: Sampling, batch: int, key: jax.Array, bar: console.Bar
+) -> tuple[list[str], int]:
+    """Texts of all prompts in their order; long prompts first, so that one batch holds similar lengths and memory peaks at once."""
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].tokens), i))
+    batch = max(rt.shards, batch // jax.process_count() // rt.shards * rt.shards)
+    found: list[str] = [""] * len(encoded)
+    tokens = 0
+    for start in range(0, len(order), batch):
+        mine = order[start : start + batch]
+        filled = mine + [mine[-1]] * (batch - len(mine))  # a full batch has the compiled shape
+        limits = np.where(np.arange(batch) < len(mine), sampling.max_new_tokens, 0)
+        out = runtime.sample(rt, params, [encoded[i] for i in filled], key, np.asarray(filled), sampling, limits=limits)
+        for i, text in zip(mine, out.texts, strict=False):
+            found[i] = text
+        tokens += int(out.mask.sum())
+        bar.advance(len(mine))
+    return found, tokens
+
+
+def own_rows(n: int) -> list[int]:
+    """The rows that this process answers; the last is answered again where the processes' shares would differ."""
+    count, index = jax.process_count(), jax.process_index()
+    share = -(-n // count)
+    return [min(i, n - 1) for i in range(index * share, (index + 1) * share)]
+
+
+def take(
+    rt: Runtime, params: Params, course: Course, examples: Sequence[Example], *, sampling: Sampling, batch: int, key: jax.Array,
+    forced: bool = False, title: str = "",
+) -> Exam:  # fmt: skip
+    """All examples answered and scored."""
+    rows = own_rows(len(examples))
+    mine = [examples[i] for i in rows]
+    with console.progress(title or f"evaluate {course.name}", total=len(mine) * (1 + forced)) as bar:
+        encoded = [rt.processor.encode(course.messages(e), generation=True) for e in mine]
+        texts, tokens = answer(rt, params, encoded, sampling, batch, key, bar)
+        again: list[str] = []
+        if forced:
+            prefixed = [rt.processor.encode(course.messages(e), generation=True, prefix=course.forced_prefix) for e in mine]
+            again, more = answer(rt, params, prefixed, sampling, batch, key, bar)
+            tokens += more
+    records = course.score(texts, mine)
+    after = course.score(again, mine, forced=True) if forced else []
+    parts = multihost.gather([(i, r, t) for i, r, t in zip(rows, records, texts, strict=True)])
+    parts_after = multihost.gather(list(zip(rows, after, strict=False)))
+    by_row = {i: (r, t) for i, r, t in multihost.together(parts)}
+    forced_by_row = dict(multihost.together(parts_after))
+    picked = [by_row[i] for i in range(len(examples))]
+    return Exam(
+        course, [r for r, _ in picked], [forced_by_row[i] for i in sorted(forced_by_row)], [t for _, t in picked],
+        sum(multihost.gather(tokens)),
+    )  # fmt: skip
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Standard error of a mean; the range of a single value is unknown."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def rows(exam: Exam, common: Mapping[str, Any], mini: bool = False) -> list[dict[str, Any]]:
+    """The lines of evals.csv."""
+    summary = scorers.summarise(exam.course.scorer, exam.records)
+    own = {"task": exam.course.name, "scorer": exam.course.scorer.id, "template": exam.course.template.name, **common}
+    line = lambda name, value, records, error=None: {**own, "metric": name, "value": value, "n": len(records), "stderr": error}
+    accuracy = metrics.MINI if mini else metrics.ACCURACY
+    out = [line(accuracy, summary.pop("accuracy"), exam.records, stderr([r.score for r in exam.records]))]
+    if mini:
+        return out
+    out += [line(name, value, exam.records) for name, value in summary.items()]
+    if exam.forced:
+        scores = [r.score for r in exam.forced]
+        out.append(line(metrics.FORCED, float(np.mean(scores)), exam.forced, stderr(scores)))
+    return out
+
+
+def predictions(exam: Exam, step: int) -> list[dict[str, Any]]:
+    """The lines of predictions/stage{K}.jsonl."""
+    return [
+        {"task": exam.course.name, "step": step, "id": r.id, "score": r.score, "prediction": r.prediction, "response": t, "answer": r.answer}
+        for r, t in zip(exam.records, exam.texts, strict=True)
+    ]

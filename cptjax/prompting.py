@@ -1,0 +1,89 @@
+"""A task as one stage or evaluation asks it: the question under a template, its gold answer, its reward and its score."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cptjax import rewards, scorers, templates
+from cptjax.tasks import Task
+from cptjax.tasks.task import parts
+from cptjax.templates import Template
+from cptjax.types import Example
+from cptjax.verify import Pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """One task, one template, one way to reward and to score."""
+
+    task: Task
+    template: Template
+    scorer: scorers.Scorer
+    reward: rewards.Reward
+    pool: Pool
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def forced_prefix(self) -> str:
+        return self.task.forced_prefix or self.template.forced_prefix
+
+    def messages(self, example: Example) -> list[dict[str, Any]]:
+        """The conversation with the template's instruction in its last user turn."""
+        *before, last = example.messages
+        text, images, videos = _flatten(last["content"])
+        if self.template.name == "direct":
+            suffixes = [s for s in (example.meta.get("direct_suffix"), self.task.direct_suffix) if s]
+            text = "\n".join([text, *suffixes]) if suffixes else self.template.render(text, example.meta)
+        else:
+            text = self.template.render(text, example.meta)
+        return [*before, {**last, "content": parts(text, images, videos)}]
+
+    def gold(self, example: Example) -> str:
+        """What SFT learns: the target as it is where it has the template's form, else the target put into that form."""
+        if not example.target:
+            raise ValueError(f"{example.id}: task {self.name} has no gold answers to learn from; use a method with source='rollouts'")
+        if self.template.extract == "whole" or self.template.answer(example.target) is not None:
+            return example.target
+        return self.template.forced_response(example.target)
+
+    def rewards(self, completions: Sequence[str], examples: Sequence[Example]) -> list[dict[str, float]]:
+        """The reward's parts of each completion."""
+        return self.reward(completions, *_columns(examples), pool=self.pool)
+
+    def score(self, responses: Sequence[str], examples: Sequence[Example], forced: bool = False) -> list[scorers.Record]:
+        """A record per response; `forced`: the responses follow the forced prefix."""
+        how = self.task.extraction or self.template.extract
+        if forced and not self.task.forced_prefix:
+            responses, how = [self.template.forced_response(r) for r in responses], self.template.forced_extract
+        elif forced:
+            responses = [f"{self.forced_prefix} {r.strip()}" for r in responses]
+        return scorers.score(self.scorer, responses, *_columns(examples), extraction=how, pool=self.pool)
+
+
+def course(task: Task, template: str, settings: Any, pool: Pool) -> Course:
+    """The task under a template ("" = the task's own), with the reward weights of `config.rewards`."""
+    chosen = templates.load(task.template or template)
+    scorer = _scorer(task.scorer)
+    weights = dict(accuracy=settings.accuracy, format=settings.format, on_error=settings.on_error)
+    name = task.reward if isinstance(task.reward, str) else ""
+    return Course(task, chosen, scorer, rewards.find(name, chosen, scorer, pool=pool, **weights), pool)
+
+
+def _scorer(scorer: Any) -> scorers.Scorer:
+    return scorers.find(scorer) if isinstance(scorer, str) else scorers.Scorer(scorer.__name__, scorer)
+
+
+def _columns(examples: Sequence[Example]) -> tuple[list, list[Mapping[str, Any]], list[str]]:
+    return [e.answer for e in examples], [e.meta for e in examples], [e.id for e in examples]
+
+
+def _flatten(content: str | list[dict[str, Any]]) -> tuple[str, list, list]:
+    """Text with <image> and <video> in place, and what stands there."""
+    if isinstance(content, str):
+        return content, [], []
+    text = "".join(p["text"] if p["type"] == "text" else f"<{p['type']}>" for p in content)
+    pick = lambda kind: [p[kind] for p in content if p["type"] == kind]
+    return text, pick("image"), pick("video")

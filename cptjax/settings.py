@@ -1,0 +1,146 @@
+"""From a ConfigDict to checked, resolved stages: unknown keys and wrong types are refused with the nearest name."""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+FREE = ("tasks", "arms", "prestage")  # sections whose keys are the user's own
+LOOSE = ("filter", "online_filter")  # None or a small dict
+NUMBERS = (int, float)
+UNHASHED = ("allow_change", "log", "checkpoint", "mesh")  # may differ when a run is continued
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage: what is trained on, for how long, with which settings."""
+
+    number: int  # from 1; 0 is the base model
+    tasks: tuple[str, ...]
+    steps: int | None
+    epochs: float | None
+    config: ConfigDict  # the run's config with this stage's overrides
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.tasks)
+
+
+def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config") -> ConfigDict:
+    """A copy of the config with nested overrides; what the config does not know is refused."""
+    out = ConfigDict(copy.deepcopy(config.to_dict()))
+    with out.unlocked():
+        _merge(out, overrides, where)
+    return out
+
+
+def _merge(target: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
+    for key, value in overrides.items():
+        place = f"{where}.{key}"
+        if key not in target:
+            close = difflib.get_close_matches(key, list(target), 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(target))}"
+            raise ValueError(f"{place} does not exist; {hint}")
+        if key in FREE and where == "config":
+            target[key] = ConfigDict(value)
+        elif isinstance(target[key], ConfigDict) and isinstance(value, Mapping | ConfigDict):
+            _merge(target[key], value, place)
+        else:
+            target[key] = _typed(target[key], value, place, key in LOOSE)
+
+
+def _typed(old: Any, new: Any, place: str, loose: bool) -> Any:
+    """The new value if its type fits the old one's."""
+    if old is None or new is None or loose:
+        return new
+    if isinstance(old, bool) != isinstance(new, bool):
+        raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
+    if isinstance(old, NUMBERS) and isinstance(new, NUMBERS):
+        if isinstance(old, int) and not isinstance(new, int):
+            raise ValueError(f"{place} is {new!r}; expected a whole number like {old!r}")
+        return float(new) if isinstance(old, float) else new
+    if isinstance(old, tuple) and isinstance(new, list | tuple):
+        return tuple(new)
+    if isinstance(old, str) and place.endswith(".refresh") and isinstance(new, int):
+        return new
+    if not isinstance(new, type(old)):
+        raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
+    return new
+
+
+def stages(config: ConfigDict) -> list[Stage]:
+    """The run's stages, each with its own resolved config."""
+    if not config.stages:
+        raise ValueError("config.stages is empty; expected something like (dict(task='scienceqa', epochs=1), ...)")
+    return [_stage(config, i, dict(raw)) for i, raw in enumerate(config.stages, 1)]
+
+
+def _stage(config: ConfigDict, number: int, raw: dict[str, Any]) -> Stage:
+    where = f"config.stages[{number - 1}]"
+    tasks = raw.pop("task", None)
+    steps, epochs = raw.pop("steps", None), raw.pop("epochs", None)
+    if not tasks:
+        raise ValueError(f"{where} names no task; expected task='name' or task=('a', 'b')")
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"{where}: expected one of steps=N and epochs=N, got steps={steps} epochs={epochs}")
+    if (steps or epochs) <= 0:
+        raise ValueError(f"{where}: expected steps or epochs above 0, got {steps or epochs}")
+    merged = merge(config, raw, where)
+    return Stage(number, (tasks,) if isinstance(tasks, str) else tuple(tasks), steps, epochs, merged)
+
+
+def variants(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """(sub-folder, config) of every run that a config describes: arms x seeds x orders; one run has no sub-folder."""
+    arms = config.arms.to_dict()
+    runs = [("", config)] if not arms else [(name, merge(config, changes, f"config.arms.{name}")) for name, changes in arms.items()]
+    return [(f"{arm}/{sub}".strip("/"), one) for arm, c in runs for sub, one in _repeats(c)]
+
+
+def _repeats(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    out = []
+    seeds, orders = config.seeds or (config.seed,), config.orders or (None,)
+    for seed in seeds:
+        for i, order in enumerate(orders):
+            parts = [f"seed{seed}"] * bool(config.seeds) + [f"order{i}"] * bool(config.orders)
+            changes: dict[str, Any] = {"seed": seed, "seeds": (), "orders": ()}
+            if order is not None:
+                changes["stages"] = _ordered(config.stages, order)
+            single = merge(config, changes)
+            with single.unlocked():
+                single.arms = ConfigDict()
+            out.append(("_".join(parts), single))
+    return out
+
+
+def _ordered(stages: tuple, order: tuple[int, ...]) -> tuple:
+    if sorted(order) != list(range(len(stages))):
+        raise ValueError(f"config.orders has {tuple(order)}; expected each of 0..{len(stages) - 1} once")
+    return tuple(stages[i] for i in order)
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON holds it."""
+    return json.loads(config.to_json_best_effort())
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A hash of everything that decides a run's results."""
+    kept = {k: v for k, v in plain(config).items() if k not in UNHASHED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(old: Mapping, new: Mapping, where: str = "") -> list[str]:
+    """Lines "section.key: old -> new" for everything that differs and matters."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if a == b or (not where and key in UNHASHED):
+            continue
+        both = isinstance(a, Mapping) and isinstance(b, Mapping)
+        lines += difference(a, b, f"{where}{key}.") if both else [f"{where}{key}: {a!r} -> {b!r}"]
+    return lines
