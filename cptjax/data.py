@@ -1,0 +1,186 @@
+"""Batches for a stage: rows are read, decoded and prepared ahead of the step that needs them, in threads or processes.
+
+The order is `cptjax.order`'s and does not depend on who reads: any number of workers gives the same batches.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import cloudpickle
+import grain
+
+from cptjax.order import Order, Place
+from cptjax.types import Example
+
+CHUNK = 8  # rows that a worker takes at a time at most
+NAME = 160  # bytes kept of the name of the row that a worker is busy with
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example as `prepare` left it, and where it came from."""
+
+    place: Place
+    value: Any
+
+
+class Stream:
+    """An endless iterator over a stage's batches from `step` on; reads and prepares rows ahead in threads or processes.
+
+    `prepare` turns an example into anything that pickles, `collate` a list of `Row` into a batch; both must be functions of
+    their arguments alone. `waited` is the time, in seconds, that the last batch kept its caller waiting.
+    """
+
+    def __init__(
+        self, order: Order, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any], *,
+        collate: Callable[[list[Row]], Any] = list, shard: tuple[int, int] = (0, 1), step: int = 0, workers: int = 0, prefetch: int = 2,
+    ):  # fmt: skip
+        came = tuple(map(len, sources))
+        if came != order.sizes + order.replay:
+            raise ValueError(f"the order is for lists of {order.sizes + order.replay} examples, but lists of {came} came")
+        self.step, self.waited = step, 0.0
+        self._reader = _Pool(sources, prepare, workers) if workers else _Here(sources, prepare)
+        batches = grain.MapDataset.source(_Batches(order, shard, step, self._reader, collate))
+        # One thread where rows are prepared in this process: a second would only fight it for the interpreter.
+        threads = grain.ReadOptions(num_threads=min(prefetch, prefetch if workers else 1), prefetch_buffer_size=prefetch)
+        self._batches = iter(batches.to_iter_dataset(threads))
+        self._batches.start_prefetch()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.waited = time.perf_counter() - started
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead and ends the worker processes."""
+        self._batches.close()
+        self._reader.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclasses.dataclass
+class _Batches:
+    """The batches of a stage by number, from `first` on."""
+
+    order: Order
+    shard: tuple[int, int]
+    first: int
+    reader: "_Here | _Pool"
+    collate: Callable[[list[Row]], Any]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int) -> Any:
+        places = self.order.rows(self.first + i, self.shard)
+        return self.collate([Row(p, v) for p, v in zip(places, self.reader(places), strict=True)])
+
+
+class _Here:
+    """Prepares rows in this process."""
+
+    def __init__(self, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any]):
+        self.sources, self.prepare = sources, prepare
+
+    def __call__(self, places: Sequence[Place]) -> list[Any]:
+        return [prepare_row(self.sources, self.prepare, p) for p in places]
+
+    def close(self) -> None:
+        """Has nothing to end."""
+
+
+def prepare_row(sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any], place: Place, busy: Callable = str) -> Any:
+    """Reads and prepares one example; what goes wrong is told with the row's id."""
+    name = f"row {place.index} of list {place.source}"
+    busy(name)
+    try:
+        example = sources[place.source][place.index]
+        name = example.id
+        busy(name)
+        return prepare(example)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {_line(error)}") from None
+    except Exception as error:
+        raise RuntimeError(f"{name}: {type(error).__name__}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _Pool:
+    """Prepares rows in processes that are started afresh, since a fork of a process with JAX's threads may hang."""
+
+    def __init__(self, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any], workers: int):
+        context = multiprocessing.get_context("spawn")
+        self.workers, self.names = workers, context.RawArray("c", workers * NAME)
+        job = cloudpickle.dumps((sources, prepare))  # plain pickle refuses closures
+        self.pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (job, context.Value("i", 0), self.names))
+
+    def __call__(self, places: Sequence[Place]) -> list[Any]:
+        size = min(CHUNK, math.ceil(len(places) / self.workers))
+        chunks = [places[i : i + size] for i in range(0, len(places), size)]
+        try:
+            return [value for values in self.pool.map(_work, chunks) for value in values]
+        except BrokenProcessPool:
+            raise OSError(f"a data worker died (out of memory, or a crash in a decoder) at {self.busy()}; lower data.workers "
+                          "or look at that row") from None  # fmt: skip
+
+    def busy(self) -> str:
+        """Names the rows that the workers were at."""
+        slots = [self.names[i * NAME : (i + 1) * NAME].rstrip(b"\0").decode(errors="replace") for i in range(self.workers)]
+        return " or ".join(filter(None, slots)) or "its start"
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+_prepare: Callable[[Place], Any]  # of a worker process, set once by _start
+
+
+def _start(job: bytes, started: Any, names: Any) -> None:
+    """Readies a worker: it never touches an accelerator, leaves Ctrl-C to its parent, and ends when the parent is gone."""
+    global _prepare
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # the launcher's own imports were repeated here, before this line
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    with started.get_lock():
+        slot = slice(started.value * NAME, (started.value + 1) * NAME)
+        started.value += 1
+
+    def busy(name: str) -> None:
+        names[slot] = name.encode()[:NAME].ljust(NAME, b"\0")
+
+    sources, prepare = cloudpickle.loads(job)
+    _prepare = lambda place: prepare_row(sources, prepare, place, busy)
+
+
+def _follow_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(places: list[Place]) -> list[Any]:
+    return [_prepare(p) for p in places]

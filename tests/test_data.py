@@ -1,0 +1,222 @@
+"""The order of a stage and the stream that follows it: nothing lost, nothing repeated, the same whoever reads."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from cptjax import data
+from cptjax.data import Stream
+from cptjax.order import Order, pick
+from cptjax.types import Example
+
+
+def examples(n, task="t"):
+    return [Example(id=f"{task}/{i}", messages=[], answer=i, task=task) for i in range(n)]
+
+
+def tag(example, pause=0.0):
+    time.sleep(pause * (example.answer % 3))  # rows end out of order
+    return example.id
+
+
+def refuse(example, bad, error):
+    if example.answer == bad:
+        raise error
+    return example.id
+
+
+def die(example, bad):
+    if example.answer == bad:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return example.id
+
+
+def ids(batch):
+    return [row.value for row in batch]
+
+
+def read(order, sources, steps, start=0, **settings):
+    with Stream(order, sources, functools.partial(tag, pause=0.0005), step=start, **settings) as stream:
+        return [ids(next(stream)) for _ in range(steps)]
+
+
+def indices(order, first, last):
+    return [(p.source, p.index) for p in map(order.place, range(first, last))]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_every_epoch_holds_every_example_once(size):
+    order = Order((size,), batch=3, seed=5)
+    for epoch in range(4):
+        places = [order.place(n) for n in range(epoch * size, (epoch + 1) * size)]
+        assert sorted(p.index for p in places) == list(range(size))
+        assert {p.epoch for p in places} == {epoch}
+
+
+def test_epochs_stages_and_seeds_shuffle_differently():
+    epochs = [tuple(indices(Order((50,), 5, seed=s, stage=t), 50 * e, 50 * e + 50)) for s in (0, 1) for t in (0, 1) for e in (0, 1, 2)]
+    assert len(set(epochs)) == len(epochs)
+
+
+def test_shuffle_is_close_to_uniform():
+    first = Counter(Order((5,), 1, seed=s).place(0).index for s in range(2000))
+    assert all(abs(first[i] - 400) < 90 for i in range(5))
+
+
+def test_several_lists_by_size_are_one_epoch():
+    order = Order((30, 5, 65), batch=10)
+    assert Counter(i for i, _ in set(indices(order, 0, 100))) == {0: 30, 1: 5, 2: 65}
+    assert {i for i, _ in indices(order, 0, 20)} == {0, 1, 2}  # shuffled as one, not one after the other
+
+
+def test_weights_and_replay_are_exact_at_every_position():
+    order = Order((40, 10), batch=10, weights=(3, 1), replay=(20, 7), fraction=0.1)
+    counts = Counter()
+    for n in range(2000):
+        place = order.place(n)
+        counts["r" if place.source >= 2 else place.source] += 1
+        assert place.replay == (place.source >= 2)
+        for key, share in (("r", 0.1), (0, 0.675), (1, 0.225)):
+            assert abs(counts[key] - share * (n + 1)) < 1, (n, key)
+    assert counts == {"r": 200, 0: 1350, 1: 450}
+
+
+def test_weighted_lists_keep_their_own_epochs():
+    order = Order((8, 3), batch=4, weights=(1, 1), replay=(6,), fraction=0.25)
+    for source, size in ((0, 8), (1, 3), (2, 6)):
+        seen = [p.index for p in map(order.place, range(200)) if p.source == source]
+        for start in range(0, len(seen) - size, size):
+            assert sorted(seen[start : start + size]) == list(range(size))
+
+
+def test_replay_does_not_change_the_order_of_the_own_rows_within_a_lane():
+    plain = [p.index for p in map(Order((9,), 4, seed=3).place, range(18))]
+    mixed = [p.index for p in map(Order((9,), 4, replay=(5,), fraction=0.5, seed=3).place, range(36)) if not p.replay]
+    assert len(mixed) == len(plain) and sorted(mixed[:9]) == sorted(plain[:9])
+
+
+def test_pick_meets_every_share():
+    shares = [Fraction(1, 3), Fraction(1, 7), Fraction(11, 21)]
+    drawn = [pick(n, [shares[0], shares[1] / (shares[1] + shares[2])]) for n in range(210)]
+    for lane, share in enumerate(shares):
+        assert [k for i, k in drawn if i == lane] == list(range(int(210 * share)))
+
+
+def test_processes_share_a_batch_in_blocks():
+    order = Order((23,), batch=6)
+    for step in range(8):
+        assert order.rows(step, (0, 2)) + order.rows(step, (1, 2)) == order.rows(step)
+
+
+def test_steps_of_an_epoch():
+    assert Order((100,), 32).steps(1) == 4
+    assert Order((96,), 32).steps(1) == 3
+    assert Order((96,), 32).steps(0.5) == 2
+    order = Order((90,), 10, replay=(5,), fraction=0.1)
+    assert order.steps(1) == 10
+    assert len({p.index for s in range(10) for p in order.rows(s) if not p.replay}) == 90
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resumed_stream_equals_the_uninterrupted_one(workers):
+    sources = [examples(17, "a"), examples(5, "b"), examples(6, "old")]
+    order = Order((17, 5), batch=6, replay=(6,), fraction=0.2, seed=1, stage=2)
+    expected = [[sources[p.source][p.index].id for p in order.rows(s)] for s in range(9)]
+    follow = functools.partial(read, order, sources, workers=workers)
+    assert follow(9) == expected
+    assert follow(3, start=6) == expected[6:]
+    halves = [follow(5, start=4, shard=(index, 2)) for index in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == expected[4:]
+
+
+def test_collate_step_and_waiting_time():
+    order = Order((8,), batch=4)
+    with Stream(order, [examples(8)], functools.partial(tag, pause=0.02), collate=len, step=5, prefetch=1) as stream:
+        assert next(stream) == 4
+        assert stream.step == 6 and stream.waited > 0.01
+        time.sleep(0.5)
+        next(stream)
+        assert stream.waited < 0.05  # it was read ahead
+
+
+def test_nothing_is_read_ahead_without_prefetch():
+    read_rows = []
+    with Stream(Order((8,), 4), [examples(8)], lambda e: read_rows.append(e.id), prefetch=0) as stream:
+        assert not read_rows
+        next(stream)
+        assert len(read_rows) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wrong_row_is_named(workers):
+    for error, kind, text in ((OSError("cut short\nhere"), ValueError, "cut short here"), (KeyError("x"), RuntimeError, "KeyError: 'x'")):
+        with Stream(Order((8,), 8), [examples(8)], functools.partial(refuse, bad=3, error=error), workers=workers) as stream:
+            with pytest.raises(kind) as caught:
+                next(stream)
+        assert str(caught.value) == f"t/3: {text}"
+
+
+def test_a_killed_worker_is_one_line_with_the_row():
+    with Stream(Order((8,), 8), [examples(8)], functools.partial(die, bad=3), workers=1) as stream:
+        with pytest.raises(OSError, match=r"data worker died .* at t/3; lower data.workers"):
+            next(stream)
+
+
+def test_closures_and_unpicklable_results_in_workers():
+    with Stream(Order((4,), 2), [examples(4)], lambda e: e.answer * 2, workers=1) as stream:
+        assert all(v % 2 == 0 for v in ids(next(stream)))
+    with Stream(Order((4,), 2), [examples(4)], lambda e: lambda: e, workers=1) as stream:
+        with pytest.raises(Exception, match="pickle"):
+            next(stream)
+
+
+def test_closing_ends_the_workers_at_once():
+    before = set(multiprocessing.active_children())
+    stream = Stream(Order((64,), 32), [examples(64)], lambda e: np.zeros(300_000), workers=2, prefetch=4)
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 10
+    assert not any(w.is_alive() for w in workers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sizes": ()}, "at least one row"),
+        ({"sizes": (3, 0)}, "at least one row"),
+        ({"sizes": (3, 3), "weights": (1,)}, "data.weights: expected 2 numbers > 0"),
+        ({"sizes": (3,), "weights": (0,)}, "data.weights"),
+        ({"sizes": (3,), "replay": (3,), "fraction": 1.0}, "replay.fraction < 1"),
+        ({"sizes": (3,), "batch": 0}, "train.batch >= 1"),
+    ],
+)
+def test_orders_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Order(**{"batch": 4, **settings})
+
+
+def test_mismatched_lists_and_batches_are_refused():
+    with pytest.raises(ValueError, match=r"lists of \(3,\) examples, but lists of \(2,\) came"):
+        Stream(Order((3,), 2), [examples(2)], tag)
+    with pytest.raises(ValueError, match="train.batch=5 cannot be cut into 2"):
+        Order((3,), 5).rows(0, (0, 2))
+
+
+def test_workers_start_without_an_accelerator():
+    with Stream(Order((1,), 1), [examples(1)], lambda e: (os.environ["JAX_PLATFORMS"], os.getpid()), workers=1) as stream:
+        (row,) = next(stream)
+    assert row.value[0] == "cpu" and row.value[1] != os.getpid()
+
+
+def test_names_longer_than_their_slot_are_cut():
+    assert len(("é" * 200).encode()[: data.NAME]) == data.NAME
