@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cptjax.model import config, positions
+from cptjax.model import config, positions, qwen25_vl
+from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
 
 IMAGE, VIDEO, START, END, EOS, PAD = 383, 382, 381, 380, 2, 0
@@ -48,6 +49,19 @@ def torch_model(seed: int = 0, **kwargs: Any) -> Any:
             noise = torch.randn_like(p)
             p.copy_(1 + 0.1 * noise if "norm" in name or "ln_q" in name else 0.08 * noise)
     return model
+
+
+def random_params(cfg: config.Config, seed: int = 0) -> dict:
+    """Our tree in numpy, as visible as `torch_model`."""
+    import jax
+
+    rng = np.random.default_rng(seed)
+
+    def make(path, p):
+        noise = rng.normal(size=p.shape).astype(np.float32)
+        return 1 + 0.1 * noise if "norm" in path[-1].key else 0.08 * noise
+
+    return jax.tree.map_with_path(make, qwen25_vl.params(cfg), is_leaf=is_param)
 
 
 def save(folder: str | Path, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **kwargs: Any) -> Path:
