@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 log = logging.getLogger("cptjax")
 
 # Only formats that decode without an outside program: Pillow's EPS reader would start Ghostscript on a user's file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA")
+Image.init()
+FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA") if f in Image.OPEN)
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB, Pillow's own warning line
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 

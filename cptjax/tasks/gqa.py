@@ -21,9 +21,7 @@ def build(row: dict[str, Any], images: hub.Rows, place: dict[str, int]) -> Examp
     return Example(row["id"], ask("<image>" + row["question"], [image]), row["answer"], row["answer"], meta=meta)
 
 
-def load(
-    name: str, train_rows: int | None, split: str, root: str = "", limit: int | None = None, seed: int = 0
-) -> Sequence[Example]:
+def load(name: str, train_rows: int | None, split: str, root: str = "", limit: int | None = None, seed: int = 0) -> Sequence[Example]:
     """Loads questions and their images; the join is a dictionary from imageId to row, no image is copied."""
     sources = {ours: hub.Source(DATASET, theirs, f"{theirs}_balanced_instructions") for ours, theirs in SPLITS.items()}
     sources["train"] = hub.Source(DATASET, "train", "train_balanced_instructions", most=train_rows)

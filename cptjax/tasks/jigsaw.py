@@ -101,7 +101,7 @@ class TaskImages(Sequence[tuple[str, Any]]):
 def folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
     """Lists a folder's images; its subfolders train/ and test/ are the splits, without them one file in ten, by name, is a test."""
     if not folder.is_dir():
-        raise ValueError(f"jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor \"drawn\"")
+        raise ValueError(f'jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor "drawn"')
     own = (folder / split).is_dir()
     base = folder / split if own else folder
     files = sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if path.suffix.lower() in IMAGE_FILES)

@@ -1,10 +1,4 @@
-"""ScienceQA, the questions that have an image: 6,218 to train on, 2,017 to test. One letter is the answer.
-
-    Context: <hint>
-    <question>
-    A. <choice>
-    B. <choice>
-"""
+"""ScienceQA, the questions that have an image: 6,218 to train on, 2,017 to test. One letter is the answer."""
 
 from typing import Any
 
@@ -18,6 +12,7 @@ SOURCES = {split: hub.Source(DATASET, split, needs="image") for split in ("train
 
 
 def build(row: dict[str, Any]) -> Example:
+    """Asks as lmms-eval does: the hint as context, the question, the lettered choices."""
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
     question = f"<image>{context}{row['question']}\n{lettered(row['choices'])}"
     letter = LETTERS[row["answer"]]

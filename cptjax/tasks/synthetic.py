@@ -32,6 +32,7 @@ SIZES = {"train": 10_000, "validation": 500, "test": 500}  # a limit asks for an
 STYLES = ("it is", "answer :", "i think", "the answer is")
 BLOCK = 64  # images drawn at a time
 
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Consecutive examples: images [n side side 3] (None for text), and a question, answer, label and style each."""
