@@ -50,7 +50,7 @@ def ask(workers, user, function, *predictions, **columns):
 
 
 def test_pool_survives_hangs_and_crashes_in_order(user):
-    with Pool(processes=2, timeout=1.0) as workers:
+    with Pool(processes=2, timeout=0.6) as workers:
         assert [o.value for o in ask(workers, user, "good", "a", "b", x=1)] == [2.0, 1.0]
         mixed = ask(workers, user, "python_loop", "hang", "a", "b")
         assert [o.value for o in mixed] == [None, 1.0, 1.0] and mixed[0].late
@@ -90,3 +90,12 @@ def test_neither_the_package_nor_a_worker_imports_jax(user, tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["0.0", "False"], out.stdout + out.stderr
+
+
+def test_importing_a_slow_file_is_not_under_the_limit_of_a_call(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\ntime.sleep(0.8)\ndef f(prediction, answer):\n    while prediction == 'hang': pass\n    return 1.0\n"
+    )
+    with Pool(processes=1, timeout=0.5) as workers:
+        outcomes = ask(workers, tmp_path / "slow.py", "f", "a", "hang", "a")  # the replacement imports it again
+    assert [o.value for o in outcomes] == [1.0, None, 1.0]

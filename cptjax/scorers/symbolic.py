@@ -6,6 +6,7 @@ letters multiply ("on" = "no"). What it does not: "A." is not "A", "two" is not 
 Departure: LaTeX commands outside the table below vanish, where the original has a larger table.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def equal(prediction: str, answer: str) -> bool:
     return bool(gold) and verify(gold, _read(prediction), timeout_seconds=None)
 
 
+@functools.lru_cache(maxsize=1 << 12)  # a gold answer meets every response of its group
 def _read(text: str) -> list:
     text = text.strip().strip("$").rstrip(".")
     # The pool limits the time; math-verify's own limit is a signal that C code outlasts.

@@ -1,5 +1,6 @@
 """Short answers compared as text: the VQA benchmarks, yes/no questions and document reading."""
 
+import functools
 import re
 import string
 from collections import Counter
@@ -27,6 +28,7 @@ COMPLETE = {form: word for word in CONTRACTIONS for form in _missing_one(word)} 
 LAST_PERIOD = re.compile(r"\.(?!\d)")
 
 
+@functools.lru_cache(maxsize=1 << 16)  # the ten answers of a question meet every response of its group
 def evalai(text: str) -> str:
     """EvalAI's normaliser of VQA answers, quirks included: "Yes." -> "yes", "U.S.A." -> "usa", "none" -> "0", "it's" -> "it 's"."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
