@@ -79,7 +79,8 @@ def test_group_needs_a_third_of_the_arithmetic():
     params = sharding.abstract({"text": qwen25_vl.params(cfg)["text"]}, jnp.float32)
 
     def flops(f, rows, length, *more):
-        prompts = Prompts(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows, length), (3, rows, length), (rows, length), (rows, length))))
+        ints = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows, length), (3, rows, length), (rows, length), (rows, length))]
+        prompts = Prompts(*ints)
         loss = lambda p, *x: jnp.sum(f(p, *x))
         return jax.jit(jax.grad(loss)).lower(params, prompts, *more).cost_analysis()["flops"]
 

@@ -12,15 +12,15 @@ from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
 
 IMAGE, VIDEO, START, END, EOS, PAD = 383, 382, 381, 380, 2, 0
-TEXT = dict(
-    vocab_size=384, hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-    max_position_embeddings=1024, rms_norm_eps=1e-6, eos_token_id=EOS, pad_token_id=PAD,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-)  # fmt: skip
-VISION = dict(
-    depth=4, hidden_size=64, intermediate_size=80, num_heads=8, out_hidden_size=128, fullatt_block_indexes=[1, 3], window_size=112,
-    patch_size=14, spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2,
-)  # fmt: skip
+TEXT = {
+    "vocab_size": 384, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "eos_token_id": EOS, "pad_token_id": PAD,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}  # fmt: skip
+VISION = {
+    "depth": 4, "hidden_size": 64, "intermediate_size": 80, "num_heads": 8, "out_hidden_size": 128, "fullatt_block_indexes": [1, 3],
+    "window_size": 112, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2,
+}  # fmt: skip
 
 
 def hf_config(tied: bool = False, text: dict | None = None, vision: dict | None = None) -> Any:

@@ -149,9 +149,8 @@ def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interp
     mask = masks.CausalMask((t, s), offset=offset) if causal else masks.FullMask((t, s))
     block = lambda n: next(b for b in (512, 384, 256, 128) if n % b == 0)
     bq, bk = block(t), block(s)
-    sizes = kernel.BlockSizes(
-        block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk, block_q_dq=bq, block_kv_dq=bk
-    )  # fmt: skip
+    sizes = kernel.BlockSizes(block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk,
+                              block_q_dq=bq, block_kv_dq=bk)  # fmt: skip
     return kernel.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret)
 
 

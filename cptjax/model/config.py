@@ -116,8 +116,8 @@ def _vision(v: dict, width: int) -> VisionConfig:
         depth=_get(v, "depth"), width=_get(v, "hidden_size"), mlp=_get(v, "intermediate_size"), heads=_get(v, "num_heads"),
         patch=_get(v, "patch_size", "spatial_patch_size", default=14), temporal=_get(v, "temporal_patch_size", default=2),
         merge=_get(v, "spatial_merge_size", default=2), window=_get(v, "window_size", default=112),
-        full_blocks=tuple(_get(v, "fullatt_block_indexes", default=(7, 15, 23, 31))), channels=_get(v, "in_channels", "in_chans", default=3),
-        tokens_per_second=int(_get(v, "tokens_per_second", default=4)),
+        full_blocks=tuple(_get(v, "fullatt_block_indexes", default=(7, 15, 23, 31))),
+        channels=_get(v, "in_channels", "in_chans", default=3), tokens_per_second=int(_get(v, "tokens_per_second", default=4)),
     )  # fmt: skip
 
 
@@ -130,7 +130,8 @@ def _text(t: dict, tied: bool) -> TextConfig:
     kv_heads, sections = _get(t, "num_key_value_heads", default=heads), tuple(_get(rope, "mrope_section"))
     _supported("head_dim", _get(t, "head_dim", default=width // heads), width // heads)
     if width % heads or heads % kv_heads:
-        raise ValueError(f"config.json has num_attention_heads={heads}, num_key_value_heads={kv_heads}, hidden_size={width}; they must divide")
+        numbers = f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, hidden_size={width}"
+        raise ValueError(f"config.json has {numbers}; heads must divide the width, key/value heads the heads")
     if 2 * sum(sections) != width // heads or len(sections) != 3:
         raise ValueError(f"config.json has mrope_section={list(sections)}; expected three numbers that sum to {width // heads // 2}")
     return TextConfig(
