@@ -130,10 +130,9 @@ def test_resumed_stream_equals_the_uninterrupted_one(workers):
     order = Order((17, 5), batch=6, replay=(6,), fraction=0.2, seed=1, stage=2)
     expected = [[sources[p.source][p.index].id for p in order.rows(s)] for s in range(9)]
     follow = functools.partial(read, order, sources, workers=workers)
-    assert follow(9) == expected
     assert follow(3, start=6) == expected[6:]
-    halves = [follow(5, start=4, shard=(index, 2)) for index in (0, 1)]
-    assert [a + b for a, b in zip(*halves, strict=True)] == expected[4:]
+    halves = [follow(6, shard=(index, 2)) for index in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == expected[:6]
 
 
 def test_collate_step_and_waiting_time():
@@ -169,9 +168,14 @@ def test_a_killed_worker_is_one_line_with_the_row():
             next(stream)
 
 
-def test_closures_and_unpicklable_results_in_workers():
-    with Stream(Order((4,), 2), [examples(4)], lambda e: e.answer * 2, workers=1) as stream:
-        assert all(v % 2 == 0 for v in ids(next(stream)))
+def test_closures_run_in_workers_that_cannot_take_the_accelerator():
+    with Stream(Order((4,), 4), [examples(4)], lambda e: (e.answer, os.environ["JAX_PLATFORMS"], os.getpid()), workers=1) as stream:
+        values = ids(next(stream))
+    assert sorted(v[0] for v in values) == [0, 1, 2, 3]
+    assert {v[1] for v in values} == {"cpu"} and os.getpid() not in {v[2] for v in values}
+
+
+def test_a_result_that_does_not_pickle_is_an_error_and_no_hang():
     with Stream(Order((4,), 2), [examples(4)], lambda e: lambda: e, workers=1) as stream:
         with pytest.raises(Exception, match="pickle"):
             next(stream)
@@ -212,10 +216,10 @@ def test_mismatched_lists_and_batches_are_refused():
         Order((3,), 5).rows(0, (0, 2))
 
 
-def test_workers_start_without_an_accelerator():
-    with Stream(Order((1,), 1), [examples(1)], lambda e: (os.environ["JAX_PLATFORMS"], os.getpid()), workers=1) as stream:
-        (row,) = next(stream)
-    assert row.value[0] == "cpu" and row.value[1] != os.getpid()
+def test_benchmark_measures_the_whole_pipeline():
+    found = data.benchmark(rows=64, jpegs=2)
+    assert found["data_rows"] == 64
+    assert min(found["data_rows_s"], found["data_rows_s_core"], found["data_jpeg_448_rows_s_core"]) > 5
 
 
 def test_names_longer_than_their_slot_are_cut():
