@@ -200,10 +200,10 @@ FIXTURES = {
     ),
     "refcoco": (
         [("lmms-lab__RefCOCO/data/testA-00000-of-00001", REFCOCO,
-          [{"question_id": "469306", "image": drawn((640, 480)), "question": "Describe it.", "answer": ["guy in yellow", "yellow shirt"],
-            "segmentation": [1.0], "bbox": [64.0, 48.0, 320.0, 240.0], "iscrowd": 0, "file_name": "x.jpg"}])],
-        '<image>Locate "guy in yellow" in the image. Give its bounding box in pixels as [x1, y1, x2, y2].', [64, 48, 386, 286],
-        "[64, 48, 386, 286]",
+          [{"question_id": "469306", "image": drawn((320, 240)), "question": "Describe it.", "answer": ["guy in yellow", "yellow shirt"],
+            "segmentation": [1.0], "bbox": [100.0, 50.0, 200.0, 100.0], "iscrowd": 0, "file_name": "x.jpg"}])],
+        '<image>Locate "guy in yellow" in the image. Give its bounding box in pixels as [x1, y1, x2, y2].', [166, 82, 499, 245],
+        "[166, 82, 499, 245]",
     ),
     "ifeval": (
         [("google__IFEval/train", Features({"key": INT, "prompt": STRING, "instruction_id_list": List(STRING), "kwargs": List({
@@ -337,6 +337,30 @@ def test_splits_of_our_own_making_cover_the_rows_without_overlap(tmp_path):
     for name, rows in (("superclevr", 20), ("countdown", 10)):
         train, test = (TASKS[name].load(split, root=str(tmp_path)) for split in ("train", "test"))
         assert sorted([*train.order, *test.order]) == list(range(rows)) and len(test) == 1
+
+
+def sizes(example):
+    return [part["image"].size for part in example.messages[-1]["content"] if part["type"] == "image"]
+
+
+def test_each_image_is_the_one_that_the_question_means(tmp_path):
+    for name in ("gqa", "mmmu", "refcoco"):
+        write(tmp_path, FIXTURES[name][0])
+    load = lambda name: TASKS[name].load("test", root=str(tmp_path))[0]
+    assert sizes(load("gqa")) == [(40, 30)]
+    assert sizes(load("mmmu")) == [(21, 20), (22, 20), (23, 20)]
+    assert sizes(load("refcoco")) == [(532, 392)] and load("refcoco").meta["size"] == [532, 392]
+
+
+def test_mmmu_images_that_the_text_never_mentions_go_first(tmp_path):
+    row = MMMU_ROW | {"question": "See <image 3>, then <image 1>.", "options": "['a', 'b']"}
+    write(tmp_path, [("MMMU/validation", MMMU, [row])])
+    example = TASKS["mmmu"].load("test", root=str(tmp_path))[0]
+    assert text_of(example) == "<image>See <image>, then <image>.\nA. a\nB. b"
+    assert sizes(example) == [(22, 20), (23, 20), (21, 20)]
+    write(tmp_path, [("MMMU/validation", MMMU, [row | {"image_3": None}])])
+    with pytest.raises(ValueError, match="the question mentions <image 3> but the row has no image_3"):
+        TASKS["mmmu"].load("test", root=str(tmp_path))[0]
 
 
 def test_gqa_names_a_question_whose_image_is_missing(tmp_path):
