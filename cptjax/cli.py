@@ -1,9 +1,30 @@
-"""How every launcher ends: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+"""How every launcher begins and ends: configs by path, several hosts, and a user's mistake as one line and exit code 2."""
 
+import difflib
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from absl import app
+from absl import app, flags
+from ml_collections import config_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config_flag() -> flags.FlagHolder:
+    """`--config=configs/X.py[:argument]` and `--config.section.key=value`; configs may import each other from the root."""
+    sys.path.insert(0, str(ROOT))
+    return config_flags.DEFINE_config_file("config", None, "Config file, with its argument behind a colon.", lock_config=True)
+
+
+def distributed() -> None:
+    """Join the other hosts where the launcher says that there are some."""
+    if os.environ.get("CPTJAX_DISTRIBUTED"):
+        import jax
+
+        jax.distributed.initialize()
 
 
 def main(fn: Callable[[], None]) -> None:
@@ -14,14 +35,47 @@ def main(fn: Callable[[], None]) -> None:
             if argv[1:]:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value, see --help")
             fn()
-        except (ValueError, OSError) as e:
-            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-            sys.exit(2)
+        except (ValueError, OSError) as error:
+            _leave(error)
 
     def parse(argv: list[str]) -> list[str]:
         try:
             return app.parse_flags_with_usage(argv)
-        except SystemExit as e:
-            sys.exit(2 if e.code else 0)  # absl leaves with 1
+        except SystemExit as error:
+            sys.exit(2 if error.code else 0)  # absl leaves with 1
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+            _leave(_explained(error, argv))
 
     app.run(run, flags_parser=parse)
+
+
+def _leave(error: Any) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explained(error: Exception, argv: list[str]) -> str:
+    """An override of something that the config does not have: its nearest name."""
+    unknown = [a for a in argv if a.startswith("--config.")]
+    name = str(error).strip("'\"")
+    if not isinstance(error, AttributeError | KeyError) or not unknown:
+        return f"{type(error).__name__}: {error}" if not isinstance(error, ValueError | OSError) else str(error)
+    flag = next((a for a in unknown if name.split(".")[-1] in a), unknown[-1]).split("=")[0]
+    return f"{flag} does not exist in the config{_nearest(flag)}"
+
+
+def _nearest(flag: str) -> str:
+    try:
+        config = flags.FLAGS["config"].value
+    except (KeyError, flags.UnparsedFlagAccessError):
+        return ""
+    names = [f"--config.{path}" for path in _paths(config or {})]
+    close = difflib.get_close_matches(flag, names, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _paths(config: Any, before: str = "") -> list[str]:
+    out = []
+    for key, value in config.items():
+        out += [f"{before}{key}", *(_paths(value, f"{before}{key}.") if hasattr(value, "items") else ())]
+    return out

@@ -243,9 +243,7 @@ def write_config(cfg: Config, folder: Path, dtype: str) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
-def save(
-    params: Params, cfg: Config, folder: str | Path, processor: Any = None, dtype: str = "bfloat16", shard_bytes: float = 5e9
-) -> None:
+def save(params: Params, cfg: Config, folder: str | Path, processor: Any = None, dtype: str = "bfloat16", shard_bytes: float = 5e9) -> None:
     """Write a folder that transformers and vLLM load; adapters are merged; every process calls this, the first one writes."""
     plan = list(_planned(params, cfg))
     if jax.process_index() == 0:
