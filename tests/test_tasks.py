@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-from pathlib import Path
 
 import cloudpickle
 import datasets
@@ -14,9 +13,10 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
 from cptjax import scorers
+from cptjax.patches import Pixels
 from cptjax.scorers.instructions import follows
 from cptjax.scorers.puzzles import evaluate_arithmetic
-from cptjax.tasks import MAKERS, PAPER_A, TASKS, countdown, ifeval, jigsaw, refcoco, resolve
+from cptjax.tasks import MAKERS, PAPER_A, TASKS, countdown, ifeval, jigsaw, resolve, validate
 from cptjax.tasks.task import modal, parts, text_of
 
 STRING, INT, IMAGE = Value("string"), Value("int64"), ImageFeature()
@@ -314,6 +314,7 @@ def test_an_image_is_decoded_only_when_its_example_is_asked_for(tmp_path):
     assert len(examples) == 2 and examples[0].answer == "yes"
     with pytest.raises(ValueError, match="pathvqa/test, row 1: image: not an image"):
         examples[1]
+    assert [str(bad).partition(" (")[0] for bad in validate(examples)] == ["pathvqa/test:1: image: not an image that can be read"]
 
 
 def test_examples_survive_the_trip_to_a_worker_process(tmp_path):
@@ -489,17 +490,20 @@ def test_ifeval_says_how_many_rows_it_leaves_out(tmp_path, caplog):
     assert "ifeval/test: 1 rows with a constraint that can not be checked" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((640, 480), (644, 476)), ((4000, 3000), (1148, 840)), ((100, 60), (588, 364)), ((448, 448), (448, 448))],
-)
-def test_grounding_images_get_the_size_that_the_processor_would_choose(size, expected):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    width, height = refcoco.snap(*size, 200_704, 1_003_520)
-    assert (width, height) == expected
-    # a second pass through the processor changes nothing, so the stated pixels are those that the model sees
-    assert smart_resize(height, width, 28, 200_704, 1_003_520) == (height, width) == smart_resize(*size[::-1], 28, 200_704, 1_003_520)
+@pytest.mark.parametrize(("size", "limits"), [((320, 240), (200_704, 1_003_520)), ((640, 480), (3136, 50_000)), ((90, 200), (784, 10_000))])
+def test_boxes_are_pixels_of_the_image_that_the_processor_leaves_alone(tmp_path, size, limits):
+    """The stated box covers the coloured part of the image as the model sees it."""
+    image = Image.new("RGB", size, "black")
+    ImageDraw.Draw(image).rectangle((size[0] // 4, size[1] // 2, size[0] // 2 - 1, size[1] - 11), fill="white")
+    box = [size[0] // 4, size[1] // 2, size[0] // 4, size[1] // 2 - 10]
+    row = FIXTURES["refcoco"][0][0][2][0] | {"image": image, "bbox": list(map(float, box))}
+    write(tmp_path, [("RefCOCO/testA", REFCOCO, [row])])
+    task = MAKERS["refcoco"]("r", min_pixels=limits[0], max_pixels=limits[1])
+    example = task.load("test", root=str(tmp_path))[0]
+    shown = example.messages[0]["content"][0]["image"]
+    assert Pixels(*limits).size(*shown.size) == shown.size[::-1]
+    rows, columns = (np.flatnonzero((np.asarray(shown)[..., 0] > 127).any(axis)) for axis in (1, 0))
+    assert np.abs(np.array(example.answer) - [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).max() <= 1
 
 
 def test_resolve_prefers_the_config_and_names_the_nearest():
@@ -512,8 +516,3 @@ def test_resolve_prefers_the_config_and_names_the_nearest():
         resolve("p", {"p": {"task": "jigsaw", "rowz": 2}})
     with pytest.raises(ValueError, match="tasks.p.task: no task 'jigsow'; did you mean 'jigsaw'"):
         resolve("p", {"p": {"task": "jigsow"}})
-
-
-def test_tasks_never_import_jax():
-    for file in [*Path("cptjax/tasks").glob("*.py"), Path("cptjax/images.py")]:
-        assert "import jax" not in file.read_text() and "from jax" not in file.read_text(), file

@@ -6,24 +6,23 @@ Give the same limits as model.min_pixels and model.max_pixels. The public copy h
 """
 
 import functools
-import math
 from typing import Any
 
 from PIL import Image
 
 from cptjax.images import open_image
+from cptjax.patches import Pixels
 from cptjax.tasks import hub
 from cptjax.tasks.task import Task, ask
 from cptjax.types import Example
 
 SPLITS = {"train": "val", "validation": "testB", "test": "testA"}
 QUESTION = '<image>Locate "{expression}" in the image. Give its bounding box in pixels as [x1, y1, x2, y2].'
-MERGED = 28  # pixels: a merged patch
 
 
 def build(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Example:
     image = open_image(row["image"])
-    width, height = snap(image.width, image.height, min_pixels, max_pixels)
+    height, width = Pixels(min_pixels, max_pixels).size(image.width, image.height)
     x, y, w, h = row["bbox"]
     across, down = width / image.width, height / image.height
     left, top = round(x * across), round(y * down)
@@ -32,18 +31,6 @@ def build(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Example:
     meta = {"size": [width, height], "original_size": [image.width, image.height], "expressions": row["answer"]}
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return Example(str(row["question_id"]), ask(QUESTION.format(expression=expression), [resized]), box, str(box), meta=meta)
-
-
-def snap(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Returns the size that the processor chooses: multiples of 28, nearly the same shape, pixels within the limits."""
-    w, h = (max(MERGED, round(side / MERGED) * MERGED) for side in (width, height))
-    if w * h > max_pixels:
-        shrink = math.sqrt(width * height / max_pixels)
-        return tuple(max(MERGED, math.floor(side / shrink / MERGED) * MERGED) for side in (width, height))
-    if w * h < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        return tuple(math.ceil(side * grow / MERGED) * MERGED for side in (width, height))
-    return w, h
 
 
 def make(

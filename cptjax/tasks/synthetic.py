@@ -23,7 +23,7 @@ from PIL import Image
 
 from cptjax.tasks import drawing
 from cptjax.tasks.drawing import Draws
-from cptjax.tasks.families import FAMILIES, KEYS, Spec, classes
+from cptjax.tasks.families import FAMILIES, Spec, classes
 from cptjax.tasks.task import Task, ask, nearest
 from cptjax.types import Example
 
@@ -128,16 +128,6 @@ def styled_exact(prediction: str, answer: Any, meta: Any = None) -> float:
     """Is the prediction the answer, bare or after one of the known style prefixes? Nothing may follow it."""
     said, gold = (" ".join(text.split()).replace(" :", ":") for text in (prediction, str(answer)))
     return float(any(said == f"{style} {gold}".strip() for style in ("", *(style.replace(" :", ":") for style in STYLES))))
-
-
-def words(level: int = 3) -> list[str]:
-    """Returns every word and mark of the questions and answers up to a level, for a word-level tokenizer."""
-    found = set(" ".join(STYLES).split()) | set("what which where how is it the does many are there at each place tile belongs".split())
-    found |= set("colour shape one shapes left larger digit number eat plus minus ?".split()) | set(KEYS) | {str(n) for n in range(10)}
-    for family in FAMILIES:
-        for each in range(1, level + 1):
-            found |= {word for name in classes(Spec(family, each)) for word in name.split()}
-    return sorted(found)
 
 
 def make(

@@ -32,7 +32,6 @@ class Task:
     direct_suffix: str = ""
     forced_prefix: str = ""  # what evaluation forces to tell format from knowledge; "" = the template's
     also: tuple[str, ...] = ()  # further scorers reported beside `scorer`
-    prompt_limit: int | None = None  # tokens; None = the config's
 
 
 class Examples(Sequence[Example]):
@@ -44,10 +43,6 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self.order)
-
-    def where(self, index: int) -> tuple[str, int]:
-        """Returns where an example comes from, for messages."""
-        return f"{self.task}/{self.split}", int(self.order[index])
 
     def __getitem__(self, index: int) -> Example:
         if isinstance(index, slice):

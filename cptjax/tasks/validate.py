@@ -1,4 +1,8 @@
-"""What is wrong with a split, told before step 0: rows that can not be read, and images that do not open."""
+"""What is wrong with a split, told before step 0: rows that can not be read, and images that do not open.
+
+Every image is decoded, so a public dataset of a million rows takes hours; only a user's own sequences carry `where` and `bad`,
+by which a run knows which to check.
+"""
 
 import concurrent.futures
 import os
@@ -7,10 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from cptjax.patches import MAX_RATIO
 from cptjax.tasks.tables import BadRow
+from cptjax.tasks.task import Examples
 from cptjax.types import Example
 
-MAX_ASPECT = 200  # the image processor refuses longer strips
 SHOWN = 100
 
 
@@ -34,7 +39,7 @@ def check(examples: Sequence[Example], allowed: int = 0, say: Callable[[str], An
     if len(bad) > allowed:
         raise ValueError(f"{len(bad)} bad row(s), {allowed} allowed by data.bad_rows; the first: {bad[0]}")
     places = {(row.file, row.row) for row in bad}
-    good = [index for index in range(len(examples)) if examples.where(index) not in places]
+    good = [index for index in range(len(examples)) if origin(examples, index) not in places]
     if not good:
         raise ValueError(f"no good row is left; the first bad one: {bad[0]}")
     return Chosen(examples, good)
@@ -54,17 +59,24 @@ class Chosen(Sequence[Example]):
 
     def where(self, index: int) -> tuple[str, int]:
         """Returns the file and row of an example."""
-        return self.examples.where(self.indices[index])
+        return origin(self.examples, self.indices[index])
+
+
+def origin(examples: Sequence[Example], index: int) -> tuple[str, int]:
+    """Returns the file and row of an example; a public dataset's is the task and split."""
+    if isinstance(examples, Examples):
+        return f"{examples.task}/{examples.split}", int(examples.order[index])
+    return examples.where(index) if hasattr(examples, "where") else ("examples", index)
 
 
 def _problem(examples: Sequence[Example], index: int) -> BadRow | None:
-    file, row = examples.where(index)
+    file, row = origin(examples, index)
     try:
         for image in images_of(examples[index]):
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"an image of {image.width} x {image.height} pixels: one side is over {MAX_ASPECT} times the other")
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ValueError(f"an image of {image.width} x {image.height} pixels: one side is over {MAX_RATIO} times the other")
     except (ValueError, OSError) as error:
-        return BadRow(file, row, str(error).removeprefix(f"{file}:{row}: "))
+        return BadRow(file, row, str(error).removeprefix(f"{file}:{row}: ").removeprefix(f"{file}, row {row}: "))
     return None
 
 
