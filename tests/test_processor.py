@@ -9,6 +9,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
 
 from cptjax import batching, patches, processor, tokenizer, video
@@ -569,3 +570,47 @@ def test_vision_of_odd_configs():
     e = p.encode([user(picture(70, 50))])
     prompts, _ = collate([e], buckets=(64,))
     assert np.array_equal(features(prompts, 0, cfg), direct(e))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack):
+    """From pictures to logits: processor, rows and model against transformers' model on each conversation alone."""
+    torch = pytest.importorskip("torch")
+    import jax
+    import tiny as models
+
+    from cptjax import sharding
+    from cptjax.model import convert, qwen25_vl
+    from cptjax.model import text as language
+
+    for name, token in (("IMAGE", 5), ("VIDEO", 6), ("START", 3), ("END", 4)):
+        monkeypatch.setattr(models, name, token)
+    model, cfg = models.torch_model(), models.our_config()
+    p = processor.load(None, cfg, 56 * 56, 140 * 140)
+    rows = [p.encode([*m, says("it is red")] if m[-1]["role"] == "user" else m) for m in ROWS]
+    prompts, _ = collate(rows, buckets=(64, 128), shards=1 if pack else 2, side="right", pack=pack)
+    flat = {convert.released(n): x.detach().numpy() for n, x in model.named_parameters()}
+    params, declared = {}, convert.leaves(cfg)
+    for path, d in declared.items():
+        parts = [flat[n].reshape(e.shape[0], -1) for n, e in convert.table(cfg).items() if e.path == path]
+        params[path] = np.stack([x.T if d.inputs else x for x in parts]).reshape(d.shape)
+    params = traverse_util.unflatten_dict(params)
+    assert sharding.abstract(qwen25_vl.params(cfg), np.float32) == jax.eval_shape(lambda: params)
+    logits = np.asarray(jax.jit(lambda p, x: qwen25_vl.forward(p, x, cfg) @ language.unembedding(p["text"]))(params, prompts))
+    for e in rows:
+        inputs = {"input_ids": torch.tensor(e.tokens[None]).long(), "mm_token_type_ids": torch.tensor(e.types[None]).int()}
+        for kind, pixels, grid in ((False, "pixel_values", "image_grid_thw"), (True, "pixel_values_videos", "video_grid_thw")):
+            if mine := [m for m in e.media if bool(m.seconds) == kind]:
+                inputs[pixels] = torch.tensor(np.concatenate([patches.normalise(m.patches, m.pixels) for m in mine]))
+                inputs[grid] = torch.tensor([m.grid for m in mine])
+                inputs |= {"second_per_grid_ts": torch.tensor([m.seconds for m in mine])} if kind else {}
+        with torch.no_grad():
+            wanted = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits[0].numpy()
+        found = [
+            logits[r][prompts.segments[r] == s]
+            for r in range(len(logits))
+            for s in range(1, prompts.segments[r].max() + 1)
+            if np.array_equal(prompts.tokens[r][prompts.segments[r] == s], e.tokens)
+        ]
+        assert len(found) == 1
+        np.testing.assert_allclose(found[0], wanted, atol=2e-4, rtol=0)
