@@ -23,9 +23,12 @@ def norm_params(depth: int, width: int) -> Param:
 
 
 def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Array:
-    """x [..., *in] -> [..., *out]; low-rank adapters are added where they are present."""
+    """x [..., *in] -> [..., *out]; low-rank adapters are added where they are present; integer weights carry a scale per output."""
     axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    y = jnp.tensordot(x, p["w"].astype(x.dtype), axes)
+    if "int8" in p:
+        y = jnp.tensordot(x, p["int8"].astype(x.dtype), axes) * p["scale"].astype(x.dtype)
+    else:
+        y = jnp.tensordot(x, p["w"].astype(x.dtype), axes)
     if "lora_a" in p:
         low = jnp.tensordot(x, p["lora_a"].astype(x.dtype), axes)
         y = y + jnp.tensordot(low, p["lora_b"].astype(x.dtype), 1) * lora_scale

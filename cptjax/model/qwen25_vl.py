@@ -1,23 +1,29 @@
 """Qwen2.5-VL as functions of (params, inputs): forward over rows, over groups, prefill and decode."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from cptjax.model import attention, text, vision
 from cptjax.model.config import Config
+from cptjax.sharding import constrain
 from cptjax.types import Array, Params, Prompts
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the layers: shared prompts and each response's own."""
+    """Keys and values, of the shared prompts and of each response's own tokens; with unstacked weights a tuple of one array per layer.
 
-    prompt_k: Array  # [L Q P K H]
-    prompt_v: Array
+    Heads stand before tokens, so that both products of attention read a head's keys and values in one piece.
+    """
+
+    prompt_k: Array | tuple[Array, ...]  # [L Q K P H] | L x [Q K P H]
+    prompt_v: Array | tuple[Array, ...]
     prompt_mask: Array  # [Q P]
-    own_k: Array  # [L Q G R K H]
-    own_v: Array
+    own_k: Array | tuple[Array, ...]  # [L Q G K R H] | L x [Q G K R H]
+    own_v: Array | tuple[Array, ...]
 
 
 def params(cfg: Config) -> Params:
@@ -68,39 +74,87 @@ def forward_group(p: Params, prompts: Prompts, responses: Array, cfg: Config, dt
 
 def prefill(p: Params, prompts: Prompts, cfg: Config, dtype: jnp.dtype = jnp.float32) -> tuple[Array, Array, Array]:
     """Left-padded prompts -> the last hidden states [Q D] and the prompt's keys and values [L Q P K H]."""
-    seg = prompts.segments
-    attend = lambda q, k, v: (attention.attend(q, k, v, seg, seg, causal=True, backend=cfg.attention), (k, v))
-    hidden, (keys, values) = text.run(p["text"], embed(p, prompts, cfg, dtype), prompts.positions, attend, cfg)
+    return prefill_embedded(p, embed(p, prompts, cfg, dtype), prompts.positions, prompts.segments, cfg)
+
+
+def prefill_embedded(p: Params, x: Array, positions: Array, segments: Array, cfg: Config) -> tuple[Array, Any, Any]:
+    """`prefill` of embedded prompts [Q P D]: the images are already in place."""
+    attend = lambda q, k, v: (attention.attend(q, k, v, segments, segments, causal=True, backend=cfg.attention), (k, v))
+    hidden, kept = text.run(p["text"], x, positions, attend, cfg)
+    keys, values = zip(*kept, strict=True) if isinstance(kept[0], tuple) else kept
     return hidden[:, -1], keys, values
 
 
-def decode_step(p: Params, tokens: Array, positions: Array, at: Array, cache: Cache, cfg: Config, dtype: jnp.dtype) -> tuple[Array, Cache]:
-    """One token [Q G] at position ids [Q G], stored at index `at` [Q] of the own caches -> hidden [Q G D] and the new cache."""
-    nq, g = tokens.shape
-    rope = text.angles(jnp.broadcast_to(positions[None], (3, nq, g)), cfg.text)
+def new_cache(keys: Any, values: Any, segments: Array, group: int, new: int, cfg: Config) -> Cache:
+    """The cache of prompts whose keys and values `prefill` returned, with room for `new` tokens of each response."""
+    place = lambda x, *axes: constrain(x, *((None,) * (x.ndim - len(axes))), *axes)
+    turn = lambda x: place(jnp.swapaxes(x, -2, -3), "batch", kv_axis(cfg), None, None)
+    prompt_k, prompt_v = (jax.tree.map(turn, x) for x in (keys, values))
+
+    def own(x):
+        *layer, q, kv, _, h = x.shape
+        return place(jnp.zeros((*layer, q, group, kv, new, h), x.dtype), "batch", None, kv_axis(cfg), None, None)
+
+    return Cache(prompt_k, prompt_v, segments > 0, *(jax.tree.map(own, x) for x in (prompt_k, prompt_v)))
+
+
+def kv_axis(cfg: Config) -> str | None:
+    """The logical axis of key/value heads; None where the mesh has more members of `model` than heads to cut."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "kv_heads" if mesh.empty or cfg.text.kv_heads % mesh.shape["model"] == 0 else None
+
+
+def decode_step(
+    p: Params, tokens: Array, positions: Array, at: Array, seen: Array, cache: Cache, cfg: Config, dtype: jnp.dtype
+) -> tuple[Array, Cache]:
+    """One token [Q G] at position ids [Q G], kept in column `at` of the own caches -> hidden [Q G D] and the new cache.
+
+    `at` is one number for all rows (an update in place, no scatter); `seen` [Q R] says which columns are a group's own past, `at` included.
+    """
+    rope = text.angles(jnp.broadcast_to(positions[None], (3, *tokens.shape)), cfg.text)
     x = text.embed(p["text"], tokens, dtype)
-    seen = (jnp.arange(cache.own_k.shape[3]) <= at[:, None])[:, None, None]
 
-    def step(carry, layer):
-        x, own_k, own_v = carry
-        weights, prompt_k, prompt_v, i = layer
-
+    def layer(x, weights, prompt_k, prompt_v, own_k, own_v, i):
         def attend(q, k, v):
-            put = lambda cache, new: _store(cache, new, i, at)
-            keys, values = put(own_k, k), put(own_v, v)
-            mine = lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False)
-            out = attention.attend_shared(q[:, :, None], prompt_k, prompt_v, mine(keys), mine(values), cache.prompt_mask, seen)
-            return out[:, :, 0], (keys, values)
+            keys, values = _store(own_k, k, i, at), _store(own_v, v, i, at)
+            mine = (lambda c: c) if i is None else (lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False))
+            out = attention.attend_cached(q, prompt_k, prompt_v, mine(keys), mine(values), cache.prompt_mask, seen)
+            return out, (keys, values)
 
-        x, (own_k, own_v) = text.block(weights, x, rope, attend, cfg)
-        return (x, own_k, own_v), None
+        return text.block(weights, x, rope, attend, cfg)
 
-    layers = (p["text"]["blocks"], cache.prompt_k, cache.prompt_v, jnp.arange(cfg.text.depth))
-    (x, own_k, own_v), _ = jax.lax.scan(step, (x, cache.own_k, cache.own_v), layers, unroll=cfg.text.depth if cfg.unroll else 1)
+    blocks = p["text"]["blocks"]
+    if isinstance(blocks, tuple):
+        kept = []
+        for weights, *rest in zip(blocks, cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v, strict=True):
+            x, new = layer(x, weights, *rest, None)
+            kept.append(new)
+        own_k, own_v = zip(*kept, strict=True)
+    else:
+
+        def step(carry, xs):
+            x, own_k, own_v = carry
+            weights, prompt_k, prompt_v, i = xs
+            x, (own_k, own_v) = layer(x, weights, prompt_k, prompt_v, own_k, own_v, i)
+            return (x, own_k, own_v), None
+
+        layers = (blocks, cache.prompt_k, cache.prompt_v, jnp.arange(cfg.text.depth))
+        (x, own_k, own_v), _ = jax.lax.scan(step, (x, cache.own_k, cache.own_v), layers)
     return text.rms_norm(x, p["text"]["norm"], cfg.text.norm_eps), cache.replace(own_k=own_k, own_v=own_v)
 
 
-def _store(cache: Array, new: Array, layer: Array, at: Array) -> Array:
-    """Write new [Q G K H] at [layer, q, :, at[q]]."""
-    rows = jnp.arange(new.shape[0])
-    return cache.at[layer, rows, :, at].set(new, unique_indices=True, indices_are_sorted=True)
+def _store(cache: Array, new: Array, layer: Array | None, at: Array) -> Array:
+    """Write new [Q G K H] into column `at` of [Q G K R H], or of layer `layer` of [L Q G K R H]."""
+    new, start = new[:, :, :, None].astype(cache.dtype), (0, 0, 0, at, 0)
+    if layer is not None:
+        new, start = new[None], (layer, *start)
+    return jax.lax.dynamic_update_slice(cache, new, start)
+
+
+def unstack(p: Params, cfg: Config) -> Params:
+    """The text blocks as a tuple of layers where `cfg.unroll` asks for it: a loop over stacked weights copies each layer's before use."""
+    blocks = p["text"]["blocks"]
+    if not cfg.unroll or isinstance(blocks, tuple):
+        return p
+    layers = tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
+    return p | {"text": p["text"] | {"blocks": layers}}

@@ -14,6 +14,7 @@ from cptjax.sharding import Param, constrain
 from cptjax.types import Array, Params
 
 MLP = ("gate", "up", "down")
+LINEARS = ("q", "k", "v", "o", *MLP)
 
 
 def params(t: TextConfig) -> Params:
@@ -54,10 +55,16 @@ def block(p: Params, x: Array, rope: Array, attend: Callable, cfg: Config) -> tu
 
 
 def run(p: Params, x: Array, positions: Array, attend: Callable, cfg: Config) -> tuple[Array, Any]:
-    """All blocks and the final norm; what `attend` keeps is stacked over the layers."""
+    """All blocks and the final norm; what `attend` keeps is stacked over the layers (of a tuple of layers: listed)."""
     rope = angles(positions, cfg.text)
-    step = lambda x, layer: block(layer, x, rope, attend, cfg)
-    x, kept = jax.lax.scan(checkpoint(step, cfg.remat), x, p["blocks"])
+    step = checkpoint(lambda x, layer: block(layer, x, rope, attend, cfg), cfg.remat)
+    if isinstance(p["blocks"], tuple):
+        kept = []
+        for layer in p["blocks"]:
+            x, new = step(x, layer)
+            kept.append(new)
+    else:
+        x, kept = jax.lax.scan(step, x, p["blocks"])
     return rms_norm(x, p["norm"], cfg.text.norm_eps), kept
 
 

@@ -1,0 +1,173 @@
+"""Rollouts on the training mesh with the training weights: each prompt read once, its responses drawn in one loop on the device.
+
+With `slots`, a pool of groups is decoded; every `check_every` steps the finished ones hand in their tokens and the next prompts of
+the queue take their places:
+
+    slots    steps 0 .. k     k .. 2k      2k .. 3k
+      0      prompt 0         prompt 0     prompt 3
+      1      prompt 1         prompt 2     prompt 2        (prompt 1 was done within the first k steps)
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptjax import pool as pools
+from cptjax import sampling, sharding
+from cptjax.model.config import Config
+from cptjax.pool import Draws, Plan
+from cptjax.sharding import constrain
+from cptjax.types import Array, Params, Prompts, Rollouts
+
+
+def sample(
+    params: Params, prompts: Prompts, key: Array, cfg: Config, *, group: int, max_new: int, temperature: float = 1.0, top_p: float = 1.0,
+    top_k: int = 0, min_p: float = 0.0, stop: tuple[int, ...] | None = None, limits: np.ndarray | None = None,
+    rows: np.ndarray | None = None, slots: int = 0, check_every: int = 16, dtype: Any = jnp.bfloat16,
+) -> Rollouts:  # fmt: skip
+    """`group` responses to each left-padded prompt, as row q * group + g; call it under `jax.set_mesh` where there is a mesh.
+
+    Equal (key, rows, weights) give equal responses whatever the batch, its order, the slots and the mesh, up to float rounding.
+    stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none. limits: [Q] or [Q G] tokens at most, 0 = a padding row.
+    rows: [Q] each prompt's number in the run; None = its place here. slots: groups decoded at a time, 0 = all.
+    `params` may come from `layout.prepare`. `temperature` 0 takes the likeliest token.
+    """
+    plan = Plan(group, max_new, check_every, jnp.dtype(dtype))
+    stops = cfg.eos if stop is None else tuple(stop)
+    limits, rows = _check(prompts, cfg, plan, stops, limits, rows, slots)
+    drawn = draws(key, cfg, stops, temperature, top_k, top_p, min_p)
+    if slots and slots < prompts.tokens.shape[0]:
+        return in_turns(params, prompts, limits, rows, drawn, cfg, plan, slots)[0]
+    return at_once(params, prompts, limits, rows, drawn, cfg, plan)
+
+
+def draws(
+    key: Array, cfg: Config, stops: tuple[int, ...], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Draws:
+    """Checked settings as traced arrays."""
+    return Draws(key, sampling.controls(temperature, top_k, top_p, min_p, forbidden(cfg, stops)), jnp.asarray(stops, jnp.int32))
+
+
+def forbidden(cfg: Config, stops: tuple[int, ...]) -> np.ndarray:
+    """[V] tokens that are never drawn: those only the processor may write, and padding unless it ends a row."""
+    out = np.zeros(cfg.text.vocab, bool)
+    out[[t for t in (*cfg.vision_tokens, cfg.pad) if t not in stops and t < cfg.text.vocab]] = True
+    return out
+
+
+def cache_bytes(cfg: Config, prompts: int, prompt: int, group: int, new: int, dtype: Any = jnp.bfloat16, shared: bool = True) -> int:
+    """Bytes of keys and values of `prompts` prompts of `prompt` tokens with `group` responses; not `shared`: a prompt copy per response."""
+    tokens = prompt + group * new if shared else group * (prompt + new)
+    return 2 * cfg.text.depth * cfg.text.kv_heads * cfg.text.head_dim * jnp.dtype(dtype).itemsize * prompts * tokens
+
+
+def _check(
+    prompts: Prompts, cfg: Config, plan: Plan, stops: tuple[int, ...], limits: Any, rows: Any, slots: int
+) -> tuple[Array, Array]:
+    """Refuse what cannot be sampled; limits and row numbers [Q G] where the prompts are."""
+    q, p = prompts.tokens.shape
+    if plan.group < 1 or plan.max_new < 1 or plan.check_every < 1:
+        given = f"group={plan.group} max_new_tokens={plan.max_new} check_every={plan.check_every}"
+        raise ValueError(f"rollout {given}: each must be at least 1")
+    if not stops:
+        raise ValueError("no stop token: the model names no end token; give stop=(id, ...), or stop=(-1,) to run every row to its limit")
+    if slots < 0 or slots % _shards():
+        raise ValueError(f"rollout.slots={slots}: expected a multiple of the {_shards()} batch shards, or 0 for the whole batch")
+    limits = per_row(limits, plan.max_new, q, plan.group, "limits")
+    rows = per_row(rows, None, q, plan.group, "rows")
+    lengths = np.asarray(_lengths(prompts.segments, limits))
+    if lengths[0] == 0:
+        raise ValueError("a prompt is empty; give it text or an image (padding rows: limits=0)")
+    if p + plan.max_new > cfg.text.max_positions < lengths[1] + plan.max_new:
+        raise ValueError(
+            f"a prompt of {lengths[1]} tokens and {plan.max_new} new ones exceed the model's {cfg.text.max_positions} positions; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    return limits, rows
+
+
+@jax.jit
+def _lengths(segments: Array, limits: Array) -> Array:
+    """Tokens of the shortest prompt that is not padding, and of the longest."""
+    count = jnp.sum(segments > 0, 1)
+    return constrain(jnp.stack([jnp.min(jnp.where(limits[:, 0] > 0, count, segments.shape[1])), jnp.max(count)]), None)
+
+
+def per_row(given: Any, default: int | None, q: int, group: int, name: str) -> Array:
+    """[Q] or [Q G] host numbers of this process's prompts -> [Q G] on the mesh; rows of one prompt are numbered one after the other."""
+    if given is None:
+        rows = jnp.arange(q * group, dtype=jnp.int32).reshape(q, group)
+        return rows if default is None else jnp.full_like(rows, default)
+    x = np.asarray(given)
+    if name == "rows":
+        x = x.reshape(-1, 1) * group + np.arange(group)
+    x = np.broadcast_to(x if x.ndim == 2 else x[:, None], (len(x), group)).astype(np.int32)
+    mesh = jax.sharding.get_mesh()
+    out = sharding.place(x, None if mesh.empty else mesh)
+    if out.shape[0] != q:
+        raise ValueError(f"{name} has {out.shape[0]} prompts, the batch has {q}")
+    return out
+
+
+def _shards() -> int:
+    mesh = jax.sharding.get_mesh()
+    return 1 if mesh.empty else sharding.batch_shards(mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "plan"))
+def at_once(params: Params, prompts: Prompts, limits: Array, rows: Array, draws: Draws, cfg: Config, plan: Plan) -> Rollouts:
+    """All prompts in one program that ends when every row has."""
+    weights = pools.cast(params, cfg, plan)
+    pool = pools.admit(weights, pools.queue(weights, prompts, limits, rows, cfg, plan), jnp.zeros((), jnp.int32), draws, cfg, plan)
+    last = plan.max_new - 1
+    busy = lambda pool: (pool.step < last) & ~jnp.all(pool.done)
+    turn = lambda pool: pools.advance(weights, pool, jnp.minimum(plan.check_every, last - pool.step), draws, cfg, plan)
+    return pools.rollouts(pools.results(jax.lax.while_loop(busy, turn, pool)), cfg)
+
+
+def in_turns(
+    params: Params, prompts: Prompts, limits: Array, rows: Array, draws: Draws, cfg: Config, plan: Plan, slots: int
+) -> tuple[Rollouts, int]:
+    """`slots` groups at a time, their places refilled from the queue; also the number of decode steps."""
+    weights = _weights(params, cfg, plan)
+    queue = _queue(weights, prompts, limits, rows, cfg, plan)
+    count, shards = queue.segments.shape[0], _shards()
+    batch = shards * max(1, slots // shards // 8)  # prompts read at a time when places become free
+    pool, out = _open(weights, queue, np.arange(slots), draws, cfg, plan), None
+    waiting = slots
+    while True:
+        pool = _turn(weights, pool, draws, cfg, plan)
+        idle = np.flatnonzero(np.asarray(_idle(pool)))
+        if len(idle) == slots and waiting == count:
+            return _close(pool, out, count, cfg), int(pool.step)
+        idle = idle[: count - waiting]
+        if len(idle):
+            out = _hand_in(pool, out, count)
+        for at in range(0, len(idle), batch):
+            places = idle[at : at + batch]
+            entries = waiting + np.arange(len(places))
+            waiting += len(places)
+            fill = lambda x: np.resize(x, batch)  # over again, into the same places
+            pool = _refill(weights, pool, queue, fill(places), fill(entries), draws, cfg, plan)
+
+
+_static = {"static_argnames": ("cfg", "plan")}
+_weights = jax.jit(pools.cast, **_static)
+_queue = jax.jit(pools.queue, **_static)
+_open = jax.jit(
+    lambda weights, queue, entries, draws, cfg, plan: pools.admit(
+        weights, pools.take(queue, entries), jnp.zeros((), jnp.int32), draws, cfg, plan
+    ),
+    **_static,
+)
+_refill = jax.jit(pools.refill, donate_argnames="pool", **_static)
+_turn = jax.jit(
+    lambda weights, pool, draws, cfg, plan: pools.advance(weights, pool, plan.check_every, draws, cfg, plan),
+    donate_argnames="pool", **_static,
+)  # fmt: skip
+_idle = jax.jit(lambda pool: constrain(jnp.all(pool.done, 1), None))
+_hand_in = jax.jit(pools.hand_in, donate_argnames="out", static_argnames="count")
+_close = jax.jit(lambda pool, out, count, cfg: pools.rollouts(pools.hand_in(pool, out, count), cfg), static_argnames=("count", "cfg"))

@@ -1,0 +1,235 @@
+"""Rollouts: equal to transformers' greedy search, to the trainer's log-probabilities, and to themselves however they are scheduled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cptjax import layout, logps, sampler, sharding
+from cptjax.model import qwen25_vl, text
+from cptjax.model.config import Config
+
+ROWS = [
+    [5, tiny.Image(4, 4), 3], [9], [3, tiny.Image(6, 10), 2, tiny.Image(4, 8), 4], [14], [2, tiny.Image(8, 8), 6], [4],
+    [7, tiny.Image(2, 2), 1], [11],
+]  # fmt: skip
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    return tiny.our_config(text={"eos_token_id": [2, 7]})
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    """Random weights with logits wide enough that tokens differ."""
+    tree = sharding.init(qwen25_vl.params(cfg), jax.random.key(0), jnp.float32)
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, tree)
+
+
+def prompts(cfg, rows=ROWS, shards=1):
+    rng = np.random.default_rng(0)
+    return tiny.prompts([tiny.draw(r, cfg, rng) for r in rows], cfg, shards=shards)
+
+
+def run(params, prompts, cfg, key=KEY, **kwargs):
+    settings = {"group": 3, "max_new": 12, "check_every": 4, "dtype": jnp.float32} | kwargs
+    return jax.tree.map(np.asarray, sampler.sample(params, prompts, key, cfg, **settings))
+
+
+def same(a, b, atol=1e-4):
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    np.testing.assert_allclose(a.logps, b.logps, atol=atol)
+    np.testing.assert_allclose(a.policy_logps, b.policy_logps, atol=atol)
+
+
+def trainer_logps(params, prompts, tokens, cfg, group):
+    """What the training step computes for the same tokens."""
+    hidden = qwen25_vl.forward_group(params, prompts, jnp.asarray(tokens).reshape(-1, group, tokens.shape[1]), cfg)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return np.asarray(logps.token_logps(flat, text.unembedding(params["text"]), tokens.reshape(-1))[0]).reshape(tokens.shape)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 0.0}], ids=str)
+def test_policy_logps_equal_the_trainers(cfg, params, settings, unroll):
+    cfg = dataclasses.replace(cfg, unroll=unroll)
+    out = run(params, prompts(cfg), cfg, **settings)
+    want = trainer_logps(params, prompts(cfg), out.tokens, cfg, 3)
+    np.testing.assert_allclose(out.policy_logps, np.where(out.mask, want, 0), atol=1e-4)
+    if not settings:  # the two differ by the forbidden tokens' share only
+        assert (out.logps >= out.policy_logps - 1e-6).all() and np.abs(out.logps - out.policy_logps).max() < 0.3
+    assert not np.isin(out.tokens[out.mask], [*cfg.vision_tokens, cfg.pad]).any()
+
+
+def test_mask_ends_with_the_stop_token_or_the_limit(cfg, params):
+    """Several stop ids, each row to its own limit, blanks behind the end."""
+    stops, limits = tuple(range(2, 60)), np.arange(24).reshape(8, 3) % 12 + 1
+    out = run(params, prompts(cfg), cfg, stop=stops, limits=limits)
+    length = out.mask.sum(1)
+    for row, n, limit, ended in zip(out.tokens, length, limits.reshape(-1), out.finished, strict=True):
+        assert ended == (row[n - 1] in stops) and (ended or n == limit) and n <= limit
+        assert not np.isin(row[: n - 1], stops).any() and (row[n:] == cfg.pad).all()
+    assert out.finished.any() and not out.finished.all()
+    np.testing.assert_array_equal(out.mask, np.arange(12) < length[:, None])
+    assert (out.logps[~out.mask] == 0).all() and (out.policy_logps[~out.mask] == 0).all()
+
+
+def test_shared_prompt_equals_copied_prompts(cfg, params):
+    """A group of three is three groups of one with the same row numbers."""
+    once = run(params, prompts(cfg), cfg)
+    for g in range(3):
+        # row number = prompt number * group + g, so one response of prompt number n alone is row n
+        alone = run(params, prompts(cfg), cfg, group=1, rows=np.arange(8) * 3 + g)
+        same(alone, jax.tree.map(lambda x: x.reshape(8, 3, *x.shape[1:])[:, g], once))  # noqa: B023
+
+
+def test_seed_greedy_and_group(cfg, params):
+    out, again, other = run(params, prompts(cfg), cfg), run(params, prompts(cfg), cfg), run(params, prompts(cfg), cfg, jax.random.key(8))
+    same(out, again, 0)
+    assert (out.tokens != other.tokens).any(1).mean() > 0.9
+    first = out.tokens[:, 0].reshape(8, 3)
+    assert all(len(set(row)) > 1 for row in first)
+    greedy = run(params, prompts(cfg), cfg, temperature=0.0)
+    same(greedy, run(params, prompts(cfg), cfg, jax.random.key(8), temperature=0.0), 0)
+    assert (greedy.tokens.reshape(8, 3, -1) == greedy.tokens.reshape(8, 3, -1)[:, :1]).all()
+
+
+@pytest.mark.parametrize("slots, unroll", [(1, False), (3, True), (5, True)])
+def test_slots_do_not_change_rows(cfg, params, slots, unroll):
+    stops = tuple(range(2, 40))
+    whole = run(params, prompts(cfg), cfg, stop=stops)
+    same(whole, run(params, prompts(cfg), dataclasses.replace(cfg, unroll=unroll), stop=stops, slots=slots, check_every=3))
+
+
+def test_batch_split_does_not_change_rows(cfg, params):
+    whole = run(params, prompts(cfg, [[9], [14], [4], [11]]), cfg, rows=np.array([4, 5, 6, 7]))
+    drawn = [tiny.draw(r, cfg, rng) for rng in [np.random.default_rng(0)] for r in ([9], [14], [4], [11])]
+    parts = [run(params, tiny.prompts(drawn[i : i + 2], cfg), cfg, rows=np.array([4, 5]) + i) for i in (0, 2)]
+    same(whole, jax.tree.map(lambda *x: np.concatenate(x), *parts))
+
+
+@pytest.mark.parametrize("shape, slots", [((8, 1, 1), 0), ((2, 2, 2), 0), ((1, 4, 2), 4), ((1, 1, 8), 3)], ids=str)
+def test_meshes_do_not_change_rows(cfg, params, shape, slots):
+    """One device and eight: rows over data and fsdp, heads over model where there are enough."""
+    mesh = sharding.make_mesh(*shape)
+    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+    shards = sharding.batch_shards(mesh)
+    whole = run(params, prompts(cfg), cfg, rows=np.arange(8) + 3)
+    placed = jax.device_put(params, sharding.shardings(qwen25_vl.params(cfg), mesh, rules))
+    batch = prompts(cfg, shards=shards)
+    batch = batch.replace(
+        positions=sharding.place(batch.positions, mesh, lambda _: (None, "batch", None)),
+        **{f: sharding.place(getattr(batch, f), mesh) for f in ("tokens", "segments", "slots", "vision")},
+    )
+    with jax.set_mesh(mesh):
+        if shape == (2, 2, 2):
+            placed = layout.prepare(placed, cfg, dtype=jnp.float32, gather=True)
+            assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(placed))
+        same(whole, run(placed, batch, cfg, rows=np.arange(8) + 3, slots=slots))
+
+
+def test_a_long_row_does_not_hold_up_the_queue(cfg, params):
+    """256 prompts, one of them ten times longer than the rest, wherever it stands: under 1.5 times the steps of the ideal schedule."""
+    count, slots, every, n = 256, 8, 4, 18
+    batch = prompts(cfg, [[3]] * count)
+    for at in (0, 128, 255):
+        limits = np.full(count, n)
+        limits[at] = 10 * n
+        plan = sampler.Plan(1, 10 * n, every, jnp.dtype(jnp.float32))
+        draws = sampler.draws(KEY, cfg, (-1,))
+        shaped, rows = sampler.per_row(limits, None, count, 1, "limits"), sampler.per_row(None, None, count, 1, "rows")
+        out, steps = sampler.in_turns(params, batch, shaped, rows, draws, cfg, plan, slots)
+        ideal = max(limits.max(), -(-limits.sum() // slots))
+        assert steps < 1.5 * ideal, (at, steps, ideal)
+        np.testing.assert_array_equal(np.asarray(out.mask).sum(1), limits)
+
+
+def test_another_setting_does_not_compile_again(cfg, params):
+    run(params, prompts(cfg), cfg)
+    before = sampler.at_once._cache_size()
+    for settings in ({"temperature": 0.3}, {"temperature": 0.0}, {"top_k": 4, "top_p": 0.5, "min_p": 0.1}, {"stop": (9, 11)}):
+        run(params, prompts(cfg), cfg, jax.random.key(3), **settings)
+    assert sampler.at_once._cache_size() == before
+
+
+def test_cache_is_small_and_as_large_as_computed(cfg, params):
+    """16 responses of 100 tokens to a prompt of 1,000: under a fifth of copied prompts."""
+    sizes = [sampler.cache_bytes(cfg, 64, 1000, 16, 100, shared=shared) for shared in (True, False)]
+    assert sizes[1] > 5 * sizes[0]
+    batch = prompts(cfg)
+    _, k, v = qwen25_vl.prefill(params, batch, cfg)
+    cache = qwen25_vl.new_cache(k, v, batch.segments, 3, 12, cfg)
+    held = sum(x.nbytes for x in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v))
+    assert held == sampler.cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
+
+
+def test_integer_weights_stay_near_the_policy(cfg, params):
+    pytest.importorskip("qwix")
+    gentle = jax.tree.map(lambda x: x / 2 if x.ndim > 1 else x, params)
+    for unroll in (False, True):
+        c = dataclasses.replace(cfg, unroll=unroll)
+        out = run(layout.prepare(gentle, c, dtype=jnp.float32, int8=True), prompts(cfg), c)
+        want = trainer_logps(gentle, prompts(cfg), out.tokens, cfg, 3)
+        mismatch = np.abs(out.policy_logps - want)[out.mask].mean()
+        assert 0 < mismatch < 0.05, mismatch
+
+
+def test_integer_weights_name_the_missing_package(cfg, params, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package qwix"):
+        layout.prepare(params, cfg, int8=True)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"max_new": 0}, "max_new_tokens=0"), ({"group": 0}, "group=0"), ({"check_every": 0}, "check_every=0"),
+     ({"stop": ()}, "no stop token"), ({"max_new": 2000}, "2000 new ones exceed the model's 1024 positions"), ({"top_p": 0.0}, "top_p=0.0"),
+     ({"temperature": -1.0}, "temperature=-1"), ({"slots": -1}, "slots=-1"), ({"limits": np.ones(5)}, "limits has 5 prompts, the batch has 8"), ({"rows": np.ones(3)}, "rows has 3")],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_bad_input_is_one_line(cfg, params, change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run(params, prompts(cfg), cfg, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_prompt_is_refused_unless_it_is_padding(cfg, params):
+    batch = prompts(cfg, [[9], [4]])
+    batch.segments[1] = 0
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        run(params, batch, cfg)
+    out = run(params, batch, cfg, limits=np.array([12, 0]))
+    assert out.mask[:3].any() and not out.mask[3:].any() and not out.finished[3:].any()
+    same(jax.tree.map(lambda x: x[:3], out), run(params, prompts(cfg, [[9]]), cfg))
+
+
+def test_greedy_equals_transformers(tmp_path):
+    """100 prompts: text, one image, several images, mixed lengths, rows that end early."""
+    torch = pytest.importorskip("torch")
+    from cptjax.model import convert
+
+    rng = np.random.default_rng(0)
+    image = lambda: tiny.Image(2 * int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)))
+    row = lambda i: [int(rng.integers(2, 20))] + [p for _ in range(i % 4) for p in (image(), int(rng.integers(1, 6)))]
+    for tied in (False, True):
+        cfg, model = tiny.our_config(tied=tied), tiny.torch_model(int(tied), tied=tied)
+        model.save_pretrained(tmp_path / str(tied))
+        params = convert.load(tmp_path / str(tied), cfg)
+        drawn = [tiny.draw(row(i), cfg, rng) for i in range(50)]
+        ours = lambda *stop: run(params, tiny.prompts(drawn, cfg), cfg, group=1, max_new=16, temperature=0.0, stop=stop)  # noqa: B023
+        stops = [int(t) for t in np.unique(ours(*[-1] * 6).tokens[:, 5])[:6]]  # tokens that do come up: some rows end early
+        out = ours(*stops)
+        with torch.no_grad():
+            theirs = model.generate(
+                **tiny.hf_inputs(drawn, cfg), do_sample=False, max_new_tokens=16, eos_token_id=stops, pad_token_id=cfg.pad,
+                suppress_tokens=[*cfg.vision_tokens, cfg.pad],
+            ).numpy()  # fmt: skip
+        width = out.mask.sum(1).max()
+        np.testing.assert_array_equal(out.tokens[:, :width], theirs[:, -width:])
+        assert 5 < out.finished.sum() < 50
