@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ def main(fn: Callable[[], None]) -> None:
     """Run `fn` after absl has parsed the flags."""
 
     def run(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
         try:
             if argv[1:]:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value, see --help")
@@ -40,13 +41,20 @@ def main(fn: Callable[[], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(argv)
-        except SystemExit as error:
-            sys.exit(2 if error.code else 0)  # absl leaves with 1
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            _leave(_last_line(error))
         except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
             _leave(_explained(error, argv))
 
     app.run(run, flags_parser=parse)
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong, without the traceback that a config's own error carries."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    head = lines[0].removesuffix("Error whilst parsing config file:")
+    return lines[0] if len(lines) == 1 else f"{head}{lines[-1].removeprefix('ValueError: ')}"
 
 
 def _leave(error: Any) -> None:

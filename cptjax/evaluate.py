@@ -1,6 +1,8 @@
 """One task, one model -> scored answers: the same decoding for every method, never teacher-forced."""
 
+import base64
 import dataclasses
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +11,8 @@ import jax
 import numpy as np
 
 from cptjax import console, metrics, multihost, runtime, scorers
-from cptjax.processor import Encoded
+from cptjax.batching import Encoded
+from cptjax.images import open_image
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime, Sampling
 from cptjax.types import Example, Params
@@ -46,6 +49,15 @@ def answer(
     return found, tokens
 
 
+def begun(encoded: Encoded, ids: Sequence[int]) -> Encoded:
+    """A prompt whose answer begins with these tokens."""
+    n, start = len(ids), int(encoded.positions.max()) + 1
+    text = np.broadcast_to(np.arange(start, start + n, dtype=encoded.positions.dtype), (3, n))
+    more = dict(tokens=np.asarray(ids), types=np.zeros(n), loss_mask=np.zeros(n, bool))
+    joined = {k: np.concatenate([getattr(encoded, k), v.astype(getattr(encoded, k).dtype)]) for k, v in more.items()}
+    return dataclasses.replace(encoded, positions=np.concatenate([encoded.positions, text], 1), **joined)
+
+
 def own_rows(n: int) -> list[int]:
     """The rows that this process answers; the last is answered again where the processes' shares would differ."""
     count, index = jax.process_count(), jax.process_index()
@@ -65,7 +77,8 @@ def take(
         texts, tokens = answer(rt, params, encoded, sampling, batch, key, bar)
         again: list[str] = []
         if forced:
-            prefixed = [rt.processor.encode(course.messages(e), generation=True, prefix=course.forced_prefix) for e in mine]
+            prefix = rt.processor.ids(course.forced_prefix)
+            prefixed = [begun(e, prefix) for e in encoded]
             again, more = answer(rt, params, prefixed, sampling, batch, key, bar)
             tokens += more
     records = course.score(texts, mine)
@@ -100,6 +113,18 @@ def rows(exam: Exam, common: Mapping[str, Any], mini: bool = False) -> list[dict
         scores = [r.score for r in exam.forced]
         out.append(line(metrics.FORCED, float(np.mean(scores)), exam.forced, stderr(scores)))
     return out
+
+
+def thumbnail(example: Example, side: int = 160) -> str | None:
+    """The first picture of an example as a data URI; None without one."""
+    found = [p["image"] for m in example.messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image"]
+    if not found:
+        return None
+    image = open_image(found[0])
+    image.thumbnail((side, side))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def predictions(exam: Exam, step: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cptjax import processor as processors
-from cptjax import sampler, sharding
+from cptjax import layout, sampler, sharding
 from cptjax.model import attention, convert, qwen25_vl, trainable
 from cptjax.model.config import PRESETS, Config, read
 from cptjax.processor import Encoded, Processor
@@ -54,6 +54,8 @@ class Sampling:
     max_new_tokens: int = 64
     slots: int = 0
     check_every: int = 16
+    gather: bool = False  # weights copied over fsdp while decoding
+    int8: bool = False  # eight-bit weights while decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,8 @@ def sample(
 ) -> Samples:
     """Answers to encoded prompts; `rows` are the prompts' numbers in the whole run, on which their randomness depends."""
     with jax.set_mesh(runtime.mesh):
+        if sampling.gather or sampling.int8:
+            params = layout.prepare(params, runtime.cfg, dtype=runtime.dtype, gather=sampling.gather, int8=sampling.int8)
         out = sampler.sample(
             params, runtime.prompts(encoded), key, runtime.cfg, rows=rows, group=sampling.group, max_new=sampling.max_new_tokens,
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,

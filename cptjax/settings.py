@@ -34,7 +34,7 @@ class Stage:
 def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config") -> ConfigDict:
     """A copy of the config with nested overrides; what the config does not know is refused."""
     out = ConfigDict(copy.deepcopy(config.to_dict()))
-    with out.unlocked():
+    with out.unlocked(), out.ignore_type():
         _merge(out, overrides, where)
     return out
 
@@ -46,7 +46,7 @@ def _merge(target: ConfigDict, overrides: Mapping[str, Any], where: str) -> None
             close = difflib.get_close_matches(key, list(target), 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(target))}"
             raise ValueError(f"{place} does not exist; {hint}")
-        if key in FREE and where == "config":
+        if key in FREE and isinstance(target[key], ConfigDict):
             target[key] = ConfigDict(value)
         elif isinstance(target[key], ConfigDict) and isinstance(value, Mapping | ConfigDict):
             _merge(target[key], value, place)

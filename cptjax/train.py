@@ -8,6 +8,7 @@ batch, so micro-batches, padding and devices can not change it:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cptjax import optim, sharding
+from cptjax import losses, optim, sharding
+from cptjax.losses import Loss
 from cptjax.metrics import Mean
 from cptjax.model import qwen25_vl, text, trainable
 from cptjax.model.config import Config
 from cptjax.types import Array, Batch, Params, TrainState
 
-# hidden [B A D], unembedding [D V], batch -> sum, count, metrics (each name a sum and a count)
-Loss = Callable[[Array, Array, Batch], tuple[Array, Array, dict[str, Mean]]]
+Objective = Callable[[Array, Array, Batch], Loss]  # hidden [B A D], unembedding [D V], batch; hashable, so programs are shared
 Penalty = Callable[[Params, Any], Array]  # trained parameters, its own arrays -> scalar
 
 
@@ -57,57 +58,79 @@ class Steps:
 
     begin: Callable[..., Total]  # trained, frozen, batch -> Total
     add: Callable[..., Total]  # Total, trained, frozen, batch -> Total
-    finish: Callable[..., tuple[TrainState, dict]]  # state, Total, extra -> state, metrics
+    finish: Callable[..., tuple[TrainState, dict]]  # state, Total, learning rate, extra -> state, metrics
     step: Callable[..., tuple[TrainState, dict]]  # all three for a batch of one micro-batch
 
-    def run(self, state: TrainState, frozen: Params, batches: Sequence[Batch], extra: Any = None) -> tuple[TrainState, dict]:
+    def run(self, state: TrainState, frozen: Params, batches: Sequence[Batch], lr: float, extra: Any = None) -> tuple[TrainState, dict]:
         """One optimiser step on the micro-batches of one batch."""
+        rate = jnp.float32(lr)
         if len(batches) == 1:
-            return self.step(state, frozen, batches[0], extra)
+            return self.step(state, frozen, batches[0], rate, extra)
         total = self.begin(state.params, frozen, batches[0])
         for batch in batches[1:]:
             total = self.add(total, state.params, frozen, batch)
-        return self.finish(state, total, extra)
+        return self.finish(state, total, rate, extra)
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """A tree of shardings that hashes."""
+
+    tree: Any
+    leaves: tuple
+
+    @staticmethod
+    def of(state: Any) -> "Places":
+        leaves, tree = jax.tree.flatten(state)
+        return Places(tree, tuple(x.sharding for x in leaves))
+
+    def pin(self, state: Any) -> Any:
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, self.tree.unflatten(self.leaves))
+
+    def pin_gradient(self, gradient: Params) -> Params:
+        """Each gradient beside its parameter: left to the compiler, every device gets the whole of it."""
+        if self.tree is None:
+            return gradient
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradient, self.tree.unflatten(self.leaves).params)
+
+
+@functools.lru_cache(maxsize=64)
 def make_steps(
-    cfg: Config, loss: Loss, optimizer: optim.Optimizer, like: Any, *, dtype: jnp.dtype, penalty: Penalty | None = None
+    cfg: Config, objective: Objective, optimizer: optim.Optimizer, places: Places, dtype: Any, penalty: Penalty | None = None
 ) -> Steps:
-    """The programs of a stage; `like` is the tree of the state's shardings (None on one device)."""
+    """The programs of a stage; stages that differ in numbers only share them. The state stays in its `places`."""
 
     def begin(trained: Params, frozen: Params, batch: Batch) -> Total:
-        def objective(trained):
+        def value(trained):
             params = cast(trainable.join(trained, frozen), dtype)
-            hidden = predicting_states(params, batch, cfg, dtype)
-            value, count, metrics = loss(hidden, text.unembedding(params["text"]), batch)
-            return value, (count, metrics)
+            loss = objective(predicting_states(params, batch, cfg, dtype), text.unembedding(params["text"]), batch)
+            return loss.sum, loss
 
-        (value, (count, metrics)), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
-        return Total(jax.tree.map(lambda g: g.astype(jnp.float32), gradient), value, count, metrics)
+        (_, loss), gradient = jax.value_and_grad(value, has_aux=True)(trained)
+        gradient = places.pin_gradient(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
+        return Total(gradient, loss.sum, loss.count, loss.metrics)
 
     def add(total: Total, trained: Params, frozen: Params, batch: Batch) -> Total:
-        return jax.tree.map(jnp.add, total, begin(trained, frozen, batch))
+        more = begin(trained, frozen, batch)
+        gradient = jax.tree.map(jnp.add, total.gradient, more.gradient)
+        return Total(gradient, total.loss + more.loss, total.count + more.count, losses.combine(total.metrics, more.metrics))
 
-    def finish(state: TrainState, total: Total, extra: Any) -> tuple[TrainState, dict]:
+    def finish(state: TrainState, total: Total, lr: Array, extra: Any) -> tuple[TrainState, dict]:
         count = jnp.maximum(total.count, 1)
         gradient = jax.tree.map(lambda g: g / count, total.gradient)
         metrics = dict(total.metrics, loss=Mean(total.loss, total.count))
         if penalty is not None:
-            value, slope = jax.value_and_grad(penalty)(state.params, extra)
+            more, slope = jax.value_and_grad(penalty)(state.params, extra)
             gradient = jax.tree.map(jnp.add, gradient, slope)
-            metrics["penalty"] = Mean(value, jnp.ones(()))
-        state, norms = optimizer.update(state, gradient, metrics["loss"].sum)
-        return state, metrics | norms
+            metrics["penalty"] = Mean(more, jnp.ones(()))
+        state, told = optimizer.update(state, gradient, total.loss, lr)
+        return places.pin(state), metrics | told
 
-    def step(state: TrainState, frozen: Params, batch: Batch, extra: Any) -> tuple[TrainState, dict]:
-        return finish(state, begin(state.params, frozen, batch), extra)
+    def step(state: TrainState, frozen: Params, batch: Batch, lr: Array, extra: Any) -> tuple[TrainState, dict]:
+        return finish(state, begin(state.params, frozen, batch), lr, extra)
 
-    out = None if like is None else (like, None)
     return Steps(
-        jax.jit(begin),
-        jax.jit(add, donate_argnums=0),
-        jax.jit(finish, donate_argnums=(0, 1), out_shardings=out),
-        jax.jit(step, donate_argnums=0, out_shardings=out),
+        jax.jit(begin), jax.jit(add, donate_argnums=0), jax.jit(finish, donate_argnums=(0, 1)), jax.jit(step, donate_argnums=0)
     )
 
 

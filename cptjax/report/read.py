@@ -13,7 +13,7 @@ from cptjax import metrics, summary
 from cptjax.matrix import Table
 
 SEED = re.compile(r"(seed|order)\d+(_(seed|order)\d+)?")
-ASIDE = {"base", "checkpoints", "rollouts", "predictions", "tensorboard", "wandb"}  # "base": the pre-stage that made the base model
+ASIDE = {"base", "hf", "checkpoints", "rollouts", "predictions", "tensorboard", "wandb"}  # "base": the pre-stage that made the base model
 QUIET = 300  # seconds without a write after which an unfinished run counts as stopped
 SAMPLE = 400_000  # bytes of a rollouts file that are read at its start and at its end
 

@@ -1,0 +1,74 @@
+"""The finding in minutes on a CPU: what you train on decides what is forgotten. Drawn tasks, a tiny model, no downloads.
+
+    bash launch/quickstart.sh                                                          # or
+    python launch/train.py --config=configs/demo.py --workdir=runs/demo
+
+A pre-stage trains a tiny Qwen2.5-VL to middling skill: it answers "it is red", "answer : red" or "i think red", and for half of
+the classes its labels are mostly wrong. Five arms then learn colour -> shape -> digit -> count, and comparison, jigsaw, facts
+and arithmetic are held apart as general knowledge:
+
+    sft_bare     SFT on bare labels ("red"), a form the base never uses
+    sft_style    SFT on labels in a form it often uses ("it is red")
+    iterative    SFT on its own correct answers, drawn anew every 40 steps
+    grpo         GRPO on its own answers
+    joint        SFT on bare labels of all four tasks at once
+
+Expected (three seeds, see README): sft_bare loses most of the general knowledge, iterative and grpo almost nothing, at about equal
+gain; and the forced-prefix column shows that much of that loss is form. `get_config("2")` is seed 2; `get_config("0,short")` is a
+few steps of everything.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import METHODS
+from configs.base import get_config as base
+
+TARGETS = ("colour", "shape", "digit", "count")
+HELD_APART = ("compare", "jigsaw2", "facts", "arithmetic")
+STYLES = {"it is": 0.4, "answer :": 0.3, "i think": 0.3}
+ROWS = 2000  # training images of a stage
+TEST = 192
+
+
+def _tasks(styles, bias, world, **more):
+    clean = ("facts", "arithmetic")
+    make = lambda f: dict(task="drawn", family=f, styles=styles, bias=0.0 if f in clean else bias, world=world, **more)
+    return {f: make(f) for f in (*TARGETS, *HELD_APART)}
+
+
+def _arm(base_method, lr, styles, world, **more):
+    return dict(method={**METHODS[base_method], **more.pop("method", {})}, train=dict(lr=lr), tasks=_tasks(styles, 0.0, world), **more)
+
+
+def get_config(arg="0"):
+    seed, *rest = arg.split(",")
+    short = "short" in rest
+    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1200
+    c = base()
+    c.name, c.seed = "demo", seed
+    c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
+    c.mesh.update(data=1, fsdp=1, model=1)
+    c.data.update(template="none", prompt_limit=48, buckets=(24, 48), limit=ROWS, prefetch=4)
+    c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0, seed))
+    c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
+    c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
+    c.rollout.update(group=8, max_new_tokens=8, check_every=8)
+    c.eval.update(general=HELD_APART, limit=16 if short else TEST, batch=192, max_new_tokens=8, forced_prefix=True, drift=0 if short else 64)
+    c.checkpoint.update(every=50, keep=2)
+    frozen = dict(model=dict(freeze=("vision", "merger")))
+    bare, style = {"": 1.0}, {"it is": 1.0}
+    own = dict(method=dict(self_samples=4, refresh=max(2, steps * 2 // 5)))
+    c.prestage = ConfigDict(dict(
+        name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55, seed),
+        method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=(1.0,) * 8),
+        train=dict(lr=2e-3, schedule="linear", warmup=0.04), eval=dict(before=False, limit=16 if short else 64, drift=0),
+    ))  # fmt: skip
+    c.arms = ConfigDict(dict(
+        sft_bare=_arm("sft", 3e-4, bare, seed, **frozen),
+        sft_style=_arm("sft", 3e-4, style, seed, **frozen),
+        iterative=_arm("iterative_sft", 1e-4, bare, seed, **frozen, **own),
+        grpo=_arm("grpo", 1e-4, bare, seed, method=dict(kl_coef=0.0), **frozen),
+        joint=_arm("sft", 3e-4, bare, seed, method=dict(name="joint"), stages=(dict(task=TARGETS, steps=4 * steps),), **frozen),
+    ))  # fmt: skip
+    c.arms.grpo.train.batch = 16  # prompts: 16 x 8 answers are as many sequences as the other arms' 128
+    return c

@@ -1,0 +1,51 @@
+"""How far a model has moved from its base: KL(base || now) per token, on the base's own answers to each task's prompts."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptjax import evaluate, metrics, multihost, runtime, train
+from cptjax.batches import groups, pieces, trimmed
+from cptjax.logps import distill_kl
+from cptjax.model import text
+from cptjax.types import Batch, Params
+
+
+@functools.lru_cache(maxsize=8)
+def _program(cfg: Any, dtype: Any, chunk: int) -> Callable:
+    def run(base: Params, now: Params, batch: Batch) -> jax.Array:
+        base, now = train.cast(base, dtype), train.cast(now, dtype)
+        flat = lambda params: (h := train.predicting_states(params, batch, cfg, dtype)).reshape(-1, h.shape[-1])
+        kl = distill_kl(flat(now), flat(base), text.unembedding(now["text"]), text.unembedding(base["text"]), chunk=chunk)
+        return jnp.where(batch.mask, kl.reshape(batch.mask.shape), 0)
+
+    return jax.jit(run)
+
+
+def rows(current: Any, number: int, task: str, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """The line of evals.csv for one task."""
+    c, rt = current.config, current.rt
+    course, examples = current.course(task, c), current.examples(task, "test", c)
+    share = max(rt.shards, -(-min(c.eval.drift, len(examples)) // jax.process_count() // rt.shards) * rt.shards)
+    mine = [min(i, len(examples) - 1) for i in range(jax.process_index() * share, (jax.process_index() + 1) * share)]
+    encoded = [rt.processor.encode(course.messages(examples[i]), generation=True) for i in mine]
+    sampling = runtime.Sampling(1, 1.0, max_new_tokens=c.eval.max_new_tokens, check_every=c.rollout.check_every)
+    key = jax.random.fold_in(jax.random.key(c.seed), 20_000)  # the base's answers are the same at every stage
+    sums: list[tuple[float, int]] = []
+    for p in pieces(len(mine), max(rt.shards, c.eval.batch // rt.shards * rt.shards)):
+        said = runtime.sample(rt, current.base(), encoded[p], key, np.asarray(mine[p]), sampling)
+        length = trimmed(said.mask, sampling.max_new_tokens)
+        batch = groups(rt, encoded[p], said.tokens, said.mask, length=length, extra={})
+        with jax.set_mesh(rt.mesh):
+            kl = runtime.sharding.local_rows(_program(rt.cfg, rt.dtype, c.train.chunk)(current.base(), current.params, batch))
+        sums += list(zip(kl.sum(1).tolist(), said.mask.sum(1).tolist(), strict=True))
+    every = multihost.together(multihost.gather(sums))
+    tokens = sum(n for _, n in every)
+    per_row = [s / n for s, n in every if n]
+    own = {"task": task, "metric": metrics.DRIFT, "value": sum(s for s, _ in every) / max(tokens, 1), "n": len(every)}
+    return [{**own, "stderr": evaluate.stderr(per_row), "scorer": "kl@1", "template": course.template.name, **common}]
+

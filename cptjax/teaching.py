@@ -1,0 +1,80 @@
+"""Teachers: the same network, or its past, whose distribution the student follows on its own answers.
+
+    SDFT    teacher = the network that has seen a demonstration, its weights an average of the student's past, its start, or now
+    LwF     teacher = the network at the stage's start, on the very same rows
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptjax import penalties, train
+from cptjax.batches import groups
+from cptjax.model import text
+from cptjax.prompting import Course
+from cptjax.runtime import Runtime
+from cptjax.types import Batch, Example, Params
+
+TEACHERS = ("ema", "frozen", "current")
+
+
+def demonstrated(course: Course, example: Example) -> list[dict[str, Any]]:
+    """The question with a demonstration behind it, and the request for an answer of one's own."""
+    *before, last = course.messages(example)
+    content = [{"type": "text", "text": last["content"]}] if isinstance(last["content"], str) else list(last["content"])
+    if not example.target:
+        return [*before, {**last, "content": content}]
+    hint = f"\n\nHere is how someone answered this well:\n{course.gold(example)}\n\nNow answer in your own words."
+    return [*before, {**last, "content": [*content, {"type": "text", "text": hint}]}]
+
+
+@functools.lru_cache(maxsize=16)
+def _states(cfg: Any, dtype: Any) -> Callable:
+    """A program for the teacher's predicting states [B A D] and its unembedding [D V]."""
+
+    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        params = train.cast(params, dtype)
+        return train.predicting_states(params, batch, cfg, dtype), text.unembedding(params["text"])
+
+    return jax.jit(run)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _average(teacher: Params, student: Params, rate: float) -> Params:
+    return penalties.interpolate(teacher, student, rate)
+
+
+class Teacher:
+    """Trained leaves of the teacher; frozen leaves are the student's."""
+
+    def __init__(self, rt: Runtime, courses: dict[str, Course], kind: str, rate: float, trained: Params, frozen: Params):
+        if kind not in TEACHERS or not 0 < rate <= 1:
+            raise ValueError(f"method.distill teacher={kind!r}, ema={rate}: expected one of {', '.join(TEACHERS)} and 0 < ema <= 1")
+        self.rt, self.courses, self.kind, self.rate, self.frozen = rt, courses, kind, rate, frozen
+        self.trained = jax.tree.map(jnp.copy, trained)
+
+    def follow(self, student: Params) -> None:
+        """After each step: move towards the student, or be it."""
+        if self.kind == "ema":
+            self.trained = _average(self.trained, student, self.rate)
+        elif self.kind == "current":
+            self.trained = jax.tree.map(jnp.copy, student)
+
+    def _see(self, batch: Batch) -> dict[str, jax.Array]:
+        hidden, unembed = _states(self.rt.cfg, self.rt.dtype)(train.trainable.join(self.trained, self.frozen), batch)
+        return {"teacher_hidden": hidden, "teacher_unembed": unembed}
+
+    def attach(self, batch: Batch, items: Sequence[Any], samples: Any) -> Batch:
+        """The batch with the states of the teacher that has seen the demonstrations."""
+        encode = lambda e: self.rt.processor.encode(demonstrated(self.courses[e.task], e), limit=max(self.rt.ladder))
+        tokens, mask = np.asarray(jax.device_get(batch.targets)), np.asarray(jax.device_get(batch.mask))
+        shown = groups(self.rt, [encode(i.example) for i in items], tokens, mask, length=tokens.shape[1], extra={})
+        return batch.replace(extra=batch.extra | self._see(shown))
+
+    def previous(self, batch: Batch) -> Batch:
+        """The batch with the teacher's states on the same rows."""
+        return batch.replace(extra=batch.extra | self._see(batch))
