@@ -1,5 +1,8 @@
 """The vision tower: patches in window order -> one feature per merged token."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +48,7 @@ def angles(positions: Array, v: VisionConfig) -> Array:
     return (positions[..., None].astype(jnp.float32) * freq).reshape(*positions.shape[:-1], quarter)
 
 
-def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array, cfg: Config) -> Array:
+def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array | bool, cfg: Config) -> Array:
     """q, k, v [rows P N H]: whole frames in the full blocks, windows of `window_slots` elsewhere."""
     slots = cfg.vision.window_slots
 
@@ -57,11 +60,13 @@ def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array, cfg: Confi
         out = attention.attend(cut(q), cut(k), cut(v), cut(frames), cut(frames), causal=False, backend="xla")
         return out.reshape(q.shape)
 
+    if isinstance(full, bool):
+        return whole(q, k, v) if full else windows(q, k, v)
     return jax.lax.cond(full, whole, windows, q, k, v)
 
 
-def block(p: Params, x: Array, rope: Array, frames: Array, full: Array, cfg: Config) -> Array:
-    """One block on rows x [rows P D]."""
+def block(p: Params, x: Array, rope: Array, frames: Array, full: Array | bool, cfg: Config) -> Array:
+    """One block on rows x [rows P D]; `full` may be traced."""
     qkv = linear(p["qkv"], rms_norm(x, p["norm1"], EPS), 1, cfg.lora_scale)
     q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in range(3))
     out = _attend(rotate(q, rope), rotate(k, rope), v, frames, full, cfg)
@@ -81,18 +86,33 @@ def grouped(blocks: Params) -> Params:
     return {k: v for k, v in blocks.items() if k not in MLP} | {"mlp": {k: blocks[k] for k in MLP}}
 
 
+def _period(v: VisionConfig) -> int:
+    """After how many blocks the tower repeats itself, a full block last (released models: 8); 0 if it does not."""
+    every = v.depth // max(1, len(v.full_blocks))
+    return every if v.full_blocks and v.full_blocks == tuple(range(every - 1, v.depth, every)) else 0
+
+
+def _through(blocks: Params, x: Array, step: Callable, cfg: Config) -> Array:
+    """Scan over the blocks; where they repeat, the kind of each is known, so no block stores what only the other kind needs."""
+    v, every = cfg.vision, _period(cfg.vision)
+    if not every:
+        full = jnp.asarray(np.isin(np.arange(v.depth), v.full_blocks))
+        return jax.lax.scan(checkpoint(lambda x, layer: step(x, *layer), cfg.remat), x, (blocks, full))[0]
+    window, whole = (checkpoint(functools.partial(step, full=full), cfg.remat) for full in (False, True))
+
+    def period(x, some):
+        x, _ = jax.lax.scan(window, x, jax.tree.map(lambda w: w[:-1], some))
+        return whole(x, jax.tree.map(lambda w: w[-1], some))
+
+    return jax.lax.scan(period, x, jax.tree.map(lambda w: w.reshape(-1, every, *w.shape[1:]), blocks))[0]
+
+
 def encode(tower: Params, merger: Params, vision: Vision, cfg: Config, dtype: jnp.dtype) -> Array:
     """-> features [S W*P/4 D_text], shard by shard."""
     s, w, slots, values = vision.patches.shape
     rows = lambda x: x.reshape(s * w, *x.shape[2:])
     x = constrain(linear(tower["patch"], rows(vision.patches).astype(dtype)), "batch", None, None)
     rope, frames = angles(rows(vision.positions), cfg.vision), rows(vision.frames)
-    full = np.isin(np.arange(cfg.vision.depth), cfg.vision.full_blocks)
-
-    def step(x, layer):
-        p, full = layer
-        return block(p, x, rope, frames, full, cfg), None
-
-    blocks = grouped(tower["blocks"])
-    x, _ = jax.lax.scan(checkpoint(step, cfg.remat), x, (blocks, jnp.asarray(full)))
+    step = lambda x, p, full: (block(p, x, rope, frames, full, cfg), None)
+    x = _through(grouped(tower["blocks"]), x, step, cfg)
     return merge(merger, x, cfg).reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width)
