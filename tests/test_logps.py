@@ -151,6 +151,18 @@ def test_bad_settings_are_one_clear_line(settings, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def no_cache():
+    """Programs for hardware that is not here can be written to jax's cache but not read back."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax looks at the switch once
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 def compiled_for_tpu(f, *shapes, mesh_shape=None, specs=None):
     pytest.importorskip("libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -172,6 +184,7 @@ SIZES = ((8192, 2048), jnp.bfloat16), ((2048, 151936), jnp.bfloat16), ((8192,), 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_cache")
 def test_memory_of_the_compiled_gradient_on_a_tpu():
     def gradients(chunk):
         return jax.grad(lambda h, w, t: logps.token_logps(h, w, t, chunk=chunk)[0].sum(), (0, 1))
@@ -182,6 +195,7 @@ def test_memory_of_the_compiled_gradient_on_a_tpu():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_cache")
 def test_on_a_tpu_mesh_the_unembedding_travels_once_and_logits_never():
     gradients = jax.grad(lambda h, w, t: logps.token_logps(h, w, t, chunk=512)[0].sum(), (0, 1))
     rows = ("data", "fsdp")
