@@ -1,0 +1,165 @@
+"""Before any accelerator is used: are the rows good, do prompts fit their limit, what does padding waste, will it fit?"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cptjax import batching, console, memory, settings, stage, survey, verify
+from cptjax.order import Order
+from cptjax.runtime import declare
+from cptjax.settings import Stage
+from cptjax.survey import Findings, lengths
+
+BAD = 20  # bad rows printed of one split
+STEPS = 500  # of a stage, whose padding is counted
+BINS, WIDTH = 12, 40  # of a histogram
+DEVICES = (1, 4, 8, 16, 64)  # where the mesh leaves their number open
+PROMPT = 1500  # characters printed of a prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """The batches of one length."""
+
+    length: int
+    batches: int
+    tokens: int  # that are not padding
+    slots: int
+
+    @property
+    def waste(self) -> float:
+        return 1 - self.tokens / self.slots
+
+
+def run(config: ConfigDict, rows: int | None = None) -> list[Findings]:
+    """Checks every run that a config describes and prints what it finds; more bad rows than allowed are a ValueError."""
+    if rows is not None and rows < 1:
+        raise ValueError(f"--rows={rows}: a number of rows >= 1 is expected")
+    plans = [(name, single, settings.stages(single)) for name, single in runs(config)]
+    for each in (each for _, _, stages in plans for each in stages):
+        stage.check(each)
+    found = survey_all(plans, rows, config.rewards.timeout)
+    for name, single, stages in plans:
+        for each in stages:
+            show_stage(name, single, each, [found[key(single, r)] for r in survey.trained(each)])
+    refuse(list(found.values()))
+    return list(found.values())
+
+
+def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """(name, config) of the pre-stage, if there is one, and of every arm, seed and order."""
+    own = settings.merge(config, {})
+    with own.unlocked():
+        own.prestage = ConfigDict()
+    before = settings.merge(own, config.prestage.to_dict(), "config.prestage") if len(config.prestage) else None
+    if before:
+        with before.unlocked():
+            before.arms = ConfigDict()
+    return [("base", before)] * bool(before) + settings.variants(own)
+
+
+def key(config: ConfigDict, reading: survey.Reading) -> tuple:
+    """Equal where two runs read the same rows in the same way."""
+    m = config.model
+    return reading, repr(config.tasks.to_dict().get(reading.task)), m.path, m.preset, m.min_pixels, m.max_pixels, lengths(config)
+
+
+def survey_all(plans: Sequence[tuple[str, ConfigDict, list[Stage]]], rows: int | None, timeout: float) -> dict[tuple, Findings]:
+    found: dict[tuple, Findings] = {}
+    pool = verify.Pool(processes=1, timeout=timeout)
+    try:
+        for name, config, stages in plans:
+            for reading in survey.readings(config, stages):
+                if key(config, reading) not in found:
+                    new = all((f.reading.task, f.reading.template) != (reading.task, reading.template) for f in found.values())
+                    found[key(config, reading)] = survey.look(config, reading, rows, pool)
+                    show(name, found[key(config, reading)], max(lengths(config)), prompts=new)
+    finally:
+        pool.close()
+    return found
+
+
+def refuse(found: Sequence[Findings]) -> None:
+    """Says in one line why a run would stop."""
+    for each in found:
+        allowed = each.reading.allowed
+        if len(each.bad) > allowed:
+            more = f"{len(each.bad)} bad rows, {allowed} allowed by data.bad_rows; the first: {each.bad[0]}"
+            raise ValueError(f"{each.name}: {more}")
+        if not each.rows:
+            raise ValueError(f"{each.name}: no good row; give the task data or take it out of the config")
+
+
+def padding(order: Order, sources: Sequence[np.ndarray], buckets: Sequence[int], pack: bool) -> list[Padding]:
+    """The padding of a stage's first batches, by row length; `sources` are the token counts of its lists."""
+    lengths: dict[int, list[tuple[int, int]]] = {}
+    for step in range(min(order.steps(1), STEPS)):
+        sizes = [int(sources[p.source][p.index]) for p in order.rows(step)]
+        length = batching.bucket(max(max(sizes), min(sum(sizes), max(buckets))) if pack else max(sizes), buckets)
+        rows = batching.step(1 + max(row for row, _ in batching.first_fit(sizes, length))) if pack else len(sizes)
+        lengths.setdefault(length, []).append((sum(sizes), rows * length))
+    return [Padding(n, len(all_), sum(t for t, _ in all_), sum(s for _, s in all_)) for n, all_ in sorted(lengths.items())]
+
+
+def histogram(title: str, values: Sequence[int], limit: int) -> list[str]:
+    """Text bars of how often each size occurs, and how near the largest comes to the limit."""
+    low, top = min(values), max(values)
+    width = -(-(top - low + 1) // BINS)
+    counts = np.bincount((np.asarray(values) - low) // width)
+    bar = lambda n: "#" * -(-n * WIDTH // int(counts.max()))
+    bars = (f"{low + i * width:>8}-{low + (i + 1) * width - 1:<7} {bar(n):<{WIDTH}} {n}" for i, n in enumerate(counts.tolist()))
+    middle, high = np.percentile(values, [50, 99]).astype(int)
+    return [f"{title}: median {middle}, 99 % up to {high}, longest {top} of {limit} ({top / limit:.0%})", *bars]
+
+
+def show(name: str, found: Findings, limit: int, prompts: bool) -> None:
+    """Prints one split: bad rows, sizes, prompts."""
+    counts = f"{found.read} of {found.total} rows read, {len(found.bad)} bad"
+    console.say(f"\n{_label(name)}{found.name}, template {found.reading.template}: {counts}")
+    for row in found.bad[:BAD]:
+        console.say(f"  {row}")
+    if len(found.bad) > BAD:
+        console.say(f"  and {len(found.bad) - BAD} more")
+    if not found.rows:
+        return
+    kind = "tokens of prompt and answer" if found.reading.answered else "tokens of the prompt"
+    lines = histogram(kind, found.tokens, limit)
+    if any(row.seen for row in found.rows):
+        lines += histogram("of them for pictures", [row.seen for row in found.rows], limit)
+    for i, prompt in enumerate(found.prompts if prompts else (), 1):
+        lines += [f"prompt {i} of {found.name}:", *("  | " + line for line in prompt[:PROMPT].splitlines())]
+    console.say("\n".join(lines))
+
+
+def _label(name: str) -> str:
+    return f"{name}: " if name else ""
+
+
+def show_stage(name: str, config: ConfigDict, each: Stage, found: Sequence[Findings]) -> None:
+    """Prints a stage's length, its padding and the memory that it is expected to take."""
+    c, read = each.config, tuple(len(f.rows) for f in found)
+    if not all(read):
+        return
+    order = lambda sizes: Order(sizes, c.train.batch, tuple(c.data.weights), seed=config.seed, stage=each.number)
+    sizes = tuple(f.total - len(f.bad) for f in found)
+    steps = each.steps or order(sizes).steps(each.epochs)
+    title = f"{_label(name)}stage {each.number} {each.name} ({c.method.name})"
+    console.say(f"\n{title}: {sum(sizes)} rows, batch {c.train.batch}, {steps} steps")
+    rows = padding(order(read), [f.tokens for f in found], lengths(c), c.data.pack)
+    total = Padding(0, sum(p.batches for p in rows), sum(p.tokens for p in rows), sum(p.slots for p in rows))
+    lines = [(str(p.length or "all"), str(p.batches), f"{p.waste:.0%}") for p in [*rows, total]]
+    console.table("batches by row length", ("row length", "batches", "padding"), lines)
+    show_memory(c, max(p.length for p in rows), max(row.patches for f in found for row in f.rows))
+
+
+def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
+    """Prints the expected memory per device for the mesh, or for several numbers of devices where it leaves them open."""
+    cfg = survey.model(config)
+    declared = declare(config.model, cfg)
+    numbers = memory.possible(config.mesh, DEVICES, config.train.batch)
+    told = {n: memory.expected(cfg, declared, config, prompt, patches, n) for n in numbers}
+    unit, scale = ("GB", 1e9) if told[numbers[0]]["peak"] > 1e9 else ("MB", 1e6)
+    lines = [(part, *(f"{told[n][part] / scale:.2f}" for n in told)) for part in told[numbers[0]]]
+    console.table(f"expected {unit} per device, by arithmetic", ("devices", *map(str, told)), lines)

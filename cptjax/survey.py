@@ -1,0 +1,150 @@
+"""Every row that a run will read, read once as the run would: decoded, rendered, tokenised, counted."""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from cptjax import console, patches, processor, prompting, runtime, tasks, verify
+from cptjax.batching import ladder
+from cptjax.images import open_image
+from cptjax.model.config import Config, read
+from cptjax.processor import Processor
+from cptjax.prompting import Course
+from cptjax.settings import Stage
+from cptjax.tasks import BadRow
+from cptjax.tasks.task import sample
+from cptjax.types import Example
+
+PROMPTS = 3  # shown of each split
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One split of one task as a stage or the evaluation reads it."""
+
+    task: str
+    split: str
+    template: str
+    answered: bool  # the gold answer belongs to the row
+    limit: int | None
+    root: str
+    allowed: int  # bad rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a good row takes."""
+
+    tokens: int
+    seen: int  # of them for pictures
+    patches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What was found in one reading."""
+
+    reading: Reading
+    rows: list[Row]
+    bad: list[BadRow]
+    prompts: list[str]
+    read: int
+    total: int  # rows of the split, unread ones included
+
+    @property
+    def name(self) -> str:
+        return f"{self.reading.task} {self.reading.split}"
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.array([row.tokens for row in self.rows], int)
+
+
+def lengths(config: ConfigDict) -> tuple[int, ...]:
+    return tuple(config.data.buckets) or ladder(config.data.prompt_limit)
+
+
+def trained(each: Stage) -> list[Reading]:
+    d, answered = each.config.data, each.config.method.source == "gold"
+    return [Reading(task, "train", d.template, answered, d.limit, d.root, d.bad_rows) for task in each.tasks]
+
+
+def readings(config: ConfigDict, stages: Sequence[Stage]) -> list[Reading]:
+    """Every split that a run reads, each once: what its stages train on, what it is evaluated on."""
+    d, e = config.data, config.eval
+    names = [task for each in stages for task in each.tasks] if e.tasks == "all" else list(e.tasks)
+    templates = e.templates or (d.template,)
+    pairs = [(task, template) for task in [*names, *e.general] for template in templates]
+    tested = [Reading(task, "test", template, False, e.limit, d.root, d.bad_rows) for task, template in pairs]
+    return list(dict.fromkeys([r for each in stages for r in trained(each)] + tested))
+
+
+def look(config: ConfigDict, reading: Reading, rows: int | None, pool: verify.Pool) -> Findings:
+    """Reads a split, or `rows` of it chosen by seed."""
+    task = tasks.resolve(reading.task, config.tasks.to_dict())
+    examples = task.load(reading.split, root=reading.root, limit=reading.limit, seed=config.seed)
+    course = prompting.course(task, reading.template, config.rewards, pool)
+    words = processor.load(config.model.path or None, model(config), config.model.min_pixels, config.model.max_pixels)
+    chosen = [int(i) for i in sample(range(len(examples)), rows, config.seed)]
+    measure = lambda i: measure_row(examples, i, course, words, reading.answered, max(lengths(config)))
+    found = []
+    with console.progress(f"check {reading.task} {reading.split}", len(chosen)) as bar:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            for each in threads.map(measure, chosen):
+                found.append(each)
+                bar.advance()
+    good = [(i, row) for i, row in zip(chosen, found, strict=True) if isinstance(row, Row)]
+    bad = [*getattr(examples, "bad", ()), *(each for each in found if isinstance(each, BadRow))]
+    prompts = [words.render(plain(conversation(examples[i], course, reading.answered))) for i, _ in good[:PROMPTS]]
+    unread = len(bad) - (len(found) - len(good))  # rows that were bad before they were examples
+    return Findings(reading, [row for _, row in good], bad, prompts, len(found) + unread, len(examples) + unread)
+
+
+def model(config: ConfigDict) -> Config:
+    return read(config.model.path) if config.model.path else runtime.preset(config.model.preset)
+
+
+def conversation(example: Example, course: Course, answered: bool) -> list[dict[str, Any]]:
+    """What is tokenised of an example."""
+    messages = course.messages(example)
+    return [*messages, {"role": "assistant", "content": course.gold(example)}] if answered else messages
+
+
+def measure_row(
+    examples: Sequence[Example], i: int, course: Course, words: Processor, answered: bool, limit: int
+) -> Row | BadRow:  # fmt: skip
+    """What a row takes, or what is wrong with it."""
+    file, number = examples.where(i) if hasattr(examples, "where") else (course.name, i)
+    try:
+        messages = conversation(examples[i], course, answered)
+        for source in pictures(messages):
+            if not isinstance(source, Image.Image):
+                open_image(source)  # a header alone does not tell that the rest is there
+        tokens, grids = words.measure(messages)
+        seen = sum(patches.merged(grid, words.cfg.vision.merge) for grid in grids)
+        if tokens > limit:
+            made = f"{tokens} tokens ({seen} of them for {len(grids)} pictures)"
+            raise ValueError(f"{made} are over the limit of {limit}; raise data.prompt_limit or lower model.max_pixels")
+        return Row(tokens, seen, seen * words.cfg.vision.merge**2)
+    except (ValueError, OSError) as error:
+        return BadRow(file, number, " ".join(str(error).split()).removeprefix(f"{file}:{number}: "))
+
+
+def pictures(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    for part in (part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]):
+        if part["type"] == "image":
+            yield part["image"]
+        elif part["type"] == "video" and isinstance(part["video"], list):
+            yield from part["video"]
+
+
+def plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation without its pictures, as the chat template takes it."""
+    strip = lambda part: part if part["type"] == "text" else {"type": part["type"]}
+    return [turn if isinstance(turn["content"], str) else {**turn, "content": [strip(p) for p in turn["content"]]} for turn in messages]

@@ -1,0 +1,31 @@
+"""Check a config before any accelerator is used: rows, prompt lengths, padding, memory. Exit code 2 when a run would stop.
+
+python launch/check.py --config=configs/X.py[:arg] [--rows=N] [--config.data.prompt_limit=4096]
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the accelerator may be another run's
+
+from absl import flags
+
+from cptjax import cli, console
+
+CONFIG = cli.config_flag()
+ROWS = flags.DEFINE_integer("rows", None, "Rows of each split, chosen by seed; default: all.")
+PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
+
+
+def main() -> None:
+    if PLAIN.value:
+        console.configure("plain")
+    if CONFIG.value is None:
+        raise ValueError("--config is missing; expected the path of a config file, such as configs/demo.py")
+    from cptjax import check
+
+    found = check.run(CONFIG.value, ROWS.value)
+    print(f"ok: {sum(len(f.rows) for f in found)} rows of {len(found)} splits")
+
+
+if __name__ == "__main__":
+    cli.main(main)

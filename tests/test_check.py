@@ -1,0 +1,205 @@
+"""The pre-flight check: every wrong row is told with its file and row, sizes are counted, and the exit code says so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.base import get_config as base
+from cptjax import check, console, memory, survey
+from cptjax.model import qwen25_vl
+from cptjax.model.config import PRESETS
+from cptjax.order import Order
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _silent():
+    console.configure("silent")
+    yield
+    console.configure("auto")
+
+
+def config(**tasks):
+    c = base()
+    c.stages = tuple({"task": name, "steps": 2} for name in tasks) or ({"task": "drawn_colour", "steps": 2},)
+    c.model.update(min_pixels=1024, max_pixels=4096, compute_dtype="float32")
+    c.data.update(template="direct", prompt_limit=128, limit=40)
+    c.eval.limit = 10
+    c.train.batch = 8
+    with c.unlocked():
+        for name, task in tasks.items():
+            c.tasks[name] = task
+    return c
+
+
+def write(folder, rows):
+    Image.new("RGB", (64, 64), "red").save(folder / "good.png")
+    (folder / "cut.jpg").write_bytes(_jpeg(folder)[:3000])
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train": str(path), "test": str(path)}
+
+
+def _jpeg(folder):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "whole.jpg")
+    return (folder / "whole.jpg").read_bytes()
+
+
+def row(prompt="<image>what colour?", images=("good.png",), answer="red"):
+    return {"prompt": prompt, "images": list(images), "answer": answer}
+
+
+def test_counts_tokens_and_pictures():
+    found = check.run(config())
+    assert [f.name for f in found] == ["drawn_colour train", "drawn_colour test"]
+    assert [(f.read, f.total, len(f.bad)) for f in found] == [(40, 40, 0), (10, 10, 0)]
+    assert {r.seen for r in found[0].rows} == {4}  # 32 x 32 pixels of 8 x 8 patches, 4 of which make a token
+    assert {r.patches for r in found[0].rows} == {16}
+    assert len(found[0].prompts) == 3 and "what colour" in found[0].prompts[0]
+
+
+def test_rows_limits_what_is_read():
+    found = check.run(config(), rows=7)
+    assert [(f.read, f.total) for f in found] == [(7, 40), (7, 10)]
+    with pytest.raises(ValueError, match="--rows=0"):
+        check.run(config(), rows=0)
+
+
+def test_wrong_rows_are_told_with_file_and_row(tmp_path):
+    wrong = [row(images=["none.png"]), row(images=["cut.jpg"]), row(prompt="no placeholder"), row(prompt="<image>" + "red " * 150)]
+    rows = [row(), *wrong, row()]
+    c = config(mine=write(tmp_path, rows))
+    with pytest.raises(ValueError, match=r"mine train: 4 bad rows, 0 allowed by data.bad_rows; the first: .*rows.jsonl:2: .*none.png"):
+        check.run(c)
+    c.data.bad_rows = 4
+    train = check.run(c)[0]
+    assert len(train.rows) == 2 and (train.read, train.total) == (6, 6)
+    reasons = {bad.row: bad.reason for bad in train.bad}
+    assert set(reasons) == {2, 3, 4, 5}
+    assert "cut short or corrupt" in reasons[3]
+    assert "over the limit of 128; raise data.prompt_limit or lower model.max_pixels" in reasons[5]
+
+
+def test_gold_answers_count_where_they_are_learned(tmp_path):
+    files = write(tmp_path, [row(answer="red and round")])
+    without = check.run(config(mine=files))[0]
+    c = config(mine=files)
+    c.method.update(source="gold", objective="sft", kl_coef=0.0)
+    assert check.run(c)[0].tokens[0] > without.tokens[0]
+
+
+def test_several_runs_read_what_they_share_once():
+    c = config()
+    c.seeds = (0, 1)
+    with c.unlocked():
+        c.arms.low = {"train": {"lr": 1e-7}}
+        c.arms.cot = {"data": {"template": "cot"}}
+    names = [(f.name, f.reading.template) for f in check.run(c)]
+    assert sorted(names) == sorted((f"drawn_colour {split}", template) for template in ("direct", "cot") for split in ("train", "test"))
+
+
+def test_settings_are_refused_before_any_row_is_read(monkeypatch):
+    monkeypatch.setattr(survey, "look", lambda *_: pytest.fail("rows were read"))
+    c = config()
+    c.method.source = "gold"
+    with pytest.raises(ValueError, match="does not learn from"):
+        check.run(c)
+
+
+def test_padding_of_batches():
+    order = Order((4,), 2)
+    tokens = np.full(4, 10)
+    assert [(p.length, p.batches, p.waste) for p in check.padding(order, [tokens], (16, 64), pack=False)] == [(16, 2, 1 - 10 / 16)]
+    tokens[order.rows(0)[0].index] = 40
+    found = check.padding(order, [tokens], (16, 64), pack=False)
+    assert [(p.length, p.tokens, p.slots) for p in found] == [(16, 20, 32), (64, 50, 128)]
+    packed = check.padding(Order((6,), 6), [np.full(6, 10)], (16, 64), pack=True)
+    assert [(p.length, p.tokens, p.slots) for p in packed] == [(64, 60, 64)]
+
+
+def test_histogram_counts_every_row():
+    values = [5, 5, 6, 30, 100]
+    title, *bars = check.histogram("tokens", values, 128)
+    assert title == "tokens: median 6, 99 % up to 97, longest 100 of 128 (78%)"
+    assert sum(int(bar.split()[-1]) for bar in bars) == len(values)
+    assert bars[0].split()[0] == "5-12" and bars[0].count("#") == check.WIDTH
+    assert len(check.histogram("tokens", [7, 7], 128)) == 2
+
+
+def test_memory_of_the_seven_billion_model():
+    c = base()
+    c.train.update(batch=64, micro_batch=8)
+    cfg = PRESETS["7b"]
+    declared = qwen25_vl.params(cfg)
+    one, sixteen = (memory.expected(cfg, declared, c, 1024, 4096, n) for n in (1, 16))
+    n = 8.292166656e9  # parameters of Qwen2.5-VL-7B
+    assert one["weights"] == pytest.approx(4 * n)
+    assert one["optimiser"] == pytest.approx(8 * n)
+    assert one["gradients"] == pytest.approx((8 + 2) * n)  # two sums in float32, the working copy in bfloat16
+    assert one["reference, teacher"] == one["rollout weights"] == pytest.approx(2 * n)
+    assert one["cache"] == 64 * (1024 + 8 * 1024) * 2 * 28 * 4 * 128 * 2
+    for part in ("weights", "optimiser", "gradients", "cache", "activations"):
+        assert sixteen[part] == pytest.approx(one[part] / 16)
+    assert one["peak"] > sixteen["peak"] > one["peak"] / 16
+
+
+def test_adapters_and_missing_rollouts_need_less():
+    cfg, c = PRESETS["7b"], base()
+    full = memory.expected(cfg, declared_of(c, cfg), c, 512, 1024, 1)
+    c.model.lora.rank = 16
+    c.method.update(source="gold", objective="sft")
+    lora = memory.expected(cfg, declared_of(c, cfg), c, 512, 1024, 1)
+    assert lora["optimiser"] < full["optimiser"] / 50
+    assert lora["cache"] == lora["rollout weights"] == lora["reference, teacher"] == 0
+
+
+def declared_of(c, cfg):
+    return check.declare(c.model, cfg)
+
+
+def test_devices_that_a_mesh_allows():
+    c = base()
+    assert memory.possible(c.mesh, (1, 4, 8, 16), 8) == [1, 4, 8]
+    c.mesh.model = 4
+    assert memory.possible(c.mesh, (1, 4, 8, 16), 8) == [4, 8, 16]
+    c.mesh.fsdp = 2
+    assert memory.possible(c.mesh, (1, 4), 8) == [8]
+    assert memory.ways(c.mesh, 8) == (2, 8, 4)
+
+
+def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):
+    write(tmp_path, [row(), row(images=["none.png"])])
+    (tmp_path / "c.py").write_text(
+        "from configs.base import get_config as base\n"
+        "def get_config(arg='drawn_colour'):\n"
+        "    c = base()\n"
+        f"    c.tasks.mine = dict(train={str(tmp_path / 'rows.jsonl')!r}, test={str(tmp_path / 'rows.jsonl')!r})\n"
+        "    c.stages = (dict(task=arg, steps=1),)\n"
+        "    c.model.update(min_pixels=1024, max_pixels=4096)\n"
+        "    c.data.update(limit=5, template='direct'); c.eval.limit = 5\n"
+        "    return c\n"
+    )
+    good = launch(f"--config={tmp_path / 'c.py'}")
+    assert good.returncode == 0 and "ok: 10 rows of 2 splits" in good.stdout, good.stderr
+    parts = (
+        "tokens of the prompt: median", "prompt 1 of drawn_colour train", "stage 1 drawn_colour (grpo): 5 rows, batch 128, 1 steps",
+        "batches by row length", "expected GB per device, by arithmetic",
+    )  # fmt: skip
+    for part in parts:
+        assert part in good.stderr
+    wrong = launch(f"--config={tmp_path / 'c.py'}:mine")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    assert "rows.jsonl:2:" in wrong.stderr.splitlines()[-1] and wrong.stderr.splitlines()[-1].startswith("error: mine train: 1 bad row")
+
+
+def launch(*args):
+    return subprocess.run([sys.executable, ROOT / "launch" / "check.py", *args], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
