@@ -25,6 +25,7 @@ from cptjax import console, drift, evaluate, filtering, metrics, multihost, ewc,
 from cptjax import tasks as task_list
 from cptjax.batching import ladder
 from cptjax.checkpoint import Checkpoints, Refused
+from cptjax.data import Shelf
 from cptjax.model import trainable
 from cptjax.order import Order
 from cptjax.prompting import Course
@@ -141,6 +142,12 @@ class Run:
 
     def _frozen(self, params: Params) -> Params:
         return stage.frozen_copy(params, self.config.model.compute_dtype)
+
+    def cached(self, key: Any, make: Any) -> Any:
+        """What `make` made when it was first asked for."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def positions(self) -> dict[str, int]:
         return self.log.positions() if self.log else {}
@@ -516,9 +523,10 @@ def take(current: Run, number: int, task: str, template: str, limit: int | None,
     examples = examples if limit is None else Chosen(examples, range(min(limit, len(examples))))
     key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
     title = title or f"evaluate {task} after {'stage ' + str(number) if number else 'nothing (base)'}"
+    shelf = current._cache.setdefault(("shelf", task, template), Shelf(len(examples)))
     return evaluate.take(
         current.rt, current.params, current.course(task, c, template), examples, sampling=decoding(c), batch=c.eval.batch, key=key,
-        forced=forced, title=title,
+        forced=forced, title=title, shelf=shelf,
     )  # fmt: skip
 
 

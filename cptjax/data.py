@@ -82,6 +82,24 @@ class Stream:
         self.close()
 
 
+class Shelf:
+    """Keeps prepared rows where all of them fit into `room` bytes, judged by the first: small sets are passed many times."""
+
+    def __init__(self, rows: int, room: int = 1 << 29):
+        self.rows, self.room, self.kept = rows, room, {}
+        self.open: bool | None = None
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key in self.kept:
+            return self.kept[key]
+        value = make()
+        if self.open is None:
+            self.open = len(cloudpickle.dumps(value)) * self.rows <= self.room
+        if self.open:
+            self.kept[key] = value
+        return value
+
+
 @dataclasses.dataclass
 class _Batches:
     """The batches of a stage by number, from `first` on."""
@@ -105,9 +123,11 @@ class _Here:
 
     def __init__(self, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any]):
         self.sources, self.prepare = sources, prepare
+        self.shelf = Shelf(sum(map(len, sources)))
 
     def __call__(self, places: Sequence[Place]) -> list[Any]:
-        return [prepare_row(self.sources, self.prepare, p) for p in places]
+        make = lambda p: lambda: prepare_row(self.sources, self.prepare, p)
+        return [self.shelf.get((p.source, p.index), make(p)) for p in places]
 
     def close(self) -> None:
         """Has nothing to end."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from cptjax import console, metrics, multihost, runtime, scorers
 from cptjax.batching import Encoded
+from cptjax.data import Shelf
 from cptjax.images import open_image
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime, Sampling
@@ -67,13 +68,15 @@ def own_rows(n: int) -> list[int]:
 
 def take(
     rt: Runtime, params: Params, course: Course, examples: Sequence[Example], *, sampling: Sampling, batch: int, key: jax.Array,
-    forced: bool = False, title: str = "",
+    forced: bool = False, title: str = "", shelf: Shelf | None = None,
 ) -> Exam:  # fmt: skip
-    """All examples answered and scored."""
+    """All examples answered and scored; `shelf` keeps encoded prompts from one evaluation to the next."""
+    shelf = Shelf(len(examples)) if shelf is None else shelf
     rows = own_rows(len(examples))
     mine = [examples[i] for i in rows]
     with console.progress(title or f"evaluate {course.name}", total=len(mine) * (1 + forced)) as bar:
-        encoded = [rt.processor.encode(course.messages(e), generation=True) for e in mine]
+        make = lambda e: lambda: rt.processor.encode(course.messages(e), generation=True)
+        encoded = [shelf.get(e.id, make(e)) for e in mine]
         texts, tokens = answer(rt, params, encoded, sampling, batch, key, bar)
         again: list[str] = []
         if forced:
