@@ -87,6 +87,8 @@ def test_init_does_not_depend_on_the_mesh():
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-7)
     assert got["text"]["embed"].sharding.spec == PartitionSpec("model", "fsdp")
+    gate, up = (np.asarray(got["text"]["blocks"][name]["w"]) for name in ("gate", "up"))
+    assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.05, "leaves of one shape share their numbers"
 
 
 def test_mesh_fills_the_free_axis():
