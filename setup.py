@@ -14,7 +14,7 @@ setup(
     package_data={"cptjax": ["templates/*.jinja", "report/templates/*"]},
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax>=0.2.8", "orbax-checkpoint>=0.12", "transformers>=5.0", "datasets>=4.0",
-        "grain>=0.2.18", "ml-collections>=1.1", "absl-py", "safetensors>=0.8", "numpy", "pillow", "jinja2",
+        "grain>=0.2.18", "cloudpickle", "ml-collections>=1.1", "absl-py", "safetensors>=0.8", "numpy", "pillow", "jinja2",
         "math-verify>=0.9", "rich", "matplotlib",
     ],
     extras_require={
