@@ -1,1 +1,19 @@
 """cptjax: continual post-training of Qwen2.5-VL in JAX."""
+
+from typing import Any
+
+# Where each public name lives; looked up when first used, so that host-only modules load without jax.
+_PUBLIC = {**dict.fromkeys(("Model", "generate", "load", "logits", "save", "score"), "cptjax.api"), "run": "cptjax.continual"}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cptjax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

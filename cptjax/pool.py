@@ -33,7 +33,7 @@ class Queue:
     positions: Array | None  # [3 Q P]
     segments: Array | None  # [Q P]
     start: Array  # [Q] position id of the first response token
-    limits: Array  # [Q G] response tokens at most; 0 = nothing to do
+    limits: Array  # [Q G] response tokens at most; 0 = a padding row
     rows: Array  # [Q G] the number on which a row's randomness depends
     entry: Array  # [Q] place in the batch
 
@@ -94,7 +94,8 @@ def cast(params: Params, cfg: Config, plan: Plan) -> Params:
 def queue(weights: Params, prompts: Prompts, limits: Array, rows: Array, cfg: Config, plan: Plan) -> Queue:
     embedded = qwen25_vl.embed(weights, prompts, cfg, plan.dtype)
     start = qwen25_vl.next_positions(prompts)
-    return Queue(embedded, prompts.positions, prompts.segments, start, jnp.minimum(limits, plan.max_new), rows, jnp.arange(len(start)))
+    limits = jnp.where(jnp.any(prompts.segments > 0, 1)[:, None], jnp.minimum(limits, plan.max_new), 0)
+    return Queue(embedded, prompts.positions, prompts.segments, start, limits, rows, jnp.arange(len(start)))
 
 
 def take(queue: Queue, entries: Array) -> Queue:

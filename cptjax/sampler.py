@@ -31,8 +31,9 @@ def sample(
     """`group` responses to each left-padded prompt, as row q * group + g; call it under `jax.set_mesh` where there is a mesh.
 
     Equal (key, rows, weights) give equal responses whatever the batch, its order, the slots and the mesh, up to float rounding.
-    stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none. limits: [Q] or [Q G] tokens at most, 0 = a padding row.
-    rows: [Q] each prompt's number in the run; None = its place here. slots: groups decoded at a time, 0 = all.
+    stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none. limits: [Q] or [Q G] tokens at most.
+    rows: [Q] each prompt's number in the run; None = its place here. Empty prompts are padding and get nothing.
+    slots: groups decoded at a time, 0 = all; every `check_every` steps one looks which rows are done.
     `params` may come from `layout.prepare`. `temperature` 0 takes the likeliest token.
     """
     plan = Plan(group, max_new, check_every, jnp.dtype(dtype))
@@ -78,38 +79,39 @@ def _check(
         raise ValueError(f"rollout.slots={slots}: expected a multiple of the {_shards()} batch shards, or 0 for the whole batch")
     limits = per_row(limits, plan.max_new, q, plan.group, "limits")
     rows = per_row(rows, None, q, plan.group, "rows")
-    lengths = np.asarray(_lengths(prompts.segments, limits))
-    if lengths[0] == 0:
-        raise ValueError("a prompt is empty; give it text or an image (padding rows: limits=0)")
-    if p + plan.max_new > cfg.text.max_positions < lengths[1] + plan.max_new:
+    longest, filled, unnamed = np.asarray(_lengths(prompts.segments, limits, rows))
+    if not filled or unnamed:
+        what = "every prompt is empty" if not filled else "limits or rows end before the last prompt that is not empty"
+        raise ValueError(f"{what}; give each prompt text or an image (empty rows pad a batch, they stand at its end)")
+    if p + plan.max_new > cfg.text.max_positions < longest + plan.max_new:
         raise ValueError(
-            f"a prompt of {lengths[1]} tokens and {plan.max_new} new ones exceed the model's {cfg.text.max_positions} positions; "
+            f"a prompt of {longest} tokens and {plan.max_new} new ones exceed the model's {cfg.text.max_positions} positions; "
             "shorten the prompt or lower max_new_tokens"
         )
     return limits, rows
 
 
 @jax.jit
-def _lengths(segments: Array, limits: Array) -> Array:
-    """Tokens of the shortest prompt that is not padding, and of the longest."""
+def _lengths(segments: Array, limits: Array, rows: Array) -> Array:
+    """Tokens of the longest prompt, prompts that are not padding, and how many of these have no limit or row number."""
     count = jnp.sum(segments > 0, 1)
-    return constrain(jnp.stack([jnp.min(jnp.where(limits[:, 0] > 0, count, segments.shape[1])), jnp.max(count)]), None)
+    unnamed = (count > 0) & (jnp.minimum(limits, rows)[:, 0] < 0)
+    return constrain(jnp.stack([jnp.max(count), jnp.sum(count > 0), jnp.sum(unnamed)]), None)
 
 
 def per_row(given: Any, default: int | None, q: int, group: int, name: str) -> Array:
-    """[Q] or [Q G] host numbers of this process's prompts -> [Q G] on the mesh; rows of one prompt are numbered one after the other."""
+    """[Q] or [Q G] host numbers of this process's prompts -> [Q G] on the mesh, -1 where a batch is padded beyond them."""
     if given is None:
         rows = jnp.arange(q * group, dtype=jnp.int32).reshape(q, group)
         return rows if default is None else jnp.full_like(rows, default)
     x = np.asarray(given)
-    if name == "rows":
-        x = x.reshape(-1, 1) * group + np.arange(group)
-    x = np.broadcast_to(x if x.ndim == 2 else x[:, None], (len(x), group)).astype(np.int32)
+    x = x[:, None] * group + np.arange(group) if name == "rows" else np.broadcast_to(x if x.ndim == 2 else x[:, None], (len(x), group))
+    local = q // jax.process_count()
+    if len(x) > local:
+        raise ValueError(f"{name} came for {len(x)} prompts, the batch has {local}")
+    x = np.concatenate([x, np.full((local - len(x), group), -1)]).astype(np.int32)
     mesh = jax.sharding.get_mesh()
-    out = sharding.place(x, None if mesh.empty else mesh)
-    if out.shape[0] != q:
-        raise ValueError(f"{name} has {out.shape[0]} prompts, the batch has {q}")
-    return out
+    return sharding.place(x, None if mesh.empty else mesh)
 
 
 def _shards() -> int:

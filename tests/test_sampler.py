@@ -190,7 +190,8 @@ def test_integer_weights_name_the_missing_package(cfg, params, monkeypatch):
     "change, words",
     [({"max_new": 0}, "max_new_tokens=0"), ({"group": 0}, "group=0"), ({"check_every": 0}, "check_every=0"),
      ({"stop": ()}, "no stop token"), ({"max_new": 2000}, "2000 new ones exceed the model's 1024 positions"), ({"top_p": 0.0}, "top_p=0.0"),
-     ({"temperature": -1.0}, "temperature=-1"), ({"slots": -1}, "slots=-1"), ({"limits": np.ones(5)}, "limits has 5 prompts, the batch has 8"), ({"rows": np.ones(3)}, "rows has 3")],
+     ({"temperature": -1.0}, "temperature=-1"), ({"slots": -1}, "slots=-1"),
+     ({"limits": np.ones(5)}, "limits or rows end before"), ({"rows": np.ones(9)}, "rows came for 9 prompts, the batch has 8")],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )  # fmt: skip
 def test_bad_input_is_one_line(cfg, params, change, words):
@@ -199,14 +200,17 @@ def test_bad_input_is_one_line(cfg, params, change, words):
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_prompt_is_refused_unless_it_is_padding(cfg, params):
+def test_empty_prompts_pad_a_batch(cfg, params):
     batch = prompts(cfg, [[9], [4]])
     batch.segments[1] = 0
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    alone = run(params, prompts(cfg, [[9]]), cfg)
+    for more in ({}, {"limits": np.array([12]), "rows": np.array([0])}):
+        out = run(params, batch, cfg, **more)
+        assert out.mask[:3].any() and not out.mask[3:].any() and not out.finished[3:].any()
+        same(jax.tree.map(lambda x: x[:3], out), alone)
+    batch.segments[:] = 0
+    with pytest.raises(ValueError, match="every prompt is empty"):
         run(params, batch, cfg)
-    out = run(params, batch, cfg, limits=np.array([12, 0]))
-    assert out.mask[:3].any() and not out.mask[3:].any() and not out.finished[3:].any()
-    same(jax.tree.map(lambda x: x[:3], out), run(params, prompts(cfg, [[9]]), cfg))
 
 
 def test_greedy_equals_transformers(tmp_path):
