@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
         kl_coef=0.01,  # >= 0; 0 keeps no reference model
         kl_estimator="k3",  # k1 (in reward only) | k2 | k3
         kl_place="loss",  # loss | reward
+        kl_limit=10.0,  # k3 is cut here: a token 13 times less likely than under the reference feels no pull; None = not cut
         kl_reference="stage",  # base | stage | a checkpoint folder
         updates_per_batch=1,  # parts that a batch of rollouts is cut into, one optimiser step each
         passes=1,  # times over one batch of rollouts
@@ -63,6 +64,7 @@ def get_config() -> ConfigDict:
         filter=None,  # None | dict(name="incompetent" | "zero_variance" | "window" | "random", samples=8, lo=1, hi=8)
         online_filter=None,  # None | dict(lo=0.01, hi=0.99, max_refills=10): DAPO's dynamic sampling
         corpus="",  # source="corpus": the file
+        corpus_answer="own",  # own: its correct answers | gold: all, each with the correct answer in the place of its own
         self_samples=4,  # source="self": answers drawn per prompt
         refresh="never",  # source="self": never | epoch | a number of steps
         replay=dict(fraction=0.0, kind="gold"),  # of a batch, from earlier stages; gold | prompts

@@ -2,22 +2,35 @@
 
     python launch/train.py --config=configs/retain.py:grpo,countdown,3b --workdir=runs/retain_grpo
 
-The argument names an arm, a target task and a size: sft self_sft iterative_sft corpus_sft grpo grpo_nokl reinforce |
-ifeval mmlu countdown | 3b 7b tiny. Batch, group 5, KL 0.05, learning rates and truncated = wrong as in the paper's scripts.
+The argument names an arm, a target task and a size, in any order:
+
+    sft              gold answers (IFEval has none: use teacher_sft)
+    teacher_sft      the correct answers of a larger model: method.corpus = a jsonl with id and response (the paper's SFT)
+    self_sft         own correct answers among 5, drawn once
+    iterative_sft    the same, drawn anew each epoch
+    rl_traces        SFT on what a GRPO run generated: method.corpus = its rollouts file
+    sft_kl           sft with a KL term
+    grpo grpo_nokl reinforce
+    ifeval mmlu countdown
+    3b 7b tiny
+
+Splits, batch, group 5, KL 0.05 (k2), learning rates and "truncated is wrong" are those of the paper's scripts.
 """
 
 from configs.base import METHODS
 from configs.base import get_config as base
 
-TASKS = ("ifeval", "mmlu", "countdown")
+TASKS = {"ifeval": "retain_ifeval", "mmlu": "retain_mmlu", "countdown": "countdown"}
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
 BATCH = dict(ifeval=128, mmlu=128, countdown=64)
 RL = dict(kl_coef=0.05, kl_estimator="k2", normalise="sequence", truncated="zero")
 ARMS = {
     "sft": METHODS["sft"],
+    "teacher_sft": {**METHODS["corpus_sft"], "name": "teacher_sft"},
     "self_sft": METHODS["self_sft"],
     "iterative_sft": METHODS["iterative_sft"],
-    "corpus_sft": METHODS["corpus_sft"],
+    "rl_traces": {**METHODS["corpus_sft"], "name": "rl_traces"},
+    "sft_kl": {**METHODS["sft"], "kl_coef": 0.05, "kl_estimator": "k2", "name": "sft + KL"},
     "grpo": {**METHODS["grpo"], **RL},
     "grpo_nokl": {**METHODS["grpo"], **RL, "kl_coef": 0.0, "name": "grpo w/o KL"},
     "reinforce": {**METHODS["reinforce"], **RL},
@@ -33,15 +46,16 @@ def get_config(arg="grpo,countdown,3b"):
     arm, task, size = pick(ARMS, "grpo"), pick(TASKS, "countdown"), pick(SIZES, "3b")
     c = base()
     c.name = f"retain_{arm}_{task}_{size}"
-    c.model.path = SIZES[size]
-    c.stages = (dict(task=task, epochs=2),)
+    c.model.update(path=SIZES[size], remat="block")
+    c.stages = (dict(task=TASKS[task], epochs=2),)
     c.data.template = "none"
     c.method.update(ARMS[arm])
-    rl = ARMS[arm].get("objective") != "sft"
-    c.train.update(batch=32 if rl else BATCH[task], lr=5e-6 if rl else 5e-5, b2=0.95, weight_decay=0.0, clip=1.0, micro_batch=32)
-    c.train.update(schedule="constant" if rl else "cosine", warmup=0.0 if rl else 0.03)
-    c.rollout.update(group=5, temperature=0.8, max_new_tokens=3000)
     c.method.self_samples = 5
-    c.eval.update(general=tuple(t for t in (*TASKS, "math") if t != task), max_new_tokens=3000)
-    c.model.remat = "block"
-    return c
+    c.train.update(b2=0.95, weight_decay=0.0, clip=1.0, micro_batch=32)
+    if ARMS[arm].get("objective") == "sft":
+        c.train.update(batch=BATCH[task], lr=5e-5, schedule="cosine", warmup=0.03)
+    else:
+        c.train.update(batch=32, lr=5e-6)
+    c.rollout.update(group=5, temperature=0.8, max_new_tokens=3000)
+    c.eval.update(general=tuple(t for name, t in TASKS.items() if name != task) + ("math",), max_new_tokens=3000)
+    return c.lock()

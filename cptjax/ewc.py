@@ -6,6 +6,7 @@ import jax
 
 from cptjax import console, penalties, stage, train
 from cptjax.batches import answers
+from cptjax.classroom import prepare
 from cptjax.objectives import Objective
 from cptjax.settings import Stage
 from cptjax.types import Params
@@ -24,7 +25,7 @@ def updated(current: Any, which: Stage, before: Params | None) -> Params:
     rt, c = current.rt, which.config
     trained, frozen = current.split()
     courses = {name: current.course(name, c) for name in which.tasks}
-    build = stage.prepare(rt, courses, True, max(rt.ladder))
+    build = prepare(rt, courses, True, max(rt.ladder))
     sources = [current.examples(name, "train", c) for name in which.tasks]
     rows = [source[i] for source in sources for i in range(min(len(source), -(-c.method.penalty.samples // len(sources))))]
     opt = stage.optimizer(c, {})

@@ -1,14 +1,16 @@
 """The offline filter before a stage (RIF-RFT): K answers a prompt, keep the prompts inside a window of success counts."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from cptjax import console, filters, lessons, metrics, multihost, stage
+from cptjax import console, filters, lessons, metrics, multihost
 from cptjax.batches import pieces
-from cptjax.lessons import Tutor
+from cptjax.classroom import prepare
+from cptjax.lessons import Spent, Tutor
 from cptjax.settings import Stage
 from cptjax.tasks.validate import Chosen
 from cptjax.types import Example
@@ -22,35 +24,40 @@ def kept(current: Any, which: Stage, tutor: Tutor, sources: Sequence[Sequence[Ex
     out = []
     for name, examples in zip(which.tasks, sources, strict=True):
         path = current.workdir / "filters" / f"stage{which.number}_{name}.jsonl"
+        cost: dict[str, float] = {}
         if not multihost.gather(path.exists())[0]:
-            correct = counts(current, which, tutor, name, examples, samples)
+            began = time.perf_counter()
+            correct, spent = counts(current, which, tutor, name, examples, samples)
             if multihost.first():
                 rows = [{"row": i, "id": examples[i].id, "correct": int(n), "samples": samples} for i, n in enumerate(correct)]
                 metrics.write_text(path, "".join(metrics.json.dumps(r) + "\n" for r in rows))
-            multihost.gather(True)
+            cost = {"tokens": spent.tokens, "rollouts": spent.rollouts, "flops": spent.flops, "seconds": time.perf_counter() - began}
         correct = np.array([r["correct"] for r in metrics.read_lines(path)])
         keep, report = filters.offline(correct, seed=current.config.seed, **bounds)
         console.say(f"filter {report.name} on {name}: kept {report.kept} of {report.prompts} prompts ({report.fraction:.0%}), "
                     f"{report.never} never solved, {report.always} always")  # fmt: skip
         if current.log:
-            told = {"event": "filter", "task": name, "filter/kept": report.fraction, "filter/never": report.never / report.prompts}
-            current.log.step(which.number, 0, told | {"filter/always": report.always / report.prompts})
+            shares = {"filter/kept": report.fraction, "filter/never": report.never / report.prompts}
+            shares["filter/always"] = report.always / report.prompts
+            current.log.step(which.number, 0, {"event": "filter", "task": name, "filter/rows": report.kept, **shares, **cost})
         out.append(Chosen(examples, np.flatnonzero(keep).tolist()))
     return out
 
 
-def counts(current: Any, which: Stage, tutor: Tutor, name: str, examples: Sequence[Example], samples: int) -> np.ndarray:
+def counts(current: Any, which: Stage, tutor: Tutor, name: str, examples: Sequence[Example], samples: int) -> tuple[np.ndarray, Spent]:
     """How many of K answers of the current model are right, for every example; each process answers its share."""
-    build = stage.prepare(tutor.rt, tutor.courses, False, max(tutor.rt.ladder))
+    build = prepare(tutor.rt, tutor.courses, False, max(tutor.rt.ladder))
     share = -(-len(examples) // jax.process_count())
     mine = [min(i, len(examples) - 1) for i in range(jax.process_index() * share, (jax.process_index() + 1) * share)]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(current.config.seed), which.number), 2**30)
     found: list[int] = []
+    spent = Spent()
     with console.progress(f"filter {name}: {samples} answers a prompt", total=len(mine)) as bar:
         for p in pieces(len(mine), tutor.batch // jax.process_count()):
             items = [build(examples[i]) for i in mine[p]]
-            right = lessons.own_answers(tutor, current.params, items, samples, key, bar, unfinished=True)
+            right, cost = lessons.own_answers(tutor, current.params, items, samples, key, bar, unfinished=True)
+            spent += cost
             found += np.bincount([i for i, _ in right], minlength=len(items)).tolist()
     everyone = multihost.gather(dict(zip(mine, found, strict=True)))
     by_row = {i: n for part in everyone for i, n in part.items()}
-    return np.array([by_row[i] for i in range(len(examples))])
+    return np.array([by_row[i] for i in range(len(examples))]), sum(multihost.gather(spent), Spent())

@@ -31,6 +31,7 @@ class Objective:
     fixed_length: int = 0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_limit: float | None = 10.0
     tis_cap: float | None = None
     entropy_coef: float = 0.0
     temperature: float = 1.0  # of the sampled distribution, which is the one that is trained
@@ -55,7 +56,7 @@ class Objective:
         return losses.sft(
             found.reshape(shape), batch.mask, normalise=self.normalise, fixed_length=self.fixed_length,
             segments=batch.extra.get("segments"), weights=weights, ref_logps=batch.extra.get("ref_logps"), kl_coef=self.kl_coef,
-            kl_estimator=self.kl_estimator,
+            kl_estimator=self.kl_estimator, kl_limit=self.kl_limit,
         )  # fmt: skip
 
     def _policy(self, flat: Array, unembed: Array, batch: Batch) -> Loss:
@@ -69,7 +70,8 @@ class Objective:
         loss = losses.policy(
             found, extra.get("old_logps"), extra.get("ref_logps"), extra["advantages"], mask, ratio=self.ratio, clip_low=self.clip_low,
             clip_high=self.clip_high, clip_dual=self.clip_dual, normalise=self.normalise, fixed_length=self.fixed_length,
-            kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, tis=tis, entropy=entropy, entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef, kl_estimator=self.kl_estimator, kl_limit=self.kl_limit, tis=tis, entropy=entropy,
+            entropy_coef=self.entropy_coef,
         )  # fmt: skip
         current = extra.get("old_logps", found)
         return Loss(loss.sum, loss.count, loss.metrics | losses.mismatch(current, extra["sampler_logps"], mask))

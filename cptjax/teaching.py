@@ -52,8 +52,6 @@ class Teacher:
     """Trained leaves of the teacher; frozen leaves are the student's."""
 
     def __init__(self, rt: Runtime, courses: dict[str, Course], kind: str, rate: float, trained: Params, frozen: Params):
-        if kind not in TEACHERS or not 0 < rate <= 1:
-            raise ValueError(f"method.distill teacher={kind!r}, ema={rate}: expected one of {', '.join(TEACHERS)} and 0 < ema <= 1")
         self.rt, self.courses, self.kind, self.rate, self.frozen = rt, courses, kind, rate, frozen
         self.trained = jax.tree.map(jnp.copy, trained)
 
@@ -68,7 +66,7 @@ class Teacher:
         hidden, unembed = _states(self.rt.cfg, self.rt.dtype)(train.trainable.join(self.trained, self.frozen), batch)
         return {"teacher_hidden": hidden, "teacher_unembed": unembed}
 
-    def attach(self, batch: Batch, items: Sequence[Any], samples: Any) -> Batch:
+    def attach(self, batch: Batch, items: Sequence[Any]) -> Batch:
         """The batch with the states of the teacher that has seen the demonstrations."""
         encode = lambda e: self.rt.processor.encode(demonstrated(self.courses[e.task], e), limit=max(self.rt.ladder))
         tokens, mask = np.asarray(jax.device_get(batch.targets)), np.asarray(jax.device_get(batch.mask))

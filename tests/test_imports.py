@@ -7,12 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (  # a package stands for all of its files; a name may be listed before its file exists
-    "types sharding metrics console order hlo images verify settings scorers templates rewards sampling multihost cli",
+    "types sharding metrics console order hlo chips images verify settings scorers templates rewards sampling multihost cli",
     "model advantages losses filters optim checkpoint matrix summary flops logps objectives penalties layout patches video",
     "tasks tokenizer processor_files batching processor prompting pool sampler",
     "data",
-    "train runtime batches lessons evaluate sources analysis",
-    "report continual plan bench run api",
+    "train runtime batches lessons teaching classroom corpus rollouts recipe stage filtering ewc drift evaluate sources analysis",
+    "report continual programs plan bench run api",
 )
 JAX_FREE = {"tasks", "scorers", "rewards", "templates", "report", "verify", "matrix", "summary", "prompting", "images", "order"}
 ROW = {name: i for i, names in enumerate(ROWS) for name in names.split()}

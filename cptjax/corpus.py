@@ -1,0 +1,128 @@
+"""Answers to imitate that are not in the data: the policy's own correct ones, drawn by windows of steps, or another run's.
+
+A window's answers are written to corpus/stage{K}_step{start}.jsonl before they are used, so that a resumed run learns from the same.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cptjax import console, lessons, metrics, multihost
+from cptjax.batches import pieces
+from cptjax.classroom import Classroom, prepare
+from cptjax.lessons import Item, Spent, correct
+from cptjax.types import Params
+
+ANSWERS = ("own", "gold")
+Pair = tuple[int, int, str]  # source, row, response
+
+
+def own_items(room: Classroom, params: Params, step: int) -> tuple[list[Item], Spent]:
+    """Rows of a window's corpus for this step, in an order of the seed; the corpus is drawn when its window begins."""
+    m, t = room.config.method, room.tutor
+    window = {"never": room.steps, "epoch": room.order.steps(1)}.get(m.refresh) or int(m.refresh)
+    start = step // window * window if m.source == "self" else 0
+    pairs, spent = _corpus_of(room, params, start, min(window, room.steps - start))
+    at = np.arange((step - start) * t.batch, (step - start + 1) * t.batch)
+    laps, places = np.divmod(at, len(pairs))
+    order = {lap: np.random.default_rng([room.seed, room.stage.number, start, lap]).permutation(len(pairs)) for lap in set(laps.tolist())}
+    pick = [pairs[order[lap][p]] for lap, p in zip(laps.tolist(), places.tolist(), strict=True)]
+    mine = pick[pieces(len(pick), t.batch // jax.process_count())[jax.process_index()]]
+    return [_answered(room, source, row, response) for source, row, response in mine], spent
+
+
+def _answered(room: Classroom, source: int, row: int, response: str) -> Item:
+    example, rt = room.sources[source][row], room.tutor.rt
+    messages = [*room.tutor.courses[example.task].messages(example), {"role": "assistant", "content": response}]
+    return Item(example, rt.processor.encode(messages, limit=max(rt.ladder)), row)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: Path) -> list[Pair]:
+    return [(r["source"], r["row"], r["response"]) for r in metrics.read_lines(path)]
+
+
+def _corpus_of(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[Pair], Spent]:
+    """A window's answers, and what drawing them cost just now."""
+    path, spent = room.workdir / "corpus" / f"stage{room.stage.number}_step{start}.jsonl", Spent()
+    if not multihost.gather(path.exists())[0]:
+        foreign = room.config.method.source == "corpus"
+        pairs, spent = (_foreign(room), spent) if foreign else _own(room, params, start, steps)
+        if multihost.first():
+            lines = [{"source": s, "row": r, "id": room.sources[s][r].id, "response": text} for s, r, text in pairs]
+            metrics.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        multihost.gather(True)  # nobody reads before it is written
+        _read.cache_clear()
+    return _read(path), spent
+
+
+def _own(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[Pair], Spent]:
+    t, count = room.tutor, jax.process_count()
+    places = dict.fromkeys((p.source, p.index) for step in range(start, start + steps) for p in room.order.rows(step))
+    mine = list(places)[jax.process_index() :: count]
+    mine += mine[-1:] * (-(-len(places) // count) - len(mine))
+    build = prepare(t.rt, t.courses, False, max(t.rt.ladder))
+    with console.progress(f"own answers, stage {room.stage.number}", total=len(mine)) as bar:
+        items = [build(room.sources[s][i]) for s, i in mine]
+        right, spent = lessons.own_answers(t, params, items, room.config.method.self_samples, room.key(start), bar)
+    pairs = sorted({(*mine[i], text) for part in multihost.gather([(i, x) for i, x in right]) for i, x in part})
+    if not pairs:
+        raise ValueError(f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from")
+    console.say(f"stage {room.stage.number}: {len(pairs)} correct own answers to {len(places)} prompts")
+    return pairs, spent
+
+
+def _foreign(room: Classroom) -> list[Pair]:
+    path, gold = Path(room.config.method.corpus), room.config.method.corpus_answer == "gold"
+    if not path.is_file():
+        raise ValueError(f"method.corpus={str(path)!r} does not exist; expected the rollouts/*.jsonl of another run")
+    rows = _checked(metrics.read_lines(path), str(path))
+    with console.progress("match the corpus to its rows", total=sum(map(len, room.sources))) as bar:
+        places = {}
+        for s, source in enumerate(room.sources):
+            for row in range(len(source)):
+                places[source[row].id] = (s, row)
+                bar.advance()
+    lost = [r["id"] for r in rows if r["id"] not in places]
+    if lost:
+        raise ValueError(f"method.corpus={str(path)!r}: {len(lost)} of its ids are not in the stage's data, the first {lost[0]!r}")
+    chosen = [(*places[r["id"]], r["response"]) for r in rows]
+    pairs = [(s, i, _relabelled(room, s, i, text)) for s, i, text in chosen] if gold else _right(room, rows, chosen)
+    if not pairs:
+        raise ValueError(f"method.corpus={str(path)!r}: none of its {len(rows)} answers is correct; there is nothing to learn from")
+    console.say(f"{path}: {len(pairs)} answers of {len(rows)} to learn from")
+    return list(dict.fromkeys(pairs))
+
+
+def _checked(rows: Sequence[dict[str, Any]], where: str) -> Sequence[dict[str, Any]]:
+    if not rows or {"id", "response"} - rows[0].keys():
+        came = "no lines" if not rows else f"the keys {', '.join(rows[0])}"
+        raise ValueError(f"method.corpus={where!r}: expected lines with id, response and, where known, rewards; got {came}")
+    return rows
+
+
+def _right(room: Classroom, rows: Sequence[dict[str, Any]], chosen: Sequence[Pair]) -> list[Pair]:
+    """The correct answers: by the rewards that the file holds, else by the task's own."""
+    known = [r.get("rewards") or ({"reward": r["reward"]} if r.get("reward") is not None else None) for r in rows]
+    todo = [i for i, parts in enumerate(known) if parts is None]
+    items = [Item(room.sources[chosen[i][0]][chosen[i][1]], None) for i in todo]
+    for i, parts in zip(todo, lessons.grade(room.tutor, items, [chosen[i][2] for i in todo]) if todo else [], strict=True):
+        known[i] = parts
+    return [pair for pair, parts in zip(chosen, known, strict=True) if correct(parts)]
+
+
+def _relabelled(room: Classroom, source: int, row: int, response: str) -> str:
+    """A response up to its answer, and then the correct one; without an answer of the template's form it stays whole before it."""
+    example = room.sources[source][row]
+    form = room.tutor.courses[example.task].template
+    opening = {"boxed": "\\boxed{", "answer_tag": "<answer>"}.get(form.extract)
+    if opening is None:
+        raise ValueError(f"method.corpus_answer='gold' needs a boxed or tagged answer; template {form.name!r} asks for neither: use cot or answer")
+    closing = {"boxed": "}", "answer_tag": "</answer>"}[form.extract]
+    before = response[: response.rfind(opening)] if opening in response else f"{response.rstrip()}\n"
+    return f"{before}{opening}{example.answer}{closing}"

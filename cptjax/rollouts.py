@@ -1,0 +1,241 @@
+"""Rollouts with rewards, and the policy's updates on them.
+
+    prompts -> answers -> reward parts (Graded) -> length rules -> advantages -> micro-batches of whole groups
+
+An online filter (DAPO) draws further prompts until enough groups have mixed rewards.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cptjax import advantages, filters, flops, losses, multihost, runtime, sharding
+from cptjax.batches import groups, micro_rows, pieces, trimmed
+from cptjax.lessons import Item, Lesson, Spent, Tutor, grade, looking, sampled
+from cptjax.runtime import Samples
+from cptjax.types import Batch, Example, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """Prompts with their answers and rewards; this process's part of the batch."""
+
+    items: list[Item]
+    samples: Samples
+    parts: list[dict[str, float]]  # a dict per answer
+    greedy: np.ndarray | None  # [Q] rewards of the greedy answers (ReMax)
+    spent: Spent
+    seconds: dict[str, float]
+
+    def column(self, name: str, default: float = 0.0) -> np.ndarray:
+        """[Q G]."""
+        return np.array([p.get(name, default) for p in self.parts], np.float32).reshape(len(self.items), -1)
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        return self.column("accuracy") if "accuracy" in self.parts[0] else self.column("reward")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.samples.mask.sum(1).reshape(len(self.items), -1)
+
+
+def roll(tutor: Tutor, params: Params, items: Sequence[Item], key: jax.Array, first: int) -> Graded:
+    """Answers of the current policy and their rewards; `first` numbers the batch's prompts in the stage."""
+    share, began = len(items), time.perf_counter()
+    numbers = first + jax.process_index() * share + np.arange(share)
+    encoded = [i.encoded for i in items]
+    draw = lambda sampling: runtime.sample(tutor.rt, params, encoded, key, numbers, sampling)
+    samples = draw(tutor.sampling)
+    spent = sampled(tutor.rt.cfg, encoded, samples.mask.sum(1).reshape(share, -1))
+    best = draw(dataclasses.replace(tutor.sampling, group=1, temperature=0.0)) if tutor.settings.advantage == "remax" else None
+    drawn = time.perf_counter()
+    greedy = None
+    if best is not None:
+        greedy = np.array([p["reward"] for p in grade(tutor, items, best.texts)], np.float32)
+        spent += sampled(tutor.rt.cfg, encoded, best.mask.sum(1)[:, None])
+    parts = grade(tutor, items, samples.texts)
+    seconds = {"seconds/sample": drawn - began, "seconds/reward": time.perf_counter() - drawn}
+    return Graded(list(items), samples, parts, greedy, spent, seconds)
+
+
+def joined(graded: Sequence[Graded], keep: Sequence[np.ndarray], count: int) -> Graded:
+    """The first `count` kept groups of several drawings, with the cost of all."""
+    chosen = [(g, q) for g, mask in zip(graded, keep, strict=True) for q in np.flatnonzero(mask)][:count]
+    size = len(graded[0].parts) // len(graded[0].items)
+    rows = lambda q: range(q * size, (q + 1) * size)
+    stack = lambda name: np.concatenate([getattr(g.samples, name)[list(rows(q))] for g, q in chosen])
+    texts = [g.samples.texts[r] for g, q in chosen for r in rows(q)]
+    samples = Samples(texts, *(stack(f.name) for f in dataclasses.fields(Samples) if f.name != "texts"))
+    greedy = None if graded[0].greedy is None else np.array([g.greedy[q] for g, q in chosen], np.float32)
+    seconds = {k: sum(g.seconds[k] for g in graded) for k in graded[0].seconds}
+    parts = [g.parts[r] for g, q in chosen for r in rows(q)]
+    return Graded([g.items[q] for g, q in chosen], samples, parts, greedy, sum((g.spent for g in graded), Spent()), seconds)
+
+
+def filtered(
+    tutor: Tutor, params: Params, stream: Iterator[list[Item]], key: jax.Array, first: int
+) -> tuple[Graded, dict[str, float], int]:
+    """A batch of groups with mixed rewards (DAPO): more prompts are drawn until it is full; also how many batches that took."""
+    window, share = tutor.settings.online_filter, tutor.batch // jax.process_count()
+    drawn: list[Graded] = []
+    keep: list[np.ndarray] = []
+    for turn in itertools.count():
+        graded = roll(tutor, params, next(stream), jax.random.fold_in(key, turn), first)
+        drawn.append(graded)
+        keep.append(filters.online(graded.accuracy, window["lo"], window["hi"]))
+        kept = min(multihost.gather(sum(int(k.sum()) for k in keep)))
+        if kept >= share:
+            info = {"filter/kept": float(np.mean(np.concatenate(keep))), "filter/draws": float(turn + 1)}
+            return joined(drawn, keep, share), info, turn + 1
+        if turn >= window["max_refills"]:
+            raise ValueError(
+                f"online filter: after {turn + 1} batches of {tutor.batch} prompts only {kept} of {share} groups have a mean accuracy "
+                f"in ({window['lo']}, {window['hi']}); widen method.online_filter, raise max_refills or choose easier data"
+            )
+    raise AssertionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A graded batch on its way to updates: which tokens count, and what each micro-batch carries beside them."""
+
+    tutor: Tutor
+    graded: Graded
+    mask: np.ndarray  # [B R]
+    length: int  # of the bucket that holds the longest answer
+    rows: int  # prompts of a micro-batch
+    extra: dict[str, np.ndarray]
+
+    def batches(self, extra: dict[str, np.ndarray]) -> list[tuple[Batch, slice]]:
+        """Micro-batches of whole groups, each with the slice of prompts that it holds."""
+        samples, group = self.graded.samples, len(self.graded.parts) // len(self.graded.items)
+        out = []
+        for p in pieces(len(self.graded.items), self.rows):
+            r = slice(p.start * group, p.stop * group)
+            encoded = [i.encoded for i in self.graded.items[p]]
+            here = {k: v[r] for k, v in extra.items()}
+            out.append((groups(self.tutor.rt, encoded, samples.tokens[r], self.mask[r], length=self.length, extra=here), p))
+        return out
+
+    def scored(self, params: Params) -> np.ndarray:
+        """Log-probabilities [B R] of the answers under `params`."""
+        found = np.concatenate([sharding.local_rows(self.tutor.logps(params, b)) for b, _ in self.batches({})])
+        out = np.zeros(self.mask.shape, np.float32)
+        out[:, : self.length] = found[:, : self.mask.shape[1]]
+        return out
+
+
+def updates(
+    tutor: Tutor, params: Params, graded: Graded, reference: Params | None, step: int, stage: int, teach: Callable | None = None
+) -> Lesson:  # fmt: skip
+    """Rewards -> advantages -> the updates on this batch."""
+    s, lengths, limit = tutor.settings, graded.lengths, tutor.sampling.max_new_tokens
+    finished = graded.samples.finished.reshape(lengths.shape)
+    raw = graded.column("reward")
+    shaped, keep = advantages.shape_rewards(raw, lengths, finished, limit=limit, truncated=s.truncated, overlong=s.overlong)
+    drawn = _drawn(tutor, graded, keep)
+    began = time.perf_counter()
+    shaped, info, forwards = _scores(drawn, params, reference, shaped)
+    advantage = _advantages(s.advantage, shaped, graded.greedy, keep)
+    micro = drawn.batches(drawn.extra | {"advantages": advantage.reshape(-1)})
+    info |= graded.seconds | {"seconds/score": time.perf_counter() - began} | told(graded, shaped, advantage, lengths, finished)
+    per = len(micro) // s.updates_per_batch
+    parts = (micro[i : i + per] for _ in range(s.passes) for i in range(0, len(micro), per))
+    attach = teach or (lambda batch, items: batch)
+    ready = ([attach(b, graded.items[p]) for b, p in part] for part in parts)
+    work = Spent(flops=(3 * s.passes + forwards + (teach is not None)) * _forward(drawn, lengths))
+    return Lesson(ready, info, rollout_rows(graded, advantage.reshape(-1), step, stage), graded.spent + work)
+
+
+def _drawn(tutor: Tutor, graded: Graded, keep: np.ndarray) -> Drawn:
+    samples, s = graded.samples, tutor.settings
+    extra = {"sampler_logps": samples.policy_logps if tutor.sampling.temperature == 1 else samples.logps}
+    if s.tis_cap is not None:
+        extra["behaviour_logps"] = samples.logps
+    rows = micro_rows(tutor.rt, tutor.batch // s.updates_per_batch, tutor.micro)
+    mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
+    return Drawn(tutor, graded, mask, trimmed(samples.mask, tutor.sampling.max_new_tokens), rows, extra)
+
+
+def _scores(
+    drawn: Drawn, params: Params, reference: Params | None, shaped: np.ndarray
+) -> tuple[np.ndarray, dict[str, float], int]:  # fmt: skip
+    """Adds the log-probabilities that the loss needs; rewards less their KL, what to log, and forward passes made."""
+    s, extra = drawn.tutor.settings, drawn.extra
+    pulled = reference is not None and s.kl_coef > 0
+    ref = drawn.scored(reference) if pulled else None
+    several = s.updates_per_batch * s.passes > 1
+    in_reward = pulled and s.kl_place == "reward"
+    own = drawn.scored(params) if several or in_reward else None
+    info = {}
+    if in_reward:
+        kl = np.asarray(losses.kl_estimate(own, ref, s.kl_estimator, None))
+        info["kl"] = float(kl[drawn.mask].mean()) if drawn.mask.any() else 0.0
+        flat = losses.kl_in_reward(shaped.reshape(-1), own, ref, drawn.mask, s.kl_coef, s.kl_estimator)
+        shaped = np.asarray(flat).reshape(shaped.shape)
+    elif pulled:
+        extra["ref_logps"] = ref
+    if several:
+        extra["old_logps"] = own
+    return shaped, info, int(pulled) + int(own is not None)
+
+
+def _forward(drawn: Drawn, lengths: np.ndarray) -> float:
+    cfg, encoded = drawn.tutor.rt.cfg, [i.encoded for i in drawn.graded.items]
+    prompt = sum(map(len, encoded)) / len(encoded)
+    seen = sum(looking(cfg, e) for e in encoded)
+    return seen + flops.group_forward(cfg, len(encoded), prompt, lengths.shape[1], lengths.mean())
+
+
+def _advantages(name: str, rewards: np.ndarray, greedy: np.ndarray | None, keep: np.ndarray) -> np.ndarray:
+    """Advantages of this process's groups; baselines over the batch see every process's rewards."""
+    gathered = multihost.gather((rewards, greedy, keep))
+    join = lambda i: np.concatenate([g[i] for g in gathered]) if gathered[0][i] is not None else None
+    found = advantages.advantages(join(0), name, greedy=join(1), keep=join(2))
+    start = sum(len(g[0]) for g in gathered[: jax.process_index()])
+    return found[start : start + len(rewards)]
+
+
+# ---- what is logged ------------------------------------------------------------------------------------------------------
+
+
+def told(graded: Graded, shaped: np.ndarray, advantage: np.ndarray, lengths: np.ndarray, finished: np.ndarray) -> dict[str, float]:
+    """What a step logs about its rollouts."""
+    names = dict.fromkeys(name for p in graded.parts for name in p if name != "reward")
+    info = {"reward": float(graded.column("reward").mean()), "reward/shaped": float(shaped.mean())}
+    info |= {f"reward/{name}": float(np.mean([p[name] for p in graded.parts if name in p])) for name in names}
+    report = advantages.group_report(graded.accuracy)
+    info |= {"frac_reward_zero_std": float((np.ptp(graded.column("reward"), 1) <= 1e-6).mean())}
+    info |= {"groups/all_right": report["all_right"], "groups/all_wrong": report["all_wrong"]}
+    info |= {"advantage/mean": float(advantage.mean()), "advantage/std": float(advantage.std())}
+    info |= {"advantage/min": float(advantage.min()), "advantage/max": float(advantage.max())}
+    info |= {"response_length/mean": float(lengths.mean()), "response_length/max": float(lengths.max())}
+    if graded.greedy is not None:
+        info["reward/greedy"] = float(graded.greedy.mean())
+    return info | {"truncated": float(1 - finished.mean())}
+
+
+def rollout_rows(graded: Graded, advantage: np.ndarray, step: int, stage: int) -> list[dict[str, Any]]:
+    """The lines of the rollouts file."""
+    group = len(graded.parts) // len(graded.items)
+    return [
+        {
+            "stage": stage, "step": step, "task": item.example.task, "id": item.example.id, "prompt": said(item.example),
+            "row": item.row, "response": graded.samples.texts[r], "answer": item.example.answer, "reward": graded.parts[r].get("reward"),
+            "rewards": graded.parts[r], "advantage": float(advantage[r]), "finished": bool(graded.samples.finished[r]),
+        }
+        for q, item in enumerate(graded.items)
+        for r in range(q * group, (q + 1) * group)
+    ]  # fmt: skip
+
+
+def said(example: Example) -> str:
+    """A conversation as text, pictures as placeholders."""
+    flat = lambda c: c if isinstance(c, str) else "".join(p["text"] if p["type"] == "text" else f"<{p['type']}>" for p in c)
+    return "\n".join(flat(m["content"]) for m in example.messages)

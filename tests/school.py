@@ -1,0 +1,104 @@
+"""Tiny versions of any config: the tiny model with one layer, text tasks drawn from a seed, a coin as scorer, no files but the log."""
+
+import contextlib
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cptjax import continual, runtime, settings, sharding, stage
+from cptjax.metrics import read_lines
+
+SMALL = dataclasses.replace(
+    runtime.PRESETS["tiny"],
+    text=dataclasses.replace(runtime.PRESETS["tiny"].text, depth=1, mlp=64),
+    vision=dataclasses.replace(runtime.PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
+)
+
+
+def coin(prediction: str, answer: Any, meta: Any = None) -> float:
+    """A score that a random model reaches half of the time."""
+    return float(zlib.crc32(prediction.encode()) % 2)
+
+
+class Unsaved:
+    """Checkpoints that are never written."""
+
+    def __init__(self, *_: Any, **__: Any):
+        self.kept: list[tuple] = []
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self, *what: Any) -> None:
+        self.kept.append(what)
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+    close = wait
+
+
+def tiny(config: ConfigDict, steps: int = 1, stages: int = 1, batch: int = 4, family: str = "arithmetic", **tasks: Any) -> ConfigDict:
+    """The config with everything small; its method stays."""
+    c = ConfigDict(config.to_dict())
+    with c.unlocked(), c.ignore_type():
+        names = dict.fromkeys(t for s in c.stages for t in ((s["task"],) if isinstance(s["task"], str) else s["task"]))
+        c.tasks = ConfigDict({n: dict(task="drawn", family=family, scorer=coin) | tasks for n in names})
+        c.stages = tuple({k: v for k, v in s.items() if k != "epochs"} | {"steps": steps} for s in c.stages[:stages])
+        c.model.update(path="", preset="tiny", compute_dtype="float32", remat="none", min_pixels=1024, max_pixels=1024)
+        c.model.lora.rank = min(c.model.lora.rank, 2)
+        c.data.update(prompt_limit=32, buckets=(32,), limit=8, workers=0)
+        c.train.update(batch=batch, micro_batch=0)
+        c.rollout.update(group=2, max_new_tokens=4, check_every=4)
+        c.eval.update(general=(), before=False, limit=8, batch=8, max_new_tokens=4, every=None, drift=0)
+        c.method.update(overlong=min(c.method.overlong, 2), self_samples=8)
+        if c.method.filter:
+            c.method.filter = dict(c.method.filter, samples=3, lo=1, hi=3)
+        c.method.penalty.samples = min(c.method.penalty.samples, 2)
+        c.method.updates_per_batch = min(c.method.updates_per_batch, 2)
+    return c
+
+
+@contextlib.contextmanager
+def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[continual.Run]:
+    """A run of one device, ready to learn, without checkpoints."""
+    with contextlib.ExitStack() as stack:
+        alone = functools.partial(sharding.make_mesh, 1, 1, 1, jax.devices()[:1])
+        patched(stack, sharding, "make_mesh", lambda **_: alone())
+        patched(stack, continual, "Checkpoints", Unsaved)
+        stack.enter_context(contextlib.closing(_Presets(model)))
+        run = continual.open_run(config, workdir)
+        stack.callback(run.pool.close)
+        stack.callback(run.log.close)
+        yield run
+
+
+def patched(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    stack.callback(setattr, owner, name, before)
+
+
+class _Presets:
+    def __init__(self, model: Any):
+        self.before = runtime.PRESETS["tiny"]
+        runtime.PRESETS["tiny"] = model
+
+    def close(self) -> None:
+        runtime.PRESETS["tiny"] = self.before
+
+
+def learned(config: ConfigDict, workdir: Path, model: Any = SMALL) -> tuple[continual.Run, list[dict]]:
+    """Every stage learned in turn; the lines of metrics.jsonl."""
+    for each in settings.stages(config):
+        stage.check(each)
+    with opened(config, workdir, model) as run:
+        for each in run.stages:
+            continual.learn(run, each, None)
+    return run, read_lines(workdir / "metrics.jsonl")
