@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,38 @@ def test_the_launcher_converts_both_ways(folder, tmp_path):
     assert all(a[k].tobytes() == b[k].tobytes() for k in a | b)
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == "a template"
     fails(launcher.main, "exactly one of --src")
+
+
+TWO = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+from cptjax import sharding
+from cptjax.model import config, convert, orbax_files
+root = Path(sys.argv[3])
+cfg, mesh = config.read(root / "src"), sharding.make_mesh(2, 2, 2)
+orbax_files.save(convert.load(root / "src", cfg, mesh), cfg, root / "orbax")
+convert.save(orbax_files.load(root / "orbax", mesh)[0], cfg, root / "back", shard_bytes=50_000)
+assert (root / "back").is_dir(), "every process returns when the folder is there"
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_wrote(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "src")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "4"}
+    command = lambda i: [sys.executable, "-c", TWO, port, str(i), str(tmp_path)]
+    running = [subprocess.Popen(command(i), env=env, stdout=-1, stderr=-2, text=True) for i in range(2)]
+    for process in running:
+        out = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, out[-3000:]
+    a, b = tensors(folder), tensors(tmp_path / "back")
+    assert all(a[k].tobytes() == b[k].tobytes() for k in a | b)
 
 
 MEASURE = """

@@ -490,6 +490,19 @@ def test_frames_stand_in_window_order_with_their_positions(tiny):
     assert n % TINY.vision.window_slots == 0 and (t, h * w) == (1, real.sum())
 
 
+def test_frames_that_share_a_row_have_their_own_numbers_and_slots(tiny):
+    e = tiny.encode([user(picture(32, 32, 1), picture(64, 64, 2), picture(32, 32, 3))])
+    prompts, _ = collate([e], buckets=(64,))
+    large, small = prompts.vision.frames[0]
+    assert large.tolist() == [1] * 64 and small.tolist() == [1] * 16 + [2] * 16 + [0] * 32
+    assert np.array_equal(features(prompts, 0, TINY), direct(e))
+
+
+def test_pictures_of_the_same_bytes_in_another_shape_are_two(tiny):
+    e = tiny.encode([user(Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64)))])
+    assert e.media[0].key != e.media[1].key and collate([e], buckets=(64,))[0].vision.frames.shape[1] == 2
+
+
 def test_a_picture_that_appears_twice_in_a_shard_is_encoded_once(tiny):
     rows = [tiny.encode(ROWS[0]), tiny.encode(ROWS[2])]
     count = lambda prompts: sum(len(set(row.tolist()) - {0}) for shard in prompts.vision.frames for row in shard)
@@ -547,13 +560,14 @@ def test_processes_agree_on_one_shape(tiny):
     halves = [[tiny.encode(ROWS[0]), tiny.encode(ROWS[1])], [tiny.encode(ROWS[1]), tiny.encode(ROWS[1])]]
     seen = []
     for half in halves:
-        collate(half, buckets=(32, 64), agree=lambda s: seen.append(s) or s)
+        collate(half, buckets=(16, 64), agree=lambda s: seen.append(s) or s)
     both = batching.widest(seen)
+    assert [shape.length for shape in seen] == [64, 16] and [bool(shape.patches) for shape in seen] == [True, False]
     for half in halves:
-        prompts, _ = collate(half, buckets=(32, 64), agree=lambda _: both)
+        prompts, _ = collate(half, buckets=(16, 64), agree=lambda _: both)
         assert prompts.tokens.shape == (both.rows, both.length) and prompts.vision.patches.shape[1:3] == (both.vision_rows, both.patches)
         assert prompts.segments[:, -1].all(), "left padding reaches the common length"
-    assert np.array_equal(features(collate(halves[0], buckets=(32, 64), agree=lambda _: both)[0], 0, TINY), direct(halves[0][0]))
+    assert np.array_equal(features(collate(halves[0], buckets=(16, 64), agree=lambda _: both)[0], 0, TINY), direct(halves[0][0]))
 
 
 def test_patches_may_be_stored_in_half_the_bytes(tiny):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cptjax import sharding
@@ -31,6 +32,8 @@ def save(params: Params, cfg: Config, folder: str | Path, processor: Any = None)
         (folder / LORA_SCALE).write_text(json.dumps({"lora_scale": cfg.lora_scale}))
         if processor is not None:
             processor.save(folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
 
 
 def load(folder: str | Path, mesh: Mesh | None = None, rules: dict | None = None) -> tuple[Params, Config]:
