@@ -85,9 +85,9 @@ PRESETS: dict[str, Config] = {
         vision=VisionConfig(mlp=3456),
         text=TextConfig(vocab=152064, width=8192, mlp=29568, depth=80, heads=64, kv_heads=8),
     ),
-    "tiny": Config(  # the demo's: about 0.2 M parameters with the project's own 320-token vocabulary
+    "tiny": Config(  # the demo's: about 0.2 M parameters with the project's own 384-token vocabulary
         vision=VisionConfig(depth=2, width=48, mlp=96, heads=4, patch=8, window=32, full_blocks=(1,)),
-        text=TextConfig(vocab=320, width=64, mlp=192, depth=2, heads=4, kv_heads=2, head_dim=16, rope_theta=1e4,
+        text=TextConfig(vocab=384, width=64, mlp=192, depth=2, heads=4, kv_heads=2, head_dim=16, rope_theta=1e4,
                         rope_sections=(2, 3, 3), tied=True, max_positions=1024),
         image_token=5, video_token=6, vision_start=3, vision_end=4, eos=(2, 0), pad=0,
     ),
