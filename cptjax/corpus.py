@@ -70,7 +70,7 @@ def _own(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[
     with console.progress(f"own answers, stage {room.stage.number}", total=len(mine)) as bar:
         items = [build(room.sources[s][i]) for s, i in mine]
         right, spent = lessons.own_answers(t, params, items, room.config.method.self_samples, room.key(start), bar)
-    pairs = sorted({(*mine[i], text) for part in multihost.gather([(i, x) for i, x in right]) for i, x in part})
+    pairs = sorted(set(multihost.together(multihost.gather([(*mine[i], answer) for i, answer in right]))))
     if not pairs:
         raise ValueError(f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from")
     console.say(f"stage {room.stage.number}: {len(pairs)} correct own answers to {len(places)} prompts")

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cptjax import continual, runtime, settings, sharding, stage
+from cptjax import continual, runtime, settings, sharding, stage, train
 from cptjax.metrics import read_lines
+from cptjax.model import trainable
 
 SMALL = dataclasses.replace(
     runtime.PRESETS["tiny"],
     text=dataclasses.replace(runtime.PRESETS["tiny"].text, depth=1, mlp=64),
     vision=dataclasses.replace(runtime.PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
+    eos=(2, 0, *range(40, 320, 4)),  # so that a random model often ends its answer
 )
 
 
@@ -102,3 +105,41 @@ def learned(config: ConfigDict, workdir: Path, model: Any = SMALL) -> tuple[cont
         for each in run.stages:
             continual.learn(run, each, None)
     return run, read_lines(workdir / "metrics.jsonl")
+
+
+@dataclasses.dataclass
+class Desk:
+    """A stage in the middle: everything that `continual.learn` makes before its loop."""
+
+    run: continual.Run
+    room: Any
+    state: Any
+    frozen: Any
+    steps: Any
+    extra: Any
+
+    @property
+    def params(self) -> Any:
+        return trainable.join(self.state.params, self.frozen)
+
+    def update(self, batches: list, lr: float = 1e-3) -> tuple[Any, dict[str, float]]:
+        """One update on copies: the desk's own state is kept."""
+        with jax.set_mesh(self.run.rt.mesh):
+            state, told = self.steps.run(jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.extra)
+        return state, {k: v.value for k, v in jax.device_get(told).items()}
+
+
+@contextlib.contextmanager
+def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL) -> Iterator[Desk]:
+    """Stage `number` of a tiny config, about to start."""
+    with opened(config, workdir, model) as run:
+        which = run.stages[number - 1]
+        stage.check(which)
+        trained, frozen = run.split()
+        start = run._frozen(run.params)
+        room = continual.classroom(run, which, start, frozen)
+        opt = stage.optimizer(which.config, runtime.declare(which.config.model, run.rt.cfg))
+        state = stage.start_state(run.rt, opt, trained)
+        penalty, extra = continual.penalty_of(run, which, start)
+        steps = train.make_steps(run.rt.cfg, stage.objective(which.config), opt, train.Places.of(state), run.rt.dtype, penalty)
+        yield Desk(run, room, state, frozen, steps, extra)

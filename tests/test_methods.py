@@ -1,0 +1,62 @@
+"""Every method and every arm of the papers takes a step through the driver's own stage code, and what it logs is what the docs name."""
+
+import math
+
+import pytest
+import school
+
+from configs import base, cpt7, jigsaw, retain
+from cptjax.metrics import read_lines
+
+ARMS = {f"base:{name}": lambda name=name: plain(base.METHODS[name]) for name in base.METHODS}
+ARMS |= {f"cpt7:{arm}": lambda arm=arm: cpt7.get_config(f"{arm},tiny") for arm in cpt7.ARMS}
+ARMS |= {f"jigsaw:{arm}": lambda arm=arm: jigsaw.get_config(f"{arm},tiny") for arm in jigsaw.METHOD}
+ARMS |= {f"retain:{arm}": lambda arm=arm: retain.get_config(f"{arm},mmlu,tiny") for arm in retain.ARMS}
+ROLLOUTS = (
+    "reward", "reward/shaped", "reward/accuracy", "frac_reward_zero_std", "groups/all_right", "groups/all_wrong", "advantage/mean",
+    "advantage/std", "advantage/min", "advantage/max", "response_length/mean", "response_length/max", "truncated", "seconds/sample",
+    "seconds/reward", "seconds/score", "entropy", "ratio_min", "ratio_max", "mismatch", "mismatch_max",
+)  # fmt: skip
+ALWAYS = ("loss", "grad_norm", "lr", "skipped", "seconds", "seconds/data", "seconds/lesson", "seconds/update", "tokens", "rollouts",
+          "flops", "perf/tokens_per_second", "perf/flops_per_second")  # fmt: skip
+
+
+def plain(method: dict, stages: int = 1):
+    config = base.get_config()
+    config.stages = tuple(dict(task=name, steps=1) for name in ("first", "second")[:stages])
+    config.method.update(method)
+    return config
+
+
+def corpus(folder, task: str) -> str:
+    """A rollouts file of another run: one correct answer to each of eight rows, and wrong ones."""
+    path = folder / "rollouts.jsonl"
+    row = '{"id": "%s/train/%d", "response": "%s", "rewards": {"accuracy": %d}}\n'
+    path.write_text("".join(row % (task, i, f"<answer>{word} {i}</answer>", right) for i in range(8) for word, right in (("yes", 1), ("no", 0))))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_takes_a_step(name, tmp_path):
+    config = ARMS[name]()
+    stages = 2 if config.method.replay.fraction or config.method.penalty.name == "ewc" else 1
+    config = school.tiny(config, stages=stages)
+    if config.method.objective == "distill":
+        config.data.update(prompt_limit=128, buckets=(128,))  # the teacher reads the demonstration as well
+    if config.method.source == "corpus":
+        config.method.corpus = corpus(tmp_path, config.stages[0]["task"])
+        config.tasks[config.stages[0]["task"]].template = config.data.template
+        config.data.update(prompt_limit=256, buckets=(256,))
+    run, lines = school.learned(config, tmp_path / "run")
+    steps = [line for line in lines if "event" not in line]
+    assert [(line["stage"], line["step"]) for line in steps] == [(i + 1, 1) for i in range(stages)]
+    for line in steps:
+        missing = [key for key in ALWAYS + ROLLOUTS * (config.method.objective == "policy") if key not in line]
+        assert not missing and math.isfinite(line["loss"]) and line["skipped"] == 0 and line["flops"] > 0
+        assert (config.method.kl_coef > 0) == ("kl" in line)
+    if config.method.objective == "policy":
+        assert steps[0]["mismatch"] < 1e-4 and steps[0]["rollouts"] > 0
+        rows = read_lines(tmp_path / "run" / "rollouts" / "stage1.jsonl")
+        assert len(rows) == 8 and {"id", "response", "rewards", "advantage", "finished"} <= rows[0].keys()
+    if config.method.ratio != "none":
+        assert {"clip_low", "clip_high"} <= steps[0].keys()
