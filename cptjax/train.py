@@ -130,7 +130,7 @@ def make_steps(
         return finish(state, begin(state.params, frozen, batch), lr, extra)
 
     return Steps(
-        jax.jit(begin), jax.jit(add, donate_argnums=0), jax.jit(finish, donate_argnums=(0, 1)), jax.jit(step, donate_argnums=0)
+        jax.jit(begin), jax.jit(add, donate_argnums=0), jax.jit(finish, donate_argnums=0), jax.jit(step, donate_argnums=0)
     )
 
 
