@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cptjax import continual, runtime, settings, sharding, stage, train
+from cptjax import learning, runtime, session, settings, sharding, stage, train
 from cptjax.metrics import read_lines
 from cptjax.model import trainable
 
+MAKE_MESH = sharding.make_mesh
 SMALL = dataclasses.replace(
     runtime.PRESETS["tiny"],
     text=dataclasses.replace(runtime.PRESETS["tiny"].text, depth=1, mlp=64),
@@ -69,14 +70,14 @@ def tiny(config: ConfigDict, steps: int = 1, stages: int = 1, batch: int = 4, fa
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[continual.Run]:
+def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[session.Run]:
     """A run of one device, ready to learn, without checkpoints."""
     with contextlib.ExitStack() as stack:
-        alone = functools.partial(sharding.make_mesh, 1, 1, 1, jax.devices()[:1])
+        alone = functools.partial(MAKE_MESH, 1, 1, 1, jax.devices()[:1])
         patched(stack, sharding, "make_mesh", lambda **_: alone())
-        patched(stack, continual, "Checkpoints", Unsaved)
+        patched(stack, session, "Checkpoints", Unsaved)
         stack.enter_context(contextlib.closing(_Presets(model)))
-        run = continual.open_run(config, workdir)
+        run = session.open_run(config, workdir)
         stack.callback(run.pool.close)
         stack.callback(run.log.close)
         yield run
@@ -97,21 +98,21 @@ class _Presets:
         runtime.PRESETS["tiny"] = self.before
 
 
-def learned(config: ConfigDict, workdir: Path, model: Any = SMALL) -> tuple[continual.Run, list[dict]]:
+def learned(config: ConfigDict, workdir: Path, model: Any = SMALL) -> tuple[session.Run, list[dict]]:
     """Every stage learned in turn; the lines of metrics.jsonl."""
     for each in settings.stages(config):
         stage.check(each)
     with opened(config, workdir, model) as run:
         for each in run.stages:
-            continual.learn(run, each, None)
+            learning.learn(run, each, None)
     return run, read_lines(workdir / "metrics.jsonl")
 
 
 @dataclasses.dataclass
 class Desk:
-    """A stage in the middle: everything that `continual.learn` makes before its loop."""
+    """A stage in the middle: everything that `learning.learn` makes before its loop."""
 
-    run: continual.Run
+    run: session.Run
     room: Any
     state: Any
     frozen: Any
@@ -136,10 +137,10 @@ def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL)
         which = run.stages[number - 1]
         stage.check(which)
         trained, frozen = run.split()
-        start = run._frozen(run.params)
-        room = continual.classroom(run, which, start, frozen)
+        start = run.compared(run.params)
+        room = learning.classroom(run, which, start)
         opt = stage.optimizer(which.config, runtime.declare(which.config.model, run.rt.cfg))
         state = stage.start_state(run.rt, opt, trained)
-        penalty, extra = continual.penalty_of(run, which, start)
+        penalty, extra = learning.penalty_of(run, which, start)
         steps = train.make_steps(run.rt.cfg, stage.objective(which.config), opt, train.Places.of(state), run.rt.dtype, penalty)
         yield Desk(run, room, state, frozen, steps, extra)

@@ -1,0 +1,79 @@
+"""Rows for the device: targets stand where they are predicted; packing, micro-batches and padding do not change an update."""
+
+import jax
+import numpy as np
+import pytest
+import school
+
+from configs import base
+from cptjax import batches
+from cptjax.classroom import Progress
+from cptjax.stage import lesson
+
+
+def config(name: str, **sections):
+    c = base.get_config()
+    c.stages = (dict(task="first", steps=2),)
+    c.method.update(base.METHODS[name])
+    c = school.tiny(c, batch=8)
+    for section, values in sections.items():
+        c[section].update(values)
+    return c
+
+
+def first_update(settings, folder):
+    """The first update's new parameters and numbers."""
+    with school.desk(settings, folder) as desk, desk.room.stream(0) as stream:
+        found = lesson(desk.room, desk.params, stream, Progress())
+        update = next(found.updates)
+        state, told = desk.update(update)
+        return jax.device_get(state.params), told, update
+
+
+def same(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def test_answers_are_predicted_by_the_token_before(tmp_path):
+    _, _, (batch,) = first_update(config("sft"), tmp_path)
+    tokens, where, targets, mask = (np.asarray(x) for x in (batch.prompts.tokens, batch.where, batch.targets, batch.mask))
+    found = np.take_along_axis(tokens, where + 1, 1)
+    assert (found[mask] == targets[mask]).all() and mask.any(1).all() and not targets[~mask].any()
+
+
+def test_packing_and_micro_batches_leave_the_update_alone(tmp_path):
+    whole, told, one = first_update(config("sft"), tmp_path / "a")
+    packed, told_packed, rows = first_update(config("sft", data=dict(pack=True, prompt_limit=64, buckets=(64,))), tmp_path / "b")
+    parts, told_parts, several = first_update(config("sft", train=dict(micro_batch=2)), tmp_path / "c")
+    assert len(one) == len(rows) == 1 and len(several) == 4
+    assert rows[0].prompts.tokens.shape[0] < one[0].prompts.tokens.shape[0]  # several conversations in one row
+    for other in (told_packed, told_parts):
+        assert other["loss"] == pytest.approx(told["loss"], rel=1e-5) and other["grad_norm"] == pytest.approx(told["grad_norm"], rel=1e-4)
+    same(whole, parts, 1e-5)
+    same(whole, packed, 1e-4)
+
+
+def test_micro_batches_of_groups_leave_the_update_alone(tmp_path):
+    changes = dict(method=dict(kl_coef=0.1, ratio="token", normalise="sequence"))
+    whole, told, one = first_update(config("grpo", **changes), tmp_path / "a")
+    parts, told_parts, several = first_update(config("grpo", train=dict(micro_batch=2), **changes), tmp_path / "b")
+    assert (len(one), len(several)) == (1, 4)
+    assert several[0].targets.shape[0] == 2 * 2  # whole groups
+    for key in ("grad_norm", "entropy", "kl", "mismatch_max"):
+        assert told_parts[key] == pytest.approx(told[key], rel=1e-4, abs=1e-6)
+    same(whole, parts, 1e-5)
+
+
+def test_rows_that_do_not_fit_are_refused_in_one_line(tmp_path):
+    with school.opened(config("sft"), tmp_path) as run:
+        assert batches.micro_rows(run.rt, 8, 0) == 8 and batches.micro_rows(run.rt, 8, 4) == 4
+        with pytest.raises(ValueError, match="train.micro_batch must divide it"):
+            batches.micro_rows(run.rt, 8, 3)
+
+
+def test_pieces_and_trimmed():
+    assert [(p.start, p.stop) for p in batches.pieces(5, 2)] == [(0, 2), (2, 4), (4, 5)]
+    assert [(p.start, p.stop) for p in batches.pieces(3, 0)] == [(0, 3)]
+    mask = np.zeros((2, 64), bool)
+    mask[1, :9] = True
+    assert batches.trimmed(mask, 64) == 16 and batches.trimmed(mask[:1], 64) == 8 and batches.trimmed(mask, 12) == 12
