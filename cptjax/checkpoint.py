@@ -1,72 +1,78 @@
 """Checkpoints on disk: `steps/` within stages (the newest few), `stages/` after each stage (kept for good).
 
-A checkpoint is a tree of arrays and a JSON `progress`; Orbax renames it into place when it is whole, so a kill leaves the
-previous one. Numbers sort in time: stage * STAGE + step.
+A checkpoint is some named trees of arrays and a JSON `progress`; Orbax renames it into place when it is whole, so a kill leaves
+the previous one. Numbers sort in time: stage * STAGE + step. One that can not be read is moved to `damaged/`.
 """
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
-from cptjax import console
+from cptjax import console, multihost
 
 STAGE = 10**9  # more steps than any stage has
+KINDS = ("steps", "stages")
+
+
+class Refused(ValueError):
+    """A readable checkpoint that must not be used, such as one of another config: never skipped over."""
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; `tidy` removes what a killed writer left, so only the run itself may ask for it."""
 
-    def __init__(self, folder: Path | str, every: int = 0, minutes: float = 0, keep: int = 2, async_save: bool = True):
+    def __init__(
+        self, folder: Path | str, every: int = 0, minutes: float = 0, keep: int = 2, async_save: bool = True, tidy: bool = False
+    ):  # fmt: skip
         if every < 0 or minutes < 0 or keep < 1:
             raise ValueError(f"checkpoint: every={every} minutes={minutes} keep={keep}; expected every, minutes >= 0 and keep >= 1")
         self.folder = Path(folder).absolute()
         self.every, self.seconds, self.saved = every, minutes * 60, time.monotonic()
-        self.managers = {
-            kind: ocp.CheckpointManager(
-                self.folder / kind,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep if kind == "steps" else None, enable_async_checkpointing=async_save, create=True
-                ),
-            )
-            for kind in ("steps", "stages")
-        }
+        more = {"enable_async_checkpointing": async_save, "create": True, "cleanup_tmp_directories": tidy}
+        options = {kind: ocp.CheckpointManagerOptions(max_to_keep=keep if kind == "steps" else None, **more) for kind in KINDS}
+        self.managers = {kind: ocp.CheckpointManager(self.folder / kind, options=options[kind]) for kind in KINDS}
 
     def due(self, step: int) -> bool:
-        """Whether the interval in steps or in minutes has passed."""
-        return bool(self.every and step % self.every == 0) or bool(self.seconds and time.monotonic() - self.saved >= self.seconds)
+        """Whether the interval in steps or in minutes has passed; processes agree on the clock of the first."""
+        late = bool(self.seconds) and multihost.gather(time.monotonic() - self.saved >= self.seconds)[0]
+        return bool(self.every and step % self.every == 0) or late
 
-    def save(self, kind: str, stage: int, step: int, tree: Any, progress: dict) -> None:
+    def save(self, kind: str, stage: int, step: int, trees: Mapping[str, Any], progress: dict) -> None:
         """Start saving; it goes on in the background until the next save or `wait`."""
-        number = stage * STAGE + step
-        manager = self.managers[kind]
+        number, manager = stage * STAGE + step, self.managers[kind]
         if number in manager.all_steps():  # a resumed run stands where this one was saved
             return
-        args = ocp.args.Composite(tree=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress))
-        manager.save(number, args=args, force=True)
+        parts = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        with self._writing():
+            manager.save(number, args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(progress)), force=True)
         self.saved = time.monotonic()
 
     def wait(self) -> None:
         """Until everything saved is on disk; an error of the background thread is raised here."""
-        for manager in self.managers.values():
-            manager.wait_until_finished()
+        with self._writing():
+            for manager in self.managers.values():
+                manager.wait_until_finished()
+
+    def _writing(self) -> "_Writing":
+        return _Writing(self.folder)
 
     def found(self) -> list[tuple[int, int, str]]:
-        """(stage, step, kind), the newest first; at one place the step checkpoint, which holds the optimiser, comes first."""
-        numbers = [(n, kind == "steps", kind) for kind, manager in self.managers.items() for n in manager.all_steps()]
+        """(stage, step, kind), the newest first; at one place the stage's end comes first."""
+        numbers = [(n, kind == "stages", kind) for kind, manager in self.managers.items() for n in manager.all_steps()]
         return [(*divmod(n, STAGE), kind) for n, _, kind in sorted(numbers, reverse=True)]
 
     def progress(self, kind: str, stage: int, step: int) -> dict:
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         return self.managers[kind].restore(stage * STAGE + step, args=args)["progress"]
 
-    def restore(self, kind: str, stage: int, step: int, like: Any) -> Any:
-        """The tree, on the shardings and types of `like` (a tree of ShapeDtypeStruct): any mesh, any device count."""
-        args = ocp.args.Composite(tree=ocp.args.StandardRestore(like))
-        return self.managers[kind].restore(stage * STAGE + step, args=args)["tree"]
+    def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """The trees that `like` names, on its shardings and types (trees of ShapeDtypeStruct): any mesh, any device count."""
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
+        return dict(self.managers[kind].restore(stage * STAGE + step, args=args).items())
 
     def stage_end(self, stage: int) -> int:
         """The step at which a stage ended."""
@@ -77,21 +83,78 @@ class Checkpoints:
         return max(steps)
 
     def newest(self, read: Callable[[str, int, int], Any]) -> Any | None:
-        """What `read(kind, stage, step)` makes of the newest readable checkpoint; a damaged one is left out with a warning."""
+        """What `read(kind, stage, step)` makes of the newest readable checkpoint; damaged ones are put aside with a warning.
+
+        None = there is none, or only damaged ones within the first stage. Where a finished stage is lost, it refuses.
+        """
+        damaged: list[tuple[str, int, int]] = []
+        said = ""
         for stage, step, kind in self.found():
-            try:
-                return read(kind, stage, step)
-            except (OSError, KeyError, TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
-                if isinstance(error, Refused):
-                    raise
-                line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                console.warn(f"checkpoint {kind} of stage {stage}, step {step} can not be read ({line[:160]}); trying the one before")
+            result, problem = _attempt(read, kind, stage, step)
+            if not any(multihost.gather(bool(problem))):
+                self._put_aside(damaged)
+                return result
+            damaged.append((kind, stage, step))
+            said = said or problem
+            console.warn(f"checkpoint {kind} of stage {stage}, step {step} can not be read ({problem[:160]}); trying the one before")
+        if any(kind == "stages" for kind, _, _ in damaged):
+            raise Refused(
+                f"none of the {len(damaged)} checkpoints in {self.folder} can be read ({said[:160]}); bring them back, or move the workdir "
+                "away to start anew"
+            )
+        self._put_aside(damaged)
         return None
 
+    def _put_aside(self, damaged: list[tuple[str, int, int]]) -> None:
+        """Out of the way, so that the run can save at the same place again."""
+        if damaged and multihost.first():
+            for kind, stage, step in damaged:
+                to = self.folder / "damaged" / f"{kind}-stage{stage}-step{step}"
+                shutil.rmtree(to, ignore_errors=True)
+                to.parent.mkdir(exist_ok=True)
+                (self.folder / kind / str(stage * STAGE + step)).rename(to)
+        if damaged:
+            multihost.gather(True)
+            for manager in self.managers.values():
+                manager.reload()
+
     def close(self) -> None:
-        for manager in self.managers.values():
-            manager.close()
+        with self._writing():
+            for manager in self.managers.values():
+                manager.close()
 
 
-class Refused(ValueError):
-    """A readable checkpoint that must not be used, such as one of another config: never skipped over."""
+def _attempt(read: Callable[[str, int, int], Any], kind: str, stage: int, step: int) -> tuple[Any, str]:
+    """(what was read, "") or (None, what is wrong)."""
+    try:
+        return read(kind, stage, step), ""
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # a damaged file shows itself in many ways: of JSON, of the array store, of a missing folder
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        return None, _line(error)
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class _Writing:
+    """Turns whatever a failed save raises into one line."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, Refused):
+            full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+            hint = "the disk is full: free some space" if full else "look at the disk"
+            raise OSError(
+                f"a checkpoint can not be written to {self.folder} ({_line(error)[:200]}); {hint}, then run the same command again. "
+                "What was saved before is whole"
+            ) from error

@@ -28,6 +28,7 @@ def own_items(room: Classroom, params: Params, step: int) -> tuple[list[Item], S
     window = {"never": room.steps, "epoch": room.order.steps(1)}.get(m.refresh) or int(m.refresh)
     start = step // window * window if m.source == "self" else 0
     pairs, spent = _corpus_of(room, params, start, min(window, room.steps - start))
+    spent = spent if step == start else Spent()
     at = np.arange((step - start) * t.batch, (step - start + 1) * t.batch)
     laps, places = np.divmod(at, len(pairs))
     order = {lap: np.random.default_rng([room.seed, room.stage.number, start, lap]).permutation(len(pairs)) for lap in set(laps.tolist())}
@@ -48,17 +49,20 @@ def _read(path: Path) -> list[Pair]:
 
 
 def _corpus_of(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[Pair], Spent]:
-    """A window's answers, and what drawing them cost just now."""
-    path, spent = room.workdir / "corpus" / f"stage{room.stage.number}_step{start}.jsonl", Spent()
+    """A window's answers, and what drawing them cost; drawn now, or found as a killed run left them."""
+    path = room.workdir / "corpus" / f"stage{room.stage.number}_step{start}.jsonl"
     if not multihost.gather(path.exists())[0]:
         foreign = room.config.method.source == "corpus"
-        pairs, spent = (_foreign(room), spent) if foreign else _own(room, params, start, steps)
+        pairs, spent = (_foreign(room), Spent()) if foreign else _own(room, params, start, steps)
+        total = sum(multihost.gather(spent), Spent())
         if multihost.first():
+            lessons.write_cost(path, total)
             lines = [{"source": s, "row": r, "id": room.sources[s][r].id, "response": text} for s, r, text in pairs]
             metrics.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         multihost.gather(True)  # nobody reads before it is written
         _read.cache_clear()
-    return _read(path), spent
+    # the file tells the cost of all processes, and a step adds up its processes' costs
+    return _read(path), lessons.read_cost(path)[0] if multihost.first() else Spent()
 
 
 def _own(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[Pair], Spent]:

@@ -28,6 +28,7 @@ class Exam:
     forced: list[scorers.Record]  # after the forced prefix; empty where that was not asked for
     texts: list[str]
     tokens: int  # generated, the forced ones included
+    also: dict[str, list[scorers.Record]] = dataclasses.field(default_factory=dict)  # by the task's further scorers, by their names
 
 
 def answer(
@@ -85,16 +86,24 @@ def take(
             again, more = answer(rt, params, prefixed, sampling, batch, key, bar)
             tokens += more
     records = course.score(texts, mine)
+    further = {name: dataclasses.replace(course, scorer=scorers.find(name)).score(texts, mine) for name in course.task.also}
     after = course.score(again, mine, forced=True) if forced else []
     parts = multihost.gather([(i, r, t) for i, r, t in zip(rows, records, texts, strict=True)])
     parts_after = multihost.gather(list(zip(rows, after, strict=False)))
+    also = {name: _in_order(rows, found, len(examples)) for name, found in further.items()}
     by_row = {i: (r, t) for i, r, t in multihost.together(parts)}
     forced_by_row = dict(multihost.together(parts_after))
     picked = [by_row[i] for i in range(len(examples))]
     return Exam(
         course, [r for r, _ in picked], [forced_by_row[i] for i in sorted(forced_by_row)], [t for _, t in picked],
-        sum(multihost.gather(tokens)),
+        sum(multihost.gather(tokens)), also,
     )  # fmt: skip
+
+
+def _in_order(rows: Sequence[int], found: Sequence[Any], n: int) -> list[Any]:
+    """Everyone's records by row."""
+    by_row = dict(multihost.together(multihost.gather(list(zip(rows, found, strict=True)))))
+    return [by_row[i] for i in range(n)]
 
 
 def stderr(values: Sequence[float]) -> float:
@@ -112,6 +121,10 @@ def rows(exam: Exam, common: Mapping[str, Any], mini: bool = False) -> list[dict
     if mini:
         return out
     out += [line(name, value, exam.records) for name, value in summary.items()]
+    for name, records in exam.also.items():
+        scorer = scorers.find(name)
+        value = scorers.summarise(scorer, records)["accuracy"]
+        out.append(line(f"{accuracy}_{name}", value, records, stderr([r.score for r in records])) | {"scorer": scorer.id})
     if exam.forced:
         scores = [r.score for r in exam.forced]
         out.append(line(metrics.FORCED, float(np.mean(scores)), exam.forced, stderr(scores)))

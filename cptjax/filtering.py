@@ -24,21 +24,23 @@ def kept(current: Any, which: Stage, tutor: Tutor, sources: Sequence[Sequence[Ex
     out = []
     for name, examples in zip(which.tasks, sources, strict=True):
         path = current.workdir / "filters" / f"stage{which.number}_{name}.jsonl"
-        cost: dict[str, float] = {}
         if not multihost.gather(path.exists())[0]:
             began = time.perf_counter()
             correct, spent = counts(current, which, tutor, name, examples, samples)
             if multihost.first():
                 rows = [{"row": i, "id": examples[i].id, "correct": int(n), "samples": samples} for i, n in enumerate(correct)]
+                lessons.write_cost(path, spent, time.perf_counter() - began)
                 metrics.write_text(path, "".join(metrics.json.dumps(r) + "\n" for r in rows))
-            cost = {"tokens": spent.tokens, "rollouts": spent.rollouts, "flops": spent.flops, "seconds": time.perf_counter() - began}
+        multihost.gather(True)  # nobody reads before it is written
         correct = np.array([r["correct"] for r in metrics.read_lines(path)])
         keep, report = filters.offline(correct, seed=current.config.seed, **bounds)
         console.say(f"filter {report.name} on {name}: kept {report.kept} of {report.prompts} prompts ({report.fraction:.0%}), "
                     f"{report.never} never solved, {report.always} always")  # fmt: skip
-        if current.log:
+        if current.log and current.entering:
             shares = {"filter/kept": report.fraction, "filter/never": report.never / report.prompts}
             shares["filter/always"] = report.always / report.prompts
+            spent, seconds = lessons.read_cost(path)
+            cost = {"tokens": spent.tokens, "rollouts": spent.rollouts, "flops": spent.flops, "seconds": seconds}
             current.log.step(which.number, 0, {"event": "filter", "task": name, "filter/rows": report.kept, **shares, **cost})
         out.append(Chosen(examples, np.flatnonzero(keep).tolist()))
     return out

@@ -8,12 +8,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cptjax import flops, runtime
+from cptjax import flops, metrics, runtime
 from cptjax.batches import answers, micro_rows, pieces
 from cptjax.batching import Encoded
 from cptjax.data import Row
@@ -34,6 +35,18 @@ class Spent:
 
     def __add__(self, other: "Spent") -> "Spent":
         return Spent(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+
+def write_cost(path: Path, spent: Spent, seconds: float = 0.0) -> None:
+    """Puts the cost of drawn answers beside their file: a run that finds the file can still tell it."""
+    metrics.write_json(path.with_suffix(".cost.json"), {**dataclasses.asdict(spent), "seconds": seconds})
+
+
+def read_cost(path: Path) -> tuple[Spent, float]:
+    """Returns the cost of drawn answers, and the seconds it took."""
+    kept = metrics.json.loads(path.with_suffix(".cost.json").read_text())
+    seconds = kept.pop("seconds")
+    return Spent(**kept), seconds
 
 
 @dataclasses.dataclass

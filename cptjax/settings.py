@@ -14,6 +14,19 @@ FREE = ("tasks", "arms", "prestage")  # sections whose keys are the user's own
 LOOSE = ("filter", "online_filter")  # None or a small dict
 NUMBERS = (int, float)
 UNHASHED = ("allow_change", "log", "checkpoint", "mesh")  # may differ when a run is continued
+OPTIONAL: dict[str, type] = {  # what may be None, and its type where it is not
+    "data.limit": int, "eval.limit": int, "eval.every": int, "method.tis_cap": float, "method.clip_dual": float, "method.kl_limit": float,
+    "train.clip": float,
+}  # fmt: skip
+LEAST = {  # smallest sensible value of what nothing else checks
+    "data.prompt_limit": 1, "data.bad_rows": 0, "data.limit": 1, "data.workers": 0, "data.prefetch": 1, "rewards.processes": 1,
+    "rollout.max_new_tokens": 1, "rollout.check_every": 1, "rollout.group": 1, "train.batch": 1, "train.micro_batch": 0,
+    "train.max_skipped": 1, "train.chunk": 1, "eval.limit": 1, "eval.every": 1, "eval.mini": 1, "eval.batch": 1,
+    "eval.max_new_tokens": 1, "eval.temperature": 0, "eval.drift": 0, "method.self_samples": 1, "log.every": 1, "log.gallery": 0,
+}  # fmt: skip
+# What a stage may override. The rest belongs to the run: one model, one mesh, one way to evaluate.
+OF_STAGE = ("data", "method", "rewards", "rollout", "train", "eval.every", "eval.mini", "log")
+OF_RUN = ("data.prompt_limit", "data.buckets", "rewards.timeout", "rewards.processes", "log.tensorboard", "log.wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +69,11 @@ def _merge(target: ConfigDict, overrides: Mapping[str, Any], where: str) -> None
 
 def _typed(old: Any, new: Any, place: str, loose: bool) -> Any:
     """The new value if its type fits the old one's."""
-    if old is None or new is None or loose:
+    if loose:
         return new
+    optional = next((kind for name, kind in OPTIONAL.items() if place.endswith(f".{name}")), None)
+    if new is None or old is None:
+        return _optional(new, optional, place)
     if isinstance(old, bool) != isinstance(new, bool):
         raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
     if isinstance(old, NUMBERS) and isinstance(new, NUMBERS):
@@ -71,6 +87,28 @@ def _typed(old: Any, new: Any, place: str, loose: bool) -> Any:
     if not isinstance(new, type(old)):
         raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
     return new
+
+
+def _optional(new: Any, kind: type | None, place: str) -> Any:
+    """A value where the old or the new one is None."""
+    if new is None and kind is None:
+        raise ValueError(f"{place} is None; expected a value, see configs/base.py")
+    fits = isinstance(new, NUMBERS if kind is float else kind or object) and not (kind and isinstance(new, bool))
+    if new is not None and not fits:
+        raise ValueError(f"{place} is {new!r}; expected None or {'a number' if kind is float else 'a whole number'}")
+    return new
+
+
+def check(config: ConfigDict) -> None:
+    """Numbers below what makes sense, and values of a wrong type that a config file set itself."""
+    for name, least in LEAST.items():
+        section, key = name.split(".")
+        value = config[section][key]
+        if value is None and name in OPTIONAL:
+            continue
+        whole = name != "eval.temperature"
+        if isinstance(value, bool) or not isinstance(value, int if whole else NUMBERS) or value < least:
+            raise ValueError(f"config.{name} is {value!r}; expected {'a whole' if whole else 'a'} number of at least {least}")
 
 
 def stages(config: ConfigDict) -> list[Stage]:
@@ -91,7 +129,16 @@ def _stage(config: ConfigDict, number: int, raw: dict[str, Any]) -> Stage:
     if (steps or epochs) <= 0:
         raise ValueError(f"{where}: expected steps or epochs above 0, got {steps or epochs}")
     merged = merge(config, raw, where)
+    for name in _paths(raw):
+        if not any(name == own or name.startswith(f"{own}.") for own in OF_STAGE) or name in OF_RUN:
+            raise ValueError(f"{where} sets {name}, which belongs to the whole run; a stage may set {', '.join(OF_STAGE)}")
     return Stage(number, (tasks,) if isinstance(tasks, str) else tuple(tasks), steps, epochs, merged)
+
+
+def _paths(tree: Mapping, before: str = "") -> list[str]:
+    """Dotted names of what a nested mapping sets, two levels deep."""
+    deeper = lambda value: isinstance(value, Mapping | ConfigDict) and not before
+    return [n for key, v in tree.items() for n in (_paths(v, f"{key}.") if deeper(v) else [f"{before}{key}"])]
 
 
 def variants(config: ConfigDict) -> list[tuple[str, ConfigDict]]:

@@ -1,0 +1,99 @@
+"""The evaluations of a run: all tasks after each stage, small ones inside a stage, and how they are recorded."""
+
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cptjax import drift, evaluate, report, resume, runtime, summary
+from cptjax.model import trainable
+from cptjax.resume import Place
+from cptjax.session import Run
+from cptjax.settings import Stage
+from cptjax.tasks.validate import Chosen
+from cptjax.types import Params
+
+
+def tasks_of(current: Run) -> tuple[list[str], list[str]]:
+    """(tasks of the stages, general tasks), each once."""
+    c = current.config.eval
+    own = [t for s in current.stages for t in s.tasks] if c.tasks == "all" else list(c.tasks)
+    own = list(dict.fromkeys(own))
+    return own, [t for t in dict.fromkeys(c.general) if t not in own]
+
+
+def decoding(config: ConfigDict) -> runtime.Sampling:
+    e = config.eval
+    return runtime.Sampling(1, e.temperature, max_new_tokens=e.max_new_tokens, check_every=config.rollout.check_every)
+
+
+def examine(current: Run, number: int, place: Place) -> None:
+    """Evaluate all tasks after a stage and record its row; tasks recorded before a kill are left out."""
+    done = list(place.done) if place.stage == number else []
+    own, general = tasks_of(current)
+    step = current.checkpoints.stage_end(number) if number else 0
+    for task in [t for t in (*own, *general) if t not in done]:
+        record(current, number, task, common(current, number, step))
+        done.append(task)
+        resume.write_marks(current, number, done)
+    if current.log:
+        summary.write(current.workdir)
+        report.write([current.workdir])
+
+
+def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
+    """One task: under every template, and how far the model has moved on it."""
+    e, began = current.config.eval, time.perf_counter()
+    tokens = answers = 0
+    for i, template in enumerate(e.templates or ("",)):
+        exam = take(current, number, task, template, e.limit, e.forced_prefix, after(number))
+        tokens, answers = tokens + exam.tokens, answers + len(exam.records) + len(exam.forced)
+        if current.log:
+            current.log.evals(evaluate.rows(exam, about))
+            if i == 0:
+                current.log.predictions(number, evaluate.predictions(exam, about["step"]))
+    moved = drift.rows(current, number, task, about) if e.drift else []
+    if current.log:
+        current.log.evals(moved)
+        cost = {"seconds": time.perf_counter() - began, "tokens": tokens, "rollouts": answers}
+        current.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
+
+
+def after(number: int) -> str:
+    return f"after stage {number}" if number else "before any stage"
+
+
+def take(current: Run, number: int, task: str, template: str, limit: int | None, forced: bool, when: str) -> evaluate.Exam:
+    """The current model's answers to a task's first `limit` test rows; their randomness depends on the stage alone."""
+    c = current.config
+    examples = current.examples(task, "test", c)
+    examples = examples if limit is None else Chosen(examples, range(min(limit, len(examples))))
+    key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
+    return evaluate.take(
+        current.rt, current.params, current.course(task, c, template), examples, sampling=decoding(c), batch=c.eval.batch, key=key,
+        forced=forced, title=f"evaluate {task} {when}",
+    )  # fmt: skip
+
+
+def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: int) -> None:
+    """The small evaluations after a step of a stage."""
+    current.params = trainable.join(trained, frozen)
+    began, tokens, answers = time.perf_counter(), 0, 0
+    for task in tasks_of(current)[0]:
+        exam = take(current, which.number, task, "", which.config.eval.mini, False, f"at step {step}")
+        tokens, answers = tokens + exam.tokens, answers + len(exam.records)
+        if current.log:
+            current.log.evals(evaluate.rows(exam, common(current, which.number, step), mini=True))
+    if current.log:
+        cost = {"seconds": time.perf_counter() - began, "tokens": tokens, "rollouts": answers}
+        current.log.step(which.number, step, {"event": "evaluate", **cost})
+    current.params = None
+
+
+def common(current: Run, number: int, step: int) -> dict[str, Any]:
+    """What all lines of one evaluation share."""
+    e = current.config.eval
+    said = f"{'greedy' if e.temperature == 0 else f'T={e.temperature}'}, {e.max_new_tokens} tokens"
+    name = current.stages[number - 1].name if number else "base"
+    return {"stage": number, "stage_name": name, "step": step, "pixels": runtime.pixels(current.rt), "decoding": said}

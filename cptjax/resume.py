@@ -1,0 +1,121 @@
+"""Where a run goes on. Looked for in this order:
+
+    1. the newest readable checkpoint: inside a stage (`steps`) or at its end (`stages`)
+    2. progress.json, which says how much of the evaluation after the last finished stage, or of the base model, is recorded
+    3. afresh
+
+Each says how long the growing files were; what a killed run wrote after that is cut off. progress.json is deleted before the files
+are cut below what it knows, so it can never speak of lines that are gone.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from cptjax import console, metrics, multihost, runtime, stage
+from cptjax.checkpoint import Refused
+from cptjax.model import trainable
+from cptjax.session import Run, abstract
+from cptjax.settings import Stage
+from cptjax.stage import Progress
+from cptjax.types import Params, TrainState
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a run goes on."""
+
+    stage: int = 0
+    state: TrainState | None = None  # inside a stage
+    teacher: Params | None = None
+    progress: Progress | None = None
+    done: tuple[str, ...] = ()  # tasks of this stage's evaluation that are recorded
+
+    def finished(self, number: int) -> bool:
+        """Whether a stage's training is over."""
+        return number < self.stage or (number == self.stage and self.state is None)
+
+
+def resume(current: Run) -> Place:
+    """The newest place to go on from; the logs are cut to it."""
+    place, told = current.checkpoints.newest(lambda *at: restored(current, *at)) or (Place(), {"positions": {}, "spent": {}})
+    marks = read_marks(current)
+    positions = told["positions"]
+    current.spent = dict(told["spent"])
+    if place.state is None and marks and marks["stage"] == place.stage:
+        place.done, positions = tuple(marks["done"]), marks["positions"]
+    elif marks and marks["stage"] >= place.stage and multihost.first():
+        marks_file(current).unlink()
+    multihost.gather(True)
+    if current.log:
+        current.log.rewind(positions)
+    if place.stage or place.done:
+        where = f"step {place.progress.step} of stage {place.stage}" if place.state is not None else f"the end of stage {place.stage}"
+        console.say(f"{current.workdir}: going on from {where if place.stage else 'the evaluation of the base model'}")
+    return place
+
+
+def marks_file(current: Run):
+    return current.workdir / "progress.json"
+
+
+def read_marks(current: Run) -> dict[str, Any]:
+    """How far the newest evaluation had come; {} = nothing is known."""
+    path = marks_file(current)
+    return metrics.json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_marks(current: Run, number: int, done: list[str]) -> None:
+    """Say that these tasks are recorded for a stage, whose checkpoint must be whole by then."""
+    if len(done) == 1:
+        current.checkpoints.wait()
+    if current.log:
+        metrics.write_json(marks_file(current), {"stage": number, "done": done, "positions": current.positions()})
+
+
+def restored(current: Run, kind: str, number: int, step: int) -> tuple[Place, dict]:
+    """What a checkpoint holds, on this run's mesh."""
+    told = current.checkpoints.progress(kind, number, step)
+    if number > len(current.stages):
+        raise Refused(f"{current.workdir} has a checkpoint of stage {number}; the config has {len(current.stages)} stages")
+    which = current.stages[number - 1]
+    trees = current.checkpoints.restore(kind, number, step, like(current, kind, which))
+    trained, frozen = current.split()
+    current.fisher, current.opt_state = trees.get("fisher"), trees.get("opt_state")
+    if kind == "stages":
+        current.params = trainable.join(trees["params"], frozen)
+        return Place(number), told
+    return Place(number, trees["state"], trees.get("teacher"), Progress(**told["progress"])), told
+
+
+def like(current: Run, kind: str, which: Stage) -> dict[str, Any]:
+    """The shape of a checkpoint's trees, known from the config alone."""
+    trained, _ = current.split()
+    out: dict[str, Any] = {}
+    if has_fisher(current, which.number - (kind == "steps")):
+        out["fisher"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), trained)
+    opt = stage.optimizer(which.config, runtime.declare(current.config.model, current.rt.cfg))
+    if kind == "stages":
+        if keeps_optimizer(current, which):
+            out["opt_state"] = abstract(stage.start_state(current.rt, opt, trained).opt_state)
+        return out | {"params": abstract(trained)}
+    if has_teacher(which):
+        out["teacher"] = abstract(trained)
+    return out | {"state": abstract(stage.start_state(current.rt, opt, trained))}
+
+
+def has_fisher(current: Run, number: int) -> bool:
+    """Whether Fisher information of EWC is there after a stage."""
+    return any(s.config.method.penalty.name == "ewc" for s in current.stages[:number])
+
+
+def has_teacher(which: Stage) -> bool:
+    """Whether a teacher of its own weights belongs to a stage's state."""
+    return which.config.method.objective == "distill"
+
+
+def keeps_optimizer(current: Run, which: Stage) -> bool:
+    """Whether the next stage goes on with this one's optimiser state."""
+    return which.number < len(current.stages) and not current.stages[which.number].config.train.reset_optimizer

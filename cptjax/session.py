@@ -1,0 +1,195 @@
+"""A run while it is alive: its workdir, its model, and what is remembered between its stages and evaluations."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cptjax import console, metrics, multihost, prompting, runtime, settings, stage
+from cptjax import tasks as task_list
+from cptjax.batching import ladder
+from cptjax.checkpoint import Checkpoints, Refused
+from cptjax.model import trainable
+from cptjax.prompting import Course
+from cptjax.runtime import Runtime
+from cptjax.settings import Stage
+from cptjax.tasks.validate import check as check_rows
+from cptjax.types import Example, Params
+from cptjax.verify import Pool
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "ml-collections", "numpy", "cptjax")
+
+
+class Preempted(SystemExit):
+    """SIGTERM came; everything is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+@dataclasses.dataclass
+class Sigterm:
+    """Whether SIGTERM came, and whether it must wait: a training step ends and saves first."""
+
+    came: bool = False
+    waits: bool = False
+
+    def __call__(self, *_: object) -> None:
+        self.came = True
+        if not self.waits:
+            self.leave("outside of training")
+
+    def leave(self, where: str) -> None:
+        console.say(f"stopped by SIGTERM {where}; run the same command again to go on")
+        raise Preempted
+
+
+@dataclasses.dataclass
+class Run:
+    """One workdir and what is alive in it."""
+
+    config: ConfigDict
+    workdir: Path
+    stages: list[Stage]
+    rt: Runtime
+    params: Params | None  # of the current model, all leaves; None while a stage trains, whose state holds them
+    checkpoints: Checkpoints
+    log: metrics.Log | None  # of the first process
+    pool: Pool
+    sigterm: Sigterm
+    fisher: Params | None = None
+    opt_state: Any = None  # kept over a stage's end where the next stage goes on with it
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)  # since the last line of metrics.jsonl
+    entering: bool = False  # a stage is being begun, not gone on with
+    _cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def chosen(self):
+        return trainable.chosen(self.config.model.freeze, self.config.model.lora.rank)
+
+    def split(self) -> tuple[Params, Params]:
+        return trainable.split(self.params, self.chosen)
+
+    def course(self, name: str, config: ConfigDict, template: str = "") -> Course:
+        """A task under a stage's, or the evaluation's, template and reward weights."""
+        key = ("course", name, template or config.data.template, tuple(config.rewards.items()))
+        if key not in self._cache:
+            task = task_list.resolve(name, config.tasks.to_dict())
+            self._cache[key] = prompting.course(task, template or config.data.template, config.rewards, self.pool)
+        return self._cache[key]
+
+    def examples(self, name: str, split: str, config: ConfigDict) -> Sequence[Example]:
+        """A task's rows, the bad ones told and left out as far as the config allows."""
+        limit = config.data.limit if split == "train" else config.eval.limit
+        key = ("examples", name, split, limit, config.data.root)
+        if key not in self._cache:
+            task = task_list.resolve(name, config.tasks.to_dict())
+            found = task.load(split, root=config.data.root, limit=limit, seed=self.config.seed)
+            if hasattr(found, "where"):
+                found = check_rows(found, config.data.bad_rows, console.say)
+            if not len(found):
+                raise ValueError(f"task {name}: its {split} split has no rows")
+            self._cache[key] = found
+        return self._cache[key]
+
+    def base(self) -> Params:
+        """The base model, in the type of the arithmetic; loaded when first needed."""
+        if "base" not in self._cache:
+            self._cache["base"] = self.compared(runtime.create(self.config.model, self.rt, self.config.seed))
+        return self._cache["base"]
+
+    def at_stage(self, number: int) -> Params:
+        """The model that a stage left behind, as the run itself holds it; 0 = base."""
+        params = runtime.create(self.config.model, self.rt, self.config.seed)
+        if number == 0:
+            return params
+        trained, frozen = trainable.split(params, self.chosen)
+        like = {"params": abstract(trained)}
+        return trainable.join(self.checkpoints.restore("stages", number, self.checkpoints.stage_end(number), like)["params"], frozen)
+
+    def compared(self, params: Params, dtype: str = "") -> Params:
+        """A copy to compare with; it outlives the state that it was made from."""
+        return stage.frozen_copy(params, dtype or self.config.model.compute_dtype)
+
+    def positions(self) -> dict[str, int]:
+        return self.log.positions() if self.log else {}
+
+    def facts(self) -> dict[str, Any]:
+        """What every checkpoint says of itself: a score means nothing without its pixel limits and template."""
+        c = self.config
+        about = {"pixels": runtime.pixels(self.rt), "template": c.data.template, "model": runtime.source(c.model)}
+        return {"positions": self.positions(), "spent": dict(self.spent), "config": settings.fingerprint(c), **about}
+
+    def close(self) -> None:
+        try:
+            self.checkpoints.close()
+        finally:
+            self.pool.close()
+            if self.log:
+                self.log.close()
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, types and places of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def open_run(config: ConfigDict, workdir: Path, sigterm: Sigterm | None = None) -> Run:
+    """The model, the folder and everything around them; refuses a folder that another config started."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    refuse_change(config, workdir)
+    lengths = tuple(config.data.buckets) or ladder(config.data.prompt_limit)
+    with console.waiting(f"loading the model ({runtime.source(config.model)})"):
+        rt, params = runtime.load(config.model, config.mesh, config.seed, lengths)
+    log = None
+    if multihost.first():
+        metrics.write_json(workdir / "config.json", settings.plain(config))
+        metrics.write_json(workdir / "versions.json", versions(rt))
+        log = metrics.Log(workdir, config.log.tensorboard, config.log.wandb, config.name, settings.plain(config))
+    c = config.checkpoint
+    saved = Checkpoints(workdir / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True)
+    pool = Pool(processes=config.rewards.processes, timeout=config.rewards.timeout)
+    return Run(config, workdir, settings.stages(config), rt, params, saved, log, pool, sigterm or Sigterm())
+
+
+def refuse_change(config: ConfigDict, workdir: Path) -> None:
+    """A workdir belongs to the config that started it."""
+    path = workdir / "config.json"
+    if not path.is_file() or config.allow_change:
+        return
+    changed = settings.difference(metrics.json.loads(path.read_text()), settings.plain(config))
+    if changed:
+        raise Refused(
+            f"{workdir} was started with another config: {'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}. "
+            "Use another --workdir, or --config.allow_change=True to go on with the new one"
+        )
+
+
+def versions(rt: Runtime) -> dict[str, Any]:
+    """Packages, commit and devices: what a number needs to be made again."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    devices = [d.device_kind for d in rt.mesh.devices.flat]
+    return {
+        "python": sys.version.split()[0], "packages": found, "commit": _commit(),
+        "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)}, "mesh": dict(rt.mesh.shape),
+        "processes": jax.process_count(), "attention": rt.cfg.attention,
+    }  # fmt: skip
+
+
+def _commit() -> str | None:
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return asked.stdout.strip() or None

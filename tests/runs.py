@@ -1,0 +1,147 @@
+"""Runs that take seconds: the tiny model, drawn tasks, a few steps; and what two of them must have in common."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.base import METHODS
+from configs.base import get_config as base
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("colour", "digit")
+TIMES = ("seconds", "perf/")  # what may differ between two equal runs
+METHOD = {"sft": METHODS["sft"], "grpo": METHODS["grpo"] | {"kl_coef": 0.05}, "iterative": METHODS["iterative_sft"] | {"refresh": 2}}
+
+
+def config(method: str = "sft", steps: int = 3, **sections: Any) -> ConfigDict:
+    """Two stages of a drawn task each; sections are updated by name."""
+    c = base()
+    c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
+    c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=48, prefetch=1)
+    c.tasks = ConfigDict({t: dict(task="drawn", family=t, side=32) for t in (*TASKS, "facts")})
+    c.stages = tuple(dict(task=t, steps=steps) for t in TASKS)
+    c.train.update(batch=4, lr=1e-2, b2=0.99)
+    c.rollout.update(group=2, max_new_tokens=4, check_every=4)
+    c.eval.update(limit=8, batch=8, max_new_tokens=4)
+    c.checkpoint.update(every=2)
+    c.method.update(METHOD[method])
+    for name, values in sections.items():
+        with c.unlocked(), c.ignore_type():
+            if isinstance(values, dict) and name in c and name != "arms":
+                c[name].update(values)
+            else:
+                c[name] = ConfigDict(values) if isinstance(values, dict) else values
+    return c
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One device, and the tests' cache of compiled programs."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "HF_HUB_OFFLINE": "1",
+    } | more  # fmt: skip
+
+
+def process(plan: dict[str, Any], **more: str) -> subprocess.Popen:
+    """A process that does `plan`, see `main`."""
+    order = [sys.executable, __file__, json.dumps(plan)]
+    return subprocess.Popen(order, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def told(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
+    """What each child of such a process came to: seconds, exit code, its words."""
+    running = process(plan, **more)
+    out, err = running.communicate(timeout=limit)
+    assert running.returncode == 0, err[-2000:]
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def state(workdir: Path) -> dict[str, Any]:
+    """Everything that two equal runs share: arrays of the stages' ends, csv files, rollouts, metrics without their times."""
+    found: dict[str, Any] = {name: (workdir / name).read_bytes() for name in ("matrix.csv", "evals.csv")}
+    for path in sorted(p for folder in ("rollouts", "predictions", "corpus", "filters") for p in workdir.glob(f"{folder}/*.jsonl")):
+        found[str(path.relative_to(workdir))] = path.read_bytes()
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    found["metrics.jsonl"] = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    return found | {f"stage {n}: {path}": x for n in stages(workdir) for path, x in arrays(workdir, n).items()}
+
+
+def stages(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints" / "stages").iterdir() if p.name.isdigit())
+
+
+def arrays(workdir: Path, number: int) -> dict[str, bytes]:
+    """The arrays of a stage's end by name, as bytes."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(workdir.absolute() / "checkpoints" / "stages" / str(number) / "params")
+    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Byte for byte; says what differs."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name] != b[name]]
+    assert not different, f"{len(different)} of {len(a)} differ: {different[:5]}"
+
+
+def evals(workdir: Path) -> list[dict[str, str]]:
+    with (workdir / "evals.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def child(method: str, workdir: str, sections: dict[str, Any], log: str) -> int:
+    """A run as launch/train.py does it, in a fork of this process; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    from cptjax import cli, console, continual
+
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    console.configure("plain")
+    sys.argv[1:] = []
+    cli.main(lambda: continual.run(config(method, **sections), workdir))
+    os._exit(0)
+
+
+def main() -> None:
+    """Does the run `plan["signals"]` times with a signal after so many seconds (None = to the end), each in a fresh process.
+
+    The processes are forks of this one, which has imported everything but started no device: starting Python costs more than the run.
+    """
+    from cptjax import continual  # noqa: F401
+
+    plan = json.loads(sys.argv[1])
+    for number, seconds in plan["signals"]:
+        log = f"{plan['workdir']}.log"
+        began, code = time.monotonic(), None
+        pid = child(plan["method"], plan["workdir"], plan.get("sections", {}), log)
+        while code is None and (seconds is None or time.monotonic() - began < seconds):
+            code = ended(pid)
+            time.sleep(0.01)
+        sent = time.monotonic()
+        if code is None:
+            os.kill(pid, number)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        took = {"seconds": sent - began, "after": time.monotonic() - sent}
+        print(json.dumps({"code": code, **took, "said": Path(log).read_text()}), flush=True)
+
+
+def ended(pid: int) -> int | None:
+    """The exit code, or None while it runs."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+if __name__ == "__main__":
+    main()
