@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cptjax import drift, evaluate, report, resume, runtime, summary
+from cptjax.data import Shelf
 from cptjax.model import trainable
 from cptjax.resume import Place
 from cptjax.session import Run
@@ -70,9 +71,10 @@ def take(current: Run, number: int, task: str, template: str, limit: int | None,
     examples = current.examples(task, "test", c)
     examples = examples if limit is None else Chosen(examples, range(min(limit, len(examples))))
     key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
+    shelf = current.cached(("shelf", task, template), lambda: Shelf(len(examples)))
     return evaluate.take(
         current.rt, current.params, current.course(task, c, template), examples, sampling=decoding(c), batch=c.eval.batch, key=key,
-        forced=forced, title=f"evaluate {task} {when}",
+        forced=forced, title=f"evaluate {task} {when}", shelf=shelf,
     )  # fmt: skip
 
 

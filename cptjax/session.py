@@ -1,9 +1,10 @@
 """A run while it is alive: its workdir, its model, and what is remembered between its stages and evaluations."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Run:
     stages: list[Stage]
     rt: Runtime
     params: Params | None  # of the current model, all leaves; None while a stage trains, whose state holds them
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None  # None where a run is only looked at that has none
     log: metrics.Log | None  # of the first process
     pool: Pool
     sigterm: Sigterm
@@ -76,39 +77,43 @@ class Run:
     def split(self) -> tuple[Params, Params]:
         return trainable.split(self.params, self.chosen)
 
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` made when it was first asked for."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
     def course(self, name: str, config: ConfigDict, template: str = "") -> Course:
         """A task under a stage's, or the evaluation's, template and reward weights."""
-        key = ("course", name, template or config.data.template, tuple(config.rewards.items()))
-        if key not in self._cache:
-            task = task_list.resolve(name, config.tasks.to_dict())
-            self._cache[key] = prompting.course(task, template or config.data.template, config.rewards, self.pool)
-        return self._cache[key]
+        template = template or config.data.template
+        make = lambda: prompting.course(task_list.resolve(name, config.tasks.to_dict()), template, config.rewards, self.pool)
+        return self.cached(("course", name, template, tuple(config.rewards.items())), make)
 
     def examples(self, name: str, split: str, config: ConfigDict) -> Sequence[Example]:
         """A task's rows, the bad ones told and left out as far as the config allows."""
         limit = config.data.limit if split == "train" else config.eval.limit
-        key = ("examples", name, split, limit, config.data.root)
-        if key not in self._cache:
-            task = task_list.resolve(name, config.tasks.to_dict())
-            found = task.load(split, root=config.data.root, limit=limit, seed=self.config.seed)
-            if hasattr(found, "where"):
-                found = check_rows(found, config.data.bad_rows, console.say)
-            if not len(found):
-                raise ValueError(f"task {name}: its {split} split has no rows")
-            self._cache[key] = found
-        return self._cache[key]
+        return self.cached(("examples", name, split, limit, config.data.root), lambda: self._load(name, split, config, limit))
+
+    def _load(self, name: str, split: str, config: ConfigDict, limit: int | None) -> Sequence[Example]:
+        task = task_list.resolve(name, config.tasks.to_dict())
+        found = task.load(split, root=config.data.root, limit=limit, seed=self.config.seed)
+        if hasattr(found, "where"):
+            found = check_rows(found, config.data.bad_rows, console.say)
+        if not len(found):
+            raise ValueError(f"task {name}: its {split} split has no rows")
+        return found
 
     def base(self) -> Params:
         """The base model, in the type of the arithmetic; loaded when first needed."""
-        if "base" not in self._cache:
-            self._cache["base"] = self.compared(runtime.create(self.config.model, self.rt, self.config.seed))
-        return self._cache["base"]
+        return self.cached("base", lambda: self.compared(runtime.create(self.config.model, self.rt, self.config.seed)))
 
     def at_stage(self, number: int) -> Params:
         """The model that a stage left behind, as the run itself holds it; 0 = base."""
         params = runtime.create(self.config.model, self.rt, self.config.seed)
         if number == 0:
             return params
+        if not self.checkpoints:
+            raise ValueError(f"{self.workdir} has no checkpoints, so no stage {number}; expected the --workdir of launch/train.py")
         trained, frozen = trainable.split(params, self.chosen)
         like = {"params": abstract(trained)}
         return trainable.join(self.checkpoints.restore("stages", number, self.checkpoints.stage_end(number), like)["params"], frozen)
@@ -128,7 +133,8 @@ class Run:
 
     def close(self) -> None:
         try:
-            self.checkpoints.close()
+            if self.checkpoints:
+                self.checkpoints.close()
         finally:
             self.pool.close()
             if self.log:
@@ -144,9 +150,7 @@ def open_run(config: ConfigDict, workdir: Path, sigterm: Sigterm | None = None) 
     """The model, the folder and everything around them; refuses a folder that another config started."""
     workdir.mkdir(parents=True, exist_ok=True)
     refuse_change(config, workdir)
-    lengths = tuple(config.data.buckets) or ladder(config.data.prompt_limit)
-    with console.waiting(f"loading the model ({runtime.source(config.model)})"):
-        rt, params = runtime.load(config.model, config.mesh, config.seed, lengths)
+    rt, params = _model(config)
     log = None
     if multihost.first():
         metrics.write_json(workdir / "config.json", settings.plain(config))
@@ -154,8 +158,27 @@ def open_run(config: ConfigDict, workdir: Path, sigterm: Sigterm | None = None) 
         log = metrics.Log(workdir, config.log.tensorboard, config.log.wandb, config.name, settings.plain(config))
     c = config.checkpoint
     saved = Checkpoints(workdir / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True)
-    pool = Pool(processes=config.rewards.processes, timeout=config.rewards.timeout)
-    return Run(config, workdir, settings.stages(config), rt, params, saved, log, pool, sigterm or Sigterm())
+    return Run(config, workdir, settings.stages(config), rt, params, saved, log, _workers(config), sigterm or Sigterm())
+
+
+@contextlib.contextmanager
+def visit(config: ConfigDict, workdir: Path) -> Iterator[Run]:
+    """A run to look at: nothing of it is written, and it may be running elsewhere."""
+    rt, params = _model(config)
+    saved = Checkpoints(workdir / "checkpoints", async_save=False) if (workdir / "checkpoints").is_dir() else None
+    run = Run(config, workdir, settings.stages(config), rt, params, saved, None, _workers(config), Sigterm())
+    with contextlib.closing(run):
+        yield run
+
+
+def _model(config: ConfigDict) -> tuple[Runtime, Params]:
+    lengths = tuple(config.data.buckets) or ladder(config.data.prompt_limit)
+    with console.waiting(f"loading the model ({runtime.source(config.model)})"):
+        return runtime.load(config.model, config.mesh, config.seed, lengths)
+
+
+def _workers(config: ConfigDict) -> Pool:
+    return Pool(processes=config.rewards.processes, timeout=config.rewards.timeout)
 
 
 def refuse_change(config: ConfigDict, workdir: Path) -> None:

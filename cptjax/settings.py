@@ -126,8 +126,9 @@ def _stage(config: ConfigDict, number: int, raw: dict[str, Any]) -> Stage:
         raise ValueError(f"{where} names no task; expected task='name' or task=('a', 'b')")
     if (steps is None) == (epochs is None):
         raise ValueError(f"{where}: expected one of steps=N and epochs=N, got steps={steps} epochs={epochs}")
-    if (steps or epochs) <= 0:
-        raise ValueError(f"{where}: expected steps or epochs above 0, got {steps or epochs}")
+    amount = epochs if steps is None else steps
+    if isinstance(amount, bool) or not isinstance(amount, int if epochs is None else NUMBERS) or amount <= 0:
+        raise ValueError(f"{where}: expected {'a whole number of steps' if epochs is None else 'epochs'} above 0, got {amount!r}")
     merged = merge(config, raw, where)
     for name in _paths(raw):
         if not any(name == own or name.startswith(f"{own}.") for own in OF_STAGE) or name in OF_RUN:

@@ -35,7 +35,7 @@ def config(method: str = "sft", steps: int = 3, **sections: Any) -> ConfigDict:
     c.method.update(METHOD[method])
     for name, values in sections.items():
         with c.unlocked(), c.ignore_type():
-            if isinstance(values, dict) and name in c and name != "arms":
+            if isinstance(values, dict) and name in c and name not in ("arms", "tasks", "prestage"):
                 c[name].update(values)
             else:
                 c[name] = ConfigDict(values) if isinstance(values, dict) else values
@@ -123,7 +123,7 @@ def main() -> None:
 
     plan = json.loads(sys.argv[1])
     for number, seconds in plan["signals"]:
-        log = f"{plan['workdir']}.log"
+        log = plan.get("log") or f"{plan['workdir']}.log"
         began, code = time.monotonic(), None
         pid = child(plan["method"], plan["workdir"], plan.get("sections", {}), log)
         while code is None and (seconds is None or time.monotonic() - began < seconds):

@@ -1,0 +1,88 @@
+"""One evaluation by hand: the model of a stage of a run, or any Hugging Face folder, on some of the config's tasks."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cptjax import evaluate, exams, multihost, resume, session, settings, summary
+from cptjax.session import Run
+
+SHOWN = ("task", "metric", "value", "stderr", "n", "scorer", "template")
+
+
+def run(
+    config: ConfigDict, workdir: str | Path, stage: int | None = None, model: str = "", tasks: tuple[str, ...] = (), record: bool = False
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of evals.csv for a stage (None = the newest finished one), or for `model`; `record` appends those of a stage to it."""
+    if model and (stage is not None or record):
+        raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
+    workdir = Path(workdir)
+    single = chosen(config, workdir)
+    settings.check(single)
+    if model:
+        single = settings.merge(single, {"model": {"path": model}})
+    else:
+        session.refuse_change(single, workdir)
+    with session.visit(single, workdir) as current:
+        number = 0 if model else newest(current) if stage is None else stage
+        names = tasks_of(current, tasks)
+        current.params = current.at_stage(number)
+        step = current.checkpoints.stage_end(number) if number else 0
+        rows = [row for task in names for row in answered(current, number, task, step)]
+        if record:
+            append(current, number, rows)
+    return rows
+
+
+def chosen(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The one run of the config that the workdir belongs to, on the base model that its pre-stage made."""
+    found = settings.variants(settings.merge(config, {"prestage": {}}))
+    fitting = [(sub, c) for sub, c in found if workdir.absolute().parts[-len(Path(sub).parts) :] == Path(sub).parts or not sub]
+    if len(fitting) != 1:
+        subs = ", ".join(sub for sub, _ in found)
+        raise ValueError(f"the config describes {len(found)} runs; expected --workdir to end with one of {subs}")
+    sub, single = fitting[0]
+    if not len(config.prestage):
+        return single
+    root = workdir.absolute().parents[len(Path(sub).parts) - 1] if sub else workdir.absolute()
+    return settings.merge(single, {"model": {"path": str(root / "base" / "hf")}})
+
+
+def newest(current: Run) -> int:
+    """The newest finished stage; 0 before the first."""
+    return max((n for n, _, kind in current.checkpoints.found() if kind == "stages"), default=0) if current.checkpoints else 0
+
+
+def tasks_of(current: Run, tasks: tuple[str, ...]) -> list[str]:
+    own, general = exams.tasks_of(current)
+    unknown = [t for t in tasks if t not in (*own, *general)]
+    if unknown:
+        raise ValueError(f"--tasks names {', '.join(unknown)}; the config evaluates {', '.join((*own, *general))}")
+    return list(tasks) or [*own, *general]
+
+
+def answered(current: Run, number: int, task: str, step: int) -> list[dict[str, Any]]:
+    e, about = current.config.eval, exams.common(current, number, step)
+    taken = [exams.take(current, number, task, t, e.limit, e.forced_prefix, exams.after(number)) for t in e.templates or ("",)]
+    return [row for exam in taken for row in evaluate.rows(exam, about)]
+
+
+def append(current: Run, number: int, rows: list[dict[str, Any]]) -> None:
+    """Put the rows behind a finished run's; an unfinished one would cut them off when it goes on."""
+    marks = resume.read_marks(current)
+    if marks.get("stage") != len(current.stages) or set(marks["done"]) != {t for part in exams.tasks_of(current) for t in part}:
+        raise ValueError(f"{current.workdir} is not finished, and going on with it would cut the rows off; leave out --record")
+    if multihost.first():
+        log = session.metrics.Log(current.workdir)
+        log.evals(rows)
+        session.metrics.write_json(resume.marks_file(current), marks | {"positions": log.positions()})
+        log.close()
+        summary.write(current.workdir)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text in columns."""
+    said = [[f"{row[k]:.4f}" if isinstance(row[k], float) else str(row[k] if row[k] is not None else "") for k in SHOWN] for row in rows]
+    widths = [max(map(len, column)) for column in zip(SHOWN, *said, strict=True)]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in (SHOWN, *said))

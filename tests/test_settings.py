@@ -1,0 +1,118 @@
+"""Settings: unknown keys, wrong types and what belongs to the whole run are refused in one line; runs and stages resolved."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs.base import get_config
+from cptjax import settings
+
+
+@pytest.fixture
+def c():
+    c = get_config()
+    c.stages = (dict(task="a", steps=2), dict(task=("b", "c"), epochs=0.5, method=dict(kl_coef=0.5), train=dict(lr=1)))
+    return c
+
+
+def test_stages_are_resolved(c):
+    one, two = settings.stages(c)
+    assert (one.number, one.name, one.tasks, one.steps, one.epochs) == (1, "a", ("a",), 2, None)
+    assert (two.number, two.name, two.tasks, two.steps, two.epochs) == (2, "b+c", ("b", "c"), None, 0.5)
+    assert (one.config.method.kl_coef, two.config.method.kl_coef) == (0.01, 0.5)
+    assert two.config.train.lr == 1.0 and isinstance(two.config.train.lr, float)
+    assert c.method.kl_coef == 0.01
+
+
+@pytest.mark.parametrize("override, message", [
+    ({"methd": {}}, "config.methd does not exist; did you mean 'method'"),
+    ({"method": {"kl_coeff": 1.0}}, "config.method.kl_coeff does not exist; did you mean 'kl_coef'"),
+    ({"train": {"zzz": 1}}, "config.train.zzz does not exist; known: b1"),
+    ({"train": {"lr": "1e-3"}}, "config.train.lr is '1e-3'; expected float like 1e-06"),
+    ({"train": {"lr": None}}, "config.train.lr is None; expected a value"),
+    ({"train": {"batch": 1.5}}, "config.train.batch is 1.5; expected a whole number like 128"),
+    ({"train": {"batch": True}}, "config.train.batch is True; expected int"),
+    ({"data": {"pack": 1}}, "config.data.pack is 1; expected bool"),
+    ({"data": {"limit": 0.5}}, "config.data.limit is 0.5; expected None or a whole number"),
+    ({"eval": {"every": True}}, "config.eval.every is True; expected None or a whole number"),
+    ({"method": {"tis_cap": "2"}}, "config.method.tis_cap is '2'; expected None or a number"),
+    ({"model": {"freeze": "vision"}}, r"config.model.freeze is 'vision'; expected tuple like \(\)"),
+    ({"eval": {"general": "mmmu"}}, "config.eval.general is 'mmmu'; expected tuple"),
+    ({"method": 3}, "config.method is 3; expected ConfigDict"),
+])  # fmt: skip
+def test_refused(c, override, message):
+    with pytest.raises(ValueError, match=message):
+        settings.merge(c, override)
+
+
+def test_accepted(c):
+    found = settings.merge(c, {
+        "data": {"limit": 5}, "method": {"tis_cap": 2, "refresh": 40, "filter": {"name": "window", "samples": 2}, "clip_dual": None},
+        "train": {"clip": None}, "model": {"freeze": ["vision"]}, "tasks": {"mine": {"train": "x.jsonl"}},
+    })  # fmt: skip
+    assert found.data.limit == 5 and found.method.tis_cap == 2 and found.method.clip_dual is None and found.train.clip is None
+    assert found.model.freeze == ("vision",) and found.tasks.mine.train == "x.jsonl" and found.method.filter["samples"] == 2
+
+
+@pytest.mark.parametrize("stages, message", [
+    ((), "config.stages is empty"),
+    ((dict(steps=1),), r"config.stages\[0\] names no task"),
+    ((dict(task="a"),), "expected one of steps=N and epochs=N"),
+    ((dict(task="a", steps=1, epochs=1),), "expected one of steps=N and epochs=N"),
+    ((dict(task="a", steps=0),), "above 0, got 0"),
+    ((dict(task="a", steps=1), dict(task="a", steps=1, trian=dict(lr=1.0))), r"config.stages\[1\].trian does not exist; did you mean 'train'"),
+    ((dict(task="a", steps=1, model=dict(path="x")),), "sets model.path, which belongs to the whole run"),
+    ((dict(task="a", steps=1, eval=dict(limit=3)),), "sets eval.limit, which belongs to the whole run"),
+    ((dict(task="a", steps=1, data=dict(prompt_limit=3)),), "sets data.prompt_limit, which belongs to the whole run"),
+    ((dict(task="a", steps=1, seed=3),), "sets seed, which belongs to the whole run"),
+])  # fmt: skip
+def test_stages_refused(c, stages, message):
+    c.stages = stages
+    with pytest.raises(ValueError, match=message):
+        settings.stages(c)
+
+
+def test_what_a_stage_may_set(c):
+    c.stages = (dict(task="a", steps=1, eval=dict(every=2, mini=3), data=dict(template="direct"), log=dict(every=4), rewards=dict(format=0.0)),)
+    assert settings.stages(c)[0].config.eval.every == 2
+
+
+@pytest.mark.parametrize("name, value", [
+    ("data.limit", 0), ("eval.batch", 0), ("eval.limit", 0), ("train.batch", 0), ("log.every", 0), ("eval.every", 0), ("rollout.group", 0),
+    ("data.prefetch", 0), ("eval.drift", -1),
+])  # fmt: skip
+def test_numbers_too_small(c, name, value):
+    settings.check(c)
+    section, key = name.split(".")
+    c[section][key] = value
+    with pytest.raises(ValueError, match=f"config.{name} is {value}; expected a whole number of at least"):
+        settings.check(c)
+
+
+def test_one_run_has_no_folder(c):
+    assert [(sub, v.seed) for sub, v in settings.variants(c)] == [("", 0)]
+
+
+def test_arms_seeds_and_orders(c):
+    c.seeds, c.orders = (3, 4), ((0, 1), (1, 0))
+    c.arms = ConfigDict(dict(x=dict(train=dict(lr=0.5)), y=dict(stages=(dict(task="b", steps=1), dict(task="a", steps=1)))))
+    found = dict(settings.variants(c))
+    assert list(found) == [f"{arm}/seed{s}_order{o}" for arm in "xy" for s in (3, 4) for o in (0, 1)]
+    assert found["x/seed4_order0"].seed == 4 and found["x/seed4_order0"].train.lr == 0.5 and found["y/seed3_order0"].train.lr == 1e-6
+    assert [s["task"] for s in found["y/seed3_order1"].stages] == ["a", "b"]
+    assert not any(len(v.arms) or v.seeds or v.orders for v in found.values())
+    assert all(dict(settings.variants(v)).keys() == {""} for v in found.values())
+
+
+def test_orders_refused(c):
+    c.orders = ((0, 0),)
+    with pytest.raises(ValueError, match=r"config.orders has \(0, 0\); expected each of 0..1 once"):
+        settings.variants(c)
+
+
+def test_a_changed_config_is_told(c):
+    old = settings.plain(c)
+    other = settings.merge(c, {"train": {"lr": 0.5}, "seed": 3, "mesh": {"fsdp": 2}, "log": {"every": 7}, "tasks": {"n": {"train": "x"}}})
+    assert settings.difference(old, settings.plain(other)) == ["seed: 0 -> 3", "tasks.n: None -> {'train': 'x'}", "train.lr: 1e-06 -> 0.5"]
+    assert settings.difference(old, settings.plain(settings.merge(c, {"log": {"every": 7}, "allow_change": True}))) == []
+    assert settings.fingerprint(c) == settings.fingerprint(settings.merge(c, {"mesh": {"fsdp": 2}}))
+    assert settings.fingerprint(c) != settings.fingerprint(settings.merge(c, {"seed": 1}))
