@@ -1,0 +1,336 @@
+"""What a step learns from: ratios over several updates, KL in the reward, filters, windows of own answers, foreign corpora, replay."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import school
+
+from configs import base
+from cptjax import corpus, ewc, filtering, learning, lessons, losses, rollouts, stage
+from cptjax.batches import answers
+from cptjax.classroom import Progress, prepare
+from cptjax.metrics import read_lines
+
+
+def config(name: str, steps=2, stages=1, batch=4, **sections):
+    c = base.get_config()
+    c.stages = tuple(dict(task=task, steps=steps) for task in ("first", "second")[:stages])
+    c.method.update(base.METHODS[name])
+    c = school.tiny(c, steps=steps, stages=stages, batch=batch)
+    for section, values in sections.items():
+        c[section].update(values)
+    return c
+
+
+def rolled(desk, **changes) -> rollouts.Graded:
+    """Answers of the desk's policy to the first batch."""
+    with desk.room.stream(0) as stream:
+        return rollouts.roll(dataclasses.replace(desk.room.tutor, **changes), desk.params, next(stream), desk.room.key(0), 0)
+
+
+# ---- rollouts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    method = dict(advantage="reinforce", ratio="token", updates_per_batch=2, passes=2, kl_coef=0.0)
+    with school.desk(config("grpo", method=method), tmp_path_factory.mktemp("desk")) as desk:
+        yield desk
+
+
+def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(desk):
+    graded = rolled(desk)
+    found = rollouts.updates(desk.room.tutor, desk.params, graded, None, 0, 1)
+    state, told, rows = desk.state, [], []
+    for update in found.updates:
+        state, numbers = dataclasses.replace(desk, state=state).update(update, lr=3e-2)
+        told.append(numbers)
+        rows.append(np.concatenate([np.asarray(b.targets) for b in update]))
+    assert len(told) == 4
+    np.testing.assert_array_equal(np.concatenate(rows[:2]), np.concatenate(rows[2:]))
+    np.testing.assert_array_equal(np.concatenate(rows[:2]), graded.samples.tokens[:, : rows[0].shape[1]])
+    assert abs(told[0]["ratio_min"] - 1) < 1e-5 and abs(told[0]["ratio_max"] - 1) < 1e-5 and told[0]["clip_high"] == 0
+    assert all(n["ratio_max"] - n["ratio_min"] > 1e-3 for n in told[2:])
+    assert told[0]["mismatch_max"] < 1e-5
+
+
+def test_rollout_rows_hold_what_another_run_needs(desk):
+    found = rollouts.updates(desk.room.tutor, desk.params, rolled(desk), None, 3, 1)
+    row = found.rows[0]
+    assert (row["step"], row["stage"], row["task"]) == (3, 1, "first") and row["id"].startswith("first/train/")
+    assert len(found.rows) == 8 == found.spent.rollouts and 8 <= found.spent.tokens <= 32
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
+    method = dict(kl_place="reward", kl_coef=0.5, kl_estimator="k1", advantage="reinforce", updates_per_batch=1)
+    with school.desk(config("grpo", method=method), tmp_path) as desk:
+        t, graded = desk.room.tutor, rolled(desk)
+        found = rollouts.updates(t, desk.params, graded, desk.room.reference, 0, 1)
+        assert found.info["kl"] == pytest.approx(0, abs=1e-6) and found.info["reward/shaped"] == pytest.approx(found.info["reward"], abs=1e-5)
+        moved = jax.tree.map(lambda x: x * 1.5, desk.params)
+        found = rollouts.updates(t, desk.params, graded, moved, 0, 1)
+        (batch,) = next(found.updates)
+        own, ref = np.asarray(t.logps(desk.params, batch)), np.asarray(t.logps(moved, batch))
+        want = graded.column("reward").reshape(-1) - 0.5 * np.where(batch.mask, own - ref, 0).sum(1)
+        np.testing.assert_allclose(batch.extra["advantages"], want, atol=1e-4)
+        assert abs(found.info["kl"]) > 1e-4 and "ref_logps" not in batch.extra
+
+
+def test_cut_distribution_is_weighed_back(tmp_path):
+    """With top_p < 1 the sampler's distribution is sharper than the policy: weights policy / sampler lie below 1, as drawn."""
+    c = config("grpo", method=dict(tis_cap=2.0, kl_coef=0.0), rollout=dict(top_p=0.5))
+    with school.desk(c, tmp_path) as desk:
+        graded = rolled(desk)
+        (batch,) = next(rollouts.updates(desk.room.tutor, desk.params, graded, None, 0, 1).updates)
+        mask = np.asarray(batch.mask)
+        weight = np.asarray(losses.tis_weights(batch.extra["sampler_logps"], batch.extra["behaviour_logps"], batch.mask, 2.0))
+        assert (weight[mask] < 0.6).all() and (weight[mask] > 0.4).all()  # the nucleus holds about half of the mass
+        _, told = desk.update([batch])
+        assert told["mismatch_max"] < 1e-5  # the policy itself is what the trainer computes
+
+
+def test_remax_compares_with_one_greedy_answer(tmp_path):
+    with school.desk(config("remax", method=dict(kl_coef=0.0)), tmp_path) as desk:
+        graded = rolled(desk)
+        assert graded.greedy.shape == (4,) and graded.spent.rollouts == 8 + 4
+        (batch,) = next(rollouts.updates(desk.room.tutor, desk.params, graded, None, 0, 1).updates)
+        want = graded.column("reward") - graded.greedy[:, None]
+        np.testing.assert_allclose(np.asarray(batch.extra["advantages"]).reshape(4, 2), want, atol=1e-6)
+
+
+def test_tasks_with_their_own_rewards_share_a_batch(desk):
+    items = rolled(desk).items
+    courses = desk.room.tutor.courses
+    other = [dataclasses.replace(i, example=dataclasses.replace(i.example, task="other")) for i in items[::2]]
+    mixed = [x for pair in zip(items[1::2], other, strict=True) for x in pair]
+
+    @dataclasses.dataclass
+    class Constant:
+        def rewards(self, texts, examples):
+            assert {e.task for e in examples} == {"other"}
+            return [{"reward": 7.0} for _ in texts]
+
+    tutor = dataclasses.replace(desk.room.tutor, courses=courses | {"other": Constant()})
+    parts = lessons.grade(tutor, mixed, [f"answer {i}" for i in range(8)])
+    assert [p["reward"] == 7.0 for p in parts] == [False, False, True, True] * 2
+
+
+def test_spread_over_updates_keeps_extremes():
+    told = [{"ratio_min": 0.9, "ratio_max": 1.0, "loss": 1.0}, {"ratio_min": 0.95, "ratio_max": 1.4, "loss": 3.0}]
+    assert stage.over_updates(told) == {"ratio_min": 0.9, "ratio_max": 1.4, "loss": 2.0}
+
+
+@pytest.mark.parametrize(("gap", "warned"), [(0.0, False), (0.2, True)])
+def test_sampler_that_is_not_the_trainer_is_told(desk, capsys, gap, warned):
+    stage.check_mismatch({"mismatch": gap, "mismatch_max": 2 * gap}, desk.room)
+    said = capsys.readouterr()
+    assert ("log-probabilities differ" in said.out + said.err) == warned
+
+
+# ---- online filter -------------------------------------------------------------------------------------------------------
+
+
+def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_path):
+    c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
+    with school.desk(c, tmp_path) as desk, desk.room.stream(0) as stream:
+        graded, info, turns = rollouts.filtered(desk.room.tutor, desk.params, stream, desk.room.key(0), 0)
+        assert len(graded.items) == 4 and graded.samples.tokens.shape[0] == 8 and turns == info["filter/draws"] == stream.step
+        assert (np.ptp(graded.accuracy, 1) == 1).all()
+        assert graded.spent.rollouts == 8 * turns  # answers thrown away were paid for
+        again = rolled(desk)
+        keep = [r for q in np.flatnonzero(np.ptp(again.accuracy, 1)) for r in (2 * q, 2 * q + 1)]
+        assert graded.samples.texts[: len(keep)] == [again.samples.texts[r] for r in keep]
+
+
+def test_online_filter_stops_when_nothing_is_left(tmp_path):
+    c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=2), overlong=0))
+    c.tasks["first"].scorer = lambda prediction, answer, meta=None: 0.0
+    with school.desk(c, tmp_path) as desk, desk.room.stream(0) as stream:
+        with pytest.raises(ValueError, match="after 3 batches of 4 prompts only 0 of 4 groups"):
+            rollouts.filtered(desk.room.tutor, desk.params, stream, desk.room.key(0), 0)
+
+
+def test_progress_counts_batches_apart_from_steps(tmp_path):
+    c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
+    with school.desk(c, tmp_path) as desk:
+        progress = Progress()
+        with desk.room.stream(0) as stream:
+            draws = [stage.lesson(desk.room, desk.params, stream, progress).info["filter/draws"] for _ in range(2)]
+        assert progress.drawn == sum(draws) and progress.step == 0
+
+
+# ---- offline filter ------------------------------------------------------------------------------------------------------
+
+
+def test_offline_filter_and_its_blind_control_keep_equally_many(tmp_path):
+    kept = {}
+    for name in ("incompetent", "zero_variance", "random"):
+        c = config("grpo", method=dict(filter=dict(name=name, samples=2, lo=1, hi=2), kl_coef=0.0), data=dict(limit=16))
+        run, lines = school.learned(c, tmp_path / name)
+        counts = np.array([r["correct"] for r in read_lines(tmp_path / name / "filters" / "stage1_first.jsonl")])
+        (told,) = [line for line in lines if line.get("event") == "filter"]
+        assert len(counts) == 16 and told["rollouts"] == 32 and told["flops"] > 0
+        kept[name] = told["filter/rows"]
+        rows = {r["id"] for r in read_lines(tmp_path / name / "rollouts" / "stage1.jsonl")}
+        good = {"incompetent": counts >= 1, "zero_variance": counts == 1}.get(name, np.ones(16, bool))
+        assert rows <= {f"first/train/{i}" for i in np.flatnonzero(good)} and kept[name] == (good.sum() if name != "random" else kept["incompetent"])
+    assert 0 < kept["zero_variance"] < kept["incompetent"] == kept["random"] < 16
+
+
+def test_filter_is_counted_once(tmp_path, monkeypatch):
+    c = config("grpo", method=dict(filter=dict(name="incompetent", samples=2), kl_coef=0.0))
+    with school.desk(c, tmp_path) as desk:
+        monkeypatch.setattr(filtering, "counts", lambda *_: pytest.fail("counted again"))
+        again = learning.classroom(desk.run, desk.room.stage, None)
+        assert [e.id for e in again.sources[0]] == [e.id for e in desk.room.sources[0]]
+
+
+# ---- own and others' answers ---------------------------------------------------------------------------------------------
+
+
+def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
+    with school.desk(config("iterative_sft", steps=4, method=dict(refresh="2")), tmp_path) as desk:
+        room, params = desk.room, desk.params
+        draw = lambda step, params=params: corpus.own_items(room, params, step)
+        first, spent = draw(0)
+        assert len(first) == 4 and spent.rollouts == 64  # two steps of four prompts, eight answers each
+        texts = {(i.row, bytes(i.encoded.tokens)) for i in first}
+        assert draw(1)[1].rollouts == 0  # the same window
+        moved = jax.tree.map(lambda x: x * 1.5, params)
+        assert {(i.row, bytes(i.encoded.tokens)) for i in draw(0, moved)[0]} == texts  # a resumed run reads what was written
+        draw(2, moved)
+        files = {p.name: read_lines(p) for p in (tmp_path / "corpus").glob("*.jsonl")}
+        assert set(files) == {"stage1_step0.jsonl", "stage1_step2.jsonl"}
+        for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
+            seen = {p.index for step in (start, start + 1) for p in room.order.rows(step)}
+            assert {r["row"] for r in rows} <= seen
+            assert all(school.coin(r["response"], None) == 1 for r in rows)  # correct ones only
+
+
+def test_own_answers_learned_are_prompt_and_answer(tmp_path):
+    with school.desk(config("self_sft", steps=1), tmp_path) as desk:
+        items, _ = corpus.own_items(desk.room, desk.params, 0)
+        rows = {(r["row"], r["response"]) for r in read_lines(tmp_path / "corpus" / "stage1_step0.jsonl")}
+        decode = desk.run.rt.processor.decode
+        for item in items:
+            answer = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
+            assert any(row == item.row and answer.startswith(text.strip()) for row, text in rows)
+
+
+def foreign(tmp_path, rows, **method):
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return config("corpus_sft", steps=1, batch=2, method=dict(corpus=str(path), **method), data=dict(prompt_limit=128, buckets=(128,)))
+
+
+def learned_texts(c, folder):
+    with school.desk(c, folder) as desk:
+        corpus.own_items(desk.room, desk.params, 0)
+    return {(r["id"], r["response"]) for r in read_lines(folder / "corpus" / "stage1_step0.jsonl")}
+
+
+def test_corpus_gives_its_correct_answers_and_grades_what_is_not(tmp_path):
+    right = next(w for w in ("a", "b", "c", "d", "e") if school.coin(w, None) == 1)
+    wrong = next(w for w in ("a", "b", "c", "d", "e") if school.coin(w, None) == 0)
+    rows = [
+        {"id": "first/train/0", "response": "kept", "rewards": {"reward": 0.9, "accuracy": 1.0}},
+        {"id": "first/train/1", "response": "dropped", "rewards": {"reward": 0.1, "accuracy": 0.0}},
+        {"id": "first/train/2", "response": "whole", "reward": 1.0},
+        {"id": "first/train/3", "response": right},  # no reward: the task's own says
+        {"id": "first/train/3", "response": wrong},
+    ]
+    want = {("first/train/0", "kept"), ("first/train/2", "whole"), ("first/train/3", right)}
+    assert learned_texts(foreign(tmp_path, rows), tmp_path / "run") == want
+
+
+def test_corpus_with_the_correct_answer_put_in(tmp_path):
+    rows = [
+        {"id": "first/train/0", "response": "<think>well</think><answer>wrong</answer>", "rewards": {"accuracy": 0.0}},
+        {"id": "first/train/1", "response": "no answer", "rewards": {"accuracy": 0.0}},
+    ]
+    c = foreign(tmp_path, rows, corpus_answer="gold")
+    c.tasks["first"].template = "answer"
+    c.data.update(prompt_limit=256, buckets=(256,))
+    with school.desk(c, tmp_path / "run") as desk:
+        gold = [desk.room.sources[0][i].answer for i in (0, 1)]
+    want = {("first/train/0", f"<think>well</think><answer>{gold[0]}</answer>"), ("first/train/1", f"no answer\n<answer>{gold[1]}</answer>")}
+    assert learned_texts(c, tmp_path / "run") == want
+    with pytest.raises(ValueError, match="needs a boxed or tagged answer"):
+        learned_texts(foreign(tmp_path, rows, corpus_answer="gold"), tmp_path / "plain")
+
+
+BAD = {
+    "empty": ([], "no lines"),
+    "other keys": ([{"prompt": "a"}], "the keys prompt"),
+    "unknown row": ([{"id": "second/train/0", "response": "a", "reward": 1.0}], "1 of its ids are not in the stage's data"),
+    "none right": ([{"id": "first/train/0", "response": "a", "reward": 0.0}], "none of its 1 answers is correct"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_corpus_that_can_not_be_used_is_one_line(name, tmp_path):
+    rows, expected = BAD[name]
+    with pytest.raises(ValueError) as error:
+        learned_texts(foreign(tmp_path, rows), tmp_path / "run")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- earlier stages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "kind"), [("sft", "gold"), ("grpo", "prompts"), ("self_sft", "prompts")])
+def test_replay_is_counted(method, kind, tmp_path):
+    c = config(method, steps=4, stages=2, batch=8, method=dict(replay=dict(fraction=0.25, kind=kind), kl_coef=0.0))
+    with school.desk(c, tmp_path, number=2) as desk:
+        assert list(desk.room.tutor.courses) == ["second", "first"]
+        tasks = []
+        with desk.room.stream(0) as stream:
+            for step in range(4):
+                items = next(stream) if method != "self_sft" else corpus.own_items(desk.room, desk.params, step)[0]
+                tasks += [i.example.task for i in items]
+        if method == "self_sft":
+            assert {"first", "second"} == set(tasks)
+        else:
+            assert tasks.count("first") == 8 and tasks.count("second") == 24  # a quarter of 4 x 8
+
+
+def test_first_stage_has_nothing_to_replay(tmp_path):
+    c = config("sft", stages=2, method=dict(replay=dict(fraction=0.25, kind="gold")))
+    with school.desk(c, tmp_path) as desk:
+        assert list(desk.room.tutor.courses) == ["first"] and desk.room.order.kept == 1
+
+
+def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
+    distance = {}
+    start = None
+    cases = {"none": {}, "l2": dict(penalty=dict(name="l2", coef=100.0, samples=0)), "wise": dict(average=0.75)}
+    for name, method in cases.items():
+        c = config("sft", steps=6, method=method, train=dict(lr=1e-2, weight_decay=0.0))
+        with school.opened(c, tmp_path / name) as run:
+            start = jax.device_get(run.params)
+            learning.learn(run, run.stages[0], None)
+            gaps = jax.tree.map(lambda a, b: float(np.square(a - b).sum()), start, jax.device_get(run.params))
+            distance[name] = np.sqrt(sum(jax.tree.leaves(gaps)))
+    assert distance["wise"] == pytest.approx(0.25 * distance["none"], rel=1e-3)
+    assert distance["l2"] < 0.8 * distance["none"]
+
+
+def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path):
+    c = config("sft", steps=1, stages=2, method=dict(penalty=dict(name="ewc", coef=1e4, samples=2)), train=dict(lr=1e-2))
+    with school.desk(c, tmp_path) as desk:
+        fisher = jax.device_get(ewc.updated(desk.run, desk.run.stages[0], None))
+        squares = None
+        build = prepare(desk.run.rt, desk.room.tutor.courses, True, 32)
+        for i in range(2):
+            one = answers(desk.run.rt, [build(desk.room.sources[0][i]).encoded], rows=1)
+            gradient = jax.device_get(desk.steps.begin(desk.state.params, desk.frozen, one).gradient)
+            square = jax.tree.map(lambda g: np.square(g) / 2, gradient)
+            squares = square if squares is None else jax.tree.map(np.add, squares, square)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), fisher, squares)
+    run, lines = school.learned(c, tmp_path / "run")
+    steps = [line for line in lines if "event" not in line]
+    assert "penalty" not in steps[0] and steps[1]["penalty"] == pytest.approx(0, abs=1e-9)  # it starts at the anchor
