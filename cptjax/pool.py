@@ -46,6 +46,7 @@ class Pool:
     step: Array | None  # [] since the pool was opened
     born: Array  # [S] the step at which a slot's group joined
     queue: Queue  # what the slots hold
+    rope: tuple[Array, Array]  # [S 1 H/2] cos and sin of the place of the tokens drawn last
     token: Array  # [S G] drawn last
     length: Array  # [S G] tokens drawn
     done: Array  # [S G]
@@ -113,6 +114,7 @@ def admit(weights: Params, queue: Queue, step: Array, draws: Draws, cfg: Config,
     none, ring = jnp.zeros((s, g), jnp.int32), jnp.zeros((s, g, plan.max_new), jnp.float32)
     pool = Pool(
         cache=cache, step=step, born=jnp.full(s, step), queue=queue.replace(embedded=None, positions=None, segments=None),
+        rope=qwen25_vl.rotation(queue.start, cfg),
         token=none, length=none, done=queue.limits <= 0, finished=none > 0,
         tokens=ring.astype(jnp.int32), logps=ring, policy_logps=ring,
     )  # fmt: skip
@@ -128,9 +130,9 @@ def advance(weights: Params, pool: Pool, steps: Any, draws: Draws, cfg: Config, 
         age = pool.step - pool.born  # which of its tokens a group's last one is
         at = pool.step % plan.max_new
         seen = (at - columns) % plan.max_new <= age[:, None]
-        positions = jnp.broadcast_to((pool.queue.start + age)[:, None], pool.token.shape)
-        hidden, cache = qwen25_vl.decode_step(weights, pool.token, positions, at, seen, pool.cache, cfg, plan.dtype)
-        return _draw(pool.replace(cache=cache, step=pool.step + 1), _logits(weights, hidden), draws)
+        hidden, cache = qwen25_vl.decode_step(weights, pool.token, pool.rope, at, seen, pool.cache, cfg, plan.dtype)
+        rope = qwen25_vl.rotation(pool.queue.start + age + 1, cfg)
+        return _draw(pool.replace(cache=cache, step=pool.step + 1, rope=rope), _logits(weights, hidden), draws)
 
     return jax.lax.fori_loop(0, steps, step, pool)
 

@@ -95,17 +95,20 @@ def attend_cached(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_
     prompt_mask [Q P], seen [Q R]. Two partial softmaxes under one common maximum.
     """
     nq, g, n, h = q.shape
-    kv = prompt_k.shape[1]
-    q = q.reshape(nq, g, kv, n // kv, h)
-    shared = jnp.einsum("qgkmh,qkph->qgkmp", q, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
+    kv, m = prompt_k.shape[1], n // prompt_k.shape[1]
+    q = q.reshape(nq, g, kv, m, h)
+    # All of a group's queries of one head are one matrix: only queries, maxima, sums and results are turned, never scores.
+    together = lambda x: jnp.swapaxes(x, 1, 2).reshape(nq, kv, g * m, -1)
+    apart = lambda x: jnp.swapaxes(x.reshape(nq, kv, g, m, -1), 1, 2)
+    shared = jnp.einsum("qkxh,qkph->qkxp", together(q), prompt_k, preferred_element_type=jnp.float32) * h**-0.5
     own = jnp.einsum("qgkmh,qgkrh->qgkmr", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
-    shared = jnp.where(prompt_mask[:, None, None, None], shared, MASKED)
+    shared = jnp.where(prompt_mask[:, None, None], shared, MASKED)
     own = jnp.where(seen[:, None, None, None], own, MASKED)
-    top = jnp.maximum(jnp.max(shared, -1), jnp.max(own, -1))[..., None]
-    shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-    total = jnp.sum(shared, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+    top = jnp.maximum(apart(jnp.max(shared, -1)), jnp.max(own, -1, keepdims=True))
+    shared, own = jnp.exp(shared - together(top)), jnp.exp(own - top)
+    total = apart(jnp.sum(shared, -1)) + jnp.sum(own, -1, keepdims=True)
     shared, own = (x.astype(own_v.dtype) for x in (shared, own))
-    out = jnp.einsum("qgkmp,qkph->qgkmh", shared, prompt_v, preferred_element_type=jnp.float32)
+    out = apart(jnp.einsum("qkxp,qkph->qkxh", shared, prompt_v, preferred_element_type=jnp.float32))
     out = out + jnp.einsum("qgkmr,qgkrh->qgkmh", own, own_v, preferred_element_type=jnp.float32)
     return (out / total).astype(q.dtype).reshape(nq, g, n, h)
 

@@ -24,7 +24,10 @@ def norm_params(depth: int, width: int) -> Param:
 
 def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Array:
     """x [..., *in] -> [..., *out]; low-rank adapters are added where they are present; integer weights carry a scale per output."""
-    axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    lead = x.shape[: x.ndim - inputs]
+    # One row axis: with several, the weight's gradient contracts them all and the CPU compiler transposes x and y in memory for it.
+    x = x.reshape(-1, *x.shape[x.ndim - inputs :])
+    axes = (tuple(range(1, 1 + inputs)), tuple(range(inputs)))
     if "int8" in p:
         y = jnp.tensordot(x, p["int8"].astype(x.dtype), axes) * p["scale"].astype(x.dtype)
     else:
@@ -32,7 +35,8 @@ def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Arr
     if "lora_a" in p:
         low = jnp.tensordot(x, p["lora_a"].astype(x.dtype), axes)
         y = y + jnp.tensordot(low, p["lora_b"].astype(x.dtype), 1) * lora_scale
-    return y + p["b"].astype(x.dtype) if "b" in p else y
+    y = y + p["b"].astype(x.dtype) if "b" in p else y
+    return y.reshape(*lead, *y.shape[1:])
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -42,9 +46,9 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Rotary embedding of x [..., heads, H] by angles [..., H / 2]; pair i is (x[i], x[i + H / 2])."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+def rotate(x: Array, angles: Array | tuple[Array, Array]) -> Array:
+    """Rotary embedding of x [..., heads, H] by angles [..., H / 2], or by their cos and sin; pair i is (x[i], x[i + H / 2])."""
+    cos, sin = (y[..., None, :] for y in (angles if isinstance(angles, tuple) else (jnp.cos(angles), jnp.sin(angles))))
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 

@@ -104,14 +104,22 @@ def kv_axis(cfg: Config) -> str | None:
     return "kv_heads" if mesh.empty or cfg.text.kv_heads % mesh.shape["model"] == 0 else None
 
 
+def rotation(positions: Array, cfg: Config) -> tuple[Array, Array]:
+    """cos and sin [Q 1 H/2] of the position ids [Q] of text tokens.
+
+    A loop should hand these from step to step: a compiler that sees them made from positions makes them again in every layer and head.
+    """
+    angles = text.angles(jnp.broadcast_to(positions[None, :, None], (3, positions.shape[0], 1)), cfg.text)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def decode_step(
-    p: Params, tokens: Array, positions: Array, at: Array, seen: Array, cache: Cache, cfg: Config, dtype: jnp.dtype
+    p: Params, tokens: Array, rope: tuple[Array, Array], at: Array, seen: Array, cache: Cache, cfg: Config, dtype: jnp.dtype
 ) -> tuple[Array, Cache]:
-    """One token [Q G] at position ids [Q G], kept in column `at` of the own caches -> hidden [Q G D] and the new cache.
+    """One token [Q G], at the place of `rotation`, kept in column `at` of the own caches -> hidden [Q G D] and the new cache.
 
     `at` is one number for all rows (an update in place, no scatter); `seen` [Q R] says which columns are a group's own past, `at` included.
     """
-    rope = text.angles(jnp.broadcast_to(positions[None], (3, *tokens.shape)), cfg.text)
     x = text.embed(p["text"], tokens, dtype)
 
     def layer(x, weights, prompt_k, prompt_v, own_k, own_v, i):
