@@ -126,7 +126,7 @@ def _relabelled(room: Classroom, source: int, row: int, response: str) -> str:
     form = room.tutor.courses[example.task].template
     opening = {"boxed": "\\boxed{", "answer_tag": "<answer>"}.get(form.extract)
     if opening is None:
-        raise ValueError(f"method.corpus_answer='gold' needs a boxed or tagged answer; template {form.name!r} asks for neither: use cot or answer")
+        raise ValueError(f"method.corpus_answer='gold' needs a boxed or tagged answer, which template {form.name!r} does not ask for")
     closing = {"boxed": "}", "answer_tag": "</answer>"}[form.extract]
     before = response[: response.rfind(opening)] if opening in response else f"{response.rstrip()}\n"
     return f"{before}{opening}{example.answer}{closing}"

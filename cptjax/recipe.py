@@ -92,7 +92,7 @@ def _cut(m: Any, t: Any) -> None:
         given = f"method.updates_per_batch={m.updates_per_batch}, passes={m.passes}"
         raise ValueError(f"{given}: both >= 1, the first dividing train.batch={t.batch}")
     if m.source != "rollouts" and m.updates_per_batch * m.passes > 1:
-        raise ValueError(f"method.updates_per_batch and passes reuse rollouts; with source={m.source!r} leave both at 1 and set train.batch")
+        raise ValueError(f"method.updates_per_batch and passes reuse rollouts; with source={m.source!r} leave both at 1")
     rows = t.batch // m.updates_per_batch
     if t.micro_batch and (t.micro_batch < 0 or rows % t.micro_batch):
-        raise ValueError(f"{rows} rows can not be cut into micro-batches of {t.micro_batch}; train.micro_batch must divide them")
+        raise ValueError(f"train.micro_batch={t.micro_batch} must divide the {rows} rows of an update")

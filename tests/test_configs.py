@@ -119,7 +119,7 @@ WRONG = {
     "online filter keys": (dict(online_filter=dict(lo=0.1)), {}, "lo, hi and max_refills"),
     "updates": (dict(updates_per_batch=3), {}, "dividing train.batch=128"),
     "updates of gold": (dict(source="gold", objective="sft", kl_coef=0.0, updates_per_batch=2), {}, "reuse rollouts"),
-    "micro": ({}, dict(train=dict(micro_batch=48)), "micro-batches of 48"),
+    "micro": ({}, dict(train=dict(micro_batch=48)), "micro_batch=48 must divide the 128 rows"),
     "greedy rollouts": ({}, dict(rollout=dict(temperature=0.0)), "temperature above 0"),
     "entropy of sft": (dict(source="gold", objective="sft", kl_coef=0.0, entropy_coef=0.1), {}, "objective='policy'"),
     "kl in the reward of sft": (dict(source="gold", objective="sft", kl_place="reward"), {}, "needs a reward"),

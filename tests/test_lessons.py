@@ -70,7 +70,8 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
     with school.desk(config("grpo", method=method), tmp_path) as desk:
         t, graded = desk.room.tutor, rolled(desk)
         found = rollouts.updates(t, desk.params, graded, desk.room.reference, 0, 1)
-        assert found.info["kl"] == pytest.approx(0, abs=1e-6) and found.info["reward/shaped"] == pytest.approx(found.info["reward"], abs=1e-5)
+        assert found.info["kl"] == pytest.approx(0, abs=1e-6)
+        assert found.info["reward/shaped"] == pytest.approx(found.info["reward"], abs=1e-5)
         moved = jax.tree.map(lambda x: x * 1.5, desk.params)
         found = rollouts.updates(t, desk.params, graded, moved, 0, 1)
         (batch,) = next(found.updates)
@@ -177,7 +178,8 @@ def test_offline_filter_and_its_blind_control_keep_equally_many(tmp_path):
         kept[name] = told["filter/rows"]
         rows = {r["id"] for r in read_lines(tmp_path / name / "rollouts" / "stage1.jsonl")}
         good = {"incompetent": counts >= 1, "zero_variance": counts == 1}.get(name, np.ones(16, bool))
-        assert rows <= {f"first/train/{i}" for i in np.flatnonzero(good)} and kept[name] == (good.sum() if name != "random" else kept["incompetent"])
+        assert rows <= {f"first/train/{i}" for i in np.flatnonzero(good)}
+        assert kept[name] == (good.sum() if name != "random" else kept["incompetent"])
     assert 0 < kept["zero_variance"] < kept["incompetent"] == kept["random"] < 16
 
 
@@ -208,7 +210,8 @@ def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
         for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
             seen = {p.index for step in (start, start + 1) for p in room.order.rows(step)}
             assert {r["row"] for r in rows} <= seen
-            assert all(school.coin(r["response"], None) == 1 for r in rows)  # correct ones only
+            graded = room.tutor.courses["first"].rewards([r["response"] for r in rows], [room.sources[0][r["row"]] for r in rows])
+            assert all(lessons.correct(parts) for parts in graded)
 
 
 def test_own_answers_learned_are_prompt_and_answer(tmp_path):
@@ -257,7 +260,8 @@ def test_corpus_with_the_correct_answer_put_in(tmp_path):
     c.data.update(prompt_limit=256, buckets=(256,))
     with school.desk(c, tmp_path / "run") as desk:
         gold = [desk.room.sources[0][i].answer for i in (0, 1)]
-    want = {("first/train/0", f"<think>well</think><answer>{gold[0]}</answer>"), ("first/train/1", f"no answer\n<answer>{gold[1]}</answer>")}
+    put_in = (f"<think>well</think><answer>{gold[0]}</answer>", f"no answer\n<answer>{gold[1]}</answer>")
+    want = {(f"first/train/{i}", text) for i, text in enumerate(put_in)}
     assert learned_texts(c, tmp_path / "run") == want
     with pytest.raises(ValueError, match="needs a boxed or tagged answer"):
         learned_texts(foreign(tmp_path, rows, corpus_answer="gold"), tmp_path / "plain")

@@ -32,7 +32,7 @@ def corpus(folder, task: str) -> str:
     """A rollouts file of another run: one correct answer to each of eight rows, and wrong ones."""
     path = folder / "rollouts.jsonl"
     row = '{"id": "%s/train/%d", "response": "%s", "rewards": {"accuracy": %d}}\n'
-    path.write_text("".join(row % (task, i, f"<answer>{word} {i}</answer>", right) for i in range(8) for word, right in (("yes", 1), ("no", 0))))
+    path.write_text("".join(row % (task, i, f"<answer>{i}</answer>", right) for i in range(8) for right in (1, 0)))
     return str(path)
 
 

@@ -68,11 +68,13 @@ def test_on_policy_ratio_is_exactly_one_and_nothing_is_clipped(ratio):
 
 def test_stale_answers_have_a_ratio_and_a_capped_weight():
     old, behaviour = numbers()[1] - 0.3, numbers()[1] - 0.3 - np.log(3)
-    _, plain, told = run(Objective("policy", ratio="token", clip_high=10.0, chunk=4), batch(old_logps=old))
+    wide = Objective("policy", ratio="token", clip_high=10.0, chunk=4)
+    stale = batch(old_logps=old, behaviour_logps=behaviour)
+    _, plain, told = run(wide, stale)
     np.testing.assert_allclose(told["ratio_max"], np.exp(0.3), rtol=1e-5)
-    _, capped, _ = run(Objective("policy", ratio="token", clip_high=10.0, tis_cap=2.0, chunk=4), batch(old_logps=old, behaviour_logps=behaviour))
+    _, capped, _ = run(dataclasses.replace(wide, tis_cap=2.0), stale)
     np.testing.assert_allclose(capped, 2 * plain, atol=1e-6)  # policy / behaviour is 3, the cap 2
-    _, free, _ = run(Objective("policy", ratio="token", clip_high=10.0, tis_cap=9.0, chunk=4), batch(old_logps=old, behaviour_logps=behaviour))
+    _, free, _ = run(dataclasses.replace(wide, tis_cap=9.0), stale)
     np.testing.assert_allclose(free, 3 * plain, rtol=1e-4, atol=1e-6)
 
 
