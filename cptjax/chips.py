@@ -1,11 +1,13 @@
 """Public figures of accelerators, per device as jax shows them.
 
-Memory, matrix products and memory bandwidth from the vendors' data sheets; TPU interconnect per link and direction (Google's
-documentation and "How to scale your model"), where a ring along one mesh axis uses one link in each direction. A v4 or v5p device is
-a whole chip, a tpu7x device is half of one. DCN: 200 Gbit/s for a host of four devices; one GPU has a port of 400 Gbit/s.
+Memory, matrix products and memory bandwidth from the vendors' data sheets. TPU interconnect per link and direction (Google's
+documentation and "How to scale your model"): a ring along one mesh axis uses one link in each direction. A tpu7x device is half a
+chip; a v4 device is a whole one, or half of one where jax shows two. DCN: 200 Gbit/s for a host of four devices; a GPU has 400.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,14 @@ KINDS = {  # parts of a device's name -> chip, the first that fits
 def find(kind: str) -> Chip | None:
     """The chip of a `device_kind`; None for what the table lacks (a CPU)."""
     return next((CHIPS[name] for part, name in KINDS.items() if part in kind.lower()), None)
+
+
+def of(devices: Sequence[Any]) -> Chip | None:
+    """The chip of some devices, shared by two of them where a chip shows both of its cores."""
+    chip = find(devices[0].device_kind)
+    if chip is None or chip.name != "v4" or not any(getattr(d, "core_on_chip", 0) for d in devices):
+        return chip
+    return dataclasses.replace(chip, memory=chip.memory / 2, flops=chip.flops / 2, bandwidth=chip.bandwidth / 2)
 
 
 def transfer_seconds(kind: str, members: int, size: float, chip: Chip, slow: bool) -> float:

@@ -1,4 +1,4 @@
-"""Totals of a compiled program read from its text: transfers, arithmetic and memory traffic, loops counted as often as they run.
+"""Compiled programs read from their text: what runs how often, and every transfer with its mesh axis; the compiler's own reports.
 
 XLA's own `cost_analysis` counts a loop's body once, whatever its trip count. Here a loop counts as often as its text says, or as
 its condition compares with one constant; a loop whose end depends on data counts `dynamic` times, and inside another such loop once.
@@ -19,7 +19,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _head = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _line = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_shape = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _operand = re.compile(r"%([\w.\-]+)")
 _called = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation|false_computation)=\{?([%\w.\-, ]+)")
 _trip = re.compile(r'known_trip_count"?:\s*\{\s*"n":\s*"(\d+)"')
@@ -99,7 +99,21 @@ def trips(loop: Instruction, computations: Computations) -> int | None:
     constants = [int(n[0]) for i in whole if (n := re.match(r"\d+", i.rest))]
     if len(compares) != 1 or len(constants) != 1 or any(i.op in ("and", "or", "reduce") for i in body):
         return None
-    return constants[0] + ("direction=LE" in compares[0].rest)
+    return -(-(constants[0] + ("direction=LE" in compares[0].rest)) // _stride(loop, body, computations))
+
+
+def _stride(loop: Instruction, condition: list[Instruction], computations: Computations) -> int:
+    """What a turn adds to the counter that the condition reads: unrolled loops add more than one."""
+    place = next((int(n[1]) for i in condition if i.op == "get-tuple-element" and (n := re.search(r"index=(\d+)", i.rest))), None)
+    name = re.search(r"body=%?([\w.\-]+)", loop.rest)
+    body = {i.name: i for i in computations.get(name[1], ())} if name else {}
+    root = next((i for i in body.values() if i.root), None)
+    if place is None or root is None or root.op != "tuple":
+        return 1
+    step = body[root.operands[place]]
+    near = [body[o] for o in step.operands] + [j for c in callees(step) for j in computations.get(c, ())]
+    found = [int(n[0]) for i in near if i.op == "constant" and (n := re.match(r"\d+", i.rest))]
+    return max(found[0], 1) if len(found) == 1 else 1
 
 
 def counts(computations: Computations, entry: str, dynamic: float = 1.0) -> dict[str, float]:
@@ -124,13 +138,13 @@ def counts(computations: Computations, entry: str, dynamic: float = 1.0) -> dict
 
 def size(shape: str, only_main: bool = False) -> int:
     """Bytes of a shape, or of a tuple of shapes; `only_main`: without what a TPU keeps in its vector memory (layout S(n))."""
-    found = (x for x in _shape.findall(shape) if not (only_main and "S(" in x[2]))
+    found = (x for x in SHAPE.findall(shape) if not (only_main and "S(" in x[2]))
     return sum(BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes, _ in found)
 
 
 def dims(shape: str) -> list[int]:
     """Sizes of the first array of a shape."""
-    return [int(d) for d in _shape.search(shape)[2].split(",") if d]
+    return [int(d) for d in SHAPE.search(shape)[2].split(",") if d]
 
 
 def collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collective]:
@@ -138,19 +152,35 @@ def collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collective]
     computations, entry = parse(text)
     runs = counts(computations, entry, dynamic)
     total: dict[tuple[str, str, int], list[float]] = {}
+    chains: set[str] = set()
     for name, instructions in computations.items():
-        for i in instructions:
-            kind = i.op.removesuffix("-start")
-            if kind not in KINDS or not runs[name]:
+        for i in instructions if runs[name] else ():
+            chain = re.search(r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest)  # a transfer spread over several fused groups
+            if (found := _transfer(i, name, mesh)) is None or (chain and chain[0] in chains):
                 continue
-            group = _first_group(i.rest)
-            volume = _volume(i, kind, len(group))
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # so the TPU compiler writes it
-            bill = total.setdefault((kind, _axis(group, mesh), len(group)), [0.0, 0.0])
-            bill[0] += volume * runs[name]
+            chains |= {chain[0]} if chain else set()
+            bill = total.setdefault(found[:3], [0.0, 0.0])
+            bill[0] += found[3] * runs[name]
             bill[1] += runs[name]
     return [Collective(*key, *value) for key, value in sorted(total.items(), key=lambda item: -item[1][0])]
+
+
+def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, int, float] | None:
+    """(kind, axis, members, bytes) of an instruction that sends something, else None."""
+    if across := re.search(r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest):  # between slices, through the hosts
+        kind = across[1].lower().replace("_", "-")
+        if i.op != ("recv" if kind == "all-gather" else "send"):
+            return None
+        slices = len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
+        return kind, "data", slices, float(size(SHAPE.search(i.shape)[0]))
+    kind = i.op.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    group = _first_group(i.rest)
+    volume = _volume(i, kind, len(group))
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # so the TPU compiler writes it
+    return kind, _axis(group, mesh), len(group), volume
 
 
 def _volume(i: Instruction, kind: str, members: int) -> float:
@@ -195,112 +225,6 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
     at = np.stack(np.unravel_index(group, mesh.devices.shape))
     moved = [a for a, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1]
     return "+".join(moved) or "none"
-
-
-def arithmetic(text: str, dynamic: float = 1.0) -> float:
-    """Multiply-adds, each counted as two, of all matrix products that one device does; recomputed ones as often as they are done."""
-    computations, entry = parse(text)
-    runs = counts(computations, entry, dynamic)
-    return sum(runs[name] * sum(_flops(i, _shapes(found)) for i in found) for name, found in computations.items() if runs[name])
-
-
-def _shapes(instructions: list[Instruction]) -> dict[str, str]:
-    return {i.name: i.shape for i in instructions}
-
-
-def _flops(i: Instruction, shapes: dict[str, str]) -> float:
-    if i.op == "dot":
-        left = dims(shapes[i.operands[0]])
-        over = [int(d) for d in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1].split(",") if d]
-        return 2.0 * math.prod(dims(i.shape)) * math.prod(left[d] for d in over)
-    if i.op == "convolution":
-        return _convolution(i, dims(shapes[i.operands[0]]), dims(shapes[i.operands[1]]))
-    if i.op == "custom-call" and "splash" in i.name:
-        return _splash(i)
-    if i.op == "custom-call" and "__cudnn$fmha" in i.rest:
-        return _cudnn(i, [dims(shapes[o]) for o in i.operands[:3]])
-    return 0.0
-
-
-def _convolution(i: Instruction, left: list[int], right: list[int]) -> float:
-    """A TPU's matrix product: batch axes are windows of which one position counts each."""
-    names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
-    lhs, rhs, out = (names[n] for n in (1, 2, 3))
-    outer = math.prod(d for d, name in zip(dims(i.shape), out, strict=True) if name in "bf")
-    inner = right[rhs.index("i")]
-    window = re.search(r"window=\{([^}]*)\}", i.rest)
-    fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = sorted(name for name in out if name.isdigit())
-    every = lambda name, default: fields[name].split("x") if name in fields else [default] * len(spatial)
-    pairs = 1
-    settings = (every("pad", "0_0"), every("stride", "1"), every("lhs_dilate", "1"), every("rhs_dilate", "1"))
-    for axis, pad, stride, spread, gap in zip(spatial, *settings, strict=True):
-        o, k = np.arange(dims(i.shape)[out.index(axis)])[:, None], np.arange(right[rhs.index(axis)])
-        place = o * int(stride) + k * int(gap) - int(pad.split("_")[0])
-        inside = (place >= 0) & (place <= (left[lhs.index(axis)] - 1) * int(spread)) & (place % int(spread) == 0)
-        pairs *= int(inside.sum())
-    return 2.0 * outer * inner * pairs
-
-
-def _splash(i: Instruction) -> float:
-    """The TPU's attention kernel, causal outside the vision tower: two products forward, three for queries', four for keys' gradients."""
-    listed = _shape.findall(i.rest.split("operand_layout_constraints=")[1])
-    q, k = [[int(x) for x in sizes.split(",")] for kind, sizes, _ in listed if kind in ("bf16", "f32")][:2]
-    *heads, t, width = q
-    s = k[-2]
-    seen = 1.0 if "vision" in i.rest else (s - t + (t + 1) / 2) / s
-    return 2.0 * (2 if "fwd" in i.name else 3 if "dq" in i.name else 4) * math.prod(heads) * t * s * width * seen
-
-
-def _cudnn(i: Instruction, shapes: list[list[int]]) -> float:
-    """The GPU's attention kernel, whole squares: two products forward, five backward."""
-    (b, t, n, h), s = shapes[0], shapes[1][1]
-    return 2.0 * (5 if "Backward" in i.rest else 2) * b * n * t * s * h
-
-
-FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id iota".split()
-
-
-def traffic(text: str, dynamic: float = 1.0) -> float:
-    """Bytes that one device reads from and writes to its main memory: what each fused group takes and gives, slices as slices."""
-    computations, entry = parse(text)
-    runs = counts(computations, entry, dynamic)
-    fused = {c for found in computations.values() for i in found if i.op not in ("while", "conditional", "call") for c in callees(i)}
-    total = 0.0
-    for name, found in computations.items():
-        if runs[name] and name not in fused:
-            shapes = _shapes(found)
-            total += runs[name] * sum(_moved(i, shapes, computations) for i in found)
-    return total
-
-
-def _moved(i: Instruction, shapes: dict[str, str], computations: Computations) -> float:
-    if i.op in FREE or i.op.endswith(("-done", "-update")):
-        return 0.0
-    taken = [size(shapes.get(o, ""), only_main=True) for o in i.operands]
-    given = size(i.shape, only_main=True)
-    if i.op == "dynamic-update-slice":
-        return 2.0 * taken[1]
-    if i.op in ("dynamic-slice", "gather", "slice"):
-        return 2.0 * given
-    if i.op == "fusion" and (body := computations.get(next(iter(callees(i)), ""))):
-        taken, given = _of_fusion(body, taken, given)
-    return sum(taken) + given
-
-
-def _of_fusion(body: list[Instruction], taken: list[int], given: int) -> tuple[list[int], int]:
-    """A parameter that is only sliced counts as its slices; a result that is written into a parameter as what is written."""
-    taken = list(taken)
-    for p in body:
-        if p.op != "parameter":
-            continue
-        number, users = int(p.rest.split(")")[0]), [i for i in body if p.name in i.operands]
-        if users and number < len(taken) and all(u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == p.name for u in users):
-            taken[number] = min(taken[number], sum(size(u.shape) for u in users))
-        if users and number < len(taken) and all(u.op == "dynamic-update-slice" and u.operands[0] == p.name for u in users):
-            written = sum(size(_shapes(body).get(u.operands[1], "")) for u in users)
-            taken[number], given = 0, min(given, written)
-    return taken, given
 
 
 def largest(report: str, count: int = 12) -> list[tuple[float, str]]:

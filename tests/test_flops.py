@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cptjax import flops, hlo, sharding
+from cptjax import flops, hlo_costs, sharding
 from cptjax.model import config, qwen25_vl, trainable
 from cptjax.types import Prompts
 
@@ -61,4 +61,4 @@ def test_compiled_forward_does_what_was_counted(depth):
     text = run.lower(sharding.abstract(qwen25_vl.params(cfg), jnp.float32), prompts).compile().as_text()
     pair = 4 * depth * cfg.text.heads * cfg.text.head_dim
     expected = flops.text_forward(cfg, b, t, t) + b * pair * (t * t - t * (t + 1) / 2)
-    assert hlo.arithmetic(text) == pytest.approx(expected, rel=1e-6)
+    assert hlo_costs.arithmetic(text) == pytest.approx(expected, rel=1e-6)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cptjax import hlo, sharding
+from cptjax import hlo, hlo_costs, sharding
 
 LOOP = """\
 HloModule jit_f
@@ -65,17 +65,43 @@ def test_the_loop_of_the_text_runs_seven_times(mesh):
     assert hlo.counts(computations, entry) == {
         "add": 7.0, "fused_slice": 7.0, "all-reduce-scatter.1": 7.0, "body": 7.0, "condition": 0.0, "main": 1.0,
     }  # fmt: skip
-    assert hlo.arithmetic(LOOP) == 7 * 2 * 32 * 128 * 64
+    assert hlo_costs.arithmetic(LOOP) == 7 * 2 * 32 * 128 * 64
     assert hlo.collectives(LOOP, mesh) == [
         hlo.Collective("all-gather", "fsdp", 4, 7 * 32 * 128 * 4, 7),
         hlo.Collective("reduce-scatter", "fsdp", 4, 7 * 32 * 64 * 4, 7),
     ]
 
 
+def test_an_unrolled_loop_runs_less_often():
+    """The counter of a loop that the compiler has unrolled grows by 2: four turns for seven."""
+    step = '  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %out = '
+    text = LOOP.replace("  ROOT %out = ", step).replace("tuple(%i, %gathered", "tuple(%next, %gathered")
+    assert hlo_costs.arithmetic(text) == 4 * 2 * 32 * 128 * 64
+
+
+def test_a_transfer_spread_over_fused_groups_counts_once(mesh):
+    """The TPU compiler shows an asynchronous all-gather again in each product that it runs beside."""
+    mark = ', channel_id=5, frontend_attributes={chain_id="3"}'
+    again = "  %again = f32[32,128]{1,0} all-gather(%scattered), replica_groups={{0,2,4,6},{1,3,5,7}}" + mark + "\n  ROOT %out"
+    text = LOOP.replace("{'axis_0'}, dimensions={0}", "{'axis_0'}, dimensions={0}" + mark).replace("  ROOT %out", again)
+    assert hlo.collectives(text, mesh) == hlo.collectives(LOOP, mesh)
+
+
+def test_a_sum_between_slices_goes_through_the_hosts(mesh):
+    line = (
+        "ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {\n  %a = bf16[8,16]{1,0} parameter(0)\n  %t = token[] after-all()\n"
+        "  %s = (bf16[8,16]{1,0}, u32[], token[]) send(%a, %t), channel_id=1, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  %r = (bf16[8,16]{1,0}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n  ROOT %o = bf16[8,16]{1,0} get-tuple-element(%r), index=0\n}\n'
+    )
+    assert hlo.collectives(line, mesh) == [hlo.Collective("all-reduce", "data", 1, 256.0, 1.0)]
+
+
 def test_a_slice_of_a_stack_moves_the_slice_only():
     layer, product, rows, scattered, gathered = 128 * 64, 32 * 64, 32 * 128, 8 * 64, 32 * 128
     words = 2 * layer + 1 + (rows + layer + product) + (product + scattered) + (scattered + gathered)
-    assert hlo.traffic(LOOP) == 7 * 4 * words
+    assert hlo_costs.traffic(LOOP) == 7 * 4 * words
 
 
 def test_batched_products_of_a_tpu_count_one_window_position_each():
@@ -86,14 +112,14 @@ def test_batched_products_of_a_tpu_count_one_window_position_each():
         "  ROOT %c = bf16[16,2048,64]{2,1,0} convolution(%a, %b), "
         "window={size=16 stride=15 pad=0_0 lhs_dilate=16}, dim_labels=0bf_0io->0bf\n}\n"
     )
-    assert hlo.arithmetic(line) == 2 * 16 * 2048 * 128 * 64
+    assert hlo_costs.arithmetic(line) == 2 * 16 * 2048 * 128 * 64
 
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_a_scan_counts_as_often_as_it_runs(length):
     run = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
     done = run.lower(jnp.ones((64, 96)), jnp.ones((length, 96, 96))).compile()
-    assert hlo.arithmetic(done.as_text()) == length * 2 * 64 * 96 * 96
+    assert hlo_costs.arithmetic(done.as_text()) == length * 2 * 64 * 96 * 96
 
 
 def test_a_loop_that_data_ends_counts_as_told():
@@ -105,7 +131,7 @@ def test_a_loop_that_data_ends_counts_as_told():
 
     text = jax.jit(run).lower(jnp.ones((64, 96)), jnp.ones((96, 96))).compile().as_text()
     once = 2 * 64 * 96 * 96
-    assert hlo.arithmetic(text) == once and hlo.arithmetic(text, dynamic=31) == 31 * once
+    assert hlo_costs.arithmetic(text) == once and hlo_costs.arithmetic(text, dynamic=31) == 31 * once
 
 
 def test_transfers_of_a_sharded_product_have_their_axes(mesh):
@@ -119,7 +145,7 @@ def test_transfers_of_a_sharded_product_have_their_axes(mesh):
     with jax.set_mesh(mesh):
         text = jax.jit(run).lower(*args).compile().as_text()
     found = {(c.kind, c.axis): c for c in hlo.collectives(text, mesh)}
-    assert hlo.arithmetic(text) == 2 * 2 * (64 // 4) * 128 * (256 // 2)
+    assert hlo_costs.arithmetic(text) == 2 * 2 * (64 // 4) * 128 * (256 // 2)
     assert found["all-reduce", "model"].bytes == 64 // 4 * 128 * 4
     assert sum(c.bytes for (kind, axis), c in found.items() if (kind, axis) == ("all-gather", "fsdp")) == 2 * 128 * (256 // 2) * 4
 

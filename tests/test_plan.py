@@ -1,0 +1,209 @@
+"""Plans: sizes against the declared parameters, bounds, refusals with numbers, and programs for TPU slices that are not here."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import pytest
+
+from configs.base import METHODS, get_config
+from cptjax import ahead, chips, hlo, plan, programs, settings, sharding
+from cptjax.model import config as models
+from cptjax.model import trainable
+from cptjax.types import Prompts
+
+GIB = 2.0**30
+
+
+def small(method="grpo", **changes):
+    """A run whose programs compile in seconds."""
+    c = get_config()
+    c.stages = ({"task": "gqa", "steps": 1}, {"task": "vizwiz", "steps": 1})
+    c.model.update(min_pixels=16 * 16, max_pixels=64 * 64, remat="block")
+    c.data.prompt_limit, c.rollout.max_new_tokens, c.eval.max_new_tokens, c.rollout.group = 64, 8, 8, 2
+    c.train.update(batch=16, micro_batch=8, chunk=64)
+    c.eval.batch = 8
+    c.method.update(METHODS[method])
+    for section, values in changes.items():
+        c[section].update(values)
+    return c
+
+
+def names(c, mesh):
+    return [p.name for p in programs.of(programs.site(c, mesh))]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(1, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def local():
+    """Every program of a small run for this machine's eight CPU devices; its two stages need the same programs."""
+    (found,) = plan.make(small(mesh={"data": 1, "fsdp": 4, "model": 2}, model={"compute_dtype": "float32", "param_dtype": "bfloat16"}))
+    return found
+
+
+def test_every_program_of_a_run_is_compiled_once(local):
+    assert [c.name for c in local.costs] == ["rollouts", "reference log-probs", "add gradients", "apply gradients", "evaluation"]
+    assert [c.calls for c in local.costs] == [1, 2, 2, 1, 0]
+    assert all(c.arithmetic > 0 and c.temporaries > 0 for c in local.costs if c.useful)
+
+
+def test_what_stays_in_memory_is_what_is_declared(local):
+    cfg = models.PRESETS["tiny"]
+    tree = programs.site(small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)).declared
+    cut = lambda p: math.prod(sharding.sharding(p.axes, sharding.make_mesh(1, 4, 2), p.shape).shard_shape(p.shape))
+    share = sum(cut(p) for p in trainable.flatten(tree).values())
+    assert cfg.text.tied and local.resident["trained weights"] == 2 * share
+    assert local.resident["reference"] == 4 * share
+    assert local.resident["optimiser"] == pytest.approx(8 * share, rel=1e-3)  # two moments, and a few counters
+
+
+def test_the_peak_counts_what_lives_beside_a_program(local):
+    rollouts, score, add, apply, _ = local.costs
+    kept = local.resident
+    assert rollouts.beside == kept["optimiser"] + kept["reference"]
+    assert score.beside == kept["trained weights"] + kept["frozen weights"] + kept["optimiser"]
+    assert add.beside == kept["optimiser"] + kept["reference"] and apply.beside == kept["frozen weights"] + kept["reference"]
+    assert apply.donated >= kept["trained weights"] + kept["optimiser"] - 1024  # the new state takes the old one's place
+    assert local.memory == max(c.arguments + c.outputs - c.donated + c.temporaries + c.beside for c in local.costs)
+
+
+def test_a_plan_is_json_and_has_no_bound_without_figures(local):
+    told = json.loads(json.dumps(plan.as_json(local)))
+    assert told["fits"] and told["chip"] is None and told["mfu_bound"] is None and len(told["programs"]) == 5
+
+
+def test_what_does_not_fit_is_named_with_the_lack_and_a_remedy(local):
+    chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1e4)
+    tight = dataclasses.replace(local, chip=chip)
+    said = plan.verdict(tight)
+    assert len(said.splitlines()) == 5 and "train.micro_batch" in said and "more than v5e offers" in said
+    assert plan.verdict(dataclasses.replace(tight, chip=chips.CHIPS["v5e"])) == ""
+
+
+def test_the_bound_is_the_slowest_resource():
+    """1e12 operations, 1e9 bytes and an all-reduce of 9e9 bytes among 2 on a v5e: the network's 2 * 9e9 / 2 / 90e9 = 0.1 s."""
+    chip = chips.CHIPS["v5e"]
+    found = [hlo.Collective("all-reduce", "model", 2, 9e9, 1)]
+    times = plan.roofline(1e12, 1e9, found, chip, 1)
+    assert times == pytest.approx({"compute": 1e12 / 197e12, "memory": 1e9 / 819e9, "network": 0.1})
+    across = plan.roofline(0, 0, [dataclasses.replace(found[0], axis="data")], chip, 2)
+    assert across["network"] == pytest.approx(9e9 / 6.25e9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train": {"batch": 18, "micro_batch": 6}}, "train.batch.* is 18 rows.* 4 shards"),
+        ({"train": {"micro_batch": 6}}, "train.micro_batch is 6 rows.* 4 shards"),
+        ({"train": {"batch": 16, "micro_batch": 12}}, "16 rows can not be cut into micro-batches of 12"),
+        ({"rollout": {"slots": 6}}, "rollout.slots=6.* 4 batch shards"),
+        ({"model": {"path": "no/such-model"}}, "no/such-model.* neither a folder nor a name"),
+    ],
+)
+def test_what_the_mesh_can_not_cut_is_refused_with_the_numbers(mesh, changes, told):
+    with pytest.raises(ValueError, match=told):
+        names(small(**changes), mesh)
+
+
+def test_programs_follow_the_method(mesh):
+    assert names(small("sft", train={"batch": 8, "micro_batch": 0}), mesh) == ["train step", "evaluation"]
+    assert names(small("self_sft"), mesh) == ["rollouts", "add gradients", "apply gradients", "evaluation"]
+    c = small()
+    c.method.updates_per_batch = 2
+    assert names(c, mesh) == ["rollouts", "reference log-probs", "own log-probs", "train step", "evaluation"]
+    turns = ["rollouts: cast", "rollouts: queue", "rollouts: read", "rollouts: draw"]
+    assert names(small(rollout={"slots": 8}), mesh)[:4] == turns
+    assert names(small(rollout={"slots": 8, "gather": True}), mesh)[:5] == ["rollouts: weights", *turns]
+
+
+@pytest.mark.parametrize("method", ["sft", "sdft", "dapo", "eaft"])
+def test_batches_have_what_their_objective_reads(mesh, method):
+    """Tracing the gradient's program needs every array that the loss asks for."""
+    site = programs.site(small(method), mesh)
+    with jax.set_mesh(mesh):
+        program = next(p for p in programs.of(site) if p.name in ("train step", "add gradients"))
+        assert program.lower({}).as_text()
+
+
+def test_the_largest_picture_and_prompt_are_within_the_config(mesh):
+    site = programs.site(small(), mesh)
+    assert programs.picture(site.cfg, 64 * 64) == 6 * 16  # of 16 merge units 3 x 5 spread over six windows of 2 x 2 units
+    found = programs.prompts(site, 8)
+    assert isinstance(found, Prompts) and found.tokens.shape == (8, 64) and found.vision.patches.shape[:2] == (4, 2)
+    big = programs.picture(models.PRESETS["7b"], 1003520)
+    assert 5120 <= big <= 6400
+
+
+def test_an_unknown_slice_is_one_line():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="topology 'v7q:2x2'.*v5e:4x4"):
+        ahead.devices_of("v7q:2x2")
+
+
+# ---- TPU slices ----------------------------------------------------------------------------------------------------------
+
+
+def tpu(c, topology, name, slices=1):
+    """One program of a config for a TPU slice, with its site."""
+    pytest.importorskip("libtpu")
+    (stage,) = {s.config.to_json(): s for s in settings.stages(c)}.values()
+    devices = ahead.devices_of(topology, slices)
+    site = ahead.site_of(stage.config, devices, slices)
+    program = next(p for p in programs.of(site) if p.name == name)
+    return plan.measured(program, site, chips.of(devices), {}, ahead.Short(stage.config, topology, slices)), site
+
+
+def test_update_of_full_width_holds_no_logits_and_no_whole_table():
+    """7B's widths, two layers, on v5e:4x4: the largest buffers are far below [B, T, V] and below the unembedding [D, V]."""
+    c = small(mesh={"data": 1, "fsdp": -1, "model": 4}, data={"prompt_limit": 512}, train={"batch": 8, "micro_batch": 4, "chunk": 256})
+    c.rollout.max_new_tokens = 256
+    c.model.path, c.stages = "Qwen/Qwen2.5-VL-7B-Instruct", c.stages[:1]
+    c.model.max_pixels = 28 * 28 * 64
+    cost, site = tpu(c, "v5e:4x4", "add gradients")
+    text, vocab = site.cfg.text, site.cfg.text.vocab
+    assert cost.buffers and all(size < 2 * text.width * vocab / 2 for size, _ in cost.buffers)
+    for _, what in cost.buffers:
+        for sizes in re.findall(r"\[([\d,]+)\]", what):
+            shape = [int(n) for n in sizes.split(",")]
+            assert vocab not in shape, what  # cut by words always
+            assert not (shape[0] == text.depth and {text.width, text.mlp} <= set(shape)), what
+    assert cost.peak < 16 * GIB and not cost.over
+    kinds = {(x.kind, x.axis) for x in cost.collectives}
+    assert ("all-gather", "fsdp") in kinds and ("all-reduce", "model") in kinds
+    assert 1.0 < cost.arithmetic * 16 / cost.useful < 1.6  # recomputation of each layer adds a third; the rest is padding
+
+
+def test_two_slices_share_the_batch_and_sum_gradients_across():
+    c = small(mesh={"data": 2, "fsdp": 2, "model": 2})
+    c.stages = c.stages[:1]
+    cost, site = tpu(c, "v5e:2x2", "add gradients", slices=2)
+    assert site.mesh.devices[0, 0, 0].slice_index == 0 and site.mesh.devices[1, 0, 0].slice_index == 1
+    assert any("data" in x.axis for x in cost.collectives) and cost.seconds["network"] > 0
+
+
+@pytest.mark.slow
+def test_sizes_of_a_short_compile_are_those_of_the_whole_one(tmp_path):
+    pytest.importorskip("libtpu")
+    c = small(mesh={"data": 1, "fsdp": 2, "model": 2})
+    stage = settings.stages(c)[0]
+    site = ahead.site_of(stage.config, ahead.devices_of("v5e:2x2"), 1)
+    program = next(p for p in programs.of(site) if p.name == "apply gradients")
+    short = ahead.Short(stage.config, "v5e:2x2", 1).compile(program, str(tmp_path))
+    whole = ahead.finish(program, site, {}, str(tmp_path / "whole"))
+    assert {k: short[k] for k in whole} == pytest.approx(whole, rel=0.01)  # the runtime pads small buffers
+
+
+def test_what_stays_of_7b_is_told_without_compiling():
+    """8.3 billion weights in float32 with two moments are far more than four v5e hold."""
+    pytest.importorskip("libtpu")
+    c = small(mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 2, "micro_batch": 0})
+    c.model.path = "Qwen/Qwen2.5-VL-7B-Instruct"
+    sizes = plan.resident(c, ahead.devices_of("v5e:2x2"))
+    assert sum(sizes.values()) > chips.CHIPS["v5e"].usable
+    assert sizes["optimiser"] == pytest.approx(2 * sizes["trained weights"], rel=1e-3)
