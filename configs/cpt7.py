@@ -33,7 +33,7 @@ def rl(c, name="grpo", label="", **changes):
     c.method.name = label or name
     c.method.tis_cap = 2.0  # top_p cuts the sampled distribution; the correction is capped
     c.train.update(batch=512, micro_batch=64, lr=1e-6, schedule="constant", weight_decay=1e-2, clip=1.0)
-    c.rollout.update(group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024)
+    c.rollout.update(group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True)  # else every token moves all weights
 
 
 def sft(c, name="sft", label="", lr=1e-5, **changes):

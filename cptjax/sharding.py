@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "model")
@@ -55,15 +56,23 @@ def make_mesh(data: int = 1, fsdp: int = -1, model: int = 1, devices: list | Non
     if free:
         sizes[free[0]] = len(devices) // known
     shape = tuple(sizes.values())
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
     if shape[0] % slices:
         raise ValueError(f"mesh data={shape[0]} must be a multiple of the {slices} slices that it spans")
-    from jax.experimental import mesh_utils
+    return Mesh(_grid(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
-    within = (shape[0] // slices, shape[1], shape[2])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
-    return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * 3)
+
+def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
+    """Devices in the mesh's order, neighbours of the torus side by side; its axes are split where a mesh axis needs a part of one."""
+    within = (shape[0] // slices, *shape[1:])
+    for split in (False, True):
+        try:
+            if slices == 1:
+                return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+            return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=split)
+        except NotImplementedError:  # whole axes of the torus do not make this mesh
+            if split:
+                raise ValueError(f"mesh data, fsdp, model = {shape} can not be laid out on these {len(devices)} devices") from None
+    raise AssertionError
 
 
 def batch_shards(mesh: Mesh | None) -> int:

@@ -69,7 +69,10 @@ def run(p: Params, x: Array, positions: Array, attend: Callable, cfg: Config) ->
 
 
 def embed(p: Params, tokens: Array, dtype: jnp.dtype) -> Array:
-    return constrain(p["embed"].astype(dtype)[tokens], "batch", None, None)
+    table = p["embed"].astype(dtype)
+    if tokens.size > table.shape[0]:  # the smaller thing moves: to many tokens the table, cut by words alone, and so is its gradient
+        table = constrain(table, "vocab", None)
+    return constrain(table[tokens], "batch", None, None)
 
 
 def unembedding(p: Params) -> Array:
