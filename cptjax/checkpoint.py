@@ -4,18 +4,28 @@ A checkpoint is some named trees of arrays and a JSON `progress`; Orbax renames 
 the previous one. Numbers sort in time: stage * STAGE + step. One that can not be read is moved to `damaged/`.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from cptjax import console, multihost
 
 STAGE = 10**9  # more steps than any stage has
 KINDS = ("steps", "stages")
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """What goes wrong in Orbax's threads is raised where the run waits for them; its log would tell it again, in hundreds of lines."""
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+logging.getLogger("absl").addFilter(_worth_telling)
 
 
 class Refused(ValueError):
@@ -47,6 +57,7 @@ class Checkpoints:
         if number in manager.all_steps():  # a resumed run stands where this one was saved
             return
         parts = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        self._room(trees)
         with self._writing():
             manager.save(number, args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(progress)), force=True)
         self.saved = time.monotonic()
@@ -59,6 +70,15 @@ class Checkpoints:
 
     def _writing(self) -> "_Writing":
         return _Writing(self.folder)
+
+    def _room(self, trees: Mapping[str, Any]) -> None:
+        """Refuse what the disk can not hold: a half-written checkpoint helps nobody, and its threads die with pages of traces."""
+        need, free = sum(x.nbytes for x in jax.tree.leaves(trees)), shutil.disk_usage(self.folder).free
+        if any(multihost.gather(free < need)):
+            raise OSError(
+                f"a checkpoint takes up to {need / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free at {self.folder}; free some space and run the "
+                "same command again. What was saved before is whole"
+            )
 
     def found(self) -> list[tuple[int, int, str]]:
         """(stage, step, kind), the newest first; at one place the stage's end comes first."""

@@ -25,7 +25,8 @@ def like(tree):
 
 def tree(seed: int = 0, devices: int = 1):
     rng = np.random.default_rng(seed)
-    return {"a": {"w": placed(rng.normal(size=(16, 3)).astype(np.float32), devices)}, "n": placed(np.arange(8, dtype=np.int32) + seed, devices)}
+    w = placed(rng.normal(size=(16, 3)).astype(np.float32), devices)
+    return {"a": {"w": w}, "n": placed(np.arange(8, dtype=np.int32) + seed, devices)}
 
 
 def equal(a, b):
@@ -179,3 +180,12 @@ def test_a_failed_save_is_one_line(tmp_path):
     (tmp_path / "c").write_text("a file stands here")
     with pytest.raises(OSError, match="a checkpoint can not be written to .*What was saved before is whole"):
         kept.save("steps", 1, 1, {"params": tree()}, {})
+
+
+def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    kept = Checkpoints(tmp_path, async_save=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(OSError, match="a checkpoint takes up to 0.0 MB, and 0.0 MB are free"):
+        kept.save("steps", 1, 1, {"params": tree()}, {})
+    assert not any((tmp_path / "steps").iterdir())
+    kept.close()

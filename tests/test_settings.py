@@ -59,7 +59,7 @@ def test_accepted(c):
     ((dict(task="a"),), "expected one of steps=N and epochs=N"),
     ((dict(task="a", steps=1, epochs=1),), "expected one of steps=N and epochs=N"),
     ((dict(task="a", steps=0),), "above 0, got 0"),
-    ((dict(task="a", steps=1), dict(task="a", steps=1, trian=dict(lr=1.0))), r"config.stages\[1\].trian does not exist; did you mean 'train'"),
+    ((dict(task="a", steps=1), dict(task="a", steps=1, trian={})), r"config.stages\[1\].trian does not exist; did you mean 'train'"),
     ((dict(task="a", steps=1, model=dict(path="x")),), "sets model.path, which belongs to the whole run"),
     ((dict(task="a", steps=1, eval=dict(limit=3)),), "sets eval.limit, which belongs to the whole run"),
     ((dict(task="a", steps=1, data=dict(prompt_limit=3)),), "sets data.prompt_limit, which belongs to the whole run"),
@@ -72,7 +72,8 @@ def test_stages_refused(c, stages, message):
 
 
 def test_what_a_stage_may_set(c):
-    c.stages = (dict(task="a", steps=1, eval=dict(every=2, mini=3), data=dict(template="direct"), log=dict(every=4), rewards=dict(format=0.0)),)
+    own = dict(eval=dict(every=2, mini=3), data=dict(template="direct"), log=dict(every=4), rewards=dict(format=0.0))
+    c.stages = (dict(task="a", steps=1, **own),)
     assert settings.stages(c)[0].config.eval.every == 2
 
 

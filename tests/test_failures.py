@@ -1,0 +1,154 @@
+"""What goes wrong in real runs: one clear line, exit code 2, and nothing that was saved is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+import runs
+from alone import devices, said  # noqa: F401
+
+from cptjax import continual
+from cptjax.order import Order
+
+KILL = int(signal.SIGKILL)
+TINY = {"steps": 4, "stages": ({"task": "facts", "steps": 4},), "eval": {"before": False, "limit": 4}}
+
+
+def go(workdir, **sections):
+    return continual.run(runs.config("sft", **{**TINY, **sections}), workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One stage of facts, uninterrupted, in a process of its own; read only."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    (told,) = runs.told({"method": "sft", "workdir": str(folder), "sections": TINY, "signals": [(KILL, None)]})
+    assert told["code"] == 0, told["said"]
+    return folder
+
+
+@pytest.mark.parametrize("gone", ["stages", "steps"])
+def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, gone):  # noqa: F811
+    folder = shutil.copytree(whole, tmp_path / "run")
+    number = 10**9 + (4 if gone == "stages" else 2)
+    if gone == "steps":  # killed in the stage, and the newest step checkpoint is the only one
+        shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+        (folder / "progress.json").unlink()
+    for path in (p for p in (folder / "checkpoints" / gone / str(number)).rglob("*") if p.is_file()):
+        os.truncate(path, path.stat().st_size // 3)
+    go(folder)
+    err = capsys.readouterr().err
+    assert f"warning: checkpoint {gone} of stage 1" in err and "can not be read" in err
+    assert ("going on from step 2 of stage 1" in err) == (gone == "stages")
+    runs.same(runs.state(whole), runs.state(folder))
+
+
+def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):  # noqa: F811
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="was started with another config: train.lr: 0.01 -> 0.5. .*--config.allow_change=True"):
+        go(folder, train={"lr": 0.5})
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
+    assert json.loads((folder / "config.json").read_text())["train"]["lr"] == 0.5
+    runs.same(runs.state(whole), runs.state(folder))
+
+
+def test_another_mesh_goes_on(whole, tmp_path, devices):  # noqa: F811
+    """Killed in the stage on one device, finished on four."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+    (folder / "progress.json").unlink()
+    devices(4)
+    go(folder)
+    one, four = runs.state(whole), runs.state(folder)
+    assert one["matrix.csv"] == four["matrix.csv"] and one.keys() == four.keys()
+    pairs = [(a, b) for a, b in zip(one["metrics.jsonl"], four["metrics.jsonl"], strict=True) if "loss" in a]
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs) and len(pairs) == 4
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):  # noqa: F811
+    with pytest.raises(ValueError, match="3 steps in a row had a gradient or loss that is not finite .*Lower train.lr"):
+        go(tmp_path, train={"lr": 1e38, "clip": None, "max_skipped": 3}, stages=({"task": "facts", "steps": 9},))
+    saved = sorted(int(p.name) - 10**9 for p in (tmp_path / "checkpoints" / "steps").iterdir() if p.name.isdigit())
+    assert saved == [2]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1, 1] and lines[2]["loss"] is None
+
+
+REWARD = '''
+import time
+def reward(completion, answer, **columns):
+    if columns["n"] == {}:
+        {}
+    return float(len(completion) % 2)
+'''
+
+
+@pytest.mark.parametrize("body, line", [
+    ("raise RuntimeError('no luck')", "failed on row .*: RuntimeError: no luck .*rewards.on_error=zero"),
+    ("time.sleep(60)", "failed on row .*: no answer within 1 s"),
+    ("return float('nan')", "failed on row .*nan.*; correct the function"),
+], ids=["raises", "hangs", "nan"])  # fmt: skip
+def test_a_reward_that_fails(tmp_path, devices, body, line):  # noqa: F811
+    (tmp_path / "mine.py").write_text(REWARD.format(Order((8,), 1, stage=1).rows(4)[0].index, body))  # the fifth step's
+    rows = [{"prompt": f"say {i}", "answer": str(i), "n": i} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    mine = {"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl"), "reward": f"{tmp_path / 'mine.py'}:reward"}
+    changes = {
+        "tasks": {"mine": mine}, "stages": ({"task": "mine", "steps": 9},), "rewards": {"timeout": 1.0, "processes": 1},
+        "checkpoint": {"every": 1}, "data": {"limit": None}, "train": {"batch": 1},
+    }  # fmt: skip
+    c = runs.config("grpo", **{**TINY, **changes})
+    with pytest.raises(ValueError, match=line):
+        continual.run(c, tmp_path / "run")
+    steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    saved = sorted(int(p.name) - 10**9 for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir() if p.name.isdigit())
+    assert steps == [1, 2, 3, 4] and saved == [3, 4]
+    # with errors worth 0 the same run goes on from there
+    c.rewards.on_error, c.allow_change = "zero", True
+    continual.run(c, tmp_path / "run")
+    steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "event" not in x]
+    assert steps == list(range(1, 10))
+
+
+def error_line(told: dict) -> str:
+    assert told["code"] == 2, told
+    lines = [line for line in told["said"].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in told["said"], told["said"]
+    return lines[0]
+
+
+def test_a_workdir_that_can_not_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (told,) = runs.told({"method": "sft", "workdir": str(tmp_path / "file" / "run"), "sections": TINY, "signals": [(KILL, None)],
+                         "log": str(tmp_path / "log")})  # fmt: skip
+    assert str(tmp_path / "file" / "run") in error_line(told)
+
+
+@pytest.fixture
+def small_disk(whole, tmp_path):
+    """A disk with room for half of what a run's checkpoints take."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = sum(p.stat().st_size for p in (whole / "checkpoints").rglob("*") if p.is_file()) // 2
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(whole, small_disk, tmp_path):
+    """Not enough for a second checkpoint: one line; with space the run goes on to the same end."""
+    plan = {"method": "sft", "workdir": str(small_disk / "run"), "sections": TINY, "signals": [(KILL, None)], "log": str(tmp_path / "log")}
+    (told,) = runs.told(plan)
+    line = error_line(told)
+    assert "space" in line and "run the same command again" in line
+    moved = shutil.copytree(small_disk / "run", tmp_path / "run")
+    (told,) = runs.told({**plan, "workdir": str(moved)})
+    assert told["code"] == 0, told["said"]
+    runs.same(runs.state(whole), runs.state(moved))

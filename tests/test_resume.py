@@ -1,0 +1,92 @@
+"""A run killed at any instant and started again ends as one that was never killed: parameters, csv files, rollouts, logs."""
+
+import json
+import random
+import signal
+
+import pytest
+import runs
+
+GRPO = {"steps": 4, "eval": {"every": 2, "mini": 4, "forced_prefix": True, "drift": 4, "general": ("facts",)}, "log": {"every": 3}}
+SFT = {"steps": 5, "train": {"reset_optimizer": False}, "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}}}
+SELF = {"steps": 4, "data": {"limit": 8}}
+KILL, END = int(signal.SIGKILL), int(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs by method, each made once."""
+    made = {}
+
+    def get(method: str, sections: dict):
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method) / "whole"
+            (told,) = runs.told({"method": method, "workdir": str(folder), "sections": sections, "signals": [(KILL, None)]})
+            assert told["code"] == 0, told["said"]
+            # compiled programs were being written: how long it takes with all of them is told by a second run
+            again = folder.with_name("again")
+            (told,) = runs.told({"method": method, "workdir": str(again), "sections": sections, "signals": [(KILL, None)]})
+            runs.same(runs.state(folder), runs.state(again))
+            made[method] = folder, told["seconds"]
+        return made[method]
+
+    return get
+
+
+def interrupted(folder, method: str, sections: dict, seconds: list[float], number: int = KILL) -> list[dict]:
+    plan = {"method": method, "workdir": str(folder), "sections": sections, "signals": [*((number, s) for s in seconds), (KILL, None)]}
+    told = runs.told(plan)
+    assert told[-1]["code"] == 0, told[-1]["said"]
+    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in told), told
+    return told
+
+
+def instants(count: int, length: float, seed: int) -> list[float]:
+    """Some early, so that work remains; the others anywhere."""
+    rng = random.Random(seed)
+    return [rng.uniform(0.3, length) for _ in range(count)]
+
+
+@pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT)])
+def test_killed_at_some_instants(whole, tmp_path, method, sections):
+    reference, length = whole(method, sections)
+    interrupted(tmp_path / "run", method, sections, instants(4, length, 1))
+    runs.same(runs.state(reference), runs.state(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT), ("iterative", SELF)])
+def test_killed_at_25_instants(whole, tmp_path, method, sections):
+    reference, length = whole(method, sections)
+    wanted = runs.state(reference)
+    for round in range(5):  # fresh runs, or the last kills would find nothing left to do
+        told = interrupted(tmp_path / f"run{round}", method, sections, instants(5, length, round))
+        assert any(t["code"] == -KILL for t in told)
+        runs.same(wanted, runs.state(tmp_path / f"run{round}"))
+
+
+def test_sigterm_saves_and_says_so(whole, tmp_path):
+    reference, length = whole("grpo", GRPO)
+    told = interrupted(tmp_path / "run", "grpo", GRPO, [length * f for f in (0.3, 0.5, 0.5, 0.4)], END)
+    stopped = [t for t in told if "stopped by SIGTERM" in t["said"]]
+    assert stopped and all("run the same command again to go on" in t["said"] for t in stopped)
+    assert all(t["after"] < 20 for t in stopped)
+    runs.same(runs.state(reference), runs.state(tmp_path / "run"))
+
+
+def test_a_finished_run_stays_as_it_is(whole):
+    reference, _ = whole("grpo", GRPO)
+    before = runs.state(reference)
+    (told,) = runs.told({"method": "grpo", "workdir": str(reference), "sections": GRPO, "signals": [(KILL, None)]})
+    assert told["code"] == 0 and "the end of stage 2" in told["said"]
+    runs.same(before, runs.state(reference))
+
+
+def test_cost_is_counted_once(whole):
+    """Lines hold what was spent since the last, whatever log.every: every answer of every step is in one of them."""
+    reference, _ = whole("grpo", GRPO)
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "event" not in line]
+    assert [(line["stage"], line["step"], line["rollouts"]) for line in steps] == [(1, 3, 24), (1, 4, 8), (2, 3, 24), (2, 4, 8)]
+    exams = [line for line in lines if line.get("event") == "evaluate"]
+    assert len(exams) == 3 * 3 + 2 and sum(line["rollouts"] for line in exams) == 9 * 16 + 2 * 8
