@@ -1,5 +1,7 @@
 """Install cptjax: `pip install -e .` (CPU), `.[cuda]`, `.[tpu]`, `.[test]`, `.[tracking]`."""
+
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
@@ -13,9 +15,23 @@ setup(
     packages=find_packages(include=["cptjax", "cptjax.*"]),
     package_data={"cptjax": ["templates/*.jinja", "report/templates/*"]},
     install_requires=[
-        "jax>=0.10", "flax>=0.12", "optax>=0.2.8", "orbax-checkpoint>=0.12", "transformers>=5.0", "datasets>=4.0",
-        "grain>=0.2.18", "cloudpickle", "ml-collections>=1.1", "absl-py", "safetensors>=0.8", "numpy", "pillow", "jinja2",
-        "math-verify>=0.9", "rich", "matplotlib",
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "transformers>=5.0",
+        "datasets>=4.0",
+        "grain>=0.2.18",
+        "cloudpickle",
+        "ml-collections>=1.1",
+        "absl-py",
+        "safetensors>=0.8",
+        "numpy",
+        "pillow",
+        "jinja2",
+        "math-verify>=0.9",
+        "rich",
+        "matplotlib",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

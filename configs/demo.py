@@ -53,7 +53,9 @@ def get_config(arg="0"):
     c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
     c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
     c.rollout.update(group=8, max_new_tokens=8, check_every=8)
-    c.eval.update(general=HELD_APART, limit=16 if short else TEST, batch=192, max_new_tokens=8, forced_prefix=True, drift=0 if short else 64)
+    c.eval.update(
+        general=HELD_APART, limit=16 if short else TEST, batch=192, max_new_tokens=8, forced_prefix=True, drift=0 if short else 64
+    )
     c.checkpoint.update(every=50, keep=2)
     frozen = dict(model=dict(freeze=("vision", "merger")))
     bare, style = {"": 1.0}, {"it is": 1.0}

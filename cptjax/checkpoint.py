@@ -76,8 +76,8 @@ class Checkpoints:
         need, free = sum(x.nbytes for x in jax.tree.leaves(trees)), shutil.disk_usage(self.folder).free
         if any(multihost.gather(free < need)):
             raise OSError(
-                f"a checkpoint takes up to {need / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free at {self.folder}; free some space and run the "
-                "same command again. What was saved before is whole"
+                f"a checkpoint takes up to {need / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free at {self.folder}; free some "
+                "space and run the same command again. What was saved before is whole"
             )
 
     def found(self) -> list[tuple[int, int, str]]:

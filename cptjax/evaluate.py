@@ -146,6 +146,14 @@ def thumbnail(example: Example, side: int = 160) -> str | None:
 def predictions(exam: Exam, step: int) -> list[dict[str, Any]]:
     """The lines of predictions/stage{K}.jsonl."""
     return [
-        {"task": exam.course.name, "step": step, "id": r.id, "score": r.score, "prediction": r.prediction, "response": t, "answer": r.answer}
+        {
+            "task": exam.course.name,
+            "step": step,
+            "id": r.id,
+            "score": r.score,
+            "prediction": r.prediction,
+            "response": t,
+            "answer": r.answer,
+        }
         for r, t in zip(exam.records, exam.texts, strict=True)
     ]

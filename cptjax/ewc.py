@@ -37,4 +37,3 @@ def updated(current: Any, which: Stage, before: Params | None) -> Params:
             fisher = add(fisher, begin(trained, frozen, answers(rt, [build(example).encoded], rows=rt.shards)).gradient)
             bar.advance()
     return fisher if before is None else penalties.join_fisher(before, fisher)
-

@@ -1,9 +1,9 @@
 """What a step learns from: gold answers, own correct answers, another run's answers, or rollouts with rewards (`rollouts`).
 
-    gold      row -> conversation with its target                                -> one update
-    self      a window of rows -> own answers -> the correct ones                -> one update a step, cycling through them
-    corpus    a rollouts/*.jsonl -> its correct answers                          -> one update
-    rollouts  row -> prompt -> answers -> rewards -> advantages                  -> `updates_per_batch` updates
+gold      row -> conversation with its target                                -> one update
+self      a window of rows -> own answers -> the correct ones                -> one update a step, cycling through them
+corpus    a rollouts/*.jsonl -> its correct answers                          -> one update
+rollouts  row -> prompt -> answers -> rewards -> advantages                  -> `updates_per_batch` updates
 """
 
 import dataclasses

@@ -200,7 +200,7 @@ def _speed(c: Cost) -> tuple[str, ...]:
 
 
 def verdict(plan: Plan) -> str:
-    """"" where everything fits; else which program lacks how much, and what to change."""
+    """ "" where everything fits; else which program lacks how much, and what to change."""
     lines = []
     for c in plan.refused():
         lack = c.peak - plan.chip.usable if plan.chip else 0

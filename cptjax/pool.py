@@ -200,5 +200,3 @@ def refill(weights: Params, pool: Pool, queue: Queue, places: Array, entries: Ar
     )
     aside = {"cache": None, "step": None}
     return put(first, pool.replace(**aside), fresh.replace(**aside)).replace(cache=cache, step=pool.step)
-
-

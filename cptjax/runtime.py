@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cptjax import processor as processors
 from cptjax import layout, sampler, sharding
+from cptjax import processor as processors
 from cptjax.model import attention, convert, qwen25_vl, trainable
 from cptjax.model.config import PRESETS, Config, read
 from cptjax.processor import Encoded, Processor

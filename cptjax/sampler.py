@@ -65,9 +65,7 @@ def cache_bytes(cfg: Config, prompts: int, prompt: int, group: int, new: int, dt
     return 2 * cfg.text.depth * cfg.text.kv_heads * cfg.text.head_dim * jnp.dtype(dtype).itemsize * prompts * tokens
 
 
-def _check(
-    prompts: Prompts, cfg: Config, plan: Plan, stops: tuple[int, ...], limits: Any, rows: Any, slots: int
-) -> tuple[Array, Array]:
+def _check(prompts: Prompts, cfg: Config, plan: Plan, stops: tuple[int, ...], limits: Any, rows: Any, slots: int) -> tuple[Array, Array]:
     """Refuse what cannot be sampled; limits and row numbers [Q G] where the prompts are."""
     q, p = prompts.tokens.shape
     if plan.group < 1 or plan.max_new < 1 or plan.check_every < 1:

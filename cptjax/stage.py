@@ -193,4 +193,3 @@ def start_state(rt: Runtime, opt: optim.Optimizer, trained: Params) -> TrainStat
 def frozen_copy(params: Params, dtype: str) -> Params:
     """Parameters to compare with, in the type of the arithmetic; they outlive the state that they were copied from."""
     return jax.tree.map(lambda x: jnp.array(x, DTYPES[dtype], copy=True), params)
-

@@ -1,7 +1,7 @@
 """Teachers: the same network, or its past, whose distribution the student follows on its own answers.
 
-    SDFT    teacher = the network that has seen a demonstration, its weights an average of the student's past, its start, or now
-    LwF     teacher = the network at the stage's start, on the very same rows
+SDFT    teacher = the network that has seen a demonstration, its weights an average of the student's past, its start, or now
+LwF     teacher = the network at the stage's start, on the very same rows
 """
 
 import functools

@@ -129,9 +129,7 @@ def make_steps(
     def step(state: TrainState, frozen: Params, batch: Batch, lr: Array, extra: Any) -> tuple[TrainState, dict]:
         return finish(state, begin(state.params, frozen, batch), lr, extra)
 
-    return Steps(
-        jax.jit(begin), jax.jit(add, donate_argnums=0), jax.jit(finish, donate_argnums=0), jax.jit(step, donate_argnums=0)
-    )
+    return Steps(jax.jit(begin), jax.jit(add, donate_argnums=0), jax.jit(finish, donate_argnums=0), jax.jit(step, donate_argnums=0))
 
 
 def state_shardings(optimizer: optim.Optimizer, params: Params, where: Params, mesh: Mesh) -> TrainState:
@@ -172,5 +170,9 @@ def place_prompts(prompts: Any, mesh: Mesh | None) -> Any:
     put = lambda tree: sharding.place(tree, mesh)
     positions = sharding.place(prompts.positions, mesh, lambda x: (None, "batch", None))
     return prompts.replace(
-        tokens=put(prompts.tokens), positions=positions, segments=put(prompts.segments), slots=put(prompts.slots), vision=put(prompts.vision)
+        tokens=put(prompts.tokens),
+        positions=positions,
+        segments=put(prompts.segments),
+        slots=put(prompts.slots),
+        vision=put(prompts.vision),
     )

@@ -201,5 +201,3 @@ def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):
 
 def launch(*args):
     return subprocess.run([sys.executable, ROOT / "launch" / "check.py", *args], capture_output=True, text=True, check=False, cwd=ROOT)
-
-

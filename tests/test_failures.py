@@ -79,13 +79,13 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):  # noqa: F
     assert [line["skipped"] for line in lines] == [0, 1, 1] and lines[2]["loss"] is None
 
 
-REWARD = '''
+REWARD = """
 import time
 def reward(completion, answer, **columns):
     if columns["n"] == {}:
         {}
     return float(len(completion) % 2)
-'''
+"""
 
 
 @pytest.mark.parametrize("body, line", [

@@ -74,7 +74,7 @@ def test_the_loop_of_the_text_runs_seven_times(mesh):
 
 def test_an_unrolled_loop_runs_less_often():
     """The counter of a loop that the compiler has unrolled grows by 2: four turns for seven."""
-    step = '  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %out = '
+    step = "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %out = "
     text = LOOP.replace("  ROOT %out = ", step).replace("tuple(%i, %gathered", "tuple(%next, %gathered")
     assert hlo_costs.arithmetic(text) == 4 * 2 * 32 * 128 * 64
 

@@ -50,9 +50,7 @@ def frame_layout(h: int, w: int, cfg: VisionConfig) -> FrameLayout:
     return FrameLayout(order, positions.astype(np.int32), units)
 
 
-def mrope(
-    types: np.ndarray, grids: list[tuple[int, int, int]], seconds_per_grid: list[float], cfg: VisionConfig
-) -> tuple[np.ndarray, int]:
+def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], seconds_per_grid: list[float], cfg: VisionConfig) -> tuple[np.ndarray, int]:
     """Time, height and width ids [3 T] of a row, and the id of the next text token.
 
     types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance; `seconds_per_grid` has one

@@ -121,7 +121,7 @@ def chart(series: Sequence[Series], title: str, x_label: str = "", y_label: str 
 
 def draw(frame: Frame, s: Series) -> list[str]:
     points = [p for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]
-    style = f'c{s.color % 8}{" faint" * s.faint}'
+    style = f"c{s.color % 8}{' faint' * s.faint}"
     path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in points)
     out = [f'<polyline class="line {style}" points="{path}"/>'] if s.line and len(points) > 1 else []
     for p in points:

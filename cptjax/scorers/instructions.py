@@ -72,8 +72,8 @@ def _in_capitals(text: str, relation: str, threshold: int) -> bool:
 
 CHECKS: dict[str, Callable[..., bool]] = {
     "keywords:existence": lambda text, keywords: all(k.lower() in text.lower() for k in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words: not any(
-        re.search(rf"\b{re.escape(w)}\b", text, re.IGNORECASE) for w in forbidden_words
+    "keywords:forbidden_words": lambda text, forbidden_words: (
+        not any(re.search(rf"\b{re.escape(w)}\b", text, re.IGNORECASE) for w in forbidden_words)
     ),
     "keywords:frequency": lambda text, keyword, frequency, relation: _compare(
         _count(re.escape(keyword.strip()), text, re.IGNORECASE), relation, frequency
@@ -91,10 +91,9 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "detectable_content:postscript": lambda text, postscript_marker: _postscript(text, postscript_marker),
     "detectable_format:number_bullet_lists": lambda text, num_bullets: _count(r"^\s*(?:\*[^*\n]|-).*$", text, re.M) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights: _highlights(text) >= num_highlights,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: _count(
-        rf"{re.escape(section_spliter.strip())}\s?\d+", text
-    )
-    >= num_sections,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
+        _count(rf"{re.escape(section_spliter.strip())}\s?\d+", text) >= num_sections
+    ),
     "detectable_format:constrained_response": lambda text: any(c in text for c in CLOSED),
     "detectable_format:title": lambda text: any(t.strip("<> ") for t in re.findall(r"<<([^\n]+)>>", text)),
     "detectable_format:json_format": _is_json,

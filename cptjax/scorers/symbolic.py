@@ -18,7 +18,11 @@ from sympy.parsing import sympy_parser
 UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard".split()
 POWERS = {"million": "*10^6", "billion": "*10^9", "trillion": "*10^12"}
 COMMANDS = {
-    "pi": "pi", "cdot": "*", "times": "*", "infty": "inf", "cup": "U",
+    "pi": "pi",
+    "cdot": "*",
+    "times": "*",
+    "infty": "inf",
+    "cup": "U",
     **{c: c for c in "sin cos tan log ln exp alpha beta gamma theta phi angle triangle circ".split()},
 }
 LONGEST = 400  # characters; the parser needs minutes for a degenerate answer of a thousand open brackets
