@@ -149,11 +149,11 @@ def measured(program: Program, site: Site, chip: Chip | None, made: dict[str, An
 
 def _refused(program: Program, beside: float, seconds: float, error: str) -> Cost:
     """The compiler's own refusal for lack of memory, as a cost; any other failure goes on."""
-    said = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", error)
+    said = re.search(r"Used ([\d.]+)([KMG]) of|required for HLO temporaries \(([\d.]+)([KMG])\)", error)
     if "RESOURCE_EXHAUSTED" not in error or not said:
         raise jax.errors.JaxRuntimeError(error)
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    used = float(said[1]) * units[said[2]]
+    amount, unit = [part for part in said.groups() if part]
+    used = float(amount) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit]
     return Cost(program.name, program.calls, seconds, 0, 0, 0, used, beside, 0, program.useful, 0, [], {}, [], said[0])
 
 

@@ -97,6 +97,23 @@ def test_the_bound_is_the_slowest_resource():
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (29.18G) exceeds available HBM (15.75G)",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.18G of 15.75G hbm.",
+    ],
+)
+def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
+    program = programs.Program("train step", None, 1, 0.0, ())
+    cost = plan._refused(program, 2 * GIB, 1.0, words)
+    assert cost.over and cost.peak == pytest.approx(31.18 * GIB)
+    said = plan.verdict(dataclasses.replace(local, chip=chips.CHIPS["v5e"], costs=[cost]))
+    assert "train step needs 31.18 GiB" in said and "15.50 GiB more than v5e offers" in said
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no room for words"):
+        plan._refused(program, 0, 0, "INTERNAL: no room for words")
+
+
+@pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"train": {"batch": 18, "micro_batch": 6}}, "train.batch.* is 18 rows.* 4 shards"),
