@@ -27,6 +27,17 @@ def distributed() -> None:
         jax.distributed.initialize()
 
 
+def huge_pages() -> None:
+    """Start again with large arrays in pages of 2 MiB: the C library reads that setting before Python runs.
+
+    On a CPU every run of a program takes its memory anew, and with pages of 4 KiB a training step spends a sixth of its time on that.
+    """
+    name, given = "GLIBC_TUNABLES", os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:
+        os.environ[name] = ":".join(filter(None, (given, "glibc.malloc.hugetlb=1")))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main(fn: Callable[[], None]) -> None:
     """Run `fn` after absl has parsed the flags."""
 
