@@ -47,7 +47,7 @@ def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
     """One task: under every template, and how far the model has moved on it."""
     e, began = current.config.eval, time.perf_counter()
     tokens = answers = 0
-    for i, template in enumerate(e.templates or ("",)):
+    for i, template in enumerate(templates_of(current, task)):
         exam = take(current, number, task, template, e.limit, e.forced_prefix, after(number))
         tokens, answers = tokens + exam.tokens, answers + len(exam.records) + len(exam.forced)
         if current.log:
@@ -59,6 +59,13 @@ def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
         current.log.evals(moved)
         cost = {"seconds": time.perf_counter() - began, "tokens": tokens, "rollouts": answers}
         current.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
+
+
+def templates_of(current: Run, task: str) -> list[str]:
+    """The templates to ask a task under, each once: a task with a template of its own has that one alone."""
+    c = current.config
+    found = {current.course(task, c, template).template.name: template for template in reversed(c.eval.templates or ("",))}
+    return list(reversed(found.values()))
 
 
 def after(number: int) -> str:

@@ -21,7 +21,7 @@ TIMES = ("seconds", "perf/")  # what may differ between two equal runs
 METHOD = {"sft": METHODS["sft"], "grpo": METHODS["grpo"] | {"kl_coef": 0.05}, "iterative": METHODS["iterative_sft"] | {"refresh": 2}}
 
 
-def config(method: str = "sft", steps: int = 3, **sections: Any) -> ConfigDict:
+def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDict:
     """Two stages of a drawn task each; sections are updated by name."""
     c = base()
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
