@@ -65,13 +65,18 @@ def told(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str
 
 
 def state(workdir: Path) -> dict[str, Any]:
-    """Everything that two equal runs share: arrays of the stages' ends, csv files, rollouts, metrics without their times."""
+    """Everything that two equal runs share: their records, and the arrays of the stages' ends."""
+    return records(workdir) | {f"stage {n}: {path}": x for n in stages(workdir) for path, x in arrays(workdir, n).items()}
+
+
+def records(workdir: Path) -> dict[str, Any]:
+    """The csv files, rollouts and predictions, and metrics without their times."""
     found: dict[str, Any] = {name: (workdir / name).read_bytes() for name in ("matrix.csv", "evals.csv")}
     for path in sorted(p for folder in ("rollouts", "predictions", "corpus", "filters") for p in workdir.glob(f"{folder}/*.jsonl")):
         found[str(path.relative_to(workdir))] = path.read_bytes()
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-    return found | {f"stage {n}: {path}": x for n in stages(workdir) for path, x in arrays(workdir, n).items()}
+    return found
 
 
 def stages(workdir: Path) -> list[int]:

@@ -1,0 +1,71 @@
+"""Two processes, as on two hosts, end where one process with as many devices and the same batches ends."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+
+SECTIONS = {
+    "steps": 2, "stages": ({"task": "facts", "steps": 2}, {"task": "digit", "steps": 1}),
+    "eval": {"limit": 6, "batch": 4, "every": 1, "mini": 4},
+}  # fmt: skip
+SCRIPT = """
+import json, sys
+sys.path[:0] = [{tests!r}]
+import jax
+plan = json.loads(sys.argv[1])
+if plan["count"] > 1:
+    jax.distributed.initialize(plan["address"], plan["count"], plan["index"])
+else:
+    jax.config.update("jax_num_cpu_devices", 2)
+import runs
+from cptjax import continual
+assert jax.device_count() == 2
+print(json.dumps(continual.run(runs.config(plan["method"], **plan["sections"]), plan["workdir"]).tolist()))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
+    plan = {"method": method, "sections": SECTIONS, "workdir": str(workdir), "count": count, "address": f"localhost:{free_port()}"}
+    script = SCRIPT.format(tests=str(runs.ROOT / "tests"))
+    orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
+    return [subprocess.Popen(o, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for o in orders]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[list]:
+    said = []
+    try:
+        said = [p.communicate(timeout=600) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, (_, err) in zip(processes, said, strict=True):
+        assert p.returncode == 0, err[-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_two_processes_are_one(tmp_path, method):
+    (one,) = ended(started(method, tmp_path / "one", 1))
+    first, second = ended(started(method, tmp_path / "two", 2))
+    assert first == second and np.allclose(first, one)
+    assert (tmp_path / "one" / "matrix.csv").read_bytes() == (tmp_path / "two" / "matrix.csv").read_bytes()
+    a, b = runs.records(tmp_path / "one"), runs.records(tmp_path / "two")
+    assert a.keys() == b.keys() and a["evals.csv"] == b["evals.csv"]
+    for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
+        assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])
+        assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4, abs=1e-6)
+    text = lambda s: [(r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())]
+    for name in (n for n in a if n.startswith("rollouts/")):
+        assert text(a[name]) == text(b[name])
