@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import torch
 from tiny import Image, Video
 
 from cptjax.model import convert, qwen25_vl, text, vision
+
+torch = pytest.importorskip("torch")
 
 ONE = [[6, Image(8, 12), 9]]
 THREE = [[3, Image(4, 10), 5, Image(12, 18), 2, Image(6, 22), 7]]

@@ -5,9 +5,7 @@ import functools
 import numpy as np
 import pytest
 import tiny
-import torch
 from tiny import Image, Video
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from cptjax.model import positions
 from cptjax.model.config import VisionConfig
@@ -16,6 +14,9 @@ GRIDS = [(2, 2), (4, 6), (8, 8), (8, 16), (10, 4), (6, 22), (16, 18), (2, 34), (
 
 
 def _window_index(h, w, cfg):
+    torch = pytest.importorskip("torch")
+    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
     grid = torch.tensor([[1, h, w]])
     index, bounds = get_vision_window_index(grid, cfg.merge, cfg.window, cfg.patch)
     places = get_vision_position_ids(grid, cfg.merge)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cptjax.model import config, positions, qwen25_vl
 from cptjax.sharding import is_param
@@ -39,7 +40,7 @@ def our_config(**kwargs: Any) -> config.Config:
 
 def torch_model(seed: int = 0, **kwargs: Any) -> Any:
     """A random transformers model in float32 whose every weight matters: no zero biases, no unit norms, visible logits."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -66,7 +67,7 @@ def random_params(cfg: config.Config, seed: int = 0) -> dict:
 
 def save(folder: str | Path, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **kwargs: Any) -> Path:
     """A random checkpoint folder as transformers writes it; `shard` ("100KB") splits it into several files."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     torch_model(seed, **kwargs).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
     return Path(folder)
@@ -171,7 +172,7 @@ def prompts(rows: list[Drawn], cfg: config.Config, left: bool = True, length: in
 
 def hf_inputs(rows: list[Drawn], cfg: config.Config, left: bool = True) -> dict[str, Any]:
     """The same rows as transformers' keyword arguments."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     ours = prompts(rows, cfg, left)
     types = np.zeros_like(ours.tokens)
