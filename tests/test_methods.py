@@ -55,7 +55,8 @@ def test_every_arm_takes_a_step(name, tmp_path):
         assert not missing and math.isfinite(line["loss"]) and line["skipped"] == 0 and line["flops"] > 0
         assert (config.method.kl_coef > 0) == ("kl" in line)
     if config.method.objective == "policy":
-        assert steps[0]["mismatch"] < 1e-4 and steps[0]["rollouts"] > 0
+        # At another temperature the sampler's distribution leaves out the 5 tokens that are never drawn, about 5 / 384 of the mass.
+        assert steps[0]["mismatch"] < (1e-4 if config.rollout.temperature == 1 else 0.02) and steps[0]["rollouts"] > 0
         rows = read_lines(tmp_path / "run" / "rollouts" / "stage1.jsonl")
         assert len(rows) == 8 and {"id", "response", "rewards", "advantage", "finished"} <= rows[0].keys()
     if config.method.ratio != "none":
