@@ -13,8 +13,8 @@ and arithmetic are held apart as general knowledge:
     grpo         GRPO on its own answers
     joint        SFT on bare labels of all four tasks at once
 
-Expected (three seeds, see README): sft_bare loses most of the general knowledge, iterative and grpo almost nothing, at about equal
-gain; and the forced-prefix column shows that much of that loss is form. `get_config("2")` is seed 2; `get_config("0,short")` is a
+A prototype of this recipe showed: sft_bare loses most of the general knowledge, iterative and grpo almost nothing, at about equal
+gain, and the forced-prefix column that much of that loss is form. This config has not been measured yet. `get_config("2")` is seed 2; `get_config("0,short")` is a
 few steps of everything.
 """
 
