@@ -14,8 +14,8 @@ and arithmetic are held apart as general knowledge:
     joint        SFT on bare labels of all four tasks at once
 
 A prototype of this recipe showed: sft_bare loses most of the general knowledge, iterative and grpo almost nothing, at about equal
-gain, and the forced-prefix column that much of that loss is form. This config has not been measured yet. `get_config("2")` is seed 2; `get_config("0,short")` is a
-few steps of everything.
+gain, and the forced-prefix column that much of that loss is form. This config has not been measured yet. `get_config("2")` is seed 2;
+`get_config("0,short")` is a few steps of everything.
 """
 
 from ml_collections import ConfigDict
