@@ -24,3 +24,15 @@ def no_broadcast():
     """Arrays of different rank do not meet by accident: for losses, advantages and other small arithmetic."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def no_cache():
+    """Programs for hardware that is not here can be written to jax's cache but not read back."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax looks at the switch once
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

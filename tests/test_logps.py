@@ -151,18 +151,6 @@ def test_bad_settings_are_one_clear_line(settings, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def no_cache():
-    """Programs for hardware that is not here can be written to jax's cache but not read back."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax looks at the switch once
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
 def compiled_for_tpu(f, *shapes, mesh_shape=None, specs=None):
     pytest.importorskip("libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -205,6 +205,7 @@ def test_two_slices_share_the_batch_and_sum_gradients_across():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_cache")
 def test_sizes_of_a_short_compile_are_those_of_the_whole_one(tmp_path):
     pytest.importorskip("libtpu")
     c = small(mesh={"data": 1, "fsdp": 2, "model": 2})
