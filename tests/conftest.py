@@ -1,6 +1,8 @@
 """Eight CPU devices, full float32, compiled programs kept between runs; all before jax starts."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,6 +19,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_file():
+    """A compiled CPU program holds memory maps; a whole suite of them meets the kernel's limit (65,530) and LLVM crashes."""
+    yield
+    for module in [m for name, m in sys.modules.items() if name.startswith("cptjax")]:
+        for kept in [f for f in vars(module).values() if hasattr(f, "cache_clear")]:
+            kept.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
