@@ -30,15 +30,27 @@ def pieces(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def micro_rows(rt: Runtime, rows: int, micro: int) -> int:
-    """This process's rows of one device pass; what the batch shards do not divide is refused with the numbers."""
-    shards = rt.shards * jax.process_count()
-    for name, n in (("train.batch (or its part per update)", rows), ("train.micro_batch", micro)):
-        if n % shards:
-            raise ValueError(f"{name} is {n} rows; the mesh cuts a batch into {shards} shards, so it must be a multiple of {shards}")
-    if micro and rows % micro:
+def passes(rows: int, micro: int, shards: int, fill: bool) -> tuple[int, int]:
+    """(rows of a device pass, passes of an update), over all processes.
+
+    What the batch shards do not divide is filled up with empty rows (conversations: sums and counts do not see them), or refused
+    with the numbers (groups of rollouts).
+    """
+    micro = min(micro or rows, rows)
+    if rows % micro:
         raise ValueError(f"a batch of {rows} rows can not be cut into micro-batches of {micro}; train.micro_batch must divide it")
-    return min(micro or rows, rows) // jax.process_count()
+    if micro % shards and not fill:
+        raise ValueError(
+            f"a device pass has {micro} prompts (train.micro_batch, or train.batch / method.updates_per_batch); config.mesh cuts it into "
+            f"{shards} shards (data x fsdp), so it must be a multiple of {shards}"
+        )
+    return -(-micro // shards) * shards, rows // micro
+
+
+def own_part(rt: Runtime, rows: int, micro: int, fill: bool = False) -> int:
+    """This process's rows of a device pass."""
+    count = jax.process_count()
+    return passes(rows, micro, rt.shards * count, fill)[0] // count
 
 
 def answers(rt: Runtime, encoded: Sequence[Encoded], *, rows: int, pack: bool = False, extra: dict[str, Any] | None = None) -> Batch:

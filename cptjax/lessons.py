@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from cptjax import flops, metrics, runtime
-from cptjax.batches import answers, micro_rows, pieces
+from cptjax.batches import answers, own_part, pieces
 from cptjax.batching import Encoded
 from cptjax.data import Row
 from cptjax.model.config import Config
@@ -83,8 +83,8 @@ class Tutor:
 
     def written(self, items: Sequence[Item]) -> list[list[Batch]]:
         """Conversations with their answers -> the micro-batches of one update."""
-        rows = micro_rows(self.rt, self.batch, self.micro)
-        parts = [items[p] for p in pieces(len(items), rows)]
+        rows = own_part(self.rt, self.batch, self.micro, fill=True)
+        parts = [items[p] for p in pieces(len(items), (self.micro or self.batch) // jax.process_count())]
         return [[answers(self.rt, [i.encoded for i in part], rows=rows, pack=self.pack) for part in parts]]
 
 
@@ -137,7 +137,7 @@ def own_answers(
     tutor: Tutor, params: Params, items: Sequence[Item], samples: int, key: jax.Array, bar: Any, unfinished: bool = False
 ) -> tuple[list[tuple[int, str]], Spent]:
     """(item, text) of the policy's own correct answers to these prompts; `unfinished`: also those that met the length limit."""
-    share = micro_rows(tutor.rt, tutor.batch, 0)
+    share = own_part(tutor.rt, tutor.batch, 0, fill=True)
     sampling = dataclasses.replace(tutor.sampling, group=samples)
     found: list[tuple[int, str]] = []
     spent = Spent()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cptjax import ewc, flops, layout, runtime, sampler, sharding, stage, train
+from cptjax import batches, ewc, flops, layout, runtime, sampler, sharding, stage, train
 from cptjax.batching import step as rung
 from cptjax.model import attention, positions, trainable
 from cptjax.model.config import PRESETS, Config, read
@@ -161,16 +161,9 @@ def batch(site: Site, rows: int, scored: bool = True) -> Batch:
 
 
 def passes(config: Any, shards: int) -> tuple[int, int]:
-    """(rows of a device pass, passes of an update); what the shards do not divide is refused with the numbers."""
-    t, m = config.train, config.method
-    rows = t.batch // m.updates_per_batch if m.source == "rollouts" else t.batch
-    micro = t.micro_batch or rows
-    for name, n in (("train.batch (or its part per update)", rows), ("train.micro_batch", micro)):
-        if n % shards:
-            raise ValueError(f"{name} is {n} rows; config.mesh cuts a batch into {shards} shards (data x fsdp): expected a multiple")
-    if rows % micro:
-        raise ValueError(f"an update of {rows} rows can not be cut into micro-batches of {micro}; train.micro_batch must divide it")
-    return micro, rows // micro
+    """(rows of a device pass, passes of an update)."""
+    t, drawn = config.train, config.method.source == "rollouts"
+    return batches.passes(t.batch // config.method.updates_per_batch if drawn else t.batch, t.micro_batch, shards, fill=not drawn)
 
 
 # ---- arithmetic by hand --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from cptjax import advantages, filters, flops, losses, multihost, runtime, sharding
-from cptjax.batches import groups, micro_rows, pieces, trimmed
+from cptjax.batches import groups, own_part, pieces, trimmed
 from cptjax.lessons import Item, Lesson, Spent, Tutor, grade, looking, sampled
 from cptjax.runtime import Samples
 from cptjax.types import Batch, Example, Params
@@ -158,7 +158,7 @@ def _drawn(tutor: Tutor, graded: Graded, keep: np.ndarray) -> Drawn:
     extra = {"sampler_logps": samples.policy_logps if tutor.sampling.temperature == 1 else samples.logps}
     if s.tis_cap is not None:
         extra["behaviour_logps"] = samples.logps
-    rows = micro_rows(tutor.rt, tutor.batch // s.updates_per_batch, tutor.micro)
+    rows = own_part(tutor.rt, tutor.batch // s.updates_per_batch, tutor.micro)
     mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
     return Drawn(tutor, graded, mask, trimmed(samples.mask, tutor.sampling.max_new_tokens), rows, extra)
 

@@ -71,10 +71,11 @@ def tiny(config: ConfigDict, steps: int = 1, stages: int = 1, batch: int = 4, fa
 
 @contextlib.contextmanager
 def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[session.Run]:
-    """A run of one device, ready to learn, without checkpoints."""
+    """A run of one device, or of as many as `mesh.fsdp` names, ready to learn, without checkpoints."""
     with contextlib.ExitStack() as stack:
-        alone = functools.partial(MAKE_MESH, 1, 1, 1, jax.devices()[:1])
-        patched(stack, sharding, "make_mesh", lambda **_: alone())
+        count = max(config.mesh.fsdp, 1)
+        some = functools.partial(MAKE_MESH, 1, count, 1, jax.devices()[:count])
+        patched(stack, sharding, "make_mesh", lambda **_: some())
         patched(stack, session, "Checkpoints", Unsaved)
         stack.enter_context(contextlib.closing(_Presets(model)))
         run = session.open_run(config, workdir)

@@ -64,11 +64,25 @@ def test_micro_batches_of_groups_leave_the_update_alone(tmp_path):
     same(whole, parts, 1e-5)
 
 
-def test_rows_that_do_not_fit_are_refused_in_one_line(tmp_path):
-    with school.opened(config("sft"), tmp_path) as run:
-        assert batches.micro_rows(run.rt, 8, 0) == 8 and batches.micro_rows(run.rt, 8, 4) == 4
-        with pytest.raises(ValueError, match="train.micro_batch must divide it"):
-            batches.micro_rows(run.rt, 8, 3)
+@pytest.mark.parametrize("micro", (0, 3))
+def test_empty_rows_fill_what_the_shards_do_not_divide(tmp_path, micro):
+    """Six conversations on four devices are eight rows, and learn what six rows on one device learn."""
+    whole, told, _ = first_update(config("sft", train=dict(batch=6)), tmp_path / "a")
+    changes = dict(mesh=dict(fsdp=4), train=dict(batch=6, micro_batch=micro))
+    filled, told_filled, parts = first_update(config("sft", **changes), tmp_path / "b")
+    assert [b.targets.shape[0] for b in parts] == ([4] * 2 if micro else [8])
+    assert sum(int(b.mask.any(1).sum()) for b in parts) == 6
+    assert told_filled["loss"] == pytest.approx(told["loss"], rel=1e-5)
+    same(whole, filled, 1e-5)
+
+
+def test_rows_of_a_device_pass():
+    assert batches.passes(8, 0, 4, fill=False) == (8, 1) and batches.passes(8, 4, 4, fill=False) == (4, 2)
+    assert batches.passes(24, 0, 16, fill=True) == (32, 1) and batches.passes(24, 6, 4, fill=True) == (8, 4)
+    with pytest.raises(ValueError, match="train.micro_batch must divide it"):
+        batches.passes(8, 3, 1, fill=True)
+    with pytest.raises(ValueError, match="6 prompts.*4 shards"):
+        batches.passes(6, 0, 4, fill=False)
 
 
 def test_pieces_and_trimmed():

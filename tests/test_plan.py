@@ -116,8 +116,8 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"train": {"batch": 18, "micro_batch": 6}}, "train.batch.* is 18 rows.* 4 shards"),
-        ({"train": {"micro_batch": 6}}, "train.micro_batch is 6 rows.* 4 shards"),
+        ({"train": {"batch": 18, "micro_batch": 0}}, "18 prompts.*train.batch.* 4 shards"),
+        ({"train": {"batch": 18, "micro_batch": 6}}, "6 prompts.*train.micro_batch.* 4 shards"),
         ({"train": {"batch": 16, "micro_batch": 12}}, "16 rows can not be cut into micro-batches of 12"),
         ({"rollout": {"slots": 6}}, "rollout.slots=6.* 4 batch shards"),
         ({"model": {"path": "no/such-model"}}, "no/such-model.* neither a folder nor a name"),
