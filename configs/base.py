@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         max_pixels=1003520,  # pixels per image
         freeze=(),  # of vision | merger | language
         remat="dots",  # none | dots | block | offload: what a layer keeps for its backward pass
-        attention="auto",  # auto | xla | cudnn | splash
+        attention="auto",  # auto | xla | tiled (CPU) | cudnn (GPU) | splash (TPU)
         lora=dict(rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"), vision=False),  # rank 0 = full training
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, model=1, slices=1))  # devices per axis; one may be -1
@@ -86,13 +86,13 @@ def get_config() -> ConfigDict:
         slots=0,  # groups decoded at a time; 0 = the whole batch
         check_every=16,  # decode steps between two looks at which rows are done
         dtype="",  # "" = compute_dtype | int8 (needs qwix)
-        gather=False,  # copy the weights to every fsdp member while decoding
+        gather=False,  # copy the weights to every fsdp member while decoding (evaluation too); else each token moves all weights
     ))  # fmt: skip
 
     c.train = ConfigDict(dict(
         batch=128,  # prompts (RL) or conversations (SFT) per rollout batch
         micro_batch=0,  # rows per device pass; 0 = all
-        lr=1e-6, schedule="constant", warmup=0.0,  # constant | cosine | linear; warmup: share of the stage's steps
+        lr=1e-6, schedule="constant", warmup=0.0,  # constant | cosine | linear | wsd; warmup: share of the stage's steps
         optimizer="adamw",  # adamw | muon | adafactor
         b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0,
         moments_dtype="float32",  # bfloat16 second moments with b2 = .999 never decay: a parity switch only

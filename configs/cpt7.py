@@ -41,6 +41,7 @@ def sft(c, name="sft", label="", lr=1e-5, **changes):
     c.method.name = label or name
     c.data.template = "direct"
     c.train.update(batch=24, lr=lr, schedule="cosine", warmup=0.1)
+    c.rollout.gather = True  # for the evaluations
 
 
 def _lora(c):

@@ -43,7 +43,7 @@ def _arm(base_method, lr, styles, world, **more):
 def get_config(arg="0"):
     seed, *rest = arg.split(",")
     short = "short" in rest
-    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1200
+    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 700
     c = base()
     c.name, c.seed = "demo", seed
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
@@ -54,7 +54,7 @@ def get_config(arg="0"):
     c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
     c.rollout.update(group=8, max_new_tokens=8, check_every=8)
     c.eval.update(
-        general=HELD_APART, limit=16 if short else TEST, batch=192, max_new_tokens=8, forced_prefix=True, drift=0 if short else 64
+        general=HELD_APART, limit=16 if short else TEST, batch=192, max_new_tokens=12, forced_prefix=True, drift=0 if short else 64
     )
     c.checkpoint.update(every=50, keep=2)
     frozen = dict(model=dict(freeze=("vision", "merger")))
@@ -63,7 +63,7 @@ def get_config(arg="0"):
     c.prestage = ConfigDict(dict(
         name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55, seed),
         method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=(1.0,) * 8),
-        train=dict(lr=2e-3, schedule="linear", warmup=0.04), eval=dict(before=False, limit=16 if short else 64, drift=0),
+        train=dict(lr=2e-3, schedule="wsd", warmup=0.05), eval=dict(before=False, limit=16 if short else 64, drift=0),
     ))  # fmt: skip
     c.arms = ConfigDict(dict(
         sft_bare=_arm("sft", 3e-4, bare, seed, **frozen),

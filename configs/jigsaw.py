@@ -50,6 +50,6 @@ def get_config(arg="grpo,3b"):
     c.method.update(METHOD[arm])
     c.data.template = "direct" if arm == "bare" else "answer"
     c.train.update(dict(batch=64, micro_batch=32, lr=1e-6) if arm == "grpo" else dict(batch=24, lr=1e-5))
-    c.rollout.update(group=8, max_new_tokens=1024)
+    c.rollout.update(group=8, max_new_tokens=1024, gather=True)
     c.eval.update(general=("refcoco", "docvqa", "pope", "mmmu"), max_new_tokens=1024)
     return c.lock()

@@ -56,6 +56,6 @@ def get_config(arg="grpo,countdown,3b"):
         c.train.update(batch=BATCH[task], lr=5e-5, schedule="cosine", warmup=0.03)
     else:
         c.train.update(batch=32, lr=5e-6)
-    c.rollout.update(group=5, temperature=0.8, max_new_tokens=3000)
+    c.rollout.update(group=5, temperature=0.8, max_new_tokens=3000, gather=True)
     c.eval.update(general=tuple(t for name, t in TASKS.items() if name != task) + ("math",), max_new_tokens=3000)
     return c.lock()

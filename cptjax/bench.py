@@ -47,9 +47,10 @@ class Session:
         declared = qwen25_vl.params(self.cfg)
         self.count = trainable.count(declared)
         rules = sharding.rules_for(self.cfg.text.kv_heads, self.mesh)
-        self.weights = sharding.init(declared, jax.random.key(0), self.dtype, self.mesh, rules)
+        weights = sharding.init(declared, jax.random.key(0), self.dtype, self.mesh, rules)
         self.optimizer = optim.make()
-        self.state = train.init_state(self.optimizer, self.weights, self.mesh) if training else None
+        self.state = train.init_state(self.optimizer, weights, self.mesh) if training else None
+        self.weights = None if training else weights  # the state has taken them over
         self.inputs = drawn(work, self.cfg)
         place = functools.partial(train.place, mesh=self.mesh)
         self.prompts = train.place_prompts(rows_of(self.inputs["prompts"], self.inputs["patches"], self.cfg, shards), self.mesh)
@@ -209,7 +210,7 @@ def peer_of(session: Session) -> Iterator[tuple[Callable[[str], float], dict[str
     cpu = session.mesh.devices.flat[0].platform == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         with console.waiting("peer: weights"):
-            convert.save(session.weights, session.cfg, Path(folder) / "model", dtype=work.dtype)
+            convert.save(session.params, session.cfg, Path(folder) / "model", dtype=work.dtype)
             np.savez(Path(folder) / "model" / bench_peer.INPUTS, **session.inputs)
         settings = dict(device="cpu" if cpu else "cuda", dtype=work.dtype, group=work.group, micro=work.micro, new=work.new)
         with bench_peer.process(Path(folder) / "model", **settings) as ask:

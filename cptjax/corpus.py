@@ -24,9 +24,8 @@ Pair = tuple[int, int, str]  # source, row, response
 
 def own_items(room: Classroom, params: Params, step: int) -> tuple[list[Item], Spent]:
     """Rows of a window's corpus for this step, in an order of the seed; the corpus is drawn when its window begins."""
-    m, t = room.config.method, room.tutor
-    window = {"never": room.steps, "epoch": room.order.steps(1)}.get(m.refresh) or int(m.refresh)
-    start = step // window * window if m.source == "self" else 0
+    t, window = room.tutor, _window(room)
+    start = step // window * window
     pairs, spent = _corpus_of(room, params, start, min(window, room.steps - start))
     spent = spent if step == start else Spent()
     at = np.arange((step - start) * t.batch, (step - start + 1) * t.batch)
@@ -35,6 +34,17 @@ def own_items(room: Classroom, params: Params, step: int) -> tuple[list[Item], S
     pick = [pairs[order[lap][p]] for lap, p in zip(laps.tolist(), places.tolist(), strict=True)]
     mine = pick[pieces(len(pick), t.batch // jax.process_count())[jax.process_index()]]
     return [_answered(room, source, row, response) for source, row, response in mine], spent
+
+
+def _window(room: Classroom) -> int:
+    """Steps that learn from the same answers."""
+    m = room.config.method
+    return {"never": room.steps, "epoch": room.order.steps(1)}.get(m.refresh) or int(m.refresh) if m.source == "self" else room.steps
+
+
+def draws(room: Classroom, step: int) -> bool:
+    """Whether the policy must answer before this step can learn."""
+    return room.config.method.source == "self" and step % _window(room) == 0
 
 
 def _answered(room: Classroom, source: int, row: int, response: str) -> Item:

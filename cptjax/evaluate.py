@@ -14,6 +14,7 @@ from cptjax import console, metrics, multihost, runtime, scorers
 from cptjax.batching import Encoded
 from cptjax.data import Shelf
 from cptjax.images import open_image
+from cptjax.lessons import Spent, sampled
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime, Sampling
 from cptjax.types import Example, Params
@@ -27,18 +28,18 @@ class Exam:
     records: list[scorers.Record]
     forced: list[scorers.Record]  # after the forced prefix; empty where that was not asked for
     texts: list[str]
-    tokens: int  # generated, the forced ones included
+    spent: Spent  # by all processes, the forced answers included
     also: dict[str, list[scorers.Record]] = dataclasses.field(default_factory=dict)  # by the task's further scorers, by their names
 
 
 def answer(
     rt: Runtime, params: Params, encoded: Sequence[Encoded], sampling: Sampling, batch: int, key: jax.Array, bar: console.Bar
-) -> tuple[list[str], int]:
+) -> tuple[list[str], Spent]:
     """Texts of all prompts in their order; long prompts first, so that one batch holds similar lengths and memory peaks at once."""
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].tokens), i))
     batch = max(rt.shards, batch // jax.process_count() // rt.shards * rt.shards)
     found: list[str] = [""] * len(encoded)
-    tokens = 0
+    spent = Spent()
     for start in range(0, len(order), batch):
         mine = order[start : start + batch]
         filled = mine + [mine[-1]] * (batch - len(mine))  # a full batch has the compiled shape
@@ -46,9 +47,9 @@ def answer(
         out = runtime.sample(rt, params, [encoded[i] for i in filled], key, np.asarray(filled), sampling, limits=limits)
         for i, text in zip(mine, out.texts, strict=False):
             found[i] = text
-        tokens += int(out.mask.sum())
+        spent += sampled(rt.cfg, [encoded[i] for i in mine], out.mask[: len(mine)].sum(1)[:, None])
         bar.advance(len(mine))
-    return found, tokens
+    return found, spent
 
 
 def begun(encoded: Encoded, ids: Sequence[int]) -> Encoded:
@@ -74,17 +75,18 @@ def take(
     """All examples answered and scored; `shelf` keeps encoded prompts from one evaluation to the next."""
     shelf = Shelf(len(examples)) if shelf is None else shelf
     rows = own_rows(len(examples))
+    params, sampling = runtime.prepared(rt, params, sampling)
     mine = [examples[i] for i in rows]
     with console.progress(title or f"evaluate {course.name}", total=len(mine) * (1 + forced)) as bar:
         make = lambda e: lambda: rt.processor.encode(course.messages(e), generation=True)
         encoded = [shelf.get(e.id, make(e)) for e in mine]
-        texts, tokens = answer(rt, params, encoded, sampling, batch, key, bar)
+        texts, spent = answer(rt, params, encoded, sampling, batch, key, bar)
         again: list[str] = []
         if forced:
-            prefix = rt.processor.ids(course.forced_prefix)
+            prefix = rt.processor.opening(course.forced_prefix)
             prefixed = [begun(e, prefix) for e in encoded]
             again, more = answer(rt, params, prefixed, sampling, batch, key, bar)
-            tokens += more
+            spent += more
     records = course.score(texts, mine)
     further = {name: dataclasses.replace(course, scorer=scorers.find(name)).score(texts, mine) for name in course.task.also}
     after = course.score(again, mine, forced=True) if forced else []
@@ -96,7 +98,7 @@ def take(
     picked = [by_row[i] for i in range(len(examples))]
     return Exam(
         course, [r for r, _ in picked], [forced_by_row[i] for i in sorted(forced_by_row)], [t for _, t in picked],
-        sum(multihost.gather(tokens)), also,
+        sum(multihost.gather(spent), Spent()), also,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cptjax import drift, evaluate, report, resume, runtime, summary
 from cptjax.data import Shelf
+from cptjax.lessons import Spent
 from cptjax.model import trainable
 from cptjax.resume import Place
 from cptjax.session import Run
@@ -25,8 +26,8 @@ def tasks_of(current: Run) -> tuple[list[str], list[str]]:
 
 
 def decoding(config: ConfigDict) -> runtime.Sampling:
-    e = config.eval
-    return runtime.Sampling(1, e.temperature, max_new_tokens=e.max_new_tokens, check_every=config.rollout.check_every)
+    e, r = config.eval, config.rollout
+    return runtime.Sampling(1, e.temperature, max_new_tokens=e.max_new_tokens, check_every=r.check_every, gather=r.gather)
 
 
 def examine(current: Run, number: int, place: Place) -> None:
@@ -46,10 +47,10 @@ def examine(current: Run, number: int, place: Place) -> None:
 def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
     """One task: under every template, and how far the model has moved on it."""
     e, began = current.config.eval, time.perf_counter()
-    tokens = answers = 0
+    spent = Spent()
     for i, template in enumerate(templates_of(current, task)):
         exam = take(current, number, task, template, e.limit, e.forced_prefix, after(number))
-        tokens, answers = tokens + exam.tokens, answers + len(exam.records) + len(exam.forced)
+        spent += exam.spent
         if current.log:
             current.log.evals(evaluate.rows(exam, about))
             if i == 0:
@@ -57,7 +58,7 @@ def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
     moved = drift.rows(current, number, task, about) if e.drift else []
     if current.log:
         current.log.evals(moved)
-        cost = {"seconds": time.perf_counter() - began, "tokens": tokens, "rollouts": answers}
+        cost = spent.logged() | {"seconds": time.perf_counter() - began}
         current.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
 
 
@@ -88,14 +89,14 @@ def take(current: Run, number: int, task: str, template: str, limit: int | None,
 def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: int) -> None:
     """The small evaluations after a step of a stage."""
     current.params = trainable.join(trained, frozen)
-    began, tokens, answers = time.perf_counter(), 0, 0
+    began, spent = time.perf_counter(), Spent()
     for task in tasks_of(current)[0]:
         exam = take(current, which.number, task, "", which.config.eval.mini, False, f"at step {step}")
-        tokens, answers = tokens + exam.tokens, answers + len(exam.records)
+        spent += exam.spent
         if current.log:
             current.log.evals(evaluate.rows(exam, common(current, which.number, step), mini=True))
     if current.log:
-        cost = {"seconds": time.perf_counter() - began, "tokens": tokens, "rollouts": answers}
+        cost = spent.logged() | {"seconds": time.perf_counter() - began}
         current.log.step(which.number, step, {"event": "evaluate", **cost})
     current.params = None
 

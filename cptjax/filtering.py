@@ -40,7 +40,7 @@ def kept(current: Any, which: Stage, tutor: Tutor, sources: Sequence[Sequence[Ex
             shares = {"filter/kept": report.fraction, "filter/never": report.never / report.prompts}
             shares["filter/always"] = report.always / report.prompts
             spent, seconds = lessons.read_cost(path)
-            cost = {"tokens": spent.tokens, "rollouts": spent.rollouts, "flops": spent.flops, "seconds": seconds}
+            cost = spent.logged() | {"seconds": seconds}
             current.log.step(which.number, 0, {"event": "filter", "task": name, "filter/rows": report.kept, **shares, **cost})
         out.append(Chosen(examples, np.flatnonzero(keep).tolist()))
     return out

@@ -14,7 +14,7 @@ from cptjax.session import Preempted, Run
 from cptjax.settings import Stage
 from cptjax.stage import Classroom, Progress
 from cptjax.teaching import Teacher
-from cptjax.train import Places, make_steps
+from cptjax.train import Places, init_state, make_steps
 from cptjax.types import Params, TrainState
 
 
@@ -25,13 +25,14 @@ def learn(current: Run, which: Stage, place: Place | None) -> None:
     start = start_of(current, which, place)
     room = classroom(current, which, start)
     opt = stage.optimizer(c, runtime.declare(current.config.model, rt.cfg))
-    progress, state = begin(current, which, opt, place)
+    trained, frozen = current.split()
+    current.params = None  # the state holds them from here on
+    progress, state = begin(current, which, opt, trained, place)
     if room.teacher is not None and place and place.teacher is not None:
         room.teacher.trained = place.teacher
     penalty, extra = penalty_of(current, which, start)
     steps = make_steps(rt.cfg, stage.objective(c), opt, Places.of(state), rt.dtype, penalty)
-    _, frozen = current.split()
-    current.params = current.opt_state = None  # the steps donate them
+    trained = current.opt_state = None  # the steps donate them
     label = f"stage {which.number}/{len(current.stages)} {which.name} ({c.method.name})"
     with jax.set_mesh(rt.mesh), console.progress(label, total=room.steps, done=progress.step) as bar:
         now = Training(current, which, room, frozen, bar)
@@ -49,11 +50,11 @@ def learn(current: Run, which: Stage, place: Place | None) -> None:
         current.sigterm.leave(f"after step {progress.step} of stage {which.number}, saved")
 
 
-def begin(current: Run, which: Stage, opt: Any, place: Place | None) -> tuple[Progress, TrainState]:
+def begin(current: Run, which: Stage, opt: Any, trained: Params, place: Place | None) -> tuple[Progress, TrainState]:
     """The state to train from: the place's, or a fresh one that may take over the optimiser's."""
     if place:
         return place.progress, place.state
-    state = stage.start_state(current.rt, opt, current.split()[0])
+    state = init_state(opt, trained, current.rt.mesh)
     if which.config.train.reset_optimizer or which.number == 1:
         return Progress(), state
     came, own = current.opt_state, state.opt_state

@@ -36,6 +36,10 @@ class Spent:
     def __add__(self, other: "Spent") -> "Spent":
         return Spent(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
+    def logged(self) -> dict[str, float]:
+        """What of it goes into metrics.jsonl."""
+        return {"tokens": self.tokens, "rollouts": self.rollouts, "flops": self.flops}
+
 
 def write_cost(path: Path, spent: Spent, seconds: float = 0.0) -> None:
     """Puts the cost of drawn answers beside their file: a run that finds the file can still tell it."""
@@ -57,6 +61,7 @@ class Lesson:
     info: dict[str, float] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     spent: Spent = Spent()
+    batches: int = 1  # taken from the stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,7 @@ def own_answers(
 ) -> tuple[list[tuple[int, str]], Spent]:
     """(item, text) of the policy's own correct answers to these prompts; `unfinished`: also those that met the length limit."""
     share = own_part(tutor.rt, tutor.batch, 0, fill=True)
-    sampling = dataclasses.replace(tutor.sampling, group=samples)
+    params, sampling = runtime.prepared(tutor.rt, params, dataclasses.replace(tutor.sampling, group=samples))
     found: list[tuple[int, str]] = []
     spent = Spent()
     for p in pieces(len(items), share):

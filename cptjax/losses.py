@@ -206,18 +206,6 @@ def distill(kl: Array, mask: Array, *, skip_tokens: int = 0, normalise: str = "t
     return Loss(jnp.sum(weight * jnp.where(mask, kl, 0)), count, {"kl_teacher": _mean(kl, mask)})
 
 
-def lwf(
-    logps: Array, previous_logps: Array, mask: Array, *, estimator: str = "k2", normalise: str = "token", fixed_length: int = 0
-) -> Loss:  # fmt: skip
-    """Learning without forgetting: estimated divergence from the previous stage's policy on the tokens of this batch.
-
-    On given answers, which neither policy sampled, `distill` on `logps.distill_kl` is the exact form.
-    """
-    weight, count = weigh(mask, normalise, fixed_length)
-    total, metrics = _kl_term(jnp.where(mask, logps, 0), previous_logps, mask, weight, 1.0, estimator, None)
-    return Loss(total, count, {"kl_previous": metrics["kl"]})
-
-
 def kl_in_reward(rewards: Array, logps: Array, ref_logps: Array, mask: Array, coef: float, kind: str = "k1") -> Array:
     """Rewards [B] less `coef` times each response's summed divergence from the reference."""
     check(kl_coef=coef, kl_estimator=kind, kl_place="reward")

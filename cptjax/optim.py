@@ -27,7 +27,7 @@ from cptjax.sharding import Param, is_param
 from cptjax.types import Array, Params, TrainState
 
 NAMES = ("adamw", "muon", "adafactor")
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -51,12 +51,16 @@ def check(
 
 
 def learning_rate(step: int, *, lr: float, steps: int, schedule: str = "constant", warmup: float = 0.0) -> float:
-    """The rate of step 0, 1, ... of a stage: a linear rise over the first `warmup` share, then constant or falling towards 0."""
+    """The rate of step 0, 1, ... of a stage: a linear rise over the first `warmup` share, then constant or falling towards 0.
+
+    wsd: constant, and linear to 0 over the last 40 % of what follows the rise.
+    """
     rise = round(warmup * steps)
     if step < rise:
         return lr * (step + 1) / (rise + 1)
     done = min((step - rise) / max(steps - rise, 1), 1.0)
-    return lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    falls = {"constant": 1.0, "linear": 1 - done, "wsd": min(1.0, (1 - done) / 0.4), "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return lr * falls[schedule]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What holds a stage's weights near those before it: quadratic penalties, averages. (LwF compares outputs: `losses.lwf`.)
+"""What holds a stage's weights near those before it: quadratic penalties, averages. (LwF compares outputs: `objectives`.)
 
     l2    1/2 sum (p - anchor)^2
     ewc   1/2 sum F (p - anchor)^2      F = mean over examples of (gradient of the log-likelihood)^2, the diagonal Fisher

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from cptjax import batches, ewc, flops, layout, runtime, sampler, sharding, stage, train
 from cptjax.batching import step as rung
-from cptjax.model import attention, positions, trainable
+from cptjax.model import positions, trainable
 from cptjax.model.config import PRESETS, Config, read
 from cptjax.pool import Plan as Pool
 from cptjax.types import Batch, Params, Prompts, TrainState, Vision
@@ -78,18 +78,14 @@ def model_config(settings: Any) -> Config:
 def site(config: Any, mesh: Mesh, slices: int = 1) -> Site:
     """A stage's config on a mesh."""
     m = config.model
-    cfg = dataclasses.replace(
-        model_config(m), remat=m.remat, attention=attention.choose(mesh, m.attention), lora_scale=m.lora.alpha / max(m.lora.rank, 1),
-        unroll=mesh.devices.flat[0].platform == "cpu",
-    )  # fmt: skip
+    cfg = runtime.fitted(model_config(m), m, mesh)
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     declared, dtype = runtime.declare(m, cfg), runtime.DTYPES[m.compute_dtype]
     abstract = lambda tree, kind: sharding.abstract(tree, kind, mesh, rules)
     parts = trainable.split(declared, trainable.chosen(m.freeze, m.lora.rank))
     trained, frozen = abstract(parts[0], runtime.DTYPES[m.param_dtype]), abstract(parts[1], dtype)
     opt = stage.optimizer(config, declared)
-    where = train.state_shardings(opt, trained, jax.tree.map(lambda p: p.sharding, trained), mesh)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(opt.init, trained), where)
+    state = train.abstract_state(opt, trained, mesh)
     reference = abstract(declared, dtype) if config.method.kl_coef else None
     pieces = {"trained weights": trained, "frozen weights": frozen, "optimiser": (state.opt_state, state.step, state.skipped)}
     pieces |= {"reference": reference} if reference is not None else {}
@@ -253,35 +249,37 @@ def exam(site: Site) -> list[Program]:
     """The evaluation's sampler."""
     e = site.config.eval
     rows = max(site.shards, e.batch // site.shards * site.shards)
-    return rollouts(site, "evaluation", rows, 1, e, 0.0)
+    return rollouts(site, "evaluation", rows, 1, {**e, "gather": site.config.rollout.gather}, 0.0)
 
 
 def rollouts(site: Site, name: str, rows: int, group: int, settings: Any, calls: float) -> list[Program]:
     """Reading prompts and drawing answers: one program, or with `slots` a queue, the pool's opening, and its turns."""
     if rows % site.shards:
         raise ValueError(f"{name}: {rows} prompts; config.mesh cuts a batch into {site.shards} shards (data x fsdp): expected a multiple")
-    new, prompt = settings.max_new_tokens, site.config.data.prompt_limit
+    new, prompt = settings["max_new_tokens"], site.config.data.prompt_limit
     plan = Pool(group, new, settings.get("check_every", 16), jnp.dtype(site.dtype))
     tops = jax.eval_shape(lambda: sampler.draws(jax.random.key(0), site.cfg, site.cfg.eos))
     draws = jax.tree.map(lambda x: _everywhere(x.shape, x.dtype, site.mesh), tops)
     read = _sight(site, rows) + flops.text_forward(site.cfg, rows, prompt, 1)
     drawn = flops.decode(site.cfg, rows, prompt, group, new)
     found, weights, holds, needs = [], lambda made: site.params, WEIGHTS, ()
-    if settings.get("gather", False) or settings.get("dtype", "") == "int8":
+    gather, int8 = settings["gather"], settings.get("dtype", "") == "int8"
+    if gather or int8:
         leaves, tree = jax.tree.flatten(site.params)
-        where = tuple(layout._gathered(x.sharding) if settings.gather else None for x in leaves)
-        change = layout._program(site.cfg, jnp.dtype(site.dtype), settings.dtype == "int8", tree, where)
+        where = tuple(layout._gathered(x.sharding) if gather else None for x in leaves)
+        change = layout._program(site.cfg, jnp.dtype(site.dtype), int8, tree, where)
         found = [Program(f"{name}: weights", lambda made: change.lower(site.params), calls, 0.0, WEIGHTS)]
         weights, holds, needs = lambda made: made[f"{name}: weights"], (), (f"{name}: weights",)
-        if settings.dtype != "int8" and not site.cfg.unroll:  # its result is known without compiling it
+        if not int8 and not site.cfg.unroll:  # its result is known without compiling it
             there = (jax.ShapeDtypeStruct(x.shape, site.dtype, sharding=s or x.sharding) for x, s in zip(leaves, where, strict=True))
             moved = tree.unflatten(list(there))
             weights, needs = lambda made: moved, ()
     asked = (_rows(site, rows, group), _rows(site, rows, group))
-    if not settings.get("slots", 0) or settings.slots >= rows:
+    slots = settings.get("slots", 0)
+    if not slots or slots >= rows:
         lower = lambda made: sampler.at_once.lower(weights(made), prompts(site, rows), *asked, draws, site.cfg, plan)
         return [*found, Program(name, lower, calls, read + drawn, holds, needs=needs, turns=float(new - 1))]
-    return found + _in_turns(site, name, rows, settings.slots, weights, asked, draws, plan, calls, (read, drawn), bool(needs))
+    return found + _in_turns(site, name, rows, slots, weights, asked, draws, plan, calls, (read, drawn), bool(needs))
 
 
 def _in_turns(

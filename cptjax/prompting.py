@@ -6,7 +6,7 @@ from typing import Any
 
 from cptjax import rewards, scorers, templates
 from cptjax.tasks import Task
-from cptjax.tasks.task import parts
+from cptjax.tasks.task import flat, parts
 from cptjax.templates import Template
 from cptjax.types import Example
 from cptjax.verify import Pool
@@ -33,12 +33,14 @@ class Course:
     def messages(self, example: Example) -> list[dict[str, Any]]:
         """The conversation with the template's instruction in its last user turn."""
         *before, last = example.messages
-        text, images, videos = _flatten(last["content"])
+        text = flat(last["content"])
         if self.template.name == "direct":
             suffixes = [s for s in (example.meta.get("direct_suffix"), self.task.direct_suffix) if s]
             text = "\n".join([text, *suffixes]) if suffixes else self.template.render(text, example.meta)
         else:
             text = self.template.render(text, example.meta)
+        shown = [] if isinstance(last["content"], str) else last["content"]
+        images, videos = ([p[kind] for p in shown if p["type"] == kind] for kind in ("image", "video"))
         return [*before, {**last, "content": parts(text, images, videos)}]
 
     def gold(self, example: Example) -> str:
@@ -78,12 +80,3 @@ def _scorer(scorer: Any) -> scorers.Scorer:
 
 def _columns(examples: Sequence[Example]) -> tuple[list, list[Mapping[str, Any]], list[str]]:
     return [e.answer for e in examples], [e.meta for e in examples], [e.id for e in examples]
-
-
-def _flatten(content: str | list[dict[str, Any]]) -> tuple[str, list, list]:
-    """Text with <image> and <video> in place, and what stands there."""
-    if isinstance(content, str):
-        return content, [], []
-    text = "".join(p["text"] if p["type"] == "text" else f"<{p['type']}>" for p in content)
-    pick = lambda kind: [p[kind] for p in content if p["type"] == kind]
-    return text, pick("image"), pick("video")

@@ -20,6 +20,7 @@ from cptjax.model import trainable
 from cptjax.session import Run, abstract
 from cptjax.settings import Stage
 from cptjax.stage import Progress
+from cptjax.train import abstract_state
 from cptjax.types import Params, TrainState
 
 
@@ -99,11 +100,11 @@ def like(current: Run, kind: str, which: Stage) -> dict[str, Any]:
     opt = stage.optimizer(which.config, runtime.declare(current.config.model, current.rt.cfg))
     if kind == "stages":
         if keeps_optimizer(current, which):
-            out["opt_state"] = abstract(stage.start_state(current.rt, opt, trained).opt_state)
+            out["opt_state"] = abstract_state(opt, trained, current.rt.mesh).opt_state
         return out | {"params": abstract(trained)}
     if has_teacher(which):
         out["teacher"] = abstract(trained)
-    return out | {"state": abstract(stage.start_state(current.rt, opt, trained))}
+    return out | {"state": abstract_state(opt, trained, current.rt.mesh)}
 
 
 def has_fisher(current: Run, number: int) -> bool:

@@ -18,7 +18,8 @@ from cptjax import advantages, filters, flops, losses, multihost, runtime, shard
 from cptjax.batches import groups, own_part, pieces, trimmed
 from cptjax.lessons import Item, Lesson, Spent, Tutor, grade, looking, sampled
 from cptjax.runtime import Samples
-from cptjax.types import Batch, Example, Params
+from cptjax.tasks.task import text_of
+from cptjax.types import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,11 @@ def roll(tutor: Tutor, params: Params, items: Sequence[Item], key: jax.Array, fi
     share, began = len(items), time.perf_counter()
     numbers = first + jax.process_index() * share + np.arange(share)
     encoded = [i.encoded for i in items]
-    draw = lambda sampling: runtime.sample(tutor.rt, params, encoded, key, numbers, sampling)
-    samples = draw(tutor.sampling)
+    weights, sampling = runtime.prepared(tutor.rt, params, tutor.sampling)
+    draw = lambda sampling: runtime.sample(tutor.rt, weights, encoded, key, numbers, sampling)
+    samples = draw(sampling)
     spent = sampled(tutor.rt.cfg, encoded, samples.mask.sum(1).reshape(share, -1))
-    best = draw(dataclasses.replace(tutor.sampling, group=1, temperature=0.0)) if tutor.settings.advantage == "remax" else None
+    best = draw(dataclasses.replace(sampling, group=1, temperature=0.0)) if tutor.settings.advantage == "remax" else None
     drawn = time.perf_counter()
     greedy = None
     if best is not None:
@@ -226,16 +228,10 @@ def rollout_rows(graded: Graded, advantage: np.ndarray, step: int, stage: int) -
     group = len(graded.parts) // len(graded.items)
     return [
         {
-            "stage": stage, "step": step, "task": item.example.task, "id": item.example.id, "prompt": said(item.example),
+            "stage": stage, "step": step, "task": item.example.task, "id": item.example.id, "prompt": text_of(item.example),
             "row": item.row, "response": graded.samples.texts[r], "answer": item.example.answer, "reward": graded.parts[r].get("reward"),
             "rewards": graded.parts[r], "advantage": float(advantage[r]), "finished": bool(graded.samples.finished[r]),
         }
         for q, item in enumerate(graded.items)
         for r in range(q * group, (q + 1) * group)
     ]  # fmt: skip
-
-
-def said(example: Example) -> str:
-    """A conversation as text, pictures as placeholders."""
-    flat = lambda c: c if isinstance(c, str) else "".join(p["text"] if p["type"] == "text" else f"<{p['type']}>" for p in c)
-    return "\n".join(flat(m["content"]) for m in example.messages)

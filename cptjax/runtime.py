@@ -18,6 +18,7 @@ from cptjax.processor import Encoded, Processor
 from cptjax.train import place_prompts
 from cptjax.types import Params, Rollouts
 
+UNROLLED = 12  # layers at most that a CPU's programs hold without a loop: faster, but compiled one by one
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -74,19 +75,20 @@ def load(settings: Any, mesh_settings: Any, seed: int, ladder: Sequence[int]) ->
     """The model that `config.model` names, on the mesh that `config.mesh` describes; adapters are added where asked for."""
     mesh = sharding.make_mesh(**mesh_settings)
     cfg = read(settings.path) if settings.path else preset(settings.preset)
-    cfg = dataclasses.replace(
-        cfg,
-        remat=settings.remat,
-        attention=attention.choose(mesh, settings.attention),
-        lora_scale=settings.lora.alpha / max(settings.lora.rank, 1),
-        unroll=mesh.devices.flat[0].platform == "cpu",
-    )
+    cfg = fitted(cfg, settings, mesh)
     processor = processors.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     for name in ("param_dtype", "compute_dtype"):
         if settings[name] not in DTYPES:
             raise ValueError(f"model.{name}={settings[name]!r}; expected one of {', '.join(DTYPES)}")
     runtime = Runtime(cfg, processor, mesh, DTYPES[settings.compute_dtype], tuple(ladder))
     return runtime, create(settings, runtime, seed)
+
+
+def fitted(cfg: Config, settings: Any, mesh: Mesh) -> Config:
+    """The model's shape with what `config.model` and the mesh decide."""
+    kernel, scale = attention.choose(mesh, settings.attention), settings.lora.alpha / max(settings.lora.rank, 1)
+    unroll = mesh.devices.flat[0].platform == "cpu" and cfg.text.depth <= UNROLLED
+    return dataclasses.replace(cfg, remat=settings.remat, attention=kernel, lora_scale=scale, unroll=unroll)
 
 
 def preset(name: str) -> Config:
@@ -124,13 +126,20 @@ def _astype(tree: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), tree)
 
 
+def prepared(runtime: Runtime, params: Params, sampling: Sampling) -> tuple[Params, Sampling]:
+    """Weights as this sampling wants them, and the sampling that takes them as they are: once for several batches."""
+    if sampling.gather or sampling.int8:
+        with jax.set_mesh(runtime.mesh):
+            params = layout.prepare(params, runtime.cfg, dtype=runtime.dtype, gather=sampling.gather, int8=sampling.int8)
+    return params, dataclasses.replace(sampling, gather=False, int8=False)
+
+
 def sample(
     runtime: Runtime, params: Params, encoded: Sequence[Encoded], key: jax.Array, rows: np.ndarray, sampling: Sampling, **more: Any
 ) -> Samples:
     """Answers to encoded prompts; `rows` are the prompts' numbers in the whole run, on which their randomness depends."""
     with jax.set_mesh(runtime.mesh):
-        if sampling.gather or sampling.int8:
-            params = layout.prepare(params, runtime.cfg, dtype=runtime.dtype, gather=sampling.gather, int8=sampling.int8)
+        params, sampling = prepared(runtime, params, sampling)
         out = sampler.sample(
             params, runtime.prompts(encoded), key, runtime.cfg, rows=rows, group=sampling.group, max_new=sampling.max_new_tokens,
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,

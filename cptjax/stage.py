@@ -70,14 +70,13 @@ def tutor(rt: Runtime, courses: dict[str, Course], config: Any) -> Tutor:
     return Tutor(rt, courses, sampling(config), config.method, config.train.batch, config.train.micro_batch, pack, logps)
 
 
-def lesson(room: Classroom, params: Params, stream: Stream | None, progress: Progress) -> Lesson:
-    """What the next step learns from; takes its batches from the stream."""
+def lesson(room: Classroom, params: Params | None, stream: Stream | None, progress: Progress) -> Lesson:
+    """What the next step learns from; takes its batches from the stream. Answers that are there need no parameters."""
     t, m = room.tutor, room.config.method
     if m.source == "rollouts":
         found = _rolled(room, params, stream, progress)
     else:
         items, spent = (next(stream), Spent()) if stream is not None else corpus.own_items(room, params, progress.step)
-        progress.drawn += 1
         found = lessons.gold(t, items, int(room.reference is not None) + int(room.teacher is not None))
         found.spent += spent
     if m.penalty.name == "lwf":
@@ -93,10 +92,10 @@ def _rolled(room: Classroom, params: Params, stream: Stream, progress: Progress)
         graded, info, turns = rollouts.filtered(t, params, stream, room.key(step), progress.drawn * t.batch)
     else:
         graded, info, turns = rollouts.roll(t, params, next(stream), room.key(step), progress.drawn * t.batch), {}, 1
-    progress.drawn += turns
     attach = room.teacher.attach if room.config.method.objective == "distill" else None
     found = rollouts.updates(t, params, graded, room.reference, step, room.stage.number, attach)
     found.info |= info
+    found.batches = turns
     return found
 
 
@@ -110,15 +109,20 @@ def teach(
     """The one training loop; `on_step` logs, saves, and says whether to go on."""
     c = room.config
     stream = None if c.method.source in ("self", "corpus") else room.stream(progress.drawn)
+    ahead: Lesson | None = None
     try:
         while progress.step < room.steps:
             began, first = time.perf_counter(), not progress.updates
-            found = lesson(room, train.trainable.join(state.params, frozen), stream, progress)
+            found = ahead or lesson(room, train.trainable.join(state.params, frozen), stream, progress)
+            progress.drawn += found.batches
             learning = time.perf_counter()
-            state, told = _update(room, state, frozen, steps, progress, extra, found)
+            state, numbers = _update(room, state, frozen, steps, progress, extra, found)
+            progress.step += 1
+            known = progress.step < room.steps and c.method.source != "rollouts" and not corpus.draws(room, progress.step)
+            ahead = lesson(room, None, stream, progress) if known else None  # made while the device works
+            told = read(numbers)
             if room.teacher is not None:
                 room.teacher.follow(state.params)
-            progress.step += 1
             if first and c.method.objective == "policy":
                 check_mismatch(told[0], room)
             guard(state, c.train.max_skipped)
@@ -136,8 +140,8 @@ def teach(
 
 def _update(
     room: Classroom, state: TrainState, frozen: Params, steps: train.Steps, progress: Progress, extra: Any, found: Lesson
-) -> tuple[TrainState, list[dict[str, float]]]:  # fmt: skip
-    """All optimiser updates of a lesson, and the numbers of each."""
+) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
+    """All optimiser updates of a lesson, and the numbers of each; they are on their way, nothing is waited for."""
     t, m = room.config.train, room.config.method
     total = room.steps * m.updates_per_batch * m.passes
     told: list[dict] = []
@@ -146,7 +150,12 @@ def _update(
         state, numbers = steps.run(state, frozen, update, lr, extra)
         told.append(numbers)
         progress.updates += 1
-    return state, [{k: v.value if isinstance(v, Mean) else float(v) for k, v in n.items()} for n in jax.device_get(told)]
+    return state, told
+
+
+def read(told: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The numbers of updates, once they are there."""
+    return [{k: v.value if isinstance(v, Mean) else float(v) for k, v in n.items()} for n in jax.device_get(told)]
 
 
 def over_updates(told: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -158,8 +167,7 @@ def over_updates(told: Sequence[dict[str, float]]) -> dict[str, float]:
 def spent(cost: lessons.Spent, seconds: float) -> dict[str, float]:
     """What a step cost, over all processes."""
     total = sum(multihost.gather(cost), lessons.Spent())
-    counts = {"tokens": total.tokens, "rollouts": total.rollouts, "flops": total.flops}
-    return counts | {"perf/tokens_per_second": total.seen / seconds, "perf/flops_per_second": total.flops / seconds}
+    return total.logged() | {"perf/tokens_per_second": total.seen / seconds, "perf/flops_per_second": total.flops / seconds}
 
 
 def check_mismatch(told: dict[str, float], room: Classroom) -> None:
@@ -183,11 +191,6 @@ def guard(state: TrainState, most: int) -> None:
             f"{skipped} steps in a row had a gradient or loss that is not finite (train.max_skipped={most}); nothing was learned from "
             "them. Lower train.lr, set train.clip, keep a KL term, or look at the last rows of rollouts/"
         )
-
-
-def start_state(rt: Runtime, opt: optim.Optimizer, trained: Params) -> TrainState:
-    """A fresh state; the trained leaves are copied, since the loop donates its state."""
-    return train.init_state(opt, jax.tree.map(jnp.copy, trained), rt.mesh)
 
 
 def frozen_copy(params: Params, dtype: str) -> Params:

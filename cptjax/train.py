@@ -147,12 +147,17 @@ def state_shardings(optimizer: optim.Optimizer, params: Params, where: Params, m
     return jax.tree_util.tree_map_with_path(find, state)
 
 
-def init_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh | None) -> TrainState:
-    """A fresh state around trained parameters, each part born where it lives."""
-    if mesh is None:
-        return jax.jit(optimizer.init)(params)
-    where = jax.tree.map(lambda p: p.sharding, params)
-    return jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params, where, mesh))(params)
+def abstract_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> TrainState:
+    """Shapes, types and places of a fresh state around trained parameters, or around their shapes."""
+    where = state_shardings(optimizer, params, jax.tree.map(lambda p: p.sharding, params), mesh)
+    shapes = jax.eval_shape(optimizer.init, params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def init_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> TrainState:
+    """A fresh state that takes over the trained parameters; each other part is born where it lives."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, params, mesh))
+    return jax.jit(optimizer.init, out_shardings=where, donate_argnums=0)(params)
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Batch:

@@ -1,7 +1,7 @@
 """How fast is each phase of a run on this machine, and beside transformers + torch? Random weights; one JSON line on standard output.
 
 python launch/bench.py --size=cpu-s [--phases=rollout,logp,sft,grpo] [--peer=hf]
-python launch/bench.py --size=3b --dtype=bfloat16 --remat=dots --micro=16
+python launch/bench.py --size=3b --dtype=bfloat16 --micro=16
 python launch/bench.py --size=3b --phases=load
 
 The phases and the meaning of each number: cptjax/bench.py.
@@ -25,9 +25,9 @@ TEXT = flags.DEFINE_integer("text", 32, "Text tokens of a prompt.", lower_bound=
 NEW = flags.DEFINE_integer("new", 64, "Tokens of an answer.", lower_bound=1)
 REPEAT = flags.DEFINE_integer("repeat", 3, "Timed runs of each phase; the median counts.", lower_bound=1)
 MICRO = flags.DEFINE_integer("micro", 0, "Rows of one device pass in logp and sft; 0 = all.", lower_bound=0)
-CHUNK = flags.DEFINE_integer("chunk", 1024, "Tokens whose logits are in memory at one time (train.chunk).", lower_bound=1)
+CHUNK = flags.DEFINE_integer("chunk", 4096, "Tokens whose logits are in memory at one time (train.chunk).", lower_bound=1)
 DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of weights and arithmetic; the optimiser's moments stay float32.")
-REMAT = flags.DEFINE_string("remat", "none", "What layers keep for the backward pass: none (all), dots, block or offload (model.remat).")
+REMAT = flags.DEFINE_string("remat", "dots", "What layers keep for the backward pass: none (all), dots, block or offload (model.remat).")
 
 
 def main() -> None:
@@ -45,5 +45,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer wants a part of a GPU's memory
-    cli.huge_pages()
+    cli.keep_memory()
     cli.main(main)

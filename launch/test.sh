@@ -7,4 +7,5 @@ if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && ! python
   python -m pip install -q "torch==2.13.0" || echo "no torch here: parity tests will skip"
 fi
 ruff check . && ruff format --check --diff . || exit 1
-python -m pytest "$@"
+# Two processes: compiling is most of it, and a file's compiled programs leave with its process or its last test.
+python -m pytest -n 2 --dist loadfile "$@"

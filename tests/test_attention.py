@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.model import attention, config, text, vision
+from cptjax.model import attention, config, text, tiled, vision
 from cptjax.types import Vision
 
 PACKED = [1] * 50 + [2] * 90 + [3] * 40 + [0] * 20  # three conversations and right padding
@@ -105,6 +105,28 @@ def test_splash(name, interpret):
     _compare(run("splash"), run("xla"), q, k, v, weight, segments > 0, 2e-5)
 
 
+@pytest.mark.parametrize("scores", [1, 200 * 200 * 4, 1 << 19], ids=["a row", "two rows", "all rows"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiled(scores, causal, monkeypatch):
+    """However many rows a tile has; the rows of padding see themselves, so nothing is left without a key."""
+    monkeypatch.setattr(tiled, "SCORES", scores)
+    segments = np.array([PACKED, LEFT, PACKED[::-1], LEFT[::-1]])
+    q, k, v, weight = _draw(4, 200, 200, 4, 2, 32)
+    run = lambda backend: lambda q, k, v: attention.attend(q, k, v, segments, segments, causal=causal, backend=backend)
+    _compare(run("tiled"), run("xla"), q, k, v, weight, segments >= 0, 1e-5)
+
+
+def test_tiled_keeps_no_scores():
+    """What the backward pass is given has no array of queries x keys."""
+    q, k, v, _ = _draw(64, 96, 96, 4, 2, 16)
+    segments = np.ones((64, 96), np.int32)
+    for backend, kept in (("xla", True), ("tiled", False)):
+        run = lambda q, k, v: jnp.sum(attention.attend(q, k, v, segments, segments, causal=True, backend=backend))
+        _, back = jax.vjp(run, q, k, v)
+        sizes = [x.size for x in jax.tree.leaves(back) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert (max(sizes) >= 64 * 4 * 96 * 96) == kept
+
+
 def test_splash_bfloat16(interpret):
     segments = np.array([PACKED])
     q, k, v, weight = _draw(1, 200, 200, 4, 2, 64, jnp.bfloat16)
@@ -114,7 +136,7 @@ def test_splash_bfloat16(interpret):
     assert off(run("splash")(q, k, v)) < 1.5 * max(off(run("xla")(q, k, v)), 0.02)
 
 
-@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+@pytest.mark.parametrize("backend", ["splash", "cudnn", "tiled"])
 @pytest.mark.parametrize("shape", [(150, 30), (128, 128)])
 def test_group(backend, shape, interpret, portable_cudnn):
     """Prompt and responses in one row, left padded, through kernels that know plain rows only."""
@@ -129,7 +151,7 @@ def test_group(backend, shape, interpret, portable_cudnn):
         off = jnp.abs((run("cudnn")(q, k, v) - run("xla")(q, k, v)).astype(jnp.float32))[real].max()
         assert portable_cudnn and off < 0.03
     else:
-        _compare(run("splash"), run("xla"), q, k, v, weight, real, 2e-5)
+        _compare(run(backend), run("xla"), q, k, v, weight, real, 2e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -153,7 +175,8 @@ MESHES = {"2,2,2": (2, 2, 2), "1,4,2": (1, 4, 2), "1,1,8": (1, 1, 8)}
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_splash_on_a_mesh(sizes, interpret):
+@pytest.mark.parametrize("kernel", ["splash", "tiled"])
+def test_kernel_on_a_mesh(sizes, kernel, interpret):
     """Each device runs its own rows and heads; key/value heads are copied where `model` has more members than they are."""
     mesh = sharding.make_mesh(*sizes)
     segments = np.array([PACKED, LEFT] * 2)[:, 60:]
@@ -161,13 +184,13 @@ def test_splash_on_a_mesh(sizes, interpret):
     run = lambda backend: lambda q, k, v: attention.attend(q, k, v, segments, segments, causal=True, backend=backend)
     wanted = jax.jit(jax.grad(lambda *x: jnp.sum(run("xla")(*x) * weight), (0, 1, 2)))(q, k, v)
     with jax.set_mesh(mesh):
-        got = jax.jit(jax.grad(lambda *x: jnp.sum(run("splash")(*x) * weight), (0, 1, 2)))(q, k, v)
+        got = jax.jit(jax.grad(lambda *x: jnp.sum(run(kernel)(*x) * weight), (0, 1, 2)))(q, k, v)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_backend_follows_the_mesh():
-    assert attention.choose(None) == "xla" and attention.choose(sharding.make_mesh()) == "xla"
+    assert attention.choose(None) == "tiled" and attention.choose(sharding.make_mesh()) == "tiled"
     fake = type("Device", (), {"platform": "tpu"})()
     tpu = type("Mesh", (), {"devices": np.array([fake])})()
     assert attention.choose(tpu) == "splash" and attention.choose(tpu, "xla") == "xla"
@@ -226,7 +249,7 @@ def test_text_block_compiles_for_a_tpu_slice():
 
     def loss(p, x, segments, positions):
         attend = lambda q, k, v: (attention.attend(q, k, v, segments, segments, causal=True, backend="splash"), None)
-        out, _ = text.block(p, x, text.angles(jnp.broadcast_to(positions, (3, *positions.shape)), t), attend, cfg)
+        out, _ = text.block(p, x, text.rotation(jnp.broadcast_to(positions, (3, *positions.shape)), t), attend, cfg)
         return out.astype(jnp.float32).sum()
 
     ids = jax.ShapeDtypeStruct((4, 1000), jnp.int32)

@@ -155,13 +155,12 @@ def test_online_filter_stops_when_nothing_is_left(tmp_path):
             rollouts.filtered(desk.room.tutor, desk.params, stream, desk.room.key(0), 0)
 
 
-def test_progress_counts_batches_apart_from_steps(tmp_path):
+def test_a_lesson_tells_how_many_batches_it_took(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
     with school.desk(c, tmp_path) as desk:
-        progress = Progress()
         with desk.room.stream(0) as stream:
-            draws = [stage.lesson(desk.room, desk.params, stream, progress).info["filter/draws"] for _ in range(2)]
-        assert progress.drawn == sum(draws) and progress.step == 0
+            found = [stage.lesson(desk.room, desk.params, stream, Progress()) for _ in range(2)]
+            assert stream.step == sum(f.batches for f in found) and [f.batches for f in found] == [f.info["filter/draws"] for f in found]
 
 
 # ---- offline filter ------------------------------------------------------------------------------------------------------

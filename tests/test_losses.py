@@ -240,16 +240,6 @@ def test_mismatch_and_divergence_in_the_reward():
     np.testing.assert_allclose(losses.kl_in_reward(adv, logps, ref, mask, 0.1), want, rtol=1e-5, atol=1e-6)
 
 
-def test_lwf_is_zero_with_the_previous_policy_and_pulls_back_otherwise():
-    logps, mask = jnp.array([[-1.0, -2.0, -3.0]]), jnp.array([[True, True, False]])
-    value = lambda x, kind: losses.lwf(x, logps, mask, estimator=kind).sum
-    for kind in ("k2", "k3"):
-        assert value(logps, kind) == 0 and not np.any(jax.grad(value)(logps, kind))
-        slope = jax.grad(value)(logps + 0.5, kind)
-        assert np.all(slope[0, :2] > 0) and slope[0, 2] == 0
-    assert losses.lwf(logps + 1, logps, mask).count == 2
-
-
 # A policy over 3 tokens that can be enumerated: token 0 ends a response, the second token depends on the first.
 SEQUENCES = np.array([[0, 0]] + [[a, b] for a in (1, 2) for b in range(3)])
 MASKS = np.array([[True, s[0] != 0] for s in SEQUENCES])

@@ -75,6 +75,7 @@ def test_schedules():
     np.testing.assert_allclose([rate(s, warmup=0.3) for s in range(5)], [0.5, 1.0, 1.5, 2.0, 2.0])
     np.testing.assert_allclose([rate(s, schedule="linear") for s in (0, 5, 9, 10, 99)], [2, 1, 0.2, 0, 0], atol=1e-9)
     np.testing.assert_allclose([rate(s, schedule="cosine") for s in (0, 5, 10)], [2, 1, 0], atol=1e-9)
+    np.testing.assert_allclose([rate(s, schedule="wsd") for s in (0, 5, 6, 8, 10)], [2, 2, 2, 1, 0], atol=1e-9)
     cosine = [rate(s, schedule="cosine", warmup=0.2) for s in range(10)]
     assert np.argmax(cosine) == 2 and all(a > b > 0 for a, b in zip(cosine[2:], cosine[3:], strict=False))
 
@@ -229,7 +230,7 @@ def leaves_as_arrays(declared):
     ("settings", "words"),
     [
         ({"optimizer": "sgd"}, "adamw, muon, adafactor"),
-        ({"schedule": "step"}, "constant, cosine, linear"),
+        ({"schedule": "step"}, "constant, cosine, linear, wsd"),
         ({"moments_dtype": "float16"}, "float32, bfloat16"),
         ({"lr": 0.0}, "above 0"),
         ({"warmup": 1.0}, "0 <= warmup < 1"),

@@ -64,7 +64,7 @@ def _layers(params, prompts, cfg):
     if (v := prompts.vision) is not None:
         rows = lambda x: x.reshape(-1, *x.shape[2:])
         x = rows(v.patches) @ params["vision"]["patch"]["w"]
-        rope, frames = vision.angles(rows(v.positions), cfg.vision), rows(v.frames)
+        rope, frames = vision.rotation(rows(v.positions), cfg.vision), rows(v.frames)
         blocks = vision.grouped(params["vision"]["blocks"])
         for i in range(cfg.vision.depth):
             x = vision.block(take(blocks, i), x, rope, frames, jnp.asarray(i in cfg.vision.full_blocks), cfg)
@@ -72,7 +72,7 @@ def _layers(params, prompts, cfg):
     x, seg = qwen25_vl.embed(params, prompts, cfg, jnp.float32), prompts.segments
     attend = lambda q, k, v: (qwen25_vl.attention.attend(q, k, v, seg, seg, causal=True, backend="xla"), None)
     for i in range(cfg.text.depth):
-        x, _ = text.block(take(params["text"]["blocks"], i), x, text.angles(prompts.positions, cfg.text), attend, cfg)
+        x, _ = text.block(take(params["text"]["blocks"], i), x, text.rotation(prompts.positions, cfg.text), attend, cfg)
         seen.append(x)
     return tower, seen, qwen25_vl.forward(params, prompts, cfg) @ text.unembedding(params["text"])
 

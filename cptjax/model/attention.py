@@ -29,16 +29,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cptjax import sharding
+from cptjax.model import tiled
+from cptjax.model.tiled import MASKED
 from cptjax.types import Array
 
-MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
-BACKENDS = {"cpu": "xla", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
+BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
 
 
 def choose(mesh: Mesh | None, wanted: str = "auto") -> str:
     """The kernel for a mesh's platform; what the user names is taken as it is."""
-    if wanted not in ("auto", "xla", "cudnn", "splash"):
-        raise ValueError(f"model.attention={wanted!r}; expected auto, xla, cudnn or splash")
+    if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
+        raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
     if wanted != "auto":
         return wanted
     device = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
@@ -69,6 +70,8 @@ def attend(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, 
         return _per_device(functools.partial(_splash, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
     if backend == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
         return _per_device(functools.partial(_cudnn, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
+    if backend == "tiled":
+        return _per_device(functools.partial(_tiled, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
     return reference(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
 
 
@@ -119,7 +122,7 @@ def attend_group(q: Array, k: Array, v: Array, segments: Array, prompt: int, gro
     r = (total - prompt) // group
     head = attend(q[:, :prompt], k[:, :prompt], v[:, :prompt], segments, segments, causal=True, backend=backend)
     split = lambda x: x[:, prompt:].reshape(nq, group, r, *x.shape[2:])
-    if backend == "xla":
+    if backend in ("xla", "tiled"):
         causal = jnp.tril(jnp.ones((r, r), bool))
         tail = attend_shared(split(q), k[:, :prompt], v[:, :prompt], split(k), split(v), segments > 0, causal)
     else:
@@ -137,6 +140,10 @@ def _group_by_copy(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own
     kv_segments = jnp.concatenate([jnp.repeat((segments > 0).astype(segments.dtype), g, 0), ones], 1)
     out = attend(rows(q), join(prompt_k, own_k), join(prompt_v, own_v), ones, kv_segments, causal=True, backend=backend, offset=p)
     return out.reshape(q.shape)
+
+
+def _tiled(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int) -> Array:
+    return tiled.attend(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:

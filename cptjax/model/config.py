@@ -64,9 +64,9 @@ class Config:
     eos: tuple[int, ...] = (151645, 151643)
     pad: int = 151643
     remat: str = "none"  # a name of remat.REMAT
-    attention: str = "xla"  # xla | cudnn | splash, chosen from the mesh by attention.choose
+    attention: str = "xla"  # xla | tiled | cudnn | splash, chosen from the mesh by attention.choose
     lora_scale: float = 1.0  # alpha / rank, where adapters are present
-    unroll: bool = False  # decode layers without a loop: faster where a loop copies each layer's weights (CPU)
+    unroll: bool = False  # no loop over the text layers: faster where a loop copies each layer's weights and values (CPU)
 
     @property
     def vision_tokens(self) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def embed(p: Params, prompts: Prompts, cfg: Config, dtype: jnp.dtype) -> Array:
 
 def forward(p: Params, prompts: Prompts, cfg: Config, dtype: jnp.dtype = jnp.float32) -> Array:
     """Hidden states [B T D] after the final norm, for single or packed rows."""
-    seg = prompts.segments
+    p, seg = unstack(p, cfg), prompts.segments
     attend = lambda q, k, v: (attention.attend(q, k, v, seg, seg, causal=True, backend=cfg.attention), None)
     return text.run(p["text"], embed(p, prompts, cfg, dtype), prompts.positions, attend, cfg)[0]
 
@@ -61,7 +61,7 @@ def forward_group(p: Params, prompts: Prompts, responses: Array, cfg: Config, dt
 
     Predicting state of response token r is the one before it; for r = 0 the prompt's last.
     """
-    nq, g, r = responses.shape
+    p, (nq, g, r) = unstack(p, cfg), responses.shape
     plen = prompts.tokens.shape[1]
     own = next_positions(prompts)[:, None] + jnp.arange(r)
     own = jnp.broadcast_to(own[None, :, None], (3, nq, g, r)).reshape(3, nq, g * r)
@@ -105,12 +105,8 @@ def kv_axis(cfg: Config) -> str | None:
 
 
 def rotation(positions: Array, cfg: Config) -> tuple[Array, Array]:
-    """cos and sin [Q 1 H/2] of the position ids [Q] of text tokens.
-
-    A loop should hand these from step to step: a compiler that sees them made from positions makes them again in every layer and head.
-    """
-    angles = text.angles(jnp.broadcast_to(positions[None, :, None], (3, positions.shape[0], 1)), cfg.text)
-    return jnp.cos(angles), jnp.sin(angles)
+    """cos and sin [Q 1 H/2] of the position ids [Q] of text tokens; a loop hands them from step to step."""
+    return text.rotation(jnp.broadcast_to(positions[None, :, None], (3, positions.shape[0], 1)), cfg.text)
 
 
 def decode_step(

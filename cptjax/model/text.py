@@ -33,14 +33,15 @@ def params(t: TextConfig) -> Params:
     return tree if t.tied else tree | {"unembed": linear_params(0, {"embed": d}, {"vocab": t.vocab}, bias=False)}
 
 
-def angles(positions: Array, t: TextConfig) -> Array:
-    """M-RoPE: [3 ...] time, height, width ids -> [... H / 2] angles; each frequency follows one of the three."""
+def rotation(positions: Array, t: TextConfig) -> tuple[Array, Array]:
+    """M-RoPE: [3 ...] time, height, width ids -> cos and sin [... H / 2]; each frequency follows one of the three."""
     axis = np.repeat(np.arange(3), t.rope_sections)
     freq = 1.0 / t.rope_theta ** (np.arange(0, t.head_dim, 2, dtype=np.float32) / t.head_dim)
-    return jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * freq
+    angles = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * freq
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def block(p: Params, x: Array, rope: Array, attend: Callable, cfg: Config) -> tuple[Array, Any]:
+def block(p: Params, x: Array, rope: tuple[Array, Array], attend: Callable, cfg: Config) -> tuple[Array, Any]:
     """One decoder block on x [B T D]; `attend(q, k, v)` returns the mixed values and whatever it wants kept (a cache)."""
     s = cfg.lora_scale
     with jax.named_scope("attention"):
@@ -56,7 +57,7 @@ def block(p: Params, x: Array, rope: Array, attend: Callable, cfg: Config) -> tu
 
 def run(p: Params, x: Array, positions: Array, attend: Callable, cfg: Config) -> tuple[Array, Any]:
     """All blocks and the final norm; what `attend` keeps is stacked over the layers (of a tuple of layers: listed)."""
-    rope = angles(positions, cfg.text)
+    rope = rotation(positions, cfg.text)
     step = checkpoint(lambda x, layer: block(layer, x, rope, attend, cfg), cfg.remat)
     if isinstance(p["blocks"], tuple):
         kept = []

@@ -41,11 +41,12 @@ def merger_params(cfg: Config) -> Params:
     }
 
 
-def angles(positions: Array, v: VisionConfig) -> Array:
-    """[... 2] row and column -> [... H / 2] rotary angles, the first half by row."""
+def rotation(positions: Array, v: VisionConfig) -> tuple[Array, Array]:
+    """[... 2] row and column -> cos and sin [... H / 2] of the rotary angles, the first half by row."""
     quarter = v.head_dim // 2
     freq = 1.0 / THETA ** (np.arange(0, quarter, 2, dtype=np.float32) / quarter)
-    return (positions[..., None].astype(jnp.float32) * freq).reshape(*positions.shape[:-1], quarter)
+    angles = (positions[..., None].astype(jnp.float32) * freq).reshape(*positions.shape[:-1], quarter)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array | bool, cfg: Config) -> Array:
@@ -57,7 +58,8 @@ def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array | bool, cfg
 
     def windows(q, k, v):
         cut = lambda x: x.reshape(-1, slots, *x.shape[2:])
-        out = attention.attend(cut(q), cut(k), cut(v), cut(frames), cut(frames), causal=False, backend="xla")
+        kernel = "tiled" if cfg.attention == "tiled" else "xla"  # too short for a flash kernel
+        out = attention.attend(cut(q), cut(k), cut(v), cut(frames), cut(frames), causal=False, backend=kernel)
         return out.reshape(q.shape)
 
     if isinstance(full, bool):
@@ -65,7 +67,7 @@ def _attend(q: Array, k: Array, v: Array, frames: Array, full: Array | bool, cfg
     return jax.lax.cond(full, whole, windows, q, k, v)
 
 
-def block(p: Params, x: Array, rope: Array, frames: Array, full: Array | bool, cfg: Config) -> Array:
+def block(p: Params, x: Array, rope: tuple[Array, Array], frames: Array, full: Array | bool, cfg: Config) -> Array:
     """One block on rows x [rows P D]; `full` may be traced."""
     qkv = linear(p["qkv"], rms_norm(x, p["norm1"], EPS), 1, cfg.lora_scale)
     q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in range(3))
@@ -112,7 +114,7 @@ def encode(tower: Params, merger: Params, vision: Vision, cfg: Config, dtype: jn
     s, w, slots, values = vision.patches.shape
     rows = lambda x: x.reshape(s * w, *x.shape[2:])
     x = constrain(linear(tower["patch"], rows(vision.patches).astype(dtype)), "batch", None, None)
-    rope, frames = angles(rows(vision.positions), cfg.vision), rows(vision.frames)
+    rope, frames = rotation(rows(vision.positions), cfg.vision), rows(vision.frames)
     step = lambda x, p, full: (block(p, x, rope, frames, full, cfg), None)
     x = _through(grouped(tower["blocks"]), x, step, cfg)
     return merge(merger, x, cfg).reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width)

@@ -1,4 +1,4 @@
-"""RefCOCO grounding: name the box of what an expression means, in pixels of the image that the model sees; scored by IoU.
+"""RefCOCO grounding: name the box of what an expression means, in pixels of the image that the model sees; scored by acc@0.5.
 
 Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So the image is resized here, to the size that the
 processor would choose within `min_pixels` and `max_pixels`, and the box with it; the processor then leaves both alone.
@@ -38,7 +38,7 @@ def make(
     dataset: str = "lmms-lab/RefCOCO",
     min_pixels: int = 200_704,
     max_pixels: int = 1_003_520,
-    scorer: str = "iou",
+    scorer: str = "iou50",
     **fields: Any,
 ) -> Task:
     """Makes the task; `dataset` may be lmms-lab/RefCOCOplus, whose files look the same."""

@@ -114,11 +114,12 @@ def plain(row: dict[str, Any], *columns: str) -> dict[str, Any]:
 
 
 def text_of(example: Example) -> str:
-    """Renders an example's messages as text with <image> and <video> in place, for previews and tests."""
-    return "\n".join(_flat(turn["content"]) for turn in example.messages)
+    """An example's messages as text."""
+    return "\n".join(flat(turn["content"]) for turn in example.messages)
 
 
-def _flat(content: str | list[dict[str, Any]]) -> str:
+def flat(content: str | list[dict[str, Any]]) -> str:
+    """What a turn says, with <image> and <video> where those stand."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content)
