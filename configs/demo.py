@@ -26,6 +26,7 @@ from configs.base import get_config as base
 TARGETS = ("colour", "shape", "digit", "count")
 HELD_APART = ("compare", "jigsaw2", "facts", "arithmetic")
 STYLES = {"it is": 0.4, "answer :": 0.3, "i think": 0.3}
+WEIGHTS = (0.7, 2.0, 2.0, 0.7, 0.5, 1.2, 0.8, 0.8)  # of the pre-stage: shapes and digits are seen late
 ROWS = 2000  # training images of a stage
 TEST = 192
 
@@ -43,7 +44,7 @@ def _arm(base_method, lr, styles, world, **more):
 def get_config(arg="0"):
     seed, *rest = arg.split(",")
     short = "short" in rest
-    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 700
+    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1000
     c = base()
     c.name, c.seed = "demo", seed
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
@@ -62,7 +63,7 @@ def get_config(arg="0"):
     own = dict(method=dict(self_samples=4, refresh=max(2, steps * 2 // 5)))
     c.prestage = ConfigDict(dict(
         name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55, seed),
-        method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=(1.0,) * 8),
+        method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=WEIGHTS),
         train=dict(lr=2e-3, schedule="wsd", warmup=0.05), eval=dict(before=False, limit=16 if short else 64, drift=0),
     ))  # fmt: skip
     c.arms = ConfigDict(dict(

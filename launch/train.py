@@ -3,6 +3,8 @@
 python launch/train.py --config=configs/demo.py --workdir=runs/demo [--config.train.lr=1e-4]
 """
 
+import os
+
 from absl import flags
 
 from cptjax import cli, console
@@ -22,4 +24,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        cli.keep_memory()
     cli.main(main)
