@@ -44,12 +44,12 @@ def _arm(base_method, lr, styles, world, **more):
 def get_config(arg="0"):
     seed, *rest = arg.split(",")
     short = "short" in rest
-    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1000
+    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 900
     c = base()
     c.name, c.seed = "demo", seed
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
     c.mesh.update(data=1, fsdp=1, model=1)
-    c.data.update(template="none", prompt_limit=32, buckets=(24, 32), limit=ROWS, prefetch=4)
+    c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=ROWS, prefetch=4)
     c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0, seed))
     c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
     c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
@@ -57,14 +57,15 @@ def get_config(arg="0"):
     c.eval.update(
         general=HELD_APART, limit=16 if short else TEST, batch=192, max_new_tokens=12, forced_prefix=True, drift=0 if short else 64
     )
-    c.checkpoint.update(every=50, keep=2)
+    c.checkpoint.update(every=100, keep=2)
     frozen = dict(model=dict(freeze=("vision", "merger")))
     bare, style = {"": 1.0}, {"it is": 1.0}
     own = dict(method=dict(self_samples=4, refresh=max(2, steps * 2 // 5)))
     c.prestage = ConfigDict(dict(
         name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55, seed),
         method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=WEIGHTS),
-        train=dict(lr=2e-3, schedule="wsd", warmup=0.05), eval=dict(before=False, limit=16 if short else 64, drift=0),
+        train=dict(lr=2e-3, schedule="wsd", warmup=0.05),
+        eval=dict(before=False, tasks=TARGETS, general=(), limit=16 if short else 64, forced_prefix=False, drift=0),
     ))  # fmt: skip
     c.arms = ConfigDict(dict(
         sft_bare=_arm("sft", 3e-4, bare, seed, **frozen),
