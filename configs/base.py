@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
     ))  # fmt: skip
 
     c.eval = ConfigDict(dict(
-        tasks="all",  # all = every task of the stages
+        tasks="all",  # all = every task of the stages; else "a,b"
         general=(),  # tasks never trained, reported apart
         limit=None,  # test rows per task
         every=None,  # steps; None = at stage ends only

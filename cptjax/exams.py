@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import drift, evaluate, report, resume, runtime, summary
+from cptjax import drift, evaluate, report, resume, runtime, settings, summary
 from cptjax.data import Shelf
 from cptjax.lessons import Spent
 from cptjax.model import trainable
@@ -19,10 +19,8 @@ from cptjax.types import Params
 
 def tasks_of(current: Run) -> tuple[list[str], list[str]]:
     """(tasks of the stages, general tasks), each once."""
-    c = current.config.eval
-    own = [t for s in current.stages for t in s.tasks] if c.tasks == "all" else list(c.tasks)
-    own = list(dict.fromkeys(own))
-    return own, [t for t in dict.fromkeys(c.general) if t not in own]
+    own = settings.examined(current.config, current.stages)
+    return own, [t for t in dict.fromkeys(current.config.eval.general) if t not in own]
 
 
 def decoding(config: ConfigDict) -> runtime.Sampling:

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -84,6 +84,8 @@ def _typed(old: Any, new: Any, place: str, loose: bool) -> Any:
         return tuple(new)
     if isinstance(old, str) and place.endswith(".refresh") and isinstance(new, int):
         return new
+    if isinstance(old, str) and place.endswith("eval.tasks") and isinstance(new, list | tuple):
+        return ",".join(new)
     if not isinstance(new, type(old)):
         raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
     return new
@@ -109,6 +111,12 @@ def check(config: ConfigDict) -> None:
         whole = name != "eval.temperature"
         if isinstance(value, bool) or not isinstance(value, int if whole else NUMBERS) or value < least:
             raise ValueError(f"config.{name} is {value!r}; expected {'a whole' if whole else 'a'} number of at least {least}")
+
+
+def examined(config: ConfigDict, run: Sequence[Stage]) -> list[str]:
+    """The tasks of `eval.tasks`, each once: those of the stages, or the ones that are named."""
+    names = [task for each in run for task in each.tasks] if config.eval.tasks == "all" else config.eval.tasks.split(",")
+    return list(dict.fromkeys(names))
 
 
 def stages(config: ConfigDict) -> list[Stage]:

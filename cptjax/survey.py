@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cptjax import console, patches, processor, prompting, runtime, tasks, verify
+from cptjax import console, patches, processor, prompting, runtime, settings, tasks, verify
 from cptjax.batching import ladder
 from cptjax.images import open_image
 from cptjax.model.config import Config, read
@@ -78,9 +78,8 @@ def trained(each: Stage) -> list[Reading]:
 def readings(config: ConfigDict, stages: Sequence[Stage]) -> list[Reading]:
     """Every split that a run reads, each once: what its stages train on, what it is evaluated on."""
     d, e = config.data, config.eval
-    names = [task for each in stages for task in each.tasks] if e.tasks == "all" else list(e.tasks)
     templates = e.templates or (d.template,)
-    pairs = [(task, template) for task in [*names, *e.general] for template in templates]
+    pairs = [(task, template) for task in [*settings.examined(config, stages), *e.general] for template in templates]
     tested = [Reading(task, "test", template, False, e.limit, d.root, d.bad_rows) for task, template in pairs]
     return list(dict.fromkeys([r for each in stages for r in trained(each)] + tested))
 

@@ -117,3 +117,13 @@ def test_a_changed_config_is_told(c):
     assert settings.difference(old, settings.plain(settings.merge(c, {"log": {"every": 7}, "allow_change": True}))) == []
     assert settings.fingerprint(c) == settings.fingerprint(settings.merge(c, {"mesh": {"fsdp": 2}}))
     assert settings.fingerprint(c) != settings.fingerprint(settings.merge(c, {"seed": 1}))
+
+
+def test_evaluated_tasks_are_all_or_named():
+    c = get_config()
+    c.stages = (dict(task=("a", "b"), steps=1), dict(task="a", steps=1))
+    run = settings.stages(c)
+    assert settings.examined(c, run) == ["a", "b"]
+    assert settings.examined(settings.merge(c, {"eval": {"tasks": ("b", "c")}}), run) == ["b", "c"]
+    c.eval.tasks = "c,a"
+    assert settings.examined(c, run) == ["c", "a"]
