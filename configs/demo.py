@@ -44,7 +44,7 @@ def _arm(base_method, lr, styles, world, **more):
 def get_config(arg="0"):
     seed, *rest = arg.split(",")
     short = "short" in rest
-    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 900
+    seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1000
     c = base()
     c.name, c.seed = "demo", seed
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")

@@ -142,6 +142,7 @@ def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL)
         room = learning.classroom(run, which, start)
         opt = stage.optimizer(which.config, runtime.declare(which.config.model, run.rt.cfg))
         state = train.init_state(opt, trained, run.rt.mesh)
+        run.params = trainable.join(state.params, frozen)  # the state has taken them over
         penalty, extra = learning.penalty_of(run, which, start)
         steps = train.make_steps(run.rt.cfg, stage.objective(which.config), opt, train.Places.of(state), run.rt.dtype, penalty)
         yield Desk(run, room, state, frozen, steps, extra)

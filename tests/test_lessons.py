@@ -25,10 +25,11 @@ def config(name: str, steps=2, stages=1, batch=4, **sections):
     return c
 
 
-def rolled(desk, **changes) -> rollouts.Graded:
+def rolled(desk, key=None, **changes) -> rollouts.Graded:
     """Answers of the desk's policy to the first batch."""
+    key = desk.room.key(0) if key is None else key
     with desk.room.stream(0) as stream:
-        return rollouts.roll(dataclasses.replace(desk.room.tutor, **changes), desk.params, next(stream), desk.room.key(0), 0)
+        return rollouts.roll(dataclasses.replace(desk.room.tutor, **changes), desk.params, next(stream), key, 0)
 
 
 # ---- rollouts ------------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_pa
         assert len(graded.items) == 4 and graded.samples.tokens.shape[0] == 8 and turns == info["filter/draws"] == stream.step
         assert (np.ptp(graded.accuracy, 1) == 1).all()
         assert graded.spent.rollouts == 8 * turns  # answers thrown away were paid for
-        again = rolled(desk)
+        again = rolled(desk, jax.random.fold_in(desk.room.key(0), 0))
         keep = [r for q in np.flatnonzero(np.ptp(again.accuracy, 1)) for r in (2 * q, 2 * q + 1)]
         assert graded.samples.texts[: len(keep)] == [again.samples.texts[r] for r in keep]
 

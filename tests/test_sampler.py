@@ -28,7 +28,8 @@ def cfg() -> Config:
 def params(cfg):
     """Random weights with logits wide enough that tokens differ."""
     tree = sharding.init(qwen25_vl.params(cfg), jax.random.key(0), jnp.float32)
-    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, tree)
+    tree["text"]["embed"] *= 4
+    return tree
 
 
 def prompts(cfg, rows=ROWS, shards=1):
