@@ -239,7 +239,7 @@ def _compiled_for_tpu(f, params, *inputs):
 
 
 @pytest.mark.slow
-def test_text_block_compiles_for_a_tpu_slice():
+def test_text_block_compiles_for_a_tpu_slice(no_cache):
     """3B's decoder block, packed rows of 1,000 tokens, forward and backward, on v5e:2x2 that this machine does not have."""
     pytest.importorskip("libtpu")
     t = dataclasses.replace(config.PRESETS["3b"].text, depth=1)
@@ -257,7 +257,7 @@ def test_text_block_compiles_for_a_tpu_slice():
 
 
 @pytest.mark.slow
-def test_vision_tower_compiles_for_a_tpu_slice():
+def test_vision_tower_compiles_for_a_tpu_slice(no_cache):
     """The released tower (head width 80) with a window block and a full block in one scan, under remat."""
     pytest.importorskip("libtpu")
     v = dataclasses.replace(config.PRESETS["3b"].vision, depth=2, full_blocks=(1,))
