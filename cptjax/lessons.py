@@ -89,7 +89,7 @@ class Tutor:
     def written(self, items: Sequence[Item]) -> list[list[Batch]]:
         """Conversations with their answers -> the micro-batches of one update."""
         rows = own_part(self.rt, self.batch, self.micro, fill=True)
-        parts = [items[p] for p in pieces(len(items), (self.micro or self.batch) // jax.process_count())]
+        parts = [items[p] for p in pieces(len(items), -(-(self.micro or self.batch) // jax.process_count()))]
         return [[answers(self.rt, [i.encoded for i in part], rows=rows, pack=self.pack) for part in parts]]
 
 

@@ -132,26 +132,18 @@ def make_steps(
     return Steps(jax.jit(begin), jax.jit(add, donate_argnums=0), jax.jit(finish, donate_argnums=0), jax.jit(step, donate_argnums=0))
 
 
-def state_shardings(optimizer: optim.Optimizer, params: Params, where: Params, mesh: Mesh) -> TrainState:
-    """Where the state lives: moments beside their parameters, everything else on every device."""
-    state = jax.eval_shape(optimizer.init, params)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    beside = {tuple(path): s for path, s in trainable.flatten(where).items()}
-    shapes = {path: p.shape for path, p in trainable.flatten(params).items()}
-
-    def find(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        tail = next((names[i:] for i in range(len(names)) if names[i:] in beside), None)
-        return beside[tail] if tail and shapes[tail] == leaf.shape else everywhere
-
-    return jax.tree_util.tree_map_with_path(find, state)
-
-
 def abstract_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> TrainState:
-    """Shapes, types and places of a fresh state around trained parameters, or around their shapes."""
-    where = state_shardings(optimizer, params, jax.tree.map(lambda p: p.sharding, params), mesh)
-    shapes = jax.eval_shape(optimizer.init, params)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    """The shapes and places of a fresh state: moments lie beside their parameters, all else on every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    beside = {tuple(path): p for path, p in trainable.flatten(params).items()}
+
+    def find(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+        like = next((beside[names[i:]] for i in range(len(names)) if names[i:] in beside), None)
+        where = like.sharding if like is not None and like.shape == leaf.shape else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
 
 
 def init_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> TrainState:
