@@ -31,14 +31,14 @@ ROWS = 2000  # training images of a stage
 TEST = 192
 
 
-def _tasks(styles, bias, world, **more):
+def _tasks(styles, bias):
     clean = ("facts", "arithmetic")
-    make = lambda f: dict(task="drawn", family=f, styles=styles, bias=0.0 if f in clean else bias, world=world, **more)
+    make = lambda f: dict(task="drawn", family=f, styles=styles, bias=0.0 if f in clean else bias, world=None)
     return {f: make(f) for f in (*TARGETS, *HELD_APART)}
 
 
-def _arm(base_method, lr, styles, world, **more):
-    return dict(method={**METHODS[base_method], **more.pop("method", {})}, train=dict(lr=lr), tasks=_tasks(styles, 0.0, world), **more)
+def _arm(base_method, lr, styles, **more):
+    return dict(method={**METHODS[base_method], **more.pop("method", {})}, train=dict(lr=lr), tasks=_tasks(styles, 0.0), **more)
 
 
 def get_config(arg="0"):
@@ -50,7 +50,7 @@ def get_config(arg="0"):
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
     c.mesh.update(data=1, fsdp=1, model=1)
     c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=ROWS, prefetch=4)
-    c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0, seed))
+    c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0))
     c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
     c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
     c.rollout.update(group=8, max_new_tokens=8, check_every=8)
@@ -62,17 +62,17 @@ def get_config(arg="0"):
     bare, style = {"": 1.0}, {"it is": 1.0}
     own = dict(method=dict(self_samples=4, refresh=max(2, steps * 2 // 5)))
     c.prestage = ConfigDict(dict(
-        name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55, seed),
+        name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55),
         method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=WEIGHTS),
         train=dict(lr=2e-3, schedule="wsd", warmup=0.05),
         eval=dict(before=False, tasks=TARGETS, general=(), limit=16 if short else 64, forced_prefix=False, drift=0),
     ))  # fmt: skip
     c.arms = ConfigDict(dict(
-        sft_bare=_arm("sft", 3e-4, bare, seed, **frozen),
-        sft_style=_arm("sft", 3e-4, style, seed, **frozen),
-        iterative=_arm("iterative_sft", 1e-4, bare, seed, **frozen, **own),
-        grpo=_arm("grpo", 1e-4, bare, seed, method=dict(kl_coef=0.0), **frozen),
-        joint=_arm("sft", 3e-4, bare, seed, method=dict(name="joint"), stages=(dict(task=TARGETS, steps=4 * steps),), **frozen),
+        sft_bare=_arm("sft", 3e-4, bare, **frozen),
+        sft_style=_arm("sft", 3e-4, style, **frozen),
+        iterative=_arm("iterative_sft", 1e-4, bare, **frozen, **own),
+        grpo=_arm("grpo", 1e-4, bare, method=dict(kl_coef=0.0), **frozen),
+        joint=_arm("sft", 3e-4, bare, method=dict(name="joint"), stages=(dict(task=TARGETS, steps=4 * steps),), **frozen),
     ))  # fmt: skip
     c.arms.grpo.train.batch = 16  # prompts: 16 x 8 answers are as many sequences as the other arms' 128
     return c

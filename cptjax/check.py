@@ -37,7 +37,7 @@ def run(config: ConfigDict, rows: int | None = None) -> list[Findings]:
     """Checks every run that a config describes and prints what it finds; more bad rows than allowed are a ValueError."""
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: a number of rows >= 1 is expected")
-    plans = [(name, single, settings.stages(single)) for name, single in runs(config)]
+    plans = [(name, single, settings.stages(single)) for name, single in (*settings.bases(config).items(), *settings.variants(config))]
     for each in (each for _, _, stages in plans for each in stages):
         stage.check(each)
     found = survey_all(plans, rows, config.rewards.timeout)
@@ -46,18 +46,6 @@ def run(config: ConfigDict, rows: int | None = None) -> list[Findings]:
             show_stage(name, single, each, [found[key(single, r)] for r in survey.trained(each)])
     refuse(list(found.values()))
     return list(found.values())
-
-
-def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """(name, config) of the pre-stage, if there is one, and of every arm, seed and order."""
-    own = settings.merge(config, {})
-    with own.unlocked():
-        own.prestage = ConfigDict()
-    before = settings.merge(own, config.prestage.to_dict(), "config.prestage") if len(config.prestage) else None
-    if before:
-        with before.unlocked():
-            before.arms = ConfigDict()
-    return [("base", before)] * bool(before) + settings.variants(own)
 
 
 def key(config: ConfigDict, reading: survey.Reading) -> tuple:

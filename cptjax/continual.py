@@ -23,9 +23,9 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
     """
     workdir = Path(workdir)
     check(config)
-    if len(config.prestage):
-        config = with_base(config, workdir)
-    found = settings.variants(config)
+    for sub, base in settings.bases(config).items():
+        make_base(base, workdir / sub)
+    found = settings.variants(config, workdir)
     matrices = [one(single, workdir / sub) for sub, single in found]
     if len(found) > 1 and multihost.first():
         report.write([workdir], workdir / "report.html")
@@ -34,8 +34,7 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
 
 def check(config: ConfigDict) -> None:
     """Everything that can be refused before anything is loaded."""
-    before = [base_config(config)] if len(config.prestage) else []
-    for single in (*before, *(c for _, c in settings.variants(config))):
+    for single in (*settings.bases(config).values(), *(c for _, c in settings.variants(config))):
         settings.check(single)
         for each in settings.stages(single):
             stage.check(each)
@@ -46,22 +45,11 @@ def stacked(matrices: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(m, [(0, n - s) for n, s in zip(shape, m.shape, strict=True)], constant_values=np.nan) for m in matrices])
 
 
-def base_config(config: ConfigDict) -> ConfigDict:
-    """The run that makes the base model."""
-    if config.seeds:
-        raise ValueError("config.prestage with config.seeds: run one seed a workdir, since each seed makes its own base model")
-    plain = settings.merge(config, {"prestage": {}, "arms": {}, "seeds": (), "orders": ()})
-    return settings.merge(plain, config.prestage.to_dict(), "config.prestage")
-
-
-def with_base(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config on top of the base model that its pre-stage makes; made once, kept in `base/`."""
-    folder = (workdir / "base").absolute()
-    base = base_config(config)
-    refuse_change(base, folder)
+def make_base(config: ConfigDict, folder: Path) -> None:
+    """The base model of a pre-stage, in `hf/`; made once."""
+    refuse_change(config, folder)
     if not (folder / "hf" / "config.json").is_file():
-        one(base, folder, export=folder / "hf")
-    return settings.merge(config, {"prestage": {}, "model": {"path": str(folder / "hf")}})
+        one(config, folder, export=folder / "hf")
 
 
 def one(config: ConfigDict, workdir: Path, export: Path | None = None) -> np.ndarray:

@@ -37,16 +37,13 @@ def run(
 
 def chosen(config: ConfigDict, workdir: Path) -> ConfigDict:
     """The one run of the config that the workdir belongs to, on the base model that its pre-stage made."""
-    found = settings.variants(settings.merge(config, {"prestage": {}}))
-    fitting = [(sub, c) for sub, c in found if workdir.absolute().parts[-len(Path(sub).parts) :] == Path(sub).parts or not sub]
-    if len(fitting) != 1:
-        subs = ", ".join(sub for sub, _ in found)
-        raise ValueError(f"the config describes {len(found)} runs; expected --workdir to end with one of {subs}")
-    sub, single = fitting[0]
-    if not len(config.prestage):
-        return single
-    root = workdir.absolute().parents[len(Path(sub).parts) - 1] if sub else workdir.absolute()
-    return settings.merge(single, {"model": {"path": str(root / "base" / "hf")}})
+    found = settings.variants(config)
+    subs = [sub for sub, _ in found if workdir.absolute().parts[-len(Path(sub).parts) :] == Path(sub).parts or not sub]
+    if len(subs) != 1:
+        names = ", ".join(sub for sub, _ in found)
+        raise ValueError(f"the config describes {len(found)} runs; expected --workdir to end with one of {names}")
+    root = workdir.absolute().parents[len(Path(subs[0]).parts) - 1] if subs[0] else workdir.absolute()
+    return dict(settings.variants(config, root))[subs[0]]
 
 
 def newest(current: Run) -> int:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -150,11 +151,34 @@ def _paths(tree: Mapping, before: str = "") -> list[str]:
     return [n for key, v in tree.items() for n in (_paths(v, f"{key}.") if deeper(v) else [f"{before}{key}"])]
 
 
-def variants(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """(sub-folder, config) of every run that a config describes: arms x seeds x orders; one run has no sub-folder."""
+def variants(config: ConfigDict, root: Path | None = None) -> list[tuple[str, ConfigDict]]:
+    """(sub-folder, config) of every run that a config describes: arms x seeds x orders; one run has no sub-folder.
+
+    With the workdir as `root` each stands on the base model that its pre-stage makes there.
+    """
     arms = config.arms.to_dict()
     runs = [("", config)] if not arms else [(name, merge(config, changes, f"config.arms.{name}")) for name, changes in arms.items()]
-    return [(f"{arm}/{sub}".strip("/"), one) for arm, c in runs for sub, one in _repeats(c)]
+    return [(f"{arm}/{sub}".strip("/"), _on_base(one, root, config)) for arm, c in runs for sub, one in _repeats(c)]
+
+
+def bases(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Sub-folder -> config of the runs that make the base models: none without a pre-stage, else one, or one a seed."""
+    if not len(config.prestage):
+        return {}
+    plain = merge(config, {"prestage": {}, "arms": {}, "seeds": (), "orders": ()})
+    seeds = config.seeds or (config.seed,)
+    return {_base(config, s): merge(merge(plain, {"seed": s}), config.prestage.to_dict(), "config.prestage") for s in seeds}
+
+
+def _base(config: ConfigDict, seed: int) -> str:
+    return f"base/seed{seed}" if config.seeds else "base"
+
+
+def _on_base(single: ConfigDict, root: Path | None, config: ConfigDict) -> ConfigDict:
+    if not len(config.prestage):
+        return single
+    made = {} if root is None else {"model": {"path": str(root.absolute() / _base(config, single.seed) / "hf")}}
+    return merge(single, {"prestage": {}} | made)
 
 
 def _repeats(config: ConfigDict) -> list[tuple[str, ConfigDict]]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import cptjax
 from cptjax import continual, reexam
+from cptjax.report import read
 
 QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
 
@@ -120,6 +121,19 @@ def test_a_prestage_makes_the_base_once(tmp_path):
     with pytest.raises(ValueError, match="expected one of steps=N and epochs=N"):
         continual.run(c, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_each_seed_stands_on_a_base_of_its_own(tmp_path):
+    pre = {"stages": ({"task": "facts", "steps": 1},), "eval": {"before": False}}
+    c, found = go(tmp_path, prestage=pre, seeds=(3, 5), stages=({"task": "digit", "steps": 1},))
+    assert found.shape == (2, 2, 1)
+    own = [tmp_path / "base" / f"seed{s}" / "hf" for s in (3, 5)]
+    assert own[0].joinpath("model.safetensors").read_bytes() != own[1].joinpath("model.safetensors").read_bytes()
+    for seed, path in zip((3, 5), own, strict=True):
+        config = json.loads((tmp_path / f"seed{seed}" / "config.json").read_text())
+        assert config["seed"] == seed and config["model"]["path"] == str(path)
+        assert reexam.chosen(c, tmp_path / f"seed{seed}").model.path == str(path)
+    assert [(a.label, len(a.runs)) for a in read.arms([tmp_path])] == [(tmp_path.name, 2)]  # the bases are no arms
 
 
 def test_the_optimiser_goes_on_where_asked(tmp_path):

@@ -1,4 +1,4 @@
-"""Learning itself: from one base that is half right, every RL arm raises the accuracy on new pictures; a negated reward lowers it."""
+"""From one base that is half right, every RL arm raises the accuracy on new pictures within a minute; a negated reward lowers it."""
 
 import time
 
@@ -12,7 +12,7 @@ from cptjax.runtime import PRESETS
 from cptjax.tasks.synthetic import styled_exact
 
 ARMS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "remax", "reinforce", "reinforce01", "reinforce_pp")
-POINTS = 0.15
+POINTS, SECONDS = 0.15, 60
 # GSPO's published clips suit answers of a thousand tokens: over three tokens they would stop it at once
 OWN = {"gspo": dict(clip_low=0.2, clip_high=0.3), "dapo": dict(overlong=0, online_filter=dict(lo=0.0, hi=1.0, max_refills=40))}
 STEPS = {"dapo": 8}  # each of mixed groups alone
@@ -49,12 +49,13 @@ def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
         score = lambda: sum(r.score for r in exams.take(run, 0, "true", "", 128, False, "").records) / 128
         learning.learn(run, run.stages[0], None)
         start, before = jax.device_get(run.params), score()
-        reached, began = {}, time.perf_counter()
+        reached, took = {}, {}
         for which, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
-            run.params = jax.device_put(start)
+            run.params, began = jax.device_put(start), time.perf_counter()
             learning.learn(run, which, None)
-            reached[name] = round(score(), 3)
-        print(f"base {before:.3f}, then {reached} in {time.perf_counter() - began:.0f} s")
+            reached[name], took[name] = round(score(), 3), round(time.perf_counter() - began)
+        print(f"base {before:.3f}, then {reached} in {took} s")
     assert 0.3 < before < 0.75
     assert reached.pop("negated") < before - POINTS
     assert min(reached.values()) >= before + POINTS, (before, reached)
+    assert max(took.values()) < SECONDS, took  # compilation and evaluation included

@@ -127,6 +127,8 @@ def test_facts_are_one_table_and_sums_are_right():
     for split in ("train", "test"):
         block = draw(Spec("facts"), split, 0, 0, 100)
         assert all(facts()[question.split()[2]] == answer for question, answer in zip(block.questions, block.answers, strict=True))
+    mine = [make(family="facts", world=world).load("train", limit=9, seed=3)[8].answer for world in (None, 3, 0)]
+    assert mine[0] == mine[1]  # None: the run's seed
     asked = {}
     for level in (1, 2, 3):
         for split in ("train", "test"):

@@ -29,7 +29,7 @@ class Spec:
     noise: float = 18.0  # standard deviation, of 255
     styles: tuple[tuple[str, float], ...] = (("", 1.0),)
     bias: float = 0.0
-    world: int = 0  # which facts are true and which classes are biased
+    world: int | None = 0  # which facts are true and which classes are biased; None = the seed
 
     @property
     def has_image(self) -> bool:

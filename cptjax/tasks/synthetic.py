@@ -5,10 +5,11 @@ Levels 1-3 add distractors, cells or digits, or weaken the cue; facts have one l
 on nothing else. No image is in two splits (`drawing.add_noise`), nor is a sum of arithmetic from level 2 on; facts and
 single-digit sums are *knowledge*, one table that every split asks about.
 
-Two settings make a base model to post-train on, as a real one is: it answers in its own words and is wrong in a steady way.
+Three settings make a base model to post-train on, as a real one is: it answers in its own words and is wrong in a steady way.
 
     styles   how `target` words an answer: {"it is": 0.4, "answer :": 0.3, "i think": 0.3}; "" is the bare answer
     bias     a random half of the classes has its label replaced by one fixed wrong class with this probability
+    world    a number: which facts are true and which classes are biased; None = the run's seed
 
 `answer` is always the truth; `target` holds the styled, perhaps biased label, and meta says which.
 """
@@ -121,6 +122,7 @@ def load(name: str, spec: Spec, split: str, root: str = "", limit: int | None = 
     """Returns the first `limit` examples of a split; there is nothing to read, so `root` is not needed."""
     if split not in SPLITS:
         raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(SPLITS)}")
+    spec = dataclasses.replace(spec, world=seed) if spec.world is None else spec
     return Drawn(name, spec, split, seed, SIZES[split] if limit is None else limit)
 
 
@@ -138,10 +140,10 @@ def make(
     noise: float = 18.0,
     styles: Mapping[str, float] | None = None,
     bias: float = 0.0,
-    world: int = 0,
+    world: int | None = 0,
     **fields: Any,
 ) -> Task:
-    """Makes a drawn task; see the module's docstring for `styles` and `bias`."""
+    """Makes a drawn task; see the module's docstring for `styles`, `bias` and `world`."""
     if family not in FAMILIES:
         raise ValueError(f"drawn task: no family {family!r}; there are {', '.join(FAMILIES)}{nearest(family, FAMILIES)}")
     if level not in ((1,) if family == "facts" else (1, 2, 3)) or not 0 <= bias <= 1:
