@@ -93,8 +93,9 @@ def attend_shared(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_
 
 
 def attend_cached(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, seen: Array) -> Array:
-    """One query [Q G N H] of each response over the shared prompt [Q K P H] and its own past [Q G K R H]; the prompt is never copied.
+    """One query [Q G N H] of each response over the shared prompt and its own past; the prompt is never copied.
 
+    Keys [Q K H P] and [Q G K H R], values [Q K P H] and [Q G K R H]: both products read a head in the order in which it lies.
     prompt_mask [Q P], seen [Q R]. Two partial softmaxes under one common maximum.
     """
     nq, g, n, h = q.shape
@@ -103,8 +104,8 @@ def attend_cached(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_
     # All of a group's queries of one head are one matrix: only queries, maxima, sums and results are turned, never scores.
     together = lambda x: jnp.swapaxes(x, 1, 2).reshape(nq, kv, g * m, -1)
     apart = lambda x: jnp.swapaxes(x.reshape(nq, kv, g, m, -1), 1, 2)
-    shared = jnp.einsum("qkxh,qkph->qkxp", together(q), prompt_k, preferred_element_type=jnp.float32) * h**-0.5
-    own = jnp.einsum("qgkmh,qgkrh->qgkmr", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
+    shared = jnp.einsum("qkxh,qkhp->qkxp", together(q), prompt_k, preferred_element_type=jnp.float32) * h**-0.5
+    own = jnp.einsum("qgkmh,qgkhr->qgkmr", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
     shared = jnp.where(prompt_mask[:, None, None], shared, MASKED)
     own = jnp.where(seen[:, None, None, None], own, MASKED)
     top = jnp.maximum(apart(jnp.max(shared, -1)), jnp.max(own, -1, keepdims=True))

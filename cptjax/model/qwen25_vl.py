@@ -14,16 +14,13 @@ from cptjax.types import Array, Params, Prompts
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values, of the shared prompts and of each response's own tokens; with unstacked weights a tuple of one array per layer.
+    """Keys and values, of the shared prompts and of each response's own tokens; with unstacked weights a tuple of one array per layer."""
 
-    Heads stand before tokens, so that both products of attention read a head's keys and values in one piece.
-    """
-
-    prompt_k: Array | tuple[Array, ...]  # [L Q K P H] | L x [Q K P H]
-    prompt_v: Array | tuple[Array, ...]
+    prompt_k: Array | tuple[Array, ...]  # [L Q K H P] | L x [Q K H P]
+    prompt_v: Array | tuple[Array, ...]  # [L Q K P H] | L x [Q K P H]
     prompt_mask: Array  # [Q P]
-    own_k: Array | tuple[Array, ...]  # [L Q G K R H] | L x [Q G K R H]
-    own_v: Array | tuple[Array, ...]
+    own_k: Array | tuple[Array, ...]  # [L Q G K H R] | L x [Q G K H R]
+    own_v: Array | tuple[Array, ...]  # [L Q G K R H] | L x [Q G K R H]
 
 
 def params(cfg: Config) -> Params:
@@ -88,14 +85,16 @@ def prefill_embedded(p: Params, x: Array, positions: Array, segments: Array, cfg
 def new_cache(keys: Any, values: Any, segments: Array, group: int, new: int, cfg: Config) -> Cache:
     """The cache of prompts whose keys and values `prefill` returned, with room for `new` tokens of each response."""
     place = lambda x, *axes: constrain(x, *((None,) * (x.ndim - len(axes))), *axes)
-    turn = lambda x: place(jnp.swapaxes(x, -2, -3), "batch", kv_axis(cfg), None, None)
-    prompt_k, prompt_v = (jax.tree.map(turn, x) for x in (keys, values))
+    turn = lambda x, *order: place(jnp.moveaxis(x, (-3, -2, -1), order), "batch", kv_axis(cfg), None, None)  # of [.. P K H]
+    prompt_k, prompt_v = jax.tree.map(lambda x: turn(x, -1, -3, -2), keys), jax.tree.map(lambda x: turn(x, -2, -3, -1), values)
 
-    def own(x):
-        *layer, q, kv, _, h = x.shape
-        return place(jnp.zeros((*layer, q, group, kv, new, h), x.dtype), "batch", None, kv_axis(cfg), None, None)
+    def own(x, *tail):
+        *layer, q, kv = x.shape[:-2]
+        return place(jnp.zeros((*layer, q, group, kv, *tail), x.dtype), "batch", None, kv_axis(cfg), None, None)
 
-    return Cache(prompt_k, prompt_v, segments > 0, *(jax.tree.map(own, x) for x in (prompt_k, prompt_v)))
+    h = cfg.text.head_dim
+    own_k, own_v = jax.tree.map(lambda x: own(x, h, new), prompt_k), jax.tree.map(lambda x: own(x, new, h), prompt_v)
+    return Cache(prompt_k, prompt_v, segments > 0, own_k, own_v)
 
 
 def kv_axis(cfg: Config) -> str | None:
@@ -120,7 +119,7 @@ def decode_step(
 
     def layer(x, weights, prompt_k, prompt_v, own_k, own_v, i):
         def attend(q, k, v):
-            keys, values = _store(own_k, k, i, at), _store(own_v, v, i, at)
+            keys, values = _store(own_k, k, i, at, -1), _store(own_v, v, i, at, -2)
             mine = (lambda c: c) if i is None else (lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False))
             out = attention.attend_cached(q, prompt_k, prompt_v, mine(keys), mine(values), cache.prompt_mask, seen)
             return out, (keys, values)
@@ -147,11 +146,13 @@ def decode_step(
     return text.rms_norm(x, p["text"]["norm"], cfg.text.norm_eps), cache.replace(own_k=own_k, own_v=own_v)
 
 
-def _store(cache: Array, new: Array, layer: Array | None, at: Array) -> Array:
-    """Write new [Q G K H] into column `at` of [Q G K R H], or of layer `layer` of [L Q G K R H]."""
-    new, start = new[:, :, :, None].astype(cache.dtype), (0, 0, 0, at, 0)
+def _store(cache: Array, new: Array, layer: Array | None, at: Array, tokens: int) -> Array:
+    """Write new [Q G K H] into column `at` of axis `tokens` of [Q G K . .], or of layer `layer` of [L Q G K . .]."""
+    new = jnp.expand_dims(new, tokens).astype(cache.dtype)
+    start = [0] * cache.ndim
+    start[tokens] = at
     if layer is not None:
-        new, start = new[None], (layer, *start)
+        new, start[0] = new[None], layer
     return jax.lax.dynamic_update_slice(cache, new, start)
 
 
