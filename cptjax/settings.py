@@ -120,6 +120,12 @@ def examined(config: ConfigDict, run: Sequence[Stage]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def templates(config: ConfigDict, run: Sequence[Stage], task: str) -> tuple[str, ...]:
+    """The templates that a task is evaluated under: `eval.templates`, else the one that it was last trained with, else the run's."""
+    trained = [each.config.data.template for each in run if task in each.tasks]
+    return tuple(config.eval.templates) or tuple([config.data.template, *trained][-1:])
+
+
 def stages(config: ConfigDict) -> list[Stage]:
     """The run's stages, each with its own resolved config."""
     if not config.stages:
