@@ -82,7 +82,7 @@ def test_names_are_looked_up_when_used():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda m: cptjax.load("nowhere"), "nowhere is neither a folder nor a preset"),
+        (lambda m: cptjax.load("nowhere"), "nowhere is neither a folder nor a hub id .*presets are 3b"),
         (lambda m: cptjax.load("tiny", dtype="float8"), "dtype='float8'; expected one of float32, bfloat16"),
         (lambda m: cptjax.generate(m, []), "expected a list of conversations"),
         (lambda m: cptjax.generate(m, TALKS[0]), "expected a list of conversations"),
