@@ -66,6 +66,8 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
         raise ValueError(f"{folder} has checkpoints but no config.json; expected a workdir of launch/train.py")
     config = ConfigDict(json.loads((folder / "config.json").read_text()))
     settings = config.model
+    if len(config.prestage):
+        settings.path = str(folder / settings.path)
     cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh)
     cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
     words = processor.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
