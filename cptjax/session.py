@@ -41,6 +41,10 @@ class Sigterm:
         if not self.waits:
             self.leave("outside of training")
 
+    def agreed(self) -> bool:
+        """Whether it came to any process; all ask at the same place."""
+        return any(multihost.gather(self.came))
+
     def leave(self, where: str) -> None:
         console.say(f"stopped by SIGTERM {where}; run the same command again to go on")
         raise Preempted

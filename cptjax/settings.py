@@ -241,11 +241,12 @@ def recorded(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return out
 
 
-def fingerprint(config: ConfigDict) -> str:
-    """A hash of everything that decides a run's results; a pre-stage stands for the path of the model that it made."""
-    kept = {k: v for k, v in plain(config).items() if k not in UNHASHED}
-    if kept["prestage"]:
-        kept["model"]["path"] = ""
+def fingerprint(config: ConfigDict, sections: Sequence[str] = ()) -> str:
+    """A hash of what decides a run's results, or of some sections; a pre-stage stands for the path of the model that it made."""
+    whole = plain(config)
+    if whole["prestage"]:
+        whole["model"]["path"] = ""
+    kept = {k: v for k, v in whole.items() if (k in sections if sections else k not in UNHASHED)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
