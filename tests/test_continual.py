@@ -12,6 +12,7 @@ from alone import devices  # noqa: F401
 from ml_collections import ConfigDict
 
 import cptjax
+from configs import demo
 from cptjax import continual, reexam, settings
 from cptjax.report import read
 
@@ -135,12 +136,12 @@ ARMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ends", ["after the base", "in the export", "between the arms", "before the report"])
+@pytest.mark.parametrize("ends", ["after the base", "in the export", "between the arms", "at the last summary"])
 def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
     """SIGTERM is heard outside of runs too, and the same command goes on to the same files."""
     places = {
-        "after the base": (settings, "variants", 3), "in the export": (continual.convert, "save", 1),
-        "between the arms": (continual, "open_run", 3), "before the report": (continual, "finish", 3),
+        "after the base": (settings, "variants", 2), "in the export": (continual.convert, "save", 1),
+        "between the arms": (continual, "open_run", 3), "at the last summary": (continual, "finish", 3),
     }  # fmt: skip
     c, whole = go(tmp_path / "whole", **ARMS)
     module, name, count = places[ends]
@@ -152,11 +153,10 @@ def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
             os.kill(os.getpid(), signal.SIGTERM)
         return before(*args, **more)
 
-    monkeypatch.setattr(module, name, stopped)
-    with pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
+        patched.setattr(module, name, stopped)
         continual.run(c, tmp_path / "run")
     assert end.value.code == 0 and not (tmp_path / "run" / "report.html").exists() and len(calls) == count
-    monkeypatch.undo()
     assert np.array_equal(continual.run(c, tmp_path / "run"), whole)
     for sub in ("base", "a", "b"):
         runs.same(runs.state(tmp_path / "whole" / sub), runs.state(tmp_path / "run" / sub))
@@ -168,12 +168,8 @@ def test_drift_counts_the_rows_that_were_asked_for(tmp_path, devices):  # noqa: 
     found = {}
     for count in (1, 2, 8):
         devices(count)
-        go(
-            tmp_path / str(count),
-            stages=({"task": "digit", "steps": 2},),
-            train={"batch": 8},
-            eval={"drift": 3, **QUICK["eval"], "batch": 8},
-        )
+        small = {"train": {"batch": 8}, "eval": {"drift": 3, "limit": 4, "batch": 8}}
+        go(tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small)
         found[count] = [(r["stage"], r["n"], float(r["value"])) for r in runs.evals(tmp_path / str(count)) if r["metric"] == "kl_base"]
     assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
     for count in (2, 8):
@@ -226,6 +222,18 @@ def test_evaluating_again(tmp_path):
         with pytest.raises(ValueError, match=message):
             reexam.run(c, tmp_path, **arguments)
     assert reexam.table(added).splitlines()[0].split() == list(reexam.SHOWN)
+
+
+@pytest.mark.slow
+def test_the_demo_in_short(tmp_path):
+    """All five arms on the base that the pre-stage makes, and the report over them."""
+    matrices = continual.run(demo.get_config("0,short"), tmp_path)
+    assert matrices.shape == (5, 5, 4) and np.isfinite(matrices[:, -1]).any()
+    arms = ["grpo", "iterative", "joint", "sft_bare", "sft_style"]
+    assert all(json.loads((tmp_path / arm / "summary.json").read_text())["finished"] for arm in arms)
+    assert sorted(a.label for a in read.arms([tmp_path])) == arms
+    page = (tmp_path / "report.html").read_text()
+    assert all(arm in page for arm in arms)
 
 
 def test_a_mistake_is_told_before_anything_is_made(tmp_path):
