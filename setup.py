@@ -20,6 +20,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "transformers>=5.0",
+        "huggingface-hub",
         "datasets>=4.0",
         "grain>=0.2.18",
         "cloudpickle",

@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
         before=True,  # evaluate the base model (row 0)
         batch=64,
         max_new_tokens=256, temperature=0.0,
-        templates=(),  # () = the training template; several = one row of evals.csv each
+        templates=(),  # () = each task's last training template, else data.template; several = one row of evals.csv each
         forced_prefix=False,  # also score with the expected prefix forced (format apart from knowledge)
         drift=0,  # prompts per task for KL(base || now); 0 = off
     ))  # fmt: skip

@@ -39,7 +39,7 @@ def load(
     path: str | Path, mesh: Mesh | None = None, dtype: str = "bfloat16", *, stage: int | None = None,
     min_pixels: int | None = None, max_pixels: int | None = None, seed: int = 0,
 ) -> Model:  # fmt: skip
-    """The model of a Hugging Face folder, of a finished `stage` of a run's workdir (the last one by default), or a random one of a preset.
+    """The model of a Hugging Face folder or hub id, of a run's workdir (its last finished stage, or `stage`), or a random one of a preset.
 
     Without a mesh, the weights are cut over all devices.
     """
@@ -49,9 +49,7 @@ def load(
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
         return _of_workdir(folder, mesh, dtype, stage)
-    if not folder.is_dir() and str(path) not in PRESETS:
-        raise ValueError(f"{path} is neither a folder nor a preset ({', '.join(PRESETS)})")
-    source = folder if folder.is_dir() else None
+    source = None if str(path) in PRESETS and not folder.is_dir() else path
     cfg = _for_inference(read(source) if source else PRESETS[str(path)], mesh)
     words = processor.load(source, cfg, min_pixels, max_pixels)
     if source:
@@ -68,6 +66,8 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
         raise ValueError(f"{folder} has checkpoints but no config.json; expected a workdir of launch/train.py")
     config = ConfigDict(json.loads((folder / "config.json").read_text()))
     settings = config.model
+    if len(config.prestage):
+        settings.path = str(folder / settings.path)
     cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh)
     cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
     words = processor.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)

@@ -4,10 +4,11 @@ A checkpoint is some named trees of arrays and a JSON `progress`; Orbax renames 
 the previous one. Numbers sort in time: stage * STAGE + step. One that can not be read is moved to `damaged/`.
 """
 
+import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ import orbax.checkpoint as ocp
 from cptjax import console, multihost
 
 STAGE = 10**9  # more steps than any stage has
+NO_DAMAGE = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)  # not the files' fault
 KINDS = ("steps", "stages")
 
 
@@ -30,6 +37,10 @@ logging.getLogger("absl").addFilter(_worth_telling)
 
 class Refused(ValueError):
     """A readable checkpoint that must not be used, such as one of another config: never skipped over."""
+
+
+class Damaged(ValueError):
+    """A checkpoint whose files are missing, cut or spoilt."""
 
 
 class Checkpoints:
@@ -57,9 +68,10 @@ class Checkpoints:
         if number in manager.all_steps():  # a resumed run stands where this one was saved
             return
         parts = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        about = progress | {"trees": {name: shapes(tree) for name, tree in trees.items()}}
         self._room(trees)
         with self._writing():
-            manager.save(number, args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(progress)), force=True)
+            manager.save(number, args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(about)), force=True)
         self.saved = time.monotonic()
 
     def wait(self) -> None:
@@ -87,12 +99,15 @@ class Checkpoints:
 
     def progress(self, kind: str, stage: int, step: int) -> dict:
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return self.managers[kind].restore(stage * STAGE + step, args=args)["progress"]
+        with _reading():
+            return self.managers[kind].restore(stage * STAGE + step, args=args)["progress"]
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """The trees that `like` names, on its shardings and types (trees of ShapeDtypeStruct): any mesh, any device count."""
+        refuse_other(self.progress(kind, stage, step)["trees"], like, f"checkpoint {kind} of stage {stage}, step {step}")
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
-        return dict(self.managers[kind].restore(stage * STAGE + step, args=args).items())
+        with _reading():
+            return dict(self.managers[kind].restore(stage * STAGE + step, args=args).items())
 
     def stage_end(self, stage: int) -> int:
         """The step at which a stage ended."""
@@ -144,16 +159,40 @@ class Checkpoints:
                 manager.close()
 
 
+def shapes(tree: Any) -> dict[str, list[int]]:
+    """The shape of every array of a tree by its path."""
+    return {jax.tree_util.keystr(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def refuse_other(saved: Mapping[str, dict[str, list[int]]], like: Mapping[str, Any], where: str) -> None:
+    """A checkpoint of another model or optimiser is whole; it only does not fit."""
+    for name, tree in like.items():
+        there, here = saved.get(name, {}), shapes(tree)
+        other = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+        if other:
+            first = f"{name}{other[0]} has shape {there.get(other[0], 'none')} there, {here.get(other[0], 'none')} by the config"
+            raise Refused(f"{where} does not fit: {first} ({len(other)} arrays differ); change the config back, or use another --workdir")
+
+
 def _attempt(read: Callable[[str, int, int], Any], kind: str, stage: int, step: int) -> tuple[Any, str]:
-    """(what was read, "") or (None, what is wrong)."""
+    """(what was read, "") or (None, what is damaged)."""
     try:
         return read(kind, stage, step), ""
-    except (Refused, MemoryError):
+    except Damaged as error:
+        return None, str(error)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Tells damage from what is no fault of the files."""
+    try:
+        yield
+    except (MemoryError, PermissionError):
         raise
     except Exception as error:  # a damaged file shows itself in many ways: of JSON, of the array store, of a missing folder
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if any(word in str(error) for word in NO_DAMAGE):
             raise
-        return None, _line(error)
+        raise Damaged(_line(error)) from error
 
 
 def _line(error: BaseException) -> str:

@@ -39,6 +39,7 @@ class Classroom:
     workdir: Path
     reference: Params | None  # of the KL term
     teacher: Teacher | None
+    stopping: Callable[[], bool] = bool  # whether the run is to end before long work is begun
 
     @property
     def config(self) -> Any:

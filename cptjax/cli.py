@@ -10,6 +10,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cptjax import settings
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,6 +50,7 @@ def main(fn: Callable[[], None]) -> None:
         try:
             if argv[1:]:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value, see --help")
+            refuse_idle(flags.FLAGS["config"].value if "config" in flags.FLAGS else None, sys.argv[1:])
             fn()
         except (ValueError, OSError) as error:
             _leave(error)
@@ -61,6 +64,24 @@ def main(fn: Callable[[], None]) -> None:
             _leave(_explained(error, argv))
 
     app.run(run, flags_parser=parse)
+
+
+def refuse_idle(config: Any, argv: list[str]) -> None:
+    """A setting of the command line that every arm, the pre-stage or every stage sets again would change nothing."""
+    given = [a[len("--config.") :].split("=")[0].split(".") for a in argv if a.startswith("--config.")]
+    for path in [p for p in given if p[0] not in settings.TOP]:
+        runs = [*settings.bases(config).values(), *(one for _, one in settings.variants(config))]
+        if all(_at(each.config, path) != _at(config, path) for one in runs for each in settings.stages(one)):
+            name = ".".join(path)
+            hint = next((f"; set --config.arms.{arm}.{name}" for arm in config.arms if _at(config.arms[arm], path) is not None), "")
+            raise ValueError(f"--config.{name} changes nothing, since every run of the config sets it itself{hint}")
+
+
+def _at(config: Any, path: list[str]) -> Any:
+    """The value at a dotted name; None = there is none."""
+    for key in path:
+        config = config[key] if hasattr(config, "keys") and key in config else None
+    return config
 
 
 def _last_line(error: Exception) -> str:

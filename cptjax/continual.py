@@ -11,9 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax import console, exams, learning, multihost, report, settings, stage, summary
+from cptjax.checkpoint import Refused
 from cptjax.model import convert
 from cptjax.resume import resume
-from cptjax.session import Run, Sigterm, open_run, refuse_change
+from cptjax.session import Run, Sigterm, open_run, sign
+from cptjax.workdir import changes, listed, local, locked
 
 
 def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
@@ -21,14 +23,16 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
 
     Several runs (arms, seeds, orders) are stacked, [run, stage, task], padded with NaN to the largest of them.
     """
-    workdir = Path(workdir)
+    workdir = local(workdir)
     check(config)
-    for sub, base in settings.bases(config).items():
-        make_base(base, workdir / sub)
-    found = settings.variants(config, workdir)
-    matrices = [one(single, workdir / sub) for sub, single in found]
-    if len(found) > 1 and multihost.first():
-        report.write([workdir], workdir / "report.html")
+    sigterm = Sigterm()
+    with listening(sigterm), full_disk_told(workdir), locked(workdir):
+        for sub, base in settings.bases(config).items():
+            make_base(base, workdir / sub, sigterm)
+        found = settings.variants(config, workdir)
+        matrices = [one(single, workdir / sub, sigterm) for sub, single in found]
+        if len(found) > 1 and multihost.first():
+            report.write([workdir], workdir / "report.html")
     return matrices[0] if len(found) == 1 else stacked(matrices)
 
 
@@ -45,18 +49,21 @@ def stacked(matrices: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(m, [(0, n - s) for n, s in zip(shape, m.shape, strict=True)], constant_values=np.nan) for m in matrices])
 
 
-def make_base(config: ConfigDict, folder: Path) -> None:
-    """The base model of a pre-stage, in `hf/`; made once."""
-    refuse_change(config, folder)
+def make_base(config: ConfigDict, folder: Path, sigterm: Sigterm) -> None:
+    """The base model of a pre-stage, in `hf/`; made once, and never another under the runs that stand on it."""
     if not (folder / "hf" / "config.json").is_file():
-        one(config, folder, export=folder / "hf")
+        one(config, folder, sigterm, export=folder / "hf")
+        return
+    changed = [line for line in changes(config, folder) if not line.startswith(("eval.", "name:"))]
+    if changed:
+        raise Refused(f"{folder / 'hf'} was made with another config: {listed(changed)}. Runs stand on it; use another --workdir")
 
 
-def one(config: ConfigDict, workdir: Path, export: Path | None = None) -> np.ndarray:
+def one(config: ConfigDict, workdir: Path, sigterm: Sigterm, export: Path | None = None) -> np.ndarray:
     """One run to its end; `export` gets the last model as a Hugging Face folder."""
-    sigterm = Sigterm()
-    with listening(sigterm), full_disk_told(workdir), contextlib.closing(open_run(config, workdir, sigterm)) as current:
+    with contextlib.closing(open_run(config, workdir, sigterm)) as current:
         place = resume(current)
+        sign(current)
         for number in range(place.stage, len(current.stages) + 1):
             if number and not place.finished(number):
                 learning.learn(current, current.stages[number - 1], place if place.stage == number else None)

@@ -15,6 +15,7 @@ import numpy as np
 from cptjax import console, lessons, metrics, multihost
 from cptjax.batches import pieces
 from cptjax.classroom import Classroom, prepare
+from cptjax.drafts import Drafts
 from cptjax.lessons import Item, Spent, correct
 from cptjax.types import Params
 
@@ -61,21 +62,23 @@ def _read(path: Path) -> list[Pair]:
 def _corpus_of(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[Pair], Spent]:
     """A window's answers, and what drawing them cost; drawn now, or found as a killed run left them."""
     path = room.workdir / "corpus" / f"stage{room.stage.number}_step{start}.jsonl"
-    if not multihost.gather(path.exists())[0]:
+    drafts = Drafts(path, room.stage, room.tutor.rt.mesh, room.stopping)
+    if not drafts.made():
         foreign = room.config.method.source == "corpus"
-        pairs, spent = (_foreign(room), Spent()) if foreign else _own(room, params, start, steps)
+        pairs, spent = (_foreign(room), Spent()) if foreign else _own(room, params, start, steps, drafts)
         total = sum(multihost.gather(spent), Spent())
         if multihost.first():
-            lessons.write_cost(path, total)
+            lessons.write_cost(path, total, drafts.mark)
             lines = [{"source": s, "row": r, "id": room.sources[s][r].id, "response": text} for s, r, text in pairs]
             metrics.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         multihost.gather(True)  # nobody reads before it is written
+        drafts.clear()
         _read.cache_clear()
     # the file tells the cost of all processes, and a step adds up its processes' costs
     return _read(path), lessons.read_cost(path)[0] if multihost.first() else Spent()
 
 
-def _own(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[Pair], Spent]:
+def _own(room: Classroom, params: Params, start: int, steps: int, drafts: Drafts) -> tuple[list[Pair], Spent]:
     t, count = room.tutor, jax.process_count()
     places = dict.fromkeys((p.source, p.index) for step in range(start, start + steps) for p in room.order.rows(step))
     mine = list(places)[jax.process_index() :: count]
@@ -83,7 +86,7 @@ def _own(room: Classroom, params: Params, start: int, steps: int) -> tuple[list[
     build = prepare(t.rt, t.courses, False, max(t.rt.ladder))
     with console.progress(f"own answers, stage {room.stage.number}", total=len(mine)) as bar:
         items = [build(room.sources[s][i]) for s, i in mine]
-        right, spent = lessons.own_answers(t, params, items, room.config.method.self_samples, room.key(start), bar)
+        right, spent = lessons.own_answers(t, params, items, room.config.method.self_samples, room.key(start), bar, drafts)
     pairs = sorted(set(multihost.together(multihost.gather([(*mine[i], answer) for i, answer in right]))))
     if not pairs:
         raise ValueError(f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from")

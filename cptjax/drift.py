@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax import evaluate, metrics, multihost, runtime, sharding, train
+from cptjax import evaluate, metrics, multihost, runtime, settings, sharding, train
 from cptjax.batches import groups, pieces, trimmed
 from cptjax.logps import distill_kl
 from cptjax.model import text
@@ -26,12 +26,21 @@ def _program(cfg: Any, dtype: Any, chunk: int) -> Callable:
     return jax.jit(run)
 
 
+def template_of(current: Any, task: str) -> str:
+    return settings.templates(current.config, current.stages, task)[0]
+
+
 def own_answers(current: Any, task: str) -> list[tuple[Batch, np.ndarray]]:
-    """The base model's answers to a task's first prompts: the same at every stage, so drawn once a run."""
+    """The base model's answers to a task's first prompts, and their lengths, 0 for rows that only fill the shards.
+
+    They are the same at every stage, so drawn once a run.
+    """
     c, rt = current.config, current.rt
-    course, examples = current.course(task, c), current.examples(task, "test", c)
-    share = max(rt.shards, -(-min(c.eval.drift, len(examples)) // jax.process_count() // rt.shards) * rt.shards)
-    mine = [min(i, len(examples) - 1) for i in range(jax.process_index() * share, (jax.process_index() + 1) * share)]
+    course, examples = current.course(task, c, template_of(current, task)), current.examples(task, "test", c)
+    wanted = min(c.eval.drift, len(examples))
+    share = -(-wanted // (jax.process_count() * rt.shards)) * rt.shards
+    places = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
+    mine, counted = np.minimum(places, wanted - 1).tolist(), places < wanted
     encoded = [rt.processor.encode(course.messages(examples[i]), generation=True) for i in mine]
     sampling = runtime.Sampling(1, 1.0, max_new_tokens=c.eval.max_new_tokens, check_every=c.rollout.check_every)
     key = jax.random.fold_in(jax.random.key(c.seed), 20_000)
@@ -39,7 +48,7 @@ def own_answers(current: Any, task: str) -> list[tuple[Batch, np.ndarray]]:
     for p in pieces(len(mine), max(rt.shards, c.eval.batch // rt.shards * rt.shards)):
         said = runtime.sample(rt, current.base(), encoded[p], key, np.asarray(mine[p]), sampling)
         length = trimmed(said.mask, sampling.max_new_tokens)
-        out.append((groups(rt, encoded[p], said.tokens, said.mask, length=length, extra={}), said.mask.sum(1)))
+        out.append((groups(rt, encoded[p], said.tokens, said.mask, length=length, extra={}), said.mask.sum(1) * counted[p]))
     return out
 
 
@@ -51,9 +60,9 @@ def rows(current: Any, number: int, task: str, common: dict[str, Any]) -> list[d
     for batch, lengths in answers:
         with jax.set_mesh(rt.mesh):
             kl = sharding.local_rows(_program(rt.cfg, rt.dtype, chunk)(current.base(), current.params, batch))
-        sums += list(zip(kl.sum(1).tolist(), lengths.tolist(), strict=True))
+        sums += [(s, n) for s, n in zip(kl.sum(1).tolist(), lengths.tolist(), strict=True) if n]
     every = multihost.together(multihost.gather(sums))
-    per_row = [s / n for s, n in every if n]
-    own = {"task": task, "metric": metrics.DRIFT, "value": sum(s for s, _ in every) / max(sum(n for _, n in every), 1), "n": len(every)}
-    template = current.course(task, current.config).template.name
+    per_row = [s / n for s, n in every]
+    own = {"task": task, "metric": metrics.DRIFT, "value": sum(s for s, _ in every) / sum(n for _, n in every), "n": len(every)}
+    template = current.course(task, current.config, template_of(current, task)).template.name
     return [{**own, "stderr": evaluate.stderr(per_row), "scorer": "kl@1", "template": template, **common}]

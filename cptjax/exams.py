@@ -63,7 +63,8 @@ def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
 def templates_of(current: Run, task: str) -> list[str]:
     """The templates to ask a task under, each once: a task with a template of its own has that one alone."""
     c = current.config
-    found = {current.course(task, c, template).template.name: template for template in reversed(c.eval.templates or ("",))}
+    asked = settings.templates(c, current.stages, task)
+    found = {current.course(task, c, template).template.name: template for template in reversed(asked)}
     return list(reversed(found.values()))
 
 
@@ -89,7 +90,8 @@ def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: in
     current.params = trainable.join(trained, frozen)
     began, spent = time.perf_counter(), Spent()
     for task in tasks_of(current)[0]:
-        exam = take(current, which.number, task, "", which.config.eval.mini, False, f"at step {step}")
+        template = templates_of(current, task)[0]
+        exam = take(current, which.number, task, template, which.config.eval.mini, False, f"at step {step}")
         spent += exam.spent
         if current.log:
             current.log.evals(evaluate.rows(exam, common(current, which.number, step), mini=True))

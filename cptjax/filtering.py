@@ -1,6 +1,5 @@
 """The offline filter before a stage (RIF-RFT): K answers a prompt, keep the prompts inside a window of success counts."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from cptjax import console, filters, lessons, metrics, multihost
 from cptjax.batches import pieces
 from cptjax.classroom import prepare
+from cptjax.drafts import Drafts
 from cptjax.lessons import Spent, Tutor
 from cptjax.settings import Stage
 from cptjax.tasks.validate import Chosen
@@ -24,14 +24,15 @@ def kept(current: Any, which: Stage, tutor: Tutor, sources: Sequence[Sequence[Ex
     out = []
     for name, examples in zip(which.tasks, sources, strict=True):
         path = current.workdir / "filters" / f"stage{which.number}_{name}.jsonl"
-        if not multihost.gather(path.exists())[0]:
-            began = time.perf_counter()
-            correct, spent = counts(current, which, tutor, name, examples, samples)
+        drafts = Drafts(path, which, tutor.rt.mesh)
+        if not drafts.made():
+            correct, spent = counts(current, which, tutor, name, examples, samples, drafts)
             if multihost.first():
                 rows = [{"row": i, "id": examples[i].id, "correct": int(n), "samples": samples} for i, n in enumerate(correct)]
-                lessons.write_cost(path, spent, time.perf_counter() - began)
+                lessons.write_cost(path, spent, drafts.mark, drafts.seconds)
                 metrics.write_text(path, "".join(metrics.json.dumps(r) + "\n" for r in rows))
         multihost.gather(True)  # nobody reads before it is written
+        drafts.clear()
         correct = np.array([r["correct"] for r in metrics.read_lines(path)])
         keep, report = filters.offline(correct, seed=current.config.seed, **bounds)
         console.say(f"filter {report.name} on {name}: kept {report.kept} of {report.prompts} prompts ({report.fraction:.0%}), "
@@ -46,7 +47,9 @@ def kept(current: Any, which: Stage, tutor: Tutor, sources: Sequence[Sequence[Ex
     return out
 
 
-def counts(current: Any, which: Stage, tutor: Tutor, name: str, examples: Sequence[Example], samples: int) -> tuple[np.ndarray, Spent]:
+def counts(
+    current: Any, which: Stage, tutor: Tutor, name: str, examples: Sequence[Example], samples: int, drafts: Drafts
+) -> tuple[np.ndarray, Spent]:
     """How many of K answers of the current model are right, for every example; each process answers its share."""
     build = prepare(tutor.rt, tutor.courses, False, max(tutor.rt.ladder))
     share = -(-len(examples) // jax.process_count())
@@ -57,7 +60,7 @@ def counts(current: Any, which: Stage, tutor: Tutor, name: str, examples: Sequen
     with console.progress(f"filter {name}: {samples} answers a prompt", total=len(mine)) as bar:
         for p in pieces(len(mine), tutor.batch // jax.process_count()):
             items = [build(examples[i]) for i in mine[p]]
-            right, cost = lessons.own_answers(tutor, current.params, items, samples, key, bar, unfinished=True)
+            right, cost = lessons.own_answers(tutor, current.params, items, samples, key, bar, drafts, unfinished=True)
             spent += cost
             found += np.bincount([i for i, _ in right], minlength=len(items)).tolist()
     everyone = multihost.gather(dict(zip(mine, found, strict=True)))

@@ -43,9 +43,11 @@ def learn(current: Run, which: Stage, place: Place | None) -> None:
             state = stage.teach(room, state, frozen, steps, progress, extra, now.after_step)
             if progress.step >= room.steps:
                 end_stage(current, which, state, frozen, start, progress)
+            elif progress.step:
+                now.save(state, progress, current.facts())  # if it stopped while it drew answers; else this step is saved already
         finally:
             current.sigterm.waits = False
-    if any(multihost.gather(current.sigterm.came)):
+    if current.sigterm.agreed():
         current.checkpoints.wait()
         current.sigterm.leave(f"after step {progress.step} of stage {which.number}, saved")
 
@@ -95,8 +97,8 @@ def classroom(current: Run, which: Stage, start: Params | None) -> Classroom:
     fraction = c.method.replay.fraction if replayed else 0.0
     order = Order(sizes[:n], c.train.batch, tuple(c.data.weights), sizes[n:], fraction, current.config.seed, which.number)
     steps = which.steps or order.steps(which.epochs)
-    reference, teacher = reference_of(current, which, start), teacher_of(current, which, courses, start)
-    return Classroom(which, tutor, order, sources, steps, current.config.seed, current.workdir, reference, teacher)
+    compared = reference_of(current, which, start), teacher_of(current, which, courses, start)
+    return Classroom(which, tutor, order, sources, steps, current.config.seed, current.workdir, *compared, current.sigterm.agreed)
 
 
 def teacher_of(current: Run, which: Stage, courses: dict[str, Any], start: Params | None) -> Teacher | None:
@@ -144,7 +146,7 @@ class Training:
         current, last = self.current, progress.step == self.room.steps
         self.log(progress, info, rows)
         self.bar.advance(1, **{k: info[k] for k in ("reward", "loss") if k in info})
-        stop = any(multihost.gather(current.sigterm.came))
+        stop = current.sigterm.agreed()
         if not last and (current.checkpoints.due(progress.step) or stop):
             self.save(state, progress, current.facts())
         if stop:

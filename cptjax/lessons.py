@@ -41,16 +41,20 @@ class Spent:
         return {"tokens": self.tokens, "rollouts": self.rollouts, "flops": self.flops}
 
 
-def write_cost(path: Path, spent: Spent, seconds: float = 0.0) -> None:
-    """Puts the cost of drawn answers beside their file: a run that finds the file can still tell it."""
-    metrics.write_json(path.with_suffix(".cost.json"), {**dataclasses.asdict(spent), "seconds": seconds})
+def write_cost(path: Path, spent: Spent, mark: str, seconds: float = 0.0) -> None:
+    """Puts the cost of drawn answers, and the mark of the settings they follow from, beside their file, before the file is written."""
+    metrics.write_json(path.with_suffix(".cost.json"), {**dataclasses.asdict(spent), "seconds": seconds, "mark": mark})
+
+
+def cost_file(path: Path) -> dict[str, Any]:
+    """What stands beside the file of drawn answers."""
+    return metrics.json.loads(path.with_suffix(".cost.json").read_text())
 
 
 def read_cost(path: Path) -> tuple[Spent, float]:
     """Returns the cost of drawn answers, and the seconds it took."""
-    kept = metrics.json.loads(path.with_suffix(".cost.json").read_text())
-    seconds = kept.pop("seconds")
-    return Spent(**kept), seconds
+    kept = cost_file(path)
+    return Spent(**{f.name: kept[f.name] for f in dataclasses.fields(Spent)}), kept["seconds"]
 
 
 @dataclasses.dataclass
@@ -139,22 +143,31 @@ def correct(parts: dict[str, float]) -> bool:
 
 
 def own_answers(
-    tutor: Tutor, params: Params, items: Sequence[Item], samples: int, key: jax.Array, bar: Any, unfinished: bool = False
+    tutor: Tutor, params: Params, items: Sequence[Item], samples: int, key: jax.Array, bar: Any, drafts: Any, unfinished: bool = False
 ) -> tuple[list[tuple[int, str]], Spent]:
-    """(item, text) of the policy's own correct answers to these prompts; `unfinished`: also those that met the length limit."""
+    """(item, text) of the policy's own correct answers to these prompts, each device pass kept in `drafts`.
+
+    unfinished: also those that met the length limit.
+    """
     share = own_part(tutor.rt, tutor.batch, 0, fill=True)
     params, sampling = runtime.prepared(tutor.rt, params, dataclasses.replace(tutor.sampling, group=samples))
     found: list[tuple[int, str]] = []
     spent = Spent()
-    for p in pieces(len(items), share):
+
+    def draw(p: slice) -> tuple[list[tuple[int, str]], Spent]:
         here = list(items[p]) + [items[p.stop - 1]] * (share - (p.stop - p.start))
         numbers = np.arange(p.start, p.start + share)
         encoded = [i.encoded for i in here]
         out = runtime.sample(tutor.rt, params, encoded, key, numbers, sampling)
         parts = grade(tutor, here, out.texts)
         right = [r for r in range((p.stop - p.start) * samples) if correct(parts[r]) and (unfinished or out.finished[r])]
-        found += [(p.start + r // samples, out.texts[r]) for r in right]
-        spent += sampled(tutor.rt.cfg, encoded, out.mask.sum(1).reshape(-1, samples))
+        cost = sampled(tutor.rt.cfg, encoded, out.mask.sum(1).reshape(-1, samples))
+        return [(p.start + r // samples, out.texts[r]) for r in right], cost
+
+    for p in pieces(len(items), share):
+        right, cost = drafts.piece(lambda p=p: draw(p))
+        found += [(i, text) for i, text in right]
+        spent += cost
         bar.advance(p.stop - p.start, correct=len(found))
     return found, spent
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from cptjax import patches, processor_files, tokenizer, video
 from cptjax.batching import Encoded, Media, Shape, bucket, collate, ladder, widest
 from cptjax.images import open_image
-from cptjax.model.config import Config
+from cptjax.model.config import Config, located
 from cptjax.model.positions import mrope
 from cptjax.patches import Grid, Pixels
 
@@ -222,8 +222,8 @@ def _check_limit(n: int, grids: Sequence[Grid], merge: int, limit: int | None) -
 
 
 def load(folder: str | Path | None, cfg: Config, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
-    """The processor of a Hugging Face checkpoint folder, or without one the project's own small one."""
-    source = None if folder is None else Path(folder)
+    """The processor of a Hugging Face checkpoint (folder or hub id), or without one the project's own small one."""
+    source = None if folder is None else located(folder)
     pixels = processor_files.pixels(source, cfg, min_pixels, max_pixels)
     if source is None:
         words, template = tokenizer.build(cfg.text.vocab), tokenizer.TEMPLATE

@@ -64,15 +64,12 @@ class Site:
 
 
 def model_config(settings: Any) -> Config:
-    """The model's shape, from its folder, or from the size in its name where the folder is not here."""
+    """The model's shape, from its folder, from the size in its name where the folder is not here, or from the hub."""
     if not settings.path:
         return runtime.preset(settings.preset)
-    if Path(settings.path).is_dir():
-        return read(settings.path)
     size = re.search(r"Qwen2\.5-VL-(\d+)B", settings.path, re.I)
-    if size and f"{size[1]}b" in PRESETS:
-        return PRESETS[f"{size[1]}b"]
-    raise ValueError(f"model.path={settings.path!r} is neither a folder nor a name with a known size ({', '.join(PRESETS)})")
+    known = size and not Path(settings.path).is_dir() and PRESETS.get(f"{size[1]}b")
+    return known or read(settings.path)
 
 
 def site(config: Any, mesh: Mesh, slices: int = 1) -> Site:

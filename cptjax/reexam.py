@@ -1,5 +1,6 @@
 """One evaluation by hand: the model of a stage of a run, or any Hugging Face folder, on some of the config's tasks."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cptjax import evaluate, exams, multihost, resume, session, settings, summary
 from cptjax.session import Run
+from cptjax.workdir import local, locked, refuse_change
 
 SHOWN = ("task", "metric", "value", "stderr", "n", "scorer", "template")
 
@@ -17,14 +19,15 @@ def run(
     """The rows of evals.csv for a stage (None = the newest finished one), or for `model`; `record` appends those of a stage to it."""
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
-    workdir = Path(workdir)
+    workdir = local(workdir)
     single = chosen(config, workdir)
     settings.check(single)
     if model:
         single = settings.merge(single, {"model": {"path": model}})
     else:
-        session.refuse_change(single, workdir)
-    with session.visit(single, workdir) as current:
+        refuse_change(single, workdir)
+    alone = locked(root_of(config, workdir)[0]) if record else contextlib.nullcontext()
+    with alone, session.visit(single, workdir) as current:
         number = 0 if model else newest(current) if stage is None else stage
         names = tasks_of(current, tasks)
         current.params = current.at_stage(number)
@@ -37,13 +40,18 @@ def run(
 
 def chosen(config: ConfigDict, workdir: Path) -> ConfigDict:
     """The one run of the config that the workdir belongs to, on the base model that its pre-stage made."""
+    root, sub = root_of(config, workdir)
+    return dict(settings.variants(config, root))[sub]
+
+
+def root_of(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
+    """The workdir of all runs of the config, and the sub-folder of the one that is asked for."""
     found = settings.variants(config)
     subs = [sub for sub, _ in found if workdir.absolute().parts[-len(Path(sub).parts) :] == Path(sub).parts or not sub]
     if len(subs) != 1:
         names = ", ".join(sub for sub, _ in found)
         raise ValueError(f"the config describes {len(found)} runs; expected --workdir to end with one of {names}")
-    root = workdir.absolute().parents[len(Path(subs[0]).parts) - 1] if subs[0] else workdir.absolute()
-    return dict(settings.variants(config, root))[subs[0]]
+    return workdir.absolute().parents[len(Path(subs[0]).parts) - 1] if subs[0] else workdir.absolute(), subs[0]
 
 
 def newest(current: Run) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cptjax import console, metrics, multihost, runtime, stage
+from cptjax import console, metrics, multihost, runtime, settings, stage
 from cptjax.checkpoint import Refused
 from cptjax.model import trainable
 from cptjax.session import Run, abstract
@@ -81,6 +81,11 @@ def restored(current: Run, kind: str, number: int, step: int) -> tuple[Place, di
     told = current.checkpoints.progress(kind, number, step)
     if number > len(current.stages):
         raise Refused(f"{current.workdir} has a checkpoint of stage {number}; the config has {len(current.stages)} stages")
+    if told["config"] != settings.fingerprint(current.config) and not current.config.allow_change:
+        raise Refused(
+            f"{current.workdir}: the checkpoint of stage {number}, step {step} was saved under another config. "
+            "Use another --workdir, or --config.allow_change=True to go on with the new one"
+        )
     which = current.stages[number - 1]
     trees = current.checkpoints.restore(kind, number, step, like(current, kind, which))
     trained, frozen = current.split()

@@ -2,20 +2,17 @@
 
 import contextlib
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import console, metrics, multihost, prompting, runtime, settings, stage
+from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, workdir
 from cptjax import tasks as task_list
 from cptjax.batching import ladder
-from cptjax.checkpoint import Checkpoints, Refused
+from cptjax.checkpoint import Checkpoints
 from cptjax.model import trainable
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime
@@ -23,8 +20,6 @@ from cptjax.settings import Stage
 from cptjax.tasks.validate import check as check_rows
 from cptjax.types import Example, Params
 from cptjax.verify import Pool
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "ml-collections", "numpy", "cptjax")
 
 
 class Preempted(SystemExit):
@@ -45,6 +40,10 @@ class Sigterm:
         self.came = True
         if not self.waits:
             self.leave("outside of training")
+
+    def agreed(self) -> bool:
+        """Whether it came to any process; all ask at the same place."""
+        return any(multihost.gather(self.came))
 
     def leave(self, where: str) -> None:
         console.say(f"stopped by SIGTERM {where}; run the same command again to go on")
@@ -146,27 +145,32 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def open_run(config: ConfigDict, workdir: Path, sigterm: Sigterm | None = None) -> Run:
+def open_run(config: ConfigDict, folder: Path, sigterm: Sigterm | None = None) -> Run:
     """The model, the folder and everything around them; refuses a folder that another config started."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    refuse_change(config, workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    workdir.refuse_change(config, folder)
     rt, params = _model(config)
     log = None
     if multihost.first():
-        metrics.write_json(workdir / "config.json", settings.plain(config))
-        metrics.write_json(workdir / "versions.json", versions(rt))
-        log = metrics.Log(workdir, config.log.tensorboard, config.log.wandb, config.name, settings.plain(config))
+        log = metrics.Log(folder, config.log.tensorboard, config.log.wandb, config.name, settings.plain(config))
     c = config.checkpoint
-    saved = Checkpoints(workdir / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True)
-    return Run(config, workdir, settings.stages(config), rt, params, saved, log, _workers(config), sigterm or Sigterm())
+    saved = Checkpoints(folder / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True)
+    return Run(config, folder, settings.stages(config), rt, params, saved, log, _workers(config), sigterm or Sigterm())
+
+
+def sign(current: Run) -> None:
+    """Say what the run is; only once nothing can refuse the workdir any more."""
+    if current.log:
+        metrics.write_json(current.workdir / "config.json", settings.recorded(current.config, current.workdir))
+        metrics.write_json(current.workdir / "versions.json", workdir.versions(current.rt))
 
 
 @contextlib.contextmanager
-def visit(config: ConfigDict, workdir: Path) -> Iterator[Run]:
+def visit(config: ConfigDict, folder: Path) -> Iterator[Run]:
     """A run to look at: nothing of it is written, and it may be running elsewhere."""
     rt, params = _model(config)
-    saved = Checkpoints(workdir / "checkpoints", async_save=False) if (workdir / "checkpoints").is_dir() else None
-    run = Run(config, workdir, settings.stages(config), rt, params, saved, None, _workers(config), Sigterm())
+    saved = Checkpoints(folder / "checkpoints", async_save=False) if (folder / "checkpoints").is_dir() else None
+    run = Run(config, folder, settings.stages(config), rt, params, saved, None, _workers(config), Sigterm())
     with contextlib.closing(run):
         yield run
 
@@ -179,40 +183,3 @@ def _model(config: ConfigDict) -> tuple[Runtime, Params]:
 
 def _workers(config: ConfigDict) -> Pool:
     return Pool(processes=config.rewards.processes, timeout=config.rewards.timeout)
-
-
-def refuse_change(config: ConfigDict, workdir: Path) -> None:
-    """A workdir belongs to the config that started it."""
-    path = workdir / "config.json"
-    if not path.is_file() or config.allow_change:
-        return
-    changed = settings.difference(metrics.json.loads(path.read_text()), settings.plain(config))
-    if changed:
-        raise Refused(
-            f"{workdir} was started with another config: {'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}. "
-            "Use another --workdir, or --config.allow_change=True to go on with the new one"
-        )
-
-
-def versions(rt: Runtime) -> dict[str, Any]:
-    """Packages, commit and devices: what a number needs to be made again."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    devices = [d.device_kind for d in rt.mesh.devices.flat]
-    return {
-        "python": sys.version.split()[0], "packages": found, "commit": _commit(),
-        "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)}, "mesh": dict(rt.mesh.shape),
-        "processes": jax.process_count(), "attention": rt.cfg.attention,
-    }  # fmt: skip
-
-
-def _commit() -> str | None:
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return asked.stdout.strip() or None

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 FREE = ("tasks", "arms", "prestage")  # sections whose keys are the user's own
+TOP = ("arms", "seeds", "orders", "prestage")  # what makes several runs of a config; neither an arm nor the pre-stage may set it
 LOOSE = ("filter", "online_filter")  # None or a small dict
 NUMBERS = (int, float)
 UNHASHED = ("allow_change", "log", "checkpoint", "mesh")  # may differ when a run is continued
@@ -120,6 +122,12 @@ def examined(config: ConfigDict, run: Sequence[Stage]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def templates(config: ConfigDict, run: Sequence[Stage], task: str) -> tuple[str, ...]:
+    """The templates that a task is evaluated under: `eval.templates`, else the one that it was last trained with, else the run's."""
+    trained = [each.config.data.template for each in run if task in each.tasks]
+    return tuple(config.eval.templates) or tuple([config.data.template, *trained][-1:])
+
+
 def stages(config: ConfigDict) -> list[Stage]:
     """The run's stages, each with its own resolved config."""
     if not config.stages:
@@ -157,14 +165,29 @@ def variants(config: ConfigDict, root: Path | None = None) -> list[tuple[str, Co
     With the workdir as `root` each stands on the base model that its pre-stage makes there.
     """
     arms = config.arms.to_dict()
-    runs = [("", config)] if not arms else [(name, merge(config, changes, f"config.arms.{name}")) for name, changes in arms.items()]
-    return [(f"{arm}/{sub}".strip("/"), _on_base(one, root, config)) for arm, c in runs for sub, one in _repeats(c)]
+    runs = [(name, _arm(config, name, changes)) for name, changes in arms.items()] if arms else [("", config)]
+    own = {name for name, changes in arms.items() if {"path", "preset"} & changes.get("model", {}).keys()}
+    return [(f"{arm}/{sub}".strip("/"), _on_base(one, root, config, arm in own)) for arm, c in runs for sub, one in _repeats(c)]
+
+
+def _arm(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """An arm's config; a schedule of its own that is longer or shorter than the others' has no other order."""
+    _refuse_top(changes, f"config.arms.{name}")
+    arm = merge(config, changes, f"config.arms.{name}")
+    return arm if len(arm.stages) == len(config.stages) else merge(arm, {"orders": ()})
+
+
+def _refuse_top(changes: Mapping[str, Any], where: str) -> None:
+    found = [name for name in TOP if name in changes]
+    if found:
+        raise ValueError(f"{where} sets {found[0]}, which belongs to the whole config: set config.{found[0]}")
 
 
 def bases(config: ConfigDict) -> dict[str, ConfigDict]:
     """Sub-folder -> config of the runs that make the base models: none without a pre-stage, else one, or one a seed."""
     if not len(config.prestage):
         return {}
+    _refuse_top(config.prestage, "config.prestage")
     plain = merge(config, {"prestage": {}, "arms": {}, "seeds": (), "orders": ()})
     seeds = config.seeds or (config.seed,)
     return {_base(config, s): merge(merge(plain, {"seed": s}), config.prestage.to_dict(), "config.prestage") for s in seeds}
@@ -174,11 +197,13 @@ def _base(config: ConfigDict, seed: int) -> str:
     return f"base/seed{seed}" if config.seeds else "base"
 
 
-def _on_base(single: ConfigDict, root: Path | None, config: ConfigDict) -> ConfigDict:
-    if not len(config.prestage):
+def _on_base(single: ConfigDict, root: Path | None, config: ConfigDict, own: bool) -> ConfigDict:
+    """The run on the model that its pre-stage makes under `root`, or on its arm's own; only the former keeps its pre-stage."""
+    if own:
+        return merge(single, {"prestage": {}})
+    if root is None or not len(config.prestage):
         return single
-    made = {} if root is None else {"model": {"path": str(root.absolute() / _base(config, single.seed) / "hf")}}
-    return merge(single, {"prestage": {}} | made)
+    return merge(single, {"model": {"path": str(root.absolute() / _base(config, single.seed) / "hf")}})
 
 
 def _repeats(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
@@ -208,9 +233,20 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-def fingerprint(config: ConfigDict) -> str:
-    """A hash of everything that decides a run's results."""
-    kept = {k: v for k, v in plain(config).items() if k not in UNHASHED}
+def recorded(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """The config as config.json holds it: the base model of a pre-stage by its place beside the workdir, so that both may move."""
+    out = plain(config)
+    if len(config.prestage):
+        out["model"]["path"] = os.path.relpath(config.model.path, workdir)
+    return out
+
+
+def fingerprint(config: ConfigDict, sections: Sequence[str] = ()) -> str:
+    """A hash of what decides a run's results, or of some sections; a pre-stage stands for the path of the model that it made."""
+    whole = plain(config)
+    if whole["prestage"]:
+        whole["model"]["path"] = ""
+    kept = {k: v for k, v in whole.items() if (k in sections if sections else k not in UNHASHED)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from cptjax import console, corpus, lessons, multihost, optim, recipe, rollouts, train
 from cptjax.classroom import Classroom, Progress
 from cptjax.data import Stream
+from cptjax.drafts import Stopped
 from cptjax.lessons import Lesson, Spent, Tutor
 from cptjax.metrics import Mean
 from cptjax.model import text
@@ -106,14 +107,17 @@ def _referenced(t: Tutor, reference: Params, batch: Batch) -> Batch:
 def teach(
     room: Classroom, state: TrainState, frozen: Params, steps: train.Steps, progress: Progress, extra: Any, on_step: Callable[..., bool]
 ) -> TrainState:  # fmt: skip
-    """The one training loop; `on_step` logs, saves, and says whether to go on."""
+    """The one training loop; `on_step` logs, saves, and says whether to go on. It ends early where drawing answers was stopped."""
     c = room.config
     stream = None if c.method.source in ("self", "corpus") else room.stream(progress.drawn)
     ahead: Lesson | None = None
     try:
         while progress.step < room.steps:
             began, first = time.perf_counter(), not progress.updates
-            found = ahead or lesson(room, train.trainable.join(state.params, frozen), stream, progress)
+            try:
+                found = ahead or lesson(room, train.trainable.join(state.params, frozen), stream, progress)
+            except Stopped:
+                break
             progress.drawn += found.batches
             learning = time.perf_counter()
             state, numbers = _update(room, state, frozen, steps, progress, extra, found)

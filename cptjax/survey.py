@@ -78,8 +78,8 @@ def trained(each: Stage) -> list[Reading]:
 def readings(config: ConfigDict, stages: Sequence[Stage]) -> list[Reading]:
     """Every split that a run reads, each once: what its stages train on, what it is evaluated on."""
     d, e = config.data, config.eval
-    templates = e.templates or (d.template,)
-    pairs = [(task, template) for task in [*settings.examined(config, stages), *e.general] for template in templates]
+    asked = [*settings.examined(config, stages), *e.general]
+    pairs = [(task, template) for task in asked for template in settings.templates(config, stages, task)]
     tested = [Reading(task, "test", template, False, e.limit, d.root, d.bad_rows) for task, template in pairs]
     return list(dict.fromkeys([r for each in stages for r in trained(each)] + tested))
 

@@ -10,7 +10,7 @@ from absl import flags
 from cptjax import cli, processor_files, sharding
 from cptjax.model import config, convert, orbax_files
 
-SRC = flags.DEFINE_string("src", None, "Hugging Face folder to read.")
+SRC = flags.DEFINE_string("src", None, "Hugging Face folder or hub id to read.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Orbax checkpoint to read, as written by --src.")
 DST = flags.DEFINE_string("dst", None, "Folder to write; must not exist or be empty.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float16", "float32"], "Type to write; default: the source's.")
@@ -23,7 +23,7 @@ def main() -> None:
     mesh = sharding.make_mesh() if jax.device_count() > 1 else None
     if SRC.value:
         cfg = config.read(SRC.value)
-        orbax_files.save(convert.load(SRC.value, cfg, mesh, DTYPE.value), cfg, DST.value, processor_files.Copied(SRC.value))
+        orbax_files.save(convert.load(SRC.value, cfg, mesh, DTYPE.value), cfg, DST.value, processor_files.Copied(config.located(SRC.value)))
     else:
         params, cfg = orbax_files.load(CHECKPOINT.value, mesh)
         dtype = DTYPE.value or str(params["text"]["embed"].dtype)

@@ -1,4 +1,4 @@
-# Makes or reuses a virtual environment with cptjax in it; sourced by the other scripts: `source launch/env.sh [extras]`.
+# Makes or reuses a virtual environment with cptjax in it; sourced by the other scripts: `source launch/env.sh "[extras]"`.
 # PYTHON picks the interpreter (>= 3.11), VENV the folder.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do

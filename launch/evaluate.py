@@ -9,7 +9,7 @@ from cptjax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 STAGE = flags.DEFINE_integer("stage", None, "Stage whose model is evaluated; 0 = base, left out = the newest finished one.", lower_bound=0)
-MODEL = flags.DEFINE_string("model", "", "Hugging Face folder that is evaluated instead of a stage.")
+MODEL = flags.DEFINE_string("model", "", "Hugging Face folder or hub id that is evaluated instead of a stage.")
 TASKS = flags.DEFINE_list("tasks", [], "Some of the tasks that the config evaluates; left out = all.")
 RECORD = flags.DEFINE_bool("record", False, "Append the rows to the evals.csv of the workdir, whose run must be finished.")
 CONFIG = cli.config_flag()

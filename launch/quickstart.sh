@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fresh machine -> virtual environment, install, the demo (a tiny model, drawn tasks, no downloads), and where its report is.
+#   bash launch/quickstart.sh [DIR]        DIR: the workdir, runs/demo by default
 set -euo pipefail
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/env.sh" ""  # without an argument it would see this script's
 out=${1:-runs/demo}
 JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python launch/train.py --config=configs/demo.py --workdir="$out"
 echo "The report: $out/report.html"

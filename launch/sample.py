@@ -1,13 +1,13 @@
 """Ask a model something and print its answers.
 
-python launch/sample.py --model=HF_DIR|WORKDIR|tiny --prompt="What is this?" [--image=a.png --image=b.png] [--n=4 --temperature=1]
+python launch/sample.py --model=HF_DIR|ORG/NAME|WORKDIR|tiny --prompt="What is this?" [--image=a.png --image=b.png] [--n=4 --temperature=1]
 """
 
 from absl import flags
 
 from cptjax import cli
 
-MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, workdir of a run, or a preset (random weights).", required=True)
+MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or hub id, workdir of a run, or a preset (random weights).", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "The user's words.", required=True)
 IMAGE = flags.DEFINE_multi_string("image", [], "Image file, shown before the words; may be repeated.")
 VIDEO = flags.DEFINE_multi_string("video", [], "Video file, shown before the words; may be repeated.")

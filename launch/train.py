@@ -1,6 +1,6 @@
 """Run what a config describes, or go on with it where the workdir has a state: stages, checkpoints, evaluations, report.
 
-python launch/train.py --config=configs/demo.py --workdir=runs/demo [--config.train.lr=1e-4]
+python launch/train.py --config=configs/demo.py --workdir=runs/demo [--config.seeds=0,1,2 --config.arms.grpo.train.lr=2e-4]
 """
 
 import os

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import cptjax
-from cptjax import sharding
+from cptjax import processor, sharding
+from cptjax.model import config
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
 TALKS = [
@@ -71,6 +73,30 @@ def test_save_and_load(model, tmp_path):
         assert cptjax.generate(again, TALKS, max_new_tokens=6) == cptjax.generate(model, TALKS, max_new_tokens=6)
 
 
+def test_a_model_of_the_hub(model, tmp_path, monkeypatch):
+    """The same model as from its folder; for its shape and tokenizer alone no weights are asked for; a hub that fails is one line."""
+    cptjax.save(model, tmp_path / "saved")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, *allow_patterns))
+        if name != "org/a.Model-3":
+            raise FileNotFoundError("Cannot find it\nin the cache")
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    cfg = config.read("org/a.Model-3")
+    assert processor.load("org/a.Model-3", cfg).template and asked == [("org/a.Model-3", "*.json", "*.txt", "*.jinja")]
+    again = cptjax.load("org/a.Model-3", mesh=model.mesh, dtype="float32")
+    assert asked[1:] == [(*asked[0], "*.safetensors")]
+    np.testing.assert_array_equal(cptjax.logits(again, TALKS[:1])[0], cptjax.logits(model, TALKS[:1])[0])
+    with pytest.raises(ValueError, match=r"^org/other is no folder here, and the hub does not give .* \(Cannot find it\)$"):
+        cptjax.load("org/other")
+    for path in ("org/a/b", "./org", "gs://bucket/x", "~/x"):
+        with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
+            config.located(path)
+
+
 def test_names_are_looked_up_when_used():
     """The package itself loads without jax, for modules that only read text."""
     code = "import sys, cptjax, cptjax.metrics; assert 'jax' not in sys.modules; print(sorted(cptjax.__all__)); cptjax.nothing"
@@ -82,7 +108,7 @@ def test_names_are_looked_up_when_used():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda m: cptjax.load("nowhere"), "nowhere is neither a folder nor a preset"),
+        (lambda m: cptjax.load("nowhere"), "nowhere is neither a folder nor a hub id .*presets are 3b"),
         (lambda m: cptjax.load("tiny", dtype="float8"), "dtype='float8'; expected one of float32, bfloat16"),
         (lambda m: cptjax.generate(m, []), "expected a list of conversations"),
         (lambda m: cptjax.generate(m, TALKS[0]), "expected a list of conversations"),

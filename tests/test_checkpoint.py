@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -114,7 +115,12 @@ def test_within_the_first_stage_a_run_begins_anew(tmp_path):
 
 
 def test_refusal_and_no_memory_are_no_damage(saved):
-    for error in (Refused("another config"), MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory")):
+    for error in (
+        Refused("another config"),
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+        KeyError("our mistake"),
+    ):
 
         def read(*_, error=error):
             raise error
@@ -122,6 +128,25 @@ def test_refusal_and_no_memory_are_no_damage(saved):
         with pytest.raises(type(error)):
             saved.newest(read)
     assert len(saved.found()) == 4
+
+
+@pytest.mark.parametrize("how", ["shape", "name", "tree", "permission"])
+def test_what_does_not_fit_is_refused_and_stays(saved, how, monkeypatch):
+    """A changed model or optimiser, or a folder that may not be read, is no damage."""
+    other, place = like(tree()), ocp.checkpoint_manager.CheckpointManager
+    if how == "shape":
+        other["a"]["w"] = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=other["a"]["w"].sharding)
+    elif how == "name":
+        other["b"] = other.pop("a")
+    elif how == "permission":
+        monkeypatch.setattr(place, "restore", lambda *_, **__: (_ for _ in ()).throw(ValueError("PERMISSION_DENIED: Error opening file")))
+    trees = {"opt_state" if how == "tree" else "params": other}
+    read = lambda *at: saved.restore(*at, trees)
+    words = {"shape": r"params\['a'\]\['w'\] has shape \[16, 3\] there, \[16, 4\] by the config \(1 arrays", "name": "3 arrays|2 arrays"}
+    words |= {"tree": "opt_state.* has shape none there", "permission": "PERMISSION_DENIED"}
+    with pytest.raises(ValueError if how == "permission" else Refused, match=words[how]):
+        saved.newest(read)
+    assert len(saved.found()) == 4 and not (saved.folder / "damaged").exists()
 
 
 def test_a_kept_number_of_steps_and_every_stage(tmp_path):

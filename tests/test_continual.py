@@ -1,17 +1,19 @@
-"""The driver from end to end on a config of seconds: stages, arms, seeds, orders, pre-stage, joint, a user's own data."""
+"""The driver from end to end on a config of seconds: stages, arms, seeds, orders, pre-stage, joint."""
 
 import csv
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import runs
-from alone import devices, said  # noqa: F401
+from alone import devices  # noqa: F401
 from ml_collections import ConfigDict
-from PIL import Image
 
 import cptjax
-from cptjax import continual, reexam
+from configs import demo
+from cptjax import continual, reexam, settings
 from cptjax.report import read
 
 QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
@@ -64,34 +66,9 @@ def test_a_run(tmp_path, method, rank):
     assert summary["finished"] and summary["cost"]["rollouts"] >= 3 * 2 * 4
 
 
-def test_python_and_a_users_own_two_tasks(tmp_path, said, capsys):  # noqa: F811
-    """The README's way: jsonl rows with pictures, a reward and a scorer of one's own."""
-    (tmp_path / "mine.py").write_text(
-        "def reward(completion, answer, **columns):\n    return {'reward': float(answer in completion), 'length': len(completion)}\n"
-        "def score(prediction, answer, **columns):\n    return float(answer in prediction)\n"
-    )
-    for name, question in (("cells", "<image>How many cells?"), ("words", "Which word?")):
-        rows = [{"prompt": question, "answer": str(i % 5)} | ({"images": [f"{i}.png"]} if "image" in question else {}) for i in range(12)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for i in range(12):
-        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    own = {"test": 0.25, "reward": f"{tmp_path / 'mine.py'}:reward", "scorer": f"{tmp_path / 'mine.py'}:score"}
-    tasks = {name: {"train": str(tmp_path / f"{name}.jsonl"), **own} for name in ("cells", "words")}
-    stages = tuple(dict(task=t, steps=2) for t in tasks)
-    c = runs.config("grpo", **{**QUICK, "tasks": tasks, "stages": stages, "data": {"limit": None}})
-    matrix = cptjax.run(c, tmp_path / "run")
-    assert matrix.shape == (3, 2) and "done:" in capsys.readouterr().err
-    row = json.loads((tmp_path / "run" / "rollouts" / "stage1.jsonl").read_text().splitlines()[0])
-    assert {"reward", "length"} <= row["rewards"].keys()
-    assert row["prompt"] == "<image>How many cells?" and row["image"].startswith("data:image")
-    (tmp_path / "cells.jsonl").write_text('{"prompt": "<image>?", "images": [], "answer": "1"}\n')
-    with pytest.raises(ValueError, match="cells.jsonl.*1 <image> in the prompt but 0"):
-        cptjax.run(c, tmp_path / "other")
-
-
 def test_seeds_orders_and_arms_lie_side_by_side(tmp_path):
     arms = {"sft": {}, "joint": {"stages": ({"task": ("colour", "digit"), "steps": 2},)}}
-    _, found = go(tmp_path, arms=arms, seeds=(1, 2), stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}))
+    c, found = go(tmp_path, arms=arms, seeds=(1, 2), stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}))
     assert found.shape == (4, 3, 2)
     assert np.isfinite(found[2:]).all() and np.isnan(found[:2, 2]).all() and np.isfinite(found[:2, :2]).all()
     subs = ["joint/seed1", "joint/seed2", "sft/seed1", "sft/seed2"]  # a ConfigDict lists its arms by name
@@ -110,13 +87,15 @@ def test_a_prestage_makes_the_base_once(tmp_path):
     pre = {"name": "base", "stages": ({"task": ("colour", "facts"), "steps": 3},), "eval": {"before": False}, "train": {"lr": 3e-3}}
     c, matrix = go(tmp_path, prestage=pre, stages=({"task": "digit", "steps": 1},))
     assert matrix.shape == (2, 1) and (tmp_path / "base" / "hf" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "config.json").read_text())["model"]["path"] == str(tmp_path / "base" / "hf")
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["path"] == "base/hf"
     written = (tmp_path / "base" / "hf" / "model.safetensors").stat().st_mtime_ns
     continual.run(c, tmp_path)
     assert (tmp_path / "base" / "hf" / "model.safetensors").stat().st_mtime_ns == written
-    c.prestage.train.lr = 1e-3
-    with pytest.raises(ValueError, match="base was started with another config: train.lr: 0.003 -> 0.001"):
-        continual.run(c, tmp_path)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert np.array_equal(continual.run(c, moved), matrix) and cptjax.load(moved, dtype="float32").dtype == "float32"
+    c.prestage.train.lr, c.allow_change = 1e-3, True
+    with pytest.raises(ValueError, match="base/hf was made with another config: train.lr: 0.003 -> 0.001. Runs stand on it"):
+        continual.run(c, moved)
     c.prestage.stages = ({"task": "colour"},)
     with pytest.raises(ValueError, match="expected one of steps=N and epochs=N"):
         continual.run(c, tmp_path / "new")
@@ -131,7 +110,7 @@ def test_each_seed_stands_on_a_base_of_its_own(tmp_path):
     assert own[0].joinpath("model.safetensors").read_bytes() != own[1].joinpath("model.safetensors").read_bytes()
     for seed, path in zip((3, 5), own, strict=True):
         config = json.loads((tmp_path / f"seed{seed}" / "config.json").read_text())
-        assert config["seed"] == seed and config["model"]["path"] == str(path)
+        assert config["seed"] == seed and config["model"]["path"] == f"../base/seed{seed}/hf"
         assert reexam.chosen(c, tmp_path / f"seed{seed}").model.path == str(path)
     assert [(a.label, len(a.runs)) for a in read.arms([tmp_path])] == [(tmp_path.name, 2)]  # the bases are no arms
 
@@ -149,6 +128,53 @@ def test_the_optimiser_goes_on_where_asked(tmp_path):
     other = ({"task": "facts", "steps": 1}, {"task": "facts", "steps": 1, "train": {"optimizer": "adafactor", "reset_optimizer": False}})
     with pytest.raises(ValueError, match="stage 2: train.reset_optimizer=False needs the optimiser of the stage before"):
         go(tmp_path / "other", stages=other, eval={"before": False, "limit": 2})
+
+
+ARMS = {
+    "prestage": {"stages": ({"task": "facts", "steps": 1},), "eval": {"before": False}}, "arms": {"a": {}, "b": {"train": {"lr": 1e-3}}},
+    "stages": ({"task": "digit", "steps": 1},),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", ["after the base", "in the export", "between the arms", "at the last summary"])
+def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
+    """SIGTERM is heard outside of runs too, and the same command goes on to the same files."""
+    places = {
+        "after the base": (settings, "variants", 2), "in the export": (continual.convert, "save", 1),
+        "between the arms": (continual, "open_run", 3), "at the last summary": (continual, "finish", 3),
+    }  # fmt: skip
+    c, whole = go(tmp_path / "whole", **ARMS)
+    module, name, count = places[ends]
+    before, calls = getattr(module, name), []
+
+    def stopped(*args, **more):
+        calls.append(args)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(*args, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
+        patched.setattr(module, name, stopped)
+        continual.run(c, tmp_path / "run")
+    assert end.value.code == 0 and not (tmp_path / "run" / "report.html").exists() and len(calls) == count
+    assert np.array_equal(continual.run(c, tmp_path / "run"), whole)
+    for sub in ("base", "a", "b"):
+        runs.same(runs.state(tmp_path / "whole" / sub), runs.state(tmp_path / "run" / sub))
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_drift_counts_the_rows_that_were_asked_for(tmp_path, devices):  # noqa: F811
+    """Three rows fill neither two nor eight shards; how many devices there are changes nothing."""
+    found = {}
+    for count in (1, 2, 8):
+        devices(count)
+        small = {"train": {"batch": 8}, "eval": {"drift": 3, "limit": 4, "batch": 8}}
+        go(tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small)
+        found[count] = [(r["stage"], r["n"], float(r["value"])) for r in runs.evals(tmp_path / str(count)) if r["metric"] == "kl_base"]
+    assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
+    for count in (2, 8):
+        assert [x[:2] for x in found[count]] == [x[:2] for x in found[1]]
+        assert np.allclose([x[2] for x in found[count]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
 
 
 def test_what_an_evaluation_records(tmp_path):
@@ -196,6 +222,18 @@ def test_evaluating_again(tmp_path):
         with pytest.raises(ValueError, match=message):
             reexam.run(c, tmp_path, **arguments)
     assert reexam.table(added).splitlines()[0].split() == list(reexam.SHOWN)
+
+
+@pytest.mark.slow
+def test_the_demo_in_short(tmp_path):
+    """All five arms on the base that the pre-stage makes, and the report over them."""
+    matrices = continual.run(demo.get_config("0,short"), tmp_path)
+    assert matrices.shape == (5, 5, 4) and np.isfinite(matrices[:, -1]).any()
+    arms = ["grpo", "iterative", "joint", "sft_bare", "sft_style"]
+    assert all(json.loads((tmp_path / arm / "summary.json").read_text())["finished"] for arm in arms)
+    assert sorted(a.label for a in read.arms([tmp_path])) == arms
+    page = (tmp_path / "report.html").read_text()
+    assert all(arm in page for arm in arms)
 
 
 def test_a_mistake_is_told_before_anything_is_made(tmp_path):

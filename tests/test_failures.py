@@ -1,16 +1,19 @@
 """What goes wrong in real runs: one clear line, exit code 2, and nothing that was saved is lost."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import runs
 from alone import devices, said  # noqa: F401
 
-from cptjax import continual
+from cptjax import continual, workdir
 from cptjax.order import Order
 
 KILL = int(signal.SIGKILL)
@@ -55,6 +58,51 @@ def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices): 
     go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
     assert json.loads((folder / "config.json").read_text())["train"]["lr"] == 0.5
     runs.same(runs.state(whole), runs.state(folder))
+
+
+def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devices):  # noqa: F811
+    """Where config.json is gone, what the checkpoint says of itself still counts; and nothing is signed before."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint of stage 1, step 4 was saved under another config"):
+        go(folder, train={"lr": 0.5})
+    assert not (folder / "config.json").exists()
+    go(folder)
+    runs.same(runs.state(whole), runs.state(folder))
+
+
+def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, devices):  # noqa: F811
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+    (folder / "progress.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint steps of stage 1, step 2 does not fit: state.opt_state.*change the config back"):
+        go(folder, train={"optimizer": "adafactor"}, allow_change=True)
+    assert not (folder / "checkpoints" / "damaged").exists()
+    assert json.loads((folder / "config.json").read_text())["train"]["optimizer"] == "adamw"
+
+
+def test_two_processes_on_one_workdir(whole, tmp_path, devices):  # noqa: F811
+    folder = shutil.copytree(whole, tmp_path / "run")
+    with workdir.locked(folder), pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on .*; wait for it, or stop it"):
+        go(folder)
+    holder = subprocess.Popen(["flock", "-F", str(folder / ".lock"), "sleep", "60"])
+    try:
+        while subprocess.run(["flock", "-n", str(folder / ".lock"), "true"], check=False).returncode == 0:
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match="is in use by another process"):
+            go(folder)
+    finally:
+        holder.kill()
+        holder.wait()
+    runs.same(runs.state(whole), runs.state(folder))
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("gs://bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(ValueError, match="--workdir=.*bucket/run: expected a folder; mount the bucket"):
+            go(address)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_mesh_goes_on(whole, tmp_path, devices):  # noqa: F811
@@ -129,17 +177,33 @@ def test_a_workdir_that_can_not_be_made(tmp_path):
     assert str(tmp_path / "file" / "run") in error_line(told)
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a disk is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(whole, tmp_path):
     """A disk with room for half of what a run's checkpoints take."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
     size = sum(p.stat().st_size for p in (whole / "checkpoints").rglob("*") if p.is_file()) // 2
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", str(folder)], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", f"size={size}") as folder:
+        yield folder
+
+
+def test_a_disk_that_may_not_be_written(tmp_path):
+    """Read only, which stops even root: a folder that can not be made, and one that is there."""
+    with mounted(tmp_path / "disk", "ro") as folder:
+        for place in (folder, folder / "run"):
+            plan = {"method": "sft", "workdir": str(place), "sections": TINY, "signals": [(KILL, None)], "log": str(tmp_path / "log")}
+            (told,) = runs.told(plan)
+            assert f"Read-only file system: '{place}" in error_line(told)
 
 
 def test_a_full_disk(whole, small_disk, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from cptjax import settings
+from cptjax import cli, settings
 
 
 @pytest.fixture
@@ -102,6 +102,55 @@ def test_arms_seeds_and_orders(c):
     assert [s["task"] for s in found["y/seed3_order1"].stages] == ["a", "b"]
     assert not any(len(v.arms) or v.seeds or v.orders for v in found.values())
     assert all(dict(settings.variants(v)).keys() == {""} for v in found.values())
+
+
+def test_a_schedule_of_another_length_has_no_other_order(c):
+    c.orders = ((0, 1), (1, 0))
+    c.arms = ConfigDict(dict(joint=dict(stages=(dict(task=("a", "b"), steps=1),)), sft={}))
+    assert [sub for sub, _ in settings.variants(c)] == ["joint", "sft/order0", "sft/order1"]
+
+
+@pytest.mark.parametrize("section", ["arms", "prestage"])
+@pytest.mark.parametrize("name, value", [("seeds", (1, 2)), ("orders", ((1, 0),)), ("prestage", {"seed": 1}), ("arms", {"b": {}})])
+def test_what_belongs_to_the_whole_config(c, section, name, value):
+    c[section] = ConfigDict({"x": {name: value}} if section == "arms" else {name: value})
+    with pytest.raises(ValueError, match=f"config.{section}.* sets {name}, which belongs to the whole config"):
+        settings.bases(c), settings.variants(c)
+
+
+def test_an_arm_with_a_model_of_its_own_stands_on_that(c, tmp_path):
+    c.prestage = ConfigDict(dict(stages=(dict(task="a", steps=1),)))
+    c.arms = ConfigDict(dict(own=dict(model=dict(path="there/hf")), made={}))
+    found = dict(settings.variants(c, tmp_path))
+    assert found["own"].model.path == "there/hf" and not len(found["own"].prestage)
+    assert found["made"].model.path == str(tmp_path / "base" / "hf")
+    assert settings.recorded(found["own"], tmp_path / "own")["model"]["path"] == "there/hf"
+    assert settings.recorded(found["made"], tmp_path / "made")["model"]["path"] == "../base/hf"
+    other = dict(settings.variants(c, tmp_path / "moved"))["made"]
+    assert settings.fingerprint(found["made"]) == settings.fingerprint(other) != settings.fingerprint(found["own"])
+
+
+@pytest.mark.parametrize("flag, arm", [("train.lr", "a"), ("seed", ""), ("data.template", "")])
+def test_a_flag_that_every_run_overrides_is_refused(c, flag, arm):
+    c.stages = (dict(task="a", steps=1, data=dict(template="direct")),)
+    c.arms = ConfigDict(dict(a=dict(train=dict(lr=0.5)), b=dict(train=dict(lr=0.25))))
+    c.seeds = (1, 2)
+    hint = f"set --config.arms.{arm}.{flag}$" if arm else "itself$"
+    with pytest.raises(ValueError, match=f"--config.{flag} changes nothing, .*{hint}"):
+        cli.refuse_idle(c, ["--workdir=x", f"--config.{flag}=3"])
+    cli.refuse_idle(c, ["--config.train.batch=3", "--config.arms.a.train.lr=0.1", "--config.seeds=1,2"])
+    c.arms.b = ConfigDict({})
+    cli.refuse_idle(c, ["--config.train.lr=0.1"])  # one arm looks at it
+
+
+def test_the_template_of_an_evaluation(c):
+    """The one that a task was last trained with; the run's for tasks never trained; or those that are asked for."""
+    direct = dict(data=dict(template="direct"))
+    c.stages = (dict(task="a", steps=1), dict(task=("a", "b"), steps=1, **direct), dict(task="b", steps=1, data=dict(template="boxed")))
+    asked = lambda: [settings.templates(c, settings.stages(c), t) for t in ("a", "b", "general")]
+    assert asked() == [("direct",), ("boxed",), ("cot",)]
+    c.eval.templates = ("answer", "none")
+    assert asked() == [("answer", "none")] * 3
 
 
 def test_orders_refused(c):

@@ -1,9 +1,13 @@
 """What a Qwen2.5-VL is: frozen, hashable descriptions, sizes, and reading of any Hugging Face `config.json`."""
 
 import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +172,29 @@ def from_hf(raw: dict, generation: dict | None = None) -> Config:
     )  # fmt: skip
 
 
+def located(path: str | Path, weights: bool = False) -> Path:
+    """The folder of a checkpoint: the path itself, or the local copy of the hub's `org/name`, without its weights unless asked for."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        raise ValueError(f"{path} is neither a folder nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct; presets are {', '.join(PRESETS)}")
+    return _downloaded(str(path), weights)
+
+
+@functools.cache
+def _downloaded(name: str, weights: bool) -> Path:
+    """The hub's cache locks each file: of several processes of a machine one downloads it, the others wait."""
+    wanted = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # every error of the hub is one of them
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} is no folder here, and the hub does not give a model of that name ({reason[:160]})") from error
+
+
 def read(folder: str | Path) -> Config:
-    """The Config of a Hugging Face checkpoint folder."""
-    path = Path(folder) / "config.json"
+    """The Config of a Hugging Face checkpoint, a folder or a hub id."""
+    path = located(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a Hugging Face checkpoint folder")
     generation = path.with_name("generation_config.json")

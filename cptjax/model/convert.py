@@ -172,6 +172,7 @@ def _place(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Callable[
 
 def load(folder: str | Path, cfg: Config, mesh: Mesh | None = None, dtype: Any = None, rules: dict | None = None) -> Params:
     """The checkpoint's parameters, in its own type unless `dtype` is given, each device reading only its part."""
+    folder = config.located(folder, weights=True)
     found, expected = hf_files.stored(folder, released), table(cfg)
     _drop_tied_head(found, cfg)
     _check(found, expected, folder)

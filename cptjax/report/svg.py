@@ -36,10 +36,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Returns round numbers from at most `low` to at least `high`."""
     span = (high - low) or abs(high) or 1.0
     rough = span / count
-    power = 10 ** math.floor(math.log10(rough))
+    exponent = math.floor(math.log10(rough))
+    power = 10**exponent
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [round(i * step, max(12, 3 - exponent)) for i in range(first, max(last, first + 1) + 1)]
 
 
 def short(value: float) -> str:
