@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import console, metrics, multihost, prompting, runtime, settings, stage
+from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, trackers
 from cptjax import tasks as task_list
 from cptjax.batching import ladder
 from cptjax.checkpoint import Checkpoints, Refused
@@ -155,7 +155,7 @@ def open_run(config: ConfigDict, workdir: Path, sigterm: Sigterm | None = None) 
     if multihost.first():
         metrics.write_json(workdir / "config.json", settings.plain(config))
         metrics.write_json(workdir / "versions.json", versions(rt))
-        log = metrics.Log(workdir, config.log.tensorboard, config.log.wandb, config.name, settings.plain(config))
+        log = metrics.Log(workdir, trackers.asked(workdir, settings.plain(config)))
     c = config.checkpoint
     saved = Checkpoints(workdir / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True)
     return Run(config, workdir, settings.stages(config), rt, params, saved, log, _workers(config), sigterm or Sigterm())
