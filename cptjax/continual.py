@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cptjax import console, exams, learning, multihost, report, settings, stage, summary
 from cptjax.model import convert
+from cptjax.report import expect
 from cptjax.resume import resume
 from cptjax.session import Run, Sigterm, open_run, refuse_change
 
@@ -26,14 +27,17 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
     for sub, base in settings.bases(config).items():
         make_base(base, workdir / sub)
     found = settings.variants(config, workdir)
-    matrices = [one(single, workdir / sub) for sub, single in found]
-    if len(found) > 1 and multihost.first():
-        report.write([workdir], workdir / "report.html")
+    matrices = []
+    for sub, single in found:
+        matrices.append(one(single, workdir / sub))
+        if len(found) > 1 and multihost.first():
+            report.write_all(workdir)
     return matrices[0] if len(found) == 1 else stacked(matrices)
 
 
 def check(config: ConfigDict) -> None:
     """Everything that can be refused before anything is loaded."""
+    expect.check(config)
     for single in (*settings.bases(config).values(), *(c for _, c in settings.variants(config))):
         settings.check(single)
         for each in settings.stages(single):
