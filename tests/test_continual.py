@@ -62,6 +62,7 @@ def test_a_run(tmp_path, method, rank):
     assert names and all(("lora" in name) == bool(rank) for name in names)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] and summary["cost"]["rollouts"] >= 3 * 2 * 4
+    assert all(line["trained"] > 4 * 2 for line in lines(tmp_path)) and summary["cost"]["works"]["evaluate"]["trained"] == 0
 
 
 def test_python_and_a_users_own_two_tasks(tmp_path, said, capsys):  # noqa: F811
@@ -96,6 +97,9 @@ def test_seeds_orders_and_arms_lie_side_by_side(tmp_path):
     assert np.isfinite(found[2:]).all() and np.isnan(found[:2, 2]).all() and np.isfinite(found[:2, :2]).all()
     subs = ["joint/seed1", "joint/seed2", "sft/seed1", "sft/seed2"]  # a ConfigDict lists its arms by name
     assert all((tmp_path / sub / "matrix.csv").exists() for sub in subs) and (tmp_path / "report.html").exists()
+    known = [json.loads((tmp_path / sub / "summary.json").read_text())["metrics"]["intransigence"]["value"] for sub in subs]
+    assert [v is None for v in known] == [True, True, False, False]  # the joint runs are the others' reference
+    assert json.loads((tmp_path / "report.json").read_text())["arms"]["sft"]["avg_acc"]["n"] == 2
     firsts = [lines(tmp_path / sub)[0] for sub in subs[2:]]
     assert firsts[0]["loss"] != firsts[1]["loss"]
 
@@ -168,7 +172,8 @@ def test_what_an_evaluation_records(tmp_path):
     assert {r["scorer"] for r in rows if r["metric"] == "accuracy_contains"} == {"contains@1"}
     assert of("accuracy_mini") == [("1", "digit", "none", "2"), ("2", "digit", "none", "2")]
     assert [x[:2] for x in of("kl_base")] == [("3", "digit"), ("3", "facts")]
-    assert all(float(r["value"]) > 0 for r in rows if r["metric"] == "kl_base")
+    drifted = [r for r in rows if r["metric"] == "kl_base"]
+    assert all(float(r["value"]) > 0 and r["decoding"] == "the base's own, T=1, 4 tokens" for r in drifted)
     events = lines(tmp_path, events=True)
     assert [(e["step"], e.get("task"), e["rollouts"]) for e in events] == [(1, None, 2), (2, None, 2), (3, "digit", 16), (3, "facts", 8)]
     assert all(e["tokens"] > 0 and e["seconds"] > 0 for e in events)

@@ -35,8 +35,9 @@ def check(config: ConfigDict) -> None:
     for i, entry in enumerate(config.expect):
         where = f"config.expect[{i}]"
         relations = [key for key in RELATIONS if key in entry]
-        if set(entry) - {"mean"} != {"arm", "metric", *relations} or len(relations) != 1:
-            raise ValueError(f"{where} is {dict(entry)}; expected arm, metric, one of {', '.join(RELATIONS)}, and perhaps mean=True")
+        fits = all(isinstance(entry[key], str if key == "above" else int | float) for key in relations)
+        if set(entry) - {"mean"} != {"arm", "metric", *relations} or len(relations) != 1 or not fits:
+            raise ValueError(f"{where} is {dict(entry)}; expected arm, metric, one of {', '.join(RELATIONS)}, perhaps mean=True")
         if isinstance(entry["arm"], str) == ("within" in entry):
             raise ValueError(f"{where} has arm={entry['arm']!r}; expected a tuple of arms beside within, else one arm")
         for arm in named(entry):
@@ -79,10 +80,10 @@ class Verdict:
         return {True: "met", False: "missed", None: "not judged"}[self.met]
 
     def shown(self, value: float | None) -> str:
-        if "within" in self.entry and words.known(value) and not self.entry["metric"].startswith("kl"):
-            return words.percent(value)
-        difference = "above" in self.entry and not self.entry["metric"].startswith("kl")
-        return words.points(value) if difference else words.shown(self.entry["metric"], value)
+        metric = self.entry["metric"]
+        if metric in words.DISTANCES or not {"above", "within"} & self.entry.keys():
+            return words.shown(metric, value)
+        return (words.points if "above" in self.entry else words.percent)(value)
 
     @property
     def text(self) -> str:
@@ -143,6 +144,6 @@ def sentences(verdicts: Sequence[Verdict]) -> list[Markup]:
     told = {"m": f"{sum(bool(v.met) for v in verdicts)} of {len(verdicts)}"}
     said = [words.sentence("{m} expectations are met" + f", {open_} not judged: a number is missing" * bool(open_) + ".", **told)]
     for verdict in missed[:SPELLED_OUT]:
-        where, value = next((k, v) for k, v in verdict.found.items() if verdict.holds(v) is False)
-        said.append(words.sentence("Missed in {w}: {t}; found {v}.", w=where, t=verdict.text, v=verdict.shown(value)))
+        found = [f"{verdict.shown(value)} ({where})" for where, value in verdict.found.items() if verdict.holds(value) is False]
+        said.append(words.sentence("Missed: {t}; found {f}.", t=verdict.text, f=", ".join(found)))
     return said

@@ -28,8 +28,8 @@ ANSWERS = 4  # answers shown of a group
 def environment() -> jinja2.Environment:
     made = jinja2.Environment(loader=jinja2.PackageLoader("cptjax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"percent": words.percent, "points": words.points, "amount": words.amount, "duration": console.duration}
-    made.globals |= {"title_of": words.title, "levels": words.LEVELS, "shown": words.shown, "interval": words.interval}
-    made.globals |= {"spread": words.spread, "published": published, "pretty": pretty, "written": time.strftime("%Y-%m-%d %H:%M")}
+    made.globals |= {name: getattr(words, name) for name in ("shown", "interval", "spread", "LEVELS", "DISTANCES")}
+    made.globals |= {"title_of": words.title, "published": published, "pretty": pretty, "written": time.strftime("%Y-%m-%d %H:%M")}
     return made
 
 

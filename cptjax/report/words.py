@@ -4,18 +4,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from cptjax.report.read import Arm, Run
 
 TITLES = {
     "avg_acc": "AvgAcc", "base_acc": "Base accuracy", "learned_acc": "Learned", "learned_gain": "Learned gain", "fm_peak": "FM peak",
-    "fm_peak_all": "FM peak, over T",
-    "fm_diagonal": "FM", "bwt": "BWT", "forgetting": "Forgetting", "fwt": "FWT", "maa": "MAA", "intransigence": "Intransigence",
-    "gain": "Gain", "general_delta": "General Δ", "drop": "Drop", "fm_forced": "FM, forced", "general_delta_forced": "General Δ, forced",
-    "kl_new": "KL, new tasks", "kl_old": "KL, old tasks", "format_share": "Format share",
+    "fm_peak_all": "FM peak, over T", "fm_diagonal": "FM", "bwt": "BWT", "forgetting": "Forgetting", "fwt": "FWT", "maa": "MAA",
+    "intransigence": "Intransigence", "gain": "Gain", "general_delta": "General Δ", "drop": "Drop", "fm_forced": "FM, forced",
+    "general_delta_forced": "General Δ, forced", "kl_new": "KL, new tasks", "kl_old": "KL, old tasks", "format_share": "Format share",
 }  # fmt: skip
-LEVELS = ("avg_acc", "base_acc", "learned_acc", "maa")  # shown as percent; the others are differences in points, or KL
+LEVELS = ("avg_acc", "base_acc", "learned_acc", "maa")  # shown as percent; the others are differences in points
+DISTANCES = ("kl_new", "kl_old")  # nats a token
 UNSURE = 0.06  # learned accuracies further apart than this are not "equal learning"
 
 
@@ -36,7 +36,7 @@ def points(value: float | None) -> str:
 
 
 def shown(name: str, value: float | None) -> str:
-    if name.startswith("kl"):
+    if name in DISTANCES:
         return f"{value:.3g}" if known(value) else "–"
     return (percent if name in LEVELS else points)(value)
 
@@ -141,9 +141,10 @@ def compare_headline(arms: Sequence[Arm]) -> list[Markup]:
     said = [
         _extremes(sequences, "fm_diagonal", "{best} keeps most of what it learned (FM {b}); {worst} keeps least (FM {w}).",
                   "All keep about equally much of what they learned (FM {w} to {b})."),
-        *(_extremes(tested(name), name, f"On {escape(where)}, {{best}} changed by {{b}} points and {{worst}} by {{w}}.",
-                    f"On {escape(where)}, all changed about equally ({{w}} to {{b}} points).")
-          for name, where in {"general_delta": "abilities never trained", **{g: g for g in groups}}.items()),
+        _extremes(tested("general_delta"), "general_delta", "On abilities never trained, {best} changed by {b} points and {worst} by {w}.",
+                  "On abilities never trained, all changed about equally ({w} to {b} points)."),
+        *(_extremes(tested(g), g, "On {on}, {best} changed by {b} and {worst} by {w}.",
+                    "On {on}, all changed about equally ({w} to {b}).", on=g) for g in groups),
         *_plasticity(sequences),
         *_format(arms),
         None if any(len(a.runs) > 1 for a in arms) else Markup("One seed each: differences of a few points may be chance."),
@@ -151,12 +152,12 @@ def compare_headline(arms: Sequence[Arm]) -> list[Markup]:
     return [s for s in said if s]
 
 
-def _extremes(arms: Sequence[Arm], name: str, apart: str, alike: str) -> Markup | None:
+def _extremes(arms: Sequence[Arm], name: str, apart: str, alike: str, **more: str) -> Markup | None:
     """Names the best and the worst arm, unless their difference lies within its 95 % interval."""
     if len(arms) < 2:
         return None
     best, worst = (pick(arms, key=lambda a: mean(a, name)) for pick in (max, min))
-    values = {"b": points(mean(best, name)), "w": points(mean(worst, name))}
+    values = {"b": points(mean(best, name)), "w": points(mean(worst, name)), **more}
     if mean(best, name) - mean(worst, name) <= 1.96 * math.hypot(doubt(best, name), doubt(worst, name)):
         return sentence(alike, **values)
     return sentence(apart, best=best.label, worst=worst.label, **values)
