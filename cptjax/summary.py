@@ -101,7 +101,8 @@ def covers(t: Table) -> str:
     """Says in words which part of the schedule the numbers are about."""
     based = any((0, task) in t.cells for task in t.tasks)
     missing = ["the base model"] * (not based) + [f"{task} at stage {i}" for i, task in t.missing(based) if i <= t.final]
-    text = f"all {len(t.stages)} stages" if t.finished else f"{t.final} of {len(t.stages)} stages so far"
+    whole = f"all {len(t.stages)} stages" if len(t.stages) > 1 else "its one stage"
+    text = whole if t.finished else f"{t.final} of {len(t.stages)} stages so far"
     return text + (f"; not measured: {', '.join(missing)}" if missing else "")
 
 

@@ -91,7 +91,7 @@ def test_python_and_a_users_own_two_tasks(tmp_path, said, capsys):  # noqa: F811
 
 
 def test_seeds_orders_and_arms_lie_side_by_side(tmp_path):
-    arms = {"sft": {}, "joint": {"stages": ({"task": ("colour", "digit"), "steps": 2},)}}
+    arms = {"sft": {}, "joint": {"stages": ({"task": ("facts", "digit"), "steps": 2},)}}
     _, found = go(tmp_path, arms=arms, seeds=(1, 2), stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}))
     assert found.shape == (4, 3, 2)
     assert np.isfinite(found[2:]).all() and np.isnan(found[:2, 2]).all() and np.isfinite(found[:2, :2]).all()

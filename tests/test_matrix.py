@@ -176,7 +176,7 @@ def test_a_run_is_judged_by_the_tasks_that_it_examines(tmp_path):
     metrics.write_json(tmp_path / "config.json", {"stages": [{"task": ["a", "b", "c"], "steps": 9}], "eval": asked})
     metrics.Log(tmp_path).evals([row(1, task, 0.5) for task in ("a", "c", "facts")])
     found = summary.write(tmp_path)
-    assert found["finished"] and found["covers"] == "all 1 stages; not measured: the base model"
+    assert found["finished"] and found["covers"] == "its one stage; not measured: the base model"
     assert (tmp_path / "matrix.csv").read_text() == "stage,stage_name,a,c\n0,base,,\n1,a+b+c,0.5,0.5\n"
     assert list(found["general"]) == ["facts"] and found["metrics"]["avg_acc"]["terms"] == 2 and found["groups"]["text"]["final"] == 0.5
 

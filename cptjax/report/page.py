@@ -12,10 +12,8 @@ from cptjax import console, matrix, metrics, summary
 from cptjax.report import charts, expect, published, words
 from cptjax.report.read import Arm, Run, dig, picture, rollouts, spoken
 
-TABLE = (
-    "avg_acc", "learned_acc", "learned_gain", "fm_peak", "fm_diagonal", "fm_forced", "intransigence", "general_delta",
-    "general_delta_forced",
-)  # fmt: skip
+FIRST, LAST = ("avg_acc", "learned_acc", "learned_gain", "fm_diagonal", "general_delta"), ("intransigence", "fm_peak")
+FORCED = ("fm_forced", "general_delta_forced")  # columns of the comparison, groups of general tasks before and among these
 TILES = (
     ("avg_acc", "average accuracy", "%"), ("learned_acc", "right after learning", "%"), ("fm_diagonal", "kept since (FM)", "points"),
     ("general_delta", "general abilities", "points"),
@@ -57,7 +55,8 @@ def compare_page(arms: Sequence[Arm], title: str, verdicts: Sequence[expect.Verd
     general = list(dict.fromkeys(t for a in arms for r in a.runs for t in r.table.general if t not in tasks))
     groups = list(dict.fromkeys(g for a in arms for r in a.runs for g in r.table.groups))
     formulas = {name: formula for a in arms for r in a.runs for name, formula in matrix.formulas(r.table).items()}
-    columns = [n for n in (*TABLE, *groups, *(f"{g}_forced" for g in groups)) if any(a.spread(n) for a in arms)]
+    wanted = (*FIRST, *groups, *FORCED, *(f"{g}_forced" for g in groups), *LAST)
+    columns = [name for name in wanted if any(a.spread(name) for a in arms)]
     said = words.compare_headline(arms)
     return environment().get_template("compare.html.jinja").render(
         title=title, arms=arms, headline=[*said[:1], *expect.sentences(verdicts), *said[1:]], pictures=pictures, tasks=tasks,
