@@ -12,7 +12,7 @@ from cptjax import console, matrix, metrics, summary
 from cptjax.report import charts, expect, published, words
 from cptjax.report.read import Arm, Run, dig, picture, rollouts, spoken
 
-FIRST, LAST = ("avg_acc", "learned_acc", "learned_gain", "fm_diagonal", "general_delta"), ("intransigence", "fm_peak")
+FIRST, LAST = ("avg_acc", "learned_gain", "fm_diagonal", "general_delta"), ("intransigence", "learned_acc", "fm_peak")
 FORCED = ("fm_forced", "general_delta_forced")  # columns of the comparison, groups of general tasks before and among these
 TILES = (
     ("avg_acc", "average accuracy", "%"), ("learned_acc", "right after learning", "%"), ("fm_diagonal", "kept since (FM)", "points"),
