@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import cptjax
-from cptjax import continual, reexam
+from cptjax import console, continual, reexam
 from cptjax.report import read
 
 QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
@@ -155,8 +155,10 @@ def test_the_optimiser_goes_on_where_asked(tmp_path):
         go(tmp_path / "other", stages=other, eval={"before": False, "limit": 2})
 
 
-def test_what_an_evaluation_records(tmp_path):
+def test_what_an_evaluation_records(tmp_path, monkeypatch, capsys):
     """Templates, forced prefix, drift, further scorers, small evaluations inside a stage, general tasks, no base row."""
+    shown = []
+    monkeypatch.setattr(console._PlainBar, "_show", lambda bar: shown.append(bar.shown.get("accuracy")))
     digit = {"task": "drawn", "family": "digit", "side": 32, "also": ("contains",), "template": ""}
     tasks = {"digit": digit, "facts": {"task": "drawn", "family": "facts"}}
     wanted = {"before": False, "general": ("facts",), "templates": ("none", "answer"), "forced_prefix": True}
@@ -170,6 +172,10 @@ def test_what_an_evaluation_records(tmp_path):
     assert of("accuracy") == of("accuracy_forced") == both
     assert of("accuracy_contains") == both[:2]
     assert {r["scorer"] for r in rows if r["metric"] == "accuracy_contains"} == {"contains@1"}
+    value = lambda metric: [float(r["value"]) for r in rows if r["metric"] == metric]
+    assert set(shown) - {None} == set(value("accuracy_mini"))
+    first = [100 * value("accuracy")[i] for i in (0, 2)]  # of the first template, and of the general task
+    assert f"after stage 1 digit: digit {first[0]:.1f}; general {first[1]:.1f}\n" in capsys.readouterr().err
     assert of("accuracy_mini") == [("1", "digit", "none", "2"), ("2", "digit", "none", "2")]
     assert [x[:2] for x in of("kl_base")] == [("3", "digit"), ("3", "facts")]
     drifted = [r for r in rows if r["metric"] == "kl_base"]

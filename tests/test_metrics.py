@@ -146,8 +146,9 @@ def test_a_plain_bar_speaks_while_its_first_step_compiles_and_no_longer(monkeypa
     monkeypatch.setattr(console, "_mode", "plain")
     monkeypatch.setattr(console, "PLAIN_EVERY", 0.02)
     with console.progress("stage 1", 4) as bar:
-        time.sleep(0.1)
         bar.advance(0, accuracy=0.5)  # no step
+        time.sleep(0.1)
+        assert "stage 1  0/4 (a first step compiles)" in capsys.readouterr().err
         bar.advance(1)
         capsys.readouterr()
         time.sleep(0.1)
