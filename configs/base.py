@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     c.seeds = ()  # several seeds: one run each, side by side under the workdir; () = only `seed`
     c.orders = ()  # several task orders: each a tuple of stage indices; () = as listed
     c.arms = ConfigDict()  # name -> overrides: several methods side by side, each in its sub-workdir, and one report over them
+    c.expect = ()  # what the report on the arms judges, each dict(arm=, metric=, at_least= ...); see cptjax/report/expect.py
     c.prestage = ConfigDict()  # overrides of a run that makes the base model first (its export becomes model.path); empty = none
     c.allow_change = False  # resume although the config differs from the one that started the run
 
@@ -105,6 +106,7 @@ def get_config() -> ConfigDict:
     c.eval = ConfigDict(dict(
         tasks="all",  # all = every task of the stages; else "a,b"
         general=(),  # tasks never trained, reported apart
+        groups=dict(),  # name -> some of `general` whose mean change is a number of its own
         limit=None,  # test rows per task
         every=None,  # steps; None = at stage ends only
         mini=240,  # rows per task of the evaluation inside a stage

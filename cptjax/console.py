@@ -92,12 +92,22 @@ class Bar:
 
 
 class _PlainBar(Bar):
+    def __init__(self, text: str, total: int | None, done: int = 0):
+        super().__init__(text, total, done)
+        self.reminder = _Reminder(f"{text}  {done}{f'/{total}' if total else ''} (a first step compiles)")
+
+    def advance(self, n: int = 1, **shown: object) -> None:
+        if n:
+            self.reminder.stop()
+        super().advance(n, **shown)
+
     def _show(self) -> None:
         if time.monotonic() - self.printed >= PLAIN_EVERY:
             self.printed = time.monotonic()
             say(self.line())
 
     def _end(self) -> None:
+        self.reminder.stop()
         if time.monotonic() - self.started >= PLAIN_EVERY / 2:
             say(self.line())
 
@@ -133,14 +143,11 @@ def waiting(text: str) -> Iterator[None]:
         with progress(text):
             yield
         return
-    done, started = threading.Event(), time.monotonic()
-    thread = threading.Thread(target=_remind, args=(text, done, started), daemon=True)
-    thread.start()
+    reminder, started = _Reminder(text), time.monotonic()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        reminder.stop()
     if (took := time.monotonic() - started) >= PLAIN_EVERY / 2:
         say(f"{text}: took {duration(took)}")
 
@@ -151,9 +158,21 @@ def duration(seconds: float) -> str:
     return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02}m"
 
 
-def _remind(text: str, done: threading.Event, started: float) -> None:
-    while not done.wait(PLAIN_EVERY):
-        say(f"{text}  {duration(time.monotonic() - started)} so far")
+class _Reminder:
+    """Says every few seconds that something still goes on, until it is stopped."""
+
+    def __init__(self, text: str):
+        self.done, self.started = threading.Event(), time.monotonic()
+        self.thread = threading.Thread(target=self._remind, args=(text,), daemon=True)
+        self.thread.start()
+
+    def _remind(self, text: str) -> None:
+        while not self.done.wait(PLAIN_EVERY):
+            say(f"{text}  {duration(time.monotonic() - self.started)} so far")
+
+    def stop(self) -> None:
+        self.done.set()
+        self.thread.join()
 
 
 def _console() -> Console:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cptjax import console, exams, learning, multihost, report, settings, stage, summary
 from cptjax.checkpoint import Refused
 from cptjax.model import convert
+from cptjax.report import expect
 from cptjax.resume import resume
 from cptjax.session import Run, Sigterm, open_run, sign
 from cptjax.workdir import changes, listed, local, locked
@@ -25,19 +26,21 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
     """
     workdir = local(workdir)
     check(config)
-    sigterm = Sigterm()
+    sigterm, matrices = Sigterm(), []
     with listening(sigterm), full_disk_told(workdir), locked(workdir):
         for sub, base in settings.bases(config).items():
             make_base(base, workdir / sub, sigterm)
         found = settings.variants(config, workdir)
-        matrices = [one(single, workdir / sub, sigterm) for sub, single in found]
-        if len(found) > 1 and multihost.first():
-            report.write([workdir], workdir / "report.html")
+        for sub, single in found:
+            matrices.append(one(single, workdir / sub, sigterm))
+            if len(found) > 1 and multihost.first():
+                report.write_all(workdir)
     return matrices[0] if len(found) == 1 else stacked(matrices)
 
 
 def check(config: ConfigDict) -> None:
     """Everything that can be refused before anything is loaded."""
+    expect.check(config)
     for single in (*settings.bases(config).values(), *(c for _, c in settings.variants(config))):
         settings.check(single)
         for each in settings.stages(single):

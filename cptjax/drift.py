@@ -65,4 +65,5 @@ def rows(current: Any, number: int, task: str, common: dict[str, Any]) -> list[d
     per_row = [s / n for s, n in every]
     own = {"task": task, "metric": metrics.DRIFT, "value": sum(s for s, _ in every) / sum(n for _, n in every), "n": len(every)}
     template = current.course(task, current.config, template_of(current, task)).template.name
-    return [{**own, "stderr": evaluate.stderr(per_row), "scorer": "kl@1", "template": template, **common}]
+    decoding = f"the base's own, T=1, {current.config.eval.max_new_tokens} tokens"
+    return [{**own, "stderr": evaluate.stderr(per_row), "scorer": "kl@1", "template": template, **common, "decoding": decoding}]

@@ -4,9 +4,10 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax import drift, evaluate, report, resume, runtime, settings, summary
+from cptjax import console, drift, evaluate, report, resume, runtime, settings, summary
 from cptjax.data import Shelf
 from cptjax.lessons import Spent
 from cptjax.model import trainable
@@ -39,7 +40,18 @@ def examine(current: Run, number: int, place: Place) -> None:
         resume.write_marks(current, number, done)
     if current.log:
         summary.write(current.workdir)
+        console.say(told(current, number))
         report.write([current.workdir])
+
+
+def told(current: Run, number: int) -> str:
+    """An evaluation's accuracies in one line, in percent; of the general tasks the mean."""
+    t = summary.load(current.workdir)[1]
+    name = f" {current.stages[number - 1].name}" if number else ""
+    row = {task: 100 * cell.value for (stage, task), cell in t.cells.items() if stage == number}
+    general = [row[task] for task in t.general if task in row]
+    tasks = ", ".join(f"{task} {row[task]:.1f}" for task in t.tasks if task in row)
+    return f"{after(number)}{name}: {tasks}" + (f"; general {np.mean(general):.1f}" if general else "")
 
 
 def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
@@ -85,20 +97,24 @@ def take(current: Run, number: int, task: str, template: str, limit: int | None,
     )  # fmt: skip
 
 
-def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: int) -> None:
-    """The small evaluations after a step of a stage."""
+def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: int) -> dict[str, float]:
+    """The small evaluations after a step of a stage; mean accuracy on the stage's own tasks and on the others."""
     current.params = trainable.join(trained, frozen)
     began, spent = time.perf_counter(), Spent()
+    found: dict[str, list[float]] = {"accuracy": [], "others": []}
     for task in tasks_of(current)[0]:
         template = templates_of(current, task)[0]
         exam = take(current, which.number, task, template, which.config.eval.mini, False, f"at step {step}")
         spent += exam.spent
+        rows = evaluate.rows(exam, common(current, which.number, step), mini=True)
+        found["accuracy" if task in which.tasks else "others"] += [row["value"] for row in rows]
         if current.log:
-            current.log.evals(evaluate.rows(exam, common(current, which.number, step), mini=True))
+            current.log.evals(rows)
     if current.log:
         cost = spent.logged() | {"seconds": time.perf_counter() - began}
         current.log.step(which.number, step, {"event": "evaluate", **cost})
     current.params = None
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
 def common(current: Run, number: int, step: int) -> dict[str, Any]:

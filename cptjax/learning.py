@@ -183,7 +183,7 @@ class Training:
         facts, was = current.facts(), current.sigterm.waits
         current.sigterm.waits = False  # it may take long: SIGTERM ends it at once
         try:
-            exams.inside(current, self.which, state.params, self.frozen, progress.step)
+            self.bar.advance(0, **exams.inside(current, self.which, state.params, self.frozen, progress.step))
         except Preempted:
             self.save(state, progress, facts)
             current.checkpoints.wait()

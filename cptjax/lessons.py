@@ -26,19 +26,20 @@ from cptjax.types import Batch, Example, Params
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What a step cost beside its seconds: generated tokens, answers, arithmetic; and tokens it went through in all."""
+    """What a step cost beside its seconds: generated tokens, answers, arithmetic; tokens it went through in all, and learned from."""
 
     tokens: int = 0
     rollouts: int = 0
     flops: float = 0.0
     seen: int = 0
+    trained: int = 0  # of prompts and answers, without padding; a prompt counts once however many answers it has
 
     def __add__(self, other: "Spent") -> "Spent":
         return Spent(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
     def logged(self) -> dict[str, float]:
         """What of it goes into metrics.jsonl."""
-        return {"tokens": self.tokens, "rollouts": self.rollouts, "flops": self.flops}
+        return {"tokens": self.tokens, "trained": self.trained, "rollouts": self.rollouts, "flops": self.flops}
 
 
 def write_cost(path: Path, spent: Spent, mark: str, seconds: float = 0.0) -> None:
@@ -100,7 +101,8 @@ class Tutor:
 def gold(tutor: Tutor, items: Sequence[Item], forwards: int = 0) -> Lesson:
     """Conversations to imitate; `forwards` further models score them."""
     work = sum(reading(tutor.rt.cfg, i.encoded) for i in items)
-    return Lesson(iter(tutor.written(items)), spent=Spent(flops=(3 + forwards) * work, seen=sum(len(i.encoded) for i in items)))
+    tokens = sum(len(i.encoded) for i in items)
+    return Lesson(iter(tutor.written(items)), spent=Spent(flops=(3 + forwards) * work, seen=tokens, trained=tokens))
 
 
 def reading(cfg: Config, encoded: Encoded) -> float:

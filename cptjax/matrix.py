@@ -5,7 +5,9 @@ R[i, j] is the score on task j after stage i; row 0 is the base model. With A[s]
     S         the last stage whose row is complete (of a running or crashed run: so far)
     first(j)  the first stage with j in A[s]        last(j)  the last such stage up to S: R[last(j), j] is j's "diagonal"
     old       tasks with last(j) < S: trained, and then left behind. Only these can be forgotten; in a plain sequence they are T-1
-    general   tasks that are evaluated and that no stage trains
+    general   tasks that are evaluated and that no stage trains; a config may name groups of them
+
+Only examined tasks count: what a stage trains and `eval` does not name has no column.
 
 So a task that two stages train is judged from the second on, a joint stage puts several tasks on the diagonal at once,
 and a joint run (one stage) has no old tasks and no forgetting measure. Each number is a mean of small weighted sums of
@@ -16,12 +18,10 @@ All scores and differences are fractions of 1; reports show points.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from cptjax import metrics
 
 
 class Formula(NamedTuple):
@@ -33,8 +33,9 @@ FORMULAS = {
     "avg_acc": Formula("mean over tasks of R[S,j]", "higher"),
     "base_acc": Formula("mean over tasks of R[0,j]", "higher"),
     "learned_acc": Formula("mean over trained tasks of R[last(j),j]", "higher"),
+    "learned_gain": Formula("mean over trained tasks of R[last(j),j] - R[0,j]; what the stages taught, kept or not", "higher"),
     "fm_peak": Formula("mean over old tasks of R[S,j] - max(1<=i<=S) R[i,j]; never above 0, negative = forgetting (paper A)", "higher"),
-    "fm_peak_all": Formula("fm_peak with all trained tasks in the mean (divisor T, not T-1)", "higher"),
+    "fm_peak_all": Formula("fm_peak with all trained tasks in the mean (divisor T, not T-1); none without an old task", "higher"),
     "fm_diagonal": Formula("mean over old tasks of R[S,j] - R[last(j),j]; negative = forgetting", "higher"),
     "bwt": Formula("backward transfer, the same as fm_diagonal: mean over old tasks of R[S,j] - R[last(j),j]", "higher"),
     "forgetting": Formula("mean over old tasks of max(1<=i<S) R[i,j] - R[S,j]; positive = forgetting (Chaudhry)", "lower"),
@@ -72,10 +73,13 @@ class Table:
     forced: Cells = dataclasses.field(default_factory=dict)
     drift: Cells = dataclasses.field(default_factory=dict)
     inside: tuple[tuple[int, int, str, float], ...] = ()  # (stage, step, task, accuracy) within stages, fixed small sets
+    examined: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # of general tasks, by the config's names
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(task for stage in self.stages for task in stage))
+        trained = dict.fromkeys(task for stage in self.stages for task in stage)
+        return tuple(task for task in trained if self.examined is None or task in self.examined)
 
     @property
     def general(self) -> tuple[str, ...]:
@@ -140,40 +144,52 @@ def mean_of(sums: Sequence[Sum], cells: Mapping) -> dict[str, Any]:
 
 
 def sums(t: Table) -> dict[str, list[Sum]]:
-    """States each number of FORMULAS as weighted sums of cells of the accuracy table."""
+    """States each number of `formulas` as weighted sums of cells of the accuracy table."""
     S, old, trained = t.final, t.old(), t.trained()
     seen = {i: [j for j in t.tasks if 1 <= t.first(j) <= i and (i, j) in t.cells] for i in range(1, S + 1)}
-    general = [weigh((1, S, j), (-1, 0, j)) for j in t.general if S]
+    since_base = lambda tasks: [weigh((1, S, j), (-1, 0, j)) for j in tasks if S]
     to_peak = lambda j: weigh((1, S, j), (-1, t.peak(j, S), j))
     to_diagonal = [weigh((1, S, j), (-1, t.last(j), j)) for j in old]
     return {
         "avg_acc": [weigh((1, S, j)) for j in t.tasks],
         "base_acc": [weigh((1, 0, j)) for j in t.tasks],
         "learned_acc": [weigh((1, t.last(j), j)) for j in trained],
+        "learned_gain": [weigh((1, t.last(j), j), (-1, 0, j)) for j in trained],
         "fm_peak": [to_peak(j) for j in old],
-        "fm_peak_all": [to_peak(j) for j in trained],
+        "fm_peak_all": [to_peak(j) for j in trained if old],
         "fm_diagonal": to_diagonal,
         "bwt": to_diagonal,
         "forgetting": [weigh((1, t.peak(j, S - 1), j), (-1, S, j)) for j in old],
         "fwt": [weigh((1, t.first(j) - 1, j), (-1, 0, j)) for j in t.tasks if 1 < t.first(j) <= S + 1],
         "maa": [weigh(*((1 / len(js), i, j) for j in js)) for i, js in seen.items() if js],
         "intransigence": [weigh((1, "joint", j), (-1, t.last(j), j)) for j in trained],
-        "gain": [weigh((1, S, j), (-1, 0, j)) for j in trained],
-        "general_delta": general,
-        "drop": [{key: -w for key, w in s.items()} for s in general],
+        "gain": since_base(trained),
+        "general_delta": since_base(t.general),
+        "drop": [{key: -w for key, w in s.items()} for s in since_base(t.general)],
+        **{name: since_base(tasks) for name, tasks in t.groups.items()},
     }
 
 
+def formulas(t: Table) -> dict[str, Formula]:
+    """FORMULAS, and two more for each group of general tasks."""
+    found = dict(FORMULAS)
+    for name, tasks in t.groups.items():
+        found[name] = Formula(f"mean over {', '.join(tasks)} of R[S,j] - R[0,j]", "higher")
+        found[f"{name}_forced"] = Formula(f"{name} of answers after the forced prefix: change that is not format", "higher")
+    return found
+
+
 def numbers(t: Table, joint: Table | None = None) -> dict[str, dict[str, Any]]:
-    """Computes every number of FORMULAS; formula and wished-for direction travel with each."""
+    """Computes every number of `formulas`; formula and wished-for direction travel with each."""
     final = {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final} if joint and joint.final else {}
-    found = {name: mean_of(parts, t.cells | final) for name, parts in sums(t).items()}
-    found["fm_forced"] = mean_of(sums(t)["fm_diagonal"], t.forced)
-    found["general_delta_forced"] = mean_of(sums(t)["general_delta"], t.forced)
+    parts = sums(t)
+    found = {name: mean_of(part, t.cells | final) for name, part in parts.items()}
+    found["fm_forced"] = mean_of(parts["fm_diagonal"], t.forced)
+    found |= {f"{name}_forced": mean_of(parts[name], t.forced) for name in ("general_delta", *t.groups)}
     now = t.stages[t.final - 1] if t.final else ()
     found["kl_new"] = mean_of([weigh((1, t.final, j)) for j in now], t.drift)
     found["kl_old"] = mean_of([weigh((1, t.final, j)) for j in [*t.old(), *t.general]], t.drift)
-    return {name: {**found[name], "formula": f.text, "better": f.better} for name, f in FORMULAS.items()}
+    return {name: {**found[name], "formula": f.text, "better": f.better} for name, f in formulas(t).items()}
 
 
 def format_share(t: Table) -> dict[str, Any]:
@@ -205,32 +221,3 @@ def per_stage(t: Table) -> list[dict[str, Any]]:
         }
         rows.append({"stage": s, "tasks": list(tasks), **values})
     return rows
-
-
-def schedule(config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Reads which tasks each stage trains from a run's config."""
-    tasks = [stage["task"] for stage in config["stages"]]
-    return tuple((t,) if isinstance(t, str) else tuple(t) for t in tasks)
-
-
-def table(rows: Iterable[Mapping[str, Any]], stages: Sequence[Sequence[str]]) -> Table:
-    """Sorts rows of evals.csv into a Table; of several templates a task's first counts, of repeated evaluations the last."""
-    rows = [row for row in rows if not math.isnan(row["value"])]
-    template = {row["task"]: row.get("template") for row in reversed(rows) if row["metric"] == metrics.ACCURACY}
-    found: dict[str, Cells] = {metrics.ACCURACY: {}, metrics.FORCED: {}, metrics.DRIFT: {}}
-    inside: dict[tuple[int, int, str], float] = {}
-    for row in rows:
-        stage, task, metric = row["stage"], row["task"], row["metric"]
-        if metric != metrics.DRIFT and row.get("template") != template.get(task, row.get("template")):
-            continue
-        if metric in found:
-            found[metric][stage, task] = Cell(row["value"], _stderr(row), row["n"])
-        elif metric == metrics.MINI:
-            inside[stage, row["step"], task] = row["value"]
-    cells = (found[m] for m in (metrics.ACCURACY, metrics.FORCED, metrics.DRIFT))
-    return Table(tuple(map(tuple, stages)), *cells, tuple((*k, v) for k, v in inside.items()))
-
-
-def _stderr(row: Mapping[str, Any]) -> float:
-    p, n = row["value"], row["n"]
-    return row["stderr"] if math.isfinite(row["stderr"]) else math.sqrt(max(p * (1 - p), 0) / n) if n else math.nan

@@ -1,4 +1,4 @@
-"""The numbers of a run on their way to disk: sums with their counts, growing files that survive a kill, optional sinks.
+"""The numbers of a run on their way to disk: sums with their counts, growing files that survive a kill.
 
 Files of a workdir that only ever grow: metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl, predictions/stage{K}.jsonl.
 A checkpoint stores `Log.positions()`; `Log.rewind(positions)` cuts whatever a killed run wrote after it.
@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ MINI = "accuracy_mini"  # the same inside a stage, on the fixed small set
 FORCED = "accuracy_forced"  # the same with the expected prefix forced: knowledge without format
 DRIFT = "kl_base"  # KL(base || now) per token, on this task's prompts
 GROWING = ("metrics.jsonl", "evals.csv", "rollouts/stage*.jsonl", "predictions/stage*.jsonl")
-COSTS = ("seconds", "tokens", "rollouts", "flops")  # keys of a metrics.jsonl line; each line holds what was spent since the last
+# keys of a metrics.jsonl line, each what was spent since the last: tokens of drawn answers; tokens learned from, padding left out
+COSTS = ("seconds", "tokens", "trained", "rollouts", "flops")
 
 
 class Mean(NamedTuple):
@@ -136,13 +137,17 @@ class Lines:
 
 
 class Log:
-    """The growing files of one workdir and the optional sinks."""
+    """The growing files of one workdir and what else its numbers go to (see `trackers`)."""
 
-    def __init__(self, workdir: Path | str, tensorboard: bool = False, wandb: str = "", name: str = "", config: Mapping | None = None):
-        self.workdir = Path(workdir)
+    def __init__(self, workdir: Path | str, sinks: Sequence[Any] = ()):
+        self.workdir, self.sinks = Path(workdir), tuple(sinks)
         self.files: dict[str, Lines] = {}
-        self.sinks = [tensorboard_sink(self.workdir)] if tensorboard else []
-        self.sinks += [wandb_sink(self.workdir, wandb, name, config)] if wandb else []
+
+    def _sink(self, values: Mapping[str, Any], at: int, stage: int, step: int) -> None:
+        """Gives numbers to the sinks; `at` is their place on the axis of their curves: the step in a stage, or the stage."""
+        numbers = {k: v for k, v in plain(values).items() if isinstance(v, (int, float))}
+        for sink in self.sinks:
+            sink.log(numbers, at, stage, step)
 
     def lines(self, name: str) -> Lines:
         if name not in self.files:
@@ -152,11 +157,14 @@ class Log:
     def step(self, stage: int, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl; `event` in values marks a line that is no training step (evaluate, filter, ...)."""
         self.lines("metrics.jsonl").append({"stage": stage, "step": step, **values})
-        for sink in self.sinks:
-            sink(stage, step, {k: v for k, v in plain(values).items() if isinstance(v, (int, float))})
+        self._sink({f"stage{stage}/{k}": v for k, v in values.items()}, step, stage, step)
 
-    def evals(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def evals(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.lines("evals.csv").append(*rows)
+        for row in rows:
+            stage, step, inside = row["stage"], row["step"], row["metric"] == MINI
+            name = f"eval/{row['task']}/{row['metric']}/{row['template']}"
+            self._sink({f"stage{stage}/{name}" if inside else name: row["value"]}, step if inside else stage, stage, step)
 
     def rollouts(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
         self.lines(f"rollouts/stage{stage}.jsonl").append(*rows)
@@ -180,33 +188,9 @@ class Log:
         return sorted(str(p.relative_to(self.workdir)) for pattern in GROWING for p in self.workdir.glob(pattern))
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-        self.files = {}
-
-
-def tensorboard_sink(workdir: Path):
-    """Returns a sink that writes to `workdir`/tensorboard; a resumed run repeats the points since its checkpoint there."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ValueError("log.tensorboard=True needs tensorboardX: pip install 'cptjax[tracking]', or set it to False") from None
-    writer = SummaryWriter(str(workdir / "tensorboard"))
-
-    def sink(stage: int, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(f"stage{stage}/{name}", value, step)
-
-    return sink
-
-
-def wandb_sink(workdir: Path, project: str, name: str, config: Mapping | None):
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(f"log.wandb={project!r} needs wandb: pip install 'cptjax[tracking]', or set it to ''") from None
-    run = wandb.init(project=project, name=name or workdir.name, dir=str(workdir), config=plain(config or {}), resume="allow")
-    return lambda stage, step, values: run.log({"stage": stage, "step": step, **{f"stage{stage}/{k}": v for k, v in values.items()}})
+        for opened in (*self.files.values(), *self.sinks):
+            opened.close()
+        self.files, self.sinks = {}, ()
 
 
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
@@ -249,6 +233,7 @@ def cost(workdir: Path | str) -> dict[str, Any]:
         for name in COSTS:
             row[name] += line.get(name) or 0
     parts = [{"stage": stage, "work": work, **spent} for (stage, work), spent in sorted(rows.items())]
-    total = {name: sum(p[name] for p in parts) for name in COSTS}
+    total = lambda some: {name: sum(p[name] for p in some) for name in COSTS}
+    works = {work: total([p for p in parts if p["work"] == work]) for work in dict.fromkeys(p["work"] for p in parts)}
     stored = {"bytes": bytes_under(workdir), "checkpoint_bytes": bytes_under(Path(workdir) / "checkpoints")}
-    return {**total, **stored, "parts": parts}
+    return {**total(parts), **stored, "works": works, "parts": parts}

@@ -151,7 +151,8 @@ def updates(
     parts = (micro[i : i + per] for _ in range(s.passes) for i in range(0, len(micro), per))
     attach = teach or (lambda batch, items: batch)
     ready = ([attach(b, graded.items[p]) for b, p in part] for part in parts)
-    work = Spent(flops=(3 * s.passes + forwards + (teach is not None)) * _forward(drawn, lengths))
+    tokens = s.passes * (sum(len(i.encoded) for i in graded.items) + int(drawn.mask.sum()))
+    work = Spent(flops=(3 * s.passes + forwards + (teach is not None)) * _forward(drawn, lengths), trained=tokens)
     return Lesson(ready, info, rollout_rows(graded, advantage.reshape(-1), step, stage), graded.spent + work)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, workdir
+from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, trackers, workdir
 from cptjax import tasks as task_list
 from cptjax.batching import ladder
 from cptjax.checkpoint import Checkpoints
@@ -152,7 +152,7 @@ def open_run(config: ConfigDict, folder: Path, sigterm: Sigterm | None = None) -
     rt, params = _model(config)
     log = None
     if multihost.first():
-        log = metrics.Log(folder, config.log.tensorboard, config.log.wandb, config.name, settings.plain(config))
+        log = metrics.Log(folder, trackers.asked(folder, settings.plain(config)))
     c = config.checkpoint
     saved = Checkpoints(folder / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True)
     return Run(config, folder, settings.stages(config), rt, params, saved, log, _workers(config), sigterm or Sigterm())

@@ -12,11 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-FREE = ("tasks", "arms", "prestage")  # sections whose keys are the user's own
+FREE = ("tasks", "arms", "prestage", "groups")  # sections whose keys are the user's own
 TOP = ("arms", "seeds", "orders", "prestage")  # what makes several runs of a config; neither an arm nor the pre-stage may set it
 LOOSE = ("filter", "online_filter")  # None or a small dict
 NUMBERS = (int, float)
-UNHASHED = ("allow_change", "log", "checkpoint", "mesh")  # may differ when a run is continued
+UNHASHED = ("allow_change", "log", "checkpoint", "mesh", "expect")  # may differ when a run is continued
 OPTIONAL: dict[str, type] = {  # what may be None, and its type where it is not
     "data.limit": int, "eval.limit": int, "eval.every": int, "method.tis_cap": float, "method.clip_dual": float, "method.kl_limit": float,
     "train.clip": float,
@@ -105,7 +105,7 @@ def _optional(new: Any, kind: type | None, place: str) -> Any:
 
 
 def check(config: ConfigDict) -> None:
-    """Numbers below what makes sense, and values of a wrong type that a config file set itself."""
+    """Numbers below what makes sense, groups of what is not evaluated, and values of a wrong type that a config file set itself."""
     for name, least in LEAST.items():
         section, key = name.split(".")
         value = config[section][key]
@@ -114,6 +114,10 @@ def check(config: ConfigDict) -> None:
         whole = name != "eval.temperature"
         if isinstance(value, bool) or not isinstance(value, int if whole else NUMBERS) or value < least:
             raise ValueError(f"config.{name} is {value!r}; expected {'a whole' if whole else 'a'} number of at least {least}")
+    for name, tasks in config.eval.groups.items():
+        if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(config.eval.general):
+            known = ", ".join(config.eval.general) or "(), which is empty"
+            raise ValueError(f"config.eval.groups.{name} is {tasks!r}; expected a tuple of tasks of config.eval.general: {known}")
 
 
 def examined(config: ConfigDict, run: Sequence[Stage]) -> list[str]:

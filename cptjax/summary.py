@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cptjax import metrics
-from cptjax.matrix import NONE, Table, format_share, numbers, per_stage, schedule, table
+from cptjax.matrix import NONE, Cell, Cells, Table, format_share, numbers, per_stage
 
 
 def transitions(before: Mapping[tuple[str, str], float], after: Mapping[tuple[str, str], float]) -> dict[str, dict[str, int]]:
@@ -31,6 +31,43 @@ def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": float(np.mean(known)), "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None, "n": len(known)}
 
 
+def schedule(config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Reads which tasks each stage trains from a run's config."""
+    tasks = [stage["task"] for stage in config["stages"]]
+    return tuple((t,) if isinstance(t, str) else tuple(t) for t in tasks)
+
+
+def examined(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads which tasks a run evaluates and which groups of general ones it names, as fields of a Table."""
+    asked = config.get("eval", {})
+    named = asked.get("tasks", "all")
+    tasks = None if named == "all" else (*named.split(","), *asked["general"])
+    return {"examined": tasks, "groups": {name: tuple(tasks) for name, tasks in asked.get("groups", {}).items()}}
+
+
+def table(rows: Iterable[Mapping[str, Any]], stages: Sequence[Sequence[str]], **more: Any) -> Table:
+    """Sorts rows of evals.csv into a Table, with `more` fields; of several templates a task's first counts, of repeats the last."""
+    rows = [row for row in rows if not math.isnan(row["value"])]
+    template = {row["task"]: row.get("template") for row in reversed(rows) if row["metric"] == metrics.ACCURACY}
+    found: dict[str, Cells] = {metrics.ACCURACY: {}, metrics.FORCED: {}, metrics.DRIFT: {}}
+    inside: dict[tuple[int, int, str], float] = {}
+    for row in rows:
+        stage, task, metric = row["stage"], row["task"], row["metric"]
+        if metric != metrics.DRIFT and row.get("template") != template.get(task, row.get("template")):
+            continue
+        if metric in found:
+            found[metric][stage, task] = Cell(row["value"], _stderr(row), row["n"])
+        elif metric == metrics.MINI:
+            inside[stage, row["step"], task] = row["value"]
+    cells = (found[m] for m in (metrics.ACCURACY, metrics.FORCED, metrics.DRIFT))
+    return Table(tuple(map(tuple, stages)), *cells, tuple((*k, v) for k, v in inside.items()), **more)
+
+
+def _stderr(row: Mapping[str, Any]) -> float:
+    p, n = row["value"], row["n"]
+    return row["stderr"] if math.isfinite(row["stderr"]) else math.sqrt(max(p * (1 - p), 0) / n) if n else math.nan
+
+
 def load(workdir: Path | str) -> tuple[dict[str, Any], Table]:
     """Reads a run's config and its evaluations; finished, running and crashed runs alike."""
     path = Path(workdir) / "config.json"
@@ -41,7 +78,7 @@ def load(workdir: Path | str) -> tuple[dict[str, Any], Table]:
         raise ValueError(f"{workdir} is no run: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a run's config with stages, each with a task: {error!r}") from None
-    return config, table(metrics.read_evals(Path(workdir) / "evals.csv"), stages)
+    return config, table(metrics.read_evals(Path(workdir) / "evals.csv"), stages, **examined(config))
 
 
 def scores(workdir: Path | str, stage: int) -> dict[tuple[str, str], float]:
@@ -62,8 +99,10 @@ def flips(workdir: Path | str, t: Table) -> dict[str, Any]:
 
 def covers(t: Table) -> str:
     """Says in words which part of the schedule the numbers are about."""
-    missing = [f"{task} at stage {i}" for i, task in t.missing() if i <= t.final]
-    text = f"all {len(t.stages)} stages" if t.finished else f"{t.final} of {len(t.stages)} stages so far"
+    based = any((0, task) in t.cells for task in t.tasks)
+    missing = ["the base model"] * (not based) + [f"{task} at stage {i}" for i, task in t.missing(based) if i <= t.final]
+    whole = f"all {len(t.stages)} stages" if len(t.stages) > 1 else "its one stage"
+    text = whole if t.finished else f"{t.final} of {len(t.stages)} stages so far"
     return text + (f"; not measured: {', '.join(missing)}" if missing else "")
 
 
@@ -75,12 +114,17 @@ def _task(t: Table, task: str) -> dict[str, Any]:
     return {"learned_at": learned, "learned": value(t.cells, learned) if learned else None, **free, **forced}
 
 
+def _group(t: Table, tasks: tuple[str, ...]) -> dict[str, Any]:
+    mean = lambda row: float(np.mean([t.cells.get((row, j), NONE).value for j in tasks]))
+    return {"tasks": list(tasks), "base": mean(0), "final": mean(t.final)}
+
+
 def summary(t: Table, joint: Table | None = None) -> dict[str, Any]:
     """Returns everything that follows from the evaluations alone."""
     state = {"finished": t.finished, "covers": covers(t), "stage": t.final, "stages": [list(a) for a in t.stages], "unit": "fraction of 1"}
     parts = {"metrics": numbers(t, joint), "format_share": format_share(t), "per_stage": per_stage(t)}
-    groups = {"tasks": {j: _task(t, j) for j in t.tasks}, "general": {j: _task(t, j) for j in t.general}}
-    return {**state, **parts, **groups}
+    columns = {"tasks": {j: _task(t, j) for j in t.tasks}, "general": {j: _task(t, j) for j in t.general}}
+    return {**state, **parts, **columns, "groups": {name: _group(t, tasks) for name, tasks in t.groups.items()}}
 
 
 def summarise(workdir: Path | str, joint: Path | str | None = None) -> dict[str, Any]:

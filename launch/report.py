@@ -9,7 +9,7 @@ from cptjax import report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a workdir, or a folder of workdirs (arms or seeds)")
-    parser.add_argument("--out", help="the page to write; default: report.html in the first DIR")
+    parser.add_argument("--out", help="the page to write, several runs' numbers beside it as .json; default: report.html in the first DIR")
     args = parser.parse_args()
     try:
         print(report.write(args.folders, args.out))

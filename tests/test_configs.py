@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import base, cpt7, demo, jigsaw, retain
 from cptjax import prompting, settings, stage, tasks
+from cptjax.report import expect
 from cptjax.types import Example
 
 CORPUS = {"method": {"corpus": "rollouts/stage1.jsonl"}}
@@ -27,7 +28,9 @@ def test_every_arm_resolves(module, arg):
         with pytest.raises(ValueError, match="needs method.corpus"):
             stage.check(settings.stages(config)[0])
         config = settings.merge(config, CORPUS)
-    for _, one in settings.variants(config):
+    expect.check(config)
+    for one in (*settings.bases(config).values(), *(one for _, one in settings.variants(config))):
+        settings.check(one)
         for each in settings.stages(one):
             stage.check(each)
             for name in (*each.tasks, *each.config.eval.general):

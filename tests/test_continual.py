@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import cptjax
 from configs import demo
-from cptjax import continual, reexam, settings
+from cptjax import console, continual, reexam, settings
 from cptjax.report import read
 
 QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
@@ -64,15 +64,19 @@ def test_a_run(tmp_path, method, rank):
     assert names and all(("lora" in name) == bool(rank) for name in names)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] and summary["cost"]["rollouts"] >= 3 * 2 * 4
+    assert all(line["trained"] > 4 * 2 for line in lines(tmp_path)) and summary["cost"]["works"]["evaluate"]["trained"] == 0
 
 
 def test_seeds_orders_and_arms_lie_side_by_side(tmp_path):
-    arms = {"sft": {}, "joint": {"stages": ({"task": ("colour", "digit"), "steps": 2},)}}
+    arms = {"sft": {}, "joint": {"stages": ({"task": ("facts", "digit"), "steps": 2},)}}
     c, found = go(tmp_path, arms=arms, seeds=(1, 2), stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}))
     assert found.shape == (4, 3, 2)
     assert np.isfinite(found[2:]).all() and np.isnan(found[:2, 2]).all() and np.isfinite(found[:2, :2]).all()
     subs = ["joint/seed1", "joint/seed2", "sft/seed1", "sft/seed2"]  # a ConfigDict lists its arms by name
     assert all((tmp_path / sub / "matrix.csv").exists() for sub in subs) and (tmp_path / "report.html").exists()
+    known = [json.loads((tmp_path / sub / "summary.json").read_text())["metrics"]["intransigence"]["value"] for sub in subs]
+    assert [v is None for v in known] == [True, True, False, False]  # the joint runs are the others' reference
+    assert json.loads((tmp_path / "report.json").read_text())["arms"]["sft"]["avg_acc"]["n"] == 2
     firsts = [lines(tmp_path / sub)[0] for sub in subs[2:]]
     assert firsts[0]["loss"] != firsts[1]["loss"]
 
@@ -156,7 +160,7 @@ def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
         patched.setattr(module, name, stopped)
         continual.run(c, tmp_path / "run")
-    assert end.value.code == 0 and not (tmp_path / "run" / "report.html").exists() and len(calls) == count
+    assert end.value.code == 0 and len(calls) == count
     assert np.array_equal(continual.run(c, tmp_path / "run"), whole)
     for sub in ("base", "a", "b"):
         runs.same(runs.state(tmp_path / "whole" / sub), runs.state(tmp_path / "run" / sub))
@@ -177,8 +181,10 @@ def test_drift_counts_the_rows_that_were_asked_for(tmp_path, devices):  # noqa: 
         assert np.allclose([x[2] for x in found[count]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
 
 
-def test_what_an_evaluation_records(tmp_path):
+def test_what_an_evaluation_records(tmp_path, monkeypatch, capsys):
     """Templates, forced prefix, drift, further scorers, small evaluations inside a stage, general tasks, no base row."""
+    shown = []
+    monkeypatch.setattr(console._PlainBar, "_show", lambda bar: shown.append(bar.shown.get("accuracy")))
     digit = {"task": "drawn", "family": "digit", "side": 32, "also": ("contains",), "template": ""}
     tasks = {"digit": digit, "facts": {"task": "drawn", "family": "facts"}}
     wanted = {"before": False, "general": ("facts",), "templates": ("none", "answer"), "forced_prefix": True}
@@ -192,9 +198,14 @@ def test_what_an_evaluation_records(tmp_path):
     assert of("accuracy") == of("accuracy_forced") == both
     assert of("accuracy_contains") == both[:2]
     assert {r["scorer"] for r in rows if r["metric"] == "accuracy_contains"} == {"contains@1"}
+    value = lambda metric: [float(r["value"]) for r in rows if r["metric"] == metric]
+    assert set(shown) - {None} == set(value("accuracy_mini"))
+    first = [100 * value("accuracy")[i] for i in (0, 2)]  # of the first template, and of the general task
+    assert f"after stage 1 digit: digit {first[0]:.1f}; general {first[1]:.1f}\n" in capsys.readouterr().err
     assert of("accuracy_mini") == [("1", "digit", "none", "2"), ("2", "digit", "none", "2")]
     assert [x[:2] for x in of("kl_base")] == [("3", "digit"), ("3", "facts")]
-    assert all(float(r["value"]) > 0 for r in rows if r["metric"] == "kl_base")
+    drifted = [r for r in rows if r["metric"] == "kl_base"]
+    assert all(float(r["value"]) > 0 and r["decoding"] == "the base's own, T=1, 4 tokens" for r in drifted)
     events = lines(tmp_path, events=True)
     assert [(e["step"], e.get("task"), e["rollouts"]) for e in events] == [(1, None, 2), (2, None, 2), (3, "digit", 16), (3, "facts", 8)]
     assert all(e["tokens"] > 0 and e["seconds"] > 0 for e in events)

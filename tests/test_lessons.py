@@ -59,10 +59,12 @@ def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(desk):
 
 
 def test_rollout_rows_hold_what_another_run_needs(desk):
-    found = rollouts.updates(desk.room.tutor, desk.params, rolled(desk), None, 3, 1)
+    graded = rolled(desk)
+    found = rollouts.updates(desk.room.tutor, desk.params, graded, None, 3, 1)
     row = found.rows[0]
     assert (row["step"], row["stage"], row["task"]) == (3, 1, "first") and row["id"].startswith("first/train/")
     assert len(found.rows) == 8 == found.spent.rollouts and 8 <= found.spent.tokens <= 32
+    assert found.spent.trained == 2 * (sum(len(i.encoded) for i in graded.items) + found.spent.tokens)  # two passes
     assert json.loads(json.dumps(row)) == row
 
 

@@ -23,6 +23,7 @@ FOUR = make([[0.1, 0.2, 0.3, 0.4], [0.5, 0.2, 0.3, 0.4], [0.7, 0.6, 0.2, 0.4], [
     (THREE, "avg_acc", 2.15 / 3, 3),
     (THREE, "base_acc", 0.3, 3),
     (THREE, "learned_acc", 2.65 / 3, 3),
+    (THREE, "learned_gain", 1.75 / 3, 3),  # .6 + .6 + .55
     (THREE, "fm_peak", -0.25, 2),  # (.7 - .8 + .5 - .9) / 2
     (THREE, "fm_peak_all", -0.5 / 3, 3),
     (THREE, "fm_diagonal", -0.25, 2),
@@ -33,6 +34,7 @@ FOUR = make([[0.1, 0.2, 0.3, 0.4], [0.5, 0.2, 0.3, 0.4], [0.7, 0.6, 0.2, 0.4], [
     (THREE, "gain", 1.25 / 3, 3),
     (FOUR, "avg_acc", 0.575, 4),
     (FOUR, "learned_acc", 0.6, 4),
+    (FOUR, "learned_gain", 1.4 / 4, 4),
     (FOUR, "fm_peak", -0.2, 3),  # (.3 - .7 + .9 - .9 + .5 - .7) / 3
     (FOUR, "fm_peak_all", -0.15, 4),
     (FOUR, "fm_diagonal", -0.1 / 3, 3),  # (.3 - .5 + .9 - .6 + .5 - .7) / 3
@@ -52,7 +54,8 @@ def test_intransigence_is_positive_where_joint_training_learned_more():
     assert matrix.numbers(THREE, joint)["intransigence"]["value"] == pytest.approx((0.1 + 0.1 - 0.05) / 3)
     assert matrix.numbers(THREE)["intransigence"]["value"] is None
     own = matrix.numbers(joint)
-    assert own["fm_peak"]["value"] is None and own["forgetting"]["terms"] == 0 and own["avg_acc"]["value"] == pytest.approx(2.8 / 3)
+    assert own["fm_peak"]["value"] is own["fm_peak_all"]["value"] is None
+    assert own["forgetting"]["terms"] == 0 and own["avg_acc"]["value"] == pytest.approx(2.8 / 3)
 
 
 def test_a_task_trained_twice_and_a_joint_stage():
@@ -75,6 +78,17 @@ def test_general_tasks_and_paper_c_signs():
     assert found["gain"]["value"] == pytest.approx(0.6) and found["avg_acc"]["terms"] == 1
     stage = matrix.per_stage(make(rows, ["a"], tasks=["a", "facts"]))[0]
     assert stage["drop"] == stage["loss"] == pytest.approx(0.4)
+
+
+def test_groups_of_general_tasks_have_numbers_of_their_own():
+    rows, names = [[0.2, 0.9, 0.8, 1.0], [0.8, 0.5, 0.6, 1.0]], ["a", "facts", "sums", "puzzle"]
+    forced = make([[0.2, 0.9, 0.8, 1.0], [0.8, 0.9, 0.7, 1.0]], ["a"], tasks=names).cells
+    t = make(rows, ["a"], tasks=names, forced=forced, groups={"text": ("facts", "sums")})
+    found = matrix.numbers(t)
+    assert found["text"]["value"] == pytest.approx(-0.3) and found["text"]["terms"] == 2 and found["text"]["better"] == "higher"
+    assert found["text_forced"]["value"] == pytest.approx(-0.05) and found["general_delta"]["value"] == pytest.approx(-0.2)
+    assert "facts, sums" in found["text"]["formula"]
+    assert summary.summary(t)["groups"] == {"text": {"tasks": ["facts", "sums"], "base": pytest.approx(0.85), "final": pytest.approx(0.55)}}
 
 
 def test_partial_runs_are_judged_by_their_last_complete_row():
@@ -136,7 +150,7 @@ def test_rows_sort_into_a_table():
     rows = [row(0, "a", 0.5), row(0, "a", 0.9, template="direct"), row(1, "a", 0.1), row(1, "a", 0.8, stderr=0.5),
             row(1, "a", 0.7, "accuracy_mini", step=4), row(1, "a", 0.6, "accuracy_forced"), row(1, "a", 2.5, "kl_base", template=""),
             row(1, "a", 0.3, "f1")]  # fmt: skip
-    t = matrix.table(rows, [("a",)])
+    t = summary.table(rows, [("a",)])
     assert t.cells == {(0, "a"): Cell(0.5, 0.1, 25), (1, "a"): Cell(0.8, 0.5, 25)}  # sqrt(.25 / 25) where no stderr is given
     assert t.forced[1, "a"].value == 0.6 and t.drift[1, "a"].value == 2.5 and t.inside == ((1, 4, "a", 0.7),)
     assert matrix.numbers(t)["kl_new"]["value"] == 2.5
@@ -155,6 +169,16 @@ def test_write_puts_matrix_and_summary_beside_the_evaluations(tmp_path):
     assert found["transitions"]["since_base"] == {"a": {"lost": 1, "gained": 0, "kept": 0, "never": 0, "n": 1}}
     assert found["metrics"]["learned_acc"] | {"stderr": 0, "ci95": 0} == {
         "value": 1.0, "stderr": 0, "ci95": 0, "terms": 1, "formula": matrix.FORMULAS["learned_acc"].text, "better": "higher"}  # fmt: skip
+
+
+def test_a_run_is_judged_by_the_tasks_that_it_examines(tmp_path):
+    asked = {"tasks": "a,c", "general": ["facts"], "groups": {"text": ["facts"]}}
+    metrics.write_json(tmp_path / "config.json", {"stages": [{"task": ["a", "b", "c"], "steps": 9}], "eval": asked})
+    metrics.Log(tmp_path).evals([row(1, task, 0.5) for task in ("a", "c", "facts")])
+    found = summary.write(tmp_path)
+    assert found["finished"] and found["covers"] == "its one stage; not measured: the base model"
+    assert (tmp_path / "matrix.csv").read_text() == "stage,stage_name,a,c\n0,base,,\n1,a+b+c,0.5,0.5\n"
+    assert list(found["general"]) == ["facts"] and found["metrics"]["avg_acc"]["terms"] == 2 and found["groups"]["text"]["final"] == 0.5
 
 
 def test_what_is_no_run_is_named(tmp_path):

@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cptjax import console, metrics
+from cptjax import console, metrics, trackers
 from cptjax.metrics import Lines, Log, Mean
 
 ROW = {"stage": 0, "stage_name": "base", "step": 0, "task": "a,b", "metric": "accuracy", "value": 0.5, "n": 4, "stderr": 0.25,
@@ -86,11 +90,33 @@ def test_replacing_a_file_keeps_the_old_one_when_writing_fails(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"] and "[" in (tmp_path / "s.json").read_text()
 
 
+def tracked(tmp_path, **log):
+    return Log(tmp_path, trackers.asked(tmp_path, {"name": "run", "log": {"tensorboard": False, "wandb": ""} | log}))
+
+
 @pytest.mark.parametrize("options, package", [({"tensorboard": True}, "tensorboardX"), ({"wandb": "p"}, "wandb")])
-def test_a_sink_whose_package_is_missing_says_so(tmp_path, monkeypatch, options, package):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+def test_a_tracker_whose_package_is_missing_says_so(tmp_path, monkeypatch, options, package):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"needs {package}: pip install"):
-        Log(tmp_path, **options)
+        tracked(tmp_path, **options)
+
+
+def test_trackers_get_training_and_evaluations_and_are_closed(tmp_path, monkeypatch):
+    points, opened, sent = [], [], []
+    writer = SimpleNamespace(add_scalar=lambda *point: points.append(point), close=lambda: points.append("closed"))
+    run = SimpleNamespace(log=sent.append, finish=lambda: sent.append("finished"))
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: opened.append(about) or run))
+    for folder in ("a", "b", "a"):  # two runs in one process, and the first again
+        log = tracked(tmp_path / folder, tensorboard=True, wandb="project")
+        log.step(2, 7, {"loss": 0.5, "event": "said"})
+        log.evals([ROW | {"stage": 2, "step": 9, "task": "a"}, ROW | {"stage": 2, "step": 5, "task": "a", "metric": "accuracy_mini"}])
+        log.close()
+    told = {"stage2/loss": (0.5, 7), "eval/a/accuracy/cot": (0.5, 2), "stage2/eval/a/accuracy_mini/cot": (0.5, 5)}
+    assert points == 3 * [*((name, *point) for name, point in told.items()), "closed"]
+    assert sent[1] == {"stage": 2, "step": 9, "eval/a/accuracy/cot": 0.5} and sent[3] == "finished" and len(sent) == 12
+    ids = [about["id"] for about in opened]
+    assert ids[0] == ids[2] != ids[1] and all(about["resume"] == "allow" and about["project"] == "project" for about in opened)
 
 
 def test_cost_adds_up_by_stage_and_kind_of_work(tmp_path):
@@ -98,9 +124,11 @@ def test_cost_adds_up_by_stage_and_kind_of_work(tmp_path):
     log.step(1, 1, {"seconds": 2.0, "tokens": 10, "rollouts": 4})
     log.step(1, 2, {"seconds": 3.0, "tokens": 10, "rollouts": 4})
     log.step(1, 2, {"event": "evaluate", "seconds": 1.0})
+    log.step(2, 1, {"seconds": 4.0, "trained": 50})
     cost = metrics.cost(tmp_path)
-    assert (cost["seconds"], cost["tokens"], cost["rollouts"]) == (6.0, 20, 8)
-    assert [(p["work"], p["seconds"]) for p in cost["parts"]] == [("evaluate", 1.0), ("train", 5.0)]
+    assert (cost["seconds"], cost["tokens"], cost["rollouts"], cost["trained"]) == (10.0, 20, 8, 50)
+    assert {work: spent["seconds"] for work, spent in cost["works"].items()} == {"evaluate": 1.0, "train": 9.0}
+    assert [(p["work"], p["seconds"]) for p in cost["parts"]] == [("evaluate", 1.0), ("train", 5.0), ("train", 4.0)]
 
 
 def test_plain_progress_has_counts_eta_and_values(monkeypatch, capsys):
@@ -112,6 +140,24 @@ def test_plain_progress_has_counts_eta_and_values(monkeypatch, capsys):
         pass
     err = capsys.readouterr().err
     assert "evaluate scienceqa  2/4 (50%)  ETA 0s  accuracy 0.5124" in err and "compiling: took 0s" in err
+
+
+def test_a_plain_bar_speaks_while_its_first_step_compiles_and_no_longer(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_mode", "plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.02)
+    with console.progress("stage 1", 4) as bar:
+        bar.advance(0, accuracy=0.5)  # no step
+        time.sleep(0.1)
+        assert "stage 1  0/4 (a first step compiles)" in capsys.readouterr().err
+        bar.advance(1)
+        capsys.readouterr()
+        time.sleep(0.1)
+        assert capsys.readouterr().err == ""
+    with console.progress("stage 2", 4, done=1):
+        time.sleep(0.1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) >= 3 and said[-2] == "stage 2  1/4 (a first step compiles)  0s so far"
+    assert not [t for t in threading.enumerate() if t.name.endswith("(_remind)")]
 
 
 def test_live_bars_nest_and_silence_is_silent(monkeypatch, capsys):

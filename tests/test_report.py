@@ -1,5 +1,6 @@
 """The report on finished, running and crashed runs, and how it looks in a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import demo
 from cptjax import matrix, metrics, report, summary
-from cptjax.report import page, read, svg, words
+from cptjax.report import charts, expect, read, svg, words
 
 TASKS = ["colour", "shape", "digit", "count"]
 GENERAL = ["arith", "facts", "jigsaw"]
 STEPS = 60
 SCENES = {  # name -> (what an old task loses a stage, what general tasks lose a stage, stages)
-    "sft_bare": (0.13, 0.22, TASKS), "sft_style": (0.02, 0.01, TASKS), "grpo": (0.01, -0.005, TASKS), "joint": (0.0, 0.18, [TASKS]),
+    "sft_bare": (0.13, 0.22, TASKS), "sft_style": (0.02, 0.01, TASKS), "grpo": (0.01, -0.005, TASKS), "joint": (0.0, 0.95, [TASKS]),
 }  # fmt: skip
 
 
@@ -42,12 +45,13 @@ def evaluate(log, stage, stages, lost, lost_general, rng, step=STEPS, metric="ac
         log.evals([cell(stage, name, task, 0.97 - 0.05 * k - 0.1 * lost_general * stage, "accuracy_forced")])
 
 
-def make(workdir, arm="grpo", upto=None, seed=0, crash=False):
+def make(workdir, arm="grpo", upto=None, seed=0, crash=False, expect=()):
     """Writes a workdir as a run of `arm` would, up to a stage; a crashed one ends within a stage and within a line."""
     lost, lost_general, stages = SCENES[arm]
     rng, log = np.random.default_rng(seed), metrics.Log(workdir)
     method = {"name": arm.split("_")[0], "objective": "sft" if "sft" in arm else "policy", "kl_coef": 0.0}
-    config = {"name": arm, "seed": seed, "method": method, "stages": [{"task": s, "steps": STEPS} for s in stages]}
+    config = {"name": arm, "seed": seed, "method": method, "stages": [{"task": s, "steps": STEPS} for s in stages], "expect": expect}
+    config["eval"] = {"tasks": "all", "general": GENERAL, "groups": {"text": ["arith", "facts"]}}
     metrics.write_json(Path(workdir) / "config.json", config)
     metrics.write_json(Path(workdir) / "versions.json", {"jax": "0.10.2", "devices": "cpu x 1"})
     evaluate(log, 0, stages, lost, lost_general, rng)
@@ -72,7 +76,7 @@ def train(log, workdir, stage, stages, arm, rng, steps):
     for step in range(1, steps + 1):
         reward = 0.95 - 0.4 * np.exp(-step / 15)
         values = {"loss": 0.4 * np.exp(-step / 20) + rng.normal(0, 0.01), "grad_norm": 1 + rng.normal(0, 0.1)}
-        values |= {"seconds": 0.1, "tokens": 2000}
+        values |= {"seconds": 0.1, "tokens": 2000, "trained": 3000}
         if "sft" not in arm and arm != "joint":
             values |= {"reward": reward + rng.normal(0, 0.03), "response_length/mean": 4 + rng.normal(0, 0.1), "rollouts": 128,
                        "frac_reward_zero_std": 1 - reward}  # fmt: skip
@@ -132,8 +136,103 @@ def test_arms_stand_side_by_side_in_the_papers_order(tmp_path):
     assert [a.label for a in read.arms([tmp_path])] == ["sft_bare", "sft_style", "grpo", "joint"]
     assert "keeps most of what it learned" in text and "sft_bare</b> keeps least" in text
     assert re.search(r"About <b>\d+%</b> of <b>sft_bare</b>'s loss is only format", text)
+    assert re.search(r"On <b>text</b>, <b>grpo</b> changed by <b>[^<]*</b> and <b>sft_bare</b> by", text)  # joint lost more: no rival
     assert "[S3]" in text and "Not reproduced here" in text
-    assert read.arms([tmp_path])[0].runs[0].number("intransigence")["value"] is not None
+    assert all(f">{column}</th>" in text for column in ("Learned gain", "text Δ", "text Δ, forced", "Intransigence"))
+    kept = charts.arms_format(read.arms([tmp_path]))
+    assert "sft_bare, free" in kept and "joint" not in kept
+    assert re.search(r"sft_bare</th><td>train</td><td>24s</td>\s*<td>720 k</td><td>480 k</td>", text)  # 4 x 60 steps
+
+
+def test_runs_of_a_seed_are_compared_with_the_joint_run_of_that_seed(tmp_path):
+    for seed in (1, 2):
+        make(tmp_path / "grpo" / f"seed{seed}", seed=seed)
+    joint = make(tmp_path / "joint" / "seed2", "joint", seed=2)
+    report.write_all(tmp_path)
+    found = [json.loads((tmp_path / f"grpo/seed{s}/summary.json").read_text())["metrics"]["intransigence"]["value"] for s in (1, 2)]
+    assert found == [None, summary.summarise(tmp_path / "grpo/seed2", joint)["metrics"]["intransigence"]["value"]] and found[1] is not None
+    spreads = json.loads((tmp_path / "report.json").read_text())["arms"]
+    assert spreads["grpo"]["intransigence"] == {"mean": found[1], "sd": None, "n": 1} and spreads["grpo"]["avg_acc"]["n"] == 2
+    assert "fm_peak_all" not in spreads["joint"]
+
+
+def test_bases_that_differ_are_shown_as_such(tmp_path):
+    for k, name in enumerate(("a", "b")):
+        make(tmp_path / name, seed=k)
+    assert "same base model" not in written(tmp_path)  # two seeds
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    metrics.write_json(tmp_path / "b/config.json", config | {"seed": 0})
+    low, high = sorted(r.summary["tasks"]["colour"]["base"] for a in read.arms([tmp_path]) for r in a.runs)
+    text = written(tmp_path)
+    assert "do not start from the same base model" in text and f"<td>{words.percent(low)} to {words.percent(high)}</td>" in text
+
+
+def test_an_exported_model_inside_a_run_is_no_run(tmp_path):
+    metrics.write_json(make(tmp_path / "grpo") / "export/config.json", {"model_type": "qwen2_5_vl"})
+    make(tmp_path / "grpo" / "other", "sft_bare")
+    assert [(a.label, len(a.runs)) for a in read.arms([tmp_path])] == [("grpo", 1), ("other", 1)]
+
+
+EXPECT = [
+    {"arm": "grpo", "metric": "text", "at_least": -0.05},
+    {"arm": "sft_bare", "metric": "fm_diagonal", "at_most": -0.9},
+    {"arm": "grpo", "metric": "fm_diagonal", "above": "sft_bare"},
+    {"arm": ["grpo", "sft_bare"], "metric": "learned_gain", "within": 0.04},
+    {"arm": "sft_bare", "metric": "text", "at_most": -0.5, "mean": True},
+    {"arm": "iterative", "metric": "text", "at_least": 0.0},
+]
+
+
+def test_expectations_are_met_missed_or_not_judged(tmp_path):
+    for arm in ("grpo", "sft_bare"):
+        for seed in (0, 2):
+            make(tmp_path / arm / f"seed{seed}", arm, seed=seed, expect=EXPECT)
+    text = written(tmp_path)
+    told = {v["expect"]["metric"] + str(k): v for v in json.loads((tmp_path / "report.json").read_text())["expected"]
+            for k, e in enumerate(EXPECT) if e == v["expect"]}  # fmt: skip
+    assert {name: v["met"] for name, v in told.items()} == {
+        "text0": True, "fm_diagonal1": False, "fm_diagonal2": True, "learned_gain3": True, "text4": True, "text5": None}  # fmt: skip
+    number = lambda arm, seed, name: summary.summarise(tmp_path / arm / f"seed{seed}")["metrics"][name]["value"]
+    for seed in (0, 2):
+        fm, gain = ([number(arm, seed, name) for arm in ("grpo", "sft_bare")] for name in ("fm_diagonal", "learned_gain"))
+        assert told["fm_diagonal2"]["found"][f"seed{seed}"] == {"value": pytest.approx(fm[0] - fm[1]), "met": True}
+        assert told["learned_gain3"]["found"][f"seed{seed}"]["value"] == pytest.approx(abs(gain[0] - gain[1]))
+    mean = np.mean([number("sft_bare", s, "text") for s in (0, 2)])
+    assert told["text4"]["found"] == {"mean": {"value": pytest.approx(mean), "met": True}} and told["text5"]["found"] == {}
+    assert "<b>4 of 6</b> expectations are met, 1 not judged" in text
+    worst = ", ".join(f"{words.points(number('sft_bare', s, 'fm_diagonal'))} (seed{s})" for s in (0, 2))
+    assert f"Missed: <b>FM of sft_bare at most −90.0</b>; found <b>{worst}</b>" in text
+
+
+def test_a_run_that_is_not_finished_is_not_judged(tmp_path):
+    make(tmp_path / "grpo" / "seed0", expect=EXPECT[:1])
+    make(tmp_path / "grpo" / "seed1", seed=1, upto=3, expect=EXPECT[:1])
+    (verdict,) = expect.judge(read.arms([tmp_path]))
+    assert verdict.met is None and verdict.found["seed1"] is None and verdict.holds(verdict.found["seed0"])
+    at_bound = expect.Verdict({"arm": "a", "metric": "text", "at_least": -0.03}, {})
+    assert at_bound.holds(0.97 - 1.0) and not at_bound.holds(-0.031)
+    assert not expect.Verdict({"arm": "a", "metric": "text", "above": "b"}, {}).holds(0.0)
+
+
+@pytest.mark.parametrize("entry, message", [
+    ({"arm": "grpo", "metric": "text"}, "expected arm, metric, one of at_least, at_most, above, within"),
+    ({"arm": "grpo", "metric": "text", "at_least": 0, "at_most": 1}, "expected arm, metric, one of"),
+    ({"arm": "grpo", "metric": "text", "at_least": "0"}, "expected arm, metric, one of"),
+    ({"arm": "grpo", "metric": "text", "within": 0.1}, "expected a tuple of arms beside within"),
+    ({"arm": ("grpo", "sft_bare"), "metric": "text", "at_most": 0}, "else one arm"),
+    ({"arm": "gpro", "metric": "text", "at_most": 0}, "names the arm 'gpro'; did you mean 'grpo'"),
+    ({"arm": "grpo", "metric": "fm_diagonal", "above": "zz"}, "names the arm 'zz'; known:"),
+    ({"arm": "grpo", "metric": "txt", "at_most": 0}, "names the metric 'txt'; did you mean 'text'"),
+])  # fmt: skip
+def test_expectations_that_no_report_could_judge_are_refused(entry, message):
+    config = demo.get_config()
+    expect.check(config)
+    config.expect = (entry,)
+    with pytest.raises(ValueError, match=message):
+        expect.check(config)
+    config.expect, config.eval.groups = (), ConfigDict({"gain": ("facts",)})
+    with pytest.raises(ValueError, match="gain already names a number"):
+        expect.check(config)
 
 
 def test_seeds_of_an_arm_become_mean_and_deviation(tmp_path):
@@ -248,4 +347,4 @@ def test_it_looks_like_a_page_in_a_browser(tmp_path, width):
 
 
 def test_every_number_has_a_title():
-    assert {*matrix.FORMULAS, "format_share"} == set(page.TITLES)
+    assert {*matrix.FORMULAS, "format_share"} == set(words.TITLES)

@@ -89,6 +89,14 @@ def test_numbers_too_small(c, name, value):
         settings.check(c)
 
 
+def test_groups_hold_general_tasks(c):
+    c.eval.general, c.eval.groups = ("facts", "pope"), ConfigDict({"text": ("facts",)})
+    settings.check(c)
+    for wrong in ("facts", (), ("facts", "mmlu")):
+        with pytest.raises(ValueError, match="config.eval.groups.text is .*; expected a tuple of tasks of config.eval.general: facts"):
+            settings.check(settings.merge(c, {"eval": {"groups": {"text": wrong}}}))
+
+
 def test_one_run_has_no_folder(c):
     assert [(sub, v.seed) for sub, v in settings.variants(c)] == [("", 0)]
 

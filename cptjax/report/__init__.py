@@ -1,19 +1,40 @@
-"""One self-contained HTML page about a run, or about several runs side by side."""
+"""One self-contained HTML page about a run, or about several runs side by side, and their numbers as JSON."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cptjax import metrics
-from cptjax.report import page, read
+from cptjax.report import expect, page, read
+from cptjax.report.read import Arm
 
 
 def write(folders: Sequence[Path | str], out: Path | str | None = None) -> Path:
     """Writes the report on the runs under `folders`; without `out`, as report.html into the first of them."""
-    arms = read.arms(folders)
-    out = Path(out) if out else Path(folders[0]) / "report.html"
+    return _write(read.arms(folders), folders, Path(out) if out else Path(folders[0]) / "report.html")
+
+
+def write_all(folder: Path) -> Path:
+    """Writes the report on the runs of one config, and their summaries again: each now knows the joint run beside it."""
+    arms = read.arms([folder])
+    for run in (run for arm in arms for run in arm.runs):
+        metrics.write_json(run.path / "summary.json", run.summary)
+    return _write(arms, [folder], folder / "report.html")
+
+
+def _write(arms: Sequence[Arm], folders: Sequence[Path | str], out: Path) -> Path:
     if len(arms) == 1 and len(arms[0].runs) == 1:
-        text = page.run_page(arms[0].runs[0])
-    else:
-        text = page.compare_page(arms, Path(folders[0]).resolve().name if len(folders) == 1 else " · ".join(a.label for a in arms))
-    metrics.write_text(out, text)
+        metrics.write_text(out, page.run_page(arms[0].runs[0]))
+        return out
+    title = Path(folders[0]).resolve().name if len(folders) == 1 else " · ".join(a.label for a in arms)
+    verdicts = expect.judge(arms)
+    metrics.write_text(out, page.compare_page(arms, title, verdicts))
+    metrics.write_json(out.with_suffix(".json"), numbers(arms, verdicts))
     return out
+
+
+def numbers(arms: Sequence[Arm], verdicts: Sequence[expect.Verdict]) -> dict[str, Any]:
+    """What a comparison amounts to: mean, deviation and count over seeds of every number, and what of the expected was found."""
+    names = {arm.label: dict.fromkeys(name for run in arm.runs for name in run.summary["metrics"]) for arm in arms}
+    spreads = {arm.label: {name: s for name in names[arm.label] if (s := arm.spread(name))} for arm in arms}
+    return {"unit": "fraction of 1", "arms": spreads, "expected": [v.plain() for v in verdicts]}

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from cptjax import summary
+from cptjax.metrics import COSTS
 from cptjax.report import svg
 from cptjax.report.read import Arm, Run
 from cptjax.report.svg import Pair, Point, Series
@@ -18,7 +20,7 @@ KNOWN = {  # keys of metrics.jsonl with a title, in the order of the report; all
     "kl": "KL to the reference", "actor/kl": "KL to the reference", "entropy": "Entropy of the policy (nats)",
     "frac_reward_zero_std": "Groups without a signal", "grad_norm": "Gradient norm", "actor/grad_norm": "Gradient norm",
 }  # fmt: skip
-PLUMBING = {"stage", "step", "event", "seconds", "tokens", "rollouts", "flops", "time"}
+PLUMBING = {"stage", "step", "event", "time", *COSTS}
 SHOWN = 300  # points of a curve
 
 
@@ -58,7 +60,7 @@ def plasticity(run: Run) -> Markup | None:
 
 
 def general(run: Run) -> Markup | None:
-    rows = run.summary["general"].items()
+    rows = [*run.summary["general"].items(), *((f"{name}, mean", g) for name, g in run.summary["groups"].items())]
     pairs = [Pair(j, 100 * g["base"], 100 * g["final"]) for j, g in rows if known(g["base"]) and known(g["final"])]
     return svg.dumbbells(pairs, "general abilities before and after", "accuracy, %", "before", "after", (0, 100))
 
@@ -140,20 +142,27 @@ def arms_plasticity(arms: Sequence[Arm]) -> Markup | None:
 
 
 def arms_format(arms: Sequence[Arm]) -> Markup | None:
-    """Loss on earlier and general tasks: ring with the answer's prefix forced, dot as the model answers by itself."""
+    """Loss on earlier and general tasks: ring with the answer's prefix forced, dot as the model answers; joint has none earlier."""
     change = lambda arm, key: -100 * found["mean"] if (found := arm.over("format_share", key)) else math.nan
-    pairs = [Pair(a.label, change(a, "loss_forced"), change(a, "loss"), k) for k, a in enumerate(arms)]
+    pairs = [Pair(a.label, change(a, "loss_forced"), change(a, "loss"), k) for k, a in enumerate(arms) if not a.joint]
     return svg.dumbbells(pairs, "how much is only format", "change on earlier and general tasks, points", "prefix forced", "free", (0,))
 
 
-def arms_general(arms: Sequence[Arm]) -> Markup | None:
-    """Mean accuracy on general tasks: ring before, dot after."""
+def arms_general(arms: Sequence[Arm], group: str = "") -> Markup | None:
+    """Mean accuracy on general tasks, or on a group of them: ring before, dot after."""
     pairs = []
     for k, arm in enumerate(arms):
-        rows = [[g[key] for g in run.summary["general"].values()] for run in arm.runs for key in ("base", "final")]
-        values = [100 * float(np.mean(r)) if r and all(map(known, r)) else math.nan for r in rows]
-        pairs.append(Pair(arm.label, float(np.mean(values[::2])), float(np.mean(values[1::2])), k))
-    return svg.dumbbells(pairs, "general abilities before and after", "mean accuracy on general tasks, %", "before", "after", (0, 100))
+        found = [summary.spread(_level(run, key, group) for run in arm.runs) for key in ("base", "final")]
+        pairs.append(Pair(arm.label, *(100 * f["mean"] if f else math.nan for f in found), k))
+    about = f"mean accuracy on {group or 'general tasks'}, %"
+    return svg.dumbbells(pairs, f"{group or 'general abilities'} before and after", about, "before", "after", (0, 100))
+
+
+def _level(run: Run, key: str, group: str) -> float | None:
+    if group:
+        return run.summary["groups"].get(group, {}).get(key)
+    values = [g[key] for g in run.summary["general"].values()]
+    return float(np.mean(values)) if values and all(map(known, values)) else None
 
 
 def arms_average(arms: Sequence[Arm]) -> Markup | None:

@@ -8,18 +8,12 @@ from typing import Any
 
 import jinja2
 
-from cptjax import console, matrix
-from cptjax.report import charts, published, words
-from cptjax.report.read import Arm, Run, picture, rollouts, spoken
+from cptjax import console, matrix, metrics, summary
+from cptjax.report import charts, expect, published, words
+from cptjax.report.read import Arm, Run, dig, picture, rollouts, spoken
 
-TABLE = ("avg_acc", "learned_acc", "fm_peak", "fm_diagonal", "fm_forced", "general_delta", "general_delta_forced")
-TITLES = {
-    "avg_acc": "AvgAcc", "base_acc": "Base accuracy", "learned_acc": "Learned", "fm_peak": "FM peak", "fm_peak_all": "FM peak, over T",
-    "fm_diagonal": "FM", "bwt": "BWT", "forgetting": "Forgetting", "fwt": "FWT", "maa": "MAA", "intransigence": "Intransigence",
-    "gain": "Gain", "general_delta": "General Δ", "drop": "Drop", "fm_forced": "FM, forced", "general_delta_forced": "General Δ, forced",
-    "kl_new": "KL, new tasks", "kl_old": "KL, old tasks", "format_share": "Format share",
-}  # fmt: skip
-LEVELS = ("avg_acc", "base_acc", "learned_acc", "maa")  # shown as percent; the others are differences in points, or KL
+FIRST, LAST = ("avg_acc", "learned_gain", "fm_diagonal", "general_delta"), ("intransigence", "learned_acc", "fm_peak")
+FORCED = ("fm_forced", "general_delta_forced")  # columns of the comparison, groups of general tasks before and among these
 TILES = (
     ("avg_acc", "average accuracy", "%"), ("learned_acc", "right after learning", "%"), ("fm_diagonal", "kept since (FM)", "points"),
     ("general_delta", "general abilities", "points"),
@@ -32,15 +26,9 @@ ANSWERS = 4  # answers shown of a group
 def environment() -> jinja2.Environment:
     made = jinja2.Environment(loader=jinja2.PackageLoader("cptjax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"percent": words.percent, "points": words.points, "amount": words.amount, "duration": console.duration}
-    made.globals |= {"titles": TITLES, "formulas": matrix.FORMULAS, "shown": shown, "interval": words.interval, "spread": words.spread}
-    made.globals |= {"published": published, "pretty": pretty, "written": time.strftime("%Y-%m-%d %H:%M")}
+    made.globals |= {name: getattr(words, name) for name in ("shown", "interval", "spread", "LEVELS", "DISTANCES")}
+    made.globals |= {"title_of": words.title, "published": published, "pretty": pretty, "written": time.strftime("%Y-%m-%d %H:%M")}
     return made
-
-
-def shown(name: str, value: float | None) -> str:
-    if name.startswith("kl"):
-        return f"{value:.3g}" if words.known(value) else "–"
-    return (words.percent if name in LEVELS else words.points)(value)
 
 
 def pretty(value: Any) -> str:
@@ -57,7 +45,7 @@ def run_page(run: Run) -> str:
     )  # fmt: skip
 
 
-def compare_page(arms: Sequence[Arm], title: str) -> str:
+def compare_page(arms: Sequence[Arm], title: str, verdicts: Sequence[expect.Verdict]) -> str:
     pictures = {
         "plasticity": charts.arms_plasticity(arms), "format": charts.arms_format(arms), "general": charts.arms_general(arms),
         "average": charts.arms_average(arms), "reward": charts.arms_reward(arms),
@@ -65,10 +53,17 @@ def compare_page(arms: Sequence[Arm], title: str) -> str:
     }  # fmt: skip
     tasks = list(dict.fromkeys(t for a in arms for r in a.runs for t in r.table.tasks))
     general = list(dict.fromkeys(t for a in arms for r in a.runs for t in r.table.general if t not in tasks))
-    columns = [name for name in TABLE if any(a.spread(name) for a in arms)]
+    groups = list(dict.fromkeys(g for a in arms for r in a.runs for g in r.table.groups))
+    formulas = {name: formula for a in arms for r in a.runs for name, formula in matrix.formulas(r.table).items()}
+    wanted = (*FIRST, *groups, *FORCED, *(f"{g}_forced" for g in groups), *LAST)
+    columns = [name for name in wanted if any(a.spread(name) for a in arms)]
+    said = words.compare_headline(arms)
     return environment().get_template("compare.html.jinja").render(
-        title=title, arms=arms, headline=words.compare_headline(arms), pictures=pictures, tasks=tasks, general=general, columns=columns,
-        best={name: best(arms, name) for name in columns}, heats=[(k, a, heat(a.runs[0])) for k, a in enumerate(arms)],
+        title=title, arms=arms, headline=[*said[:1], *expect.sentences(verdicts), *said[1:]], pictures=pictures, tasks=tasks,
+        general=general, columns=columns, formulas=formulas, base=base_row(arms, tasks, general), verdicts=verdicts,
+        groups=[(g, charts.arms_general(arms, g)) for g in groups], spent=spent(arms),
+        best={name: best(arms, name, formulas[name].better) for name in columns},
+        heats=[(k, a, heat(a.runs[0])) for k, a in enumerate(arms)],
         galleries=[(a, gallery(a.runs[0], 1)) for a in arms], differences=differences(arms),
     )  # fmt: skip
 
@@ -76,7 +71,7 @@ def compare_page(arms: Sequence[Arm], title: str) -> str:
 def tiles(run: Run) -> list[dict[str, str]]:
     """The four numbers at the top."""
     numbers = [(name, label, unit, run.number(name)) for name, label, unit in TILES]
-    return [{"label": label, "value": shown(name, n["value"]), "unit": unit, "interval": words.interval(n), "formula": n["formula"]}
+    return [{"label": label, "value": words.shown(name, n["value"]), "unit": unit, "interval": words.interval(n), "formula": n["formula"]}
             for name, label, unit, n in numbers if words.known(n["value"])]  # fmt: skip
 
 
@@ -127,13 +122,45 @@ def versions(run: Run) -> str:
 
 
 def works(cost: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [part for part in cost["parts"] if any(part[k] for k in ("seconds", "tokens", "rollouts", "flops"))]
+    return [part for part in cost["parts"] if any(part[k] for k in metrics.COSTS)]
 
 
-def best(arms: Sequence[Arm], name: str) -> str | None:
+def spent(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Cost of each arm by kind of work, mean per run; what lies on the disk beside the first."""
+    rows = []
+    for k, arm in enumerate(arms):
+        works = {w for run in arm.runs for w in run.summary["cost"]["works"]}
+        for i, work in enumerate(sorted(works, key=lambda w: (w != "train", w))):
+            mean = {name: arm.over("cost", "works", work, name)["mean"] for name in metrics.COSTS}
+            stored = arm.over("cost", "bytes")["mean"]
+            rows.append({"color": k, "label": "" if i else arm.label, "work": work, "stored": None if i else stored, **mean})
+    return rows
+
+
+def base_row(arms: Sequence[Arm], tasks: Sequence[str], general: Sequence[str]) -> dict[str, Any]:
+    """The base model's numbers: a spread over seeds; from least to greatest where the arms of a seed start from different bases."""
+    keys = {("tasks", t): ("tasks", t, "base") for t in tasks} | {("general", t): ("general", t, "base") for t in general}
+    found = {cell: start(arms, *path) for cell, path in {**keys, "avg_acc": ("metrics", "base_acc", "value")}.items()}
+    return {"cells": {cell: text for cell, (text, _) in found.items()}, "differ": any(apart for _, apart in found.values())}
+
+
+def start(arms: Sequence[Arm], *path: str) -> tuple[str, bool]:
+    """A base number of all runs as text, and whether runs of one seed disagree on it."""
+    found: dict[str, list[float]] = {}
+    for run in (run for arm in arms for run in arm.runs):
+        if words.known(value := dig(run.summary, path)):
+            found.setdefault(run.variant, []).append(value)
+    apart = any(max(values) - min(values) > 1e-9 for values in found.values())
+    if not apart:
+        return words.spread(summary.spread(values[0] for values in found.values())), False
+    every = [value for values in found.values() for value in values]
+    return f"{words.percent(min(every))} to {words.percent(max(every))}", True
+
+
+def best(arms: Sequence[Arm], name: str, better: str) -> str | None:
     """Names the best arm of a column; joint training is the upper bound and does not compete."""
     found = {a.label: a.spread(name)["mean"] for a in arms if a.spread(name) and not a.joint}
-    sign = -1 if matrix.FORMULAS[name].better == "lower" else 1
+    sign = -1 if better == "lower" else 1
     return max(found, key=lambda label: sign * found[label]) if len(found) > 1 else None
 
 

@@ -38,8 +38,15 @@ class Run:
         """True where one stage trains everything: such a run has no order and forgets nothing it was trained on."""
         return len(self.table.stages) == 1 and len(self.table.tasks) > 1
 
+    @property
+    def variant(self) -> str:
+        """What tells it from the other runs of its arm: seed or order."""
+        name = self.path.resolve().name
+        return name if SEED.fullmatch(name) else f"seed{self.config.get('seed', 0)}"
+
     def number(self, name: str) -> dict[str, Any]:
-        return self.summary["metrics"][name]
+        """A number of the summary; empty where it is of a group that another run's config names."""
+        return self.summary["metrics"].get(name, {"value": None, "stderr": None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +57,18 @@ class Arm:
     runs: tuple[Run, ...]
 
     def spread(self, name: str) -> dict[str, Any] | None:
-        return summary.spread(run.number(name)["value"] for run in self.runs)
+        return self.over("metrics", name, "value")
 
     def over(self, *keys: str) -> dict[str, Any] | None:
         """Returns the spread of a summary entry, as in over("tasks", "colour", "final")."""
-        return summary.spread(_dig(run.summary, keys) for run in self.runs)
+        return summary.spread(dig(run.summary, keys) for run in self.runs)
 
     @property
     def joint(self) -> bool:
         return self.runs[0].joint
 
 
-def _dig(value: Any, keys: Sequence[str]) -> Any:
+def dig(value: Any, keys: Sequence[str]) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
@@ -75,16 +82,21 @@ def children(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name not in ASIDE and p.name[0] not in "._" and groups(p)]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run was started in a folder; an exported model has a config.json too, but no stages."""
+    path = folder / "config.json"
+    return path.is_file() and '"stages"' in path.read_text(encoding="utf-8")
+
+
 def groups(folder: Path) -> list[tuple[str, list[Path]]]:
     """Returns (label, workdirs) for each arm in a folder: a run, its seeds side by side, or arms side by side."""
     if not folder.is_dir():
         return []
-    inner = children(folder)
-    if not inner:
-        return [(folder.resolve().name, [folder])] if (folder / "config.json").exists() else []
-    if all(SEED.fullmatch(p.name) for p in inner):
-        return [(folder.resolve().name, [path for p in inner for _, paths in groups(p) for path in paths])]
-    return [group for p in inner for group in groups(p)]
+    inner, label = children(folder), folder.resolve().name
+    own = [(label, [folder])] if is_run(folder) else []
+    if inner and all(SEED.fullmatch(p.name) for p in inner):
+        return [*own, (label, [path for p in inner for _, paths in groups(p) for path in paths])]
+    return own + [group for p in inner for group in groups(p)]
 
 
 def arms(folders: Sequence[Path | str]) -> list[Arm]:
@@ -113,15 +125,13 @@ def load(path: Path, label: str) -> Run:
 
 
 def with_joint(arm: Arm, others: Sequence[Arm]) -> Arm:
-    """Adds intransigence to an arm's runs where a joint run over the same tasks lies beside them."""
+    """Adds intransigence to an arm's runs where a joint run of the same seed over the same tasks lies beside them."""
     joint = next((o for o in others if o.joint and set(o.runs[0].table.tasks) == set(arm.runs[0].table.tasks)), None)
     if joint is None or arm.joint:
         return arm
-    runs = []
-    for i, run in enumerate(arm.runs):
-        reference = joint.runs[min(i, len(joint.runs) - 1)].table
-        runs.append(dataclasses.replace(run, summary={**run.summary, **metrics.plain(summary.summary(run.table, reference))}))
-    return Arm(arm.label, tuple(runs))
+    of_seed = {run.config.get("seed"): run.table for run in joint.runs}
+    about = lambda run: metrics.plain(summary.summary(run.table, of_seed.get(run.config.get("seed"))))
+    return Arm(arm.label, tuple(dataclasses.replace(run, summary=run.summary | about(run)) for run in arm.runs))
 
 
 def rollouts(run: Run, stage: int) -> list[dict[str, Any]]:

@@ -8,6 +8,14 @@ from markupsafe import Markup
 
 from cptjax.report.read import Arm, Run
 
+TITLES = {
+    "avg_acc": "AvgAcc", "base_acc": "Base accuracy", "learned_acc": "Learned", "learned_gain": "Learned gain", "fm_peak": "FM peak",
+    "fm_peak_all": "FM peak, over T", "fm_diagonal": "FM", "bwt": "BWT", "forgetting": "Forgetting", "fwt": "FWT", "maa": "MAA",
+    "intransigence": "Intransigence", "gain": "Gain", "general_delta": "General Δ", "drop": "Drop", "fm_forced": "FM, forced",
+    "general_delta_forced": "General Δ, forced", "kl_new": "KL, new tasks", "kl_old": "KL, old tasks", "format_share": "Format share",
+}  # fmt: skip
+LEVELS = ("avg_acc", "base_acc", "learned_acc", "maa")  # shown as percent; the others are differences in points
+DISTANCES = ("kl_new", "kl_old")  # nats a token
 UNSURE = 0.06  # learned accuracies further apart than this are not "equal learning"
 
 
@@ -25,6 +33,18 @@ def points(value: float | None) -> str:
         return "–"
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def shown(name: str, value: float | None) -> str:
+    if name in DISTANCES:
+        return f"{value:.3g}" if known(value) else "–"
+    return (percent if name in LEVELS else points)(value)
+
+
+def title(name: str) -> str:
+    """A number's heading; the config's own groups go by their names."""
+    group = name.removesuffix("_forced")
+    return TITLES.get(name) or f"{group} Δ" + ", forced" * (group != name)
 
 
 def spread(found: dict[str, Any] | None, signed: bool = False) -> str:
@@ -82,6 +102,7 @@ def run_headline(run: Run) -> list[Markup]:
         said.append(sentence("It reached {l} right after learning each task, and ", l=rate(learned["value"])) + kept + ".")
     if known(general["value"]):
         said.append(sentence("Abilities it was never trained on {x}.", x=moved(general)))
+    said += [sentence("Of these, {g} {x}.", g=g, x=moved(m[g])) for g in run.table.groups if known(m[g]["value"])]
     return said + format_sentence(run)
 
 
@@ -115,12 +136,15 @@ def doubt(arm: Arm, name: str) -> float:
 
 def compare_headline(arms: Sequence[Arm]) -> list[Markup]:
     sequences = [a for a in arms if known(mean(a, "fm_diagonal"))]
-    tested = [a for a in arms if known(mean(a, "general_delta"))]
+    tested = lambda name: [a for a in arms if not a.joint and known(mean(a, name))]  # joint training is no rival, and forgets these too
+    groups = dict.fromkeys(name for a in arms for run in a.runs for name in run.table.groups)
     said = [
         _extremes(sequences, "fm_diagonal", "{best} keeps most of what it learned (FM {b}); {worst} keeps least (FM {w}).",
                   "All keep about equally much of what they learned (FM {w} to {b})."),
-        _extremes(tested, "general_delta", "On abilities never trained, {best} changed by {b} points and {worst} by {w}.",
+        _extremes(tested("general_delta"), "general_delta", "On abilities never trained, {best} changed by {b} points and {worst} by {w}.",
                   "On abilities never trained, all changed about equally ({w} to {b} points)."),
+        *(_extremes(tested(g), g, "On {on}, {best} changed by {b} and {worst} by {w}.",
+                    "On {on}, all changed about equally ({w} to {b}).", on=g) for g in groups),
         *_plasticity(sequences),
         *_format(arms),
         None if any(len(a.runs) > 1 for a in arms) else Markup("One seed each: differences of a few points may be chance."),
@@ -128,12 +152,12 @@ def compare_headline(arms: Sequence[Arm]) -> list[Markup]:
     return [s for s in said if s]
 
 
-def _extremes(arms: Sequence[Arm], name: str, apart: str, alike: str) -> Markup | None:
+def _extremes(arms: Sequence[Arm], name: str, apart: str, alike: str, **more: str) -> Markup | None:
     """Names the best and the worst arm, unless their difference lies within its 95 % interval."""
     if len(arms) < 2:
         return None
     best, worst = (pick(arms, key=lambda a: mean(a, name)) for pick in (max, min))
-    values = {"b": points(mean(best, name)), "w": points(mean(worst, name))}
+    values = {"b": points(mean(best, name)), "w": points(mean(worst, name)), **more}
     if mean(best, name) - mean(worst, name) <= 1.96 * math.hypot(doubt(best, name), doubt(worst, name)):
         return sentence(alike, **values)
     return sentence(apart, best=best.label, worst=worst.label, **values)
@@ -153,7 +177,7 @@ def _plasticity(arms: Sequence[Arm]) -> list[Markup]:
 
 def _format(arms: Sequence[Arm]) -> list[Markup]:
     shares = {a.label: a.over("format_share", "value") for a in arms}
-    worst = max((a for a in arms if shares[a.label]), key=lambda a: a.over("format_share", "loss")["mean"], default=None)
+    worst = max((a for a in arms if shares[a.label] and not a.joint), key=lambda a: a.over("format_share", "loss")["mean"], default=None)
     if worst is None:
         return []
     text = "About {share} of {name}'s loss is only format: it is gone once the answer's prefix is forced."
