@@ -103,7 +103,7 @@ def test_questions_with_their_demonstration_are_measured(tmp_path):
     c.method.update(METHODS["sdft"])
     c.rollout.max_new_tokens = 64
     assert len(check.run(c)[0].rows) == 2
-    c.data.prompt_limit, c.rollout.max_new_tokens = 32, 8
+    c.data.prompt_limit, c.rollout.max_new_tokens = 76, 8
     with pytest.raises(ValueError, match=r"1 bad row.*jsonl:2: its gold answer behind the prompt makes \d+ tokens, more than .*=8 hold"):
         check.run(c)
 
