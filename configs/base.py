@@ -62,7 +62,9 @@ def get_config() -> ConfigDict:
         overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
         tis_cap=None,  # truncated importance sampling of stale or quantised rollouts; None = off
         entropy_coef=0.0,
-        filter=None,  # None | dict(name="incompetent" | "zero_variance" | "window" | "random", samples=8, lo=1, hi=8)
+        # None | dict(name="incompetent" | "zero_variance", samples=8) | dict(name="window" | "random", samples=8, lo=1, hi=8)
+        #      | dict(name="random", like="<run folder>"): as many prompts as that run's filter kept of each stage's tasks, drawn blindly
+        filter=None,
         online_filter=None,  # None | dict(lo=0.01, hi=0.99, max_refills=10): DAPO's dynamic sampling
         corpus="",  # source="corpus": the file
         corpus_answer="own",  # own: its correct answers | gold: all, each with the correct answer in the place of its own
@@ -71,7 +73,7 @@ def get_config() -> ConfigDict:
         replay=dict(fraction=0.0, kind="gold"),  # of a batch, from earlier stages; gold | prompts
         penalty=dict(name="none", coef=0.0, samples=64),  # none | ewc | l2 | lwf
         average=0.0,  # WiSE-FT: weight of the stage's start after the stage, in [0, 1)
-        distill=dict(teacher="ema", ema=0.01, direction="forward", top_k=0, skip_tokens=0),  # SDFT
+        distill=dict(teacher="ema", ema=0.01, direction="forward", top_k=0, skip_tokens=0),  # SDFT: ema | frozen | current
     ))  # fmt: skip
 
     c.rewards = ConfigDict(dict(

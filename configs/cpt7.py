@@ -25,7 +25,7 @@ ORDER = ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "supe
 EPOCHS = dict(geometry3k=10, superclevr=3)
 RL = dict(ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0, updates_per_batch=4, kl_coef=0.01, kl_reference="base")
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
-FILTER = dict(samples=8, lo=1, hi=8)
+FILTER = dict(samples=8)
 
 
 def rl(c, name="grpo", label="", **changes):
@@ -76,7 +76,7 @@ ARMS = {
     "nocot": _nocot,
     "rif": _arm(rl, label="rif-rft", filter=dict(name="incompetent", **FILTER)),
     "rif_zero": _arm(rl, label="rif-rft zero variance", filter=dict(name="zero_variance", **FILTER)),
-    "rif_control": _arm(rl, label="rif-rft control", filter=dict(name="random", **FILTER)),
+    "rif_control": _arm(rl, label="rif-rft control", filter=dict(name="random", lo=1, hi=8, **FILTER)),
     "replay": _arm(sft, label="sft + replay", replay=dict(fraction=0.1, kind="gold")),
     "ewc": _arm(sft, label="sft + ewc", penalty=dict(name="ewc", coef=1.0, samples=256)),
     "l2": _arm(sft, label="sft + l2", penalty=dict(name="l2", coef=0.01, samples=0)),

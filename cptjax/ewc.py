@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 
-from cptjax import console, penalties, stage, train
+from cptjax import console, lessons, penalties, stage, train
 from cptjax.batches import answers
 from cptjax.classroom import prepare
+from cptjax.lessons import Spent
 from cptjax.objectives import Objective
+from cptjax.order import permutation
 from cptjax.settings import Stage
 from cptjax.types import Params
 
@@ -20,20 +22,25 @@ def ewc(trained: Params, arrays: dict[str, Any]) -> jax.Array:
     return arrays["coef"] * penalties.ewc(trained, arrays["anchor"], arrays["fisher"])
 
 
-def updated(current: Any, which: Stage, before: Params | None) -> Params:
-    """The Fisher of all stages so far: squared gradients of the gold answers' log-likelihood, one example at a time."""
+def updated(current: Any, which: Stage, before: Params | None) -> tuple[Params, Spent]:
+    """The Fisher of all stages so far: squared gradients of the gold answers' log-likelihood, one example at a time; what it cost."""
     rt, c = current.rt, which.config
     trained, frozen = current.split()
     courses = {name: current.course(name, c) for name in which.tasks}
     build = prepare(rt, courses, True, max(rt.ladder))
     sources = [current.examples(name, "train", c) for name in which.tasks]
-    rows = [source[i] for source in sources for i in range(min(len(source), -(-c.method.penalty.samples // len(sources))))]
+    each = -(-c.method.penalty.samples // len(sources))
+    seed = lambda number: (current.config.seed, which.number, number)
+    rows = [source[i] for n, source in enumerate(sources) for i in permutation(len(source), seed(n))[:each].tolist()]
     opt = stage.optimizer(c, {})
     begin = train.make_steps(rt.cfg, Objective("sft", c.train.chunk), opt, train.Places(None, ()), rt.dtype).begin
-    fisher = penalties.no_fisher(trained)
-    add = jax.jit(lambda f, g: penalties.add_fisher(f, g, len(rows)), donate_argnums=0)
+    fisher, cost = penalties.no_fisher(trained), Spent()
+    one = lambda gradient: jax.tree.map(lambda g: g / jax.process_count(), gradient)  # every process has brought the row
+    add = jax.jit(lambda f, g: penalties.add_fisher(f, one(g), len(rows)), donate_argnums=0)
     with jax.set_mesh(rt.mesh), console.progress("Fisher information", total=len(rows)) as bar:
-        for example in rows:  # one real row a pass: a sum of squares is not the square of a sum
-            fisher = add(fisher, begin(trained, frozen, answers(rt, [build(example).encoded], rows=rt.shards)).gradient)
+        for example in rows:  # one example a pass: a sum of squares is not the square of a sum
+            encoded = build(example).encoded
+            fisher = add(fisher, begin(trained, frozen, answers(rt, [encoded], rows=rt.shards)).gradient)
+            cost += Spent(flops=3 * lessons.reading(rt.cfg, encoded))
             bar.advance()
-    return fisher if before is None else penalties.join_fisher(before, fisher)
+    return fisher if before is None else penalties.join_fisher(before, fisher), cost

@@ -4,46 +4,25 @@
         incompetent             1 .. K      only what the policy never solves goes (RIF-RFT's released code)
         zero_variance           1 .. K-1    what it always solves goes too
         window                  lo .. hi
-        random                  as many prompts as lo .. hi would keep, drawn blindly: the control with a matched budget
+        random                  as many prompts as lo .. hi would keep, or as another run kept, drawn blindly: the control
     online, at each step        keep groups whose mean accuracy lies strictly between lo and hi
 
 All look at the accuracy part of a reward, never at its format part.
 """
-
-import dataclasses
 
 import numpy as np
 
 NAMES = ("incompetent", "zero_variance", "window", "random")
 
 
-@dataclasses.dataclass(frozen=True)
-class FilterReport:
-    """What an offline filter did to one task."""
-
-    name: str
-    lo: int
-    hi: int
-    samples: int
-    prompts: int
-    kept: int
-    never: int  # prompts without a correct answer
-    always: int  # prompts with nothing but correct answers
-
-    @property
-    def fraction(self) -> float:
-        return self.kept / self.prompts if self.prompts else 0.0
-
-
-def check(name: str, samples: int, lo: int, hi: int) -> None:
-    """Refuse windows that are not windows."""
+def check(name: str, samples: int = 0, lo: int | None = None, hi: int | None = None, like: str = "") -> None:
+    """Refuse filters without a window, and settings that a name does not look at."""
     if name not in NAMES:
         raise ValueError(f"method.filter.name={name!r}: choose one of {', '.join(NAMES)}")
-    least = 2 if name == "zero_variance" else 1
-    if samples < least:
-        raise ValueError(f"method.filter.samples={samples}: {name!r} needs at least {least} answers per prompt")
-    if name in ("window", "random") and not 0 <= lo <= hi <= samples:
-        raise ValueError(f"method.filter lo={lo}, hi={hi}: expected 0 <= lo <= hi <= samples={samples}")
+    if not like:
+        bounds(name, samples, lo, hi)
+    elif name != "random" or not isinstance(like, str) or samples or (lo, hi) != (None, None):
+        raise ValueError(f"method.filter.like={like!r}: expected name='random' and the folder of a run, without samples, lo and hi")
 
 
 def check_online(lo: float, hi: float, max_refills: int) -> None:
@@ -53,28 +32,40 @@ def check_online(lo: float, hi: float, max_refills: int) -> None:
         raise ValueError(f"method.online_filter.max_refills={max_refills}: expected 0 or more")
 
 
-def bounds(name: str, samples: int, lo: int, hi: int) -> tuple[int, int]:
-    """The window of success counts that a preset stands for."""
-    check(name, samples, lo, hi)
-    return {"incompetent": (1, samples), "zero_variance": (1, samples - 1)}.get(name, (lo, hi))
+def bounds(name: str, samples: int, lo: int | None = None, hi: int | None = None) -> tuple[int, int]:
+    """The window of success counts: what the name stands for, else as given, else 1 to all."""
+    if any(n is not None and type(n) is not int for n in (samples, lo, hi)) or samples < 1 + (name == "zero_variance"):
+        raise ValueError(
+            f"method.filter samples={samples!r}, lo={lo!r}, hi={hi!r}: expected whole numbers, and for {name!r} at least "
+            f"{1 + (name == 'zero_variance')} answers per prompt"
+        )
+    given = (1 if lo is None else lo, samples if hi is None else hi)
+    window = {"incompetent": (1, samples), "zero_variance": (1, samples - 1)}.get(name, given)
+    if lo not in (None, window[0]) or hi not in (None, window[1]):
+        raise ValueError(
+            f"method.filter lo={lo}, hi={hi}: {name!r} stands for lo={window[0]}, hi={window[1]} of samples={samples}; leave them out, or "
+            "choose name='window'"
+        )
+    if not 0 <= window[0] <= window[1] <= samples:
+        raise ValueError(f"method.filter lo={window[0]}, hi={window[1]}: expected 0 <= lo <= hi <= samples={samples}")
+    return window
 
 
-def offline(correct: np.ndarray, *, name: str, samples: int, lo: int, hi: int, seed: int = 0) -> tuple[np.ndarray, FilterReport]:
+def offline(
+    correct: np.ndarray, *, name: str, samples: int, lo: int | None = None, hi: int | None = None, seed: int = 0
+) -> np.ndarray:  # fmt: skip
     """Which prompts to keep [Q] given how many of `samples` answers were correct [Q]."""
     lo, hi = bounds(name, samples, lo, hi)
     correct = np.asarray(correct)
     if correct.size and not 0 <= correct.min() <= correct.max() <= samples:
         raise ValueError(f"success counts from {correct.min()} to {correct.max()}: expected 0 to samples={samples}")
     keep = (correct >= lo) & (correct <= hi)
-    if name == "random":
-        keep = random_control(len(keep), int(keep.sum()), seed)
-    report = FilterReport(name, lo, hi, samples, len(keep), int(keep.sum()), int((correct == 0).sum()), int((correct == samples).sum()))
-    if not report.kept:
+    if not keep.any():
         raise ValueError(
-            f"method.filter={name!r} keeps none of {report.prompts} prompts ({report.never} never and {report.always} always solved "
-            f"in {samples} answers): widen lo={lo}, hi={hi} or draw more samples"
+            f"method.filter={name!r} keeps none of {len(keep)} prompts ({(correct == 0).sum()} never and {(correct == samples).sum()} "
+            f"always solved in {samples} answers): widen lo={lo}, hi={hi} or draw more samples"
         )
-    return keep, report
+    return random_control(len(keep), int(keep.sum()), seed) if name == "random" else keep
 
 
 def random_control(prompts: int, kept: int, seed: int) -> np.ndarray:

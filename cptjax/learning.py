@@ -1,12 +1,13 @@
 """A stage's training within a run: what it compares with, what happens after each step, and what it leaves behind."""
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from cptjax import console, evaluate, ewc, exams, filtering, metrics, multihost, penalties, resume, runtime, settings, stage
+from cptjax import console, evaluate, ewc, exams, filtering, metrics, multihost, penalties, resume, runtime, settings, stage, teaching
 from cptjax.model import trainable
 from cptjax.order import Order
 from cptjax.resume import Place
@@ -72,7 +73,8 @@ def start_of(current: Run, which: Stage, place: Place | None) -> Params | None:
     """A copy of the model at the stage's start where something needs it; a restored run reads it back."""
     m = which.config.method
     exact = bool(m.average) or m.penalty.name in ("l2", "ewc")  # differences of weights: no rounding
-    if not (exact or teaches(which) or (m.kl_coef > 0 and m.kl_reference == "stage")):
+    fixed = teaches(which) and not resume.has_teacher(which)
+    if not (exact or fixed or (m.kl_coef > 0 and m.kl_reference == "stage")):
         return None
     params = current.at_stage(which.number - 1) if place else current.params
     return current.compared(params, current.config.model.param_dtype if exact else "")
@@ -89,6 +91,9 @@ def classroom(current: Run, which: Stage, start: Params | None) -> Classroom:
     replayed = list(dict.fromkeys(t for t in earlier if t not in which.tasks)) if c.method.replay.fraction else []
     courses = {name: current.course(name, c) for name in (*which.tasks, *replayed)}
     sources = [current.examples(name, "train", c) for name in (*which.tasks, *replayed)]
+    if c.method.objective == "distill":
+        for course, source in zip(courses.values(), sources, strict=True):
+            teaching.demonstrated(course, source[0])  # refuses a task without gold answers
     tutor = stage.tutor(rt, courses, c)
     n = len(which.tasks)
     if c.method.filter:
@@ -102,11 +107,14 @@ def classroom(current: Run, which: Stage, start: Params | None) -> Classroom:
 
 
 def teacher_of(current: Run, which: Stage, courses: dict[str, Any], start: Params | None) -> Teacher | None:
+    """The stage's start, or a copy of its own that follows the student; a place inside the stage has its own."""
     if not teaches(which):
         return None
-    d = which.config.method.distill
-    kind, rate = (d.teacher, d.ema) if resume.has_teacher(which) else ("frozen", 1.0)
-    return Teacher(current.rt, courses, kind, rate, *trainable.split(start, current.chosen))
+    c, d = which.config, which.config.method.distill
+    rt = current.rt.longer(teaching.beyond(current.rt.processor, c.rollout.max_new_tokens))
+    if resume.has_teacher(which):
+        return Teacher(rt, courses, d.ema if d.teacher == "ema" else 1.0, *current.split())
+    return Teacher(rt, courses, 0.0, *trainable.split(start, current.chosen))
 
 
 def reference_of(current: Run, which: Stage, start: Params | None) -> Params | None:
@@ -214,7 +222,11 @@ def end_stage(current: Run, which: Stage, state: TrainState, frozen: Params, sta
         trained = penalties.interpolate(trained, trainable.split(start, current.chosen)[0], m.average)
     current.params = trainable.join(trained, frozen)
     if m.penalty.name == "ewc":
-        current.fisher = ewc.updated(current, which, current.fisher)
+        began = time.perf_counter()
+        current.fisher, cost = ewc.updated(current, which, current.fisher)
+        if current.log:
+            told = {"event": "fisher", **cost.logged(), "seconds": time.perf_counter() - began}
+            current.log.step(which.number, progress.step, told)
     trees: dict[str, Any] = {"params": trained}
     if resume.has_fisher(current, which.number):
         trees["fisher"] = current.fisher

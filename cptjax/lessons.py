@@ -91,11 +91,21 @@ class Tutor:
     pack: bool
     logps: Callable[[Params, Batch], jax.Array]  # [B A] of a batch's targets
 
+    @property
+    def learned(self) -> Runtime:
+        """The runtime of rows to learn from."""
+        return self.rt.longer(beyond(self.settings, self.sampling.max_new_tokens))
+
     def written(self, items: Sequence[Item]) -> list[list[Batch]]:
         """Conversations with their answers -> the micro-batches of one update."""
         rows = own_part(self.rt, self.batch, self.micro, fill=True)
         parts = [items[p] for p in pieces(len(items), -(-(self.micro or self.batch) // jax.process_count()))]
-        return [[answers(self.rt, [i.encoded for i in part], rows=rows, pack=self.pack) for part in parts]]
+        return [[answers(self.learned, [i.encoded for i in part], rows=rows, pack=self.pack) for part in parts]]
+
+
+def beyond(method: Any, max_new_tokens: int) -> int:
+    """Tokens by which a row to learn from may be longer than a prompt: a drawn answer and the end of its line."""
+    return max_new_tokens + 1 if method.source in ("self", "corpus") else 0
 
 
 def gold(tutor: Tutor, items: Sequence[Item], forwards: int = 0) -> Lesson:

@@ -26,12 +26,13 @@ def expected(cfg: Config, declared: Params, settings: ConfigDict, prompt: int, p
     compute, wide = settings.model.compute_dtype, settings.model.param_dtype
     part = t.batch // m.updates_per_batch
     micro = t.micro_batch or part
-    answers = r.group * r.max_new_tokens if m.source == "rollouts" else 0
-    frozen_models = (m.objective == "policy" and m.kl_coef > 0) + (m.objective == "distill") + (m.penalty.name == "lwf")
+    answers = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
+    follows = m.objective == "distill" and m.distill.teacher != "frozen"
+    frozen_models = (m.objective == "policy" and m.kl_coef > 0) + (m.objective == "distill" and not follows) + (m.penalty.name == "lwf")
     kept = {
         "weights": sizes(trained, wide) + sizes(frozen, compute),
         "optimiser": _state(trained, settings, declared) / cut,
-        "reference, teacher": frozen_models * sizes(declared, compute),
+        "reference, teacher": frozen_models * sizes(declared, compute) + follows * sizes(trained, "float32"),
     }
     update = {
         # the sum so far stands beside the micro-batch's own

@@ -131,6 +131,15 @@ def pick(n: int, parts: Sequence[Fraction]) -> tuple[int, int]:
     return len(parts), n
 
 
+def passed(n: int, parts: Sequence[Fraction]) -> list[int]:
+    """Returns how many of the first n positions are each lane's."""
+    counts = []
+    for part in parts:
+        counts.append(n * part.numerator // part.denominator)
+        n -= counts[-1]
+    return [*counts, n]
+
+
 def _fraction(x: float) -> Fraction:
     """The fraction that was meant: 0.1 is one tenth, not the nearest binary number."""
     return Fraction(x).limit_denominator(1_000_000)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cptjax import batches, ewc, flops, layout, runtime, sampler, sharding, stage, train
+from cptjax import batches, ewc, flops, layout, lessons, runtime, sampler, sharding, stage, train
 from cptjax.batching import step as rung
 from cptjax.model import positions, trainable
 from cptjax.model.config import PRESETS, Config, read
@@ -121,9 +121,14 @@ def picture(cfg: Config, max_pixels: int) -> int:
     return max(len(positions.frame_layout(h * v.merge, units // h * v.merge, v).order) for h in sides)
 
 
-def prompts(site: Site, rows: int) -> Prompts:
-    """`rows` prompts, a picture each."""
-    v, length = site.cfg.vision, site.config.data.prompt_limit
+def learned(config: Any) -> int:
+    """Tokens of the longest row that is learned."""
+    return config.data.prompt_limit + lessons.beyond(config.method, config.rollout.max_new_tokens)
+
+
+def prompts(site: Site, rows: int, length: int = 0) -> Prompts:
+    """`rows` prompts, a picture each; 0 = of the longest length."""
+    v, length = site.cfg.vision, length or site.config.data.prompt_limit
     slots = picture(site.cfg, site.config.model.max_pixels)
     lead = (site.shards, rung(rows // site.shards), v.window_slots * rung(slots // v.window_slots))
     seen = Vision(_rows(site, *lead, v.patch_dim, dtype=jnp.float32), _rows(site, *lead, 2), _rows(site, *lead))
@@ -133,7 +138,7 @@ def prompts(site: Site, rows: int) -> Prompts:
 
 def batch(site: Site, rows: int, scored: bool = True) -> Batch:
     """A device pass of the update; not `scored`: as the log-probability programs see it."""
-    m, r, length = site.config.method, site.config.rollout, site.config.data.prompt_limit
+    m, r, length = site.config.method, site.config.rollout, learned(site.config)
     groups = m.source == "rollouts"
     b, a = (rows * r.group, r.max_new_tokens) if groups else (rows, length)
     numbers = lambda *shape: _rows(site, *shape, dtype=jnp.float32)
@@ -150,7 +155,7 @@ def batch(site: Site, rows: int, scored: bool = True) -> Batch:
         where = sharding.sharding(("embed", "vocab"), site.mesh, (t.width, t.vocab))
         extra["teacher_hidden"] = _rows(site, b, a, t.width, dtype=site.dtype)
         extra["teacher_unembed"] = jax.ShapeDtypeStruct((t.width, t.vocab), site.dtype, sharding=where)
-    return Batch(prompts(site, rows), ids, mask, None if groups else ids, extra)
+    return Batch(prompts(site, rows, length), ids, mask, None if groups else ids, extra)
 
 
 def passes(config: Any, shards: int) -> tuple[int, int]:
@@ -169,7 +174,7 @@ def _sight(site: Site, rows: int) -> float:
 
 def _forward(site: Site, rows: int) -> float:
     """The text of one device pass."""
-    r, length = site.config.rollout, site.config.data.prompt_limit
+    r, length = site.config.rollout, learned(site.config)
     if site.config.method.source == "rollouts":
         return flops.group_forward(site.cfg, rows, length, r.group, r.max_new_tokens)
     return flops.text_forward(site.cfg, rows, length, length)

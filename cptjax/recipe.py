@@ -1,6 +1,9 @@
 """What a stage's settings may be: everything that can be refused before anything is loaded, in one line each."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from cptjax import advantages, corpus, filters, logps, losses, optim, penalties, settings, teaching
 
@@ -40,8 +43,13 @@ def _source(m: Any) -> None:
         raise ValueError("method.source='corpus' needs method.corpus, the rollouts/*.jsonl of another run")
     if m.corpus_answer not in corpus.ANSWERS:
         raise ValueError(f"method.corpus_answer={m.corpus_answer!r}: choose one of {', '.join(corpus.ANSWERS)}")
+    if m.source != "corpus" and (m.corpus or m.corpus_answer != "own"):
+        given = f"method.corpus={m.corpus!r}, corpus_answer={m.corpus_answer!r}"
+        raise ValueError(f"{given} belong to source='corpus'; with source={m.source!r} leave them at '' and 'own'")
     if m.refresh not in ("never", "epoch") and not (str(m.refresh).isdigit() and int(m.refresh)):
         raise ValueError(f"method.refresh={m.refresh!r}: expected never, epoch or a number of steps")
+    if not 0 <= m.replay.fraction < 1:
+        raise ValueError(f"method.replay.fraction={m.replay.fraction}: expected the share of rows from earlier stages, 0 <= fraction < 1")
     if m.replay.fraction and m.source == "corpus":
         raise ValueError("method.replay does not mix with source='corpus': put the earlier stages' answers into the file")
     kind = "gold" if m.source == "gold" else "prompts"
@@ -73,17 +81,21 @@ def _drawn(m: Any, r: Any) -> None:
         raise ValueError(f"rollout.temperature={r.temperature}: learning from own answers needs a temperature above 0")
     if m.source == "self" and m.self_samples < 1:
         raise ValueError(f"method.self_samples={m.self_samples}: expected at least 1 answer per prompt")
-    if m.filter:
-        known = {"name", "samples", "lo", "hi"}
-        if not {"name", "samples"} <= set(m.filter) <= known:
-            raise ValueError(f"method.filter={dict(m.filter)}: expected name and samples, and lo and hi where the name does not set them")
-        filters.check(m.filter["name"], m.filter["samples"], m.filter.get("lo", 1), m.filter.get("hi", m.filter["samples"]))
-    if m.online_filter:
-        if set(m.online_filter) != {"lo", "hi", "max_refills"}:
-            raise ValueError(f"method.online_filter={dict(m.online_filter)}: expected lo, hi and max_refills")
-        filters.check_online(m.online_filter["lo"], m.online_filter["hi"], m.online_filter["max_refills"])
+    if m.filter is not None:
+        filters.check(**_keys("filter", m.filter, {"name"}, {"samples", "lo", "hi", "like"}))
+    if m.online_filter is not None:
+        filters.check_online(**_keys("online_filter", m.online_filter, {"lo", "hi", "max_refills"}))
         if m.source != "rollouts":
             raise ValueError(f"method.online_filter looks at rollouts; source={m.source!r} has none")
+
+
+def _keys(name: str, given: Any, needed: set[str], more: set[str] = frozenset()) -> dict[str, Any]:
+    """A small dict of settings with the keys that it must and may have."""
+    found = dict(given) if isinstance(given, Mapping | ConfigDict) else given
+    if found is given or not needed <= set(found) <= needed | more:
+        may = f", and maybe {', '.join(sorted(more))}" if more else ""
+        raise ValueError(f"method.{name}={found!r}: expected None or a dict with {', '.join(sorted(needed))}{may}")
+    return found
 
 
 def _cut(m: Any, t: Any) -> None:

@@ -101,15 +101,20 @@ def like(current: Run, kind: str, which: Stage) -> dict[str, Any]:
     trained, _ = current.split()
     out: dict[str, Any] = {}
     if has_fisher(current, which.number - (kind == "steps")):
-        out["fisher"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), trained)
+        out["fisher"] = float32(trained)
     opt = stage.optimizer(which.config, runtime.declare(current.config.model, current.rt.cfg))
     if kind == "stages":
         if keeps_optimizer(current, which):
             out["opt_state"] = abstract_state(opt, trained, current.rt.mesh).opt_state
         return out | {"params": abstract(trained)}
     if has_teacher(which):
-        out["teacher"] = abstract(trained)
+        out["teacher"] = float32(trained)
     return out | {"state": abstract_state(opt, trained, current.rt.mesh)}
+
+
+def float32(tree: Params) -> Params:
+    """Shapes and places of a tree that is kept in float32 beside this one."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), tree)
 
 
 def has_fisher(current: Run, number: int) -> bool:
@@ -118,8 +123,9 @@ def has_fisher(current: Run, number: int) -> bool:
 
 
 def has_teacher(which: Stage) -> bool:
-    """Whether a teacher of its own weights belongs to a stage's state."""
-    return which.config.method.objective == "distill"
+    """Whether a teacher that follows the student belongs to a stage's state."""
+    m = which.config.method
+    return m.objective == "distill" and m.distill.teacher != "frozen"
 
 
 def keeps_optimizer(current: Run, which: Stage) -> bool:

@@ -144,7 +144,8 @@ def updates(
     drawn = _drawn(tutor, graded, keep)
     began = time.perf_counter()
     shaped, info, forwards = _scores(drawn, params, reference, shaped)
-    advantage = _advantages(s.advantage, shaped, graded.greedy, keep)
+    policy = s.objective == "policy"  # a distillation looks at no reward
+    advantage = _advantages(s.advantage, shaped, graded.greedy, keep) if policy else np.zeros_like(shaped)
     micro = drawn.batches(drawn.extra | {"advantages": advantage.reshape(-1)})
     info |= graded.seconds | {"seconds/score": time.perf_counter() - began} | told(graded, shaped, advantage, lengths, finished)
     per = len(micro) // s.updates_per_batch

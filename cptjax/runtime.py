@@ -37,6 +37,11 @@ class Runtime:
         """Batch shards of this process."""
         return max(1, sharding.batch_shards(self.mesh) // jax.process_count())
 
+    def longer(self, more: int) -> "Runtime":
+        """The same for rows that may be `more` tokens longer than prompts."""
+        top = max(self.ladder)
+        return dataclasses.replace(self, ladder=(*self.ladder, *processors.ladder(top + more, 2 * top))) if more else self
+
     def prompts(self, encoded: Sequence[Encoded]):
         """Left-padded prompts on the mesh; the row count is this process's part of the batch."""
         prompts, _ = processors.collate(list(encoded), buckets=self.ladder, side="left", shards=self.shards)

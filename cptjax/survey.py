@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cptjax import console, patches, processor, prompting, runtime, settings, tasks, verify
+from cptjax import console, patches, processor, prompting, runtime, settings, tasks, teaching, verify
 from cptjax.batching import ladder
 from cptjax.images import open_image
 from cptjax.model.config import Config, read
@@ -32,6 +32,7 @@ class Reading:
     split: str
     template: str
     answered: bool  # the gold answer belongs to the row
+    shown: int  # tokens of the longest gold answer that a teacher is shown behind the prompt; 0 = none is
     limit: int | None
     root: str
     allowed: int  # bad rows
@@ -71,8 +72,9 @@ def lengths(config: ConfigDict) -> tuple[int, ...]:
 
 
 def trained(each: Stage) -> list[Reading]:
-    d, answered = each.config.data, each.config.method.source == "gold"
-    return [Reading(task, "train", d.template, answered, d.limit, d.root, d.bad_rows) for task in each.tasks]
+    d, m = each.config.data, each.config.method
+    shown = each.config.rollout.max_new_tokens if m.objective == "distill" else 0
+    return [Reading(task, "train", d.template, m.source == "gold", shown, d.limit, d.root, d.bad_rows) for task in each.tasks]
 
 
 def readings(config: ConfigDict, stages: Sequence[Stage]) -> list[Reading]:
@@ -80,7 +82,7 @@ def readings(config: ConfigDict, stages: Sequence[Stage]) -> list[Reading]:
     d, e = config.data, config.eval
     asked = [*settings.examined(config, stages), *e.general]
     pairs = [(task, template) for task in asked for template in settings.templates(config, stages, task)]
-    tested = [Reading(task, "test", template, False, e.limit, d.root, d.bad_rows) for task, template in pairs]
+    tested = [Reading(task, "test", template, False, 0, e.limit, d.root, d.bad_rows) for task, template in pairs]
     return list(dict.fromkeys([r for each in stages for r in trained(each)] + tested))
 
 
@@ -91,7 +93,7 @@ def look(config: ConfigDict, reading: Reading, rows: int | None, pool: verify.Po
     course = prompting.course(task, reading.template, config.rewards, pool)
     words = processor.load(config.model.path or None, model(config), config.model.min_pixels, config.model.max_pixels)
     chosen = [int(i) for i in sample(range(len(examples)), rows, config.seed)]
-    measure = lambda i: measure_row(examples, i, course, words, reading.answered, max(lengths(config)))
+    measure = lambda i: measure_row(examples, i, course, words, reading, max(lengths(config)))
     found = []
     with console.progress(f"check {reading.task} {reading.split}", len(chosen)) as bar:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -116,12 +118,12 @@ def conversation(example: Example, course: Course, answered: bool) -> list[dict[
 
 
 def measure_row(
-    examples: Sequence[Example], i: int, course: Course, words: Processor, answered: bool, limit: int
+    examples: Sequence[Example], i: int, course: Course, words: Processor, reading: Reading, limit: int
 ) -> Row | BadRow:  # fmt: skip
     """What a row takes, or what is wrong with it."""
     file, number = examples.where(i) if hasattr(examples, "where") else (course.name, i)
     try:
-        messages = conversation(examples[i], course, answered)
+        messages = conversation(examples[i], course, reading.answered)
         for source in pictures(messages):
             if not isinstance(source, Image.Image):
                 open_image(source)  # a header alone does not tell that the rest is there
@@ -130,6 +132,11 @@ def measure_row(
         if tokens > limit:
             made = f"{tokens} tokens ({seen} of them for {len(grids)} pictures)"
             raise ValueError(f"{made} are over the limit of {limit}; raise data.prompt_limit or lower model.max_pixels")
+        if reading.shown:
+            demonstrated = words.measure(teaching.demonstrated(course, examples[i]))[0]
+            if demonstrated > limit + teaching.beyond(words, reading.shown):
+                made = f"its gold answer behind the prompt makes {demonstrated} tokens"
+                raise ValueError(f"{made}, more than data.prompt_limit and rollout.max_new_tokens={reading.shown} hold; raise one of them")
         return Row(tokens, seen, seen * words.cfg.vision.merge**2)
     except (ValueError, OSError) as error:
         return BadRow(file, number, " ".join(str(error).split()).removeprefix(f"{file}:{number}: "))

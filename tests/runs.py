@@ -18,7 +18,12 @@ from configs.base import get_config as base
 ROOT = Path(__file__).parents[1]
 TASKS = ("colour", "digit")
 TIMES = ("seconds", "perf/")  # what may differ between two equal runs
-METHOD = {"sft": METHODS["sft"], "grpo": METHODS["grpo"] | {"kl_coef": 0.05}, "iterative": METHODS["iterative_sft"] | {"refresh": "2"}}
+METHOD = {
+    "sft": METHODS["sft"],
+    "grpo": METHODS["grpo"] | {"kl_coef": 0.05},
+    "iterative": METHODS["iterative_sft"] | {"refresh": "2"},
+    "sdft": METHODS["sdft"],
+}
 
 
 def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDict:

@@ -63,7 +63,7 @@ def tiny(config: ConfigDict, steps: int = 1, stages: int = 1, batch: int = 4, fa
         c.eval.update(general=(), before=False, limit=8, batch=8, max_new_tokens=4, every=None, drift=0)
         c.method.update(overlong=min(c.method.overlong, 2), self_samples=8)
         if c.method.filter:
-            c.method.filter = dict(c.method.filter, samples=3, lo=1, hi=3)
+            c.method.filter = dict(c.method.filter, samples=3) | ({"hi": 3} if "hi" in c.method.filter else {})
         c.method.penalty.samples = min(c.method.penalty.samples, 2)
         c.method.updates_per_batch = min(c.method.updates_per_batch, 2)
     return c

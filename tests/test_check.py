@@ -1,5 +1,6 @@
 """The pre-flight check: every wrong row is told with its file and row, sizes are counted, and the exit code says so."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.base import METHODS
 from configs.base import get_config as base
-from cptjax import check, console, memory, survey
+from cptjax import check, console, memory, processor, prompting, settings, survey, tasks
 from cptjax.model import qwen25_vl
 from cptjax.model.config import PRESETS
 from cptjax.order import Order
@@ -93,6 +95,28 @@ def test_gold_answers_count_where_they_are_learned(tmp_path):
     c = config(mine=files)
     c.method.update(source="gold", objective="sft", kl_coef=0.0)
     assert check.run(c)[0].tokens[0] > without.tokens[0]
+
+
+def test_questions_with_their_demonstration_are_measured(tmp_path):
+    """A teacher of SDFT reads the gold answer behind the question: it needs one, and room for it."""
+    c = config(mine=write(tmp_path, [row(), row(answer="red " * 40)]))
+    c.method.update(METHODS["sdft"])
+    c.rollout.max_new_tokens = 64
+    assert len(check.run(c)[0].rows) == 2
+    c.data.prompt_limit, c.rollout.max_new_tokens = 76, 8
+    with pytest.raises(ValueError, match=r"1 bad row.*jsonl:2: its gold answer behind the prompt makes \d+ tokens, more than .*=8 hold"):
+        check.run(c)
+
+
+def test_questions_without_a_demonstration_are_told():
+    c = config()
+    c.method.update(METHODS["sdft"])
+    (reading,) = survey.trained(settings.stages(c)[0])
+    task = tasks.resolve("drawn_colour", {})
+    blank = [dataclasses.replace(task.load("train", root="", limit=1, seed=0)[0], target="")]
+    words = processor.load(None, survey.model(c), 1024, 4096)
+    course = prompting.course(task, "direct", c.rewards, None)
+    assert "no gold answers to demonstrate" in survey.measure_row(blank, 0, course, words, reading, 128).reason
 
 
 def test_several_runs_read_what_they_share_once():

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, cpt7, demo, jigsaw, retain
-from cptjax import prompting, settings, stage, tasks
+from cptjax import filters, prompting, settings, stage, tasks
 from cptjax.report import expect
 from cptjax.types import Example
 
@@ -71,8 +71,8 @@ def test_paper_a_numbers_by_arm():
     assert cpt7.get_config("nokl").method.kl_coef == 0 and cpt7.get_config("lora_sft").model.lora.rank > 0
     keys = {"rif": "incompetent", "rif_zero": "zero_variance", "rif_control": "random"}
     assert {arm: cpt7.get_config(arm).method.filter["name"] for arm in keys} == keys
-    window = lambda arm: {k: v for k, v in cpt7.get_config(arm).method.filter.items() if k != "name"}
-    assert window("rif") == window("rif_control")  # matched budget
+    window = lambda arm: filters.bounds(**cpt7.get_config(arm).method.filter)
+    assert window("rif") == window("rif_control") == (1, 8) and window("rif_zero") == (1, 7)  # matched budget
     fair = [("model", "min_pixels"), ("model", "max_pixels"), ("model", "freeze"), ("train", "moments_dtype")]
     assert all(grpo[a][b] == sft[a][b] for a, b in fair)
 
@@ -94,7 +94,8 @@ def test_prompts_and_rewards_with_and_without_reasoning():
 @pytest.mark.parametrize("name", base.METHODS)
 def test_methods_resolve(name):
     config = base.get_config()
-    config.stages = (dict(task="drawn_colour", steps=1, method={**base.METHODS[name], "corpus": "a.jsonl"}),)
+    corpus = "a.jsonl" if base.METHODS[name].get("source") == "corpus" else ""
+    config.stages = (dict(task="drawn_colour", steps=1, method={**base.METHODS[name], "corpus": corpus}),)
     (one,) = settings.stages(config)
     stage.check(one)
     assert stage.objective(one.config) == stage.objective(one.config)  # equal settings share programs
@@ -115,11 +116,20 @@ WRONG = {
     "corpus answers": (dict(corpus_answer="mine"), {}, "own, gold"),
     "refresh": (dict(refresh="daily"), {}, "never, epoch or a number"),
     "refresh never ends": (dict(refresh="0"), {}, "never, epoch or a number"),
+    "corpus of another source": (dict(corpus="a.jsonl"), {}, "belong to source='corpus'"),
+    "corpus answers of another source": (dict(corpus_answer="gold"), {}, "belong to source='corpus'"),
+    "replay fraction": (dict(replay=dict(fraction=1.0, kind="prompts")), {}, "0 <= fraction < 1"),
     "replay kind": (dict(replay=dict(fraction=0.5, kind="gold")), {}, "expected 'prompts'"),
-    "filter keys": (dict(filter=dict(name="window")), {}, "expected name and samples"),
+    "filter of a word": (dict(filter="incompetent"), {}, "method.filter='incompetent': expected None or a dict with name"),
+    "filter keys": (dict(filter=dict(name="window", sample=4)), {}, "a dict with name, and maybe hi, like, lo, samples"),
+    "filter without samples": (dict(filter=dict(name="window")), {}, "at least 1 answers per prompt"),
+    "filter with another's window": (dict(filter=dict(name="zero_variance", samples=4, lo=1, hi=4)), {}, "stands for lo=1, hi=3"),
+    "filter like a run": (dict(filter=dict(name="random", like="runs/rif", samples=4)), {}, "without samples, lo and hi"),
+    "filter by another name like a run": (dict(filter=dict(name="window", like="runs/rif")), {}, "expected name='random'"),
     "filter window": (dict(filter=dict(name="window", samples=4, lo=3, hi=2)), {}, "lo=3, hi=2"),
+    "online filter of a word": (dict(online_filter=True), {}, "method.online_filter=True: expected None or a dict with hi, lo"),
     "online filter": (dict(online_filter=dict(lo=0.9, hi=0.1, max_refills=1)), {}, "0 <= lo < hi <= 1"),
-    "online filter keys": (dict(online_filter=dict(lo=0.1)), {}, "lo, hi and max_refills"),
+    "online filter keys": (dict(online_filter=dict(lo=0.1)), {}, "hi, lo, max_refills"),
     "updates": (dict(updates_per_batch=3), {}, "dividing train.batch=128"),
     "updates of gold": (dict(source="gold", objective="sft", kl_coef=0.0, updates_per_batch=2), {}, "reuse rollouts"),
     "micro": ({}, dict(train=dict(micro_batch=48)), "micro_batch=48 must divide the 128 rows"),

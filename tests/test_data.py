@@ -13,7 +13,7 @@ import pytest
 
 from cptjax import data
 from cptjax.data import Stream
-from cptjax.order import Order, pick
+from cptjax.order import Order, passed, pick
 from cptjax.types import Example
 
 
@@ -100,6 +100,12 @@ def test_replay_does_not_change_the_order_of_the_own_rows_within_a_lane():
     plain = [p.index for p in map(Order((9,), 4, seed=3).place, range(18))]
     mixed = [p.index for p in map(Order((9,), 4, replay=(5,), fraction=0.5, seed=3).place, range(36)) if not p.replay]
     assert len(mixed) == len(plain) and sorted(mixed[:9]) == sorted(plain[:9])
+
+
+def test_rows_of_each_lane_before_a_position():
+    parts = Order((8, 3), batch=4, weights=(1, 1), replay=(6,), fraction=0.25).parts
+    for n in range(50):
+        assert passed(n, parts) == [sum(pick(i, parts)[0] == lane for i in range(n)) for lane in range(3)]
 
 
 def test_pick_meets_every_share():

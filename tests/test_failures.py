@@ -118,6 +118,18 @@ def test_another_mesh_goes_on(whole, tmp_path, devices):  # noqa: F811
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs) and len(pairs) == 4
 
 
+def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):  # noqa: F811
+    """Killed in a stage of SDFT: the teacher that follows in float32 is read back beside weights used in bfloat16."""
+    changes = {"model": {"compute_dtype": "bfloat16"}, "rollout": {"group": 1}, "method": {"distill": {"ema": 0.3}}}
+    c = runs.config("sdft", **{**TINY, **changes})
+    continual.run(c, tmp_path / "whole")
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+    (folder / "progress.json").unlink()
+    continual.run(c, folder)
+    runs.same(runs.state(tmp_path / "whole"), runs.state(folder))
+
+
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):  # noqa: F811
     with pytest.raises(ValueError, match="3 steps in a row had a gradient or loss that is not finite .*Lower train.lr"):
         go(tmp_path, train={"lr": 1e38, "clip": None, "max_skipped": 3}, stages=({"task": "facts", "steps": 9},))

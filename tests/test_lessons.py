@@ -1,6 +1,7 @@
 """What a step learns from: ratios over several updates, KL in the reward, filters, windows of own answers, foreign corpora, replay."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -13,6 +14,7 @@ from cptjax import corpus, ewc, filtering, learning, lessons, losses, rollouts, 
 from cptjax.batches import answers
 from cptjax.classroom import Progress, prepare
 from cptjax.metrics import read_lines
+from cptjax.order import permutation
 
 
 def config(name: str, steps=2, stages=1, batch=4, **sections):
@@ -172,17 +174,41 @@ def test_a_lesson_tells_how_many_batches_it_took(tmp_path):
 def test_offline_filter_and_its_blind_control_keep_equally_many(tmp_path):
     kept = {}
     for name in ("incompetent", "zero_variance", "random"):
-        c = config("grpo", method=dict(filter=dict(name=name, samples=2, lo=1, hi=2), kl_coef=0.0), data=dict(limit=16))
+        c = config("grpo", method=dict(filter=dict(name=name, samples=2), kl_coef=0.0), data=dict(limit=16))
         run, lines = school.learned(c, tmp_path / name)
-        counts = np.array([r["correct"] for r in read_lines(tmp_path / name / "filters" / "stage1_first.jsonl")])
+        found = read_lines(tmp_path / name / "filters" / "stage1_first.jsonl")
+        counts = np.array([r["correct"] for r in found])
         (told,) = [line for line in lines if line.get("event") == "filter"]
         assert len(counts) == 16 and told["rollouts"] == 32 and told["flops"] > 0
+        assert (told["filter/never"], told["filter/always"]) == ((counts == 0).mean(), (counts == 2).mean())
         kept[name] = told["filter/rows"]
+        assert [r["kept"] for r in found] == (counts >= 1).tolist() or name != "incompetent"
+        assert sum(r["kept"] for r in found) == kept[name] == 16 * told["filter/kept"]
         rows = {r["id"] for r in read_lines(tmp_path / name / "rollouts" / "stage1.jsonl")}
         good = {"incompetent": counts >= 1, "zero_variance": counts == 1}.get(name, np.ones(16, bool))
         assert rows <= {f"first/train/{i}" for i in np.flatnonzero(good)}
         assert kept[name] == (good.sum() if name != "random" else kept["incompetent"])
     assert 0 < kept["zero_variance"] < kept["incompetent"] == kept["random"] < 16
+
+
+def test_control_of_another_run_keeps_as_many_and_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(filtering, "counts", lambda *_: pytest.fail("answers were drawn"))
+    theirs = tmp_path / "theirs" / "filters" / "stage1_first.jsonl"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("".join(json.dumps({"row": i, "id": f"first/train/{i}", "kept": i < 3}) + "\n" for i in range(8)))
+
+    def ids(like, limit=8):
+        control = dict(filter=dict(name="random", like=str(tmp_path / like)), kl_coef=0.0)
+        with school.desk(config("grpo", method=control, data=dict(limit=limit)), tmp_path / f"{like}{limit}") as desk:
+            return [e.id for e in desk.room.sources[0]]
+
+    found = ids("theirs")
+    rows = read_lines(tmp_path / "theirs8" / "filters" / "stage1_first.jsonl")
+    assert [r["id"] for r in rows if r["kept"]] == found and len(rows) == 8 and "correct" not in rows[0]
+    assert len(found) == 3 and found != [f"first/train/{i}" for i in range(3)]
+    for like, limit, said in (("theirs", 6, "has 8 prompts; expected the 6 prompts"), ("none", 8, "is not there or empty")):
+        with pytest.raises(ValueError, match=said):
+            ids(like, limit)
 
 
 def test_filter_is_counted_once(tmp_path, monkeypatch):
@@ -209,6 +235,8 @@ def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
         draw(2, moved)
         files = {p.name: read_lines(p) for p in (tmp_path / "corpus").glob("*.jsonl")}
         assert set(files) == {"stage1_step0.jsonl", "stage1_step2.jsonl"}
+        origin = json.loads((tmp_path / "corpus" / "stage1_step2.source.json").read_text())
+        assert origin == {"policy": {"stage": 1, "step": 2}, "answers": len(files["stage1_step2.jsonl"])}
         for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
             seen = {p.index for step in (start, start + 1) for p in room.order.rows(step)}
             assert {r["row"] for r in rows} <= seen
@@ -247,9 +275,30 @@ def test_corpus_gives_its_correct_answers_and_grades_what_is_not(tmp_path):
         {"id": "first/train/2", "response": "whole", "reward": 1.0},
         {"id": "first/train/3", "response": right},  # no reward: the task's own says
         {"id": "first/train/3", "response": wrong},
+        {"id": "first/train/4", "response": "cut", "reward": 1.0, "finished": False},  # it met its length limit
+        {"id": "first/train/4", "response": "uncut", "reward": 1.0, "finished": True},
     ]
-    want = {("first/train/0", "kept"), ("first/train/2", "whole"), ("first/train/3", right)}
+    want = {("first/train/0", "kept"), ("first/train/2", "whole"), ("first/train/3", right), ("first/train/4", "uncut")}
     assert learned_texts(foreign(tmp_path, rows), tmp_path / "run") == want
+    origin = json.loads((tmp_path / "run" / "corpus" / "stage1_step0.source.json").read_text())
+    path = tmp_path / "other.jsonl"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert origin == {"corpus": str(path), "sha256": sha256, "rows": 7, "answers": 4}
+
+
+def test_answers_have_room_beside_the_prompt_limit(tmp_path):
+    """Rows of prompt and answer may be longer than prompts by an answer, and their lengths still come from a ladder."""
+    c = foreign(tmp_path, [{"id": f"first/train/{i}", "response": "it is " * 14 + "red", "reward": 1.0} for i in range(4)])
+    c.data.update(prompt_limit=32, buckets=(16, 32))
+    c.rollout.max_new_tokens = 31
+    with school.desk(c, tmp_path / "run") as desk:
+        items, _ = corpus.own_items(desk.room, desk.params, 0)
+        assert all(32 < len(i.encoded) < 64 for i in items)
+        ((batch,),) = desk.room.tutor.written(items)
+        assert batch.prompts.tokens.shape[1] == 64 and desk.room.tutor.rt.ladder == (16, 32)
+    c.rollout.max_new_tokens = 4
+    with pytest.raises(ValueError, match=r"other.jsonl': first/train/0 with its answer has \d+ tokens, over the 37 of a prompt"):
+        learned_texts(c, tmp_path / "short")
 
 
 def test_corpus_with_the_correct_answer_put_in(tmp_path):
@@ -298,10 +347,7 @@ def test_replay_is_counted(method, kind, tmp_path):
             for step in range(4):
                 items = next(stream) if method != "self_sft" else corpus.own_items(desk.room, desk.params, step)[0]
                 tasks += [i.example.task for i in items]
-        if method == "self_sft":
-            assert {"first", "second"} == set(tasks)
-        else:
-            assert tasks.count("first") == 8 and tasks.count("second") == 24  # a quarter of 4 x 8
+        assert [tasks[i : i + 8].count("first") for i in range(0, 32, 8)] == [2] * 4  # a quarter of each step's rows
 
 
 def test_first_stage_has_nothing_to_replay(tmp_path):
@@ -328,10 +374,12 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
 def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path):
     c = config("sft", steps=1, stages=2, method=dict(penalty=dict(name="ewc", coef=1e4, samples=2)), train=dict(lr=1e-2))
     with school.desk(c, tmp_path) as desk:
-        fisher = jax.device_get(ewc.updated(desk.run, desk.run.stages[0], None))
+        fisher, cost = jax.device_get(ewc.updated(desk.run, desk.run.stages[0], None))
         squares = None
         build = prepare(desk.run.rt, desk.room.tutor.courses, True, 32)
-        for i in range(2):
+        drawn = permutation(8, (0, 1, 0))[:2].tolist()
+        assert drawn != [0, 1]
+        for i in drawn:
             one = answers(desk.run.rt, [build(desk.room.sources[0][i]).encoded], rows=1)
             gradient = jax.device_get(desk.steps.begin(desk.state.params, desk.frozen, one).gradient)
             square = jax.tree.map(lambda g: np.square(g) / 2, gradient)
@@ -339,4 +387,6 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), fisher, squares)
     run, lines = school.learned(c, tmp_path / "run")
     steps = [line for line in lines if "event" not in line]
+    spent = [line["flops"] for line in lines if line.get("event") == "fisher"]
+    assert len(spent) == 2 and spent[0] == cost.flops > 0
     assert "penalty" not in steps[0] and steps[1]["penalty"] == pytest.approx(0, abs=1e-9)  # it starts at the anchor

@@ -10,9 +10,10 @@ import pytest
 import runs
 
 SECTIONS = {
-    "steps": 2, "stages": ({"task": "facts", "steps": 2}, {"task": "digit", "steps": 1}),
+    "steps": 2, "stages": ({"task": "facts", "steps": 2}, {"task": "digit", "steps": 2}),
     "eval": {"limit": 6, "batch": 4, "every": 1, "mini": 4},
 }  # fmt: skip
+MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
 SCRIPT = """
 import json, sys
 sys.path[:0] = [{tests!r}]
@@ -36,7 +37,8 @@ def free_port() -> int:
 
 
 def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
-    plan = {"method": method, "sections": SECTIONS, "workdir": str(workdir), "count": count, "address": f"localhost:{free_port()}"}
+    about = {"method": method, "sections": SECTIONS | MORE[method], "workdir": str(workdir)}
+    plan = about | {"count": count, "address": f"localhost:{free_port()}"}
     script = SCRIPT.format(tests=str(runs.ROOT / "tests"))
     orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
     return [subprocess.Popen(o, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for o in orders]
@@ -65,7 +67,9 @@ def test_two_processes_are_one(tmp_path, method):
     assert a.keys() == b.keys() and a["evals.csv"] == b["evals.csv"]
     for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])
-        assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4, abs=1e-6)
+        for name in ("loss", "penalty"):  # the penalty of EWC is as large as the Fisher information
+            assert x.get(name, 0) == pytest.approx(y.get(name, 0), rel=1e-4, abs=1e-6)
+    assert method != "sft" or max(line.get("penalty", 0) for line in a["metrics.jsonl"]) > 1e-3
     text = lambda s: [(r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())]
     for name in (n for n in a if n.startswith("rollouts/")):
         assert text(a[name]) == text(b[name])

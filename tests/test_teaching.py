@@ -1,4 +1,4 @@
-"""Teachers: what they see, how they follow, and that a teacher that knows nothing more teaches nothing."""
+"""Teachers: what they see, how they follow, and that a teacher that knows nothing more teaches nothing. One answer per prompt."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 import school
 
 from configs import base
-from cptjax import teaching
+from cptjax import learning, resume, session, teaching
 from cptjax.classroom import Progress
 from cptjax.stage import lesson
 
@@ -18,7 +18,7 @@ def config(method="sdft", **changes):
     c.stages = (dict(task="first", steps=2),)
     c.method.update({**base.METHODS[method], **changes})
     c = school.tiny(c, batch=4)
-    c.data.update(prompt_limit=128, buckets=(128,))
+    c.rollout.group = 1
     return c
 
 
@@ -28,38 +28,70 @@ def desk(tmp_path_factory):
         yield desk
 
 
-def _lesson(desk, shown: bool):
-    """The first lesson, with or without the demonstrations in its rows."""
-    blank = [[dataclasses.replace(e, target="") for e in source] for source in desk.room.sources]
-    room = desk.room if shown else dataclasses.replace(desk.room, sources=blank)
-    with room.stream(0) as stream:
-        return list(lesson(room, desk.params, stream, Progress()).updates)
+def _lesson(desk):
+    with desk.room.stream(0) as stream:
+        return list(lesson(desk.room, desk.params, stream, Progress()).updates)
 
 
-def test_demonstration_of_nothing_gives_zero_gradient(desk):
-    (update,) = _lesson(desk, shown=False)
-    _, told = desk.update(update)
-    assert abs(told["kl_teacher"]) < 1e-6 and told["grad_norm"] < 1e-5
-    (update,) = _lesson(desk, shown=True)
+def test_demonstration_of_nothing_gives_zero_gradient(desk, monkeypatch):
+    (update,) = _lesson(desk)
     _, told = desk.update(update)
     assert told["kl_teacher"] > 1e-6 and told["grad_norm"] > 1e-3
+    monkeypatch.setattr(teaching, "demonstrated", lambda course, example: course.messages(example))
+    (update,) = _lesson(desk)
+    _, told = desk.update(update)
+    assert abs(told["kl_teacher"]) < 1e-6 and told["grad_norm"] < 1e-5
 
 
 def test_demonstration_stands_in_the_question(desk):
     course, example = desk.room.tutor.courses["first"], desk.room.sources[0][0]
-    said = lambda e: "".join(p["text"] for p in teaching.demonstrated(course, e)[-1]["content"])
-    assert example.target in said(example) and said(example).startswith(said(dataclasses.replace(example, target="")))
-    assert teaching.demonstrated(course, example)[-1]["role"] == "user"
+    said = lambda messages: "".join(p["text"] for p in messages[-1]["content"])
+    shown = teaching.demonstrated(course, example)
+    assert example.target in said(shown) and said(shown).startswith(said(course.messages(example))) and shown[-1]["role"] == "user"
 
 
-@pytest.mark.parametrize(("kind", "share"), [("ema", 0.25), ("frozen", 0.0), ("current", 1.0)])
-def test_followers(desk, kind, share):
+def test_demonstrated_questions_have_room_beside_the_prompt_limit(desk):
+    """A question as long as the limit and an answer as long as any fit together; the words around the answer are counted."""
+    processor, room = desk.run.rt.processor, max(desk.room.teacher.rt.ladder)
+    course, example = desk.room.tutor.courses["first"], desk.room.sources[0][0]
+    long = dataclasses.replace(example, target="it is " * (desk.room.tutor.sampling.max_new_tokens // 2))
+    size = lambda messages: len(processor.encode(messages))
+    assert room - max(desk.run.rt.ladder) == size(teaching.demonstrated(course, long)) - size(course.messages(example)) > 4
+
+
+def test_task_without_gold_answers_is_refused(desk, monkeypatch):
+    blank = [dataclasses.replace(e, target="") for e in desk.room.sources[0]]
+    monkeypatch.setattr(session.Run, "examples", lambda *_: blank)
+    with pytest.raises(ValueError, match="first/train/0: task first has no gold answers to demonstrate") as error:
+        learning.classroom(desk.run, desk.room.stage, None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.0, 1.0])
+def test_followers(desk, rate):
     start = desk.state.params
-    teacher = teaching.Teacher(desk.run.rt, desk.room.tutor.courses, kind, 0.25, start, desk.frozen)
+    teacher = teaching.Teacher(desk.run.rt, desk.room.tutor.courses, rate, start, desk.frozen)
     moved = jax.tree.map(lambda x: x + 1.0, start)
     teacher.follow(moved)
     for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(teacher.trained), strict=True):
-        np.testing.assert_allclose(after, before + share, atol=1e-5)
+        np.testing.assert_allclose(after, before + rate, atol=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "rate"), [("ema", 0.01), ("current", 1.0), ("frozen", 0.0)])
+def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher, rate):
+    """A hundredth of a small move is below bfloat16's precision; what a checkpoint is read into has the teacher's own type."""
+    c = config(distill=dict(teacher=teacher))
+    c.model.compute_dtype = "bfloat16"
+    with school.desk(c, tmp_path) as desk:
+        found, start = desk.room.teacher, jax.device_get(desk.state.params)
+        before = jax.device_get(found.trained)
+        found.follow(jax.tree.map(lambda x: x + 1e-3, start))
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(found.trained), strict=True):
+            np.testing.assert_allclose(np.asarray(new, np.float32) - np.asarray(old, np.float32), rate * 1e-3, atol=2e-7)
+        saved = resume.like(desk.run, "steps", desk.room.stage).get("teacher")
+        assert (saved is None) == (teacher == "frozen")
+        if saved:
+            assert jax.tree.map(lambda x: x.dtype, saved) == jax.tree.map(lambda x: x.dtype, found.trained)
 
 
 def test_previous_stage_pulls_only_once_the_model_has_moved(tmp_path):
