@@ -66,6 +66,8 @@ def test_two_processes_are_one(tmp_path, method):
     for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])
         assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-4, abs=1e-6)
+        for key in ("reward", "reward/shaped", "truncated", "response_length/mean", "advantage/std", "frac_reward_zero_std"):
+            assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-6, abs=1e-7), key
     text = lambda s: [(r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())]
     for name in (n for n in a if n.startswith("rollouts/")):
         assert text(a[name]) == text(b[name])
