@@ -55,12 +55,12 @@ def get_config() -> ConfigDict:
         kl_estimator="k3",  # k1 (in reward only) | k2 | k3
         kl_place="loss",  # loss | reward
         kl_limit=10.0,  # k3 is cut here: a token 13 times less likely than under the reference feels no pull; None = not cut
-        kl_reference="stage",  # base | stage | a checkpoint folder
+        kl_reference="stage",  # base | stage | a model's folder
         updates_per_batch=1,  # parts that a batch of rollouts is cut into, one optimiser step each
         passes=1,  # times over one batch of rollouts
         truncated="score",  # score | zero | mask: a response that met the length limit
         overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
-        tis_cap=None,  # truncated importance sampling of stale or quantised rollouts; None = off
+        tis_cap=None,  # policy: cap of the weight now / sampler of each token, for stale, cut or quantised sampling; None = no weights
         entropy_coef=0.0,
         # None | dict(name="incompetent" | "zero_variance", samples=8) | dict(name="window" | "random", samples=8, lo=1, hi=8)
         #      | dict(name="random", like="<run folder>"): as many prompts as that run's filter kept of each stage's tasks, drawn blindly
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
         b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0,
         moments_dtype="float32",  # bfloat16 second moments with b2 = .999 never decay: a parity switch only
         reset_optimizer=True,  # at each stage
-        max_skipped=10,  # non-finite steps in a row before the run stops
+        max_skipped=10,  # updates in a row, not finite or without a token to learn from, before the run stops
         chunk=1024,  # tokens whose logits exist at one time
         offload=False,  # optimiser state in host memory where the backend can
     ))  # fmt: skip
@@ -126,6 +126,7 @@ def get_config() -> ConfigDict:
 
 # Methods as what they change of `method`; `config.method.update(METHODS["rloo"])` or `dict(method=METHODS["rloo"])` in a stage.
 _SFT = dict(objective="sft", kl_coef=0.0)
+_CUT = dict(updates_per_batch=4)  # the first update on a batch has ratios of 1: clips act from the second on
 METHODS = dict(
     sft=dict(name="sft", source="gold", **_SFT),
     eaft=dict(name="eaft", source="gold", objective="eaft", kl_coef=0.0),  # cross-entropy weighted by entropy
@@ -136,12 +137,12 @@ METHODS = dict(
     grpo=dict(name="grpo", advantage="grpo"),
     dr_grpo=dict(name="dr_grpo", advantage="dr_grpo", normalise="fixed", kl_coef=0.0),
     dapo=dict(name="dapo", advantage="grpo", ratio="token", clip_low=0.2, clip_high=0.28, clip_dual=None, kl_coef=0.0,
-              online_filter=dict(lo=0.0, hi=1.0, max_refills=10), overlong=128),
-    gspo=dict(name="gspo", advantage="grpo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, clip_dual=None, normalise="sequence"),
-    cispo=dict(name="cispo", advantage="grpo", ratio="cispo", clip_low=0.99, clip_high=0.28, clip_dual=None, kl_coef=0.0),
+              online_filter=dict(lo=0.0, hi=1.0, max_refills=10), overlong=128, **_CUT),
+    gspo=dict(name="gspo", advantage="grpo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, clip_dual=None, normalise="sequence", **_CUT),
+    cispo=dict(name="cispo", advantage="grpo", ratio="cispo", clip_low=0.99, clip_high=0.28, clip_dual=None, kl_coef=0.0, **_CUT),
     rloo=dict(name="rloo", advantage="rloo"),
     remax=dict(name="remax", advantage="remax"),
     reinforce=dict(name="reinforce", advantage="reinforce", kl_coef=0.0),
     reinforce01=dict(name="reinforce01", advantage="reinforce01", kl_coef=0.0),  # only correct answers are pushed
-    reinforce_pp=dict(name="reinforce++", advantage="reinforce++", ratio="token"),
+    reinforce_pp=dict(name="reinforce++", advantage="reinforce++", ratio="token", kl_place="reward", kl_estimator="k1", **_CUT),
 )  # fmt: skip

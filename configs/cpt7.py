@@ -3,19 +3,28 @@
     python launch/train.py --config=configs/cpt7.py:grpo,7b --workdir=runs/cpt7_grpo
     python launch/plan.py  --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4      # does it fit?
 
-The argument is an arm, a size and, if wanted, `official`, in any order:
+The argument is an arm, a size and, if wanted, `official` and a corpus, in any order:
 
     sft lora_sft low_lr_sft eaft joint                                  SFT, and all seven tasks at once
     grpo rloo remax nokl nocot                                          the paper's RFT arms
     rif rif_zero rif_control                                            RIF-RFT: never solved out | always solved out too | blind control
+    self_sft iterative_sft                                              SFT on own correct answers, drawn once | every 21 steps (504 rows)
+    traces rl_traces                                                    SFT on a teacher's | a grpo run's correct answers: name the corpus
+    sft_kl reinforce reinforce01                                        SFT with a KL term | no baseline | right answers alone are pushed
     replay ewc l2 lwf wise prompt_replay                                what continual learning would add to SFT, and to GRPO
     3b 7b tiny
     official                                                            the tasks' standard data and scorers, not the paper's own
+    corpus=DIR                                                          DIR/stage1.jsonl ... stage7.jsonl with id and response, such as
+                                                                        the rollouts/ of a grpo run
 
 Settings follow the paper's released code: 512 prompts x 8 answers, four updates on each, learning rate 1e-6, KL 0.01 to the base;
-SFT at 1e-5 cosine, batch 24, bare answers. Pixels are one setting for every arm, which the paper's are not. The released no-CoT arm
-asks for the direct answer in other words. Published averages (not ours): SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4,
-RIF-RFT 57.5, joint 62.9; FM -10.4 for SFT and -2.3 for GRPO.
+SFT at 1e-5 cosine, batch 24, bare answers. Pixels are one setting for every arm, which the paper's are not, and so are the prompts of
+the evaluations: every arm is asked with and without CoT, the form it was trained in first (that one fills matrix.csv). The released
+no-CoT arm asks for the direct answer in other words. Ours, not the release's: tis_cap=2.0 in the RFT arms, which weighs what top_p
+cuts off, and LoRA's alpha of 256 (twice the rank of 128, LLaMA-Factory's default).
+
+Published averages (not ours): SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4, RIF-RFT 57.5, joint 62.9; FM -10.4 for SFT and -2.3 for
+GRPO.
 """
 
 from configs.base import METHODS
@@ -36,17 +45,17 @@ def rl(c, name="grpo", label="", **changes):
     c.rollout.update(group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True)  # else every token moves all weights
 
 
-def sft(c, name="sft", label="", lr=1e-5, **changes):
+def sft(c, name="sft", label="", lr=1e-5, template="direct", **changes):
     c.method.update({**METHODS[name], **changes})
     c.method.name = label or name
-    c.data.template = "direct"
+    c.data.template = template
     c.train.update(batch=24, lr=lr, schedule="cosine", warmup=0.1)
     c.rollout.gather = True  # for the evaluations
 
 
 def _lora(c):
     sft(c, label="lora sft", lr=1e-4)
-    c.model.lora.rank = 128
+    c.model.lora.update(rank=128, alpha=256.0)  # adapters are scaled by alpha / rank = 2
 
 
 def _joint(c):
@@ -69,9 +78,16 @@ ARMS = {
     "low_lr_sft": _arm(sft, label="low lr sft", lr=1e-6),
     "eaft": _arm(sft, name="eaft"),
     "joint": _joint,
+    "self_sft": _arm(sft, name="self_sft", template="cot", self_samples=5),
+    "iterative_sft": _arm(sft, name="iterative_sft", template="cot", self_samples=5, refresh="21"),
+    "traces": _arm(sft, name="corpus_sft", label="sft traces", template="cot"),
+    "rl_traces": _arm(sft, name="corpus_sft", label="sft rl traces", template="cot"),
+    "sft_kl": _arm(sft, label="sft + kl", kl_coef=0.05, kl_estimator="k2", kl_reference="base"),
     "grpo": rl,
     "rloo": _arm(rl, name="rloo"),
     "remax": _arm(rl, name="remax"),
+    "reinforce": _arm(rl, name="reinforce"),
+    "reinforce01": _arm(rl, name="reinforce01"),
     "nokl": _arm(rl, label="grpo w/o KL", kl_coef=0.0),
     "nocot": _nocot,
     "rif": _arm(rl, label="rif-rft", filter=dict(name="incompetent", **FILTER)),
@@ -87,10 +103,12 @@ ARMS = {
 
 
 def get_config(arg="grpo,7b"):
-    names = [a for a in arg.split(",") if a]
+    words = [a for a in arg.split(",") if a]
+    names = [w for w in words if not w.startswith("corpus=")]
+    corpus = [w.removeprefix("corpus=") for w in words if w not in names]
     unknown = [n for n in names if n not in (*ARMS, *SIZES, "official")]
     if unknown:
-        known = f"an arm ({', '.join(ARMS)}), a size ({', '.join(SIZES)}) or official"
+        known = f"an arm ({', '.join(ARMS)}), a size ({', '.join(SIZES)}), official or corpus=DIR"
         raise ValueError(f"configs/cpt7.py:{arg}: {unknown[0]!r} is not {known}")
     arm = next((n for n in names if n in ARMS), "grpo")
     size = next((n for n in names if n in SIZES), "7b")
@@ -104,4 +122,9 @@ def get_config(arg="grpo,7b"):
     # 7B has 4 key/value heads, and cut four ways 64 to 256 chips leave 16 to 64 shards, which divide the batches.
     c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
     ARMS[arm](c)
+    c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")
+    if corpus:
+        if c.method.source != "corpus":
+            raise ValueError(f"configs/cpt7.py:{arg}: corpus= belongs to traces and rl_traces, not to {arm}")
+        c.stages = tuple({**s, "method": dict(corpus=f"{corpus[0]}/stage{k}.jsonl")} for k, s in enumerate(c.stages, 1))
     return c.lock()

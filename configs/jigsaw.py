@@ -13,6 +13,7 @@ The argument is an arm and a size (3b | 7b | tiny):
     self_generated   SFT on reasoning of a model after a little RFT, each with the correct answer put in: method.corpus likewise
     iterative        SFT on own correct rollouts, drawn anew each epoch (not in the paper)
 
+Every arm is asked with and without reasoning, the form it was trained in first (that one fills matrix.csv).
 Its base row is row 0 of every run. Steps of the SFT arms are the paper's; its RFT ran 27,360 steps of an unknown batch. Its learning
 rates, batch and group size are not public; these are paper A's.
 """
@@ -52,4 +53,5 @@ def get_config(arg="grpo,3b"):
     c.train.update(dict(batch=64, micro_batch=32, lr=1e-6) if arm == "grpo" else dict(batch=24, lr=1e-5))
     c.rollout.update(group=8, max_new_tokens=1024, gather=True)
     c.eval.update(general=("refcoco", "docvqa", "pope", "mmmu"), max_new_tokens=1024)
+    c.eval.templates = ("direct", "answer") if arm == "bare" else ("answer", "direct")
     return c.lock()

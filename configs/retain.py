@@ -4,17 +4,19 @@
 
 The argument names an arm, a target task and a size, in any order:
 
-    sft              gold answers (IFEval has none: use teacher_sft)
+    sft              gold answers (MMLU alone has them: on the others use teacher_sft)
     teacher_sft      the correct answers of a larger model: method.corpus = a jsonl with id and response (the paper's SFT)
     self_sft         own correct answers among 5, drawn once
     iterative_sft    the same, drawn anew each epoch
     rl_traces        SFT on what a GRPO run generated: method.corpus = its rollouts file
-    sft_kl           sft with a KL term
+    sft_kl           sft with a KL term (MMLU as well)
     grpo grpo_nokl reinforce
     ifeval mmlu countdown
     3b 7b tiny
 
-Splits, batch, group 5, KL 0.05 (k2), learning rates and "truncated is wrong" are those of the paper's scripts.
+Splits, group 5, KL 0.05 (k2), RL's batch of 32, the learning rates of 7B and "truncated is wrong" are those of the paper's scripts; SFT's
+batches are those of its App. A.3 (the scripts have 256). Countdown and MATH are asked for a last \\boxed{}, MMLU and IFEval as their tasks
+say; the reward is 1 or 0.
 """
 
 from configs.base import METHODS
@@ -22,6 +24,7 @@ from configs.base import get_config as base
 
 TASKS = {"ifeval": "retain_ifeval", "mmlu": "retain_mmlu", "countdown": "countdown"}
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
+GOLD = ("mmlu",)
 BATCH = dict(ifeval=128, mmlu=128, countdown=64)
 RL = dict(kl_coef=0.05, kl_estimator="k2", normalise="sequence", truncated="zero")
 ARMS = {
@@ -44,11 +47,14 @@ def get_config(arg="grpo,countdown,3b"):
         raise ValueError(f"configs/retain.py:{arg}: {unknown[0]!r} is none of {', '.join((*ARMS, *TASKS, *SIZES))}")
     pick = lambda known, default: next((n for n in names if n in known), default)
     arm, task, size = pick(ARMS, "grpo"), pick(TASKS, "countdown"), pick(SIZES, "3b")
+    if ARMS[arm].get("source") == "gold" and task not in GOLD:
+        raise ValueError(f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; choose mmlu, or teacher_sft or self_sft")
     c = base()
     c.name = f"retain_{arm}_{task}_{size}"
     c.model.update(path=SIZES[size], remat="block")
     c.stages = (dict(task=TASKS[task], epochs=2),)
-    c.data.template = "none"
+    c.data.template = "boxed"
+    c.rewards.update(accuracy=1.0, format=0.0)
     c.method.update(ARMS[arm])
     c.method.self_samples = 5
     c.train.update(b2=0.95, weight_decay=0.0, clip=1.0, micro_batch=32)

@@ -4,7 +4,7 @@ Two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]; batc
 groups and sqrt(3/10) over the batch:
 
     reinforce      [[ 1,       0,       0      ], [ 1,      1,       0     ]]     reward
-    reinforce01    [[ 1,       0,       0      ], [ 1,      1,       0     ]]     1 where the reward is above 1/2, else 0
+    reinforce01    [[ 1,       0,       0      ], [ 1,      1,       0     ]]     1 where the accuracy is above 1/2, else 0
     remax          [[ 1,       0,       0      ], [ 0,      0,      -1     ]]     reward - greedy reward
     dr_grpo        [[ 2/3,    -1/3,    -1/3    ], [ 1/3,    1/3,    -2/3   ]]     reward - group mean
     rloo           [[ 1,      -1/2,    -1/2    ], [ 1/2,    1/2,    -1     ]]     reward - mean of the others
@@ -13,7 +13,10 @@ groups and sqrt(3/10) over the batch:
     reinforce++    [[ .91287, -.91287, -.91287 ], [ .91287, .91287, -.91287]]     (reward - batch mean) / batch std
 
 Departures: 1. Excluded responses get advantage 0 and count in no mean. 2. A group whose rewards are all equal gets exactly 0, not rounding
-noise divided by 1e-6. `batch` and `reinforce++` need the rewards of the whole batch, all hosts included.
+noise divided by 1e-6. `batch` and `reinforce++` need the rewards of the whole batch, all hosts included; `reinforce01` gets accuracies
+(the rewards where there are none), since a reward with a form's share, or the jigsaw's up to 3, passes 1/2 without a right answer.
+3. ReMax's greedy answer is subject to the same length rules, but its reward has no KL term where kl_place is "reward", and one that
+`mask` would leave out keeps its reward as the baseline. REINFORCE++ gives every token the KL of the whole answer, not of what follows it.
 """
 
 from typing import Any

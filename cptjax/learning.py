@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from cptjax import console, evaluate, ewc, exams, filtering, metrics, multihost, penalties, resume, runtime, settings, stage, teaching
+from cptjax.batches import own_part
 from cptjax.model import trainable
 from cptjax.order import Order
 from cptjax.resume import Place
@@ -95,6 +96,8 @@ def classroom(current: Run, which: Stage, start: Params | None) -> Classroom:
         for course, source in zip(courses.values(), sources, strict=True):
             teaching.demonstrated(course, source[0])  # refuses a task without gold answers
     tutor = stage.tutor(rt, courses, c)
+    if c.method.source == "rollouts":
+        own_part(rt, tutor.batch // c.method.updates_per_batch, tutor.micro)  # refuses what the mesh can not cut before answers are drawn
     n = len(which.tasks)
     if c.method.filter:
         sources[:n] = filtering.kept(current, which, tutor, sources[:n])

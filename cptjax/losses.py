@@ -18,6 +18,18 @@ Importance ratios, with d = logp - old_logp and A the advantage (gradients of al
 
 Divergence from a reference, with d = logp - ref_logp on sampled tokens: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
 
+Two answers of three and two tokens, A = [1, -1], low 0.2, high 0.3, dual 3; d of both kinds, and what each token gives:
+
+    d          [[ 0.5,      0.1,      0     ], [-0.5,      0.3    ]]
+    none       [[-1,       -1,       -1     ], [ 1,        1      ]]     the ratios' surrogates
+    token      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.34986]]     0.3 is not held: with A < 0 it pushes the answer down
+    sequence   [[-1.22140, -1.22140, -1.2214], [ 0.90484,  0.90484]]     means 0.2 and -0.1
+    cispo      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.3    ]]     held on both sides
+    k1         [[ 0.5,      0.1,      0     ], [-0.5,      0.3    ]]
+    k2         [[ 0.125,    0.005,    0     ], [ 0.125,    0.045  ]]
+    k3         [[ 0.10653,  0.00484,  0     ], [ 0.14872,  0.04082]]
+    weights    token [[1, 1, 1], [1, 1]] of 5, sequence [[1/3, 1/3, 1/3], [1/2, 1/2]] of 2, fixed (length 4) [[1, 1, 1], [1, 1]] of 8
+
 Departures: 1. k1 is refused as a loss: its gradient has mean zero. 2. d is cut at +-20 before exp. 3. k3 is cut at `kl_limit`
 (10, as EasyR1 does; None = not): a token beyond it, 13 times less likely than under the reference, feels no pull back.
 """

@@ -66,7 +66,8 @@ class Objective:
         found, entropy = (x.reshape(mask.shape) for x in numbers)
         tis = None
         if self.tis_cap is not None:
-            tis = losses.tis_weights(extra.get("old_logps", found), extra["behaviour_logps"], mask, self.tis_cap)
+            now = found if self.ratio == "none" else extra.get("old_logps", found)  # a ratio leads from old to now by itself
+            tis = losses.tis_weights(now, extra["behaviour_logps"], mask, self.tis_cap)
         loss = losses.policy(
             found, extra.get("old_logps"), extra.get("ref_logps"), extra["advantages"], mask, ratio=self.ratio, clip_low=self.clip_low,
             clip_high=self.clip_high, clip_dual=self.clip_dual, normalise=self.normalise, fixed_length=self.fixed_length,

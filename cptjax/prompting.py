@@ -70,8 +70,7 @@ def course(task: Task, template: str, settings: Any, pool: Pool) -> Course:
     chosen = templates.load(task.template or template)
     scorer = _scorer(task.scorer)
     weights = dict(accuracy=settings.accuracy, format=settings.format, on_error=settings.on_error)
-    name = task.reward if isinstance(task.reward, str) else ""
-    return Course(task, chosen, scorer, rewards.find(name, chosen, scorer, pool=pool, **weights), pool)
+    return Course(task, chosen, scorer, rewards.find(task.reward, chosen, scorer, pool=pool, **weights), pool)
 
 
 def _scorer(scorer: Any) -> scorers.Scorer:

@@ -1,6 +1,7 @@
 """What a stage's settings may be: everything that can be refused before anything is loaded, in one line each."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,6 +28,8 @@ def check(stage: settings.Stage) -> None:
     )  # fmt: skip
     if m.kl_limit is not None and m.kl_limit <= 0:
         raise ValueError(f"method.kl_limit={m.kl_limit}: expected a number of nats above 0, or None for no limit")
+    if m.kl_reference not in ("base", "stage") and not Path(m.kl_reference).is_dir():
+        raise ValueError(f"method.kl_reference={m.kl_reference!r}: expected base, stage or an existing folder with a model")
     if m.objective == "policy":
         advantages.check(m.advantage, r.group, truncated=m.truncated, overlong=m.overlong, max_new_tokens=r.max_new_tokens)
     _ignored(m, stage.config.data)
@@ -61,6 +64,10 @@ def _ignored(m: Any, data: Any) -> None:
     """Settings that the objective would not look at."""
     if m.objective != "policy" and m.entropy_coef:
         raise ValueError(f"method.entropy_coef={m.entropy_coef} belongs to objective='policy', not {m.objective!r}")
+    if m.objective != "policy" and m.tis_cap is not None:
+        raise ValueError(f"method.tis_cap={m.tis_cap} belongs to objective='policy', not {m.objective!r}: leave it None")
+    if m.advantage == "reinforce01" and m.kl_coef and m.kl_place == "reward":
+        raise ValueError("method.advantage='reinforce01' looks at the accuracy, where no KL can stand: set method.kl_place='loss'")
     if m.objective != "policy" and m.kl_coef and m.kl_place == "reward":
         raise ValueError(f"method.kl_place='reward' needs a reward; objective={m.objective!r} has none: use 'loss'")
     if m.objective == "distill" and m.kl_coef:
@@ -105,6 +112,12 @@ def _cut(m: Any, t: Any) -> None:
         raise ValueError(f"{given}: both >= 1, the first dividing train.batch={t.batch}")
     if m.source != "rollouts" and m.updates_per_batch * m.passes > 1:
         raise ValueError(f"method.updates_per_batch and passes reuse rollouts; with source={m.source!r} leave both at 1")
+    several = m.updates_per_batch * m.passes
+    if m.objective == "policy" and several > 1 and m.ratio == "none" and m.tis_cap is None:
+        raise ValueError(
+            f"method.ratio='none' with {several} updates on one batch: from the second on its answers are another policy's; "
+            "choose ratio token, sequence or cispo, or weigh them with method.tis_cap=2.0"
+        )
     rows = t.batch // m.updates_per_batch
     if t.micro_batch and (t.micro_batch < 0 or rows % t.micro_batch):
         raise ValueError(f"train.micro_batch={t.micro_batch} must divide the {rows} rows of an update")

@@ -3,7 +3,8 @@ r"""What a response earns: parts by name, of which "reward" is learned from and 
     reward = weight(accuracy) * scorer(extracted answer) + weight(format) * (does the whole response have the form?)
 
 The papers' weights are 0.9 and 0.1. A template that asks for no form has no format term, and there the reward is the accuracy.
-The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's `file.py:function` replaces all of this.
+The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's function replaces all of this: as
+`file.py:function` it runs in worker processes under a time limit, as a function of a task or config in this process, without one.
 Departure: `<think>...</think><answer>...</answer>` must hold each tag once, so that a response can not hide a second answer.
 """
 
@@ -18,7 +19,7 @@ from cptjax.scorers import Scorer
 from cptjax.scorers.extract import boxed
 from cptjax.scorers.puzzles import jigsaw_hits
 from cptjax.templates import Template
-from cptjax.verify import Call, Pool, shared_pool, split_target
+from cptjax.verify import Call, Pool, called, shared_pool, split_target
 
 Parts = dict[str, float]
 THINK_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
@@ -58,7 +59,7 @@ class Reward:
     scorer: Scorer
     accuracy: float = 0.9  # weights
     format: float = 0.1
-    target: str = ""  # file.py:function of a user
+    target: str | Callable = ""  # a user's: file.py:function, or a function (completion, answer, **columns)
     on_error: str = "stop"  # stop | zero: a user's function (or scorer) that raises, hangs or gives no finite number
 
     def __call__(
@@ -71,7 +72,7 @@ class Reward:
     ) -> list[Parts]:
         """The parts of each completion; `pool` gives the time limit for what runs in worker processes."""
         if self.target:
-            return _by_user(self, completions, answers, metas, ids, pool or shared_pool())
+            return _by_user(self, completions, answers, metas, ids, pool)
         how = self.template.extract
         records = scorers.score(self.scorer, completions, answers, metas, ids, extraction=how, pool=pool, on_error=self.on_error)
         combine = _jigsaw if self.name == "jigsaw" else _weighted
@@ -79,7 +80,7 @@ class Reward:
 
 
 def find(
-    name: str,
+    name: str | Callable,
     template: Template,
     scorer: Scorer,
     *,
@@ -88,12 +89,14 @@ def find(
     on_error: str = "stop",
     pool: Pool | None = None,
 ) -> Reward:
-    """The reward of a task: "" or "default" = its scorer's, "jigsaw", another scorer's name, or `file.py:function` (loaded now)."""
+    """The reward of a task: "" or "default" = its scorer's, "jigsaw", another scorer, `file.py:function` (loaded now), a function."""
     if on_error not in ("stop", "zero"):
         raise ValueError(f"rewards.on_error must be stop or zero; got {on_error!r}")
     if min(accuracy, format) < 0 or accuracy + format == 0:
         raise ValueError(f"reward weights must be >= 0 and not both 0; got accuracy={accuracy}, format={format}")
     settings = {"template": template, "accuracy": accuracy, "format": format, "on_error": on_error}
+    if callable(name):
+        return Reward(name.__name__, scorer=scorer, target=name, **settings)
     if ".py:" in name:
         path, function = split_target(name)
         target = f"{path.resolve()}:{function}"
@@ -127,16 +130,19 @@ def _by_user(
     answers: Sequence[Any],
     metas: Sequence[Mapping[str, Any]],
     ids: Sequence[str],
-    pool: Pool,
+    pool: Pool | None,
 ) -> list[Parts]:
     calls = [Call((c, a), scorers.columns(m)) for c, a, m in zip(completions, answers, metas, strict=True)]
+    here = callable(reward.target)
+    outcomes = [called(reward.target, c) for c in calls] if here else (pool or shared_pool()).map(reward.target, calls)
+    name = reward.name if here else Path(reward.target).parent / reward.name
     parts = []
-    for row_id, outcome in zip(ids, pool.map(reward.target, calls), strict=True):
+    for row_id, outcome in zip(ids, outcomes, strict=True):
         value = outcome.value if isinstance(outcome.value, Mapping) else {"reward": outcome.value}
         error = outcome.error or _wrong(value)
         if error and reward.on_error == "stop":
             hint = "correct the function, or set rewards.on_error=zero to score such rows 0"
-            raise ValueError(f"reward {Path(reward.target).parent / reward.name} failed on row {row_id}: {error}; {hint}")
+            raise ValueError(f"reward {name} failed on row {row_id}: {error}; {hint}")
         parts.append({"reward": 0.0, "error": 1.0} if error else {k: float(v) for k, v in value.items()})
     return parts
 

@@ -29,7 +29,7 @@ class Graded:
     items: list[Item]
     samples: Samples
     parts: list[dict[str, float]]  # a dict per answer
-    greedy: np.ndarray | None  # [Q] rewards of the greedy answers (ReMax)
+    greedy: np.ndarray | None  # [Q] rewards of the greedy answers after the length rules (ReMax)
     spent: Spent
     seconds: dict[str, float]
 
@@ -39,7 +39,8 @@ class Graded:
 
     @property
     def accuracy(self) -> np.ndarray:
-        return self.column("accuracy") if "accuracy" in self.parts[0] else self.column("reward")
+        """[Q G]; the reward where an answer's parts have no accuracy."""
+        return np.array([p.get("accuracy", p["reward"]) for p in self.parts], np.float32).reshape(len(self.items), -1)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,11 +60,18 @@ def roll(tutor: Tutor, params: Params, items: Sequence[Item], key: jax.Array, fi
     drawn = time.perf_counter()
     greedy = None
     if best is not None:
-        greedy = np.array([p["reward"] for p in grade(tutor, items, best.texts)], np.float32)
+        greedy = _shaped(tutor, np.array([[p["reward"]] for p in grade(tutor, items, best.texts)], np.float32), best)[0][:, 0]
         spent += sampled(tutor.rt.cfg, encoded, best.mask.sum(1)[:, None])
     parts = grade(tutor, items, samples.texts)
     seconds = {"seconds/sample": drawn - began, "seconds/reward": time.perf_counter() - drawn}
     return Graded(list(items), samples, parts, greedy, spent, seconds)
+
+
+def _shaped(tutor: Tutor, rewards: np.ndarray, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [Q G] after the length rules, and which answers may be learned from."""
+    s, limit = tutor.settings, tutor.sampling.max_new_tokens
+    lengths, finished = samples.mask.sum(1).reshape(rewards.shape), samples.finished.reshape(rewards.shape)
+    return advantages.shape_rewards(rewards, lengths, finished, limit=limit, truncated=s.truncated, overlong=s.overlong)
 
 
 def joined(graded: Sequence[Graded], keep: Sequence[np.ndarray], count: int) -> Graded:
@@ -91,9 +99,10 @@ def filtered(
         graded = roll(tutor, params, next(stream), jax.random.fold_in(key, turn), first)
         drawn.append(graded)
         keep.append(filters.online(graded.accuracy, window["lo"], window["hi"]))
-        kept = min(multihost.gather(sum(int(k.sum()) for k in keep)))
+        counts = multihost.gather(sum(int(k.sum()) for k in keep))
+        kept = min(counts)
         if kept >= share:
-            info = {"filter/kept": float(np.mean(np.concatenate(keep))), "filter/draws": float(turn + 1)}
+            info = {"filter/kept": sum(counts) / (tutor.batch * (turn + 1)), "filter/draws": float(turn + 1)}
             return joined(drawn, keep, share), info, turn + 1
         if turn >= window["max_refills"]:
             raise ValueError(
@@ -136,24 +145,23 @@ class Drawn:
 def updates(
     tutor: Tutor, params: Params, graded: Graded, reference: Params | None, step: int, stage: int, teach: Callable | None = None
 ) -> Lesson:  # fmt: skip
-    """Rewards -> advantages -> the updates on this batch."""
-    s, lengths, limit = tutor.settings, graded.lengths, tutor.sampling.max_new_tokens
-    finished = graded.samples.finished.reshape(lengths.shape)
-    raw = graded.column("reward")
-    shaped, keep = advantages.shape_rewards(raw, lengths, finished, limit=limit, truncated=s.truncated, overlong=s.overlong)
+    """Rewards -> advantages -> the updates on this batch. A divergence in the reward is not taken off ReMax's baseline."""
+    s = tutor.settings
+    earned = graded.accuracy if s.advantage == "reinforce01" else graded.column("reward")
+    shaped, keep = _shaped(tutor, earned, graded.samples)
     drawn = _drawn(tutor, graded, keep)
     began = time.perf_counter()
     shaped, info, forwards = _scores(drawn, params, reference, shaped)
     policy = s.objective == "policy"  # a distillation looks at no reward
     advantage = _advantages(s.advantage, shaped, graded.greedy, keep) if policy else np.zeros_like(shaped)
     micro = drawn.batches(drawn.extra | {"advantages": advantage.reshape(-1)})
-    info |= graded.seconds | {"seconds/score": time.perf_counter() - began} | told(graded, shaped, advantage, lengths, finished)
+    info |= graded.seconds | {"seconds/score": time.perf_counter() - began} | told(graded, shaped, advantage)
     per = len(micro) // s.updates_per_batch
     parts = (micro[i : i + per] for _ in range(s.passes) for i in range(0, len(micro), per))
     attach = teach or (lambda batch, items: batch)
     ready = ([attach(b, graded.items[p]) for b, p in part] for part in parts)
     tokens = s.passes * (sum(len(i.encoded) for i in graded.items) + int(drawn.mask.sum()))
-    work = Spent(flops=(3 * s.passes + forwards + (teach is not None)) * _forward(drawn, lengths), trained=tokens)
+    work = Spent(flops=(3 * s.passes + forwards + (teach is not None)) * _forward(drawn), trained=tokens)
     return Lesson(ready, info, rollout_rows(graded, advantage.reshape(-1), step, stage), graded.spent + work)
 
 
@@ -179,8 +187,9 @@ def _scores(
     own = drawn.scored(params) if several or in_reward else None
     info = {}
     if in_reward:
-        kl = np.asarray(losses.kl_estimate(own, ref, s.kl_estimator, None))
-        info["kl"] = float(kl[drawn.mask].mean()) if drawn.mask.any() else 0.0
+        kl = np.asarray(losses.kl_estimate(own, ref, s.kl_estimator, None))[drawn.mask]
+        total, count = np.sum(multihost.gather((float(kl.sum()), kl.size)), 0)
+        info["kl"] = float(total / max(count, 1))
         flat = losses.kl_in_reward(shaped.reshape(-1), own, ref, drawn.mask, s.kl_coef, s.kl_estimator)
         shaped = np.asarray(flat).reshape(shaped.shape)
     elif pulled:
@@ -190,8 +199,8 @@ def _scores(
     return shaped, info, int(pulled) + int(own is not None)
 
 
-def _forward(drawn: Drawn, lengths: np.ndarray) -> float:
-    cfg, encoded = drawn.tutor.rt.cfg, [i.encoded for i in drawn.graded.items]
+def _forward(drawn: Drawn) -> float:
+    cfg, lengths, encoded = drawn.tutor.rt.cfg, drawn.graded.lengths, [i.encoded for i in drawn.graded.items]
     prompt = sum(map(len, encoded)) / len(encoded)
     seen = sum(looking(cfg, e) for e in encoded)
     return seen + flops.group_forward(cfg, len(encoded), prompt, lengths.shape[1], lengths.mean())
@@ -209,24 +218,28 @@ def _advantages(name: str, rewards: np.ndarray, greedy: np.ndarray | None, keep:
 # ---- what is logged ------------------------------------------------------------------------------------------------------
 
 
-def told(graded: Graded, shaped: np.ndarray, advantage: np.ndarray, lengths: np.ndarray, finished: np.ndarray) -> dict[str, float]:
-    """What a step logs about its rollouts."""
-    names = dict.fromkeys(name for p in graded.parts for name in p if name != "reward")
-    info = {"reward": float(graded.column("reward").mean()), "reward/shaped": float(shaped.mean())}
-    info |= {f"reward/{name}": float(np.mean([p[name] for p in graded.parts if name in p])) for name in names}
-    report = advantages.group_report(graded.accuracy)
-    info |= {"frac_reward_zero_std": float((np.ptp(graded.column("reward"), 1) <= 1e-6).mean())}
+def told(graded: Graded, shaped: np.ndarray, advantage: np.ndarray) -> dict[str, float]:
+    """What a step logs about its rollouts, those of all processes."""
+    mine = (graded.column("reward"), graded.accuracy, graded.lengths, graded.samples.finished, shaped, advantage, graded.greedy)
+    arrays = [None if parts[0] is None else np.concatenate(parts) for parts in zip(*multihost.gather(mine), strict=True)]
+    reward, accuracy, lengths, finished, shaped, advantage, greedy = arrays
+    parts = multihost.together(multihost.gather(graded.parts))
+    names = dict.fromkeys(name for p in parts for name in p if name != "reward")
+    info = {"reward": float(reward.mean()), "reward/shaped": float(shaped.mean())}
+    info |= {f"reward/{name}": float(np.mean([p[name] for p in parts if name in p])) for name in names}
+    report = advantages.group_report(accuracy)
+    info |= {"frac_reward_zero_std": float((np.ptp(reward, 1) <= 1e-6).mean())}
     info |= {"groups/all_right": report["all_right"], "groups/all_wrong": report["all_wrong"]}
     info |= {"advantage/mean": float(advantage.mean()), "advantage/std": float(advantage.std())}
     info |= {"advantage/min": float(advantage.min()), "advantage/max": float(advantage.max())}
     info |= {"response_length/mean": float(lengths.mean()), "response_length/max": float(lengths.max())}
-    if graded.greedy is not None:
-        info["reward/greedy"] = float(graded.greedy.mean())
+    if greedy is not None:
+        info["reward/greedy"] = float(greedy.mean())
     return info | {"truncated": float(1 - finished.mean())}
 
 
 def rollout_rows(graded: Graded, advantage: np.ndarray, step: int, stage: int) -> list[dict[str, Any]]:
-    """The lines of the rollouts file."""
+    """The lines of the rollouts file; `step` counts from 1, as in metrics.jsonl."""
     group = len(graded.parts) // len(graded.items)
     return [
         {

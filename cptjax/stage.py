@@ -94,7 +94,7 @@ def _rolled(room: Classroom, params: Params, stream: Stream, progress: Progress)
     else:
         graded, info, turns = rollouts.roll(t, params, next(stream), room.key(step), progress.drawn * t.batch), {}, 1
     attach = room.teacher.attach if room.config.method.objective == "distill" else None
-    found = rollouts.updates(t, params, graded, room.reference, step, room.stage.number, attach)
+    found = rollouts.updates(t, params, graded, room.reference, step + 1, room.stage.number, attach)
     found.info |= info
     found.batches = turns
     return found
@@ -158,14 +158,16 @@ def _update(
 
 
 def read(told: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The numbers of updates, once they are there."""
-    return [{k: v.value if isinstance(v, Mean) else float(v) for k, v in n.items()} for n in jax.device_get(told)]
+    """The numbers of updates, once they are there; a mean over nothing is left out."""
+    return [{k: v.value if isinstance(v, Mean) else float(v) for k, v in n.items() if not isinstance(v, Mean) or v.count}
+            for n in jax.device_get(told)]  # fmt: skip
 
 
 def over_updates(told: Sequence[dict[str, float]]) -> dict[str, float]:
     """Numbers of a step's updates as one: the extreme of what is named _min or _max, the mean of all else."""
     pick = {"_min": min, "_max": max}
-    return {k: float(pick.get(k[-4:], np.mean)([n[k] for n in told])) for k in told[0]}
+    names = dict.fromkeys(k for n in told for k in n)
+    return {k: float(pick.get(k[-4:], np.mean)([n[k] for n in told if k in n])) for k in names}
 
 
 def spent(cost: lessons.Spent, seconds: float) -> dict[str, float]:
@@ -178,7 +180,7 @@ def check_mismatch(told: dict[str, float], room: Classroom) -> None:
     """Warn where the sampler's log-probabilities are not the trainer's before anything was learned: the ratio must then be 1."""
     s, limit = room.tutor.sampling, MISMATCH[jnp.dtype(room.tutor.rt.dtype).name]
     cut = s.temperature != 1 and (s.top_p < 1 or s.top_k or s.min_p)  # the sampler then knows no log-probability of all tokens
-    if s.int8 or cut or told["mismatch"] <= limit:
+    if s.int8 or cut or told.get("mismatch", 0.0) <= limit:
         return
     console.warn(
         f"stage {room.stage.number}: before its first update the trainer's log-probabilities differ from the sampler's by "
@@ -188,12 +190,13 @@ def check_mismatch(told: dict[str, float], room: Classroom) -> None:
 
 
 def guard(state: TrainState, most: int) -> None:
-    """Stop when the updates were not finite too often in a row."""
+    """Stop when updates were skipped too often in a row."""
     skipped = int(state.skipped)
     if skipped >= most:
         raise ValueError(
-            f"{skipped} steps in a row had a gradient or loss that is not finite (train.max_skipped={most}); nothing was learned from "
-            "them. Lower train.lr, set train.clip, keep a KL term, or look at the last rows of rollouts/"
+            f"{skipped} steps in a row had a gradient or loss that is not finite or no token to learn from (train.max_skipped={most}); "
+            "nothing was learned from them. Lower train.lr, set train.clip, keep a KL term, raise rollout.max_new_tokens where "
+            "method.truncated='mask' leaves every answer out, or look at the last rows of rollouts/"
         )
 
 

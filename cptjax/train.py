@@ -123,7 +123,8 @@ def make_steps(
             more, slope = jax.value_and_grad(penalty)(state.params, extra)
             gradient = jax.tree.map(jnp.add, gradient, slope)
             metrics["penalty"] = Mean(more, jnp.ones(()))
-        state, told = optimizer.update(state, gradient, total.loss, lr)
+        loss = jnp.where(total.count > 0, total.loss, jnp.nan)  # nothing to learn from: no update, not even weight decay
+        state, told = optimizer.update(state, gradient, loss, lr)
         return places.pin(state), metrics | told
 
     def step(state: TrainState, frozen: Params, batch: Batch, lr: Array, extra: Any) -> tuple[TrainState, dict]:

@@ -13,7 +13,9 @@ from cptjax.types import Example
 CORPUS = {"method": {"corpus": "rollouts/stage1.jsonl"}}
 CPT7 = [f"{arm},{size}{more}" for arm in cpt7.ARMS for size, more in (("3b", ""), ("7b", ",official"), ("tiny", ""))]
 JIGSAW = [f"{arm},{size}" for arm in jigsaw.METHOD for size in jigsaw.SIZES]
-RETAIN = [f"{arm},{task},{size}" for arm in retain.ARMS for task in retain.TASKS for size in ("3b", "tiny")]
+GOLD = ("sft", "sft_kl")  # need gold answers, which MMLU alone has
+PAIRS = [(arm, task) for arm in retain.ARMS for task in retain.TASKS if arm not in GOLD or task in retain.GOLD]
+RETAIN = [f"{arm},{task},{size}" for arm, task in PAIRS for size in ("3b", "tiny")]
 ALL = [(cpt7, a) for a in CPT7] + [(jigsaw, a) for a in JIGSAW] + [(retain, a) for a in RETAIN] + [(demo, "0"), (demo, "1,short")]
 
 
@@ -46,9 +48,32 @@ def test_unknown_word_is_one_line_that_names_the_known_ones(module):
 
 def test_arms_of_the_papers_are_all_there():
     assert set(cpt7.ARMS) >= {"sft", "joint", "grpo", "rloo", "remax", "nokl", "nocot", "rif", "rif_zero", "rif_control"}  # 1.5-1.8, 1.10
+    assert set(cpt7.ARMS) >= {"self_sft", "iterative_sft", "traces", "rl_traces", "sft_kl", "reinforce", "reinforce01"}  # 3.1
     assert set(cpt7.ARMS) >= {"lora_sft", "low_lr_sft", "replay", "ewc", "l2", "lwf", "wise", "prompt_replay", "eaft"}  # reviewers'
     assert set(jigsaw.METHOD) == {"grpo", "bare", "trace", "rft_rollout", "self_generated", "iterative"}  # 2.2
     assert set(retain.ARMS) >= {"sft", "teacher_sft", "self_sft", "iterative_sft", "rl_traces", "grpo", "grpo_nokl", "reinforce"}  # 3.1
+
+
+@pytest.mark.parametrize("arg", [f"{arm},{task}" for arm in GOLD for task in ("ifeval", "countdown")])
+def test_sft_without_gold_answers_is_refused_in_one_line(arg):
+    with pytest.raises(ValueError, match=f"{arg.split(',')[1]} has no gold answers .*teacher_sft") as error:
+        retain.get_config(arg)
+    assert "\n" not in str(error.value)
+
+
+def test_every_stage_of_a_corpus_arm_has_its_own_file():
+    stages = settings.stages(cpt7.get_config("rl_traces,corpus=runs/grpo/rollouts"))
+    assert [s.config.method.corpus for s in stages] == [f"runs/grpo/rollouts/stage{k}.jsonl" for k in range(1, 8)]
+    for each in stages:
+        stage.check(each)
+    with pytest.raises(ValueError, match="not to grpo"):
+        cpt7.get_config("grpo,corpus=runs")
+
+
+def test_every_arm_is_asked_the_same_ways_and_its_own_comes_first():
+    for module, arms, ways in ((cpt7, cpt7.ARMS, {"cot", "direct"}), (jigsaw, jigsaw.METHOD, {"answer", "direct"})):
+        for c in map(module.get_config, arms):
+            assert set(c.eval.templates) == ways and c.eval.templates[0] == c.data.template
 
 
 def test_paper_a_trains_on_its_own_variants_unless_official():
@@ -69,6 +94,7 @@ def test_paper_a_numbers_by_arm():
     assert (sft.train.batch, sft.train.lr, sft.train.schedule, sft.train.warmup) == (24, 1e-5, "cosine", 0.1)
     assert cpt7.get_config("remax").method.advantage == "remax" and cpt7.get_config("rloo").method.advantage == "rloo"
     assert cpt7.get_config("nokl").method.kl_coef == 0 and cpt7.get_config("lora_sft").model.lora.rank > 0
+    assert cpt7.get_config("lora_sft").model.lora.alpha == 2 * cpt7.get_config("lora_sft").model.lora.rank
     keys = {"rif": "incompetent", "rif_zero": "zero_variance", "rif_control": "random"}
     assert {arm: cpt7.get_config(arm).method.filter["name"] for arm in keys} == keys
     window = lambda arm: filters.bounds(**cpt7.get_config(arm).method.filter)
@@ -89,6 +115,15 @@ def test_prompts_and_rewards_with_and_without_reasoning():
     assert "<think>" in said(cot) and "boxed" in said(cot) and "<think>" not in said(direct)
     assert cot.reward.template.format == "think_boxed" and direct.reward.template.format == ""  # 0.9 / 0.1 | the accuracy alone
     assert course("sft").gold(example) == "3" and cot.gold(example).endswith("\\boxed{3}")
+
+
+def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
+    c = retain.get_config("grpo,countdown,tiny")
+    course = prompting.course(tasks.resolve("countdown"), c.data.template, c.rewards, None)
+    example = Example("0", [{"role": "user", "content": "Reach 14."}], 14, "", "countdown", {"nums": [2, 3, 4]})
+    assert "\\boxed{}" in "".join(p["text"] for p in course.messages(example)[-1]["content"])
+    said = ["Not \\boxed{14}, but 3 * 4 is 12, so \\boxed{3 * 4 + 2}.", "\\boxed{14}", "3 * 4 + 2"]
+    assert [p["reward"] for p in course.rewards(said, [example] * 3)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", base.METHODS)
@@ -131,6 +166,10 @@ WRONG = {
     "online filter": (dict(online_filter=dict(lo=0.9, hi=0.1, max_refills=1)), {}, "0 <= lo < hi <= 1"),
     "online filter keys": (dict(online_filter=dict(lo=0.1)), {}, "hi, lo, max_refills"),
     "updates": (dict(updates_per_batch=3), {}, "dividing train.batch=128"),
+    "stale answers": (dict(updates_per_batch=2, passes=2), {}, "with 4 updates on one batch"),
+    "weights of sft": (dict(source="gold", objective="sft", kl_coef=0.0, tis_cap=2.0), {}, "tis_cap=2.0 belongs to objective='policy'"),
+    "reference": (dict(kl_reference="nowhere"), {}, "'nowhere': expected base, stage or an existing folder"),
+    "kl beside accuracies": (dict(advantage="reinforce01", kl_place="reward"), {}, "set method.kl_place='loss'"),
     "updates of gold": (dict(source="gold", objective="sft", kl_coef=0.0, updates_per_batch=2), {}, "reuse rollouts"),
     "micro": ({}, dict(train=dict(micro_batch=48)), "micro_batch=48 must divide the 128 rows"),
     "greedy rollouts": ({}, dict(rollout=dict(temperature=0.0)), "temperature above 0"),
@@ -155,6 +194,13 @@ def test_what_has_no_meaning_is_refused_in_one_line(name):
     with pytest.raises(ValueError) as error:
         stage.check(settings.stages(config)[0])
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", [dict(updates_per_batch=4, tis_cap=2.0), dict(passes=2, ratio="token"), dict(kl_reference="configs")])
+def test_what_has_a_meaning_passes(method):
+    config = base.get_config()
+    config.stages = (dict(task="drawn_colour", steps=1, method=method),)
+    stage.check(settings.stages(config)[0])
 
 
 def test_configs_name_no_knob_that_base_lacks():

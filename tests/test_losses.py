@@ -57,6 +57,41 @@ def test_policy_against_loops(ratio, normalise):
     np.testing.assert_allclose(got[:2], loop(*arrays, ratio=ratio, normalise=normalise, kl_coef=0.1, kl="k2", dual=None), rtol=1e-5)
 
 
+LOG_RATIOS = np.array([[0.5, 0.1, 0.0], [-0.5, 0.3, np.nan]], np.float32)
+THERE = np.array([[1, 1, 1], [1, 1, 0]], bool)
+SURROGATES = {
+    "none": [[-1, -1, -1], [1, 1, 0]],
+    "token": [[-1.3, -1.10517, -1], [0.8, 1.34986, 0]],
+    "sequence": [[-1.2214, -1.2214, -1.2214], [0.90484, 0.90484, 0]],
+    "cispo": [[-1.3, -1.10517, -1], [0.8, 1.3, 0]],
+}
+DIVERGENCES = {
+    "k1": [[0.5, 0.1, 0], [-0.5, 0.3]],
+    "k2": [[0.125, 0.005, 0], [0.125, 0.045]],
+    "k3": [[0.10653, 0.00484, 0], [0.14872, 0.04082]],
+}
+WEIGHTS = {
+    "token": ([[1, 1, 1], [1, 1, 0]], 5),
+    "sequence": ([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]], 2),
+    "fixed": ([[1, 1, 1], [1, 1, 0]], 8),
+}
+
+
+def test_the_literals_of_the_docstring():
+    only = np.eye(6, dtype=np.float32).reshape(6, 2, 3)  # an importance weight of 1 on a single token leaves that token's share
+    for ratio, want in SURROGATES.items():
+        arrays = (LOG_RATIOS - 1, np.full((2, 3), -1, np.float32), None, np.array([1, -1], np.float32), THERE)
+        got = [losses.policy(*arrays, ratio=ratio, tis=tis).sum for tis in only]
+        np.testing.assert_allclose(np.reshape(got, (2, 3)), want, atol=1e-5, err_msg=ratio)
+    for kind, want in DIVERGENCES.items():
+        got = np.asarray(losses.kl_estimate(LOG_RATIOS, np.zeros((2, 3), np.float32), kind))
+        np.testing.assert_allclose(got[THERE], np.concatenate(want), atol=1e-5, err_msg=kind)
+    for normalise, (want, count) in WEIGHTS.items():
+        weight, counted = losses.weigh(THERE, normalise, fixed_length=4)
+        np.testing.assert_allclose(np.where(THERE, weight, 0), want, rtol=1e-6, err_msg=normalise)
+        assert counted == count
+
+
 def test_a_group_by_hand():
     """Two responses of 2 and 1 tokens, advantages 1 and -1, ratios e^.5, 1 and e^-.5: clipped at 1.3 above and 0.8 below."""
     mask = jnp.array([[True, True], [True, False]])

@@ -6,12 +6,18 @@ import pytest
 import school
 
 from configs import base, cpt7, jigsaw, retain
+from cptjax import rollouts
 from cptjax.metrics import read_lines
 
 ARMS = {f"base:{name}": lambda name=name: plain(base.METHODS[name]) for name in base.METHODS}
 ARMS |= {f"cpt7:{arm}": lambda arm=arm: cpt7.get_config(f"{arm},tiny") for arm in cpt7.ARMS}
 ARMS |= {f"jigsaw:{arm}": lambda arm=arm: jigsaw.get_config(f"{arm},tiny") for arm in jigsaw.METHOD}
 ARMS |= {f"retain:{arm}": lambda arm=arm: retain.get_config(f"{arm},mmlu,tiny") for arm in retain.ARMS}
+OWN_FORM = {  # arms asked under their own template, and what an answer then earns
+    "cpt7:grpo": ("cot", lambda parts: 0.9 * parts["accuracy"] + 0.1 * parts["format"]),
+    "cpt7:nocot": ("direct", lambda parts: parts["accuracy"]),
+    "jigsaw:grpo": ("answer", lambda parts: parts["hit"] + parts["accuracy"] + parts["format"]),
+}
 ROLLOUTS = (
     "reward", "reward/shaped", "reward/accuracy", "frac_reward_zero_std", "groups/all_right", "groups/all_wrong", "advantage/mean",
     "advantage/std", "advantage/min", "advantage/max", "response_length/mean", "response_length/max", "truncated", "seconds/sample",
@@ -36,11 +42,30 @@ def corpus(folder, task: str) -> str:
     return str(path)
 
 
+def formed(config, name: str, monkeypatch):
+    """The config with its own template and task, every second answer put into the form that a random model never finds."""
+    template, grade = OWN_FORM[name][0], rollouts.grade
+    task = config.stages[0]["task"]
+    config.tasks[task].template = template
+    if name.startswith("jigsaw"):
+        config.tasks[task] = dict(task="jigsaw", side=42)
+    config.data.update(prompt_limit=512, buckets=(512,))
+
+    def graded(tutor, items, texts):
+        form = tutor.courses[task].template
+        assert form.name == template
+        return grade(tutor, items, [form.forced_response(text) if i % 2 else text for i, text in enumerate(texts)])
+
+    monkeypatch.setattr(rollouts, "grade", graded)
+    return config
+
+
 @pytest.mark.parametrize("name", ARMS)
-def test_every_arm_takes_a_step(name, tmp_path):
+def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
     config = ARMS[name]()
     stages = 2 if config.method.replay.fraction or config.method.penalty.name == "ewc" else 1
     config = school.tiny(config, stages=stages)
+    config = formed(config, name, monkeypatch) if name in OWN_FORM else config
     if config.method.objective == "distill":
         config.data.update(prompt_limit=128, buckets=(128,))  # the teacher reads the demonstration as well
     if config.method.source == "corpus":
@@ -59,5 +84,11 @@ def test_every_arm_takes_a_step(name, tmp_path):
         assert steps[0]["mismatch"] < (1e-4 if config.rollout.temperature == 1 else 0.02) and steps[0]["rollouts"] > 0
         rows = read_lines(tmp_path / "run" / "rollouts" / "stage1.jsonl")
         assert len(rows) == 8 and {"id", "response", "rewards", "advantage", "finished"} <= rows[0].keys()
+        assert {row["step"] for row in rows} == {steps[0]["step"]}
+    if name in OWN_FORM:
+        template, rule = OWN_FORM[name]
+        parts = [row["rewards"] for row in rows]
+        assert [p["reward"] for p in parts] == pytest.approx([rule(p) for p in parts]) and any(row["advantage"] for row in rows)
+        assert [p.get("format") for p in parts] == ([None] * 8 if template == "direct" else [0, 1] * 4)
     if config.method.ratio != "none":
         assert {"clip_low", "clip_high"} <= steps[0].keys()

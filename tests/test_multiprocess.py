@@ -69,6 +69,8 @@ def test_two_processes_are_one(tmp_path, method):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])
         for name in ("loss", "penalty"):  # the penalty of EWC is as large as the Fisher information
             assert x.get(name, 0) == pytest.approx(y.get(name, 0), rel=1e-4, abs=1e-6)
+        for key in ("reward", "reward/shaped", "truncated", "response_length/mean", "advantage/std", "frac_reward_zero_std"):
+            assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-6, abs=1e-7), key
     assert method != "sft" or max(line.get("penalty", 0) for line in a["metrics.jsonl"]) > 1e-3
     text = lambda s: [(r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())]
     for name in (n for n in a if n.startswith("rollouts/")):

@@ -76,6 +76,10 @@ def test_stale_answers_have_a_ratio_and_a_capped_weight():
     np.testing.assert_allclose(capped, 2 * plain, atol=1e-6)  # policy / behaviour is 3, the cap 2
     _, free, _ = run(dataclasses.replace(wide, tis_cap=9.0), stale)
     np.testing.assert_allclose(free, 3 * plain, rtol=1e-4, atol=1e-6)
+    once = run(Objective("policy", chunk=4), batch())[1]  # without a ratio the weight leads from the sampler to the policy of now
+    for cap, weight in ((9.0, 3 * np.exp(0.3)), (2.0, 2.0)):
+        weighed = run(Objective("policy", ratio="none", tis_cap=cap, chunk=4), stale)[1]
+        np.testing.assert_allclose(weighed, weight * once, rtol=1e-4, atol=1e-6)
 
 
 def test_entropy_bonus_pushes_entropy_up():

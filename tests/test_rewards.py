@@ -4,11 +4,14 @@ import random
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
-from cptjax import rewards
+from cptjax import prompting, rewards, scorers
 from cptjax.rewards import has_box, thinks_then_answers, thinks_then_boxes
 from cptjax.scorers import find
+from cptjax.tasks.task import Task
 from cptjax.templates import load
+from cptjax.types import Example
 from cptjax.verify import Pool
 
 
@@ -183,6 +186,35 @@ def test_a_wrong_reward_stops_with_file_function_row_and_reason(user, pool, name
 def test_a_wrong_reward_scores_zero_where_the_config_says_so(user, pool):
     reward = load_user(user, "nan", pool, on_error="zero")
     assert parts(reward, ["good", "bad", "good"], ["a"] * 3, pool) == [{"reward": 1.0}, {"reward": 0.0, "error": 1.0}, {"reward": 1.0}]
+
+
+def test_a_function_is_a_reward_without_a_file():
+    def mine(completion, answer, hint):
+        return {"reward": 5.0 if completion == answer else {"no": float("nan"), "odd": 1 / 0}[completion], "hint": len(hint)}
+
+    def course(**settings):
+        weights = ConfigDict(dict(accuracy=0.9, format=0.1, on_error="stop") | settings)
+        return prompting.course(Task("t", list, "exact", reward=mine, template="direct"), "", weights, None)
+
+    said = lambda course, *texts: course.rewards(texts, [Example(f"t/{i}", [], "yes", meta={"hint": "abc"}) for i in range(len(texts))])
+    assert said(course(), "yes") == [{"reward": 5.0, "hint": 3.0}]
+    with pytest.raises(ValueError, match=r"reward mine failed on row t/1: ZeroDivisionError: .*test_rewards\.py, line \d+\); correct"):
+        said(course(), "yes", "odd")
+    assert said(course(on_error="zero"), "odd", "yes") == [{"reward": 0.0, "error": 1.0}, {"reward": 5.0, "hint": 3.0}]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda p, a, m: float("nan"), "failed on row r1: returned nan; expected a finite number"),
+        (lambda p, a, m: None, "failed on row r1: returned None"),
+        (lambda p, a, m: m["missing"], "failed on row r1: KeyError: 'missing'"),
+    ],
+)
+def test_a_function_as_scorer_that_gives_no_number_stops_at_its_row(rule, message):
+    first_right = lambda p, a, m: 1 if p == "a" else rule(p, a, m)
+    with pytest.raises(ValueError, match=message):
+        scorers.score(scorers.Scorer("mine", first_right), ["a", "b"], ["a", "a"], [{}, {}], ["r0", "r1"])
 
 
 def test_settings_are_checked(user, pool):

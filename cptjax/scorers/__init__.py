@@ -203,7 +203,7 @@ def score(
 def _apply(scorer: Scorer, rows: Sequence[tuple], pool: Pool | None, on_error: str) -> list[tuple[float, str]]:
     """(score, error) of each (prediction, answer, columns, id)."""
     if callable(scorer.rule):
-        return [(_checked(scorer.rule, *row), "") for row in rows]
+        return [(_checked(scorer, *row), "") for row in rows]
     pool = pool or shared_pool()
     if scorer.own:
         outcomes = pool.map(scorer.rule, [Call((p, a), columns(meta)) for p, a, meta, _ in rows])
@@ -221,11 +221,16 @@ def _apply(scorer: Scorer, rows: Sequence[tuple], pool: Pool | None, on_error: s
     return results
 
 
-def _checked(rule: Callable[..., float], prediction: str, answer: Any, meta: Mapping[str, Any], row_id: str) -> float:
+def _checked(scorer: Scorer, prediction: str, answer: Any, meta: Mapping[str, Any], row_id: str) -> float:
     try:
-        return rule(prediction, answer, meta)
+        value = scorer.rule(prediction, answer, meta)
     except ValueError as error:
         raise ValueError(f"row {row_id}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"scorer {scorer.name} failed on row {row_id}: {type(error).__name__}: {error}") from error
+    if wrong := not_a_number(value):
+        raise ValueError(f"scorer {scorer.name} failed on row {row_id}: {wrong}")
+    return float(value)
 
 
 def columns(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def columns(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def not_a_number(value: Any) -> str:
     """What is wrong with a score; "" for a finite number."""
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
+    if isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)) and math.isfinite(value):
         return ""
     return f"returned {value!r}; expected a finite number"
 

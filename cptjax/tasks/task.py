@@ -25,8 +25,8 @@ class Task:
 
     name: str
     load: Callable[..., Sequence[Example]]  # (split, root="", limit=None, seed=0); split = train | validation | test
-    scorer: str | Callable  # a name of scorers.py, "file.py:function", or a function (completion, answer, **meta)
-    reward: str | Callable = ""  # "" = accuracy by `scorer` plus the template's format; else a name or "file.py:function"
+    scorer: str | Callable  # a name of scorers.py, "file.py:function", or a function (prediction, answer, meta)
+    reward: str | Callable = ""  # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a function
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
     direct_suffix: str = ""
