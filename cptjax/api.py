@@ -52,7 +52,7 @@ def load(
     if not folder.is_dir() and str(path) not in PRESETS:
         raise ValueError(f"{path} is neither a folder nor a preset ({', '.join(PRESETS)})")
     source = folder if folder.is_dir() else None
-    cfg = _for_inference(read(source) if source else PRESETS[str(path)], mesh)
+    cfg = _for_inference(read(source) if source else PRESETS[str(path)], mesh, dtype)
     words = processor.load(source, cfg, min_pixels, max_pixels)
     if source:
         params = convert.load(source, cfg, mesh, runtime.DTYPES[dtype])
@@ -68,7 +68,7 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
         raise ValueError(f"{folder} has checkpoints but no config.json; expected a workdir of launch/train.py")
     config = ConfigDict(json.loads((folder / "config.json").read_text()))
     settings = config.model
-    cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh)
+    cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh, dtype)
     cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
     words = processor.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     params = runtime.create(settings, runtime.Runtime(cfg, words, mesh, runtime.DTYPES[dtype], ()), config.seed)
@@ -84,9 +84,9 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
     return Model(cfg, jax.tree.map(lambda x: x.astype(runtime.DTYPES[dtype]), params), words, mesh, dtype)
 
 
-def _for_inference(cfg: Config, mesh: Mesh) -> Config:
-    platform = mesh.devices.flat[0].platform
-    return dataclasses.replace(cfg, remat="none", attention=attention.choose(mesh), unroll=platform != "tpu")
+def _for_inference(cfg: Config, mesh: Mesh, dtype: str) -> Config:
+    platform, kernel = mesh.devices.flat[0].platform, attention.choose(mesh, cfg, dtype)
+    return dataclasses.replace(cfg, remat="none", attention=kernel, unroll=platform != "tpu")
 
 
 def generate(
