@@ -50,7 +50,7 @@ def load(
     if (folder / "checkpoints").is_dir():
         return _of_workdir(folder, mesh, dtype, stage)
     source = None if str(path) in PRESETS and not folder.is_dir() else path
-    cfg = _for_inference(read(source) if source else PRESETS[str(path)], mesh)
+    cfg = _for_inference(read(source) if source else PRESETS[str(path)], mesh, dtype)
     words = processor.load(source, cfg, min_pixels, max_pixels)
     if source:
         params = convert.load(source, cfg, mesh, runtime.DTYPES[dtype])
@@ -68,7 +68,7 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
     settings = config.model
     if len(config.prestage):
         settings.path = str(folder / settings.path)
-    cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh)
+    cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh, dtype)
     cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
     words = processor.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     params = runtime.create(settings, runtime.Runtime(cfg, words, mesh, runtime.DTYPES[dtype], ()), config.seed)
@@ -84,9 +84,9 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
     return Model(cfg, jax.tree.map(lambda x: x.astype(runtime.DTYPES[dtype]), params), words, mesh, dtype)
 
 
-def _for_inference(cfg: Config, mesh: Mesh) -> Config:
-    platform = mesh.devices.flat[0].platform
-    return dataclasses.replace(cfg, remat="none", attention=attention.choose(mesh), unroll=platform != "tpu")
+def _for_inference(cfg: Config, mesh: Mesh, dtype: str) -> Config:
+    platform, kernel = mesh.devices.flat[0].platform, attention.choose(mesh, cfg, dtype)
+    return dataclasses.replace(cfg, remat="none", attention=kernel, unroll=platform != "tpu")
 
 
 def generate(

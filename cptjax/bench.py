@@ -39,7 +39,7 @@ class Session:
         self.work, self.mesh = work, sharding.make_mesh()
         self.dtype = DTYPES[work.dtype]
         cpu = self.mesh.devices.flat[0].platform == "cpu"
-        backend = attention.choose(self.mesh)
+        backend = attention.choose(self.mesh, SIZES[work.size], self.dtype)
         self.cfg = dataclasses.replace(SIZES[work.size], remat=work.remat, attention=backend, unroll=cpu)
         shards = sharding.batch_shards(self.mesh)
         if work.prompts % shards:

@@ -78,20 +78,21 @@ class Samples:
 
 def load(settings: Any, mesh_settings: Any, seed: int, ladder: Sequence[int]) -> tuple[Runtime, Params]:
     """The model that `config.model` names, on the mesh that `config.mesh` describes; adapters are added where asked for."""
+    for name in ("param_dtype", "compute_dtype"):
+        if settings[name] not in DTYPES:
+            raise ValueError(f"model.{name}={settings[name]!r}; expected one of {', '.join(DTYPES)}")
     mesh = sharding.make_mesh(**mesh_settings)
     cfg = read(settings.path) if settings.path else preset(settings.preset)
     cfg = fitted(cfg, settings, mesh)
     processor = processors.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
-    for name in ("param_dtype", "compute_dtype"):
-        if settings[name] not in DTYPES:
-            raise ValueError(f"model.{name}={settings[name]!r}; expected one of {', '.join(DTYPES)}")
     runtime = Runtime(cfg, processor, mesh, DTYPES[settings.compute_dtype], tuple(ladder))
     return runtime, create(settings, runtime, seed)
 
 
 def fitted(cfg: Config, settings: Any, mesh: Mesh) -> Config:
     """The model's shape with what `config.model` and the mesh decide."""
-    kernel, scale = attention.choose(mesh, settings.attention), settings.lora.alpha / max(settings.lora.rank, 1)
+    kernel = attention.choose(mesh, cfg, DTYPES[settings.compute_dtype], settings.attention)
+    scale = settings.lora.alpha / max(settings.lora.rank, 1)
     unroll = mesh.devices.flat[0].platform == "cpu" and cfg.text.depth <= UNROLLED
     return dataclasses.replace(cfg, remat=settings.remat, attention=kernel, lora_scale=scale, unroll=unroll)
 

@@ -165,12 +165,6 @@ def test_cudnn_arguments(h, causal, portable_cudnn):
     assert set(portable_cudnn) == {"cudnn"}
 
 
-def test_cudnn_takes_half_precision_only(portable_cudnn):
-    q, k, v, _ = _draw(1, 8, 8, 2, 2, 16)
-    attention.attend(q, k, v, jnp.ones((1, 8)), jnp.ones((1, 8)), causal=True, backend="cudnn")
-    assert not portable_cudnn
-
-
 MESHES = {"2,2,2": (2, 2, 2), "1,4,2": (1, 4, 2), "1,1,8": (1, 1, 8)}
 
 
@@ -190,14 +184,25 @@ def test_kernel_on_a_mesh(sizes, kernel, interpret):
 
 
 def test_backend_follows_the_mesh():
-    assert attention.choose(None) == "tiled" and attention.choose(sharding.make_mesh()) == "tiled"
+    cfg = config.PRESETS["7b"]
+    assert attention.choose(None, cfg, "float32") == "tiled" and attention.choose(sharding.make_mesh(), cfg, "bfloat16") == "tiled"
     fake = type("Device", (), {"platform": "tpu"})()
-    tpu = type("Mesh", (), {"devices": np.array([fake])})()
-    assert attention.choose(tpu) == "splash" and attention.choose(tpu, "xla") == "xla"
-    fake.platform = "gpu"
-    assert attention.choose(tpu) == "cudnn"
+    mesh = type("Mesh", (), {"devices": np.array([fake])})()
+    assert attention.choose(mesh, cfg, "float32") == "splash" and attention.choose(mesh, cfg, "float32", "xla") == "xla"
     with pytest.raises(ValueError, match="flash"):
-        attention.choose(None, "flash")
+        attention.choose(None, cfg, "bfloat16", "flash")
+
+
+def test_cudnn_is_named_only_where_it_runs():
+    """float32, or a tower whose heads it does not take, means another kernel, and saying so; asked for by name it is refused."""
+    cfg = config.PRESETS["7b"]
+    odd = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=16 * 84))
+    gpu, cpu = (type("Mesh", (), {"devices": np.array([type("Device", (), {"platform": p})()])})() for p in ("gpu", "cpu"))
+    assert attention.choose(gpu, cfg, "bfloat16") == attention.choose(gpu, cfg, jnp.bfloat16, "cudnn") == "cudnn"
+    for place, model, dtype, auto in ((gpu, cfg, "float32", "xla"), (gpu, odd, "bfloat16", "xla"), (cpu, cfg, "bfloat16", "tiled")):
+        assert attention.choose(place, model, dtype) == auto
+        with pytest.raises(ValueError, match=f"here: .*{dtype}, heads of 128 and"):
+            attention.choose(place, model, dtype, "cudnn")
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 1, 8)])

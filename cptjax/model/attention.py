@@ -23,6 +23,7 @@ A group is one prompt and G responses; a response sees the whole prompt and its 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +31,27 @@ from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.model import tiled
+from cptjax.model.config import Config
 from cptjax.model.tiled import MASKED
 from cptjax.types import Array
 
 BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
 
 
-def choose(mesh: Mesh | None, wanted: str = "auto") -> str:
-    """The kernel for a mesh's platform; what the user names is taken as it is."""
+def choose(mesh: Mesh | None, cfg: Config, dtype: Any, wanted: str = "auto") -> str:
+    """The kernel that runs: what the user names, or the best of the mesh's platform for such arrays."""
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
+    platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
+    widths = cfg.text.head_dim, cfg.vision.head_dim
+    best = BACKENDS.get(platform, "xla")
+    fits = best == "cudnn" and jnp.dtype(dtype).itemsize == 2 and all(h % 8 == 0 and h <= 128 for h in widths)
+    if wanted == "cudnn" and not fits:
+        here = f"here: {platform}, {jnp.dtype(dtype).name}, heads of {widths[0]} and {widths[1]}"
+        raise ValueError(f"model.attention='cudnn' takes bfloat16 and heads of 8, 16, ... 128 on an NVIDIA GPU; {here}: set it to 'auto'")
     if wanted != "auto":
         return wanted
-    device = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
-    return BACKENDS.get(device, "xla")
+    return "xla" if best == "cudnn" and not fits else best
 
 
 def reference(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -68,7 +76,7 @@ def attend(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, 
     """Segmented attention of q [B T N H] over k and v [B S K H]."""
     if backend == "splash":
         return _per_device(functools.partial(_splash, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
-    if backend == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+    if backend == "cudnn":
         return _per_device(functools.partial(_cudnn, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
     if backend == "tiled":
         return _per_device(functools.partial(_tiled, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
