@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
         max_new_tokens=1024,
         slots=0,  # groups decoded at a time; 0 = the whole batch
         check_every=16,  # decode steps between two looks at which rows are done
-        dtype="",  # "" = compute_dtype | int8 (needs qwix)
+        dtype="",  # "" = compute_dtype | float32 | bfloat16 | int8 (weights of eight bits; needs qwix)
         gather=False,  # copy the weights to every fsdp member while decoding (evaluation too); else each token moves all weights
     ))  # fmt: skip
 

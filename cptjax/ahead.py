@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import hlo, programs, settings, sharding
-from cptjax.programs import Program, Site
+from cptjax import hlo, programs, settings, sharding, sites
+from cptjax.programs import Program
+from cptjax.sites import Site
 
 QUIET = {  # the TPU compiler without a TPU: no look for one, several processes at once, no log of what is missing
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_HOST_BOUNDS": "1,1,1",
@@ -41,7 +42,7 @@ def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
 
 def site_of(config: Any, devices: Sequence[Any], slices: int) -> Site:
     slices = max(slices, config.mesh.slices)
-    return programs.site(config, sharding.make_mesh(**(dict(config.mesh) | {"devices": list(devices), "slices": slices})), slices)
+    return sites.make(config, sharding.make_mesh(**(dict(config.mesh) | {"devices": list(devices), "slices": slices})), slices)
 
 
 def finish(program: Program, site: Site, made: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from cptjax import multihost
-from cptjax.batching import Encoded, Shape, bucket, collate, ladder, widest
-from cptjax.runtime import Runtime
+from cptjax.batching import Encoded, bucket, collate, ladder
+from cptjax.runtime import Runtime, together
 from cptjax.train import place
 from cptjax.types import Batch
 
@@ -18,10 +18,6 @@ ANSWER_LADDER = 8  # tokens of the shortest bucket of answers
 def agreed(n: int) -> int:
     """The largest of all processes' numbers."""
     return max(multihost.gather(n))
-
-
-def together(shape: Shape) -> Shape:
-    return widest(multihost.gather(shape))
 
 
 def pieces(n: int, size: int) -> list[slice]:
@@ -59,13 +55,18 @@ def answers(rt: Runtime, encoded: Sequence[Encoded], *, rows: int, pack: bool = 
         list(encoded), buckets=rt.ladder, side="right", shards=rt.shards, pack=pack, rows=0 if pack else rows, agree=together
     )
     count = mask.sum(1)
-    width = bucket(agreed(int(count.max())), ladder(max(rt.ladder), ANSWER_LADDER))
+    width = bucket(agreed(int(count.max())), widths(prompts.tokens.shape[1]))
     where, targets, keep, segments = (np.zeros((len(mask), width), dtype) for dtype in (np.int32, np.int32, bool, np.int32))
     for row, learned in enumerate(mask):
         at = np.flatnonzero(learned)
         where[row, : len(at)], targets[row, : len(at)], keep[row, : len(at)] = at - 1, prompts.tokens[row, at], True
         segments[row, : len(at)] = prompts.segments[row, at]
     return place(Batch(prompts, targets, keep, where, {"segments": segments, **(extra or {})}), rt.mesh)
+
+
+def widths(length: int) -> list[int]:
+    """Buckets of the answers within rows of `length` tokens: few, as only the unembedding's work depends on them."""
+    return sorted({max(length >> k, min(length, ANSWER_LADDER)) for k in (0, 2, 4)})
 
 
 def trimmed(mask: np.ndarray, longest: int) -> int:

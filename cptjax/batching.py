@@ -73,6 +73,15 @@ def step(n: int) -> int:
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
+@functools.lru_cache(maxsize=64)
+def picture(cfg: Config, max_pixels: int) -> int:
+    """Slots of the vision tower that a picture of so many pixels takes at most, with sides up to 4 : 1."""
+    v = cfg.vision
+    units = max(max_pixels // (v.patch * v.merge) ** 2, 1)
+    sides = range(max(1, math.isqrt(units) // 2), math.isqrt(units) + 1)
+    return max(len(frame_layout(h * v.merge, units // h * v.merge, v).order) for h in sides)
+
+
 def first_fit(sizes: Sequence[int], capacity: int) -> list[tuple[int, int]]:
     """(bin, offset) of each size; the largest are placed first, each in the first bin with room."""
     filled: list[int] = []
@@ -106,18 +115,36 @@ def _frames(shard: Sequence[Encoded]) -> list[tuple[bytes, Media, int, FrameLayo
     return [(key, m, t, frame_layout(*m.grid[1:], cfg)) for key, (m, cfg) in pictures.items() for t in range(m.grid[0])]
 
 
+def room(shards: Sequence[Sequence[int]], most: int) -> tuple[int, int]:
+    """(size of a vision row, vision rows) that hold frames of these sizes; `most` is the size of the largest picture allowed.
+
+    One row of any step up to the largest picture's, else several rows of its step or the one below, whichever pads less: a batch of
+    many small pictures has the shape of one of few large ones.
+
+        most 96 (steps ... 48 64 96)    8 frames of 11 -> 1 x 96      8 of 16 -> 2 x 64      3 of 81 -> 3 x 96
+    """
+    largest, total = max(max(s, default=0) for s in shards), step(max(map(sum, shards)))
+    top = step(max(most, largest))
+    if total <= top:
+        return total, 1
+    widths = sorted(n for n in {step(n) for n in range(top // 2 + 1, top + 1)} if n >= largest)
+    rows = [step(max(1 + row for s in shards for row, _ in first_fit(s, width))) for width in widths]
+    return min(zip(widths, rows, strict=True), key=math.prod)
+
+
 def _pack_frames(shards: Sequence[Sequence[Encoded]], window: int) -> tuple[int, int, list[Placed]]:
-    """(patches of a vision row, vision rows, frames of each shard): a row holds the largest frame."""
+    """(patches of a vision row, vision rows, frames of each shard)."""
     frames = [_frames(shard) for shard in shards]
-    if not any(frames):
+    pixels = {(e.cfg, m.pixels.max_pixels) for shard in shards for e in shard for m in e.media}
+    if not pixels:
         return 0, 0, [{} for _ in shards]
-    capacity = window * step(max(len(f[3].order) for shard in frames for f in shard) // window)
-    placed, rows = [], 0
-    for shard in frames:
-        where = first_fit([len(f[3].order) for f in shard], capacity)
-        rows = max([rows, *(row + 1 for row, _ in where)])
+    sizes = [[len(f[3].order) // window for f in shard] for shard in frames]
+    width, rows = room(sizes, max(picture(*p) for p in pixels) // window)
+    placed = []
+    for shard, each in zip(frames, sizes, strict=True):
+        where = [(row, at * window) for row, at in first_fit(each, width)]
         placed.append({(key, t): _Frame(m, t, layout, *at) for (key, m, t, layout), at in zip(shard, where, strict=True)})
-    return capacity, step(rows), placed
+    return width * window, rows, placed
 
 
 def _vision(placed: Sequence[Placed], shape: Shape, cfg: Config, dtype: np.dtype) -> Vision:
@@ -183,13 +210,12 @@ def _fill(encoded: Sequence[Encoded], seats: Sequence[_Seat], placed: Sequence[P
 
 def collate(
     encoded: Sequence[Encoded], *, buckets: Sequence[int], side: str = "left", shards: int = 1, pack: bool = False, rows: int = 0,
-    always_vision: bool = False, dtype: np.dtype | type = np.float32, agree: Callable[[Shape], Shape] | None = None,
+    dtype: np.dtype | type = np.float32, agree: Callable[[Shape], Shape] | None = None,
 ) -> tuple[Prompts, np.ndarray]:  # fmt: skip
     """(Prompts of numpy arrays, loss mask [B T]).
 
     pack: several conversations in a row, for SFT; else one, padded on `side`.
     rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards (packed: to a step of it).
-    always_vision: a batch without pictures gets the smallest empty vision arrays, so that it is not a shape of its own.
     agree: where several processes make one batch, takes the own Shape to the largest of all of them (`widest`).
     """
     if side not in ("left", "right") or not encoded:
@@ -201,8 +227,6 @@ def collate(
         raise ValueError(f"rows={rows}; expected a multiple of the {shards} shards, with room for {len(encoded)} conversations")
     parts = [[e for e, seat in zip(encoded, seats, strict=True) if seat.shard == s] for s in range(shards)]
     patches, vision_rows, placed = _pack_frames(parts, cfg.vision.window_slots)
-    if always_vision and not patches:
-        patches, vision_rows = cfg.vision.window_slots, 1
     shape = Shape(shards * each, length, patches, vision_rows)
     if agree is not None:
         shape = agree(shape)

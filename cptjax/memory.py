@@ -29,10 +29,12 @@ def expected(cfg: Config, declared: Params, settings: ConfigDict, prompt: int, p
     answers = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
     follows = m.objective == "distill" and m.distill.teacher != "frozen"
     frozen_models = (m.objective == "policy" and m.kl_coef > 0) + (m.objective == "distill" and not follows) + (m.penalty.name == "lwf")
+    exact = bool(m.average) or m.penalty.name in ("l2", "ewc")  # copies to take differences of weights with
     kept = {
         "weights": sizes(trained, wide) + sizes(frozen, compute),
         "optimiser": _state(trained, settings, declared) / cut,
         "reference, teacher": frozen_models * sizes(declared, compute) + follows * sizes(trained, "float32"),
+        "stage's start": exact * sizes(declared, wide) + (m.penalty.name == "ewc") * sizes(trained, "float32"),
     }
     update = {
         # the sum so far stands beside the micro-batch's own
@@ -44,7 +46,7 @@ def expected(cfg: Config, declared: Params, settings: ConfigDict, prompt: int, p
     if m.source in ("rollouts", "self"):
         groups, each = (r.slots or t.batch) / data, prompt + r.group * r.max_new_tokens
         rollout["rollout weights"] = sizes(declared, r.dtype or compute) * (cut / model if r.gather else 1)
-        rollout["cache"] = groups * each * _cache(cfg, compute) / min(model, cfg.text.kv_heads)
+        rollout["cache"] = groups * each * _cache(cfg, compute if r.dtype in ("", "int8") else r.dtype) / min(model, cfg.text.kv_heads)
     return kept | update | rollout | {"peak": sum(kept.values()) + max(sum(update.values()), sum(rollout.values()))}
 
 

@@ -18,7 +18,8 @@ import jax
 from cptjax import ahead, chips, console, hlo, hlo_costs, programs, settings
 from cptjax.ahead import Short
 from cptjax.chips import Chip
-from cptjax.programs import Program, Site
+from cptjax.programs import Program
+from cptjax.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def of_stage(name: str, config: Any, devices: Sequence[Any], topology: str | Non
     made: dict[str, Any] = {}
     for program in programs.of(site):
         with console.waiting(f"{name}: compile {program.name} for {len(devices)} x {kind}"):
-            costs.append(measured(program, site, chip, made, short))
+            costs.append(measured(program, site, chip, made, short, costs))
         if costs[-1].over:
             break  # later programs may need what it returns
     return Plan(name, len(devices), dict(site.mesh.shape), chip, {k: per_device(v) for k, v in site.pieces.items()}, costs)
@@ -126,10 +127,12 @@ def per_device(tree: Any) -> float:
     return float(sum(math.prod(part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def measured(program: Program, site: Site, chip: Chip | None, made: dict[str, Any], short: Short | None) -> Cost:
-    """The cost of a program; what it returns is added to `made` where it is compiled to the end."""
+def measured(
+    program: Program, site: Site, chip: Chip | None, made: dict[str, Any], short: Short | None, before: Sequence[Cost] = ()
+) -> Cost:  # fmt: skip
+    """The cost of a program, after the costs of those before it; what it returns is added to `made` where it is compiled to the end."""
     beside = sum(per_device(tree) for name, tree in site.pieces.items() if name not in program.holds)
-    beside += sum(per_device(made[name]) for name in program.keeps if name in made)
+    beside += sum(c.outputs for name in program.keeps for c in before if c.name == name)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:

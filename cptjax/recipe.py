@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cptjax import advantages, corpus, filters, logps, losses, optim, penalties, settings, teaching
+from cptjax import advantages, corpus, filters, logps, losses, optim, penalties, runtime, sampler, sampling, settings, teaching
 
 SOURCES = ("gold", "rollouts", "self", "corpus")
 
@@ -33,6 +33,7 @@ def check(stage: settings.Stage) -> None:
     if m.objective == "policy":
         advantages.check(m.advantage, r.group, truncated=m.truncated, overlong=m.overlong, max_new_tokens=r.max_new_tokens)
     _ignored(m, stage.config.data)
+    _sampled(r)
     _drawn(m, r)
     _cut(m, t)
 
@@ -80,6 +81,15 @@ def _ignored(m: Any, data: Any) -> None:
     if d.teacher not in teaching.TEACHERS or not 0 < d.ema <= 1:
         known = ", ".join(teaching.TEACHERS)
         raise ValueError(f"method.distill teacher={d.teacher!r}, ema={d.ema}: expected one of {known} and 0 < ema <= 1")
+
+
+def _sampled(r: Any) -> None:
+    """How answers are drawn, whoever learns from them."""
+    sampler.check(r.group, r.max_new_tokens, r.check_every, r.slots)
+    sampling.check(r.temperature, r.top_k, r.top_p, r.min_p)
+    known = ("", *runtime.DTYPES, "int8")
+    if r.dtype not in known:
+        raise ValueError(f"rollout.dtype={r.dtype!r}: expected one of {', '.join(map(repr, known))}; '' is model.compute_dtype")
 
 
 def _drawn(m: Any, r: Any) -> None:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cptjax import layout, sampler, sharding
+from cptjax import layout, multihost, sampler, sharding
 from cptjax import processor as processors
 from cptjax.model import attention, convert, qwen25_vl, trainable
 from cptjax.model.config import PRESETS, Config, read
-from cptjax.processor import Encoded, Processor
+from cptjax.processor import Encoded, Processor, Shape, widest
 from cptjax.train import place_prompts
 from cptjax.types import Params, Rollouts
 
@@ -35,7 +35,7 @@ class Runtime:
     @property
     def shards(self) -> int:
         """Batch shards of this process."""
-        return max(1, sharding.batch_shards(self.mesh) // jax.process_count())
+        return sharding.batch_shards(self.mesh) // jax.process_count()
 
     def longer(self, more: int) -> "Runtime":
         """The same for rows that may be `more` tokens longer than prompts."""
@@ -44,7 +44,7 @@ class Runtime:
 
     def prompts(self, encoded: Sequence[Encoded]):
         """Left-padded prompts on the mesh; the row count is this process's part of the batch."""
-        prompts, _ = processors.collate(list(encoded), buckets=self.ladder, side="left", shards=self.shards)
+        prompts, _ = processors.collate(list(encoded), buckets=self.ladder, side="left", shards=self.shards, agree=together)
         return place_prompts(prompts, self.mesh)
 
 
@@ -61,7 +61,7 @@ class Sampling:
     slots: int = 0
     check_every: int = 16
     gather: bool = False  # weights copied over fsdp while decoding
-    int8: bool = False  # eight-bit weights while decoding
+    dtype: str = ""  # of the arithmetic while decoding; "" = the runtime's, int8 = the runtime's with eight-bit weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,26 @@ def load(settings: Any, mesh_settings: Any, seed: int, ladder: Sequence[int]) ->
         if settings[name] not in DTYPES:
             raise ValueError(f"model.{name}={settings[name]!r}; expected one of {', '.join(DTYPES)}")
     mesh = sharding.make_mesh(**mesh_settings)
+    check_shards(sharding.batch_shards(mesh), jax.process_count())
     cfg = read(settings.path) if settings.path else preset(settings.preset)
     cfg = fitted(cfg, settings, mesh)
     processor = processors.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     runtime = Runtime(cfg, processor, mesh, DTYPES[settings.compute_dtype], tuple(ladder))
     return runtime, create(settings, runtime, seed)
+
+
+def together(shape: Shape) -> Shape:
+    """The shape that holds every process's part of a batch."""
+    return widest(multihost.gather(shape))
+
+
+def check_shards(shards: int, processes: int) -> None:
+    """Refuse a mesh on which two processes would each feed the same rows."""
+    if shards % processes:
+        raise ValueError(
+            f"config.mesh cuts a batch into {shards} shards (data x fsdp) for {processes} processes: expected a multiple, so that "
+            "each feeds rows of its own; lower mesh.model until it stays within a process"
+        )
 
 
 def fitted(cfg: Config, settings: Any, mesh: Mesh) -> Config:
@@ -134,10 +149,16 @@ def _astype(tree: Params, dtype: Any) -> Params:
 
 def prepared(runtime: Runtime, params: Params, sampling: Sampling) -> tuple[Params, Sampling]:
     """Weights as this sampling wants them, and the sampling that takes them as they are: once for several batches."""
-    if sampling.gather or sampling.int8:
+    int8, dtype = sampling.dtype == "int8", arithmetic(sampling.dtype, runtime.dtype)
+    if sampling.gather or int8:
         with jax.set_mesh(runtime.mesh):
-            params = layout.prepare(params, runtime.cfg, dtype=runtime.dtype, gather=sampling.gather, int8=sampling.int8)
-    return params, dataclasses.replace(sampling, gather=False, int8=False)
+            params = layout.prepare(params, runtime.cfg, dtype=dtype, gather=sampling.gather, int8=int8)
+    return params, dataclasses.replace(sampling, gather=False, dtype="" if int8 else sampling.dtype)
+
+
+def arithmetic(name: str, own: Any) -> Any:
+    """The type in which answers are drawn where `rollout.dtype` says `name`."""
+    return own if name in ("", "int8") else DTYPES[name]
 
 
 def sample(
@@ -149,7 +170,7 @@ def sample(
         out = sampler.sample(
             params, runtime.prompts(encoded), key, runtime.cfg, rows=rows, group=sampling.group, max_new=sampling.max_new_tokens,
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
-            slots=sampling.slots, check_every=sampling.check_every, dtype=runtime.dtype, **more,
+            slots=sampling.slots, check_every=sampling.check_every, dtype=arithmetic(sampling.dtype, runtime.dtype), **more,
         )  # fmt: skip
     return read_samples(runtime, out)
 

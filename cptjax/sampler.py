@@ -1,7 +1,7 @@
 """Rollouts on the training mesh with the training weights: each prompt read once, its responses drawn in one loop on the device.
 
-With `slots`, a pool of groups is decoded; every `check_every` steps the finished ones hand in their tokens and the next prompts of
-the queue take their places:
+With `slots`, a pool of groups is decoded; every `check_every` steps the groups whose every row is done hand in their tokens and the
+next prompts of the queue take their places (a group keeps its place until its longest row is done: rows share the prompt's cache):
 
     slots    steps 0 .. k     k .. 2k      2k .. 3k
       0      prompt 0         prompt 0     prompt 3
@@ -33,7 +33,7 @@ def sample(
     Equal (key, rows, weights) give equal responses whatever the batch, its order, the slots and the mesh, up to float rounding.
     stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none. limits: [Q] or [Q G] tokens at most.
     rows: [Q] each prompt's number in the run; None = its place here. Empty prompts are padding and get nothing.
-    slots: groups decoded at a time, 0 = all; every `check_every` steps one looks which rows are done.
+    slots: groups decoded at a time, 0 = all; every `check_every` steps one looks which groups are done, all their rows.
     `params` may come from `layout.prepare`. `temperature` 0 takes the likeliest token.
     """
     plan = Plan(group, max_new, check_every, jnp.dtype(dtype))
@@ -65,16 +65,20 @@ def cache_bytes(cfg: Config, prompts: int, prompt: int, group: int, new: int, dt
     return 2 * cfg.text.depth * cfg.text.kv_heads * cfg.text.head_dim * jnp.dtype(dtype).itemsize * prompts * tokens
 
 
+def check(group: int, max_new: int, check_every: int, slots: int, shards: int = 1) -> None:
+    """Refuse sizes that no batch can be drawn in; before there is a mesh, with one shard."""
+    if group < 1 or max_new < 1 or check_every < 1:
+        raise ValueError(f"rollout group={group} max_new_tokens={max_new} check_every={check_every}: each must be at least 1")
+    if slots < 0 or slots % shards:
+        raise ValueError(f"rollout.slots={slots}: expected a multiple of the {shards} batch shards, or 0 for the whole batch")
+
+
 def _check(prompts: Prompts, cfg: Config, plan: Plan, stops: tuple[int, ...], limits: Any, rows: Any, slots: int) -> tuple[Array, Array]:
     """Refuse what cannot be sampled; limits and row numbers [Q G] where the prompts are."""
     q, p = prompts.tokens.shape
-    if plan.group < 1 or plan.max_new < 1 or plan.check_every < 1:
-        given = f"group={plan.group} max_new_tokens={plan.max_new} check_every={plan.check_every}"
-        raise ValueError(f"rollout {given}: each must be at least 1")
+    check(plan.group, plan.max_new, plan.check_every, slots, _shards())
     if not stops:
         raise ValueError("no stop token: the model names no end token; give stop=(id, ...), or stop=(-1,) to run every row to its limit")
-    if slots < 0 or slots % _shards():
-        raise ValueError(f"rollout.slots={slots}: expected a multiple of the {_shards()} batch shards, or 0 for the whole batch")
     limits = per_row(limits, plan.max_new, q, plan.group, "limits")
     rows = per_row(rows, None, q, plan.group, "rows")
     longest, filled, unnamed = np.asarray(_lengths(prompts.segments, limits, rows))
@@ -128,14 +132,18 @@ def at_once(params: Params, prompts: Prompts, limits: Array, rows: Array, draws:
     return pools.rollouts(pools.results(jax.lax.while_loop(busy, turn, pool)), cfg)
 
 
+def refilled(slots: int, shards: int) -> int:
+    """Prompts that are read at a time when places become free."""
+    return shards * max(1, slots // shards // 8)
+
+
 def in_turns(
     params: Params, prompts: Prompts, limits: Array, rows: Array, draws: Draws, cfg: Config, plan: Plan, slots: int
 ) -> tuple[Rollouts, int]:
     """`slots` groups at a time, their places refilled from the queue; also the number of decode steps."""
     weights = _weights(params, cfg, plan)
     queue = _queue(weights, prompts, limits, rows, cfg, plan)
-    count, shards = queue.segments.shape[0], _shards()
-    batch = shards * max(1, slots // shards // 8)  # prompts read at a time when places become free
+    count, batch = queue.segments.shape[0], refilled(slots, _shards())
     pool, out = _open(weights, queue, np.arange(slots), draws, cfg, plan), None
     waiting = slots
     while True:

@@ -28,8 +28,8 @@ class Controls:
     forbidden: Array  # [V] never drawn
 
 
-def controls(temperature: float, top_k: int, top_p: float, min_p: float, forbidden: np.ndarray) -> Controls:
-    """Checked settings as arrays."""
+def check(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Refuse settings under which nothing can be drawn."""
     checks = (
         ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
         ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "0 (off) or a number of tokens"),
@@ -39,6 +39,11 @@ def controls(temperature: float, top_k: int, top_p: float, min_p: float, forbidd
     for name, came, ok, expected in checks:
         if not ok:
             raise ValueError(f"rollout.{name}={came}: expected {expected}")
+
+
+def controls(temperature: float, top_k: int, top_p: float, min_p: float, forbidden: np.ndarray) -> Controls:
+    """Checked settings as arrays."""
+    check(temperature, top_k, top_p, min_p)
     if forbidden.all():
         raise ValueError("every token of the vocabulary is forbidden; nothing can be drawn")
     number = lambda x: jnp.asarray(x, jnp.float32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax import console, corpus, lessons, multihost, optim, recipe, rollouts, train
+from cptjax import console, corpus, lessons, multihost, optim, recipe, rollouts, sampler, sharding, train
 from cptjax.classroom import Classroom, Progress
 from cptjax.data import Stream
 from cptjax.drafts import Stopped
@@ -40,8 +40,7 @@ def objective(config: Any) -> Objective:
 
 def sampling(config: Any) -> Sampling:
     r = config.rollout
-    int8 = r.dtype == "int8"
-    return Sampling(r.group, r.temperature, r.top_p, r.top_k, r.min_p, r.max_new_tokens, r.slots, r.check_every, r.gather, int8)
+    return Sampling(r.group, r.temperature, r.top_p, r.top_k, r.min_p, r.max_new_tokens, r.slots, r.check_every, r.gather, r.dtype)
 
 
 def optimizer(config: Any, declared: Params) -> optim.Optimizer:
@@ -65,6 +64,8 @@ def scorer(cfg: Any, dtype: Any, chunk: int, temperature: float) -> Callable[[Pa
 
 
 def tutor(rt: Runtime, courses: dict[str, Course], config: Any) -> Tutor:
+    r = config.rollout
+    sampler.check(r.group, r.max_new_tokens, r.check_every, r.slots, sharding.batch_shards(rt.mesh))
     temperature = config.rollout.temperature if config.method.objective == "policy" else 1.0
     logps = scorer(rt.cfg, rt.dtype, config.train.chunk, temperature)
     pack = config.data.pack and config.method.objective in ("sft", "eaft")
@@ -180,7 +181,7 @@ def check_mismatch(told: dict[str, float], room: Classroom) -> None:
     """Warn where the sampler's log-probabilities are not the trainer's before anything was learned: the ratio must then be 1."""
     s, limit = room.tutor.sampling, MISMATCH[jnp.dtype(room.tutor.rt.dtype).name]
     cut = s.temperature != 1 and (s.top_p < 1 or s.top_k or s.min_p)  # the sampler then knows no log-probability of all tokens
-    if s.int8 or cut or told.get("mismatch", 0.0) <= limit:
+    if s.dtype not in ("", room.config.model.compute_dtype) or cut or told.get("mismatch", 0.0) <= limit:
         return
     console.warn(
         f"stage {room.stage.number}: before its first update the trainer's log-probabilities differ from the sampler's by "

@@ -12,7 +12,8 @@ ROWS = (  # a package stands for all of its files; a name may be listed before i
     "tasks tokenizer processor_files batching processor prompting pool sampler",
     "data",
     "train runtime batches lessons teaching classroom drafts corpus rollouts recipe stage filtering ewc drift evaluate survey analysis",
-    "report workdir session resume exams reexam learning continual programs ahead plan check bench bench_load bench_peer bench_work api",
+    "report workdir session resume exams reexam learning continual sites programs ahead plan check bench bench_load bench_peer bench_work",
+    "api",
 )
 JAX_FREE = {"tasks", "scorers", "rewards", "templates", "report", "verify", "matrix", "summary", "prompting", "images", "order"}
 ROW = {name: i for i, names in enumerate(ROWS) for name in names.split()}

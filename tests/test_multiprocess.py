@@ -5,14 +5,15 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import runs
+from PIL import Image
 
-SECTIONS = {
-    "steps": 2, "stages": ({"task": "facts", "steps": 2}, {"task": "digit", "steps": 2}),
-    "eval": {"limit": 6, "batch": 4, "every": 1, "mini": 4},
-}  # fmt: skip
+from cptjax import runtime
+
+ROWS = 6  # of the task whose first half has pictures: in an evaluation one process then has all of them, and longer rows
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
 SCRIPT = """
 import json, sys
@@ -36,8 +37,21 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def sections(folder) -> dict:
+    """Text alone, then a task of both kinds whose rows fall into two buckets."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "a.png")
+    ask = lambda i: {"prompt": "<image>what is it", "images": ["a.png"]} if i < ROWS // 2 else {"prompt": "red", "images": []}
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(ask(i) | {"answer": "red"}) + "\n" for i in range(ROWS)))
+    drawn = {"task": "drawn", "family": "facts", "side": 32}
+    mixed = {"train": str(folder / "mixed.jsonl"), "test": str(folder / "mixed.jsonl"), "template": "none", "scorer": "exact"}
+    return {
+        "stages": ({"task": "facts", "steps": 2}, {"task": "mixed", "steps": 2}), "tasks": {"facts": drawn, "mixed": mixed},
+        "eval": {"limit": ROWS, "batch": 4, "every": 1, "mini": 4}, "data": {"buckets": (16, 32)},
+    }  # fmt: skip
+
+
 def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
-    about = {"method": method, "sections": SECTIONS | MORE[method], "workdir": str(workdir)}
+    about = {"method": method, "sections": sections(workdir.parent) | MORE[method], "workdir": str(workdir)}
     plan = about | {"count": count, "address": f"localhost:{free_port()}"}
     script = SCRIPT.format(tests=str(runs.ROOT / "tests"))
     orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
@@ -54,6 +68,12 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
     for p, (_, err) in zip(processes, said, strict=True):
         assert p.returncode == 0, err[-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def test_processes_that_would_feed_the_same_rows_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda *_: 2)
+    with pytest.raises(ValueError, match=r"1 shards \(data x fsdp\) for 2 processes.*mesh.model"):
+        runtime.load(runs.config().model, {"data": 1, "fsdp": 1, "model": 8}, 0, (32,))
 
 
 @pytest.mark.slow

@@ -4,12 +4,17 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import pytest
+import runs
 
 from configs.base import METHODS, get_config
-from cptjax import ahead, chips, hlo, plan, programs, settings, sharding
+from cptjax import ahead, batching, chips, hlo, memory, plan, programs, runtime, settings, sharding, sites
 from cptjax.model import config as models
 from cptjax.model import trainable
 from cptjax.types import Prompts
@@ -31,8 +36,12 @@ def small(method="grpo", **changes):
     return c
 
 
+def penalised(name="ewc", method="sft"):
+    return small(method, method=METHODS[method] | {"penalty": {"name": name, "coef": 1.0, "samples": 4}})
+
+
 def names(c, mesh):
-    return [p.name for p in programs.of(programs.site(c, mesh))]
+    return [p.name for p in programs.of(sites.make(c, mesh))]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def test_every_program_of_a_run_is_compiled_once(local):
 
 def test_what_stays_in_memory_is_what_is_declared(local):
     cfg = models.PRESETS["tiny"]
-    tree = programs.site(small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)).declared
+    tree = sites.make(small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)).declared
     cut = lambda p: math.prod(sharding.sharding(p.axes, sharding.make_mesh(1, 4, 2), p.shape).shard_shape(p.shape))
     share = sum(cut(p) for p in trainable.flatten(tree).values())
     assert cfg.text.tied and local.resident["trained weights"] == 2 * share
@@ -134,27 +143,124 @@ def test_programs_follow_the_method(mesh):
     c = small()
     c.method.updates_per_batch = 2
     assert names(c, mesh) == ["rollouts", "reference log-probs", "own log-probs", "train step", "evaluation"]
-    turns = ["rollouts: cast", "rollouts: queue", "rollouts: read", "rollouts: draw"]
-    assert names(small(rollout={"slots": 8}), mesh)[:4] == turns
-    assert names(small(rollout={"slots": 8, "gather": True}), mesh)[:5] == ["rollouts: weights", *turns]
+    turns = ["rollouts: cast", "rollouts: queue", "rollouts: read", "rollouts: draw", "rollouts: refill"]
+    assert names(small(rollout={"slots": 8}), mesh)[:5] == turns
+    assert names(small(rollout={"slots": 8, "gather": True}), mesh)[:6] == ["rollouts: weights", *turns]
+    assert names(small("sdft"), mesh) == ["rollouts", "teacher states", "add gradients", "apply gradients", "evaluation"]
+    assert names(small("remax"), mesh)[:3] == ["rollouts", "greedy answers", "reference log-probs"]
+    assert names(small(method={"filter": {"name": "incompetent", "samples": 4}}), mesh)[:2] == ["filter", "rollouts"]
+    assert names(penalised("lwf"), mesh) == ["teacher states", "add gradients", "apply gradients", "evaluation"]
+    assert names(penalised(), mesh)[-3:] == ["Fisher: sum", "Fisher: gradient", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("c", "name"),
+    [(small("sdft"), "teacher states"), (penalised("lwf"), "teacher states"), (small("remax"), "greedy answers"),
+     (small(method={"filter": {"name": "incompetent", "samples": 4}}), "filter"), (penalised(), "Fisher: sum"),
+     (penalised(method="grpo"), "Fisher: gradient"), (small(rollout={"dtype": "bfloat16"}), "rollouts")],
+    ids=["sdft", "lwf", "remax", "filter", "fisher", "gradient", "dtype"],
+)  # fmt: skip
+def test_programs_beside_the_update_can_be_lowered(mesh, c, name):
+    site = sites.make(c, mesh)
+    with jax.set_mesh(mesh):
+        (program,) = [p for p in programs.of(site) if p.name == name]
+        assert set(program.holds) <= set(site.pieces) and program.lower({}).as_text()
+
+
+def test_copies_of_the_stages_start_stay_in_memory(mesh):
+    """In bytes a device: all weights for an average, the frozen for a penalty that holds the trained itself, and a Fisher in float32."""
+    sizes = lambda c: {k: plan.per_device(v) for k, v in sites.make(c, mesh).pieces.items()}
+    average, ewc = small("sft", method=METHODS["sft"] | {"average": 0.5}), penalised()
+    ewc.model.freeze = ("vision",)
+    plain = sizes(small("sft"))
+    assert "stage's start" not in plain and sizes(average)["stage's start"] == plain["trained weights"]
+    found = sizes(ewc)
+    assert found["stage's start"] == 2 * found["frozen weights"] > 0  # a copy in float32 of leaves held in bfloat16
+    assert found["penalty"] == pytest.approx(2 * found["trained weights"], rel=1e-3)
+
+
+def test_arithmetic_before_the_plan_follows_rollout_dtype():
+    c = small(model={"compute_dtype": "float32"})
+    cfg = models.PRESETS["tiny"]
+    told = {}
+    for dtype in ("", "float32", "bfloat16", "int8"):
+        c.rollout.dtype = dtype
+        told[dtype] = memory.expected(cfg, runtime.declare(c.model, cfg), c, 64, 96, 8)
+    assert told[""]["cache"] == told["float32"]["cache"] == told["int8"]["cache"] == 2 * told["bfloat16"]["cache"]
+    assert told["float32"]["rollout weights"] == 2 * told["bfloat16"]["rollout weights"] == 4 * told["int8"]["rollout weights"]
+
+
+def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
+    """The waiting prompts while answers are drawn; the teacher's states of all micro-batches while the first one's gradient is made."""
+
+    class Told:
+        def compile(self, program, folder):
+            return {"arguments": 0.0, "outputs": 1000.0, "donated": 0.0, "temporaries": 0.0, "text": ""}
+
+    def beside(c):
+        site, costs = sites.make(c, mesh), []
+        for program in programs.of(site):
+            costs.append(plan.measured(program, site, None, {}, Told(), costs))
+        pieces = {p.name: sum(plan.per_device(v) for k, v in site.pieces.items() if k not in p.holds) for p in programs.of(site)}
+        return {c.name: c.beside - pieces[c.name] for c in costs}
+
+    turns = beside(small(rollout={"slots": 8, "gather": True}))
+    assert turns["rollouts: draw"] == 2000 and turns["rollouts: refill"] == turns["rollouts: queue"] == 1000 and turns["evaluation"] == 0
+    taught = beside(small("sdft", train={"batch": 16, "micro_batch": 4}))
+    assert taught["add gradients"] == 3000 and taught["apply gradients"] == 4000
 
 
 @pytest.mark.parametrize("method", ["sft", "sdft", "dapo", "eaft"])
 def test_batches_have_what_their_objective_reads(mesh, method):
     """Tracing the gradient's program needs every array that the loss asks for."""
-    site = programs.site(small(method), mesh)
+    site = sites.make(small(method), mesh)
     with jax.set_mesh(mesh):
         program = next(p for p in programs.of(site) if p.name in ("train step", "add gradients"))
         assert program.lower({}).as_text()
 
 
 def test_the_largest_picture_and_prompt_are_within_the_config(mesh):
-    site = programs.site(small(), mesh)
-    assert programs.picture(site.cfg, 64 * 64) == 6 * 16  # of 16 merge units 3 x 5 spread over six windows of 2 x 2 units
-    found = programs.prompts(site, 8)
+    site = sites.make(small(), mesh)
+    assert batching.picture(site.cfg, 64 * 64) == 6 * 16  # of 16 merge units 3 x 5 spread over six windows of 2 x 2 units
+    found = sites.prompts(site, 8)
     assert isinstance(found, Prompts) and found.tokens.shape == (8, 64) and found.vision.patches.shape[:2] == (4, 2)
-    big = programs.picture(models.PRESETS["7b"], 1003520)
+    big = batching.picture(models.PRESETS["7b"], 1003520)
     assert 5120 <= big <= 6400
+
+
+CONFIG = """
+from tests.test_plan import small
+
+def get_config():
+    c = small("sft", mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 4, "micro_batch": 0})
+    c.stages = c.stages[:1]
+    return c
+"""
+
+
+def launched(tmp_path, *flags):
+    """launch/plan.py in a process of its own: exit code, words, JSON."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    order = [sys.executable, "launch/plan.py", f"--config={tmp_path / 'config.py'}", f"--json={tmp_path / 'plan.json'}", *flags]
+    env = runs.environment(PYTHONPATH=f"{runs.ROOT}:{runs.ROOT / 'tests'}")
+    done = subprocess.run(order, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr, json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_not(tmp_path):
+    """Two programs of the tiny model; then 65,536 conversations at a time, which no v5e holds."""
+    pytest.importorskip("libtpu")
+    began = time.monotonic()
+    code, said, (told,) = launched(tmp_path, "--topology=v5e:2x2")
+    took = time.monotonic() - began
+    assert code == 0, said
+    assert took < 60, f"a tiny plan took {took:.0f} s"
+    assert told["fits"] and told["devices"] == 4 and told["mesh"] == {"data": 1, "fsdp": 2, "model": 2} and 0 < told["mfu_bound"] < 1
+    assert [p["name"] for p in told["programs"]] == ["train step", "evaluation"] and "GiB a device" in said
+    assert all(p["temporaries"] > 0 and p["arithmetic"] > 0 for p in told["programs"])
+    code, said, (told,) = launched(tmp_path, "--topology=v5e:2x2", "--config.train.batch=65536")
+    assert code == 1 and not told["fits"], said
+    assert "train step needs" in said and "train.micro_batch" in said and "Traceback" not in said
 
 
 def test_an_unknown_slice_is_one_line():
@@ -166,14 +272,38 @@ def test_an_unknown_slice_is_one_line():
 # ---- TPU slices ----------------------------------------------------------------------------------------------------------
 
 
-def tpu(c, topology, name, slices=1):
-    """One program of a config for a TPU slice, with its site."""
+class Kept(ahead.Short):
+    """Keeps the sizes of every buffer that the compiler assigned."""
+
+    def compile(self, program, folder):
+        sizes = super().compile(program, folder)
+        (report,) = Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt")
+        values = re.findall(r"^ *value: <\d+ (\S+) @\d+> .*?\w+\[([\d,]+)\]", report.read_text(), re.M)
+        self.buffers.extend((name, tuple(map(int, dims.split(",")))) for name, dims in values)
+        return sizes
+
+
+def tpu(c, topology, name, slices=1, buffers=None):
+    """One program of a config for a TPU slice, with its site; `buffers` takes up the shapes of all of them."""
     pytest.importorskip("libtpu")
     (stage,) = {s.config.to_json(): s for s in settings.stages(c)}.values()
     devices = ahead.devices_of(topology, slices)
     site = ahead.site_of(stage.config, devices, slices)
     program = next(p for p in programs.of(site) if p.name == name)
-    return plan.measured(program, site, chips.of(devices), {}, ahead.Short(stage.config, topology, slices)), site
+    short = Kept(stage.config, topology, slices)
+    object.__setattr__(short, "buffers", [] if buffers is None else buffers)
+    return plan.measured(program, site, chips.of(devices), {}, short), site
+
+
+def whole(site):
+    """The unsharded shape of every parameter that the mesh cuts, its axes in order of size."""
+    params = {**trainable.flatten(site.state.params), **trainable.flatten(site.frozen)}
+    cut = {path: x for path, x in params.items() if x is not None and x.sharding.shard_shape(x.shape) != x.shape}
+    return {axes(x.shape): "/".join(path) for path, x in cut.items()}
+
+
+def axes(shape):
+    return tuple(sorted(n for n in shape if n > 1))
 
 
 def test_update_of_full_width_holds_no_logits_and_no_whole_table():
@@ -182,14 +312,14 @@ def test_update_of_full_width_holds_no_logits_and_no_whole_table():
     c.rollout.max_new_tokens = 256
     c.model.path, c.stages = "Qwen/Qwen2.5-VL-7B-Instruct", c.stages[:1]
     c.model.max_pixels = 28 * 28 * 64
-    cost, site = tpu(c, "v5e:4x4", "add gradients")
+    buffers = []
+    cost, site = tpu(c, "v5e:4x4", "add gradients", buffers=buffers)
+    unsharded = whole(site)
+    assert len(buffers) > 500 and len(unsharded) > 20
+    assert not {name: unsharded[axes(shape)] for name, shape in buffers if axes(shape) in unsharded}
     text, vocab = site.cfg.text, site.cfg.text.vocab
     assert cost.buffers and all(size < 2 * text.width * vocab / 2 for size, _ in cost.buffers)
-    for _, what in cost.buffers:
-        for sizes in re.findall(r"\[([\d,]+)\]", what):
-            shape = [int(n) for n in sizes.split(",")]
-            assert vocab not in shape, what  # cut by words always
-            assert not (shape[0] == text.depth and {text.width, text.mlp} <= set(shape)), what
+    assert not [name for name, shape in buffers if vocab in shape]  # cut by words always
     assert cost.peak < 16 * GIB and not cost.over
     kinds = {(x.kind, x.axis) for x in cost.collectives}
     assert ("all-gather", "fsdp") in kinds and ("all-reduce", "model") in kinds

@@ -4,8 +4,10 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import sys
 from importlib import resources
+from itertools import product
 
 import numpy as np
 import pytest
@@ -432,6 +434,26 @@ def test_buckets():
     assert len({batching.step(n) for n in range(1, 10_000)}) < 30
 
 
+def test_vision_rows_are_few_and_pad_little():
+    """Frames of many sizes share the shapes of the largest; they pad less than rows of their own largest frame's step, one size no more."""
+    rng, most, shapes = np.random.default_rng(0), 81, set()
+    now, before = [], []
+    for _ in range(2000):
+        frames = rng.integers(16, most + 1, rng.integers(1, 9)).tolist()
+        width, rows = batching.room([frames], most)
+        shapes.add((width, rows))
+        assert max(row for row, _ in batching.first_fit(frames, width)) < rows and width >= max(frames)
+        own = batching.step(max(frames))
+        now.append(width * rows / sum(frames))
+        before.append(own * batching.step(1 + max(row for row, _ in batching.first_fit(frames, own))) / sum(frames))
+    assert np.mean(now) < 1.4 and np.mean(now) < np.mean(before)
+    assert len(shapes) <= 7 + 2 * 5  # one row of 16 24 32 48 64 96; 2 3 4 6 8 rows of 64 or 96
+    for size in range(1, most + 1):
+        for n in (1, 2, 4, 8, 16):
+            assert math.prod(batching.room([[size] * n], most)) <= batching.step(size) * n, (size, n)
+    assert batching.room([[300], [5, 5]], most) == (384, 1)  # a picture larger than the limit's has a row of its own step
+
+
 def test_first_fit_places_each_once_without_overlap():
     sizes = np.random.default_rng(0).integers(1, 50, 200).tolist()
     places = batching.first_fit(sizes, 64)
@@ -493,14 +515,14 @@ def test_frames_stand_in_window_order_with_their_positions(tiny):
 def test_frames_that_share_a_row_have_their_own_numbers_and_slots(tiny):
     e = tiny.encode([user(picture(32, 32, 1), picture(64, 64, 2), picture(32, 32, 3))])
     prompts, _ = collate([e], buckets=(64,))
-    large, small = prompts.vision.frames[0]
-    assert large.tolist() == [1] * 64 and small.tolist() == [1] * 16 + [2] * 16 + [0] * 32
+    (row,) = prompts.vision.frames[0]
+    assert row.tolist() == [2] * 64 + [1] * 16 + [3] * 16  # the largest is placed first
     assert np.array_equal(features(prompts, 0, TINY), direct(e))
 
 
 def test_pictures_of_the_same_bytes_in_another_shape_are_two(tiny):
     e = tiny.encode([user(Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64)))])
-    assert e.media[0].key != e.media[1].key and collate([e], buckets=(64,))[0].vision.frames.shape[1] == 2
+    assert e.media[0].key != e.media[1].key and set(collate([e], buckets=(64,))[0].vision.frames.flat) == {1, 2}
 
 
 def test_a_picture_that_appears_twice_in_a_shard_is_encoded_once(tiny):
@@ -533,16 +555,19 @@ def test_a_stream_of_batches_has_few_shapes(tiny):
             for _ in range(4)
         ]
         seen = []
-        collate(rows, buckets=(64, 128), shards=2, always_vision=True, agree=lambda s: seen.append(s) or s)
+        collate(rows, buckets=(64, 128), shards=2, agree=lambda s: seen.append(s) or s)
         shapes |= set(seen)
-    assert len(shapes) <= 2 * 3 * 4 and all(s.patches for s in shapes)
+    # two lengths; no vision, a row of 1 2 3 4 6 windows (a picture may have 6), or 2 3 4 rows of 4 or 6
+    assert len(shapes) <= 2 * (1 + 5 + 3 * 2)
+    assert {(s.patches // TINY.vision.window_slots, s.vision_rows) for s in shapes if s.vision_rows > 1} <= set(product((4, 6), (2, 3, 4)))
 
 
 def test_a_batch_without_pictures(tiny):
     rows = [tiny.encode(ROWS[1])] * 3
     assert collate(rows, buckets=(64,))[0].vision is None
-    prompts, _ = collate(rows, buckets=(64,), shards=2, always_vision=True)
-    assert prompts.tokens.shape[0] == 4 and prompts.vision.patches.shape[:3] == (2, 1, TINY.vision.window_slots)
+    empty = batching.Shape(4, 64, 2 * TINY.vision.window_slots, 3)  # beside another process's pictures
+    prompts, _ = collate(rows, buckets=(64,), shards=2, agree=lambda _: empty)
+    assert prompts.tokens.shape[0] == 4 and prompts.vision.patches.shape[:3] == (2, 3, 2 * TINY.vision.window_slots)
     assert not prompts.vision.frames.any() and (prompts.slots < 0).all() and not prompts.segments[3].any()
 
 

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 
-from cptjax import layout, logps, sampler, sharding
+from cptjax import layout, logps, processor, recipe, runtime, sampler, sharding
 from cptjax.model import qwen25_vl, text
 from cptjax.model.config import Config
+from cptjax.settings import stages
 
 ROWS = [
     [5, tiny.Image(4, 4), 3], [9], [3, tiny.Image(6, 10), 2, tiny.Image(4, 8), 4], [14], [2, tiny.Image(8, 8), 6], [4],
@@ -135,20 +137,24 @@ def test_meshes_do_not_change_rows(cfg, params, shape, slots):
         same(whole, run(placed, batch, cfg, rows=np.arange(8) + 3, slots=slots))
 
 
-def test_a_long_row_does_not_hold_up_the_queue(cfg, params):
-    """256 prompts, one of them ten times longer than the rest, wherever it stands: under 1.5 times the steps of the ideal schedule."""
+@pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
+def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
+    """256 groups, one row ten times longer than the rest, wherever it stands: under 1.5 times the steps of the ideal schedule of groups.
+
+    A group is as long as its longest row: a place becomes free when all of its rows are done.
+    """
     count, slots, every, n = 256, 8, 4, 18
     batch = prompts(cfg, [[3]] * count)
-    for at in (0, 128, 255):
-        limits = np.full(count, n)
-        limits[at] = 10 * n
-        plan = sampler.Plan(1, 10 * n, every, jnp.dtype(jnp.float32))
-        draws = sampler.draws(KEY, cfg, (-1,))
-        shaped, rows = sampler.per_row(limits, None, count, 1, "limits"), sampler.per_row(None, None, count, 1, "rows")
-        out, steps = sampler.in_turns(params, batch, shaped, rows, draws, cfg, plan, slots)
-        ideal = max(limits.max(), -(-limits.sum() // slots))
-        assert steps < 1.5 * ideal, (at, steps, ideal)
-        np.testing.assert_array_equal(np.asarray(out.mask).sum(1), limits)
+    limits = np.random.default_rng(0).integers(1, n + 1, (count, group))
+    limits[:, 0], limits[at, -1] = n, 10 * n
+    plan = sampler.Plan(group, 10 * n, every, jnp.dtype(jnp.float32))
+    draws = sampler.draws(KEY, cfg, (-1,))
+    shaped, rows = sampler.per_row(limits, None, count, group, "limits"), sampler.per_row(None, None, count, group, "rows")
+    out, steps = sampler.in_turns(params, batch, shaped, rows, draws, cfg, plan, slots)
+    longest = limits.max(1)
+    ideal = max(longest.max(), -(-longest.sum() // slots))
+    assert ideal <= steps + 1 < 1.5 * ideal, (steps, ideal)
+    np.testing.assert_array_equal(np.asarray(out.mask).sum(1), limits.reshape(-1))
 
 
 def test_another_setting_does_not_compile_again(cfg, params):
@@ -199,6 +205,34 @@ def test_bad_input_is_one_line(cfg, params, change, words):
     with pytest.raises(ValueError, match=words) as error:
         run(params, prompts(cfg), cfg, **change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"dtype": "bfloat"}, "rollout.dtype='bfloat'.*'float32', 'bfloat16', 'int8'"), ({"top_p": 0.0}, "top_p=0.0"),
+     ({"min_p": 2.0}, "min_p=2"), ({"top_k": -1}, "top_k=-1"), ({"slots": -8}, "slots=-8"), ({"check_every": 0}, "check_every=0")],
+    ids=str,
+)  # fmt: skip
+def test_what_can_not_be_drawn_is_refused_before_anything_is_loaded(change, words):
+    first = lambda rollout: stages(runs.config("grpo", rollout=rollout))[0]
+    with pytest.raises(ValueError, match=words):
+        recipe.check(first(change))
+    recipe.check(first({"dtype": "bfloat16", "slots": 2}))
+
+
+def test_answers_are_drawn_in_the_type_that_is_asked_for(cfg, params):
+    """A float32 model's answers in bfloat16 have log-probabilities a little off; in eight bits the type stays the model's."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    tiny_cfg = dataclasses.replace(runtime.PRESETS["tiny"], unroll=True)
+    rt = runtime.Runtime(tiny_cfg, processor.load(None, tiny_cfg, 256, 256), mesh, jnp.float32, (32,))
+    weights = sharding.init(qwen25_vl.params(tiny_cfg), jax.random.key(0), jnp.float32, mesh)
+    asked = [rt.processor.encode([{"role": "user", "content": "what is it"}], generation=True)]
+    draw = lambda dtype: runtime.sample(rt, weights, asked, KEY, np.arange(1), runtime.Sampling(4, dtype=dtype, max_new_tokens=4))
+    same, half = [draw(d) for d in ("", "float32")], draw("bfloat16")
+    assert np.array_equal(same[0].policy_logps, same[1].policy_logps)
+    first = np.abs(half.policy_logps - same[0].policy_logps)[:, 0]
+    assert 1e-5 < first.max() < 0.2
+    assert runtime.arithmetic("int8", jnp.float32) == jnp.float32
 
 
 def test_empty_prompts_pad_a_batch(cfg, params):
