@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"{where} is {dict(entry)}; expected arm, metric, one of {', '.join(RELATIONS)}, perhaps mean=True")
         if isinstance(entry["arm"], str) == ("within" in entry):
             raise ValueError(f"{where} has arm={entry['arm']!r}; expected a tuple of arms beside within, else one arm")
-        for arm in named(entry):
+        for arm in named(entry) if len(config.arms) else ():  # without arms, runs beside this one are meant, named by their folders
             _known(arm, list(config.arms), f"{where} names the arm")
         _known(entry["metric"], [*FORMULAS, *groups], f"{where} names the metric")
 
