@@ -89,7 +89,7 @@ COMMANDS = [line.split("  #")[0].split() for b in BLOCKS for line in b.splitline
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[1].removeprefix("launch/"))
 def test_a_command_names_what_exists(command):
     source = (ROOT / command[1]).read_text()
-    known = set(re.findall(r'(?:DEFINE_\w+\(|add_argument\("--)"?(\w+)"', source)) | {"config"} * ("config_flag" in source)
+    known = {*re.findall(r'(?:DEFINE_\w+\(|add_argument\("--)"?(\w+)"', source), *(["config"] if "config_flag" in source else [])}
     given = dict(re.findall(r"--([\w.]+)=(\S+)", " ".join(command)))
     assert given.keys() <= known and (given or command[1] == "launch/report.py")
     if "config" in given:
