@@ -6,15 +6,19 @@ import jax
 import pytest
 import school
 
-from configs import base
+from configs import base, cpt7
 from cptjax import exams, learning
 from cptjax.runtime import PRESETS
 from cptjax.tasks.synthetic import styled_exact
 
-ARMS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "remax", "reinforce", "reinforce01", "reinforce_pp")
+ARMS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "remax", "reinforce", "reinforce01", "reinforce_pp", "cpt7")
 POINTS, SECONDS = 0.15, 60
-# GSPO's published clips suit answers of a thousand tokens: over three tokens they would stop it at once
-OWN = {"gspo": dict(clip_low=0.2, clip_high=0.3), "dapo": dict(overlong=0, online_filter=dict(lo=0.0, hi=1.0, max_refills=40))}
+OWN = {
+    # GSPO's published clips suit answers of a thousand tokens: over three tokens they would stop it at once
+    "gspo": dict(clip_low=0.2, clip_high=0.3),
+    "dapo": dict(overlong=0, online_filter=dict(lo=0.0, hi=1.0, max_refills=40)),
+    "cpt7": {**cpt7.RL, "tis_cap": 2.0},  # paper A's: token clip, four updates, KL to the base
+}
 STEPS = {"dapo": 8}  # each of mixed groups alone
 
 
@@ -25,9 +29,10 @@ def wrong(prediction, answer, meta=None) -> float:
 def config():
     """A base that is taught wrong labels for half of the classes more often than not, then an arm a stage."""
     c = base.get_config()
-    rl = dict(train=dict(lr=5e-4, batch=16), rollout=dict(group=8, max_new_tokens=4, check_every=4), data=dict(limit=1000))
-    method = lambda name: {**base.METHODS[name], "kl_coef": 0.0, **OWN.get(name, {})}
-    arm = lambda task, name: dict(task=task, steps=STEPS.get(name, 20), method=method(name), **rl)
+    rl = dict(train=dict(lr=5e-4, batch=16), data=dict(limit=1000))
+    method = lambda name: {**base.METHODS.get(name, base.METHODS["grpo"]), "kl_coef": 0.0, **OWN.get(name, {})}
+    rollout = lambda name: dict(group=8, max_new_tokens=4, check_every=4, top_p=0.99 if name == "cpt7" else 1.0)
+    arm = lambda task, name: dict(task=task, steps=STEPS.get(name, 20), method=method(name), rollout=rollout(name), **rl)
     c.stages = (
         dict(task="biased", steps=250, method=base.METHODS["sft"], train=dict(lr=2e-3, batch=64, schedule="linear", warmup=0.1)),
         *(arm("true", name) for name in ARMS),
@@ -49,6 +54,7 @@ def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
         score = lambda: sum(r.score for r in exams.take(run, 0, "true", "", 128, False, "").records) / 128
         learning.learn(run, run.stages[0], None)
         start, before = jax.device_get(run.params), score()
+        run.cached("base", lambda: run.compared(run.params))  # the RL arms' base is what the first stage made
         reached, took = {}, {}
         for which, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
             run.params, began = jax.device_put(start), time.perf_counter()
