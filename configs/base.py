@@ -99,7 +99,6 @@ def get_config() -> ConfigDict:
         reset_optimizer=True,  # at each stage
         max_skipped=10,  # non-finite steps in a row before the run stops
         chunk=1024,  # tokens whose logits exist at one time
-        offload=False,  # optimiser state in host memory where the backend can
     ))  # fmt: skip
 
     c.eval = ConfigDict(dict(
