@@ -102,7 +102,6 @@ def get_config() -> ConfigDict:
         reset_optimizer=True,  # at each stage
         max_skipped=10,  # updates in a row, not finite or without a token to learn from, before the run stops
         chunk=1024,  # tokens whose logits exist at one time
-        offload=False,  # optimiser state in host memory where the backend can
     ))  # fmt: skip
 
     c.eval = ConfigDict(dict(

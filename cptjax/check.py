@@ -38,8 +38,10 @@ def run(config: ConfigDict, rows: int | None = None) -> list[Findings]:
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: a number of rows >= 1 is expected")
     plans = [(name, single, settings.stages(single)) for name, single in (*settings.bases(config).items(), *settings.variants(config))]
-    for each in (each for _, _, stages in plans for each in stages):
-        stage.check(each)
+    for _, single, stages in plans:
+        settings.check(single)
+        for each in stages:
+            stage.check(each)
     found = survey_all(plans, rows, config.rewards.timeout)
     for name, single, stages in plans:
         for each in stages:

@@ -89,7 +89,7 @@ def _state(trained: Params, settings: ConfigDict, declared: Params) -> float:
         declared=declared,
     )  # fmt: skip
     state = jax.eval_shape(opt.init, sharding.abstract(trained, settings.model.param_dtype)).opt_state
-    return 0.0 if t.offload else sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def _cache(cfg: Config, dtype: Any) -> float:

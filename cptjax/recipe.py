@@ -7,13 +7,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cptjax import advantages, corpus, filters, logps, losses, optim, penalties, runtime, sampler, sampling, settings, teaching
+from cptjax.model import remat, trainable
 
 SOURCES = ("gold", "rollouts", "self", "corpus")
 
 
 def check(stage: settings.Stage) -> None:
     """Refuse a stage whose settings have no meaning, or of which one would be ignored."""
-    m, t, r = stage.config.method, stage.config.train, stage.config.rollout
+    model, m, t, r = stage.config.model, stage.config.method, stage.config.train, stage.config.rollout
+    remat.check(model.remat)
+    trainable.check(model.freeze, model.lora.rank, model.lora.vision)
     _source(m)
     losses.check(
         objective=m.objective, ratio=m.ratio, clip_low=m.clip_low, clip_high=m.clip_high, clip_dual=m.clip_dual, normalise=m.normalise,

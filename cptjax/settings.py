@@ -26,6 +26,7 @@ LEAST = {  # smallest sensible value of what nothing else checks
     "rollout.max_new_tokens": 1, "rollout.check_every": 1, "rollout.group": 1, "train.batch": 1, "train.micro_batch": 0,
     "train.max_skipped": 1, "train.chunk": 1, "eval.limit": 1, "eval.every": 1, "eval.mini": 1, "eval.batch": 1,
     "eval.max_new_tokens": 1, "eval.temperature": 0, "eval.drift": 0, "method.self_samples": 1, "log.every": 1, "log.gallery": 0,
+    "mesh.slices": 1,
 }  # fmt: skip
 # What a stage may override. The rest belongs to the run: one model, one mesh, one way to evaluate.
 OF_STAGE = ("data", "method", "rewards", "rollout", "train", "eval.every", "eval.mini", "log")

@@ -56,6 +56,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, model: int = 1, devices: list | Non
     if free:
         sizes[free[0]] = len(devices) // known
     shape = tuple(sizes.values())
+    if slices < 1:
+        raise ValueError(f"mesh.slices={slices}: expected at least 1")
     if shape[0] % slices:
         raise ValueError(f"mesh data={shape[0]} must be a multiple of the {slices} slices that it spans")
     return Mesh(_grid(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)

@@ -131,10 +131,16 @@ def test_several_runs_read_what_they_share_once():
 
 def test_settings_are_refused_before_any_row_is_read(monkeypatch):
     monkeypatch.setattr(survey, "look", lambda *_: pytest.fail("rows were read"))
-    c = config()
-    c.method.source = "gold"
-    with pytest.raises(ValueError, match="does not learn from"):
-        check.run(c)
+    wrong = {
+        "does not learn from": ("method", dict(source="gold")),
+        "config.mesh.slices is 0; expected a whole number of at least 1": ("mesh", dict(slices=0)),
+        "model.remat='all'; expected one of none, dots, block, offload": ("model", dict(remat="all")),
+    }
+    for words, (section, values) in wrong.items():
+        c = config()
+        c[section].update(values)
+        with pytest.raises(ValueError, match=words):
+            check.run(c)
 
 
 def test_padding_of_batches():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from absl import flags
 from absl.testing import flagsaver
 from flax import traverse_util
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cptjax import sharding
-from cptjax.model import convert, hf_files, orbax_files, qwen25_vl, trainable
+from cptjax.model import convert, hf_files, orbax_files, qwen25_vl, text, trainable
 from cptjax.model.config import PRESETS, Config, TextConfig, VisionConfig, read, to_hf
 
 ROOT = Path(__file__).parents[1]
@@ -159,18 +160,20 @@ def test_the_names_of_newer_transformers_are_read(copy):
     assert equal(before, convert.load(copy, CFG))
 
 
-def test_adapters_are_merged_on_save(folder, tmp_path):
-    cfg = dataclasses.replace(CFG, lora_scale=0.5)
-    params = convert.load(folder, cfg, dtype=jnp.float32)
-    declared = trainable.add_lora(qwen25_vl.params(cfg), 4, vision=True)
-    lora = sharding.init(declared, jax.random.key(0), jnp.float32)
-    noisy = lambda path, x: jax.random.normal(jax.random.key(1), x.shape) * 0.1 if path[-1] in convert.LORA else x
-    params = traverse_util.flatten_dict(trainable.join(params, lora)) | traverse_util.flatten_dict(params)
-    params = traverse_util.unflatten_dict({path: noisy(path, x) for path, x in params.items()})
+def test_adapters_are_merged_on_save(tmp_path):
+    """The export answers by itself as the model with its adapters does, and both towers' adapters count."""
+    cfg, rng = dataclasses.replace(tiny.our_config(), lora_scale=0.5), np.random.default_rng(1)
+    declared = trainable.flatten(trainable.add_lora(qwen25_vl.params(cfg), 4, vision=True))
+    lora = {path: jnp.float32(0.1 * rng.normal(size=p.shape)) for path, p in declared.items() if path[-1] in trainable.ADAPTER}
+    base = jax.tree.map(jnp.asarray, tiny.random_params(cfg))
+    params = trainable.join(trainable.unflatten(lora), base)
     convert.save(params, cfg, tmp_path / "merged", dtype="float32")
-    merged = trainable.merge_lora(params, cfg.lora_scale)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), convert.load(tmp_path / "merged", cfg), merged)
-    assert not np.allclose(merged["text"]["blocks"]["q"]["w"], params["text"]["blocks"]["q"]["w"], atol=1e-3)
+    merged = convert.load(tmp_path / "merged", read(tmp_path / "merged"))
+    prompts = tiny.prompts([tiny.draw([5, tiny.Image(6, 10), 9], cfg, rng)], cfg)
+    logits = jax.jit(lambda p: qwen25_vl.forward(p, prompts, cfg) @ text.unembedding(p["text"]))
+    wanted, text_alone = logits(params), logits(params | {"vision": base["vision"]})
+    np.testing.assert_allclose(logits(merged), wanted, atol=1e-5 * float(jnp.abs(wanted).max()), rtol=0)
+    assert jnp.abs(text_alone - wanted).max() > 0.1 < jnp.abs(text_alone - logits(base)).max()
 
 
 def test_a_tied_checkpoint_may_repeat_its_embedding_as_head(tmp_path):

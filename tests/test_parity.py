@@ -9,7 +9,10 @@ import pytest
 import tiny
 from tiny import Image, Video
 
+from cptjax import optim, train
 from cptjax.model import convert, qwen25_vl, text, vision
+from cptjax.objectives import Objective
+from cptjax.types import Batch
 
 torch = pytest.importorskip("torch")
 
@@ -136,3 +139,36 @@ def test_gradients_of_a_token_loss(case):
             continue
         off = np.linalg.norm(ours - wanted.numpy()) / np.linalg.norm(wanted.numpy())
         assert off < 1e-3, f"gradient of {name} is off by {off:.1e}"
+
+
+def test_three_steps_of_training(tmp_path):
+    """AdamW, clip and decay as torch has them: the same losses and norms, and every weight goes the same way."""
+    lr, decay, clip, betas = 1e-3, 0.1, 1.0, (0.9, 0.99)
+    model, cfg = tiny.torch_model(), tiny.our_config()
+    params = jax.tree.map(jnp.asarray, convert.load(tiny.save(tmp_path / "start"), cfg))
+    drawn = [tiny.draw(row, cfg, np.random.default_rng(i)) for i, row in enumerate(MIXED)]
+    prompts, inputs = tiny.prompts(drawn, cfg), tiny.hf_inputs(drawn, cfg)
+    mask = (_real(prompts) & (prompts.slots < 0))[:, 1:] & _real(prompts)[:, :-1]
+    targets = prompts.tokens[:, 1:]
+    batch = Batch(prompts, targets, mask, np.broadcast_to(np.arange(targets.shape[1]), targets.shape))
+    optimizer = optim.make(b1=betas[0], b2=betas[1], weight_decay=decay, clip=clip)
+    state, start = jax.jit(optimizer.init)(params), dict(_stored(params, cfg))
+    steps = train.make_steps(cfg, Objective("sft", chunk=32), optimizer, train.Places.of(state), jnp.float32)
+    vector = lambda name: name.endswith("bias") or "norm" in name or "ln_q" in name
+    named = dict(model.named_parameters())
+    groups = [{"params": [p for n, p in named.items() if vector(n) == of], "weight_decay": 0 if of else decay} for of in (True, False)]
+    tool = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
+    for _ in range(3):
+        logits = model(**inputs).logits[:, :-1].log_softmax(-1)
+        loss = -logits.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0][torch.tensor(mask)].mean()
+        tool.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        tool.step()
+        state, told = steps.run(state, {}, [batch], lr)
+        assert norm > clip
+        np.testing.assert_allclose([told["loss"].value, told["grad_norm"].value], [loss.item(), norm.item()], rtol=1e-4)
+    theirs = {convert.released(n): p.detach().numpy() for n, p in named.items()}
+    for name, ours in _stored(state.params, cfg):
+        off = np.linalg.norm(ours - theirs[name]) / np.linalg.norm(theirs[name] - start[name])
+        assert off < 1e-2, f"the change of {name} is off by {off:.1e}"

@@ -14,7 +14,7 @@ from tiny import Image, Video
 from cptjax import sharding
 from cptjax.model import qwen25_vl, text
 
-MESHES = {"2,2,2": (2, 2, 2), "1,4,2": (1, 4, 2), "1,1,8": (1, 1, 8)}
+MESHES = (2, 2, 2), (1, 4, 2), (1, 1, 8)
 ROWS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4], [2, Video(2, 4, 10), 6]]
 
 
@@ -56,9 +56,9 @@ def _run(sizes, group=False):
     return np.asarray(out), jax.tree.map(np.asarray, grads), prompts.segments > 0
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["rows", "groups"])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("sizes, group", [((1, 1, 8), False), *((sizes, True) for sizes in MESHES)])
 def test_mesh_equals_one_device(sizes, group):
+    """Rows on the other meshes: test_train."""
     (a, da, real), (b, db, _) = _run(sizes, group), _run(None, group)
     keep = slice(None) if group else real
     np.testing.assert_allclose(a[keep], b[keep], atol=1e-5 * np.abs(b[keep]).max(), rtol=0)
@@ -106,6 +106,8 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
 def test_slices_must_divide_the_data_axis():
     with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
         sharding.make_mesh(1, 8, 1, slices=2)
+    with pytest.raises(ValueError, match="mesh.slices=0: expected at least 1"):
+        sharding.make_mesh(slices=0)
 
 
 def test_what_cannot_be_cut_is_refused_with_the_numbers():

@@ -13,8 +13,12 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-def checkpoint(step: Callable, name: str) -> Callable:
-    """The scan body with the named policy."""
+def check(name: str) -> None:
     if name not in REMAT:
         raise ValueError(f"model.remat={name!r}; expected one of {', '.join(REMAT)}")
+
+
+def checkpoint(step: Callable, name: str) -> Callable:
+    """The scan body with the named policy."""
+    check(name)
     return step if name == "none" else jax.checkpoint(step, policy=REMAT[name], prevent_cse=False)

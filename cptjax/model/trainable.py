@@ -36,6 +36,15 @@ def chosen(freeze: Sequence[str], lora_rank: int = 0) -> Callable[[tuple[str, ..
     return lambda path: path[0] not in frozen and (not lora_rank or path[-1] in ADAPTER)
 
 
+def check(freeze: Sequence[str], rank: int, vision: bool) -> None:
+    """Refuse adapters (`model.lora`) that `model.freeze` leaves untrained."""
+    chosen(freeze, rank)
+    if rank and vision and "vision" in freeze:
+        raise ValueError("model.freeze names vision, and model.lora.vision=True adapts it; take one of them back")
+    if rank and not vision and "language" in freeze:
+        raise ValueError("model.freeze names language, and model.lora.vision=False adapts nothing else; take one of them back")
+
+
 def split(params: Params, trained: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
     """(trained, rest): two trees that hold each leaf once; `join` puts them together."""
     flat = flatten(params)
