@@ -14,8 +14,6 @@ from cptjax.tasks.synthetic import styled_exact
 ARMS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "remax", "reinforce", "reinforce01", "reinforce_pp", "cpt7")
 POINTS, SECONDS = 0.15, 60
 OWN = {
-    # GSPO's published clips suit answers of a thousand tokens: over three tokens they would stop it at once
-    "gspo": dict(clip_low=0.2, clip_high=0.3),
     "dapo": dict(overlong=0, online_filter=dict(lo=0.0, hi=1.0, max_refills=40)),
     "cpt7": {**cpt7.RL, "tis_cap": 2.0},  # paper A's: token clip, four updates, KL to the base
 }
