@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,10 +72,10 @@ def tiny(config: ConfigDict, steps: int = 1, stages: int = 1, batch: int = 4, fa
 
 @contextlib.contextmanager
 def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[session.Run]:
-    """A run of one device, or of as many as `mesh.fsdp` names, ready to learn, without checkpoints."""
+    """A run of as many devices as the mesh names, of one where it is left open; ready to learn, without checkpoints."""
     with contextlib.ExitStack() as stack:
-        count = max(config.mesh.fsdp, 1)
-        some = functools.partial(MAKE_MESH, 1, count, 1, jax.devices()[:count])
+        sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
+        some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
         patched(stack, sharding, "make_mesh", lambda **_: some())
         patched(stack, session, "Checkpoints", Unsaved)
         stack.enter_context(contextlib.closing(_Presets(model)))

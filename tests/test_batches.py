@@ -1,4 +1,4 @@
-"""Rows for the device: targets stand where they are predicted; packing, micro-batches and padding do not change an update."""
+"""Rows for the device: targets stand where they are predicted; micro-batches of groups do not change an update (of rows: test_train)."""
 
 import jax
 import numpy as np
@@ -41,18 +41,6 @@ def test_answers_are_predicted_by_the_token_before(tmp_path):
     assert (found[mask] == targets[mask]).all() and mask.any(1).all() and not targets[~mask].any()
 
 
-def test_packing_and_micro_batches_leave_the_update_alone(tmp_path):
-    whole, told, one = first_update(config("sft"), tmp_path / "a")
-    packed, told_packed, rows = first_update(config("sft", data=dict(pack=True, prompt_limit=64, buckets=(64,))), tmp_path / "b")
-    parts, told_parts, several = first_update(config("sft", train=dict(micro_batch=2)), tmp_path / "c")
-    assert len(one) == len(rows) == 1 and len(several) == 4
-    assert rows[0].prompts.tokens.shape[0] < one[0].prompts.tokens.shape[0]  # several conversations in one row
-    for other in (told_packed, told_parts):
-        assert other["loss"] == pytest.approx(told["loss"], rel=1e-5) and other["grad_norm"] == pytest.approx(told["grad_norm"], rel=1e-4)
-    same(whole, parts, 1e-5)
-    same(whole, packed, 1e-4)
-
-
 def test_micro_batches_of_groups_leave_the_update_alone(tmp_path):
     changes = dict(method=dict(kl_coef=0.1, ratio="token", normalise="sequence"))
     whole, told, one = first_update(config("grpo", **changes), tmp_path / "a")
@@ -62,18 +50,6 @@ def test_micro_batches_of_groups_leave_the_update_alone(tmp_path):
     for key in ("grad_norm", "entropy", "kl", "mismatch_max"):
         assert told_parts[key] == pytest.approx(told[key], rel=1e-4, abs=1e-6)
     same(whole, parts, 1e-5)
-
-
-@pytest.mark.parametrize("micro", (0, 3))
-def test_empty_rows_fill_what_the_shards_do_not_divide(tmp_path, micro):
-    """Six conversations on four devices are eight rows, and learn what six rows on one device learn."""
-    whole, told, _ = first_update(config("sft", train=dict(batch=6)), tmp_path / "a")
-    changes = dict(mesh=dict(fsdp=4), train=dict(batch=6, micro_batch=micro))
-    filled, told_filled, parts = first_update(config("sft", **changes), tmp_path / "b")
-    assert [b.targets.shape[0] for b in parts] == ([4] * 2 if micro else [8])
-    assert sum(int(b.mask.any(1).sum()) for b in parts) == 6
-    assert told_filled["loss"] == pytest.approx(told["loss"], rel=1e-5)
-    same(whole, filled, 1e-5)
 
 
 def test_rows_of_a_device_pass():

@@ -43,7 +43,7 @@ def embed(p: Params, prompts: Prompts, cfg: Config, dtype: jnp.dtype) -> Array:
 
 def forward(p: Params, prompts: Prompts, cfg: Config, dtype: jnp.dtype = jnp.float32) -> Array:
     """Hidden states [B T D] after the final norm, for single or packed rows."""
-    p, seg = unstack(p, cfg), prompts.segments
+    p, seg = _layers(p, cfg), prompts.segments
     attend = lambda q, k, v: (attention.attend(q, k, v, seg, seg, causal=True, backend=cfg.attention), None)
     return text.run(p["text"], embed(p, prompts, cfg, dtype), prompts.positions, attend, cfg)[0]
 
@@ -58,7 +58,7 @@ def forward_group(p: Params, prompts: Prompts, responses: Array, cfg: Config, dt
 
     Predicting state of response token r is the one before it; for r = 0 the prompt's last.
     """
-    p, (nq, g, r) = unstack(p, cfg), responses.shape
+    p, (nq, g, r) = _layers(p, cfg), responses.shape
     plen = prompts.tokens.shape[1]
     own = next_positions(prompts)[:, None] + jnp.arange(r)
     own = jnp.broadcast_to(own[None, :, None], (3, nq, g, r)).reshape(3, nq, g * r)
@@ -163,3 +163,8 @@ def unstack(p: Params, cfg: Config) -> Params:
         return p
     layers = tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
     return p | {"text": p["text"] | {"blocks": layers}}
+
+
+def _layers(p: Params, cfg: Config) -> Params:
+    """`unstack`, but not under remat="block": a CPU's compiler orders what is not in a loop for speed, and keeps every layer's arrays."""
+    return p if cfg.remat == "block" else unstack(p, cfg)
