@@ -77,10 +77,11 @@ def test_sft_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
             batch = batches.answers(rt, rows, rows=ROWS)
             seen.add((batch.prompts.tokens.shape, batch.targets.shape, batch.prompts.vision and batch.prompts.vision.patches.shape))
             state, told = steps.run(state, {}, [batch], 1e-3)
-        assert np.isfinite(float(told["loss"].value)) and len(seen) > 12
+        assert np.isfinite(float(told["loss"].value)) and len(seen) >= 8
     assert heard.count == before
 
 
+@pytest.mark.slow
 def test_rl_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
     """Rollouts, scores and updates on groups of other pictures."""
     rng, heard, opt = np.random.default_rng(1), Compilations(), optim.make()
