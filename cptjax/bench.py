@@ -244,6 +244,8 @@ def run(work: Work, phases: Sequence[str], peer: str | None = None) -> dict[str,
             found |= measure(session, phase, ask, heard)
         most = max(first, ceiling(session.dtype))
     found |= facts | efficiency(found, wanted, work, session.cfg, most)
+    if {"data", "sft"} <= set(phases):  # how much faster rows come than this model's training step takes them
+        found["data_over_sft"] = found["data_rows_s"] / (found["seqs"] / found["sft_s"])
     total = {"compilations": heard.count, "compile_s": heard.seconds, "peak_gib": peak_memory()}
     return found | total | {"attention": session.cfg.attention, "load_average": os.getloadavg()[0]}
 

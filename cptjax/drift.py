@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax import evaluate, metrics, multihost, runtime, sharding, train
+from cptjax import metrics, multihost, runtime, scorers, sharding, train
 from cptjax.batches import groups, pieces, trimmed
 from cptjax.logps import distill_kl
 from cptjax.model import text
@@ -53,7 +53,6 @@ def rows(current: Any, number: int, task: str, common: dict[str, Any]) -> list[d
             kl = sharding.local_rows(_program(rt.cfg, rt.dtype, chunk)(current.base(), current.params, batch))
         sums += list(zip(kl.sum(1).tolist(), lengths.tolist(), strict=True))
     every = multihost.together(multihost.gather(sums))
-    per_row = [s / n for s, n in every if n]
-    own = {"task": task, "metric": metrics.DRIFT, "value": sum(s for s, _ in every) / max(sum(n for _, n in every), 1), "n": len(every)}
+    own = {"task": task, "metric": metrics.DRIFT, **scorers.ratio(*zip(*every, strict=True))._asdict()}
     template = current.course(task, current.config).template.name
-    return [{**own, "stderr": evaluate.stderr(per_row), "scorer": "kl@1", "template": template, **common}]
+    return [{**own, "scorer": "kl@1", "template": template, **common}]

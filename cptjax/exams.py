@@ -7,13 +7,12 @@ import jax
 from ml_collections import ConfigDict
 
 from cptjax import drift, evaluate, report, resume, runtime, settings, summary
-from cptjax.data import Shelf
 from cptjax.lessons import Spent
 from cptjax.model import trainable
 from cptjax.resume import Place
 from cptjax.session import Run
 from cptjax.settings import Stage
-from cptjax.tasks.validate import Chosen
+from cptjax.tasks.task import sample
 from cptjax.types import Params
 
 
@@ -47,7 +46,7 @@ def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
     e, began = current.config.eval, time.perf_counter()
     spent = Spent()
     for i, template in enumerate(templates_of(current, task)):
-        exam = take(current, number, task, template, e.limit, e.forced_prefix, after(number))
+        exam = take(current, number, task, template, e.forced_prefix, after(number))
         spent += exam.spent
         if current.log:
             current.log.evals(evaluate.rows(exam, about))
@@ -71,16 +70,16 @@ def after(number: int) -> str:
     return f"after stage {number}" if number else "before any stage"
 
 
-def take(current: Run, number: int, task: str, template: str, limit: int | None, forced: bool, when: str) -> evaluate.Exam:
-    """The current model's answers to a task's first `limit` test rows; their randomness depends on the stage alone."""
+def take(current: Run, number: int, task: str, template: str, forced: bool, when: str, mini: int | None = None) -> evaluate.Exam:
+    """The current model's answers to a task's test rows, or to the same `mini` of them; their randomness depends on the stage alone."""
     c = current.config
-    examples = current.examples(task, "test", c)
-    examples = examples if limit is None else Chosen(examples, range(min(limit, len(examples))))
+    course, examples = current.course(task, c, template), current.examples(task, "test", c, template)
+    sheets = current.cached(("sheets", task, template), lambda: evaluate.Sheets(current.rt, course, examples, c.data.workers))
+    rows = sample(range(len(sheets.examples)), mini, seed=0).tolist()
     key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
-    shelf = current.cached(("shelf", task, template), lambda: Shelf(len(examples)))
     return evaluate.take(
-        current.rt, current.params, current.course(task, c, template), examples, sampling=decoding(c), batch=c.eval.batch, key=key,
-        forced=forced, title=f"evaluate {task} {when}", shelf=shelf,
+        current.rt, current.params, sheets, rows, sampling=decoding(c), batch=c.eval.batch, key=key, forced=forced,
+        title=f"evaluate {task} {when}",
     )  # fmt: skip
 
 
@@ -89,7 +88,7 @@ def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: in
     current.params = trainable.join(trained, frozen)
     began, spent = time.perf_counter(), Spent()
     for task in tasks_of(current)[0]:
-        exam = take(current, which.number, task, "", which.config.eval.mini, False, f"at step {step}")
+        exam = take(current, which.number, task, "", False, f"at step {step}", which.config.eval.mini)
         spent += exam.spent
         if current.log:
             current.log.evals(evaluate.rows(exam, common(current, which.number, step), mini=True))

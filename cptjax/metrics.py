@@ -241,6 +241,14 @@ def bytes_under(folder: Path | str) -> int:
     return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
 
 
+def waiting(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of training steps' time in which rows were awaited and no device worked; a stage's first step, which compiles, is out."""
+    steps = [line for line in lines if "seconds/data" in line]
+    later = [line for before, line in zip(steps, steps[1:]) if line["stage"] == before["stage"]]  # noqa: B905
+    total = sum(line["seconds/lesson"] + line["seconds/update"] for line in later)
+    return sum(line["seconds/data"] for line in later) / total if total else None
+
+
 def cost(workdir: Path | str) -> dict[str, Any]:
     """Adds up what metrics.jsonl says was spent, by stage and kind of work, and what lies on the disk."""
     rows: dict[tuple[int, str], dict[str, float]] = {}
@@ -250,5 +258,6 @@ def cost(workdir: Path | str) -> dict[str, Any]:
             row[name] += line.get(name) or 0
     parts = [{"stage": stage, "work": work, **spent} for (stage, work), spent in sorted(rows.items())]
     total = {name: sum(p[name] for p in parts) for name in COSTS}
+    total["waiting_for_data"] = waiting(read_lines(Path(workdir) / "metrics.jsonl"))
     stored = {"bytes": bytes_under(workdir), "checkpoint_bytes": bytes_under(Path(workdir) / "checkpoints")}
     return {**total, **stored, "parts": parts}

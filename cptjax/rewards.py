@@ -60,6 +60,7 @@ class Reward:
     format: float = 0.1
     target: str = ""  # file.py:function of a user
     on_error: str = "stop"  # stop | zero: a user's function (or scorer) that raises, hangs or gives no finite number
+    extraction: str = ""  # "" = the template's
 
     def __call__(
         self,
@@ -72,7 +73,7 @@ class Reward:
         """The parts of each completion; `pool` gives the time limit for what runs in worker processes."""
         if self.target:
             return _by_user(self, completions, answers, metas, ids, pool or shared_pool())
-        how = self.template.extract
+        how = self.extraction or self.template.extract
         records = scorers.score(self.scorer, completions, answers, metas, ids, extraction=how, pool=pool, on_error=self.on_error)
         combine = _jigsaw if self.name == "jigsaw" else _weighted
         return [combine(self, completion, record) for completion, record in zip(completions, records, strict=True)]
@@ -86,6 +87,7 @@ def find(
     accuracy: float = 0.9,
     format: float = 0.1,
     on_error: str = "stop",
+    extraction: str = "",
     pool: Pool | None = None,
 ) -> Reward:
     """The reward of a task: "" or "default" = its scorer's, "jigsaw", another scorer's name, or `file.py:function` (loaded now)."""
@@ -93,7 +95,7 @@ def find(
         raise ValueError(f"rewards.on_error must be stop or zero; got {on_error!r}")
     if min(accuracy, format) < 0 or accuracy + format == 0:
         raise ValueError(f"reward weights must be >= 0 and not both 0; got accuracy={accuracy}, format={format}")
-    settings = {"template": template, "accuracy": accuracy, "format": format, "on_error": on_error}
+    settings = {"template": template, "accuracy": accuracy, "format": format, "on_error": on_error, "extraction": extraction}
     if ".py:" in name:
         path, function = split_target(name)
         target = f"{path.resolve()}:{function}"

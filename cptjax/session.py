@@ -26,6 +26,8 @@ from cptjax.verify import Pool
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "ml-collections", "numpy", "cptjax")
 
+WORKER_MEMORY = 16 << 30  # bytes of address space, which a user's large libraries take much of: an end for runaway algebra
+
 
 class Preempted(SystemExit):
     """SIGTERM came; everything is saved."""
@@ -178,7 +180,7 @@ def _model(config: ConfigDict) -> tuple[Runtime, Params]:
 
 
 def _workers(config: ConfigDict) -> Pool:
-    return Pool(processes=config.rewards.processes, timeout=config.rewards.timeout)
+    return Pool(processes=config.rewards.processes, timeout=config.rewards.timeout, memory=WORKER_MEMORY)
 
 
 def refuse_change(config: ConfigDict, workdir: Path) -> None:
