@@ -57,6 +57,7 @@ def one(config: ConfigDict, workdir: Path, export: Path | None = None) -> np.nda
     sigterm = Sigterm()
     with listening(sigterm), full_disk_told(workdir), contextlib.closing(open_run(config, workdir, sigterm)) as current:
         place = resume(current)
+        exams.open_all(current, place)
         for number in range(place.stage, len(current.stages) + 1):
             if number and not place.finished(number):
                 learning.learn(current, current.stages[number - 1], place if place.stage == number else None)

@@ -22,6 +22,18 @@ def tasks_of(current: Run) -> tuple[list[str], list[str]]:
     return own, [t for t in dict.fromkeys(current.config.eval.general) if t not in own]
 
 
+def open_all(current: Run, place: Place) -> None:
+    """Every split that is still to be read is looked through, so that a wrong row is told before the first step."""
+    coming = [which for which in current.stages if not place.finished(which.number)]
+    tested = [task for part in tasks_of(current) for task in part]
+    for which in coming:
+        for task in (*which.tasks, *settings.replayed(current.stages, which)):
+            current.examples(task, "train", which.config)
+    for task in tested if coming or not set(tested) <= set(place.done) else ():
+        for template in templates_of(current, task):
+            current.examples(task, "test", current.config, template)
+
+
 def decoding(config: ConfigDict) -> runtime.Sampling:
     e, r = config.eval, config.rollout
     return runtime.Sampling(1, e.temperature, max_new_tokens=e.max_new_tokens, check_every=r.check_every, gather=r.gather)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import console, metrics, multihost, prompting, runtime, settings, stage
+from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, survey
 from cptjax import tasks as task_list
 from cptjax.batching import ladder
 from cptjax.checkpoint import Checkpoints, Refused
@@ -20,7 +21,8 @@ from cptjax.model import trainable
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime
 from cptjax.settings import Stage
-from cptjax.tasks.validate import check as check_rows
+from cptjax.tasks import BadRow
+from cptjax.tasks.validate import without
 from cptjax.types import Example, Params
 from cptjax.verify import Pool
 
@@ -91,19 +93,29 @@ class Run:
         make = lambda: prompting.course(task_list.resolve(name, config.tasks.to_dict()), template, config.rewards, self.pool)
         return self.cached(("course", name, template, tuple(config.rewards.items())), make)
 
-    def examples(self, name: str, split: str, config: ConfigDict) -> Sequence[Example]:
-        """A task's rows, the bad ones told and left out as far as the config allows."""
-        limit = config.data.limit if split == "train" else config.eval.limit
-        return self.cached(("examples", name, split, limit, config.data.root), lambda: self._load(name, split, config, limit))
+    def examples(self, name: str, split: str, config: ConfigDict, template: str = "") -> Sequence[Example]:
+        """A task's rows, the bad ones told and left out as far as the config allows: those that launch/check.py finds."""
+        reading = survey.reading(config, name, split, template)
+        return self.cached(reading, lambda: self._load(reading, self.course(name, config, template)))
 
-    def _load(self, name: str, split: str, config: ConfigDict, limit: int | None) -> Sequence[Example]:
-        task = task_list.resolve(name, config.tasks.to_dict())
-        found = task.load(split, root=config.data.root, limit=limit, seed=self.config.seed)
-        if hasattr(found, "where"):
-            found = check_rows(found, config.data.bad_rows, console.say)
-        if not len(found):
-            raise ValueError(f"task {name}: its {split} split has no rows")
-        return found
+    def _load(self, reading: survey.Reading, course: Course) -> Sequence[Example]:
+        found = survey.load(self.config, reading)
+        if not len(found) and not getattr(found, "bad", ()):
+            raise ValueError(f"task {reading.task}: its {reading.split} split has no rows")
+        look = lambda: survey.bad_rows(found, course, self.rt.processor, reading.answered, max(self.rt.ladder))
+        # A user's files may change between two starts; public ones do not, and reading them all takes long.
+        bad = look() if hasattr(found, "bad") else self._once(f"{reading.task}_{reading.split}", survey.key(self.config, reading), look)
+        return without(found, bad, reading.allowed, console.say)
+
+    def _once(self, name: str, key: tuple, look: Callable[[], list[BadRow]]) -> list[BadRow]:
+        """The bad rows that an earlier start of this run has found, or those found now."""
+        path = self.workdir / "rows" / f"{name}_{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.json"
+        if multihost.gather(path.is_file())[0]:
+            return [BadRow(*row) for row in metrics.json.loads(path.read_text())]
+        bad = look()
+        if self.log:
+            metrics.write_json(path, [dataclasses.astuple(row) for row in bad])
+        return bad
 
     def base(self) -> Params:
         """The base model, in the type of the arithmetic; loaded when first needed."""

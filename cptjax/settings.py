@@ -114,6 +114,12 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.{name} is {value!r}; expected {'a whole' if whole else 'a'} number of at least {least}")
 
 
+def replayed(stages: Sequence[Stage], which: Stage) -> list[str]:
+    """Earlier stages' tasks whose rows are mixed into a stage, each once."""
+    earlier = [t for s in stages[: which.number - 1] for t in s.tasks]
+    return list(dict.fromkeys(t for t in earlier if t not in which.tasks)) if which.config.method.replay.fraction else []
+
+
 def examined(config: ConfigDict, run: Sequence[Stage]) -> list[str]:
     """The tasks of `eval.tasks`, each once: those of the stages, or the ones that are named."""
     names = [task for each in run for task in each.tasks] if config.eval.tasks == "all" else config.eval.tasks.split(",")

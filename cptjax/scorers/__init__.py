@@ -22,6 +22,7 @@ from cptjax.verify import Call, Pool, shared_pool, split_target
 __all__ = ["EXTRACTIONS", "SCORERS", "Metric", "Record", "Scorer", "extract", "find", "from_file", "mean", "ratio", "score", "summarise"]
 
 SYMBOLIC = str(Path(__file__).with_name("symbolic.py"))
+PATIENCE = 6.0  # times the time limit that algebra may take where other programs keep the processors busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,8 @@ def _apply(scorer: Scorer, rows: Sequence[tuple], pool: Pool | None, on_error: s
     else:  # the responses of a group often agree: each pair of texts is compared once
         pairs = [(p, tuple(text.golds(a))) for p, a, *_ in rows]
         unique = list(dict.fromkeys(pairs))
-        known = dict(zip(unique, pool.map(scorer.rule, [Call((p, list(golds))) for p, golds in unique]), strict=True))
+        found = pool.map(scorer.rule, [Call((p, list(golds))) for p, golds in unique], patience=PATIENCE)
+        known = dict(zip(unique, found, strict=True))
         outcomes = [known[pair] for pair in pairs]
     results = []
     for (*_, row_id), outcome in zip(rows, outcomes, strict=True):

@@ -139,7 +139,7 @@ def split_files(folder: Path, source: Source) -> list[str]:
     A dataset with several configs keeps each in its own folder; the default one, or a copy of one config alone, lies at the top.
     """
     inner = folder / source.config if source.config else folder
-    top = [path for place in (folder, folder / "data", folder / source.split) for path in place.glob("*")]
+    top = [path for place in (folder, folder / "data", folder / "default", folder / source.split) for path in place.glob("*")]
     deep = list(inner.rglob("*")) if inner.is_dir() else []
     for candidates in (deep, top) if source.config else (top, deep):
         files = sorted(path for path in candidates if path.suffix in DATA_FILES and path.name not in DESCRIPTIONS)

@@ -45,6 +45,5 @@ def make(
     """Makes the task; `dataset` may be lmms-lab/RefCOCOplus, whose files look the same."""
     sources = {ours: hub.Source(dataset, theirs) for ours, theirs in SPLITS.items()}
     build_row = functools.partial(build, min_pixels=min_pixels, max_pixels=max_pixels)
-    return hub.task(
-        name, sources, build_row, scorer, **{"direct_suffix": "Give only the box.", "pixels": (min_pixels, max_pixels), **fields}
-    )
+    own = {"direct_suffix": "Give only the box.", "pixels": (min_pixels, max_pixels)}
+    return hub.task(name, sources, build_row, scorer, **{**own, **fields})

@@ -46,6 +46,10 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.order)
 
+    def where(self, index: int) -> tuple[str, int]:
+        """Returns the split and row of an example."""
+        return f"{self.task}/{self.split}", int(self.order[index])
+
     def __getitem__(self, index: int) -> Example:
         if isinstance(index, slice):
             return Examples(self.task, self.split, self.rows, self.build, self.order[index])
