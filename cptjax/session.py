@@ -104,12 +104,13 @@ class Run:
             raise ValueError(f"task {reading.task}: its {reading.split} split has no rows")
         look = lambda: survey.bad_rows(found, course, self.rt.processor, reading.answered, max(self.rt.ladder))
         # A user's files may change between two starts; public ones do not, and reading them all takes long.
-        bad = look() if hasattr(found, "bad") else self._once(f"{reading.task}_{reading.split}", survey.key(self.config, reading), look)
+        bad = look() if hasattr(found, "bad") else self._once(reading, look)
         return without(found, bad, reading.allowed, console.say)
 
-    def _once(self, name: str, key: tuple, look: Callable[[], list[BadRow]]) -> list[BadRow]:
+    def _once(self, reading: survey.Reading, look: Callable[[], list[BadRow]]) -> list[BadRow]:
         """The bad rows that an earlier start of this run has found, or those found now."""
-        path = self.workdir / "rows" / f"{name}_{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.json"
+        key = repr(survey.key(self.config, dataclasses.replace(reading, allowed=0)))
+        path = self.workdir / "rows" / f"{reading.task}_{reading.split}_{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
         if multihost.gather(path.is_file())[0]:
             return [BadRow(*row) for row in metrics.json.loads(path.read_text())]
         bad = look()

@@ -164,8 +164,9 @@ def test_what_an_evaluation_records(tmp_path):
     of = lambda metric: [(r["step"], r["task"], r["template"], r["n"]) for r in rows if r["metric"] == metric]
     both = [("3", "digit", "none", "4"), ("3", "digit", "answer", "4"), ("3", "facts", "none", "4")]  # drawn facts have their own template
     assert of("accuracy") == of("accuracy_forced") == both
-    assert of("accuracy_contains") == both[:2]
-    assert {r["scorer"] for r in rows if r["metric"] == "accuracy_contains"} == {"contains@1"}
+    assert of("contains/accuracy") == of("contains/extraction_failure") == both[:2]
+    assert {r["scorer"] for r in rows if r["metric"] == "contains/accuracy"} == {"contains@1"}
+    assert all(int(r["n"]) > 0 and float(r["stderr"]) >= 0 for r in rows)
     assert of("accuracy_mini") == [("1", "digit", "none", "2"), ("2", "digit", "none", "2")]
     assert [x[:2] for x in of("kl_base")] == [("3", "digit"), ("3", "facts")]
     assert all(float(r["value"]) > 0 for r in rows if r["metric"] == "kl_base")
