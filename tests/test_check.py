@@ -131,7 +131,10 @@ def test_replayed_rows_are_in_the_order(monkeypatch):
     orders = []
     monkeypatch.setattr(check, "padding", lambda order, sources, *_: orders.append(order) or [check.Padding(16, 1, 1, 16)])
     c = config()
-    c.stages = ({"task": "drawn_colour", "steps": 2}, {"task": "drawn_shape", "steps": 2, "method": {"replay": {"fraction": 0.25}}})
+    c.stages = (
+        {"task": "drawn_colour", "steps": 2},
+        {"task": "drawn_shape", "steps": 2, "method": {"replay": {"fraction": 0.25, "kind": "prompts"}}},
+    )
     check.run(c)
     assert [(o.sizes, o.replay, o.kept) for o in orders] == [((40,), (), 1), ((40,), (40,), 0.75)]
 
