@@ -26,12 +26,12 @@ def open_all(current: Run, place: Place) -> None:
     """Every split that is still to be read is looked through, so that a wrong row is told before the first step."""
     coming = [which for which in current.stages if not place.finished(which.number)]
     tested = [task for part in tasks_of(current) for task in part]
-    for which in coming:
-        for task in (*which.tasks, *settings.replayed(current.stages, which)):
-            current.examples(task, "train", which.config)
     for task in tested if coming or not set(tested) <= set(place.done) else ():
         for template in templates_of(current, task):
             current.examples(task, "test", current.config, template)
+    for which in coming:
+        for task in (*which.tasks, *settings.replayed(current.stages, which)):
+            current.examples(task, "train", which.config)
 
 
 def decoding(config: ConfigDict) -> runtime.Sampling:

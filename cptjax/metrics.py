@@ -6,6 +6,7 @@ A checkpoint stores `Log.positions()`; `Log.rewind(positions)` cuts whatever a k
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -244,7 +245,7 @@ def bytes_under(folder: Path | str) -> int:
 def waiting(lines: Iterable[Mapping[str, Any]]) -> float | None:
     """The share of training steps' time in which rows were awaited and no device worked; a stage's first step, which compiles, is out."""
     steps = [line for line in lines if "seconds/data" in line]
-    later = [line for before, line in zip(steps, steps[1:]) if line["stage"] == before["stage"]]  # noqa: B905
+    later = [line for before, line in itertools.pairwise(steps) if line["stage"] == before["stage"]]
     total = sum(line["seconds/lesson"] + line["seconds/update"] for line in later)
     return sum(line["seconds/data"] for line in later) / total if total else None
 

@@ -22,6 +22,7 @@ from cptjax.prompting import Course
 from cptjax.runtime import Runtime
 from cptjax.settings import Stage
 from cptjax.tasks import BadRow
+from cptjax.tasks.task import Examples
 from cptjax.tasks.validate import without
 from cptjax.types import Example, Params
 from cptjax.verify import Pool
@@ -104,7 +105,7 @@ class Run:
             raise ValueError(f"task {reading.task}: its {reading.split} split has no rows")
         look = lambda: survey.bad_rows(found, course, self.rt.processor, reading.answered, max(self.rt.ladder))
         # A user's files may change between two starts; public ones do not, and reading them all takes long.
-        bad = look() if hasattr(found, "bad") else self._once(reading, look)
+        bad = self._once(reading, look) if isinstance(found, Examples) else look()
         return without(found, bad, reading.allowed, console.say)
 
     def _once(self, reading: survey.Reading, look: Callable[[], list[BadRow]]) -> list[BadRow]:
