@@ -9,6 +9,8 @@ import pytest
 from cptjax import console, evaluate, processor, prompting, runtime
 from cptjax.model.config import PRESETS
 from cptjax.tasks import synthetic
+from cptjax.tasks.task import Examples, ask
+from cptjax.types import Example
 from cptjax.verify import Pool
 
 ROWS = 22
@@ -42,7 +44,8 @@ def examined(rt, room, workers=0, rows=range(ROWS), forced=False, times=1):
     task = synthetic.make("digits", "digit", level=3, also=("contains",), scorer="exact")
     with Pool(processes=1) as pool:
         course = prompting.course(task, "none", weights, pool)
-        sheets = evaluate.Sheets(rt, course, task.load("test", limit=ROWS), workers)
+        build = lambda i: Example("", ask("red " * (7 * i % 5) + f"what is {i} ?"), str(i))
+        sheets = evaluate.Sheets(rt, course, Examples("digits", "test", range(ROWS), build), workers)
         sheets.shelf.room = room
         key, sampling = jax.random.key(0), runtime.Sampling(1, 0.0, max_new_tokens=4)
         for _ in range(times):
@@ -60,7 +63,7 @@ def test_answers_are_the_same_kept_or_made_again_and_memory_is_bounded(desk):
     assert [r.id for r in exams[0].records] == [f"digits/test/{i}" for i in range(ROWS)]
     for number, (rows, lengths, count) in enumerate(told[passes * size :]):
         before, batch = divmod(number, size)
-        assert lengths == sorted(lengths, reverse=True) and len(rows) == 4
+        assert len(rows) == 4 and (not batch or told[passes * size + number - 1][1][-1] >= lengths[0] >= lengths[-1])
         assert count - ROWS * (1 + before) <= 4 * (batch + 2)  # up to this batch and the one after it
     assert {scorer.name: len(records) for scorer, records in exams[0].also.items()} == {"contains": ROWS}
 
