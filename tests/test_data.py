@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from cptjax import data
+from cptjax import bench_data, data
 from cptjax.data import Stream
 from cptjax.order import Order, Place, pick
 from cptjax.types import Example
@@ -218,13 +218,13 @@ def test_mismatched_lists_and_batches_are_refused():
 
 
 def test_benchmark_measures_the_whole_pipeline():
-    found = data.benchmark(rows=64, jpegs=2)
+    found = bench_data.benchmark(rows=64, jpegs=2)
     assert (found["data_rows"], found["data_jpeg_448_rows"]) == (32, 1)  # the first batch starts the workers
     assert min(found["data_rows_s"], found["data_rows_s_core"], found["data_jpeg_448_rows_s_core"]) > 5
 
 
 def test_the_benchmark_counts_the_rows_that_it_reads():
-    rows, wall, _ = data._time(examples(16), lambda example: time.sleep(0.02), list, 0)
+    rows, wall, _ = bench_data._time(examples(16), lambda example: time.sleep(0.02), list, 0)
     assert rows == 8 and wall > 0.9 * rows * 0.02
 
 
