@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
         workers=0,  # image decoding processes; 0 = in this one
         prefetch=2,  # batches
         pack=False,  # SFT: several conversations in one row
-        template="cot",  # cot | direct | answer | none | path.jinja
+        template="cot",  # cot | boxed | direct | letter | answer | none | path.jinja
         weights=(),  # of a stage's tasks, when it has several; () = by size
     ))  # fmt: skip
 

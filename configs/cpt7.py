@@ -118,7 +118,7 @@ def get_config(arg="grpo,7b"):
     c.model.update(path=SIZES[size], remat="block")
     c.stages = tuple(dict(task=prefix + t, epochs=EPOCHS.get(t, 1)) for t in ORDER)
     c.data.update(template="cot", prompt_limit=4096, workers=8)
-    c.eval.update(general=("mmmu", f"{prefix}mmlu_pro", "pope"), batch=256, max_new_tokens=1024, every=50)
+    c.eval.update(general=tuple(prefix + t for t in ("mmmu", "mmlu_pro", "pope")), batch=256, max_new_tokens=1024, every=50)
     # 7B has 4 key/value heads, and cut four ways 64 to 256 chips leave 16 to 64 shards, which divide the batches.
     c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
     ARMS[arm](c)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax import bench_load, bench_peer, console, data, flops, objectives, optim, sampler, sharding, stage, train
+from cptjax import bench_data, bench_load, bench_peer, console, flops, objectives, optim, sampler, sharding, stage, train
 from cptjax.bench_load import resident
 from cptjax.bench_work import DTYPES, MODEL_PHASES, SIZES, Work, check, drawn, rows_of
 from cptjax.model import attention, convert, positions, qwen25_vl, trainable
@@ -229,7 +229,7 @@ def run(work: Work, phases: Sequence[str], peer: str | None = None) -> dict[str,
     """All that is asked for, by name."""
     check(work, phases)
     found: dict[str, Any] = bench_load.measure(work) if "load" in phases else {}
-    found |= data.benchmark() if "data" in phases else {}
+    found |= bench_data.benchmark() if "data" in phases else {}
     wanted, heard = [p for p in MODEL_PHASES if p in phases], Compilations()
     if not wanted:
         return found
@@ -244,6 +244,8 @@ def run(work: Work, phases: Sequence[str], peer: str | None = None) -> dict[str,
             found |= measure(session, phase, ask, heard)
         most = max(first, ceiling(session.dtype))
     found |= facts | efficiency(found, wanted, work, session.cfg, most)
+    if {"data", "sft"} <= set(phases):  # how much faster rows come than this model's training step takes them
+        found["data_over_sft"] = found["data_rows_s"] / (found["seqs"] / found["sft_s"])
     total = {"compilations": heard.count, "compile_s": heard.seconds, "peak_gib": peak_memory()}
     return found | total | {"attention": session.cfg.attention, "load_average": os.getloadavg()[0]}
 

@@ -45,15 +45,9 @@ def run(config: ConfigDict, rows: int | None = None) -> list[Findings]:
     found = survey_all(plans, rows, config.rewards.timeout)
     for name, single, stages in plans:
         for each in stages:
-            show_stage(name, single, each, [found[key(single, r)] for r in survey.trained(each)])
+            show_stage(name, single, each, [found[survey.key(single, r)] for r in survey.trained(each, stages)])
     refuse(list(found.values()))
     return list(found.values())
-
-
-def key(config: ConfigDict, reading: survey.Reading) -> tuple:
-    """Equal where two runs read the same rows in the same way."""
-    m = config.model
-    return reading, repr(config.tasks.to_dict().get(reading.task)), m.path, m.preset, m.min_pixels, m.max_pixels, lengths(config)
 
 
 def survey_all(plans: Sequence[tuple[str, ConfigDict, list[Stage]]], rows: int | None, timeout: float) -> dict[tuple, Findings]:
@@ -62,10 +56,10 @@ def survey_all(plans: Sequence[tuple[str, ConfigDict, list[Stage]]], rows: int |
     try:
         for name, config, stages in plans:
             for reading in survey.readings(config, stages):
-                if key(config, reading) not in found:
+                if (key := survey.key(config, reading)) not in found:
                     new = all((f.reading.task, f.reading.template) != (reading.task, reading.template) for f in found.values())
-                    found[key(config, reading)] = survey.look(config, reading, rows, pool)
-                    show(name, found[key(config, reading)], max(lengths(config)), prompts=new)
+                    found[key] = survey.look(config, reading, rows, pool)
+                    show(name, found[key], max(lengths(config)), prompts=new)
     finally:
         pool.close()
     return found
@@ -132,11 +126,12 @@ def show_stage(name: str, config: ConfigDict, each: Stage, found: Sequence[Findi
     c, read = each.config, tuple(len(f.rows) for f in found)
     if not all(read):
         return
-    order = lambda sizes: Order(sizes, c.train.batch, tuple(c.data.weights), seed=config.seed, stage=each.number)
+    n, fraction = len(each.tasks), c.method.replay.fraction
+    order = lambda sizes: Order(sizes[:n], c.train.batch, tuple(c.data.weights), sizes[n:], fraction, config.seed, each.number)
     sizes = tuple(f.total - len(f.bad) for f in found)
     steps = each.steps or order(sizes).steps(each.epochs)
     title = f"{_label(name)}stage {each.number} {each.name} ({c.method.name})"
-    console.say(f"\n{title}: {sum(sizes)} rows, batch {c.train.batch}, {steps} steps")
+    console.say(f"\n{title}: {sum(sizes[:n])} rows, batch {c.train.batch}, {steps} steps")
     rows = padding(order(read), [f.tokens for f in found], lengths(c), c.data.pack)
     total = Padding(0, sum(p.batches for p in rows), sum(p.tokens for p in rows), sum(p.slots for p in rows))
     lines = [(str(p.length or "all"), str(p.batches), f"{p.waste:.0%}") for p in [*rows, total]]

@@ -66,6 +66,7 @@ def one(config: ConfigDict, workdir: Path, sigterm: Sigterm, export: Path | None
     """One run to its end; `export` gets the last model as a Hugging Face folder."""
     with contextlib.closing(open_run(config, workdir, sigterm)) as current:
         place = resume(current)
+        exams.open_all(current, place)
         sign(current)
         for number in range(place.stage, len(current.stages) + 1):
             if number and not place.finished(number):

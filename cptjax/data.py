@@ -3,10 +3,10 @@
 The order is `cptjax.order`'s and does not depend on who reads: any number of workers gives the same batches.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
-import functools
-import io
 import math
 import multiprocessing
 import os
@@ -14,14 +14,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import cloudpickle
 import grain
-import numpy as np
-from PIL import Image
 
 from cptjax.order import Order, Place
 from cptjax.types import Example
@@ -42,7 +40,7 @@ class Stream:
     """An endless iterator over a stage's batches from `step` on; reads and prepares rows ahead in threads or processes.
 
     `prepare` turns an example into anything that pickles, `collate` a list of `Row` into a batch; both must be functions of
-    their arguments alone. `waited` is the time, in seconds, that the last batch kept its caller waiting.
+    their arguments alone. `waited` is the time, in seconds, that all batches so far kept their caller waiting.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class Stream:
     def __next__(self) -> Any:
         started = time.perf_counter()
         batch = next(self._batches)
-        self.waited = time.perf_counter() - started
+        self.waited += time.perf_counter() - started
         self.step += 1
         return batch
 
@@ -89,15 +87,43 @@ class Shelf:
         self.rows, self.room, self.kept = rows, room, {}
         self.open: bool | None = None
 
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key in self.kept:
-            return self.kept[key]
-        value = make()
-        if self.open is None:
-            self.open = len(cloudpickle.dumps(value)) * self.rows <= self.room
+    def get(self, keys: Sequence[Any], make: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """The values of keys; those that are not here are made in one call."""
+        new = [key for key in dict.fromkeys(keys) if key not in self.kept]
+        made = dict(zip(new, make(new), strict=True)) if new else {}
+        if new and self.open is None:
+            self.open = len(cloudpickle.dumps(made[new[0]])) * self.rows <= self.room
         if self.open:
-            self.kept[key] = value
-        return value
+            self.kept |= made
+        return [made[key] if key in made else self.kept[key] for key in keys]
+
+
+@contextlib.contextmanager
+def reading(
+    sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any], workers: int = 0
+) -> Iterator[Callable[[Sequence[Place]], list[Any]]]:
+    """A function that prepares the rows at some places: in this process, or in others that live as long as the context."""
+    if not workers:
+        yield lambda places: [prepare_row(sources, prepare, place) for place in places]
+        return
+    with contextlib.closing(_Pool(sources, prepare, workers)) as pool:
+        yield pool
+
+
+def ahead(make: Callable[[Any], Any], batches: Iterable[Any], prefetch: int = 1) -> Iterator[Any]:
+    """`make` of each batch in order, `prefetch` of them made in a thread while the caller works on the one before."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        coming: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for batch in batches:
+                coming.append(thread.submit(make, batch))
+                if len(coming) > prefetch:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 @dataclasses.dataclass
@@ -126,8 +152,8 @@ class _Here:
         self.shelf = Shelf(sum(map(len, sources)))
 
     def __call__(self, places: Sequence[Place]) -> list[Any]:
-        make = lambda p: lambda: prepare_row(self.sources, self.prepare, p)
-        return [self.shelf.get((p.source, p.index), make(p)) for p in places]
+        make = lambda rows: [prepare_row(self.sources, self.prepare, Place(*row, 0)) for row in rows]
+        return self.shelf.get([(p.source, p.index) for p in places], make)
 
     def close(self) -> None:
         """Has nothing to end."""
@@ -208,49 +234,3 @@ def _follow_parent() -> None:
 
 def _work(places: list[Place]) -> list[Any]:
     return [_prepare(p) for p in places]
-
-
-def benchmark(rows: int = 20_000, jpegs: int = 64, workers: int = 0) -> dict[str, float]:
-    """Measures the whole pipeline, from drawn example to padded batch: rows a second, and rows a second of one core."""
-    # Workers import this module: tokenizer libraries at its top would cost each of them seconds.
-    from cptjax import processor
-    from cptjax.model.config import PRESETS, VisionConfig
-    from cptjax.tasks import synthetic
-
-    tiny, large = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], vision=VisionConfig())
-    drawn = synthetic.make("bench", "colour", side=64).load("train", limit=rows)
-    words = [processor.load(None, cfg, side * side, side * side) for cfg, side in ((tiny, 64), (large, 448))]
-    collate = lambda batch: processor.collate([row.value for row in batch], buckets=(64, 512))
-    wall, cpu = _time(drawn, words[0], collate, workers)
-    _, jpeg = _time(_photos(jpegs), words[1], collate, 0)
-    return {"data_rows": rows, "data_rows_s": rows / wall, "data_rows_s_core": rows / cpu, "data_jpeg_448_rows_s_core": jpegs / jpeg}
-
-
-def _time(examples: Sequence[Example], words: Any, collate: Callable, workers: int) -> tuple[float, float]:
-    """Returns (seconds, processor seconds of this process) of one epoch in batches of 32, without the workers' start."""
-    order = Order((len(examples),), 32)
-    steps = order.steps(1)
-    with Stream(order, [examples], functools.partial(_encode, words), collate=collate, workers=workers, prefetch=1) as stream:
-        next(stream)
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            next(stream)
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _encode(words: Any, example: Example) -> Any:
-    return words.encode(example.messages)
-
-
-def _photos(n: int) -> list[Example]:
-    """Returns questions about 448 x 448 JPEGs that cost what a photo costs to decode: soft shapes under fine grain."""
-    rng = np.random.default_rng(0)
-    out = []
-    for i in range(n):
-        soft = Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).resize((448, 448), Image.Resampling.BICUBIC)
-        noise = rng.integers(-12, 13, (448, 448, 3))
-        file = io.BytesIO()
-        Image.fromarray((np.asarray(soft) + noise).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        content = [{"type": "image", "image": file.getvalue()}, {"type": "text", "text": "which colour is it ?"}]
-        out.append(Example(str(i), [{"role": "user", "content": content}], ""))
-    return out

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax import evaluate, metrics, multihost, runtime, settings, sharding, train
+from cptjax import metrics, multihost, runtime, scorers, settings, sharding, train
 from cptjax.batches import groups, pieces, trimmed
 from cptjax.logps import distill_kl
 from cptjax.model import text
@@ -36,7 +36,8 @@ def own_answers(current: Any, task: str) -> list[tuple[Batch, np.ndarray]]:
     They are the same at every stage, so drawn once a run.
     """
     c, rt = current.config, current.rt
-    course, examples = current.course(task, c, template_of(current, task)), current.examples(task, "test", c)
+    template = template_of(current, task)
+    course, examples = current.course(task, c, template), current.examples(task, "test", c, template)
     wanted = min(c.eval.drift, len(examples))
     share = -(-wanted // (jax.process_count() * rt.shards)) * rt.shards
     places = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
@@ -62,8 +63,7 @@ def rows(current: Any, number: int, task: str, common: dict[str, Any]) -> list[d
             kl = sharding.local_rows(_program(rt.cfg, rt.dtype, chunk)(current.base(), current.params, batch))
         sums += [(s, n) for s, n in zip(kl.sum(1).tolist(), lengths.tolist(), strict=True) if n]
     every = multihost.together(multihost.gather(sums))
-    per_row = [s / n for s, n in every]
-    own = {"task": task, "metric": metrics.DRIFT, "value": sum(s for s, _ in every) / sum(n for _, n in every), "n": len(every)}
+    own = {"task": task, "metric": metrics.DRIFT, **scorers.ratio(*zip(*every, strict=True))._asdict()}
     template = current.course(task, current.config, template_of(current, task)).template.name
     decoding = f"the base's own, T=1, {current.config.eval.max_new_tokens} tokens"
-    return [{**own, "stderr": evaluate.stderr(per_row), "scorer": "kl@1", "template": template, **common, "decoding": decoding}]
+    return [{**own, "scorer": "kl@1", "template": template, **common, "decoding": decoding}]

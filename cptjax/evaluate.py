@@ -1,20 +1,22 @@
 """One task, one model -> scored answers: the same decoding for every method, never teacher-forced."""
 
 import base64
+import concurrent.futures
+import contextlib
 import dataclasses
 import io
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from cptjax import console, metrics, multihost, runtime, scorers
+from cptjax import console, data, metrics, multihost, runtime, scorers
 from cptjax.batching import Encoded
-from cptjax.data import Shelf
 from cptjax.images import open_image
 from cptjax.lessons import Spent, sampled
+from cptjax.order import Place
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime, Sampling
 from cptjax.types import Example, Params
@@ -29,27 +31,60 @@ class Exam:
     forced: list[scorers.Record]  # after the forced prefix; empty where that was not asked for
     texts: list[str]
     spent: Spent  # by all processes, the forced answers included
-    also: dict[str, list[scorers.Record]] = dataclasses.field(default_factory=dict)  # by the task's further scorers, by their names
+    also: dict[scorers.Scorer, list[scorers.Record]] = dataclasses.field(default_factory=dict)  # by the task's further scorers
+
+
+class Sheets:
+    """A task's test rows as prompts, over all evaluations: measured once, encoded just ahead of the device, kept where all fit."""
+
+    def __init__(self, rt: Runtime, course: Course, examples: Sequence[Example], workers: int = 0):
+        self.rt, self.course, self.examples, self.workers = rt, course, examples, workers
+        self.lengths: dict[int, int] = {}  # tokens, by row
+        self.asked: dict[int, Example] = {}  # without their pictures, by row
+        self.shelf = data.Shelf(len(examples))
+
+    def order(self, rows: Sequence[int]) -> list[int]:
+        """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
+        look = lambda example: (self.rt.processor.measure(self.course.messages(example))[0], dataclasses.replace(example, messages=[]))
+        new = list(dict.fromkeys(i for i in rows if i not in self.lengths))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            found = threads.map(lambda i: data.prepare_row([self.examples], look, Place(0, i, 0)), new)
+            for i, (tokens, asked) in zip(new, found, strict=True):
+                self.lengths[i], self.asked[i] = tokens, asked
+        return sorted(rows, key=lambda i: (-self.lengths[i], i))
+
+    def encoded(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Encoded]]:
+        """The prompts of each batch by row, made while the device answers the batch before."""
+        form, words = dataclasses.replace(self.course, pool=None), self.rt.processor  # a pool does not pickle
+        encode = lambda example: words.encode(form.messages(example), generation=True)
+        workers = 0 if all(i in self.shelf.kept for rows in batches for i in rows) else self.workers
+        with data.reading([self.examples], encode, workers) as read:
+            shelved = lambda rows: self.shelf.get(rows, lambda new: read([Place(0, i, 0) for i in new]))
+            for rows, values in zip(batches, data.ahead(shelved, batches), strict=True):
+                yield dict(zip(rows, values, strict=True))
 
 
 def answer(
-    rt: Runtime, params: Params, encoded: Sequence[Encoded], sampling: Sampling, batch: int, key: jax.Array, bar: console.Bar
-) -> tuple[list[str], Spent]:
-    """Texts of all prompts in their order; long prompts first, so that one batch holds similar lengths and memory peaks at once."""
-    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].tokens), i))
+    rt: Runtime, params: Params, sheets: Sheets, rows: Sequence[int], sampling: Sampling, batch: int, key: jax.Array, bar: console.Bar,
+    prefix: Sequence[int] = (),
+) -> tuple[list[str], Spent]:  # fmt: skip
+    """Texts of all rows in their order; `prefix`: the tokens that each answer is made to begin with."""
+    order = sheets.order(rows)
     batch = max(rt.shards, batch // jax.process_count() // rt.shards * rt.shards)
-    found: list[str] = [""] * len(encoded)
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    found: dict[int, str] = {}
     spent = Spent()
-    for start in range(0, len(order), batch):
-        mine = order[start : start + batch]
-        filled = mine + [mine[-1]] * (batch - len(mine))  # a full batch has the compiled shape
-        limits = np.where(np.arange(batch) < len(mine), sampling.max_new_tokens, 0)
-        out = runtime.sample(rt, params, [encoded[i] for i in filled], key, np.asarray(filled), sampling, limits=limits)
-        for i, text in zip(mine, out.texts, strict=False):
-            found[i] = text
-        spent += sampled(rt.cfg, [encoded[i] for i in mine], out.mask[: len(mine)].sum(1)[:, None])
-        bar.advance(len(mine))
-    return found, spent
+    with contextlib.closing(sheets.encoded(batches)) as coming:
+        for mine, prompts in zip(batches, coming, strict=True):
+            encoded = {i: begun(prompt, prefix) if prefix else prompt for i, prompt in prompts.items()}
+            filled = mine + [mine[-1]] * (batch - len(mine))  # a full batch has the compiled shape
+            limits = np.where(np.arange(batch) < len(mine), sampling.max_new_tokens, 0)
+            out = runtime.sample(rt, params, [encoded[i] for i in filled], key, np.asarray(filled), sampling, limits=limits)
+            for i, text in zip(mine, out.texts, strict=False):
+                found[i] = text
+            spent += sampled(rt.cfg, [encoded[i] for i in mine], out.mask[: len(mine)].sum(1)[:, None])
+            bar.advance(len(mine))
+    return [found[i] for i in rows], spent
 
 
 def begun(encoded: Encoded, ids: Sequence[int]) -> Encoded:
@@ -61,75 +96,53 @@ def begun(encoded: Encoded, ids: Sequence[int]) -> Encoded:
     return dataclasses.replace(encoded, positions=np.concatenate([encoded.positions, text], 1), **joined)
 
 
-def own_rows(n: int) -> list[int]:
+def own_rows(rows: Sequence[int]) -> list[int]:
     """The rows that this process answers; the last is answered again where the processes' shares would differ."""
     count, index = jax.process_count(), jax.process_index()
-    share = -(-n // count)
-    return [min(i, n - 1) for i in range(index * share, (index + 1) * share)]
+    share = -(-len(rows) // count)
+    return [rows[min(i, len(rows) - 1)] for i in range(index * share, (index + 1) * share)]
 
 
 def take(
-    rt: Runtime, params: Params, course: Course, examples: Sequence[Example], *, sampling: Sampling, batch: int, key: jax.Array,
-    forced: bool = False, title: str = "", shelf: Shelf | None = None,
+    rt: Runtime, params: Params, sheets: Sheets, rows: Sequence[int], *, sampling: Sampling, batch: int, key: jax.Array,
+    forced: bool = False, title: str = "",
 ) -> Exam:  # fmt: skip
-    """All examples answered and scored; `shelf` keeps encoded prompts from one evaluation to the next."""
-    shelf = Shelf(len(examples)) if shelf is None else shelf
-    rows = own_rows(len(examples))
+    """Some rows of a task answered and scored."""
+    course, mine = sheets.course, own_rows(rows)
     params, sampling = runtime.prepared(rt, params, sampling)
-    mine = [examples[i] for i in rows]
     with console.progress(title or f"evaluate {course.name}", total=len(mine) * (1 + forced)) as bar:
-        make = lambda e: lambda: rt.processor.encode(course.messages(e), generation=True)
-        encoded = [shelf.get(e.id, make(e)) for e in mine]
-        texts, spent = answer(rt, params, encoded, sampling, batch, key, bar)
+        texts, spent = answer(rt, params, sheets, mine, sampling, batch, key, bar)
         again: list[str] = []
         if forced:
-            prefix = rt.processor.opening(course.forced_prefix)
-            prefixed = [begun(e, prefix) for e in encoded]
-            again, more = answer(rt, params, prefixed, sampling, batch, key, bar)
+            again, more = answer(rt, params, sheets, mine, sampling, batch, key, bar, rt.processor.opening(course.forced_prefix))
             spent += more
-    records = course.score(texts, mine)
-    further = {name: dataclasses.replace(course, scorer=scorers.find(name)).score(texts, mine) for name in course.task.also}
-    after = course.score(again, mine, forced=True) if forced else []
-    parts = multihost.gather([(i, r, t) for i, r, t in zip(rows, records, texts, strict=True)])
-    parts_after = multihost.gather(list(zip(rows, after, strict=False)))
-    also = {name: _in_order(rows, found, len(examples)) for name, found in further.items()}
-    by_row = {i: (r, t) for i, r, t in multihost.together(parts)}
-    forced_by_row = dict(multihost.together(parts_after))
-    picked = [by_row[i] for i in range(len(examples))]
-    return Exam(
-        course, [r for r, _ in picked], [forced_by_row[i] for i in sorted(forced_by_row)], [t for _, t in picked],
-        sum(multihost.gather(spent), Spent()), also,
-    )  # fmt: skip
+    asked = [sheets.asked[i] for i in mine]
+    everyone = lambda found: _in_order(rows, mine, found)
+    further = {scorer: everyone(dataclasses.replace(course, scorer=scorer).score(texts, asked)) for scorer in course.also}
+    after = everyone(course.score(again, asked, forced=True)) if forced else []
+    total = sum(multihost.gather(spent), Spent())
+    return Exam(course, everyone(course.score(texts, asked)), after, everyone(texts), total, further)
 
 
-def _in_order(rows: Sequence[int], found: Sequence[Any], n: int) -> list[Any]:
-    """Everyone's records by row."""
-    by_row = dict(multihost.together(multihost.gather(list(zip(rows, found, strict=True)))))
-    return [by_row[i] for i in range(n)]
-
-
-def stderr(values: Sequence[float]) -> float:
-    """Standard error of a mean; the range of a single value is unknown."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def _in_order(rows: Sequence[int], mine: Sequence[int], found: Sequence[Any]) -> list[Any]:
+    """What every process found, by row."""
+    by_row = dict(multihost.together(multihost.gather(list(zip(mine, found, strict=True)))))
+    return [by_row[i] for i in rows]
 
 
 def rows(exam: Exam, common: Mapping[str, Any], mini: bool = False) -> list[dict[str, Any]]:
     """The lines of evals.csv."""
-    summary = scorers.summarise(exam.course.scorer, exam.records)
-    own = {"task": exam.course.name, "scorer": exam.course.scorer.id, "template": exam.course.template.name, **common}
-    line = lambda name, value, records, error=None: {**own, "metric": name, "value": value, "n": len(records), "stderr": error}
-    accuracy = metrics.MINI if mini else metrics.ACCURACY
-    out = [line(accuracy, summary.pop("accuracy"), exam.records, stderr([r.score for r in exam.records]))]
+    own = {"task": exam.course.name, "template": exam.course.template.name, **common}
+    line = lambda scorer, name, metric: {**own, "metric": name, "scorer": scorer.id, **metric._asdict()}
+    main = exam.course.scorer
+    summary = scorers.summarise(main, exam.records)
     if mini:
-        return out
-    out += [line(name, value, exam.records) for name, value in summary.items()]
-    for name, records in exam.also.items():
-        scorer = scorers.find(name)
-        value = scorers.summarise(scorer, records)["accuracy"]
-        out.append(line(f"{accuracy}_{name}", value, records, stderr([r.score for r in records])) | {"scorer": scorer.id})
+        return [line(main, metrics.MINI, summary[metrics.ACCURACY])]
+    out = [line(main, name, metric) for name, metric in summary.items()]
+    for scorer, records in exam.also.items():
+        out += [line(scorer, f"{scorer.name}/{name}", metric) for name, metric in scorers.summarise(scorer, records).items()]
     if exam.forced:
-        scores = [r.score for r in exam.forced]
-        out.append(line(metrics.FORCED, float(np.mean(scores)), exam.forced, stderr(scores)))
+        out.append(line(main, metrics.FORCED, scorers.mean([r.score for r in exam.forced])))
     return out
 
 

@@ -8,13 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax import console, drift, evaluate, report, resume, runtime, settings, summary
-from cptjax.data import Shelf
 from cptjax.lessons import Spent
 from cptjax.model import trainable
 from cptjax.resume import Place
 from cptjax.session import Run
 from cptjax.settings import Stage
-from cptjax.tasks.validate import Chosen
+from cptjax.tasks.task import sample
 from cptjax.types import Params
 
 
@@ -22,6 +21,18 @@ def tasks_of(current: Run) -> tuple[list[str], list[str]]:
     """(tasks of the stages, general tasks), each once."""
     own = settings.examined(current.config, current.stages)
     return own, [t for t in dict.fromkeys(current.config.eval.general) if t not in own]
+
+
+def open_all(current: Run, place: Place) -> None:
+    """Every split that is still to be read is looked through, so that a wrong row is told before the first step."""
+    coming = [which for which in current.stages if not place.finished(which.number)]
+    tested = [task for part in tasks_of(current) for task in part]
+    for task in tested if coming or not set(tested) <= set(place.done) else ():
+        for template in templates_of(current, task):
+            current.examples(task, "test", current.config, template)
+    for which in coming:
+        for task in (*which.tasks, *settings.replayed(current.stages, which)):
+            current.examples(task, "train", which.config)
 
 
 def decoding(config: ConfigDict) -> runtime.Sampling:
@@ -59,7 +70,7 @@ def record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
     e, began = current.config.eval, time.perf_counter()
     spent = Spent()
     for i, template in enumerate(templates_of(current, task)):
-        exam = take(current, number, task, template, e.limit, e.forced_prefix, after(number))
+        exam = take(current, number, task, template, e.forced_prefix, after(number))
         spent += exam.spent
         if current.log:
             current.log.evals(evaluate.rows(exam, about))
@@ -84,16 +95,16 @@ def after(number: int) -> str:
     return f"after stage {number}" if number else "before any stage"
 
 
-def take(current: Run, number: int, task: str, template: str, limit: int | None, forced: bool, when: str) -> evaluate.Exam:
-    """The current model's answers to a task's first `limit` test rows; their randomness depends on the stage alone."""
+def take(current: Run, number: int, task: str, template: str, forced: bool, when: str, mini: int | None = None) -> evaluate.Exam:
+    """The current model's answers to a task's test rows, or to the same `mini` of them; their randomness depends on the stage alone."""
     c = current.config
-    examples = current.examples(task, "test", c)
-    examples = examples if limit is None else Chosen(examples, range(min(limit, len(examples))))
+    course, examples = current.course(task, c, template), current.examples(task, "test", c, template)
+    sheets = current.cached(("sheets", task, template), lambda: evaluate.Sheets(current.rt, course, examples, c.data.workers))
+    rows = sample(range(len(sheets.examples)), mini, seed=0).tolist()
     key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
-    shelf = current.cached(("shelf", task, template), lambda: Shelf(len(examples)))
     return evaluate.take(
-        current.rt, current.params, current.course(task, c, template), examples, sampling=decoding(c), batch=c.eval.batch, key=key,
-        forced=forced, title=f"evaluate {task} {when}", shelf=shelf,
+        current.rt, current.params, sheets, rows, sampling=decoding(c), batch=c.eval.batch, key=key, forced=forced,
+        title=f"evaluate {task} {when}",
     )  # fmt: skip
 
 
@@ -104,7 +115,7 @@ def inside(current: Run, which: Stage, trained: Params, frozen: Params, step: in
     found: dict[str, list[float]] = {"accuracy": [], "others": []}
     for task in tasks_of(current)[0]:
         template = templates_of(current, task)[0]
-        exam = take(current, which.number, task, template, which.config.eval.mini, False, f"at step {step}")
+        exam = take(current, which.number, task, template, False, f"at step {step}", which.config.eval.mini)
         spent += exam.spent
         rows = evaluate.rows(exam, common(current, which.number, step), mini=True)
         found["accuracy" if task in which.tasks else "others"] += [row["value"] for row in rows]

@@ -88,8 +88,7 @@ def teaches(which: Stage) -> bool:
 def classroom(current: Run, which: Stage, start: Params | None) -> Classroom:
     """The stage's examples, order and helpers."""
     c, rt = which.config, current.rt
-    earlier = [t for s in current.stages[: which.number - 1] for t in s.tasks]
-    replayed = list(dict.fromkeys(t for t in earlier if t not in which.tasks)) if c.method.replay.fraction else []
+    replayed = settings.replayed(current.stages, which)
     courses = {name: current.course(name, c) for name in (*which.tasks, *replayed)}
     sources = [current.examples(name, "train", c) for name in (*which.tasks, *replayed)]
     if c.method.objective == "distill":

@@ -6,6 +6,7 @@ A checkpoint stores `Log.positions()`; `Log.rewind(positions)` cuts whatever a k
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -225,6 +226,14 @@ def bytes_under(folder: Path | str) -> int:
     return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
 
 
+def waiting(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of training steps' time in which rows were awaited and no device worked; a stage's first step, which compiles, is out."""
+    steps = [line for line in lines if "seconds/data" in line]
+    later = [line for before, line in itertools.pairwise(steps) if line["stage"] == before["stage"]]
+    total = sum(line["seconds/lesson"] + line["seconds/update"] for line in later)
+    return sum(line["seconds/data"] for line in later) / total if total else None
+
+
 def cost(workdir: Path | str) -> dict[str, Any]:
     """Adds up what metrics.jsonl says was spent, by stage and kind of work, and what lies on the disk."""
     rows: dict[tuple[int, str], dict[str, float]] = {}
@@ -236,4 +245,5 @@ def cost(workdir: Path | str) -> dict[str, Any]:
     total = lambda some: {name: sum(p[name] for p in some) for name in COSTS}
     works = {work: total([p for p in parts if p["work"] == work]) for work in dict.fromkeys(p["work"] for p in parts)}
     stored = {"bytes": bytes_under(workdir), "checkpoint_bytes": bytes_under(Path(workdir) / "checkpoints")}
-    return {**total(parts), **stored, "works": works, "parts": parts}
+    wait = {"waiting_for_data": waiting(read_lines(Path(workdir) / "metrics.jsonl"))}
+    return {**total(parts), **wait, **stored, "works": works, "parts": parts}

@@ -21,6 +21,7 @@ class Course:
     scorer: scorers.Scorer
     reward: rewards.Reward
     pool: Pool
+    also: tuple[scorers.Scorer, ...] = ()  # reported beside `scorer`
 
     @property
     def name(self) -> str:
@@ -68,13 +69,20 @@ class Course:
 def course(task: Task, template: str, settings: Any, pool: Pool) -> Course:
     """The task under a template ("" = the task's own), with the reward weights of `config.rewards`."""
     chosen = templates.load(task.template or template)
-    scorer = _scorer(task.scorer)
+    scorer, *also = (_scorer(each, pool) for each in (task.scorer, *task.also))
     weights = dict(accuracy=settings.accuracy, format=settings.format, on_error=settings.on_error)
-    return Course(task, chosen, scorer, rewards.find(task.reward, chosen, scorer, pool=pool, **weights), pool)
+    reward = rewards.find(task.reward, chosen, scorer, pool=pool, extraction=task.extraction, **weights)
+    return Course(task, chosen, scorer, reward, pool, tuple(also))
 
 
-def _scorer(scorer: Any) -> scorers.Scorer:
-    return scorers.find(scorer) if isinstance(scorer, str) else scorers.Scorer(scorer.__name__, scorer)
+def _scorer(scorer: Any, pool: Pool) -> scorers.Scorer:
+    """A scorer that is there: a user's file is loaded now."""
+    if not isinstance(scorer, str):
+        return scorers.Scorer(scorer.__name__, scorer)
+    found = scorers.find(scorer)
+    if found.own:
+        pool.load(found.rule)
+    return found
 
 
 def _columns(examples: Sequence[Example]) -> tuple[list, list[Mapping[str, Any]], list[str]]:

@@ -69,7 +69,7 @@ def tasks_of(current: Run, tasks: tuple[str, ...]) -> list[str]:
 
 def answered(current: Run, number: int, task: str, step: int) -> list[dict[str, Any]]:
     e, about = current.config.eval, exams.common(current, number, step)
-    taken = [exams.take(current, number, task, t, e.limit, e.forced_prefix, exams.after(number)) for t in exams.templates_of(current, task)]
+    taken = [exams.take(current, number, task, t, e.forced_prefix, exams.after(number)) for t in exams.templates_of(current, task)]
     return [row for exam in taken for row in evaluate.rows(exam, about)]
 
 

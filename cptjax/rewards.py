@@ -61,6 +61,7 @@ class Reward:
     format: float = 0.1
     target: str | Callable = ""  # a user's: file.py:function, or a function (completion, answer, **columns)
     on_error: str = "stop"  # stop | zero: a user's function (or scorer) that raises, hangs or gives no finite number
+    extraction: str = ""  # "" = the template's
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class Reward:
         """The parts of each completion; `pool` gives the time limit for what runs in worker processes."""
         if self.target:
             return _by_user(self, completions, answers, metas, ids, pool)
-        how = self.template.extract
+        how = self.extraction or self.template.extract
         records = scorers.score(self.scorer, completions, answers, metas, ids, extraction=how, pool=pool, on_error=self.on_error)
         combine = _jigsaw if self.name == "jigsaw" else _weighted
         return [combine(self, completion, record) for completion, record in zip(completions, records, strict=True)]
@@ -87,6 +88,7 @@ def find(
     accuracy: float = 0.9,
     format: float = 0.1,
     on_error: str = "stop",
+    extraction: str = "",
     pool: Pool | None = None,
 ) -> Reward:
     """The reward of a task: "" or "default" = its scorer's, "jigsaw", another scorer, `file.py:function` (loaded now), a function."""
@@ -94,7 +96,7 @@ def find(
         raise ValueError(f"rewards.on_error must be stop or zero; got {on_error!r}")
     if min(accuracy, format) < 0 or accuracy + format == 0:
         raise ValueError(f"reward weights must be >= 0 and not both 0; got accuracy={accuracy}, format={format}")
-    settings = {"template": template, "accuracy": accuracy, "format": format, "on_error": on_error}
+    settings = {"template": template, "accuracy": accuracy, "format": format, "on_error": on_error, "extraction": extraction}
     if callable(name):
         return Reward(name.__name__, scorer=scorer, target=name, **settings)
     if ".py:" in name:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, trackers, workdir
+from cptjax import console, metrics, multihost, prompting, runtime, settings, stage, survey, trackers, workdir
 from cptjax import tasks as task_list
 from cptjax.batching import ladder
 from cptjax.checkpoint import Checkpoints
@@ -17,9 +18,13 @@ from cptjax.model import trainable
 from cptjax.prompting import Course
 from cptjax.runtime import Runtime
 from cptjax.settings import Stage
-from cptjax.tasks.validate import check as check_rows
+from cptjax.tasks import BadRow
+from cptjax.tasks.task import Examples
+from cptjax.tasks.validate import without
 from cptjax.types import Example, Params
 from cptjax.verify import Pool
+
+WORKER_MEMORY = 16 << 30  # bytes of address space, which a user's large libraries take much of: an end for runaway algebra
 
 
 class Preempted(SystemExit):
@@ -88,19 +93,30 @@ class Run:
         make = lambda: prompting.course(task_list.resolve(name, config.tasks.to_dict()), template, config.rewards, self.pool)
         return self.cached(("course", name, template, tuple(config.rewards.items())), make)
 
-    def examples(self, name: str, split: str, config: ConfigDict) -> Sequence[Example]:
-        """A task's rows, the bad ones told and left out as far as the config allows."""
-        limit = config.data.limit if split == "train" else config.eval.limit
-        return self.cached(("examples", name, split, limit, config.data.root), lambda: self._load(name, split, config, limit))
+    def examples(self, name: str, split: str, config: ConfigDict, template: str = "") -> Sequence[Example]:
+        """A task's rows, the bad ones told and left out as far as the config allows: those that launch/check.py finds."""
+        reading = survey.reading(config, name, split, template)
+        return self.cached(reading, lambda: self._load(reading, self.course(name, config, template)))
 
-    def _load(self, name: str, split: str, config: ConfigDict, limit: int | None) -> Sequence[Example]:
-        task = task_list.resolve(name, config.tasks.to_dict())
-        found = task.load(split, root=config.data.root, limit=limit, seed=self.config.seed)
-        if hasattr(found, "where"):
-            found = check_rows(found, config.data.bad_rows, console.say)
-        if not len(found):
-            raise ValueError(f"task {name}: its {split} split has no rows")
-        return found
+    def _load(self, reading: survey.Reading, course: Course) -> Sequence[Example]:
+        found = survey.load(self.config, reading)
+        if not len(found) and not getattr(found, "bad", ()):
+            raise ValueError(f"task {reading.task}: its {reading.split} split has no rows")
+        look = lambda: survey.bad_rows(found, course, self.rt.processor, reading, max(self.rt.ladder))
+        # A user's files may change between two starts; public ones do not, and reading them all takes long.
+        bad = self._once(reading, look) if isinstance(found, Examples) else look()
+        return without(found, bad, reading.allowed, console.say)
+
+    def _once(self, reading: survey.Reading, look: Callable[[], list[BadRow]]) -> list[BadRow]:
+        """The bad rows that an earlier start of this run has found, or those found now."""
+        key = repr(survey.key(self.config, dataclasses.replace(reading, allowed=0)))
+        path = self.workdir / "rows" / f"{reading.task}_{reading.split}_{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
+        if multihost.gather(path.is_file())[0]:
+            return [BadRow(*row) for row in metrics.json.loads(path.read_text())]
+        bad = look()
+        if self.log:
+            metrics.write_json(path, [dataclasses.astuple(row) for row in bad])
+        return bad
 
     def base(self) -> Params:
         """The base model, in the type of the arithmetic; loaded when first needed."""
@@ -182,4 +198,4 @@ def _model(config: ConfigDict) -> tuple[Runtime, Params]:
 
 
 def _workers(config: ConfigDict) -> Pool:
-    return Pool(processes=config.rewards.processes, timeout=config.rewards.timeout)
+    return Pool(processes=config.rewards.processes, timeout=config.rewards.timeout, memory=WORKER_MEMORY)

@@ -121,6 +121,12 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.eval.groups.{name} is {tasks!r}; expected a tuple of tasks of config.eval.general: {known}")
 
 
+def replayed(stages: Sequence[Stage], which: Stage) -> list[str]:
+    """Earlier stages' tasks whose rows are mixed into a stage, each once."""
+    earlier = [t for s in stages[: which.number - 1] for t in s.tasks]
+    return list(dict.fromkeys(t for t in earlier if t not in which.tasks)) if which.config.method.replay.fraction else []
+
+
 def examined(config: ConfigDict, run: Sequence[Stage]) -> list[str]:
     """The tasks of `eval.tasks`, each once: those of the stages, or the ones that are named."""
     names = [task for each in run for task in each.tasks] if config.eval.tasks == "all" else config.eval.tasks.split(",")

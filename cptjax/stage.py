@@ -75,6 +75,7 @@ def tutor(rt: Runtime, courses: dict[str, Course], config: Any) -> Tutor:
 def lesson(room: Classroom, params: Params | None, stream: Stream | None, progress: Progress) -> Lesson:
     """What the next step learns from; takes its batches from the stream. Answers that are there need no parameters."""
     t, m = room.tutor, room.config.method
+    began, waited = time.perf_counter(), stream.waited if stream else 0.0
     if m.source == "rollouts":
         found = _rolled(room, params, stream, progress)
     else:
@@ -85,6 +86,8 @@ def lesson(room: Classroom, params: Params | None, stream: Stream | None, progre
         found.updates = ([room.teacher.previous(b) for b in update] for update in found.updates)
     if room.reference is not None and m.source != "rollouts":
         found.updates = ([_referenced(t, room.reference, b) for b in update] for update in found.updates)
+    samples = m.source == "rollouts" or corpus.draws(room, progress.step)
+    found.info["seconds/data"] = (stream.waited if stream else 0.0) - waited if samples else time.perf_counter() - began
     return found
 
 
@@ -125,6 +128,8 @@ def teach(
             progress.step += 1
             known = progress.step < room.steps and c.method.source != "rollouts" and not corpus.draws(room, progress.step)
             ahead = lesson(room, None, stream, progress) if known else None  # made while the device works
+            if ahead and working(numbers):
+                ahead.info["seconds/data"] = 0.0  # the device did not wait for it
             told = read(numbers)
             if room.teacher is not None:
                 room.teacher.follow(state.params)
@@ -133,7 +138,6 @@ def teach(
             guard(state, c.train.max_skipped)
             ended = time.perf_counter()
             seconds = {"seconds": ended - began, "seconds/lesson": learning - began, "seconds/update": ended - learning}
-            seconds["seconds/data"] = stream.waited if stream else 0.0
             info = found.info | over_updates(told) | seconds | spent(found.spent, ended - began)
             if not on_step(state, progress, info, found.rows):
                 break
@@ -162,6 +166,11 @@ def read(told: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The numbers of updates, once they are there; a mean over nothing is left out."""
     return [{k: v.value if isinstance(v, Mean) else float(v) for k, v in n.items() if not isinstance(v, Mean) or v.count}
             for n in jax.device_get(told)]  # fmt: skip
+
+
+def working(told: list[dict[str, Any]]) -> bool:
+    """Whether the device has updates still to do."""
+    return not all(x.is_ready() for x in jax.tree.leaves(told) if isinstance(x, jax.Array))
 
 
 def over_updates(told: Sequence[dict[str, float]]) -> dict[str, float]:

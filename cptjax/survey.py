@@ -6,22 +6,25 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cptjax import console, patches, processor, prompting, runtime, settings, tasks, teaching, verify
+from cptjax import console, multihost, patches, processor, prompting, runtime, settings, tasks, teaching, verify
 from cptjax.batching import ladder
 from cptjax.images import open_image
 from cptjax.model.config import Config, read
 from cptjax.processor import Processor
 from cptjax.prompting import Course
 from cptjax.settings import Stage
-from cptjax.tasks import BadRow
+from cptjax.tasks import BadRow, synthetic
 from cptjax.tasks.task import sample
+from cptjax.tasks.validate import Chosen, validate
 from cptjax.types import Example
 
 PROMPTS = 3  # shown of each split
+DRAWN = 64  # rows that are looked at before a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +74,42 @@ def lengths(config: ConfigDict) -> tuple[int, ...]:
     return tuple(config.data.buckets) or ladder(config.data.prompt_limit)
 
 
-def trained(each: Stage) -> list[Reading]:
-    d, m = each.config.data, each.config.method
-    shown = each.config.rollout.max_new_tokens if m.objective == "distill" else 0
-    return [Reading(task, "train", d.template, m.source == "gold", shown, d.limit, d.root, d.bad_rows) for task in each.tasks]
+def reading(config: ConfigDict, task: str, split: str, template: str = "") -> Reading:
+    """A split as a stage, or the evaluation, reads it."""
+    d, m, train = config.data, config.method, split == "train"
+    shown = config.rollout.max_new_tokens if train and m.objective == "distill" else 0
+    limit = d.limit if train else config.eval.limit
+    return Reading(task, split, template or d.template, train and m.source == "gold", shown, limit, d.root, d.bad_rows)
+
+
+def trained(each: Stage, stages: Sequence[Stage]) -> list[Reading]:
+    """What a stage learns from: its own tasks, then those it replays."""
+    return [reading(each.config, task, "train") for task in (*each.tasks, *settings.replayed(stages, each))]
 
 
 def readings(config: ConfigDict, stages: Sequence[Stage]) -> list[Reading]:
     """Every split that a run reads, each once: what its stages train on, what it is evaluated on."""
-    d, e = config.data, config.eval
-    asked = [*settings.examined(config, stages), *e.general]
-    pairs = [(task, template) for task in asked for template in settings.templates(config, stages, task)]
-    tested = [Reading(task, "test", template, False, 0, e.limit, d.root, d.bad_rows) for task, template in pairs]
-    return list(dict.fromkeys([r for each in stages for r in trained(each)] + tested))
+    names = [*settings.examined(config, stages), *config.eval.general]
+    tested = [reading(config, task, "test", template) for task in names for template in settings.templates(config, stages, task)]
+    return list(dict.fromkeys([r for each in stages for r in trained(each, stages)] + tested))
+
+
+def key(config: ConfigDict, reading: Reading) -> tuple:
+    """Equal where two runs read the same rows in the same way."""
+    m = config.model
+    return reading, repr(config.tasks.to_dict().get(reading.task)), m.path, m.preset, m.min_pixels, m.max_pixels, lengths(config)
+
+
+def load(config: ConfigDict, reading: Reading) -> Sequence[Example]:
+    """The rows of a split."""
+    task = tasks.resolve(reading.task, config.tasks.to_dict(), (config.model.min_pixels, config.model.max_pixels))
+    return task.load(reading.split, root=reading.root, limit=reading.limit, seed=config.seed)
 
 
 def look(config: ConfigDict, reading: Reading, rows: int | None, pool: verify.Pool) -> Findings:
     """Reads a split, or `rows` of it chosen by seed."""
-    task = tasks.resolve(reading.task, config.tasks.to_dict())
-    examples = task.load(reading.split, root=reading.root, limit=reading.limit, seed=config.seed)
-    course = prompting.course(task, reading.template, config.rewards, pool)
+    examples = load(config, reading)
+    course = prompting.course(tasks.resolve(reading.task, config.tasks.to_dict()), reading.template, config.rewards, pool)
     words = processor.load(config.model.path or None, model(config), config.model.min_pixels, config.model.max_pixels)
     chosen = [int(i) for i in sample(range(len(examples)), rows, config.seed)]
     measure = lambda i: measure_row(examples, i, course, words, reading, max(lengths(config)))
@@ -121,7 +140,7 @@ def measure_row(
     examples: Sequence[Example], i: int, course: Course, words: Processor, reading: Reading, limit: int
 ) -> Row | BadRow:  # fmt: skip
     """What a row takes, or what is wrong with it."""
-    file, number = examples.where(i) if hasattr(examples, "where") else (course.name, i)
+    file, number = examples.where(i)
     try:
         messages = conversation(examples[i], course, reading.answered)
         for source in pictures(messages):
@@ -139,7 +158,18 @@ def measure_row(
                 raise ValueError(f"{made}, more than data.prompt_limit and rollout.max_new_tokens={reading.shown} hold; raise one of them")
         return Row(tokens, seen, seen * words.cfg.vision.merge**2)
     except (ValueError, OSError) as error:
-        return BadRow(file, number, " ".join(str(error).split()).removeprefix(f"{file}:{number}: "))
+        reason = " ".join(str(error).split())
+        return BadRow(file, number, reason.removeprefix(f"{file}:{number}: ").removeprefix(f"{file}, row {number}: "))
+
+
+def bad_rows(examples: Sequence[Example], course: Course, words: Processor, reading: Reading, limit: int) -> list[BadRow]:
+    """The rows that a run can not use; each process looks at its share. Drawn rows are alike, so of many only the first are looked at."""
+    problem = lambda rows, i: found if isinstance(found := measure_row(rows, i, course, words, reading, limit), BadRow) else None
+    look = lambda rows: validate(Chosen(examples, rows), problem, f"check {examples.where(0)[0]}")
+    if isinstance(examples, synthetic.Drawn) and not look(range(min(len(examples), DRAWN))):
+        return []
+    found = look(range(jax.process_index(), len(examples), jax.process_count())) if len(examples) else []
+    return [*getattr(examples, "bad", ()), *multihost.together(multihost.gather(found))]
 
 
 def pictures(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:

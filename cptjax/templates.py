@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cptjax.scorers.extract import EXTRACTIONS, extract
 
 FOLDER = Path(__file__).with_name("templates")
-BUILT_IN = ("cot", "boxed", "direct", "answer", "none")
+BUILT_IN = ("cot", "boxed", "direct", "letter", "answer", "none")
 FORMATS = ("", "boxed", "think_boxed", "think_answer")
 SETTINGS = {"extract": "whole", "format": "", "forced_prefix": "", "forced_extract": ""}
 

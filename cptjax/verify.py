@@ -59,12 +59,16 @@ class Pool:
         for worker in self._workers:
             self._idle.put(worker)
 
-    def map(self, target: str, calls: Sequence[Call]) -> list[Outcome]:
-        """The outcome of each call of `file.py:function`, in order."""
+    def map(self, target: str, calls: Sequence[Call], patience: float = 1.0) -> list[Outcome]:
+        """The outcome of each call of `file.py:function`, in order.
+
+        With patience > 1 the time limit is of processor time, and on a busy machine a call may take that many times as long.
+        """
+        run = lambda call: self._run(target, call, patience)
         if len(calls) == 1 or self.processes == 1:
-            return [self._run(target, call) for call in calls]
+            return [run(call) for call in calls]
         with ThreadPoolExecutor(self.processes) as threads:
-            return list(threads.map(lambda call: self._run(target, call), calls))
+            return list(threads.map(run, calls))
 
     def load(self, target: str) -> None:
         """Import a target now, so that a missing file, a syntax error or an unknown name stops the run before it starts."""
@@ -72,10 +76,10 @@ class Pool:
         if outcome.error:
             raise ValueError(f"{target}: {outcome.error}")
 
-    def _run(self, target: str, call: Call | None) -> Outcome:
+    def _run(self, target: str, call: Call | None, patience: float = 1.0) -> Outcome:
         worker = self._idle.get()
         try:
-            return worker.run(target, call, self.timeout)
+            return worker.run(target, call, self.timeout, patience)
         finally:
             self._idle.put(worker)
 
@@ -98,26 +102,26 @@ class _Worker:
         self.process: subprocess.Popen | None = None
         self.loaded: set[str] = set()
 
-    def run(self, target: str, call: Call | None, limit: float) -> Outcome:
+    def run(self, target: str, call: Call | None, limit: float, patience: float) -> Outcome:
         try:
-            message = pickle.dumps((target, call and tuple(call), limit))
+            message = pickle.dumps((target, call and tuple(call), limit, patience))
         except Exception as error:  # whatever a column's own pickling code raises
             return Outcome(error=f"a column can not be sent to another process ({type(error).__name__}: {error})")
         if target not in self.loaded:
-            outcome = self._ask(pickle.dumps((target, None, LOAD_LIMIT)), LOAD_LIMIT)
+            outcome = self._ask(pickle.dumps((target, None, LOAD_LIMIT, 1.0)), LOAD_LIMIT)
             if outcome.error:
                 return outcome
             self.loaded.add(target)
-        return Outcome() if call is None else self._ask(message, limit)
+        return Outcome() if call is None else self._ask(message, limit, patience)
 
-    def _ask(self, message: bytes, limit: float) -> Outcome:
+    def _ask(self, message: bytes, limit: float, patience: float = 1.0) -> Outcome:
         process, late, line = self._start(), threading.Event(), b""
 
         def expire() -> None:
             late.set()
             _kill(process)
 
-        timer = threading.Timer(limit, expire)
+        timer = threading.Timer(limit * patience, expire)
         timer.daemon = True
         timer.start()
         with contextlib.suppress(OSError):  # the worker is dead: told apart below, by the empty line
@@ -128,7 +132,7 @@ class _Worker:
         if line.endswith(b"\n") and not late.is_set():
             return Outcome(*json.loads(line))
         code = self.stop()
-        if late.is_set():
+        if late.is_set() or code == -signal.SIGPROF:
             return Outcome(error=f"no answer within {limit:g} s; its process was stopped", late=True)
         return Outcome(error=f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
 
@@ -199,10 +203,11 @@ def serve(memory: int, path: list[str]) -> None:
 def _answer(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
     file = ""
     try:
-        target, call, limit = pickle.loads(message)
+        target, call, limit, patience = pickle.loads(message)
         file = str(split_target(target)[0])
         # If the parent dies meanwhile, the kernel ends this process; the default action of the alarm needs no Python.
-        signal.setitimer(signal.ITIMER_REAL, limit + 5.0)
+        signal.setitimer(signal.ITIMER_REAL, limit * patience + 5.0)
+        signal.setitimer(signal.ITIMER_PROF, limit if patience > 1 else 0.0)
         if target not in functions:
             functions[target] = _load(target)
         value = None if call is None else _plain(functions[target](*call[0], **_accepted(functions[target], call[1])))
@@ -211,6 +216,7 @@ def _answer(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]
         return None, _describe(error, file)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def called(function: Any, call: Call) -> Outcome:

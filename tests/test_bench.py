@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cptjax import bench, bench_load, bench_work, data, flops
+from cptjax import bench, bench_data, bench_load, bench_work, flops
 from cptjax.bench_work import MODEL_PHASES, Work
 from cptjax.model.config import VisionConfig
 
@@ -97,9 +97,11 @@ def test_resident_memory_grows_with_an_array():
     assert bench_load.resident(peak=True) >= bench_load.resident()
 
 
-def test_data_is_measured_by_the_pipeline(monkeypatch):
-    monkeypatch.setattr(data, "benchmark", lambda: {"data_rows_s": 7.0})
+def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
+    monkeypatch.setattr(bench_data, "benchmark", lambda: {"data_rows_s": 7.0})
     assert bench.run(WORK.__class__(), ["data"]) == {"data_rows_s": 7.0}
+    both = bench.run(WORK, ["data", "sft"])
+    assert both["data_over_sft"] == pytest.approx(7.0 / (16 / both["sft_s"])) and "over_sft" in bench.told("data", both)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,17 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs.base import METHODS
 from configs.base import get_config as base
-from cptjax import check, console, memory, processor, prompting, settings, survey, tasks
+from cptjax import check, console, memory, metrics, processor, prompting, session, settings, survey, tasks, verify
 from cptjax.model import qwen25_vl
 from cptjax.model.config import PRESETS
 from cptjax.order import Order
@@ -87,6 +89,56 @@ def test_wrong_rows_are_told_with_file_and_row(tmp_path):
     assert set(reasons) == {2, 3, 4, 5}
     assert "cut short or corrupt" in reasons[3]
     assert "over the limit of 128; raise data.prompt_limit or lower model.max_pixels" in reasons[5]
+
+
+def opened(c, folder):
+    """A run as far as it reads its rows."""
+    rt = types.SimpleNamespace(processor=processor.load(None, PRESETS["tiny"], 1024, 4096), ladder=survey.lengths(c))
+    return session.Run(c, folder, settings.stages(c), rt, None, None, metrics.Log(folder), verify.Pool(processes=1), session.Sigterm())
+
+
+def broken_pathvqa(root):
+    whole, cut = ({"bytes": data, "path": None} for data in (_jpeg(root), _jpeg(root)[:3000]))
+    rows = [
+        {"image": image, "question": "what is it?" + extra, "answer": "x"} for image, extra in ((whole, ""), (cut, ""), (whole, "?" * 200))
+    ]
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    (root / "path-vqa").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows, features=features).to_parquet(root / "path-vqa" / f"{split}.parquet")
+
+
+def test_a_run_leaves_out_the_rows_that_the_check_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    wrong = [row(images=["cut.jpg"]), row(prompt="<image>" + "red " * 150)]
+    c = config(mine=write(tmp_path, [row(), *wrong, row()]))
+    c.stages = ({"task": "mine", "steps": 1}, {"task": "pathvqa", "steps": 1})
+    broken_pathvqa(tmp_path)
+    c.data.update(root=str(tmp_path), bad_rows=2)
+    found = {f.name: f for f in check.run(c)}
+    for name, left in (("mine", [1, 4]), ("pathvqa", [0])):
+        for split in ("train", "test"):
+            examples = opened(c, tmp_path / "run").examples(name, split, c)
+            assert [examples.where(i)[1] for i in range(len(examples))] == left
+            assert len(found[f"{name} {split}"].rows) == len(left) and len(found[f"{name} {split}"].bad) == 2
+    assert found["pathvqa train"].bad[0].file == "pathvqa/train" and found["pathvqa train"].bad[0].row == 1
+    monkeypatch.setattr(survey, "measure_row", lambda *_: pytest.fail("public rows were looked at again"))
+    assert len(opened(c, tmp_path / "run").examples("pathvqa", "test", c)) == 1
+    c.data.bad_rows = 1
+    with pytest.raises(ValueError, match=r"2 bad row\(s\), 1 allowed by data.bad_rows; the first: pathvqa/test:1: "):
+        opened(c, tmp_path / "run").examples("pathvqa", "test", c)
+
+
+def test_replayed_rows_are_in_the_order(monkeypatch):
+    orders = []
+    monkeypatch.setattr(check, "padding", lambda order, sources, *_: orders.append(order) or [check.Padding(16, 1, 1, 16)])
+    c = config()
+    c.stages = (
+        {"task": "drawn_colour", "steps": 2},
+        {"task": "drawn_shape", "steps": 2, "method": {"replay": {"fraction": 0.25, "kind": "prompts"}}},
+    )
+    check.run(c)
+    assert [(o.sizes, o.replay, o.kept) for o in orders] == [((40,), (), 1), ((40,), (40,), 0.75)]
 
 
 def test_gold_answers_count_where_they_are_learned(tmp_path):

@@ -82,7 +82,7 @@ def test_paper_a_trains_on_its_own_variants_unless_official():
     assert tuple(s["task"] for s in official.stages) == cpt7.ORDER
     assert [s["epochs"] for s in own.stages] == [1, 1, 1, 1, 10, 1, 3] == [s["epochs"] for s in official.stages]
     assert {tasks.TASKS[t].scorer for t in tasks.PAPER_A} == {"mathruler_parity"}
-    assert own.eval.general == ("mmmu", "cpt7_mmlu_pro", "pope") and official.eval.general == ("mmmu", "mmlu_pro", "pope")
+    assert own.eval.general == ("cpt7_mmmu", "cpt7_mmlu_pro", "cpt7_pope") and official.eval.general == ("mmmu", "mmlu_pro", "pope")
     joint = settings.stages(cpt7.get_config("joint,7b"))
     assert len(joint) == 1 and joint[0].tasks == tasks.PAPER_A
     assert tuple(retain.TASKS.values()) == tasks.PAPER_C

@@ -195,8 +195,9 @@ def test_what_an_evaluation_records(tmp_path, monkeypatch, capsys):
     of = lambda metric: [(r["step"], r["task"], r["template"], r["n"]) for r in rows if r["metric"] == metric]
     both = [("3", "digit", "none", "4"), ("3", "digit", "answer", "4"), ("3", "facts", "none", "4")]  # drawn facts have their own template
     assert of("accuracy") == of("accuracy_forced") == both
-    assert of("accuracy_contains") == both[:2]
-    assert {r["scorer"] for r in rows if r["metric"] == "accuracy_contains"} == {"contains@1"}
+    assert of("contains/accuracy") == of("contains/extraction_failure") == both[:2]
+    assert {r["scorer"] for r in rows if r["metric"] == "contains/accuracy"} == {"contains@1"}
+    assert all(int(r["n"]) > 0 and float(r["stderr"]) >= 0 for r in rows)
     value = lambda metric: [float(r["value"]) for r in rows if r["metric"] == metric]
     assert set(shown) - {None} == set(value("accuracy_mini"))
     first = [100 * value("accuracy")[i] for i in (0, 2)]  # of the first template, and of the general task

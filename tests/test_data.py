@@ -11,9 +11,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from cptjax import data
+from cptjax import bench_data, data
 from cptjax.data import Stream
-from cptjax.order import Order, passed, pick
+from cptjax.order import Order, Place, passed, pick
 from cptjax.types import Example
 
 
@@ -137,8 +137,8 @@ def test_resumed_stream_equals_the_uninterrupted_one(workers):
     expected = [[sources[p.source][p.index].id for p in order.rows(s)] for s in range(9)]
     follow = functools.partial(read, order, sources, workers=workers)
     assert follow(3, start=6) == expected[6:]
-    halves = [follow(6, shard=(index, 2)) for index in (0, 1)]
-    assert [a + b for a, b in zip(*halves, strict=True)] == expected[:6]
+    halves = [follow(6, start=3, shard=(index, 2)) for index in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == expected[3:]
 
 
 def test_collate_step_and_waiting_time():
@@ -147,8 +147,9 @@ def test_collate_step_and_waiting_time():
         assert next(stream) == 4
         assert stream.step == 6 and stream.waited > 0.01
         time.sleep(0.5)
+        before = stream.waited
         next(stream)
-        assert stream.waited < 0.05  # it was read ahead
+        assert stream.waited - before < 0.05  # it was read ahead
 
 
 def test_nothing_is_read_ahead_without_prefetch():
@@ -223,9 +224,33 @@ def test_mismatched_lists_and_batches_are_refused():
 
 
 def test_benchmark_measures_the_whole_pipeline():
-    found = data.benchmark(rows=64, jpegs=2)
-    assert found["data_rows"] == 64
+    found = bench_data.benchmark(rows=64, jpegs=2)
+    assert (found["data_rows"], found["data_jpeg_448_rows"]) == (32, 1)  # the first batch starts the workers
     assert min(found["data_rows_s"], found["data_rows_s_core"], found["data_jpeg_448_rows_s_core"]) > 5
+
+
+def test_the_benchmark_counts_the_rows_that_it_reads():
+    rows, wall, _ = bench_data._time(examples(16), lambda example: time.sleep(0.02), list, 0)
+    assert rows == 8 and wall > 0.9 * rows * 0.02
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_made_ahead_in_their_order(workers):
+    batches, made = [[Place(0, i, 0), Place(0, i + 4, 0)] for i in range(4)], []
+    with data.reading([examples(8)], tag, workers) as read:
+        for n, batch in enumerate(data.ahead(lambda places: made.append(places) or read(places), batches, prefetch=1)):
+            assert batch == [f"t/{n}", f"t/{n + 4}"] and len(made) <= n + 2
+    with data.reading([examples(8)], functools.partial(refuse, bad=5, error=OSError("cut"))) as read:
+        with pytest.raises(ValueError, match="t/5: cut"):
+            list(data.ahead(read, batches))
+
+
+def test_a_shelf_keeps_what_fits():
+    for room, again in ((1 << 20, [2]), (1, [1, 2])):
+        shelf, made = data.Shelf(3, room), []
+        make = lambda keys: made.append(keys) or [10 * k for k in keys]  # noqa: B023
+        assert shelf.get([0, 1, 1], make) == [0, 10, 10] and shelf.get([1, 2], make) == [10, 20]
+        assert made == [[0, 1], again]
 
 
 def test_names_longer_than_their_slot_are_cut():

@@ -10,7 +10,7 @@ ROWS = (  # a package stands for all of its files; a name may be listed before i
     "types sharding metrics console order hlo hlo_costs chips images verify settings scorers templates rewards sampling multihost cli",
     "model advantages losses filters optim checkpoint trackers matrix summary flops logps objectives penalties layout patches video memory",
     "tasks tokenizer processor_files batching processor prompting pool sampler",
-    "data",
+    "data bench_data",
     "train runtime batches lessons teaching classroom drafts corpus rollouts recipe stage filtering ewc drift evaluate survey analysis",
     "report workdir session resume exams reexam learning continual sites programs ahead plan check bench bench_load bench_peer bench_work",
     "api",

@@ -46,12 +46,17 @@ def test_constraint(name):
     assert not instructions.follows(" ", {"id": name, **arguments})
 
 
+def test_brackets_without_end_are_no_json():
+    assert not instructions.follows("[" * 3000, {"id": "detectable_format:json_format"})
+
+
 def test_ifeval_is_strict_per_prompt_and_reports_per_instruction():
     scorer = find("ifeval")
     answer = instructions.constraints(["punctuation:no_comma", "keywords:existence"], [{"keywords": None}, {"keywords": ["x"]}])
     assert answer == [{"id": "punctuation:no_comma"}, {"id": "keywords:existence", "keywords": ["x"]}]
     metrics = summarise(scorer, score(scorer, ["x", "x, y"], [answer] * 2, [{}] * 2, extraction="boxed"))
-    assert metrics["accuracy"] == 0.5 and metrics["instruction_level"] == 0.75 and metrics["extraction_failure"] == 0.0
+    assert (metrics["accuracy"].value, metrics["extraction_failure"].value) == (0.5, 0.0)
+    assert metrics["instruction_level"][:2] == (0.75, 2)  # 3 of 4 constraints, of 2 responses
 
 
 def test_constraint_errors_name_the_constraint():

@@ -49,7 +49,7 @@ def config():
 @pytest.mark.slow
 def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
     with school.opened(config(), tmp_path, PRESETS["tiny"]) as run:
-        score = lambda: sum(r.score for r in exams.take(run, 0, "true", "", 128, False, "").records) / 128
+        score = lambda: sum(r.score for r in exams.take(run, 0, "true", "", False, "", 128).records) / 128
         learning.learn(run, run.stages[0], None)
         start, before = jax.device_get(run.params), score()
         run.cached("base", lambda: run.compared(run.params))  # the RL arms' base is what the first stage made

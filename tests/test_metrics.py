@@ -62,6 +62,13 @@ def test_rewind_to_nothing_leaves_no_file(tmp_path):
     assert metrics.read_evals(tmp_path / "evals.csv") == [ROW]
 
 
+def test_the_share_of_steps_that_waited_for_data():
+    line = lambda stage, waited: {"stage": stage, "seconds/data": waited, "seconds/lesson": 0.5, "seconds/update": 1.5}
+    lines = [line(1, 1.9), line(1, 0.1), {"stage": 1, "event": "evaluate", "seconds": 9}, line(1, 0.1), line(2, 1.9)]
+    assert metrics.waiting(lines) == pytest.approx(0.2 / 4)  # without either stage's first step
+    assert metrics.waiting(lines[-1:]) is None
+
+
 def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):
     lines = Lines(tmp_path / "x.jsonl")
     lines.append({"a": 1})

@@ -3,10 +3,11 @@
 import random
 import re
 
+import numpy as np
 import pytest
 
 from cptjax import scorers
-from cptjax.scorers import Record, choice, find, score, summarise, text
+from cptjax.scorers import Record, choice, find, mean, ratio, score, summarise, text
 from cptjax.verify import Pool
 
 
@@ -26,6 +27,10 @@ def user(tmp_path_factory):
         "def nan(prediction, answer): return float('nan')\n"
     )
     return path
+
+
+def values(scorer, records):
+    return {name: metric.value for name, metric in summarise(scorer, records).items()}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_pope_yes_ratio_counts_predictions():
     yes_no = find("yes_no")
     said = ["Yes, there is.", "yes", "yes", "There is a dog in it: yes", "no", "maybe"]
     gold = ["yes", "yes", "no", "no", "yes", "no"]
-    metrics = summarise(yes_no, score(yes_no, said, gold, [{}] * 6))
+    metrics = values(yes_no, score(yes_no, said, gold, [{}] * 6))
     assert metrics["accuracy"] == pytest.approx(2 / 6)
     assert metrics["precision"] == pytest.approx(2 / 4) and metrics["recall"] == pytest.approx(2 / 3)
     assert metrics["f1"] == pytest.approx(4 / 7)
@@ -96,15 +101,43 @@ def test_yes_or_no(said, found):
 def test_pathvqa_reports_both_kinds():
     scorer = find("pathvqa_split")
     gold = ["yes", "no", "acute lung injury", "liver"]
-    metrics = summarise(scorer, score(scorer, ["Yes.", "yes", "lung injury", "liver"], gold, [{}] * 4))
+    metrics = values(scorer, score(scorer, ["Yes.", "yes", "lung injury", "liver"], gold, [{}] * 4))
     assert (metrics["yes_no"], metrics["open"], metrics["accuracy"]) == (0.5, 0.5, 0.5)
     assert metrics["open_recall"] == pytest.approx((2 / 3 + 1) / 2) and metrics["open_f1"] == pytest.approx((0.8 + 1) / 2)
-    assert (metrics["yes_no_n"], metrics["open_n"]) == (2.0, 2.0)
+
+
+def test_every_metric_has_the_rows_and_the_error_of_its_own_group():
+    found = summarise(
+        find("pathvqa_split"), score(find("pathvqa_split"), ["yes", "yes", "x", "no"], ["yes", "no", "liver", "no"], [{}] * 4)
+    )
+    assert {name: metric.n for name, metric in found.items() if "open" in name or "yes" in name} == {
+        "yes_no": 3, "open": 1, "open_recall": 1, "open_f1": 1,
+    }  # fmt: skip
+    assert found["yes_no"].stderr == pytest.approx((2 / 3 * 1 / 3 / 2) ** 0.5)  # p (1 - p) / (n - 1)
+    assert np.isnan(found["open"].stderr)  # of one row
+    closed = score(find("pathvqa_split"), ["yes"], ["yes"], [{}])
+    assert "open" not in summarise(find("pathvqa_split"), closed)
+    metas = [{"category": "law"}] * 3 + [{"category": "math"}]
+    groups = summarise(find("mmlu_pro"), score(find("mmlu_pro"), ["B"] * 4, ["B"] * 4, metas))
+    assert (groups["category/law"].n, groups["category/math"].n, groups["accuracy"].n) == (3, 1, 4)
+
+
+def test_errors_of_ratios_are_those_of_many_repetitions():
+    """Precision, recall and F1 as POPE has them, redrawn a thousand times."""
+    rng = np.random.default_rng(0)
+    yes, gold = rng.random((2, 1000, 400)) < [[[0.3]], [[0.6]]]
+    hit = yes & gold
+    for parts, wholes in ((hit, yes), (hit, gold), (2 * hit, yes * 1 + gold)):
+        told = [ratio(a, b) for a, b in zip(parts, wholes, strict=True)]
+        assert np.mean([t.stderr for t in told]) == pytest.approx(np.std([t.value for t in told]), rel=0.1)
+        assert told[0].n == (wholes[0] > 0).sum()
+    assert mean([1, 0, 0, 1]) == pytest.approx((0.5, 4, np.std([1, 0, 0, 1], ddof=1) / 2))
 
 
 def test_mcq_letter_reads_index_and_letter():
     assert choice.mcq_letter("(C)", 2) == choice.mcq_letter("c", "C") == choice.mcq_letter("The answer is C.", "(C)") == 1.0
     assert choice.mcq_letter("C", 1) == 0.0 and choice.mcq_letter("Cat", "C") == 0.0
+    assert choice.mcq_letter("The answer is B, since A is red.", "B") == choice.mcq_letter("The answer is B because it is", "B") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -148,10 +181,12 @@ def test_mmmu_guess_is_the_same_each_time_and_reported():
     official, strict = find("mmmu_official"), find("mmmu_strict")
     runs = [score(official, ["no idea"] * 100, ["B"] * 100, metas) for _ in range(2)]
     assert [r.score for r in runs[0]] == [r.score for r in runs[1]]
-    metrics = summarise(official, runs[0])
+    metrics = values(official, runs[0])
     assert 0.1 < metrics["accuracy"] < 0.45 and metrics["unread_choice"] == 1.0
     assert {"discipline/art_and_design", "discipline/science"} <= set(metrics)
-    assert summarise(strict, score(strict, ["no idea"] * 100, ["B"] * 100, metas))["accuracy"] == 0.0
+    unboxed = score(official, ["I guess B"] * 100, ["B"] * 100, metas, extraction="boxed")
+    assert values(official, unboxed)["accuracy"] == 0.0 and values(official, unboxed)["extraction_failure"] == 1.0
+    assert values(strict, score(strict, ["no idea"] * 100, ["B"] * 100, metas))["accuracy"] == 0.0
 
 
 def test_mmmu_disciplines_cover_the_thirty_subjects():
@@ -177,14 +212,14 @@ def test_mmlu_pro_letter(said, letter):
 def test_mmlu_pro_mean_is_weighted_by_size():
     scorer = find("mmlu_pro")
     metas = [{"category": "law"}] * 3 + [{"category": "math"}]
-    metrics = summarise(scorer, score(scorer, ["The answer is (A)"] * 4, ["A", "A", "A", "B"], metas))
+    metrics = values(scorer, score(scorer, ["The answer is (A)"] * 4, ["A", "A", "A", "B"], metas))
     assert metrics["accuracy"] == 0.75 and metrics["category/law"] == 1.0 and metrics["category/math"] == 0.0
 
 
 def test_extraction_failure_stands_beside_the_accuracy():
     scorer = find("exact_match")
     records = score(scorer, [r"\boxed{blue}", "blue", r"\boxed{red}", "x"], ["blue"] * 4, [{}] * 4, extraction="boxed")
-    assert summarise(scorer, records) == {"accuracy": 0.25, "extraction_failure": 0.5, "error": 0.0}
+    assert values(scorer, records) == {"accuracy": 0.25, "extraction_failure": 0.5, "error": 0.0}
     assert isinstance(records[0], Record) and records[1].prediction is None
 
 
@@ -226,7 +261,7 @@ def test_every_scorer_scores_a_right_and_a_wrong_answer(pool):
         right, wrong, answer, meta = rows.get(name, ("blue", "crimson", "blue", {}))
         records = score(scorer, [right, wrong], [answer] * 2, [meta] * 2, pool=pool)
         assert [r.score for r in records] == [1.0, 0.0], name
-        assert summarise(scorer, records)["accuracy"] == 0.5, name
+        assert values(scorer, records)["accuracy"] == 0.5, name
 
 
 def test_scores_do_not_depend_on_the_order_of_rows():

@@ -1,11 +1,16 @@
 """Mathematical equality: official, and with the quirks of the grader that the paper used."""
 
+import itertools
+import json
+import re
 import time
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from cptjax.scorers import find, score, summarise, symbolic
-from cptjax.verify import Pool
+from cptjax.verify import Call, Pool
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +29,51 @@ def pool():
 )  # fmt: skip
 def test_math_equal(said, gold):
     assert symbolic.equal(said, gold)
+
+
+GOLDS = json.loads((Path(__file__).parent / "data" / "geometry3k_answers.json").read_text())  # all answers of Geometry3K's test split
+RULES = {"math": symbolic.equal, "mathruler_parity": symbolic.lenient}
+
+
+def spellings(gold):
+    """Other ways to write an answer: without spaces, other macros, improper and whole fractions, decimals, one root."""
+    found = {gold, gold.replace("\\frac", "\\dfrac")}
+    if not re.search("[A-Z]", gold):  # words are met literally
+        found.add(gold.replace(" ", ""))
+    if mixed := re.fullmatch(r"(?:(\d+) )?\\frac \{ (\d+) \} \{ (\d+) \}", gold):
+        value = int(mixed[1] or 0) + Fraction(int(mixed[2]), int(mixed[3]))
+        found |= {str(value), rf"\frac{{{value.numerator}}}{{{value.denominator}}}"}
+        found |= {str(float(value))} if value.denominator in (2, 4, 5) else set()
+    if re.fullmatch(r"\d*\.\d+", gold):
+        found |= {str(Fraction(gold)), f"{gold}0"}
+    if re.fullmatch(r"\d+", gold):
+        found |= {f"{gold}.0", rf"{gold}^\circ"}
+    if root := re.fullmatch(r"(\d+) \\sqrt \{ (\d+) \}", gold):
+        found.add(rf"\sqrt{{{int(root[1]) ** 2 * int(root[2])}}}")
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_answers_of_geometry3k_in_other_spellings(rule):
+    pairs = [(said, gold) for gold in GOLDS for said in spellings(gold)]
+    assert len(GOLDS) == 285 and len(pairs) > 800
+    assert [pair for pair in pairs if not RULES[rule](*pair)] == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_answers_of_geometry3k_differ_from_each_other(rule):
+    same = {("0.6", "0.60"), ("13", "13.0"), ("65", "65.0"), ("6 \\sqrt 2", "6 \\sqrt { 2 }")}
+    assert {pair for pair in itertools.pairwise(GOLDS) if RULES[rule](*pair)} == same
+
+
+def test_busy_processors_cost_no_score(tmp_path):
+    """The limit is of processor time where a call may take long by the clock."""
+    (tmp_path / "slow.py").write_text("import time\ndef wait(): time.sleep(1); return 1\ndef work():\n    while True: pass\n")
+    with Pool(processes=1, timeout=0.3) as workers:
+        assert workers.map(f"{tmp_path}/slow.py:wait", [Call(())])[0].late
+        assert workers.map(f"{tmp_path}/slow.py:wait", [Call(())], patience=20)[0].value == 1
+        began = time.perf_counter()
+        assert workers.map(f"{tmp_path}/slow.py:work", [Call(())], patience=20)[0].late and time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -69,7 +119,7 @@ def test_a_hang_in_symbolic_algebra_scores_zero_and_is_reported(name, bomb):
         records = score(scorer, [bomb, "5"], ["x", "5.0"], [{}] * 2, pool=workers)
     assert [r.score for r in records] == [0.0, 1.0]
     assert "no answer within 1.5 s" in records[0].error and not records[1].error
-    assert summarise(scorer, records)["error"] == 0.5
+    assert summarise(scorer, records)["error"].value == 0.5
 
 
 def test_degenerate_answers_take_no_time():
@@ -81,6 +131,6 @@ def test_degenerate_answers_take_no_time():
 def test_equal_pairs_are_compared_once(pool):
     scorer, calls = find("math"), []
     counting = Pool(processes=1)
-    counting.map = lambda target, batch: calls.extend(batch) or pool.map(target, batch)
+    counting.map = lambda target, batch, patience: calls.extend(batch) or pool.map(target, batch, patience)
     records = score(scorer, ["1/2", "0.5", "1/2", "3"], ["0.5"] * 4, [{}] * 4, pool=counting)
     assert [r.score for r in records] == [1.0, 1.0, 1.0, 0.0] and len(calls) == 3

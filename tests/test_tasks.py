@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import types
 
 import cloudpickle
 import datasets
@@ -12,12 +13,13 @@ from datasets import ClassLabel, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
-from cptjax import scorers
+from cptjax import console, prompting, scorers
 from cptjax.patches import Pixels
 from cptjax.scorers.instructions import follows
 from cptjax.scorers.puzzles import evaluate_arithmetic
 from cptjax.tasks import MAKERS, PAPER_A, TASKS, countdown, ifeval, jigsaw, resolve, validate
-from cptjax.tasks.task import modal, parts, text_of
+from cptjax.tasks.hub import Source, split_files
+from cptjax.tasks.task import flat, modal, parts, text_of
 
 STRING, INT, IMAGE = Value("string"), Value("int64"), ImageFeature()
 
@@ -225,6 +227,10 @@ FIXTURES = {
         "Tell me. In lowercase.", [{"id": "change_case:english_lowercase"}], "",
     ),
 }  # fmt: skip
+SAME = ("scienceqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr", "mmmu", "pope")  # paper A asks them alike
+FIXTURES |= {f"cpt7_{name}": FIXTURES[name] for name in SAME}
+FIXTURES["cpt7_vizwiz"] = (FIXTURES["vizwiz"][0], "<image>What is this?", "unanswerable", "unanswerable")
+FIXTURES["retain_mmlu"] = ([(path, features, rows * 8) for path, features, rows in FIXTURES["mmlu"][0]], *FIXTURES["mmlu"][1:])
 
 
 @pytest.fixture(autouse=True)
@@ -241,9 +247,40 @@ def write(root, files):
 
 
 def test_every_dataset_has_a_fixture():
-    made_here = {"jigsaw", "drawn_countdown"} | {name for name in TASKS if name.startswith("drawn_")}
-    same_rows = {f"cpt7_{name}" for name in FIXTURES} | {"retain_mmlu", "cpt7_vizwiz"}
-    assert set(TASKS) - made_here - same_rows - set(FIXTURES) == set()
+    drawn = {name for name in TASKS if name.startswith("drawn_")}
+    assert set(TASKS) - {"jigsaw"} - drawn == set(FIXTURES) == set(SUFFIXES)
+
+
+WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + WORD
+COT = (
+    "\nReason first, between the tags <think> and </think>. Then write the final answer, and nothing but the final answer, "
+    "inside \\boxed{}."
+)
+ONE_LETTER = '\nReason step by step, then finish with "The answer is: X", where X is the letter of the right option.'
+SUFFIXES = {  # what the prompt adds to the question: under "direct", and under paper A's (for paper C's: the config's "boxed") template
+    **dict.fromkeys(("scienceqa", "cpt7_scienceqa", "cpt7_mmlu_pro", "mmmu", "cpt7_mmmu", "mmlu"), (LETTER, COT)),
+    **dict.fromkeys(("textvqa", "cpt7_textvqa", "gqa", "cpt7_gqa", "geometry3k", "cpt7_geometry3k", "docvqa"), (WORD, COT)),
+    **dict.fromkeys(("pathvqa", "cpt7_pathvqa", "superclevr", "cpt7_superclevr", "pope", "cpt7_pope"), (WORD, COT)),
+    **dict.fromkeys(("vizwiz", "cpt7_vizwiz"), (UNANSWERABLE, COT)),
+    **dict.fromkeys(("mmlu_pro", "ifeval", "retain_ifeval"), ("", "")),  # the question brings its own instruction
+    "retain_mmlu": (ONE_LETTER, ONE_LETTER),
+    "countdown": ("\nGive only the expression.", COT),
+    "math": ("\nGive only the final answer.", COT),
+    "refcoco": ("\nGive only the box.", COT),
+}
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_the_prompt_is_the_question_with_the_template_around_it(name, tmp_path):
+    files, text, *_ = FIXTURES[name]
+    write(tmp_path, files)
+    example = TASKS[name].load("test", root=str(tmp_path))[0]
+    weights = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
+    for template, suffix in zip(("direct", "cot"), SUFFIXES[name], strict=True):
+        turns = prompting.course(TASKS[name], template, weights, None).messages(example)
+        assert flat(turns[-1]["content"]) == text + suffix and len(turns) == len(example.messages)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -272,7 +309,16 @@ def test_paper_a_names_its_seven_tasks_in_order_under_one_lenient_scorer():
     assert [name.removeprefix("cpt7_") for name in PAPER_A] == [
         "scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr",
     ]  # fmt: skip
-    assert {TASKS[name].scorer for name in PAPER_A} == {"mathruler_parity"}
+    every = [*PAPER_A, "cpt7_mmmu", "cpt7_mmlu_pro", "cpt7_pope"]
+    assert {TASKS[name].scorer for name in every} == {"mathruler_parity"}
+    assert all(TASKS[name].also for name in every)
+
+
+def test_one_answer_to_train_on_leaves_the_ten_to_the_official_score(tmp_path):
+    write(tmp_path, FIXTURES["cpt7_textvqa"][0])
+    example = TASKS["cpt7_textvqa"].load("test", root=str(tmp_path))[0]
+    assert example.answer == "nokia"
+    assert scorers.find("vqa_soft").score("nokia 3310", example.answer, example.meta) == pytest.approx(0.3)  # 1 of 10
 
 
 def test_the_hub_and_a_copy_on_disk_give_the_same_examples(tmp_path, monkeypatch):
@@ -297,14 +343,45 @@ def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
 
 
 def test_a_missing_copy_and_a_missing_split_name_what_was_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="no local copy of lmms-lab/POPE: looked for .*lmms-lab__POPE"):
-        TASKS["pope"].load("test", root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data.root='nowhere': no such folder"):
+        TASKS["pope"].load("test", root="nowhere")
     write(tmp_path, FIXTURES["pope"][0])
     with pytest.raises(ValueError, match="task pope: no split 'train'; it has test"):
         TASKS["pope"].load("train", root=str(tmp_path))
     write(tmp_path, FIXTURES["geometry3k"][0])
     with pytest.raises(ValueError, match=r"no data files of split 'train' .* found test-00000-of-00001.parquet"):
         TASKS["geometry3k"].load("train", root=str(tmp_path))
+
+
+def test_a_dataset_without_a_copy_comes_from_the_hub(tmp_path, monkeypatch, capsys):
+    whole = datasets.Dataset.from_list(FIXTURES["pope"][0][0][2], features=POPE)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: whole)
+    console.configure("plain")
+    for _ in range(2):
+        assert len(TASKS["pope"].load("test", root=str(tmp_path))) == 1
+    console.configure("auto")
+    said = "".join(capsys.readouterr().err.split())
+    assert said.count("lmms-lab/POPE:nocopyunderdata.root(lookedfor") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "own"),
+    [  # as the repositories on the hub are laid out
+        (["ifeval_input_data.jsonl", "README.md"], Source("google/IFEval", "train"), "ifeval_input_data.jsonl"),
+        (["data/train-00000-of-00001.parquet", "algebra/train-00000-of-00001.parquet"], Source("MATH-lighteval", "train"),
+         "data/train-00000-of-00001.parquet"),
+        (["default/train-00000-of-00001.parquet", "algebra/train-00000-of-00001.parquet"], Source("MATH-lighteval", "train"),
+         "default/train-00000-of-00001.parquet"),
+        (["all/test-00000-of-00001.parquet", "anatomy/test-00000-of-00001.parquet"], Source("cais/mmlu", "test", "all"),
+         "all/test-00000-of-00001.parquet"),
+        (["dataset_infos.json", "test.jsonl"], Source("HuggingFaceH4/MATH-500", "test"), "test.jsonl"),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_split_in_a_copied_repository(files, source, own, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert split_files(tmp_path, source) == [str(tmp_path / own)]
 
 
 def test_an_image_is_decoded_only_when_its_example_is_asked_for(tmp_path):
@@ -456,6 +533,11 @@ def test_jigsaws_from_a_folder_another_task_and_drawings(tmp_path):
     assert len(TASKS["jigsaw"].load("test", limit=3)) == 3 and TASKS["jigsaw"].load("test", limit=3)[2].id == "jigsaw/test/2"
     with pytest.raises(ValueError, match="neither a folder, nor a task"):
         MAKERS["jigsaw"]("bad", images="nowhere").load("train")
+    with pytest.raises(ValueError, match="no images for split 'validation'"):
+        task.load("validation")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="no images for split 'test'"):
+        task.load("test")
 
 
 def test_drawn_countdown_puzzles_have_the_solution_that_they_claim():
@@ -504,6 +586,13 @@ def test_boxes_are_pixels_of_the_image_that_the_processor_leaves_alone(tmp_path,
     assert Pixels(*limits).size(*shown.size) == shown.size[::-1]
     rows, columns = (np.flatnonzero((np.asarray(shown)[..., 0] > 127).any(axis)) for axis in (1, 0))
     assert np.abs(np.array(example.answer) - [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).max() <= 1
+
+
+def test_boxes_in_pixels_are_refused_under_other_limits():
+    assert resolve("refcoco", pixels=(200_704, 1_003_520)) is TASKS["refcoco"]
+    with pytest.raises(ValueError, match="refcoco states places in images of 200704 to 1003520 pixels, but the model sees 784 to"):
+        resolve("refcoco", pixels=(784, 50_000))
+    assert resolve("refcoco", {"refcoco": {"task": "refcoco", "min_pixels": 784, "max_pixels": 50_000}}, (784, 50_000)).pixels
 
 
 def test_resolve_prefers_the_config_and_names_the_nearest():

@@ -9,6 +9,7 @@ GOOD = {  # a response in the form that each template asks for
     "cot": "<think>because</think> The result is \\boxed{blue}.",
     "boxed": "So \\boxed{blue}",
     "answer": "<think>because</think>\n<answer>blue</answer>",
+    "letter": "Red is wrong. The answer is: B",
     "direct": "blue",
     "none": "blue",
 }
@@ -16,6 +17,7 @@ FORCED = {  # a completion of the forced prefix
     "cot": "blue} and more",
     "boxed": "blue",  # cut before the brace
     "answer": "blue\nmore",
+    "letter": " B. It",
     "direct": " blue.",
     "none": " blue. It is",
 }
@@ -24,8 +26,8 @@ FORCED = {  # a completion of the forced prefix
 @pytest.mark.parametrize("name", templates.BUILT_IN)
 def test_built_in_templates_find_the_answer_they_ask_for(name):
     template = templates.load(name)
-    assert template.answer(GOOD[name]) == "blue"
-    assert template.forced_answer(FORCED[name]) == "blue"
+    answer = "B" if name == "letter" else "blue"
+    assert (template.answer(GOOD[name]), template.forced_answer(FORCED[name])) == (answer, answer)
     assert not template.format or FORMATS[template.format](GOOD[name])
     prompt = template.render("<image>What colour?")
     assert prompt.startswith("<image>What colour?") and (name == "none") == (prompt == "<image>What colour?")
@@ -88,7 +90,7 @@ def test_loading_errors_name_the_file(tmp_path, source, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"unknown template 'cott'; expected cot, boxed, direct, answer, none or the path"):
+    with pytest.raises(ValueError, match=r"unknown template 'cott'; expected cot, boxed, direct, letter, answer, none or the path"):
         templates.load("cott")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.jinja"):
         templates.load("nowhere.jinja")

@@ -1,6 +1,6 @@
 """How good is an answer? Text in, number out; each scorer has a version id that stands beside every number it gives.
 
-    response --extract--> prediction --score--> Record --summarise--> {"accuracy": ..., "extraction_failure": ..., ...}
+    response --extract--> prediction --score--> Record --summarise--> {"accuracy": Metric(value, n, stderr), ...}
 
 A response without an answer in the expected form scores 0 and is counted as an extraction failure beside the accuracy, because much
 "forgetting" is only a change of form. Symbolic algebra and a user's own `file.py:function` run in worker processes under a time limit.
@@ -10,20 +10,21 @@ import dataclasses
 import difflib
 import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cptjax.scorers import choice, instructions, puzzles, text
+from cptjax.scorers import choice, instructions, puzzles, summaries, text
 from cptjax.scorers.extract import EXTRACTIONS, extract
+from cptjax.scorers.summaries import Metric, Summary, mean, ratio
 from cptjax.verify import Call, Pool, shared_pool, split_target
 
-__all__ = ["EXTRACTIONS", "SCORERS", "Record", "Scorer", "extract", "find", "from_file", "score", "summarise"]
+__all__ = ["EXTRACTIONS", "SCORERS", "Metric", "Record", "Scorer", "extract", "find", "from_file", "mean", "ratio", "score", "summarise"]
 
 SYMBOLIC = str(Path(__file__).with_name("symbolic.py"))
+PATIENCE = 6.0  # times the time limit that algebra may take where other programs keep the processors busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,6 @@ class Record:
     answer: Any
     meta: Mapping[str, Any]
     error: str = ""  # why a worker gave no score (time limit, crash); the score is then 0
-
-
-Summary = Callable[[Sequence[Record]], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,96 +61,27 @@ class Scorer:
         return score(self, [prediction], [answer], [meta or {}], extraction="whole")[0].score
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else 0.0
-
-
-def _by(name: Callable[[Record], str], prefix: str) -> Summary:
-    def summary(records: Sequence[Record]) -> dict[str, float]:
-        groups = defaultdict(list)
-        for record in records:
-            groups[name(record)].append(record.score)
-        return {f"{prefix}/{key}": _mean(groups[key]) for key in sorted(groups)}
-
-    return summary
-
-
-def _yes_no(records: Sequence[Record]) -> dict[str, float]:
-    """POPE's numbers: yes is the positive class, and the yes-ratio is that of the predictions."""
-    said = [text.yes_or_no(r.prediction or "") for r in records]
-    gold = [text.gold_yes_no(r.answer) for r in records]
-    hits = sum(s == g == "yes" for s, g in zip(said, gold, strict=True))
-    precision, recall = hits / max(1, said.count("yes")), hits / max(1, gold.count("yes"))
-    return {
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_ratio": said.count("yes") / max(1, len(said)),
-        "neither": said.count(None) / max(1, len(said)),
-    }
-
-
-def _pathvqa(records: Sequence[Record]) -> dict[str, float]:
-    """Yes/no questions apart from open ones; the open ones also by token recall and F1."""
-    closed = [r for r in records if text.plain(str(r.answer)) in ("yes", "no")]
-    rest = [r for r in records if text.plain(str(r.answer)) not in ("yes", "no")]
-    overlap = [text.token_overlap(r.prediction or "", str(r.answer)) for r in rest]
-    return {
-        "yes_no": _mean([r.score for r in closed]),
-        "open": _mean([r.score for r in rest]),
-        "open_recall": _mean([recall for recall, _ in overlap]),
-        "open_f1": _mean([f1 for _, f1 in overlap]),
-        "yes_no_n": float(len(closed)),
-        "open_n": float(len(rest)),
-    }
-
-
-def _mmmu(records: Sequence[Record]) -> dict[str, float]:
-    closed = [r for r in records if r.meta.get("question_type", "multiple-choice") != "open"]
-    unread = [r.prediction is None or choice.mmmu_choice(r.prediction, choice.options(r.meta)) is None for r in closed]
-    return _by(lambda r: choice.discipline(r.meta), "discipline")(records) | {"unread_choice": _mean(unread)}
-
-
-def _mmlu_pro(records: Sequence[Record]) -> dict[str, float]:
-    unread = [r.prediction is None or choice.mmlu_pro_letter(r.prediction) is None for r in records]
-    return _by(lambda r: str(r.meta.get("category", "other")), "category")(records) | {"unread_choice": _mean(unread)}
-
-
-def _overlap(records: Sequence[Record]) -> dict[str, float]:
-    values = [puzzles.iou(r.prediction or "", r.answer) for r in records]
-    return {"mean_iou": _mean(values), "iou_50": _mean([v >= 0.5 for v in values])}
-
-
-def _hits(records: Sequence[Record]) -> dict[str, float]:
-    return {"hit": _mean([puzzles.jigsaw_hits(r.prediction or "", r.answer) for r in records])}
-
-
-def _constraints(records: Sequence[Record]) -> dict[str, float]:
-    met = [instructions.follows(r.prediction or "", c) for r in records for c in r.answer]
-    return {"instruction_level": _mean(met)}
-
-
 _ALL = (
     Scorer("exact", text.exact),
     Scorer("contains", text.contains),
     Scorer("exact_match", text.exact_match),
     Scorer("vqa_soft", text.vqa_soft),
     Scorer("vqa_em_modal", text.vqa_em_modal),
-    Scorer("mcq_letter", choice.mcq_letter),
-    Scorer("yes_no", text.yes_no, summary=_yes_no),
-    Scorer("pathvqa_split", text.exact_match, summary=_pathvqa),
+    Scorer("mcq_letter", choice.mcq_letter, "2"),
+    Scorer("yes_no", text.yes_no, summary=summaries.yes_no),
+    Scorer("pathvqa_split", text.exact_match, summary=summaries.pathvqa),
     Scorer("anls", text.anls),
     Scorer("numeric", puzzles.numeric),
     Scorer("math", f"{SYMBOLIC}:any_equal"),
     Scorer("mathruler_parity", f"{SYMBOLIC}:any_lenient", missing="None"),  # the paper's code scores a missing box as the text "None"
-    Scorer("mmmu_official", choice.mmmu, summary=_mmmu, missing=""),
-    Scorer("mmmu_strict", choice.mmmu_strict, summary=_mmmu),
-    Scorer("mmlu_pro", choice.mmlu_pro, summary=_mmlu_pro),
-    Scorer("iou", puzzles.iou, summary=_overlap),
-    Scorer("iou50", puzzles.iou50, summary=_overlap),
+    Scorer("mmmu_official", choice.mmmu, "2", summary=summaries.mmmu),
+    Scorer("mmmu_strict", choice.mmmu_strict, summary=summaries.mmmu),
+    Scorer("mmlu_pro", choice.mmlu_pro, summary=summaries.mmlu_pro),
+    Scorer("iou", puzzles.iou, summary=summaries.overlap),
+    Scorer("iou50", puzzles.iou50, summary=summaries.overlap),
     Scorer("countdown", puzzles.countdown),
-    Scorer("jigsaw", puzzles.jigsaw, summary=_hits),
-    Scorer("ifeval", instructions.ifeval, extraction="whole", summary=_constraints),
+    Scorer("jigsaw", puzzles.jigsaw, summary=summaries.hits),
+    Scorer("ifeval", instructions.ifeval, extraction="whole", summary=summaries.constraints),
 )
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
 
@@ -210,7 +139,8 @@ def _apply(scorer: Scorer, rows: Sequence[tuple], pool: Pool | None, on_error: s
     else:  # the responses of a group often agree: each pair of texts is compared once
         pairs = [(p, tuple(text.golds(a))) for p, a, *_ in rows]
         unique = list(dict.fromkeys(pairs))
-        known = dict(zip(unique, pool.map(scorer.rule, [Call((p, list(golds))) for p, golds in unique]), strict=True))
+        found = pool.map(scorer.rule, [Call((p, list(golds))) for p, golds in unique], patience=PATIENCE)
+        known = dict(zip(unique, found, strict=True))
         outcomes = [known[pair] for pair in pairs]
     results = []
     for (*_, row_id), outcome in zip(rows, outcomes, strict=True):
@@ -245,11 +175,6 @@ def not_a_number(value: Any) -> str:
     return f"returned {value!r}; expected a finite number"
 
 
-def summarise(scorer: Scorer, records: Sequence[Record]) -> dict[str, float]:
-    """Mean score, extraction failures and worker errors as shares of the records, then the scorer's own metrics."""
-    summary = {
-        "accuracy": _mean([r.score for r in records]),
-        "extraction_failure": _mean([r.prediction is None for r in records]),
-        "error": _mean([bool(r.error) for r in records]),
-    }
-    return summary | (scorer.summary(records) if scorer.summary and records else {})
+def summarise(scorer: Scorer, records: Sequence[Record]) -> dict[str, Metric]:
+    """Every metric of a scorer's records."""
+    return summaries.summarise(records, scorer.summary)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?\s*", re.IGNORECASE)
 BRACES = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
 LETTER_ALONE = re.compile(r"\(?([A-Za-z])\)?\s*[.:,)]?")
+LETTER_STATED = re.compile(r"\(([A-Z])\)|([A-Z])(?:[.:,;)](?=\s|$)|(?=\s+(?:because|since|as|for|due)\b))")
 LETTER_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])[.:)](?:\s|$)")
 
 
@@ -40,11 +41,11 @@ def answer_is(text: str) -> str | None:
 
 
 def letter(text: str) -> str | None:
-    """An option letter: the text is one ("b", "(B)."), starts with one ("B. cat"), or states one ("the answer is B: cat")."""
-    for part in (text.strip("* \n"), (answer_is(text) or "").strip("* ")):
+    """An option letter: the text states one ("the answer is B, since ..."), is one ("b", "(B)."), or starts with one ("B. cat")."""
+    for part, form in ((answer_is(text) or "").strip("* "), LETTER_STATED), (text.strip("* \n"), LETTER_FIRST):
         if found := LETTER_ALONE.fullmatch(part):
             return found[1].upper()
-        if found := LETTER_FIRST.match(part):
+        if found := form.match(part):
             return found[1] or found[2]
     return None
 

@@ -39,7 +39,7 @@ def _blocks(text: str, divider: str, n: int) -> bool:
 def _is_json(text: str) -> bool:
     try:
         json.loads(re.sub(r"^```(?:json)?|```$", "", text.strip(), flags=re.IGNORECASE))
-    except ValueError:
+    except (ValueError, RecursionError):  # of a thousand open brackets
         return False
     return True
 

@@ -72,9 +72,10 @@ def exact_match(prediction: str, answer: Any, meta: Any = None) -> float:
 def vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
     """VQA accuracy: mean over the annotators of min(1, matches among the *others* / 3); 3 of 10 -> 0.9, 4 of 10 -> 1.
 
-    A file with fewer than four answers can not reach 3 matches among the others: there all of the others suffice.
+    A file with fewer than four answers can not reach 3 matches among the others: there all of the others suffice. Where a task trains
+    on one answer, its rows keep all of them in the column `annotators`.
     """
-    normal = [evalai(a) for a in golds(answer)]
+    normal = [evalai(a) for a in golds((meta or {}).get("annotators", answer))]
     matches = [evalai(prediction) == a for a in normal]
     if len(normal) == 1:
         return float(matches[0])

@@ -55,18 +55,21 @@ MAKERS: dict[str, Callable[..., Task]] = {
 
 _PARITY = {"scorer": "mathruler_parity"}
 _VARIANTS = [
-    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, all scored by the lenient scorer.
-    scienceqa.make("cpt7_scienceqa", **_PARITY),
-    textvqa.make("cpt7_textvqa", ocr=True, single=True, **_PARITY),
-    vizwiz.make("cpt7_vizwiz", single=True, **_PARITY),
-    gqa.make("cpt7_gqa", train_rows=80_000, **_PARITY),
+    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its general benchmarks; all scored by the
+    # lenient scorer, with the benchmark's own beside it.
+    scienceqa.make("cpt7_scienceqa", also=("mcq_letter",), **_PARITY),
+    textvqa.make("cpt7_textvqa", ocr=True, single=True, also=("vqa_soft",), **_PARITY),
+    vizwiz.make("cpt7_vizwiz", single=True, also=("vqa_soft",), **_PARITY),
+    gqa.make("cpt7_gqa", train_rows=80_000, also=("exact_match",), **_PARITY),
     geometry3k.make("cpt7_geometry3k", also=("math",), **_PARITY),
     pathvqa.make("cpt7_pathvqa", also=("pathvqa_split",), **_PARITY),
-    superclevr.make("cpt7_superclevr", **_PARITY),
-    mmlu_pro.make("cpt7_mmlu_pro", shots=0, **_PARITY),
+    superclevr.make("cpt7_superclevr", also=("vqa_em_modal",), **_PARITY),
+    mmmu.make("cpt7_mmmu", also=("mmmu_official",), **_PARITY),
+    mmlu_pro.make("cpt7_mmlu_pro", shots=0, also=("mmlu_pro",), **_PARITY),
+    pope.make("cpt7_pope", also=("yes_no",), **_PARITY),
     # Paper C (arXiv 2510.18874): its own splits of public data.
     ifeval.make("retain_ifeval", paper_c=True),
-    mmlu.make("retain_mmlu", paper_c=True),
+    mmlu.make("retain_mmlu", paper_c=True, template="letter"),
     countdown.make("drawn_countdown", drawn=True),
     *(synthetic.make(f"drawn_{family}", family) for family in synthetic.FAMILIES),
 ]
@@ -75,9 +78,19 @@ PAPER_A = tuple(f"cpt7_{name}" for name in ("scienceqa", "textvqa", "vizwiz", "g
 PAPER_C = ("retain_ifeval", "retain_mmlu", "countdown")
 
 
-def resolve(name: str, user_tasks: Mapping[str, Mapping[str, Any]] | None = None) -> Task:
-    """Returns a task by name: the config's own first (its data, or a built-in with other settings), then the built-in."""
-    user_tasks = user_tasks or {}
+def resolve(name: str, user_tasks: Mapping[str, Mapping[str, Any]] | None = None, pixels: tuple[int, int] | None = None) -> Task:
+    """Returns a task by name: the config's own first (its data, or a built-in with other settings), then the built-in.
+
+    `pixels` are the model's limits; a task whose answers are places in pixels is refused under others.
+    """
+    task = _resolve(name, user_tasks or {})
+    if pixels and task.pixels not in (None, pixels):
+        of = "states places in images of {} to {} pixels, but the model sees {} to {}".format(*task.pixels, *pixels)
+        raise ValueError(f"task {name} {of}; set min_pixels and max_pixels of tasks.{name} or of model so that they agree")
+    return task
+
+
+def _resolve(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
     if name not in user_tasks:
         if name not in TASKS:
             known = {**TASKS, **user_tasks}
@@ -94,7 +107,7 @@ def resolve(name: str, user_tasks: Mapping[str, Mapping[str, Any]] | None = None
 
 
 def _check_settings(name: str, make: Callable[..., Task], settings: Mapping[str, Any]) -> None:
-    known = ({*inspect.signature(make).parameters, *inspect.signature(Task).parameters}) - {"name", "load", "fields"}
+    known = ({*inspect.signature(make).parameters, *inspect.signature(Task).parameters}) - {"name", "load", "fields", "pixels"}
     for key in settings:
         if key not in known:
             raise ValueError(f"tasks.{name}: unknown setting {key!r}{nearest(key, known)}; there are {', '.join(sorted(known))}")

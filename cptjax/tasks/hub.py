@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from cptjax import console
+from cptjax.order import permutation
 from cptjax.tasks.task import Examples, Task, nearest, sample
 from cptjax.types import Example
 
+SPLIT_NAME = re.compile(r"(^|[-_.])(train|validation|val|valid|dev|test|testdev|eval)([-_.]|$)")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # lie beside the data
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 
 
@@ -71,11 +75,11 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def load_rows(source: Source, root: str = "") -> Rows:
-    """Loads the rows of a split from the hub, or from the copy under `root`."""
+    """Loads the rows of a split from the copy under `root`, or where there is none from the hub."""
     import datasets  # slow to import, and drawn tasks never need it
 
-    if root:
-        return Rows(_from_folder(local_copy(source.dataset, root), source))
+    if folder := local_copy(source.dataset, root):
+        return Rows(_from_folder(folder, source))
     try:
         return Rows(datasets.load_dataset(source.dataset, source.config, split=source.split))
     except (OSError, ValueError) as error:
@@ -83,15 +87,19 @@ def load_rows(source: Source, root: str = "") -> Rows:
         raise ValueError(f"{source.dataset} can not be loaded from the hub ({reason}); put a copy under data.root") from error
 
 
-def local_copy(dataset: str, root: str) -> Path:
-    """Returns the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>."""
+@functools.cache
+def local_copy(dataset: str, root: str) -> Path | None:
+    """Returns the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>; None (said once) = take the hub's."""
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise ValueError(f"data.root={root!r}: no such folder; give the one that holds the datasets, or leave it empty to use the hub")
     org, _, name = dataset.rpartition("/")
     candidates = [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    looked = ", ".join(str(folder) for folder in candidates)
-    raise ValueError(f"no local copy of {dataset}: looked for {looked}; copy the dataset there or leave data.root empty to use the hub")
+    found = next((folder for folder in candidates if folder.is_dir()), None)
+    if found is None:
+        console.say(f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}), so the hub's is used")
+    return found
 
 
 def usable(rows: Rows, source: Source) -> np.ndarray:
@@ -100,7 +108,7 @@ def usable(rows: Rows, source: Source) -> np.ndarray:
     if source.needs:
         order = order[np.asarray(rows.column(source.needs).is_valid())]
     if source.part != (0.0, 1.0) or source.most is not None:
-        order = np.random.default_rng(0).permutation(order)
+        order = order[permutation(len(order), (0,))]
         start, stop = (round(share * len(order)) for share in source.part)
         order = np.sort(order[start:stop][: source.most])
     return order
@@ -126,21 +134,22 @@ def _member(splits, source: Source, place: Path):
 
 
 def split_files(folder: Path, source: Source) -> list[str]:
-    """Returns the data files of a split: named after it, or in a folder of that name.
+    """Returns the data files of a split: named after it, or in a folder of that name; one file named after no split is the training split.
 
-    A dataset with several configs keeps each in its own folder; a copy of the one config alone may lie at the top.
+    A dataset with several configs keeps each in its own folder; the default one, or a copy of one config alone, lies at the top.
     """
     inner = folder / source.config if source.config else folder
-    if inner.is_dir():
-        candidates = inner.rglob("*")
-    else:
-        candidates = [path for place in (folder, folder / "data", folder / source.split) for path in place.glob("*")]
-    files = sorted(path for path in candidates if path.suffix in DATA_FILES)
-    own = [path for path in files if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split]
-    if not own:
-        found = ", ".join(sorted({path.name for path in files})[:5]) or "nothing"
-        raise ValueError(
-            f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet (or .arrow, "
-            f".jsonl, .json) or a folder {source.split}/, found {found}"
-        )
-    return [str(path) for path in own if path.suffix == own[0].suffix]
+    top = [path for place in (folder, folder / "data", folder / "default", folder / source.split) for path in place.glob("*")]
+    deep = list(inner.rglob("*")) if inner.is_dir() else []
+    for candidates in (deep, top) if source.config else (top, deep):
+        files = sorted(path for path in candidates if path.suffix in DATA_FILES and path.name not in DESCRIPTIONS)
+        own = [path for path in files if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split]
+        if not own and source.split == "train" and len(files) == 1 and not SPLIT_NAME.search(files[0].stem):
+            own = files
+        if own:
+            return [str(path) for path in own if path.suffix == own[0].suffix and path.parent == own[0].parent]
+    found = ", ".join(sorted({path.name for path in (*top, *deep) if path.suffix in DATA_FILES})[:5]) or "nothing"
+    raise ValueError(
+        f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet (or .arrow, "
+        f".jsonl, .json) or a folder {source.split}/, found {found}"
+    )

@@ -103,6 +103,8 @@ def folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
     if not folder.is_dir():
         raise ValueError(f'jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor "drawn"')
     own = (folder / split).is_dir()
+    if not own and (split == "validation" or any((folder / other).is_dir() for other in ("train", "test"))):
+        raise ValueError(f"jigsaw: no images for split {split!r}: there is no folder {folder / split}")
     base = folder / split if own else folder
     files = sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if path.suffix.lower() in IMAGE_FILES)
     if not own:

@@ -2,7 +2,8 @@
 
 Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So the image is resized here, to the size that the
 processor would choose within `min_pixels` and `max_pixels`, and the box with it; the processor then leaves both alone.
-Give the same limits as model.min_pixels and model.max_pixels. The public copy has no training split: train is its "val".
+The limits must be those of model.min_pixels and model.max_pixels, or a run is refused. The public copy has no training split:
+train is its "val".
 """
 
 import functools
@@ -44,4 +45,5 @@ def make(
     """Makes the task; `dataset` may be lmms-lab/RefCOCOplus, whose files look the same."""
     sources = {ours: hub.Source(dataset, theirs) for ours, theirs in SPLITS.items()}
     build_row = functools.partial(build, min_pixels=min_pixels, max_pixels=max_pixels)
-    return hub.task(name, sources, build_row, scorer, **{"direct_suffix": "Give only the box.", **fields})
+    own = {"direct_suffix": "Give only the box.", "pixels": (min_pixels, max_pixels)}
+    return hub.task(name, sources, build_row, scorer, **{**own, **fields})

@@ -89,6 +89,10 @@ class Drawn(Sequence[Example]):
     def __len__(self) -> int:
         return self.size
 
+    def where(self, index: int) -> tuple[str, int]:
+        """Returns the split and number of an example."""
+        return f"{self.name}/{self.split}", index
+
     def __getitem__(self, index: int) -> Example:
         index = range(self.size)[index]
         block, at = _block(self.spec, self.split, self.seed, index // BLOCK), index % BLOCK

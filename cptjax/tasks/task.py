@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cptjax.order import permutation
 from cptjax.types import Example
 
 WORD = "Answer the question using a single word or phrase."
@@ -32,6 +33,7 @@ class Task:
     direct_suffix: str = ""
     forced_prefix: str = ""  # what evaluation forces to tell format from knowledge; "" = the template's
     also: tuple[str, ...] = ()  # further scorers reported beside `scorer`
+    pixels: tuple[int, int] | None = None  # the model's limits that the answers are stated for; None = any
 
 
 class Examples(Sequence[Example]):
@@ -43,6 +45,10 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Returns the split and row of an example."""
+        return f"{self.task}/{self.split}", int(self.order[index])
 
     def __getitem__(self, index: int) -> Example:
         if isinstance(index, slice):
@@ -62,7 +68,7 @@ def sample(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
         return order
     if limit < 0:
         raise ValueError(f"limit: a number of rows >= 0 is expected, {limit} came")
-    return order[np.sort(np.random.default_rng(seed).permutation(len(order))[:limit])]
+    return order[np.sort(permutation(len(order), (seed,))[:limit])]
 
 
 def ask(text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ def build(row: dict[str, Any], ocr: bool, single: bool) -> Example:
     if ocr:
         question += "\nReference OCR token: " + ", ".join(row["ocr_tokens"] or ())
     best = modal(row["answers"])
-    meta = plain(row, "image_id", "image_classes")
+    meta = plain(row, "image_id", "image_classes") | ({"annotators": row["answers"]} if single else {})
     return Example(str(row["question_id"]), ask(question, [open_image(row["image"])]), best if single else row["answers"], best, meta=meta)
 
 

@@ -1,8 +1,4 @@
-"""What is wrong with a split, told before step 0: rows that can not be read, and images that do not open.
-
-Every image is decoded, so a public dataset of a million rows takes hours; only a user's own sequences carry `where` and `bad`,
-by which a run knows which to check.
-"""
+"""What is wrong with a split, told before step 0: rows that can not be read, and whatever else a check finds in them."""
 
 import concurrent.futures
 import os
@@ -11,24 +7,32 @@ from typing import Any
 
 from PIL import Image
 
+from cptjax import console
 from cptjax.patches import MAX_RATIO
 from cptjax.tasks.tables import BadRow
-from cptjax.tasks.task import Examples
 from cptjax.types import Example
 
 SHOWN = 100
+Problem = Callable[[Sequence[Example], int], BadRow | None]
 
 
-def validate(examples: Sequence[Example], workers: int = 0) -> list[BadRow]:
-    """Returns every bad row of a split, with all its images opened; `workers` threads decode (0 = one a core)."""
-    with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = pool.map(lambda index: _problem(examples, index), range(len(examples)))
-        return [*getattr(examples, "bad", ()), *(row for row in found if row)]
+def validate(examples: Sequence[Example], problem: Problem | None = None, title: str = "check rows") -> list[BadRow]:
+    """Returns every bad row of a split; without another `problem`, a row whose images do not open. Threads decode them."""
+    problem, found = problem or unopened, []
+    with console.progress(title, len(examples)) as bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        for row in threads.map(lambda index: problem(examples, index), range(len(examples))):
+            found += [row] if row else []
+            bar.advance()
+    return [*getattr(examples, "bad", ()), *found]
 
 
 def check(examples: Sequence[Example], allowed: int = 0, say: Callable[[str], Any] = print) -> Sequence[Example]:
     """Prints the bad rows of a split and returns the good ones; more bad rows than `allowed` are a ValueError."""
-    bad = validate(examples)
+    return without(examples, validate(examples), allowed, say)
+
+
+def without(examples: Sequence[Example], bad: Sequence[BadRow], allowed: int, say: Callable[[str], Any]) -> Sequence[Example]:
+    """As `check`, with the bad rows known."""
     if not bad:
         return examples
     say(f"{len(bad)} bad row(s) beside {len(examples) + len(getattr(examples, 'bad', ())) - len(bad)} good ones:")
@@ -39,7 +43,7 @@ def check(examples: Sequence[Example], allowed: int = 0, say: Callable[[str], An
     if len(bad) > allowed:
         raise ValueError(f"{len(bad)} bad row(s), {allowed} allowed by data.bad_rows; the first: {bad[0]}")
     places = {(row.file, row.row) for row in bad}
-    good = [index for index in range(len(examples)) if origin(examples, index) not in places]
+    good = [index for index in range(len(examples)) if examples.where(index) not in places]
     if not good:
         raise ValueError(f"no good row is left; the first bad one: {bad[0]}")
     return Chosen(examples, good)
@@ -59,18 +63,12 @@ class Chosen(Sequence[Example]):
 
     def where(self, index: int) -> tuple[str, int]:
         """Returns the file and row of an example."""
-        return origin(self.examples, self.indices[index])
+        return self.examples.where(self.indices[index])
 
 
-def origin(examples: Sequence[Example], index: int) -> tuple[str, int]:
-    """Returns the file and row of an example; a public dataset's is the task and split."""
-    if isinstance(examples, Examples):
-        return f"{examples.task}/{examples.split}", int(examples.order[index])
-    return examples.where(index) if hasattr(examples, "where") else ("examples", index)
-
-
-def _problem(examples: Sequence[Example], index: int) -> BadRow | None:
-    file, row = origin(examples, index)
+def unopened(examples: Sequence[Example], index: int) -> BadRow | None:
+    """Tells of a row that can not be read, or whose images do not open."""
+    file, row = examples.where(index)
     try:
         for image in images_of(examples[index]):
             if max(image.size) > MAX_RATIO * min(image.size):

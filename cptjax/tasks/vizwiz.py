@@ -24,8 +24,9 @@ SUFFIX = "When the provided information is insufficient, respond with 'Unanswera
 
 def build(row: dict[str, Any], single: bool) -> Example:
     best = modal(row["answers"])
+    meta = plain(row, "category") | ({"annotators": row["answers"]} if single else {})
     messages = ask("<image>" + row["question"].capitalize(), [open_image(row["image"])])
-    return Example(str(row["question_id"]), messages, best if single else row["answers"], best, meta=plain(row, "category"))
+    return Example(str(row["question_id"]), messages, best if single else row["answers"], best, meta=meta)
 
 
 def load(name: str, build_row: hub.Build, split: str, root: str = "", limit: int | None = None, seed: int = 0) -> Sequence[Example]:
