@@ -250,7 +250,7 @@ def launched(tmp_path, *flags):
 
 
 def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_not(tmp_path):
-    """Two programs of the tiny model; then 65,536 conversations at a time, which no v5e holds."""
+    """Two programs of the tiny model; then 2,048 conversations of 16,384 tokens at a time, which no v5e holds."""
     pytest.importorskip("libtpu")
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # seconds of a processor: other work does not count
     began = used()
@@ -260,7 +260,7 @@ def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_no
     assert told["fits"] and told["devices"] == 4 and told["mesh"] == {"data": 1, "fsdp": 2, "model": 2} and 0 < told["mfu_bound"] < 1
     assert [p["name"] for p in told["programs"]] == ["train step", "evaluation"] and "GiB a device" in said
     assert all(p["temporaries"] > 0 and p["arithmetic"] > 0 for p in told["programs"])
-    code, said, (told,) = launched(tmp_path, "--topology=v5e:2x2", "--config.train.batch=65536")
+    code, said, (told,) = launched(tmp_path, "--topology=v5e:2x2", "--config.train.batch=2048", "--config.data.prompt_limit=16384")
     assert code == 1 and not told["fits"], said
     assert "train step needs" in said and "train.micro_batch" in said and "Traceback" not in said
 
