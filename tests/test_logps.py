@@ -185,8 +185,7 @@ def test_memory_of_the_compiled_gradient_on_a_tpu():
         return jax.grad(lambda h, w, t: logps.token_logps(h, w, t, chunk=chunk)[0].sum(), (0, 1))
 
     few, whole = (compiled_for_tpu(gradients(c), *SIZES).memory_analysis().temp_size_in_bytes / 1e6 for c in (512, 8192))
-    logits, summed = 512 * 151936 * 4 / 1e6, 2048 * 151936 * 4 / 1e6  # one chunk, and the unembedding's gradient in float32
-    assert few < 1.02 * (logits + summed)
+    assert few < 330  # MB; 512 x 151,936 float32 logits are 311
     assert whole > 2400
 
 
