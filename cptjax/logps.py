@@ -4,12 +4,12 @@
 
 On a mesh each batch shard walks through its own tokens, with the unembedding gathered once and its gradient summed once.
 Left to the partitioner, every chunk would be spread over all shards and its logits summed across the network.
-Over the chunks of a shard that gradient adds up in float32, whatever the unembedding's type; like every other it is rounded once.
+A gradient with respect to the unembedding adds up over the chunks in the unembedding's own type: give float32 weights for a float32 sum.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ DIRECTIONS = ("forward", "reverse")
 
 def token_logps(
     hidden: Array, unembed: Array, targets: Array, *, chunk: int = 1024, entropy: bool = False, entropy_grad: bool = False,
-    temperature: float | Array = 1.0,
+    temperature: float | Array = 1.0, transposed: bool = False,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """Log-probability [N] of each target after its hidden state, with the entropy [N] on request.
+    """Log-probability [N] of each target after its hidden state, with the entropy [N] on request; `transposed`: unembed is [V, D].
 
     `chunk` tokens of each batch shard have their logits in memory at one time; with at most that many tokens nothing is computed twice.
     No gradient flows through the entropy unless `entropy_grad` says so: an entropy that is only logged should not double the backward pass.
@@ -34,7 +34,7 @@ def token_logps(
     check(chunk=chunk, temperature=temperature)
 
     def numbers(weights: tuple, h: Array, t: Array) -> tuple[Array, Array | None]:
-        z = _logits(h, weights[0]) / temperature
+        z = _logits(h, weights[0], transposed) / temperature
         norm = jax.nn.logsumexp(z, -1)
         logp = jnp.take_along_axis(z, t[:, None], -1)[:, 0] - norm
         return logp, _entropy(z if entropy_grad else lax.stop_gradient(z)) if entropy else None
@@ -44,7 +44,7 @@ def token_logps(
 
 def distill_kl(
     student: Array, teacher: Array, unembed_student: Array, unembed_teacher: Array, *, direction: str = "forward", top_k: int = 0,
-    chunk: int = 1024,
+    chunk: int = 1024, transposed: bool = False,
 ) -> Array:  # fmt: skip
     """KL divergence [N] of next-token distributions given hidden states [N, D]; no gradient reaches the teacher.
 
@@ -55,8 +55,8 @@ def distill_kl(
     check(chunk=chunk, direction=direction, top_k=top_k)
 
     def divergence(weights: tuple, s: Array, t: Array) -> Array:
-        ours = jax.nn.log_softmax(_logits(s, weights[0]))
-        theirs = jax.nn.log_softmax(lax.stop_gradient(_logits(t, weights[1])))
+        ours = jax.nn.log_softmax(_logits(s, weights[0], transposed))
+        theirs = jax.nn.log_softmax(lax.stop_gradient(_logits(t, weights[1], transposed)))
         if 0 < top_k < theirs.shape[-1]:
             kept = lax.top_k(theirs, top_k)[1]
             ours, theirs = _kept_and_rest(ours, kept), _kept_and_rest(theirs, kept)
@@ -66,14 +66,14 @@ def distill_kl(
     return _by_chunks(divergence, (unembed_student, unembed_teacher), (student, teacher), chunk)
 
 
-def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024) -> Array:
+def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024, transposed: bool = False) -> Array:
     """Entropy [N] of the k likeliest tokens among themselves, divided by log k: EAFT's weight in [0, 1], without gradient."""
     check(chunk=chunk)
     if k < 2:
         raise ValueError(f"k={k}: the entropy of the likeliest tokens needs at least 2 of them")
 
     def numbers(weights: tuple, h: Array) -> Array:
-        return _entropy(lax.top_k(_logits(h, weights[0]), k)[0]) / jnp.log(float(k))
+        return _entropy(lax.top_k(_logits(h, weights[0], transposed), k)[0]) / jnp.log(float(k))
 
     return lax.stop_gradient(_by_chunks(numbers, (unembed,), (hidden,), chunk))
 
@@ -90,35 +90,9 @@ def check(*, chunk: int = 1, temperature: Any = 1.0, direction: str = "forward",
         raise ValueError(f"distill.top_k={top_k}: expected 0 (the whole vocabulary) or a number of tokens")
 
 
-class Table(NamedTuple):
-    """An unembedding [D V] to compute with, and its stand-in that takes the gradient."""
-
-    narrow: Array
-    wide: Array  # float32, never read
-
-    @staticmethod
-    def of(unembed: Array) -> "Table":
-        return Table(lax.stop_gradient(unembed), unembed.astype(jnp.float32))
-
-
-@jax.custom_vjp
-def _logits(hidden: Array, table: Table) -> Array:
-    """hidden [n D] -> [n V] in float32."""
-    return lax.dot(hidden, table.narrow.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def _logits_kept(hidden: Array, table: Table) -> tuple[Array, tuple]:
-    return _logits(hidden, table), (hidden, table.narrow)
-
-
-def _logits_back(kept: tuple, by: Array) -> tuple[Array, Table]:
-    hidden, narrow = kept
-    product = lambda x, y, axes: lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=jnp.float32)
-    back = product(by, narrow.astype(hidden.dtype), ((1,), (1,))).astype(hidden.dtype)
-    return back, Table(jnp.zeros_like(narrow), product(hidden, by, ((0,), (0,))))
-
-
-_logits.defvjp(_logits_kept, _logits_back)
+def _logits(hidden: Array, unembed: Array, transposed: bool) -> Array:
+    axes = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(hidden, unembed.astype(hidden.dtype), axes, preferred_element_type=jnp.float32)
 
 
 def _entropy(logits: Array) -> Array:
@@ -144,14 +118,14 @@ def _by_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
     rows = tuple(_pad(x, -n % math.prod(mesh.shape[a] for a in axes)) for x in rows)
     by_row = PartitionSpec(axes)
     walk = jax.shard_map(
-        lambda weights, *rows: _walk(f, lax.pcast(weights, axes, to="varying"), rows, chunk),
+        lambda weights, *rows: _walk(f, weights, rows, chunk),
         in_specs=(PartitionSpec(), *(by_row for _ in rows)), out_specs=by_row, axis_names=set(axes),
     )  # fmt: skip
     return jax.tree.map(lambda x: x[:n], walk(weights, *rows))
 
 
 def _walk(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
-    n, weights = rows[0].shape[0], tuple(map(Table.of, weights))
+    n = rows[0].shape[0]
     if n <= chunk:
         return f(weights, *rows)
     count = -(-n // chunk)
