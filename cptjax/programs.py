@@ -12,7 +12,7 @@ from cptjax import batches, flops, layout, penalties, runtime, sampler, stage, t
 from cptjax.batching import picture
 from cptjax.objectives import Objective
 from cptjax.pool import Plan as Pool
-from cptjax.sites import Site, batch, conversations, everywhere, learned, passes, prompts, rows_of
+from cptjax.sites import Site, batch, conversations, demonstrated, everywhere, learned, passes, prompts, rows_of
 from cptjax.types import Params
 
 SECTIONS = ("model", "mesh", "data", "method", "rollout", "train", "eval")  # of a config: what programs depend on
@@ -117,7 +117,10 @@ def taught(site: Site, rows: int, calls: int) -> list[Program]:
     """The teacher's states on each device pass of the updates."""
     if site.teacher is None:
         return []
-    lower = lambda made: teaching._states(site.cfg, site.dtype).lower(site.teacher, batch(site, rows, scored=False))
+    seen = batch(site, rows, scored=False)
+    if site.config.method.objective == "distill":
+        seen = seen.replace(prompts=prompts(site, rows, demonstrated(site.config)))
+    lower = lambda made: teaching._states(site.cfg, site.dtype).lower(site.teacher, seen)
     return [Program(TEACHER, lower, calls, _forward(site, rows) + _sight(site, rows), ("teacher",))]
 
 

@@ -105,6 +105,11 @@ def learned(config: Any) -> int:
     return config.data.prompt_limit + lessons.beyond(config.method, config.rollout.max_new_tokens)
 
 
+def demonstrated(config: Any) -> int:
+    """Tokens of the longest question with a demonstration behind it; 24 for the words around, which depend on the tokenizer."""
+    return config.data.prompt_limit + config.rollout.max_new_tokens + 24
+
+
 def prompts(site: Site, rows: int, length: int = 0) -> Prompts:
     """`rows` prompts, a picture each; 0 = of the longest length."""
     v, length = site.cfg.vision, length or site.config.data.prompt_limit

@@ -163,9 +163,14 @@ def test_questions_with_their_demonstration_are_measured(tmp_path):
 def test_questions_without_a_demonstration_are_told():
     c = config()
     c.method.update(METHODS["sdft"])
-    (reading,) = survey.trained(settings.stages(c)[0])
+    (reading,) = survey.trained(settings.stages(c)[0], settings.stages(c))
     task = tasks.resolve("drawn_colour", {})
-    blank = [dataclasses.replace(task.load("train", root="", limit=1, seed=0)[0], target="")]
+    drawn = task.load("train", root="", limit=1, seed=0)
+
+    class Blank(list):
+        where = drawn.where
+
+    blank = Blank([dataclasses.replace(drawn[0], target="")])
     words = processor.load(None, survey.model(c), 1024, 4096)
     course = prompting.course(task, "direct", c.rewards, None)
     assert "no gold answers to demonstrate" in survey.measure_row(blank, 0, course, words, reading, 128).reason
