@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def main(fn: Callable[[], None]) -> None:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value, see --help")
             refuse_idle(flags.FLAGS["config"].value if "config" in flags.FLAGS else None, sys.argv[1:])
             fn()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said and saved: what comes while Python ends changes nothing
         except (ValueError, OSError) as error:
             _leave(error)
 

@@ -55,11 +55,11 @@ def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
         run.cached("base", lambda: run.compared(run.params))  # the RL arms' base is what the first stage made
         reached, took = {}, {}
         for which, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
-            run.params, began = jax.device_put(start), time.perf_counter()
+            run.params, began = jax.device_put(start), time.process_time()
             learning.learn(run, which, None)
-            reached[name], took[name] = round(score(), 3), round(time.perf_counter() - began)
+            reached[name], took[name] = round(score(), 3), round(time.process_time() - began)
         print(f"base {before:.3f}, then {reached} in {took} s")
     assert 0.3 < before < 0.75
     assert reached.pop("negated") < before - POINTS
     assert min(reached.values()) >= before + POINTS, (before, reached)
-    assert max(took.values()) < SECONDS, took  # compilation and evaluation included
+    assert max(took.values()) < SECONDS, took  # of a processor, compilation included: a busy machine's clock says nothing
