@@ -56,6 +56,12 @@ def main(fn: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is said and saved: what comes while Python ends changes nothing
         except (ValueError, OSError) as error:
             _leave(error)
+        except SystemExit as leaving:  # SIGTERM came while a program ran: Python must not take the device from under it
+            if not isinstance(leaving.code, int):
+                raise
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(leaving.code)
 
     def parse(argv: list[str]) -> list[str]:
         try:

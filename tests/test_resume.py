@@ -38,7 +38,7 @@ def interrupted(folder, method: str, sections: dict, seconds: list[float], numbe
     plan = {"method": method, "workdir": str(folder), "sections": sections, "signals": [*((number, s) for s in seconds), (KILL, None)]}
     told = runs.told(plan)
     assert told[-1]["code"] == 0, told[-1]["said"]
-    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in told), told
+    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in told), [(t["code"], t["after"], t["said"][-700:]) for t in told]
     return told
 
 
