@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,15 @@ def test_arms_within_noise_are_not_ranked(tmp_path):
         make(tmp_path / name, "grpo", seed=seed)
     said = words.compare_headline(read.arms([tmp_path]))
     assert said[0].startswith("All keep about equally much of what they learned (FM <b>−")
+
+
+def test_arms_apart_in_every_seed_are_ranked_though_seeds_differ_much():
+    found = lambda value: {"value": value, "stderr": 0.0}
+    told = lambda value: {"number": lambda name: found(value), "summary": {"metrics": {"fm_diagonal": found(value)}}}
+    run = lambda seed, value: types.SimpleNamespace(variant=f"seed{seed}", **told(value))
+    arm = lambda label, values: read.Arm(label, tuple(run(seed, v) for seed, v in enumerate(values)))
+    said = lambda *values: words._extremes([arm("calm", (0.0, -0.01, 0.0)), arm("wild", values)], "fm_diagonal", "{best} {worst}", "alike")
+    assert "each of the <b>3</b> seeds" in said(-0.1, -0.7, -0.15) and said(-0.1, -0.7, 0.01) == "alike" == said(-0.1, -0.7)
 
 
 def test_a_conversation_is_shown_as_its_text():

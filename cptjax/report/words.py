@@ -153,14 +153,24 @@ def compare_headline(arms: Sequence[Arm]) -> list[Markup]:
 
 
 def _extremes(arms: Sequence[Arm], name: str, apart: str, alike: str, **more: str) -> Markup | None:
-    """Names the best and the worst arm, unless their difference lies within its 95 % interval."""
+    """Names the best and the worst arm, unless their difference lies within its 95 % interval and is not of one sign in all seeds."""
     if len(arms) < 2:
         return None
     best, worst = (pick(arms, key=lambda a: mean(a, name)) for pick in (max, min))
     values = {"b": points(mean(best, name)), "w": points(mean(worst, name)), **more}
-    if mean(best, name) - mean(worst, name) <= 1.96 * math.hypot(doubt(best, name), doubt(worst, name)):
-        return sentence(alike, **values)
-    return sentence(apart, best=best.label, worst=worst.label, **values)
+    told = sentence(apart, best=best.label, worst=worst.label, **values)
+    if mean(best, name) - mean(worst, name) > 1.96 * math.hypot(doubt(best, name), doubt(worst, name)):
+        return told
+    seeds = _seeds_apart(best, worst, name)
+    return told + sentence(" So it is in each of the {n} seeds, though these differ much.", n=seeds) if seeds else sentence(alike, **values)
+
+
+def _seeds_apart(best: Arm, worst: Arm, name: str) -> int:
+    """Of how many seeds or orders both arms have a run, where the one is above the other in each of at least three; else 0."""
+    number = lambda arm: {run.variant: run.number(name)["value"] for run in arm.runs}
+    high, low = number(best), number(worst)
+    both = [v for v in high.keys() & low.keys() if known(high[v]) and known(low[v])]
+    return len(both) if len(both) > 2 and all(high[v] > low[v] for v in both) else 0
 
 
 def _plasticity(arms: Sequence[Arm]) -> list[Markup]:
