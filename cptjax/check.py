@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax import batching, console, memory, settings, stage, survey, verify
+from cptjax import batching, console, continual, memory, settings, survey, verify
 from cptjax.order import Order
 from cptjax.runtime import declare
 from cptjax.settings import Stage
@@ -37,11 +37,8 @@ def run(config: ConfigDict, rows: int | None = None) -> list[Findings]:
     """Checks every run that a config describes and prints what it finds; more bad rows than allowed are a ValueError."""
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: a number of rows >= 1 is expected")
-    plans = [(name, single, settings.stages(single)) for name, single in (*settings.bases(config).items(), *settings.variants(config))]
-    for _, single, stages in plans:
-        settings.check(single)
-        for each in stages:
-            stage.check(each)
+    continual.check(config)
+    plans = [(name, single, settings.stages(single)) for name, single in settings.runs(config)]
     found = survey_all(plans, rows, config.rewards.timeout)
     for name, single, stages in plans:
         for each in stages:

@@ -18,12 +18,7 @@ import orbax.checkpoint as ocp
 from cptjax import console, multihost
 
 STAGE = 10**9  # more steps than any stage has
-NO_DAMAGE = (
-    "RESOURCE_EXHAUSTED",
-    "PERMISSION_DENIED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-)  # not the files' fault
+NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # not the files' fault
 KINDS = ("steps", "stages")
 
 

@@ -77,9 +77,10 @@ def main(fn: Callable[[], None]) -> None:
 def refuse_idle(config: Any, argv: list[str]) -> None:
     """A setting of the command line that every arm, the pre-stage or every stage sets again would change nothing."""
     given = [a[len("--config.") :].split("=")[0].split(".") for a in argv if a.startswith("--config.")]
-    for path in [p for p in given if p[0] not in settings.TOP]:
-        runs = [*settings.bases(config).values(), *(one for _, one in settings.variants(config))]
-        if all(_at(each.config, path) != _at(config, path) for one in runs for each in settings.stages(one)):
+    paths = [p for p in given if p[0] not in settings.TOP]
+    stages = [each.config for _, single in settings.runs(config) for each in settings.stages(single)] if paths else []
+    for path in paths:
+        if all(_at(each, path) != _at(config, path) for each in stages):
             name = ".".join(path)
             hint = next((f"; set --config.arms.{arm}.{name}" for arm in config.arms if _at(config.arms[arm], path) is not None), "")
             raise ValueError(f"--config.{name} changes nothing, since every run of the config sets it itself{hint}")

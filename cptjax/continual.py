@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
 def check(config: ConfigDict) -> None:
     """Everything that can be refused before anything is loaded."""
     expect.check(config)
-    for single in (*settings.bases(config).values(), *(c for _, c in settings.variants(config))):
+    for _, single in settings.runs(config):
         settings.check(single)
         for each in settings.stages(single):
             stage.check(each)

@@ -10,6 +10,7 @@ import numpy as np
 from cptjax import console, evaluate, ewc, exams, filtering, metrics, multihost, penalties, resume, runtime, settings, stage, teaching
 from cptjax.batches import own_part
 from cptjax.model import trainable
+from cptjax.objectives import follows
 from cptjax.order import Order
 from cptjax.resume import Place
 from cptjax.session import Preempted, Run
@@ -73,8 +74,8 @@ def begin(current: Run, which: Stage, opt: Any, trained: Params, place: Place | 
 def start_of(current: Run, which: Stage, place: Place | None) -> Params | None:
     """A copy of the model at the stage's start where something needs it; a restored run reads it back."""
     m = which.config.method
-    exact = bool(m.average) or m.penalty.name in ("l2", "ewc")  # differences of weights: no rounding
-    fixed = teaches(which) and not resume.has_teacher(which)
+    exact = penalties.exact(m)
+    fixed = teaches(which) and not follows(m)
     if not (exact or fixed or (m.kl_coef > 0 and m.kl_reference == "stage")):
         return None
     params = current.at_stage(which.number - 1) if place else current.params
@@ -114,7 +115,7 @@ def teacher_of(current: Run, which: Stage, courses: dict[str, Any], start: Param
         return None
     c, d = which.config, which.config.method.distill
     rt = current.rt.longer(teaching.beyond(current.rt.processor, c.rollout.max_new_tokens))
-    if resume.has_teacher(which):
+    if follows(which.config.method):
         return Teacher(rt, courses, d.ema if d.teacher == "ema" else 1.0, *current.split())
     return Teacher(rt, courses, 0.0, *trainable.split(start, current.chosen))
 
@@ -181,7 +182,7 @@ class Training:
         current, trees = self.current, {"state": state}
         if current.fisher is not None:
             trees["fisher"] = current.fisher
-        if resume.has_teacher(self.which):
+        if follows(self.which.config.method):
             trees["teacher"] = self.room.teacher.trained
         current.checkpoints.save("steps", self.which.number, progress.step, trees, facts | {"progress": dataclasses.asdict(progress)})
 

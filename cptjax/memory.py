@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cptjax import optim, sharding
+from cptjax import objectives, optim, penalties, sharding
 from cptjax.model import trainable
 from cptjax.model.config import Config
 from cptjax.types import Params
@@ -27,14 +27,13 @@ def expected(cfg: Config, declared: Params, settings: ConfigDict, prompt: int, p
     part = t.batch // m.updates_per_batch
     micro = t.micro_batch or part
     answers = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
-    follows = m.objective == "distill" and m.distill.teacher != "frozen"
+    follows = objectives.follows(m)
     frozen_models = (m.objective == "policy" and m.kl_coef > 0) + (m.objective == "distill" and not follows) + (m.penalty.name == "lwf")
-    exact = bool(m.average) or m.penalty.name in ("l2", "ewc")  # copies to take differences of weights with
     kept = {
         "weights": sizes(trained, wide) + sizes(frozen, compute),
         "optimiser": _state(trained, settings, declared) / cut,
         "reference, teacher": frozen_models * sizes(declared, compute) + follows * sizes(trained, "float32"),
-        "stage's start": exact * sizes(declared, wide) + (m.penalty.name == "ewc") * sizes(trained, "float32"),
+        "stage's start": penalties.exact(m) * sizes(declared, wide) + (m.penalty.name == "ewc") * sizes(trained, "float32"),
     }
     update = {
         # the sum so far stands beside the micro-batch's own

@@ -237,7 +237,8 @@ def waiting(lines: Iterable[Mapping[str, Any]]) -> float | None:
 def cost(workdir: Path | str) -> dict[str, Any]:
     """Adds up what metrics.jsonl says was spent, by stage and kind of work, and what lies on the disk."""
     rows: dict[tuple[int, str], dict[str, float]] = {}
-    for line in read_lines(Path(workdir) / "metrics.jsonl"):
+    lines = read_lines(Path(workdir) / "metrics.jsonl")
+    for line in lines:
         row = rows.setdefault((line["stage"], line.get("event") or "train"), dict.fromkeys(COSTS, 0))
         for name in COSTS:
             row[name] += line.get(name) or 0
@@ -245,5 +246,4 @@ def cost(workdir: Path | str) -> dict[str, Any]:
     total = lambda some: {name: sum(p[name] for p in some) for name in COSTS}
     works = {work: total([p for p in parts if p["work"] == work]) for work in dict.fromkeys(p["work"] for p in parts)}
     stored = {"bytes": bytes_under(workdir), "checkpoint_bytes": bytes_under(Path(workdir) / "checkpoints")}
-    wait = {"waiting_for_data": waiting(read_lines(Path(workdir) / "metrics.jsonl"))}
-    return {**total(parts), **wait, **stored, "works": works, "parts": parts}
+    return {**total(parts), "waiting_for_data": waiting(lines), **stored, "works": works, "parts": parts}

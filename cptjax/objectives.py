@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -89,6 +90,11 @@ class Objective:
             chunk=self.chunk,
         )  # fmt: skip
         return kl.reshape(batch.targets.shape)
+
+
+def follows(method: Any) -> bool:
+    """Whether the teacher has weights of its own, which follow the student's."""
+    return method.objective == "distill" and method.distill.teacher != "frozen"
 
 
 def token_logps(hidden: Array, unembed: Array, batch: Batch, chunk: int, temperature: float = 1.0) -> Array:

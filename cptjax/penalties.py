@@ -30,6 +30,11 @@ def check(name: str, coef: float = 0.0, samples: int = 1, average: float = 0.0) 
         raise ValueError(f"method.average={average}: expected the weight of the stage's start, 0 <= average < 1")
 
 
+def exact(method: Any) -> bool:
+    """Whether weights are compared with those of the stage's start: a copy that must not be rounded."""
+    return bool(method.average) or method.penalty.name in ("l2", "ewc")
+
+
 def l2(params: Params, anchor: Params) -> Array:
     """Half the squared distance to the anchor."""
     return _half_sum(jax.tree.map(lambda p, a: jnp.square(_float(p) - _float(a)), params, anchor))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cptjax import console, metrics, multihost, runtime, settings, stage
+from cptjax import console, metrics, multihost, objectives, runtime, settings, stage
 from cptjax.checkpoint import Refused
 from cptjax.model import trainable
 from cptjax.session import Run, abstract
@@ -107,7 +107,7 @@ def like(current: Run, kind: str, which: Stage) -> dict[str, Any]:
         if keeps_optimizer(current, which):
             out["opt_state"] = abstract_state(opt, trained, current.rt.mesh).opt_state
         return out | {"params": abstract(trained)}
-    if has_teacher(which):
+    if objectives.follows(which.config.method):
         out["teacher"] = float32(trained)
     return out | {"state": abstract_state(opt, trained, current.rt.mesh)}
 
@@ -120,12 +120,6 @@ def float32(tree: Params) -> Params:
 def has_fisher(current: Run, number: int) -> bool:
     """Whether Fisher information of EWC is there after a stage."""
     return any(s.config.method.penalty.name == "ewc" for s in current.stages[:number])
-
-
-def has_teacher(which: Stage) -> bool:
-    """Whether a teacher that follows the student belongs to a stage's state."""
-    m = which.config.method
-    return m.objective == "distill" and m.distill.teacher != "frozen"
 
 
 def keeps_optimizer(current: Run, which: Stage) -> bool:

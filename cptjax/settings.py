@@ -194,6 +194,11 @@ def _refuse_top(changes: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} sets {found[0]}, which belongs to the whole config: set config.{found[0]}")
 
 
+def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """(sub-folder, config) of every run that a config asks for: those that make base models, then the others."""
+    return [*bases(config).items(), *variants(config)]
+
+
 def bases(config: ConfigDict) -> dict[str, ConfigDict]:
     """Sub-folder -> config of the runs that make the base models: none without a pre-stage, else one, or one a seed."""
     if not len(config.prestage):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cptjax import batches, ewc, lessons, runtime, sharding, stage, train
+from cptjax import batches, ewc, lessons, objectives, penalties, runtime, sharding, stage, train
 from cptjax.batching import picture, room
 from cptjax.model import trainable
 from cptjax.model.config import PRESETS, Config, read
@@ -67,11 +67,11 @@ def make(config: Any, mesh: Mesh, slices: int = 1) -> Site:
     state = train.abstract_state(stage.optimizer(config, declared), trained, mesh)
     pieces = {"trained weights": trained, "frozen weights": frozen, "optimiser": (state.opt_state, state.step, state.skipped)}
     penalty = _penalty(config, trained, abstract(parts[0], jnp.float32), mesh)
-    exact = bool(method.average) or penalty[0] is not None  # the copies that learning.start_of keeps, and in which type
+    exact = penalties.exact(method)  # the copies that learning.start_of keeps, and in which type
     reference = teacher = None
     if method.kl_coef:
         reference = pieces["reference"] = abstract(declared, wide if exact and method.kl_reference == "stage" else dtype)
-    if method.objective == "distill" and method.distill.teacher != "frozen":
+    if objectives.follows(method):
         teacher = pieces["teacher"] = trainable.join(abstract(parts[0], jnp.float32), frozen)
     elif method.objective == "distill" or method.penalty.name == "lwf":
         teacher = pieces["teacher"] = abstract(declared, wide if exact else dtype)
