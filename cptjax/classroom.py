@@ -1,6 +1,7 @@
 """A stage ready to run: its rows, their order, its tutor, and the models it is compared with."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from cptjax import lessons, settings
-from cptjax.data import Stream
+from cptjax.data import Here, Stream
 from cptjax.lessons import Item, Tutor
 from cptjax.order import Order
 from cptjax.prompting import Course
@@ -48,6 +49,12 @@ class Classroom:
     def key(self, step: int) -> jax.Array:
         """Randomness is a function of (seed, stage, step)."""
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), self.stage.number), step)
+
+    @functools.cached_property
+    def prompts(self) -> Here:
+        """Prepares the prompts at some places: the answers drawn to them are learned from with the same pictures."""
+        rt = self.tutor.rt
+        return Here(self.sources, prepare(rt, self.tutor.courses, False, max(rt.ladder)))
 
     def stream(self, drawn: int) -> Stream:
         d, rt = self.config.data, self.tutor.rt

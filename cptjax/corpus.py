@@ -15,10 +15,10 @@ import jax
 
 from cptjax import console, lessons, metrics, multihost
 from cptjax.batches import pieces
-from cptjax.classroom import Classroom, prepare
+from cptjax.classroom import Classroom
 from cptjax.drafts import Drafts
 from cptjax.lessons import Item, Spent, correct
-from cptjax.order import passed, permutation, pick
+from cptjax.order import Place, passed, permutation, pick
 from cptjax.types import Params
 
 ANSWERS = ("own", "gold")
@@ -33,7 +33,7 @@ def own_items(room: Classroom, params: Params, step: int) -> tuple[list[Item], S
     spent = spent if step == start else Spent()
     rows = _rows(room, pairs, start, step)
     mine = rows[pieces(len(rows), t.batch // jax.process_count())[jax.process_index()]]
-    return [_answered(room, *pair) for pair in mine], spent
+    return _answered(room, mine), spent
 
 
 def _rows(room: Classroom, pairs: list[Pair], start: int, step: int) -> list[Pair]:
@@ -69,9 +69,11 @@ def _conversation(room: Classroom, source: int, row: int, response: str) -> list
     return [*room.tutor.courses[example.task].messages(example), {"role": "assistant", "content": response}]
 
 
-def _answered(room: Classroom, source: int, row: int, response: str) -> Item:
+def _answered(room: Classroom, pairs: Sequence[Pair]) -> list[Item]:
     rt = room.tutor.learned
-    return Item(room.sources[source][row], rt.processor.encode(_conversation(room, source, row, response), limit=max(rt.ladder)), row)
+    prompts = room.prompts([Place(source, row, 0) for source, row, _ in pairs])
+    whole = [rt.processor.answered(p.encoded, text, limit=max(rt.ladder)) for p, (*_, text) in zip(prompts, pairs, strict=True)]
+    return [Item(p.example, e, row) for p, e, (_, row, _) in zip(prompts, whole, pairs, strict=True)]
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,9 +115,8 @@ def _own(room: Classroom, params: Params, start: int, steps: int, drafts: Drafts
     places = dict.fromkeys((p.source, p.index) for step in range(start, start + steps) for p in room.order.rows(step))
     mine = list(places)[jax.process_index() :: count]
     mine += mine[-1:] * (-(-len(places) // count) - len(mine))
-    build = prepare(t.rt, t.courses, False, max(t.rt.ladder))
     with console.progress(f"own answers, stage {room.stage.number}", total=len(mine)) as bar:
-        items = [build(room.sources[s][i]) for s, i in mine]
+        items = room.prompts([Place(*at, 0) for at in mine])
         right, spent = lessons.own_answers(t, params, items, room.config.method.self_samples, room.key(start), bar, drafts)
     ends = lambda i, text: len(items[i].encoded) + len(t.rt.processor.ids(text)) + 2  # tokens, with the end of the turn and of its line
     found = multihost.together(multihost.gather([(*mine[i], text, ends(i, text)) for i, text in right]))

@@ -51,7 +51,7 @@ class Stream:
         if came != order.sizes + order.replay:
             raise ValueError(f"the order is for lists of {order.sizes + order.replay} examples, but lists of {came} came")
         self.step, self.waited = step, 0.0
-        self._reader = _Pool(sources, prepare, workers) if workers else _Here(sources, prepare)
+        self._reader = _Pool(sources, prepare, workers) if workers else Here(sources, prepare)
         batches = grain.MapDataset.source(_Batches(order, shard, step, self._reader, collate))
         # One thread where rows are prepared in this process: a second would only fight it for the interpreter.
         threads = grain.ReadOptions(num_threads=min(prefetch, prefetch if workers else 1), prefetch_buffer_size=prefetch)
@@ -133,7 +133,7 @@ class _Batches:
     order: Order
     shard: tuple[int, int]
     first: int
-    reader: "_Here | _Pool"
+    reader: "Here | _Pool"
     collate: Callable[[list[Row]], Any]
 
     def __len__(self) -> int:
@@ -144,8 +144,8 @@ class _Batches:
         return self.collate([Row(p, v) for p, v in zip(places, self.reader(places), strict=True)])
 
 
-class _Here:
-    """Prepares rows in this process."""
+class Here:
+    """Prepares rows in this process, and keeps them where they fit."""
 
     def __init__(self, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any]):
         self.sources, self.prepare = sources, prepare

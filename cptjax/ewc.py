@@ -7,6 +7,7 @@ import jax
 from cptjax import console, lessons, penalties, stage, train
 from cptjax.batches import answers
 from cptjax.classroom import prepare
+from cptjax.drafts import Stopped
 from cptjax.lessons import Spent
 from cptjax.objectives import Objective
 from cptjax.order import permutation
@@ -39,6 +40,8 @@ def updated(current: Any, which: Stage, before: Params | None) -> tuple[Params, 
     add = jax.jit(lambda f, g: penalties.add_fisher(f, one(g), len(rows)), donate_argnums=0)
     with jax.set_mesh(rt.mesh), console.progress("Fisher information", total=len(rows)) as bar:
         for example in rows:  # one example a pass: a sum of squares is not the square of a sum
+            if current.sigterm.agreed():
+                raise Stopped
             encoded = build(example).encoded
             fisher = add(fisher, begin(trained, frozen, answers(rt, [encoded], rows=rt.shards)).gradient)
             cost += Spent(flops=3 * lessons.reading(rt.cfg, encoded))

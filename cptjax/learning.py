@@ -9,6 +9,7 @@ import numpy as np
 
 from cptjax import console, evaluate, ewc, exams, filtering, metrics, multihost, penalties, resume, runtime, settings, stage, teaching
 from cptjax.batches import own_part
+from cptjax.drafts import Stopped
 from cptjax.model import trainable
 from cptjax.objectives import follows
 from cptjax.order import Order
@@ -44,10 +45,9 @@ def learn(current: Run, which: Stage, place: Place | None) -> None:
         current.sigterm.waits = True
         try:
             state = stage.teach(room, state, frozen, steps, progress, extra, now.after_step)
-            if progress.step >= room.steps:
-                end_stage(current, which, state, frozen, start, progress)
-            elif progress.step:
-                now.save(state, progress, current.facts())  # if it stopped while it drew answers; else this step is saved already
+            ended = progress.step >= room.steps and end_stage(current, which, state, frozen, start, progress)
+            if progress.step and not ended:
+                now.save(state, progress, current.facts())  # if it stopped between steps; else this step is saved already
         finally:
             current.sigterm.waits = False
     if current.sigterm.agreed():
@@ -217,8 +217,8 @@ def pictured(rows: list[dict], room: Classroom, gallery: int, step: int) -> list
     return rows
 
 
-def end_stage(current: Run, which: Stage, state: TrainState, frozen: Params, start: Params | None, progress: Progress) -> None:
-    """Averaging, the Fisher of EWC, and the stage's own checkpoint."""
+def end_stage(current: Run, which: Stage, state: TrainState, frozen: Params, start: Params | None, progress: Progress) -> bool:
+    """Averaging, the Fisher of EWC, and the stage's own checkpoint; False where SIGTERM came before that."""
     m = which.config.method
     trained = state.params
     if m.average:
@@ -226,7 +226,10 @@ def end_stage(current: Run, which: Stage, state: TrainState, frozen: Params, sta
     current.params = trainable.join(trained, frozen)
     if m.penalty.name == "ewc":
         began = time.perf_counter()
-        current.fisher, cost = ewc.updated(current, which, current.fisher)
+        try:
+            current.fisher, cost = ewc.updated(current, which, current.fisher)
+        except Stopped:
+            return False
         if current.log:
             told = {"event": "fisher", **cost.logged(), "seconds": time.perf_counter() - began}
             current.log.step(which.number, progress.step, told)
@@ -237,3 +240,4 @@ def end_stage(current: Run, which: Stage, state: TrainState, frozen: Params, sta
         trees["opt_state"] = current.opt_state = state.opt_state
     with console.waiting(f"saving stage {which.number}"):
         current.checkpoints.save("stages", which.number, progress.step, trees, current.facts())
+    return True

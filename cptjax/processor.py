@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,25 @@ class Processor:
         seconds = [m.seconds for m, item in zip(media, text.items, strict=True) if item.kind == "video"]
         positions, _ = mrope(types, grids, seconds, self.cfg.vision)
         return Encoded(tokens, types, positions, mask, tuple(media), self.cfg)
+
+    def answered(self, prompt: Encoded, text: str, limit: int | None = None) -> Encoded:
+        """A prompt with its answer, as `encode` makes it of both; pictures are not opened again."""
+        answer, end = self.ids(_own(text) + self._closing[0]), self.ids(self._closing[1])
+        more = len(answer) + len(end)
+        tokens = np.concatenate([prompt.tokens, np.array(answer + end, np.int32)])
+        _check_limit(len(tokens), [m.grid for m in prompt.media], self.pixels.merge, limit)
+        types = np.concatenate([prompt.types, np.zeros(more, np.int8)])
+        after = prompt.positions.max() + 1 + np.arange(more, dtype=prompt.positions.dtype)
+        positions = np.concatenate([prompt.positions, np.broadcast_to(after, (3, more))], 1)
+        mask = np.concatenate([prompt.loss_mask, np.arange(more) < len(answer)])
+        return Encoded(tokens, types, positions, mask, prompt.media, self.cfg)
+
+    @functools.cached_property
+    def _closing(self) -> tuple[str, str]:
+        """What the chat template writes at the end of an answer, and after it."""
+        turn = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], generation=False)
+        *_, answer, after = ANSWER.split(turn)
+        return answer.removeprefix("!"), after
 
     def measure(
         self, messages: Messages, *, images: Sequence = (), videos: Sequence = (), generation: bool | None = None, prefix: str = ""

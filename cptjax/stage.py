@@ -1,5 +1,6 @@
 """One stage: its data, its programs, and the one training loop."""
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +115,7 @@ def teach(
     """The one training loop; `on_step` logs, saves, and says whether to go on. It ends early where drawing answers was stopped."""
     c = room.config
     stream = None if c.method.source in ("self", "corpus") else room.stream(progress.drawn)
+    watcher = concurrent.futures.ThreadPoolExecutor(1)
     ahead: Lesson | None = None
     try:
         while progress.step < room.steps:
@@ -127,10 +129,12 @@ def teach(
             state, numbers = _update(room, state, frozen, steps, progress, extra, found)
             progress.step += 1
             known = progress.step < room.steps and c.method.source != "rollouts" and not corpus.draws(room, progress.step)
+            finished = watcher.submit(ended_at, numbers)
             ahead = lesson(room, None, stream, progress) if known else None  # made while the device works
-            if ahead and working(numbers):
-                ahead.info["seconds/data"] = 0.0  # the device did not wait for it
+            made = time.perf_counter()
             told = read(numbers)
+            if ahead:
+                ahead.info["seconds/data"] = max(0.0, made - finished.result())  # as long as the device waited for it
             if room.teacher is not None:
                 room.teacher.follow(state.params)
             if first and c.method.objective == "policy":
@@ -142,6 +146,7 @@ def teach(
             if not on_step(state, progress, info, found.rows):
                 break
     finally:
+        watcher.shutdown(wait=False)
         if stream is not None:
             stream.close()
     return state
@@ -168,9 +173,10 @@ def read(told: list[dict[str, Any]]) -> list[dict[str, float]]:
             for n in jax.device_get(told)]  # fmt: skip
 
 
-def working(told: list[dict[str, Any]]) -> bool:
-    """Whether the device has updates still to do."""
-    return not all(x.is_ready() for x in jax.tree.leaves(told) if isinstance(x, jax.Array))
+def ended_at(told: list[dict[str, Any]]) -> float:
+    """Waits until the device has made these numbers, and tells when that was."""
+    jax.block_until_ready(told)
+    return time.perf_counter()
 
 
 def over_updates(told: Sequence[dict[str, float]]) -> dict[str, float]:

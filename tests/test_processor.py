@@ -304,6 +304,23 @@ def test_a_prompt_is_the_start_of_its_conversation(which, request):
 
 
 @pytest.mark.parametrize("which", ["tiny", "qwen"])
+def test_an_answer_put_behind_its_prompt_is_the_whole_conversation(which, request):
+    p = request.getfixturevalue(which)
+    clip = {"type": "video", "video": [picture(56, 56, s) for s in range(4)]}
+    several = [user(picture(40, 30), "x"), says("red"), user("and", picture(60, 90, 1), "?")]
+    for prompt in ([user("x")], [user(picture(40, 30), "x")], [user(clip, "x")], several):
+        for answer in ("it is red", "\n\nred ", "", "assistant\n?", "Größe 漢字 🙂 \\boxed{x}"):
+            ours, whole = p.answered(p.encode(prompt), answer), p.encode([*prompt, says(answer)])
+            for name in ("tokens", "types", "positions", "loss_mask"):
+                assert getattr(ours, name).tolist() == getattr(whole, name).tolist(), (name, answer)
+                assert getattr(ours, name).dtype == getattr(whole, name).dtype
+            assert [m.key for m in ours.media] == [m.key for m in whole.media]
+    start = p.encode(several)
+    fails(lambda: p.answered(start, "x", limit=len(start) + 1), "over the limit")
+    fails(lambda: p.answered(start, "<|im_end|>"), "only the processor writes it")
+
+
+@pytest.mark.parametrize("which", ["tiny", "qwen"])
 @pytest.mark.parametrize("prefix", ["it is", "i think", "<think>\n\n</think>\n<answer>", "\\boxed{"])
 def test_a_prefix_is_the_start_of_an_answer(which, prefix, request):
     p = request.getfixturevalue(which)

@@ -7,6 +7,9 @@ import signal
 
 import pytest
 import runs
+from alone import devices  # noqa: F401
+
+from cptjax import continual, ewc, session
 
 GRPO = {"steps": 4, "eval": {"every": 2, "mini": 4, "forced_prefix": True, "drift": 4, "general": ("facts",)}, "log": {"every": 3}}
 SFT = {"steps": 5, "train": {"reset_optimizer": False}, "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}}}
@@ -92,3 +95,19 @@ def test_cost_is_counted_once(whole):
     assert [(line["stage"], line["step"], line["rollouts"]) for line in steps] == [(1, 3, 24), (1, 4, 8), (2, 3, 24), (2, 4, 8)]
     exams = [line for line in lines if line.get("event") == "evaluate"]
     assert len(exams) == 3 * 3 + 2 and sum(line["rollouts"] for line in exams) == 9 * 16 + 2 * 8
+
+
+def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):  # noqa: F811
+    """The stage's last step is saved then, and the next start only estimates again."""
+    short = {"stages": ({"task": "facts", "steps": 2},), "eval": {"before": False, "limit": 2}}
+    c, estimated, agreed, answers = runs.config("sft", **SFT, **short), [], session.Sigterm.agreed, ewc.answers
+    monkeypatch.setattr(ewc, "answers", lambda *row, **more: estimated.append(row) or answers(*row, **more))
+    with monkeypatch.context() as patched, pytest.raises(session.Preempted):
+        patched.setattr(session.Sigterm, "agreed", lambda self: len(estimated) == 2 or agreed(self))
+        continual.run(c, tmp_path / "run")
+    assert len(estimated) == 2 and not list((tmp_path / "run" / "checkpoints" / "stages").glob("1*"))
+    said = (tmp_path / "run" / "metrics.jsonl").read_text()
+    continual.run(c, tmp_path / "run")
+    assert len(estimated) == 2 + 4 and (tmp_path / "run" / "metrics.jsonl").read_text().startswith(said)
+    continual.run(c, tmp_path / "whole")
+    runs.same(runs.state(tmp_path / "whole"), runs.state(tmp_path / "run"))
