@@ -47,7 +47,7 @@ class Work:
     repeat: int = 3
     micro: int = 0  # rows of one pass in logp and sft; 0 = all
     dtype: str = "float32"
-    remat: str = "dots"
+    remat: str = "none"
     chunk: int = 4096  # tokens whose logits are in memory at one time
 
     @property

@@ -22,7 +22,7 @@ A group is one prompt and G responses; a response sees the whole prompt and its 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,11 +75,11 @@ def segment_mask(q_segments: Array, kv_segments: Array, causal: bool, offset: in
 def attend(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, *, causal: bool, backend: str, offset: int = 0) -> Array:
     """Segmented attention of q [B T N H] over k and v [B S K H]."""
     if backend == "splash":
-        return _per_device(functools.partial(_splash, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
+        return _per_device(functools.partial(_splash, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
     if backend == "cudnn":
-        return _per_device(functools.partial(_cudnn, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
+        return _per_device(functools.partial(_cudnn, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
     if backend == "tiled":
-        return _per_device(functools.partial(_tiled, causal=causal, offset=offset), q, k, v, q_segments, kv_segments)
+        return _per_device(functools.partial(_tiled, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
     return reference(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
 
 
@@ -131,11 +131,13 @@ def attend_group(q: Array, k: Array, v: Array, segments: Array, prompt: int, gro
     r = (total - prompt) // group
     head = attend(q[:, :prompt], k[:, :prompt], v[:, :prompt], segments, segments, causal=True, backend=backend)
     split = lambda x: x[:, prompt:].reshape(nq, group, r, *x.shape[2:])
-    if backend in ("xla", "tiled"):
-        causal = jnp.tril(jnp.ones((r, r), bool))
-        tail = attend_shared(split(q), k[:, :prompt], v[:, :prompt], split(k), split(v), segments > 0, causal)
+    arrays = split(q), k[:, :prompt], v[:, :prompt], split(k), split(v)
+    if backend == "xla":
+        tail = attend_shared(*arrays, segments > 0, jnp.tril(jnp.ones((r, r), bool)))
+    elif backend == "tiled":
+        tail = _per_device(_tiled_group, arrays, (segments,))
     else:
-        tail = _group_by_copy(split(q), k[:, :prompt], v[:, :prompt], split(k), split(v), segments, backend)
+        tail = _group_by_copy(*arrays, segments, backend)
     return jnp.concatenate([head, tail.reshape(nq, group * r, *q.shape[2:])], 1)
 
 
@@ -153,6 +155,17 @@ def _group_by_copy(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own
 
 def _tiled(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int) -> Array:
     return tiled.attend(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
+
+
+def _tiled_group(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array) -> Array:
+    """`attend_shared` in two parts: all responses of a group over the prompt as one row of queries, and each over its own past."""
+    nq, g, r, n, h = q.shape
+    flat = lambda x: x.reshape(nq, g * r, *x.shape[3:])
+    rows = lambda x: x.reshape(nq * g, *x.shape[2:])
+    shared = tiled.part(flat(q), prompt_k, prompt_v, jnp.broadcast_to((segments > 0)[:, None], (nq, g * r, segments.shape[1])))
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((r, r), bool)), (nq * g, r, r))
+    own = tiled.part(rows(q), rows(own_k), rows(own_v), causal)
+    return tiled.together([tuple(x.reshape(nq, g, r, n, -1) for x in part) for part in (shared, own)])
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
@@ -197,18 +210,18 @@ def _cudnn(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, 
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=square, implementation="cudnn")[:, :t]
 
 
-def _per_device(kernel: Callable, q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array) -> Array:
-    """A kernel that the compiler cannot cut, each device on its own rows and heads."""
+def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Array]) -> Array:
+    """A kernel that the compiler cannot cut, each device on its own rows and heads: arrays [B .. heads H], queries first."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel(q, k, v, q_segments, kv_segments)
-    ways = mesh.shape["model"]
-    if k.shape[2] % ways:  # fewer key/value heads than members of `model`: each member gets a copy of the head it needs
-        k, v = (jnp.repeat(x, math.lcm(k.shape[2], ways) // k.shape[2], 2) for x in (k, v))
-    heads, rows = sharding.spec(("batch", None, "heads", None)), sharding.spec(("batch", None))
-    return jax.shard_map(kernel, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)(
-        q, k, v, q_segments, kv_segments
-    )
+        return kernel(*arrays, *segments)
+    ways, (q, *others) = mesh.shape["model"], arrays
+    heads = others[0].shape[-2]
+    if heads % ways:  # fewer key/value heads than members of `model`: each member gets a copy of the head it needs
+        others = [jnp.repeat(x, math.lcm(heads, ways) // heads, -2) for x in others]
+    spec = lambda x: sharding.spec(("batch", *(None,) * (x.ndim - 3), "heads", None))
+    places = (*map(spec, (q, *others)), *(sharding.spec(("batch", None)) for _ in segments))
+    return jax.shard_map(kernel, in_specs=places, out_specs=spec(q), check_vma=False)(q, *others, *segments)
 
 
 INTERPRET = False  # tests run the TPU kernel on the CPU by interpretation

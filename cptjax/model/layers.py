@@ -67,6 +67,8 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
 
 def mlp(p: Params, x: Array, lora_scale: float = 1.0) -> Array:
     """down(silu(gate(x)) * up(x))."""
+    if "gate_up" in p:
+        return linear(p["down"], gated_pair(linear(p["gate_up"], x)))
     return linear(p["down"], gated(linear(p["gate"], x, 1, lora_scale), linear(p["up"], x, 1, lora_scale)), 1, lora_scale)
 
 
@@ -83,3 +85,14 @@ def _gated_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Arr
 
 
 gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+
+
+@jax.custom_vjp
+def gated_pair(both: Array) -> Array:
+    """`gated` of the two halves of [... 2F]."""
+    return gated(*jnp.split(both, 2, -1))
+
+
+gated_pair.defvjp(
+    lambda both: (gated_pair(both), both), lambda both, slope: (jnp.concatenate(_gated_backward(jnp.split(both, 2, -1), slope), -1),)
+)

@@ -161,7 +161,10 @@ def unstack(p: Params, cfg: Config) -> Params:
     blocks = p["text"]["blocks"]
     if not cfg.unroll or isinstance(blocks, tuple):
         return p
-    layers = tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
+    mesh = jax.sharding.get_abstract_mesh()
+    cut = not mesh.empty and mesh.shape["model"] > 1  # q, k and v are then cut each by its own heads
+    layers = (jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
+    layers = tuple(layer if cut else text.fused(layer) for layer in layers)
     return p | {"text": p["text"] | {"blocks": layers}}
 
 

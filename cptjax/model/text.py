@@ -45,19 +45,43 @@ def block(p: Params, x: Array, rope: tuple[Array, Array], attend: Callable, cfg:
     """One decoder block on x [B T D]; `attend(q, k, v)` returns the mixed values and whatever it wants kept (a cache)."""
     s = cfg.lora_scale
     with jax.named_scope("attention"):
-        y = rms_norm(x, p["norm1"], cfg.text.norm_eps)
-        q, k, v = (linear(p[name], y, 1, s) for name in "qkv")
+        q, k, v = _heads(p, rms_norm(x, p["norm1"], cfg.text.norm_eps), cfg)
         q = constrain(q, "batch", None, "heads", None)
         out, kept = attend(rotate(q, rope), rotate(k, rope), v)
         x = x + linear(p["o"], out, 2, s)
     with jax.named_scope("mlp"):
-        x = x + mlp({k: p[k] for k in MLP}, rms_norm(x, p["norm2"], cfg.text.norm_eps), s)
+        x = x + mlp(p, rms_norm(x, p["norm2"], cfg.text.norm_eps), s)
     return constrain(x, "batch", None, None), kept
+
+
+def _made(x: Array) -> Array:
+    """x, by way of a product with one: a compiler that sees sines made from positions makes them again in every layer and head."""
+    one = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.dot(x.reshape(-1, x.shape[-1]), one, precision="highest").reshape(x.shape)
+
+
+def _heads(p: Params, y: Array, cfg: Config) -> tuple[Array, Array, Array]:
+    """Queries [B T N H], keys and values [B T K H]."""
+    if "qkv" not in p:
+        return tuple(linear(p[name], y, 1, cfg.lora_scale) for name in "qkv")
+    n, k = cfg.text.heads, cfg.text.kv_heads
+    return tuple(jnp.split(linear(p["qkv"], y), (n, n + k), -2))
+
+
+def fused(layer: Params) -> Params:
+    """A layer with one map to q, k and v and one to gate and up: a few wide products instead of many narrow ones."""
+    if any(layer[name].keys() - {"w", "b"} for name in LINEARS):  # adapters, or integers with their scales
+        return layer
+    qkv = jax.tree.map(lambda *x: jnp.concatenate(x, -2), *(layer[name] for name in "qkv"))
+    both = {"w": jnp.concatenate([layer["gate"]["w"], layer["up"]["w"]], -1)}
+    return {k: v for k, v in layer.items() if k not in ("q", "k", "v", "gate", "up")} | {"qkv": qkv, "gate_up": both}
 
 
 def run(p: Params, x: Array, positions: Array, attend: Callable, cfg: Config) -> tuple[Array, Any]:
     """All blocks and the final norm; what `attend` keeps is stacked over the layers (of a tuple of layers: listed)."""
     rope = rotation(positions, cfg.text)
+    if isinstance(p["blocks"], tuple):
+        rope = jax.tree.map(_made, rope)
     step = checkpoint(lambda x, layer: block(layer, x, rope, attend, cfg), cfg.remat)
     if isinstance(p["blocks"], tuple):
         kept = []
