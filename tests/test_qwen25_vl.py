@@ -171,6 +171,38 @@ def test_image_sizes_of_one_bucket_share_one_program(model):
     assert len(traces) == 1 and forward._cache_size() == 1
 
 
+def test_layers_without_a_loop_equal_the_loop(model):
+    """Their wide products too (q, k and v at once; gate and up): values and all gradients of prompts with responses."""
+    cfg, params = model
+    prompts = tiny.prompts(_draw(QUESTIONS, cfg), cfg)
+    responses = np.random.default_rng(1).integers(10, 300, (len(prompts.tokens), G, R)).astype(np.int32)
+    weight = np.random.default_rng(2).normal(size=(*responses.shape, cfg.text.width)).astype(np.float32)
+
+    def run(cfg):
+        loss = lambda p: (weight * qwen25_vl.forward_group(p, prompts, responses, cfg)).sum()
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    layer = qwen25_vl.unstack(params, dataclasses.replace(cfg, unroll=True))["text"]["blocks"][0]
+    assert {"qkv", "gate_up"} <= layer.keys() and not {"q", "gate"} & layer.keys()
+    a, wanted = run(dataclasses.replace(cfg, attention="xla"))
+    for backend in ("xla", "tiled"):
+        b, found = run(dataclasses.replace(cfg, unroll=True, attention=backend))
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(x).max())
+
+
+def test_layers_with_adapters_or_heads_on_several_devices_stay_narrow(model):
+    cfg, params = dataclasses.replace(model[0], unroll=True), model[1]
+    first = lambda p: qwen25_vl.unstack(p, cfg)["text"]["blocks"][0]
+    blocks = params["text"]["blocks"]
+    low = {n: jnp.zeros(s) for n, s in (("lora_a", (cfg.text.depth, cfg.text.width, 2)), ("lora_b", (cfg.text.depth, 2, cfg.text.mlp)))}
+    adapted = params | {"text": params["text"] | {"blocks": blocks | {"up": blocks["up"] | low}}}
+    assert first(adapted).keys() == blocks.keys()
+    with jax.set_mesh(sharding.make_mesh(model=2, fsdp=-1)):
+        assert first(params).keys() == blocks.keys()
+
+
 def test_block_remat_saves_memory_where_layers_are_unrolled(model):
     """Six layers keep their inputs: less than half of what all their arrays take."""
     cfg = dataclasses.replace(model[0], text=dataclasses.replace(model[0].text, depth=6), unroll=True)
