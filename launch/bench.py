@@ -27,7 +27,9 @@ REPEAT = flags.DEFINE_integer("repeat", 3, "Timed runs of each phase; the median
 MICRO = flags.DEFINE_integer("micro", 0, "Rows of one device pass in logp and sft; 0 = all.", lower_bound=0)
 CHUNK = flags.DEFINE_integer("chunk", 4096, "Tokens whose logits are in memory at one time (train.chunk).", lower_bound=1)
 DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of weights and arithmetic; the optimiser's moments stay float32.")
-REMAT = flags.DEFINE_string("remat", "none", "What layers keep for the backward pass: none (all, as the peer), dots, block or offload (model.remat).")
+REMAT = flags.DEFINE_string(
+    "remat", "none", "What layers keep for gradients: none (all, as the peer), dots, block or offload (model.remat)."
+)
 
 
 def main() -> None:

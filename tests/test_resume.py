@@ -13,7 +13,10 @@ from cptjax import continual, ewc, session
 
 GRPO = {"steps": 4, "eval": {"every": 2, "mini": 4, "forced_prefix": True, "drift": 4, "general": ("facts",)}, "log": {"every": 3}}
 SFT = {"steps": 5, "train": {"reset_optimizer": False}, "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}}}
-SELF = {"steps": 4, "data": {"limit": 8}}
+SELF = {  # a model that has learned nothing gives no correct answer to learn from
+    "stages": [{"task": "colour", "steps": 30, "method": runs.METHOD["sft"]}, {"task": "colour", "steps": 4}],
+    "data": {"limit": 16}, "train": {"batch": 8},
+}  # fmt: skip
 KILL, END = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
