@@ -72,8 +72,8 @@ def _conversation(room: Classroom, source: int, row: int, response: str) -> list
 def _answered(room: Classroom, pairs: Sequence[Pair]) -> list[Item]:
     rt = room.tutor.learned
     prompts = room.prompts([Place(source, row, 0) for source, row, _ in pairs])
-    whole = [rt.processor.answered(p.encoded, text, limit=max(rt.ladder)) for p, (*_, text) in zip(prompts, pairs, strict=True)]
-    return [Item(p.example, e, row) for p, e, (_, row, _) in zip(prompts, whole, pairs, strict=True)]
+    answered = lambda prompt, text: rt.processor.answered(prompt.encoded, text, limit=max(rt.ladder))
+    return [Item(p.example, answered(p, text), row) for p, (_, row, text) in zip(prompts, pairs, strict=True)]
 
 
 @functools.lru_cache(maxsize=2)

@@ -129,12 +129,13 @@ def teach(
             state, numbers = _update(room, state, frozen, steps, progress, extra, found)
             progress.step += 1
             known = progress.step < room.steps and c.method.source != "rollouts" and not corpus.draws(room, progress.step)
-            finished = watcher.submit(ended_at, numbers)
-            ahead = lesson(room, None, stream, progress) if known else None  # made while the device works
-            made = time.perf_counter()
-            told = read(numbers)
-            if ahead:
+            ahead = None
+            if known:
+                finished = watcher.submit(ended_at, numbers)
+                ahead = lesson(room, None, stream, progress)  # made while the device works
+                made = time.perf_counter()
                 ahead.info["seconds/data"] = max(0.0, made - finished.result())  # as long as the device waited for it
+            told = read(numbers)
             if room.teacher is not None:
                 room.teacher.follow(state.params)
             if first and c.method.objective == "policy":

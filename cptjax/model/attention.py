@@ -74,12 +74,9 @@ def segment_mask(q_segments: Array, kv_segments: Array, causal: bool, offset: in
 
 def attend(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, *, causal: bool, backend: str, offset: int = 0) -> Array:
     """Segmented attention of q [B T N H] over k and v [B S K H]."""
-    if backend == "splash":
-        return _per_device(functools.partial(_splash, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
-    if backend == "cudnn":
-        return _per_device(functools.partial(_cudnn, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
-    if backend == "tiled":
-        return _per_device(functools.partial(_tiled, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
+    kernel = {"splash": _splash, "cudnn": _cudnn, "tiled": _tiled}.get(backend)
+    if kernel:
+        return _per_device(functools.partial(kernel, causal=causal, offset=offset), (q, k, v), (q_segments, kv_segments))
     return reference(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
 
 

@@ -56,10 +56,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotary embedding of x [..., heads, H] by the cos and sin [..., H / 2] of its angles; pair i is (x[i], x[i + H / 2]).
-
-    These are made once for all layers: a compiler that sees them made from positions makes them again in every layer and head.
-    """
+    """Rotary embedding of x [..., heads, H] by the cos and sin [..., H / 2] of its angles; pair i is (x[i], x[i + H / 2])."""
     cos, sin = (y[..., None, :] for y in rope)
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
