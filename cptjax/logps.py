@@ -79,6 +79,17 @@ def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024
     return lax.stop_gradient(_by_chunks(numbers, (unembed,), (hidden,), chunk))
 
 
+def steepness(hidden: Array, unembed: Array, targets: Array, *, chunk: int = 1024) -> Array:
+    """Squared length [N] of the gradient of each target's log-probability with respect to its logits: 1 - 2 p(target) + sum of p^2."""
+    check(chunk=chunk)
+
+    def numbers(weights: tuple, h: Array, t: Array) -> Array:
+        logp = jax.nn.log_softmax(_logits(h, weights[0], False))
+        return 1 - 2 * jnp.exp(jnp.take_along_axis(logp, t[:, None], -1)[:, 0]) + jnp.exp(2 * logp).sum(-1)
+
+    return _by_chunks(numbers, (unembed,), (hidden, targets), chunk)
+
+
 def check(*, chunk: int = 1, temperature: Any = 1.0, direction: str = "forward", top_k: int = 0) -> None:
     """Refuse settings that these functions cannot honour."""
     if chunk < 1:

@@ -11,8 +11,9 @@ ROWS = (  # a package stands for all of its files; a name may be listed before i
     "model advantages losses filters optim checkpoint trackers matrix summary flops logps objectives penalties layout patches video memory",
     "tasks tokenizer processor_files batching processor prompting pool sampler",
     "data bench_data",
-    "train runtime batches lessons teaching classroom drafts corpus rollouts recipe stage filtering ewc drift evaluate survey analysis",
-    "report workdir session resume exams reexam learning continual sites programs ahead plan check bench bench_load bench_peer bench_work",
+    "train runtime batches lessons teaching classroom drafts corpus rollouts recipe stage filtering ewc drift evaluate survey",
+    "report workdir session resume exams reexam analysis learning continual",
+    "sites programs ahead plan check bench bench_load bench_peer bench_work",
     "api",
 )
 JAX_FREE = {"tasks", "scorers", "rewards", "templates", "report", "verify", "matrix", "summary", "prompting", "images", "order"}
