@@ -1,6 +1,7 @@
 """Pictures -> patches in the order of Hugging Face's processor; equal to its PIL back end, without torch."""
 
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -86,13 +87,14 @@ def cut(frames: Sequence[Image.Image], pixels: Pixels) -> tuple[np.ndarray, Grid
 
 def normalise(patches: np.ndarray, pixels: Pixels) -> np.ndarray:
     """Bytes -> float32, by a table of the 256 values of each channel: the same roundings as transformers at a fraction of the time."""
+    tables = _levels(pixels)
+    return np.concatenate([t[part] for t, part in zip(tables, np.split(patches, len(tables), 1), strict=True)], 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _levels(pixels: Pixels) -> list[np.ndarray]:
     values = (np.arange(256, dtype=np.float64) * pixels.scale).astype(np.float32)
-    out = np.empty(patches.shape, np.float32)
-    width = pixels.temporal * pixels.patch**2
-    for c, (mean, std) in enumerate(zip(pixels.mean, pixels.std, strict=True)):
-        channel = slice(c * width, (c + 1) * width)
-        out[:, channel] = ((values - np.float32(mean)) / np.float32(std))[patches[:, channel]]
-    return out
+    return [(values - np.float32(mean)) / np.float32(std) for mean, std in zip(pixels.mean, pixels.std, strict=True)]
 
 
 def dimensions(source: Any) -> tuple[int, int]:

@@ -185,6 +185,7 @@ def dot(a, b):
     return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.mark.slow
 def test_influence_is_the_product_of_gradients(workdir):
     with probe.opened(workdir, 2, "", "float32") as (it, names):
         assert names == ["colour", "facts"]
@@ -202,6 +203,7 @@ def test_influence_is_the_product_of_gradients(workdir):
         assert own.change["u"] * own.tokens == pytest.approx(dot(slopes[0], slopes[0]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_all_corpora_side_by_side(workdir, tmp_path):
     rows = [json.loads(line) for line in (workdir / "predictions" / "stage0.jsonl").read_text().splitlines()]
     assert rows

@@ -126,6 +126,7 @@ def test_wrong_calls_are_one_line(model, call, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_launcher_prints_answers_and_ends_with_one_line_on_a_mistake(tmp_path):
     PICTURE.save(tmp_path / "a.png")
     root = Path(__file__).parents[1]

@@ -24,6 +24,7 @@ def nano(monkeypatch):
     monkeypatch.setitem(bench_work.SIZES, "nano", NANO)
 
 
+@pytest.mark.slow
 def test_every_phase_beside_the_peer(nano):
     """The peer gets our weights and inputs, and `run` refuses to go on unless it finds the same log-probabilities."""
     found = bench.run(WORK, MODEL_PHASES, "hf")

@@ -67,6 +67,7 @@ def test_a_run(tmp_path, method, rank):
     assert all(line["trained"] > 4 * 2 for line in lines(tmp_path)) and summary["cost"]["works"]["evaluate"]["trained"] == 0
 
 
+@pytest.mark.slow
 def test_seeds_orders_and_arms_lie_side_by_side(tmp_path):
     arms = {"sft": {}, "joint": {"stages": ({"task": ("facts", "digit"), "steps": 2},)}}
     c, found = go(tmp_path, arms=arms, seeds=(1, 2), stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}))
@@ -81,6 +82,7 @@ def test_seeds_orders_and_arms_lie_side_by_side(tmp_path):
     assert firsts[0]["loss"] != firsts[1]["loss"]
 
 
+@pytest.mark.slow
 def test_orders(tmp_path):
     go(tmp_path, orders=((0, 1), (1, 0)), stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}), eval={"before": False})
     names = [[r[1] for r in matrix_file(tmp_path / f"order{i}")[1]] for i in (0, 1)]
@@ -167,19 +169,21 @@ def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_drift_counts_the_rows_that_were_asked_for(tmp_path, devices):  # noqa: F811
-    """Three rows do not fill eight shards; how many devices there are changes nothing."""
+    """Three rows do not fill four shards; how many devices there are changes nothing."""
     found = {}
-    for count in (1, 8):
+    for count in (1, 4):
         devices(count)
         small = {"train": {"batch": 8}, "eval": {"drift": 3, "limit": 4, "batch": 8}}
         go(tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small)
         found[count] = [(r["stage"], r["n"], float(r["value"])) for r in runs.evals(tmp_path / str(count)) if r["metric"] == "kl_base"]
     assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
-    assert [x[:2] for x in found[8]] == [x[:2] for x in found[1]]
-    assert np.allclose([x[2] for x in found[8]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
+    assert [x[:2] for x in found[4]] == [x[:2] for x in found[1]]
+    assert np.allclose([x[2] for x in found[4]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_an_evaluation_records(tmp_path, monkeypatch, capsys):
     """Templates, forced prefix, drift, further scorers, small evaluations inside a stage, general tasks, no base row."""
     shown = []

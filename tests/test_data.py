@@ -130,6 +130,7 @@ def test_steps_of_an_epoch():
     assert len({p.index for s in range(10) for p in order.rows(s) if not p.replay}) == 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_resumed_stream_equals_the_uninterrupted_one(workers):
     sources = [examples(17, "a"), examples(5, "b"), examples(6, "old")]

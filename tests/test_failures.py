@@ -118,6 +118,7 @@ def test_another_mesh_goes_on(whole, tmp_path, devices):  # noqa: F811
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs) and len(pairs) == 4
 
 
+@pytest.mark.slow
 def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):  # noqa: F811
     """Killed in a stage of SDFT: the teacher that follows in float32 is read back beside weights used in bfloat16."""
     changes = {"model": {"compute_dtype": "bfloat16"}, "rollout": {"group": 1}, "method": {"distill": {"ema": 0.3}}}

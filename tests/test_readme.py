@@ -62,6 +62,7 @@ def write_rows(folder: Path) -> None:
             csv.writer(file).writerows([("question", "photo", "label"), *((f"Sign {i}?", f"{i}.png", "stop") for i in range(count))])
 
 
+@pytest.mark.slow
 def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, said, capsys):  # noqa: F811
     write_rows(tmp_path)
     (tmp_path / "mine.py").write_text(block("def get_config()"))

@@ -248,6 +248,7 @@ def test_empty_prompts_pad_a_batch(cfg, params):
         run(params, batch, cfg)
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(tmp_path):
     """100 prompts: text, one image, several images, mixed lengths, rows that end early."""
     torch = pytest.importorskip("torch")

@@ -65,6 +65,7 @@ def plain(tmp_path_factory):
     return told, jax.device_get(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_steps_do_not_depend_on_how_they_are_computed(plain, case, tmp_path):
     *how, rows = CASES[case]

@@ -151,7 +151,8 @@ def _group_by_copy(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own
 
 
 def _tiled(q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int) -> Array:
-    return tiled.attend(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
+    few = math.prod(q.shape[:3]) * k.shape[1] <= tiled.SCORES  # all at once, kept for gradients: one tile is nothing to save
+    return (reference if few else tiled.attend)(q, k, v, segment_mask(q_segments, kv_segments, causal, offset))
 
 
 def _tiled_group(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array) -> Array:
