@@ -57,7 +57,7 @@ def get_config(arg="0"):
     c.name, c.seed, c.expect = "demo", seed, () if short else EXPECT
     c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
     c.mesh.update(data=1, fsdp=1, model=1)
-    c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=ROWS, prefetch=4)
+    c.data.update(template="none", prompt_limit=32, buckets=(24, 32), limit=ROWS, prefetch=4)
     c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0))
     c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
     c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
