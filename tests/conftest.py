@@ -17,6 +17,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 import jax
 import pytest
 
+from cptjax import console
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -30,9 +32,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_go_with_their_file():
-    """A compiled CPU program holds memory maps; a whole suite of them meets the kernel's limit (65,530) and LLVM crashes."""
+def nothing_outlives_its_file():
+    """A compiled CPU program holds memory maps; a whole suite of them meets the kernel's limit (65,530) and LLVM crashes.
+
+    How the console speaks is set back too.
+    """
     yield
+    console.configure("auto")
     for module in [m for name, m in sys.modules.items() if name.startswith("cptjax")]:
         for kept in [f for f in vars(module).values() if hasattr(f, "cache_clear")]:
             kept.cache_clear()

@@ -73,7 +73,8 @@ def test_busy_processors_cost_no_score(tmp_path):
         assert workers.map(f"{tmp_path}/slow.py:wait", [Call(())])[0].late
         assert workers.map(f"{tmp_path}/slow.py:wait", [Call(())], patience=20)[0].value == 1
         began = time.perf_counter()
-        assert workers.map(f"{tmp_path}/slow.py:work", [Call(())], patience=20)[0].late and time.perf_counter() - began < 5
+        assert workers.map(f"{tmp_path}/slow.py:work", [Call(())], patience=200)[0].late  # the clock alone would give it 60 s
+        assert time.perf_counter() - began < 30
 
 
 @pytest.mark.parametrize(
