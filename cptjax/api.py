@@ -1,7 +1,6 @@
 """cptjax in a notebook: load, generate, score, logits, save. Conversations are the Hugging Face chat form."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from cptjax import logps, processor, runtime, sampler, sharding
 from cptjax.batching import Encoded, collate, ladder, step
@@ -20,6 +18,7 @@ from cptjax.model.config import PRESETS, Config, read
 from cptjax.processor import Processor
 from cptjax.train import place_prompts
 from cptjax.types import Array, Params, Prompts
+from cptjax.workdir import started
 
 Conversation = Sequence[dict[str, Any]]
 
@@ -64,10 +63,8 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
     """The model that a run's stage left; 0 = the one it started from."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has checkpoints but no config.json; expected a workdir of launch/train.py")
-    config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    config = started(folder)
     settings = config.model
-    if len(config.prestage):
-        settings.path = str(folder / settings.path)
     cfg = _for_inference(read(settings.path) if settings.path else runtime.preset(settings.preset), mesh, dtype)
     cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
     words = processor.load(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)

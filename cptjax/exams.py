@@ -1,6 +1,7 @@
 """The evaluations of a run: all tasks after each stage, small ones inside a stage, and how they are recorded."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,14 @@ def tasks_of(current: Run) -> tuple[list[str], list[str]]:
     """(tasks of the stages, general tasks), each once."""
     own = settings.examined(current.config, current.stages)
     return own, [t for t in dict.fromkeys(current.config.eval.general) if t not in own]
+
+
+def named(current: Run, tasks: Sequence[str], flag: str) -> list[str]:
+    """The tasks that a flag names, or all that are examined where it names none; others are refused."""
+    known = [task for part in tasks_of(current) for task in part]
+    if unknown := [t for t in tasks if t not in known]:
+        raise ValueError(f"{flag} names {', '.join(unknown)}; the config evaluates {', '.join(known)}")
+    return list(tasks) or known
 
 
 def open_all(current: Run, place: Place) -> None:

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import unicodedata
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ def open_image(source: Source, base: str | os.PathLike = "") -> Image.Image:
         return _rgb(Image.fromarray(source), "image")
     stream, name = _stream(source, base)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below, before any decoding
-            image = Image.open(stream, formats=FORMATS)
-    except Image.DecompressionBombError as error:
+        image = Image.open(stream, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a filter of warnings may make it an error
         raise ValueError(f"{name}: {_too_large(str(error))}") from error
     except Exception as error:
         raise ValueError(f"{name}: not an image that can be read ({_reason(error)})") from error

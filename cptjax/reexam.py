@@ -29,7 +29,7 @@ def run(
     alone = locked(root_of(config, workdir)[0]) if record else contextlib.nullcontext()
     with alone, session.visit(single, workdir) as current:
         number = 0 if model else newest(current) if stage is None else stage
-        names = tasks_of(current, tasks)
+        names = exams.named(current, tasks, "--tasks")
         current.params = current.at_stage(number)
         step = current.checkpoints.stage_end(number) if number else 0
         rows = [row for task in names for row in answered(current, number, task, step)]
@@ -57,14 +57,6 @@ def root_of(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
 def newest(current: Run) -> int:
     """The newest finished stage; 0 before the first."""
     return max((n for n, _, kind in current.checkpoints.found() if kind == "stages"), default=0) if current.checkpoints else 0
-
-
-def tasks_of(current: Run, tasks: tuple[str, ...]) -> list[str]:
-    own, general = exams.tasks_of(current)
-    unknown = [t for t in tasks if t not in (*own, *general)]
-    if unknown:
-        raise ValueError(f"--tasks names {', '.join(unknown)}; the config evaluates {', '.join((*own, *general))}")
-    return list(tasks) or [*own, *general]
 
 
 def answered(current: Run, number: int, task: str, step: int) -> list[dict[str, Any]]:

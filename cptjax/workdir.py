@@ -63,6 +63,14 @@ def _lock(file: IO[str], workdir: Path) -> str:
     return ""
 
 
+def started(workdir: Path) -> ConfigDict:
+    """The config that started the workdir, a pre-stage's model at its place again."""
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    if len(config.prestage):
+        config.model.path = str(workdir / config.model.path)
+    return config
+
+
 def changes(config: ConfigDict, workdir: Path) -> list[str]:
     """What differs from the config that started the workdir."""
     path = workdir / "config.json"

@@ -4,6 +4,7 @@ python launch/analyze.py mixture | drift DIR [DIR ...] | influence DIR | fisher 
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -42,8 +43,6 @@ def main() -> None:
     what, out = asked.pop("what"), asked.pop("out")
     first = asked.get("folder") or asked.get("folders", ["."])[0]
     try:
-        import importlib
-
         from cptjax.analysis import finding
 
         found = importlib.import_module(f"cptjax.analysis.{what}").find(**asked)

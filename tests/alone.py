@@ -7,17 +7,20 @@ import pytest
 
 from cptjax import console, sharding
 
+MAKE = sharding.make_mesh
+
 
 @pytest.fixture
 def devices(monkeypatch):
     """Sets how many devices a run sees; one unless asked otherwise."""
-    make = sharding.make_mesh
-
-    def use(count: int) -> None:
-        monkeypatch.setattr(sharding, "make_mesh", functools.partial(make, devices=jax.devices()[:count]))
-
+    use = functools.partial(see, monkeypatch)
     use(1)
     return use
+
+
+def see(patch, count: int) -> None:
+    """Runs see so many devices until the patch is undone."""
+    patch.setattr(sharding, "make_mesh", functools.partial(MAKE, devices=jax.devices()[:count]))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from alone import devices  # noqa: F401
+from alone import see
 
 from cptjax import continual, logps, metrics
 from cptjax.analysis import drift, finding, fisher, influence, mixture, probe
@@ -175,8 +175,7 @@ def workdir(tmp_path_factory):
     c = runs.config("sft", steps=3, tasks=tasks, eval=dict(general=("facts",), limit=4, batch=4, drift=4))
     c.stages = (dict(task="colour", steps=20), dict(task="digit", steps=2))
     with pytest.MonkeyPatch.context() as patch:
-        make = probe.session.runtime.sharding.make_mesh
-        patch.setattr(probe.session.runtime.sharding, "make_mesh", lambda *a, **k: make(*a, **(k | {"devices": jax.devices()[:1]})))
+        see(patch, 1)
         continual.run(c, folder / "run")
         yield folder / "run"
 
@@ -190,16 +189,16 @@ def test_influence_is_the_product_of_gradients(workdir):
     with probe.opened(workdir, 2, "", "float32") as (it, names):
         assert names == ["colour", "facts"]
         known = {name: it.known(name, 2) for name in names}
-        u = it.gold(it.rows(2))
-        corpus = influence.measured(it, "gold", [i.encoded for i in u], known, 1e-4, lambda: None)
-        slopes = [it.slope(i.encoded) for i in u]
-        for pull, gradient, item in zip(corpus.pulls, slopes, u, strict=True):
+        u = [it.gold(item) for item in it.prompts(it.rows(2))]
+        corpus = influence.measured(it, "gold", u, known, 1e-4, lambda: None)
+        slopes = [it.slope(encoded) for encoded in u]
+        for pull, gradient, encoded in zip(corpus.pulls, slopes, u, strict=True):
             for name, probes in known.items():
                 expected = np.mean([dot(gradient, it.slope(v)) / int(v.loss_mask.sum()) for v in probes])
                 assert pull.change[name] == pytest.approx(expected, rel=0.03, abs=0.02 * max(map(abs, pull.change.values())))
-            assert pull.nats == pytest.approx(-float(it.scored([item.encoded])[0].mean())) and pull.kernel > 0
+            assert pull.nats == pytest.approx(-float(it.scored([encoded])[0].mean())) and pull.kernel > 0
         assert corpus.asymmetry < 0.03
-        own = influence.measured(it, "u", [u[0].encoded], {"u": [u[0].encoded]}, 1e-5, lambda: None).pulls[0]
+        own = influence.measured(it, "u", u[:1], {"u": u[:1]}, 1e-5, lambda: None).pulls[0]
         assert own.change["u"] * own.tokens == pytest.approx(dot(slopes[0], slopes[0]), rel=0.05)
 
 
@@ -220,6 +219,10 @@ def test_all_corpora_side_by_side(workdir, tmp_path):
     path.write_text(json.dumps(lines[0] | {"id": "digit/train/unknown"}) + "\n")
     with pytest.raises(ValueError, match="'digit/train/unknown' is another row"):
         influence.find(str(workdir), 2, 3, 8, "facts", corpus=str(path), probes=2)
+    for wrong in ({k: v for k, v in lines[0].items() if k != "response"}, lines[0] | {"row": 10**6}, lines[0] | {"row": None}):
+        path.write_text(json.dumps(wrong) + "\n")
+        with pytest.raises(ValueError, match="other.jsonl: expected lines with id, response and a row of this run's data; got"):
+            influence.find(str(workdir), 2, 3, 8, "facts", corpus=str(path), probes=2)
     with pytest.raises(ValueError, match="--corpus names 'nothing'; expected gold, own"):
         influence.find(str(workdir), 2, 3, 8, "facts", corpus="nothing", probes=2)
 
@@ -234,7 +237,7 @@ def test_risks_of_a_run(workdir, tmp_path):
     with probe.opened(workdir, 2, "facts", "float32") as (it, _):
         answers = it.known("facts", 2)
         squares = [jax.tree.map(jnp.square, it.slope(e)) for e in answers]
-        gradient = it.slope(it.gold(it.rows(4))[0].encoded)
+        gradient = it.slope(it.gold(it.prompts(it.rows(4))[0]))
         expected = np.mean([dot(s, jax.tree.map(jnp.square, gradient)) for s in squares])
     assert prompts[0]["sft"] == pytest.approx(expected, rel=1e-3)
 

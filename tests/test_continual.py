@@ -171,16 +171,16 @@ def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
 
 @pytest.mark.slow
 def test_drift_counts_the_rows_that_were_asked_for(tmp_path, devices):  # noqa: F811
-    """Three rows do not fill four shards; how many devices there are changes nothing."""
+    """Three rows do not fill eight shards; how many devices there are changes nothing."""
     found = {}
-    for count in (1, 4):
+    for count in (1, 8):
         devices(count)
         small = {"train": {"batch": 8}, "eval": {"drift": 3, "limit": 4, "batch": 8}}
         go(tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small)
         found[count] = [(r["stage"], r["n"], float(r["value"])) for r in runs.evals(tmp_path / str(count)) if r["metric"] == "kl_base"]
     assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
-    assert [x[:2] for x in found[4]] == [x[:2] for x in found[1]]
-    assert np.allclose([x[2] for x in found[4]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
+    assert [x[:2] for x in found[8]] == [x[:2] for x in found[1]]
+    assert np.allclose([x[2] for x in found[8]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow

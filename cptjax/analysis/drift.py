@@ -60,7 +60,8 @@ def find(folders: Sequence[str], weights: bool = False) -> Finding:
     fits = [f for m in measures if (f := fitted(m, [s for s in stands if m in s.far]))]
     if not fits:
         raise ValueError(f"all {len(stands)} stages have lost the same, or moved as far: there is nothing to explain")
-    said = [f"{f.measure} explains {100 * f.r2:.0f} % of the variance of the loss over {f.n} stages (quadratic fit, R²)." for f in fits[:1]]
+    first = fits[0]
+    said = [f"{first.measure} explains {100 * first.r2:.0f} % of the variance of the loss over {first.n} stages (quadratic fit, R²)."]
     table = Table("How much of the loss follows from", ("measure", "stages", "R², quadratic", "Pearson r"),
                   [(f.measure, str(f.n), f"{f.r2:.2f}", f"{f.pearson:.2f}") for f in fits])  # fmt: skip
     pictures = [Picture(f.measure, "A dot per stage; the line is the fit over all.", chart(f, stands)) for f in fits]

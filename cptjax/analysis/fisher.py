@@ -68,14 +68,13 @@ def information(it: Probe, known: Sequence[Encoded], bar: console.Bar) -> Params
 
 
 def risks(it: Probe, rows: Sequence[tuple[str, int]], samples: int, fisher: Params) -> list[Risk]:
-    drawn = it.drawn(it.prompts(rows), samples)
-    gold, out = iter(it.gold(rows)), []
+    drawn, out = it.drawn(it.prompts(rows), samples), []
     with console.progress("gradients of gold and drawn answers", len(rows)) as bar:
         for graded in drawn:
             for q, item in enumerate(graded.items):
                 mine = slice(q * samples, (q + 1) * samples)
                 answers = list(zip(graded.samples.texts[mine], graded.accuracy[q].tolist(), strict=True))
-                sft = float(_quadratic(it.slope(next(gold).encoded), fisher))
+                sft = float(_quadratic(it.slope(it.gold(item)), fisher))
                 out.append(risk(item.example.id, sft, answers, fisher, lambda text, item=item: it.slope(it.answered(item, text))))
                 bar.advance()
     return out

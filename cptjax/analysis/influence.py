@@ -78,7 +78,7 @@ def find(
 def answers_of(it: Probe, name: str, rows: int, samples: int) -> list[Encoded]:
     """The answers of a corpus to learn from: one a prompt."""
     if name == "gold":
-        return [item.encoded for item in it.gold(it.rows(rows))]
+        return [it.gold(item) for item in it.prompts(it.rows(rows))]
     if name == "own":
         return own(it, rows, samples)
     path = Path(name)
@@ -87,6 +87,9 @@ def answers_of(it: Probe, name: str, rows: int, samples: int) -> list[Encoded]:
     lines = [r for r in metrics.read_lines(path) if r.get("task") in it.stage.tasks and lessons.correct(r.get("rewards") or {})]
     if not lines:
         raise ValueError(f"{path} has no correct answer to a task of stage {it.stage.number} ({', '.join(it.stage.tasks)})")
+    if bad := next((r for r in lines if {"id", "row", "response"} - r.keys() or r["row"] not in range(len(it.source(r["task"])))), None):
+        shown = {k: bad.get(k) for k in ("task", "id", "row")}
+        raise ValueError(f"{path}: expected lines with id, response and a row of this run's data; got {shown}")
     chosen = [lines[i] for i in permutation(len(lines), (it.run.config.seed, 30_001))[:rows].tolist()]
     items = it.prompts([(r["task"], r["row"]) for r in chosen])
     if lost := [r["id"] for r, item in zip(chosen, items, strict=True) if item.example.id != r["id"]]:

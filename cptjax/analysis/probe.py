@@ -3,16 +3,14 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from cptjax import console, ewc, exams, logps, rollouts, session, settings, sharding, stage, train
+from cptjax import console, ewc, exams, logps, rollouts, session, settings, sharding, stage, train, workdir
 from cptjax.batches import answers, pieces
 from cptjax.batching import Encoded
 from cptjax.classroom import prepare
@@ -35,10 +33,7 @@ def visited(folder: Path | str, dtype: str) -> Iterator[Run]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected the --workdir of launch/train.py, or one run's folder in it")
-    config = ConfigDict(json.loads((folder / "config.json").read_text()))
-    if len(config.prestage):
-        config.model.path = str(folder / config.model.path)
-    with session.visit(settings.merge(config, {"model": {"compute_dtype": dtype}}), folder) as current:
+    with session.visit(settings.merge(workdir.started(folder), {"model": {"compute_dtype": dtype}}), folder) as current:
         yield current
 
 
@@ -62,6 +57,7 @@ class Probe:
         earlier = [t for s in self.run.stages[: self.stage.number - 1] for t in s.tasks]
         return [t for t in dict.fromkeys((*earlier, *exams.tasks_of(self.run)[1])) if t not in self.stage.tasks]
 
+    @functools.cached_property
     def courses(self) -> dict[str, Course]:
         return {name: self.run.course(name, self.stage.config) for name in self.stage.tasks}
 
@@ -78,14 +74,12 @@ class Probe:
         return permutation(size, (self.run.config.seed, self.stage.number, 30_000))[:count].tolist()
 
     def prompts(self, rows: Sequence[tuple[str, int]]) -> list[Item]:
-        return self._items(rows, answered=False)
-
-    def gold(self, rows: Sequence[tuple[str, int]]) -> list[Item]:
-        return self._items(rows, answered=True)
-
-    def _items(self, rows: Sequence[tuple[str, int]], answered: bool) -> list[Item]:
-        build = prepare(self.rt, self.courses(), answered, max(self.rt.ladder))
+        build = prepare(self.rt, self.courses, False, max(self.rt.ladder))
         return [dataclasses.replace(build(self.source(name)[i]), row=i) for name, i in rows]
+
+    def gold(self, item: Item) -> Encoded:
+        """A prompt with its gold answer."""
+        return self.answered(item, self.courses[item.example.task].gold(item.example))
 
     def known(self, task: str, count: int) -> list[Encoded]:
         """Gold answers of another task's test rows, under the template that it is examined with."""
@@ -95,10 +89,10 @@ class Probe:
         build = prepare(self.rt, {task: course}, True, max(self.rt.ladder))
         return [build(examples[i]).encoded for i in self._chosen(len(examples), count)]
 
-    def drawn(self, items: Sequence[Item], samples: int, courses: dict[str, Course] | None = None) -> list[Graded]:
+    def drawn(self, items: Sequence[Item], samples: int) -> list[Graded]:
         """Answers of the model to these prompts and their rewards, as the stage would draw them; in parts."""
         config = settings.merge(self.stage.config, {"method": {"advantage": "dr_grpo"}, "rollout": {"group": samples}})
-        tutor = stage.tutor(self.run.rt, courses or self.courses(), config)
+        tutor = stage.tutor(self.run.rt, self.courses, config)
         size = max(self.rt.shards, config.train.batch // self.rt.shards * self.rt.shards)
         key, out = jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number), []
         with console.progress("draw answers", len(items)) as bar:
@@ -150,12 +144,11 @@ def opened(folder: Path | str, number: int, others: str, dtype: str) -> Iterator
         current.params = current.at_stage(number - 1)
         which = current.stages[number - 1]
         found = Probe(current, which, current.rt.longer(which.config.rollout.max_new_tokens + 1), *current.split())
-        named = [t for t in others.split(",") if t]
-        if unknown := [t for t in named if t not in [*exams.tasks_of(current)[0], *exams.tasks_of(current)[1]]]:
-            raise ValueError(f"--others names {', '.join(unknown)}; the config evaluates {', '.join(sum(exams.tasks_of(current), []))}")
-        if not (named or found.others):
+        asked = [t for t in others.split(",") if t]
+        names = exams.named(current, asked, "--others") if asked else found.others
+        if not names:
             raise ValueError(f"stage {number} has no stage before it and eval.general names no task: give --others=task,task")
-        yield found, named or found.others
+        yield found, names
 
 
 def _first(graded: Graded, count: int) -> Graded:
