@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cptjax import patches, processor_files, tokenizer, video
 from cptjax.batching import Encoded, Media, Shape, bucket, collate, ladder, widest
+from cptjax.conversation import Messages, Picture, flatten, own
 from cptjax.images import open_image
 from cptjax.model.config import Config, located
 from cptjax.model.positions import mrope
@@ -22,29 +22,18 @@ from cptjax.patches import Grid, Pixels
 __all__ = ["Encoded", "Media", "Processor", "Shape", "bucket", "collate", "ladder", "load", "widest"]
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-# Only the template and the processor write these; in a row's own text they would be taken for turns and pictures.
-RESERVED = re.compile(r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad)\|>")
 ANSWER = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)  # odd pieces of a split are the assistants'
-
-Messages = Sequence[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """An image or a video of a conversation, not yet opened."""
-
-    kind: str
-    source: Any
-    fps: float
+LAYOUTS = 512  # kept of those made last
 
 
 @dataclasses.dataclass(frozen=True)
-class _Text:
-    """A rendered conversation: one token per placeholder."""
+class Layout:
+    """A conversation's tokens and where they stand: all but its pixels."""
 
     tokens: np.ndarray
+    types: np.ndarray
+    positions: np.ndarray
     loss_mask: np.ndarray
-    items: list[_Item]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +79,16 @@ class Processor:
 
         prefix: how the answer begins; it is part of the prompt.
         """
-        text = self._text(messages, images, videos, generation, prefix)
-        media = [self._open(item) for item in text.items]
+        clean, pictures = flatten(messages, {"image": images, "video": videos}, self.fps)
+        media = tuple(self._open(picture) for picture in pictures)
         grids = [m.grid for m in media]
-        tokens, mask = self.expand(text.tokens, text.loss_mask, grids)
-        _check_limit(len(tokens), grids, self.pixels.merge, limit)
-        types = np.where(tokens == self.cfg.image_token, 1, np.where(tokens == self.cfg.video_token, 2, 0)).astype(np.int8)
-        seconds = [m.seconds for m, item in zip(media, text.items, strict=True) if item.kind == "video"]
-        positions, _ = mrope(types, grids, seconds, self.cfg.vision)
-        return Encoded(tokens, types, positions, mask, tuple(media), self.cfg)
+        laid = self._laid(clean, generation, prefix, pictures, grids, [m.seconds for m in media])
+        _check_limit(len(laid.tokens), grids, self.pixels.merge, limit)
+        return Encoded(laid.tokens, laid.types, laid.positions, laid.loss_mask, media, self.cfg)
 
     def answered(self, prompt: Encoded, text: str, limit: int | None = None) -> Encoded:
         """A prompt with its answer, as `encode` makes it of both; pictures are not opened again."""
-        answer, end = self.ids(_own(text) + self._closing[0]), self.ids(self._closing[1])
+        answer, end = self.ids(own(text) + self._closing[0]), self.ids(self._closing[1])
         more = len(answer) + len(end)
         tokens = np.concatenate([prompt.tokens, np.array(answer + end, np.int32)])
         _check_limit(len(tokens), [m.grid for m in prompt.media], self.pixels.merge, limit)
@@ -123,15 +109,10 @@ class Processor:
         self, messages: Messages, *, images: Sequence = (), videos: Sequence = (), generation: bool | None = None, prefix: str = ""
     ) -> tuple[int, list[Grid]]:
         """(number of tokens, grid of each picture), from image headers alone."""
-        text = self._text(messages, images, videos, generation, prefix)
-        grids = [self._look(item) for item in text.items]
-        return len(self.expand(text.tokens, text.loss_mask, grids)[0]), grids
-
-    def expand(self, tokens: np.ndarray, mask: np.ndarray, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
-        """Each placeholder becomes as many tokens as its picture has merged patches; nothing else in the package does this."""
-        repeat = np.ones(len(tokens), np.int64)
-        repeat[(tokens == self.cfg.image_token) | (tokens == self.cfg.video_token)] = [patches.merged(g, self.pixels.merge) for g in grids]
-        return np.repeat(tokens, repeat), np.repeat(mask, repeat)
+        clean, pictures = flatten(messages, {"image": images, "video": videos}, self.fps)
+        looks = [self._look(picture) for picture in pictures]
+        grids = [grid for grid, _ in looks]
+        return len(self._laid(clean, generation, prefix, pictures, grids, [seconds for _, seconds in looks]).tokens), grids
 
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
@@ -155,81 +136,64 @@ class Processor:
             processor_files.copy(self.source, folder)
         processor_files.write(folder, self.pixels, self.template)
 
-    def _text(self, messages: Messages, images: Sequence, videos: Sequence, generation: bool | None, prefix: str) -> _Text:
-        clean, items = _flatten(messages, {"image": list(images), "video": list(videos)}, self.fps)
+    def _laid(
+        self, clean: Messages, generation: bool | None, prefix: str, pictures: Sequence[Picture], grids: list[Grid], seconds: list[float]
+    ) -> Layout:
+        """Tasks often ask one question of pictures of one size: what was laid out lately is remembered."""
+        key = repr((clean, generation, prefix, grids, seconds))
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._lay(clean, generation, prefix, [p.kind for p in pictures], grids, seconds)
+            if len(self._layouts) >= LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = found
+        return found
+
+    @functools.cached_property
+    def _layouts(self) -> dict[str, Layout]:
+        return {}
+
+    def _lay(
+        self, clean: Messages, generation: bool | None, prefix: str, kinds: list[str], grids: list[Grid], seconds: list[float]
+    ) -> Layout:  # fmt: skip
         pieces = ANSWER.split(self.render(clean, generation))
         turns = sum(m["role"] == "assistant" for m in clean)
         if len(pieces) // 2 != turns:
             raise ValueError(f"the chat template wrote {len(pieces) // 2} ChatML assistant turns for {turns}; use a ChatML template")
         # An answer is tokenised apart from its prompt, as when it is sampled: no token spans the two.
         ids = [self.ids(piece) for piece in pieces]
-        ids[-1] = ids[-1] + self.opening(_own(prefix))
-        mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(x) for x in ids])
+        ids[-1] = ids[-1] + self.opening(own(prefix))
         tokens = np.array([t for x in ids for t in x], np.int32)
-        kinds = {self.cfg.image_token: "image", self.cfg.video_token: "video"}
-        written = [kinds[t] for t in tokens.tolist() if t in kinds]
-        if written != [item.kind for item in items]:
+        mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(x) for x in ids])
+        types = np.where(tokens == self.cfg.image_token, 1, np.where(tokens == self.cfg.video_token, 2, 0)).astype(np.int8)
+        written = [("image", "video")[t - 1] for t in types[types > 0]]
+        if written != kinds:
             counts = collections.Counter(written)
             raise ValueError(
                 f"the chat template wrote placeholders for {counts['image']} images and {counts['video']} videos; "
-                f"the conversation has {len(items)} pictures in another order or number"
+                f"the conversation has {len(kinds)} pictures in another order or number"
             )
-        return _Text(tokens, mask, items)
+        # Each placeholder becomes as many tokens as its picture has merged patches; nothing else in the package does this.
+        repeat = np.ones(len(tokens), np.int64)
+        repeat[types > 0] = [patches.merged(g, self.pixels.merge) for g in grids]
+        tokens, types, mask = (np.repeat(x, repeat) for x in (tokens, types, mask))
+        positions, _ = mrope(types, grids, [s for s, kind in zip(seconds, kinds, strict=True) if kind == "video"], self.cfg.vision)
+        for each in (laid := Layout(tokens, types, positions, mask)).__dict__.values():
+            each.setflags(write=False)  # many rows share them
+        return laid
 
-    def _look(self, item: _Item) -> Grid:
-        if item.kind == "image":
-            return self.pixels.grid(*patches.dimensions(item.source))
-        clip = video.look(item.source, item.fps, self.pixels.temporal)
-        return self.pixels.grid(*clip.size, len(clip.indices))
+    def _look(self, picture: Picture) -> tuple[Grid, float]:
+        """Its grid and the seconds from one frame pair to the next, without decoding it."""
+        if picture.kind == "image":
+            return self.pixels.grid(*patches.dimensions(picture.source)), 0.0
+        clip = video.look(picture.source, picture.fps, self.pixels.temporal)
+        return self.pixels.grid(*clip.size, len(clip.indices)), self.pixels.temporal / clip.fps
 
-    def _open(self, item: _Item) -> Media:
-        if item.kind == "image":
-            return Media(*patches.cut([open_image(item.source)], self.pixels), self.pixels)
-        clip = video.look(item.source, item.fps, self.pixels.temporal)
-        return Media(*patches.cut(video.frames(item.source, clip), self.pixels), self.pixels, self.pixels.temporal / clip.fps)
-
-
-def _flatten(messages: Messages, spare: dict[str, list], fps: float) -> tuple[list[dict[str, Any]], list[_Item]]:
-    """(messages without pictures, as templates want them, and the pictures in order)."""
-    clean, items = [], []
-    waiting = {kind: list(given) for kind, given in spare.items()}
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(f"a message is a dict with role and content; {str(message)[:80]!r} came")
-        content = message["content"]
-        parts = [_part(part, waiting, items, fps) for part in ([content] if isinstance(content, str) else content)]
-        clean.append({**message, "content": parts[0]["text"] if isinstance(content, str) else parts})
-    for kind, left in waiting.items():
-        if left:
-            n = len(spare[kind])
-            raise ValueError(f"{n} {kind}s came for {n - len(left)} {kind} placeholders; give as many as the messages have")
-    if not clean:
-        raise ValueError("an empty conversation came; expected at least one message")
-    return clean, items
-
-
-def _own(text: str) -> str:
-    """A row's own text, without the tokens that only templates write."""
-    found = RESERVED.search(text)
-    if found:
-        raise ValueError(f"{found[0]} stands in the text of a message; only the processor writes it: take it out of the row")
-    return text
-
-
-def _part(part: Any, waiting: dict[str, list], items: list[_Item], fps: float) -> dict[str, str]:
-    part = {"type": "text", "text": part} if isinstance(part, str) else part
-    kind = part.get("type")
-    if kind == "text":
-        return {"type": "text", "text": _own(part["text"])}
-    if kind not in waiting:
-        raise ValueError(f"a part of a message is of type text, image or video; {kind!r} came")
-    source = part.get(kind)
-    if source is None:
-        if not waiting[kind]:
-            raise ValueError(f"an {kind} placeholder has no {kind}; give as many {kind}s as the messages have placeholders")
-        source = waiting[kind].pop(0)
-    items.append(_Item(kind, source, float(part.get("fps", fps))))
-    return {"type": kind}
+    def _open(self, picture: Picture) -> Media:
+        if picture.kind == "image":
+            return Media(*patches.cut([open_image(picture.source)], self.pixels), self.pixels)
+        clip = video.look(picture.source, picture.fps, self.pixels.temporal)
+        return Media(*patches.cut(video.frames(picture.source, clip), self.pixels), self.pixels, self.pixels.temporal / clip.fps)
 
 
 def _check_limit(n: int, grids: Sequence[Grid], merge: int, limit: int | None) -> None:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (  # a package stands for all of its files; a name may be listed before its file exists
     "types sharding metrics console order hlo hlo_costs chips images verify settings scorers templates rewards sampling multihost cli",
     "model advantages losses filters optim checkpoint trackers matrix summary flops logps objectives penalties layout patches video memory",
-    "tasks tokenizer processor_files batching processor prompting pool sampler",
+    "tasks tokenizer conversation processor_files batching processor prompting pool sampler",
     "data bench_data",
     "train runtime batches lessons teaching classroom drafts corpus rollouts recipe stage filtering ewc drift evaluate survey",
     "report workdir session resume exams reexam analysis learning continual",

@@ -156,6 +156,22 @@ def test_tokens_patches_and_grids_equal_transformers(qwen, theirs, name):
         assert pixels.dtype == np.float32 and np.array_equal(pixels, wanted["pixel_values"])
 
 
+def test_a_layout_is_remembered_for_its_words_pictures_and_frames(qwen):
+    """Whatever was encoded before, a row is as a processor that has seen nothing encodes it; equal ones share their arrays."""
+    clip = lambda fps: {"role": "user", "content": [{"type": "video", "video": [picture(60, 60, i) for i in range(8)], "fps": fps}]}
+    asked = [[user(picture(*size), word)] for word in ("One?", "Two?") for size in ((120, 90), (90, 120), (57, 233))]
+    rows = [dict(messages=m, prefix=p) for m in (*asked, [clip(1.0)], [clip(4.0)]) for p in ("", "The answer")]
+    rows += [dict(messages=[*asked[0], says(word)]) for word in ("yes", "no")]
+    fields = ("tokens", "types", "positions", "loss_mask")
+    for row in rows * 2:
+        found, fresh = qwen.encode(**row), dataclasses.replace(qwen).encode(**row)
+        assert all(np.array_equal(getattr(found, f), getattr(fresh, f)) for f in fields)
+    again, other = qwen.encode([user(picture(120, 90, 3), "One?")]), qwen.encode([user(picture(120, 90, 4), "One?")])
+    assert again.tokens is other.tokens and not np.array_equal(again.media[0].patches, other.media[0].patches)
+    with pytest.raises(ValueError, match="read-only"):
+        again.tokens[0] = 1
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
 def test_patches_of_any_colour_mode_equal_transformers(theirs, qwen, mode):
     image = picture(150, 110, mode="RGBA" if mode in ("RGBA", "LA", "P") else "RGB").convert(mode)

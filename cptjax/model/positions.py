@@ -61,13 +61,13 @@ def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], seconds_per_grid
         height   0 1 2 2 3 3 4 5
         width    0 1 2 3 2 3 4 5
     """
-    parts, start, at = [], 0, 0
+    out, start, at = np.empty((3, len(types)), np.int32), 0, 0
     seconds, todo = iter(seconds_per_grid), iter(grids)
     while at < len(types):
         kind = int(types[at])
         if kind == 0:
-            n = int(np.argmax(types[at:] != 0)) if (types[at:] != 0).any() else len(types) - at
-            parts.append(np.broadcast_to(np.arange(start, start + n), (3, n)))
+            n = int(np.argmax(types[at:] != 0)) or len(types) - at
+            out[:, at : at + n] = np.arange(start, start + n)
             start += n
         else:
             t, h, w = next(todo)
@@ -75,10 +75,10 @@ def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], seconds_per_grid
             n = t * h * w
             # transformers multiplies in float32 and truncates
             step = np.float32(cfg.tokens_per_second) * np.float32(next(seconds)) if kind == 2 else np.float32(1)
-            ids = np.indices((t, h, w)).reshape(3, -1)
-            ids = np.stack([(ids[0].astype(np.float32) * step).astype(np.int64), ids[1], ids[2]])
-            parts.append(ids + start)
+            times = (np.arange(t, dtype=np.float32) * step).astype(np.int32)
+            ids = times[:, None, None], np.arange(h)[:, None], np.arange(w)
+            for row, each in zip(out[:, at : at + n], ids, strict=True):
+                row.reshape(t, h, w)[...] = start + each
             start += max(h, w)
         at += n
-    out = np.concatenate(parts, 1).astype(np.int32) if parts else np.zeros((3, 0), np.int32)
     return out, int(out.max()) + 1 if out.size else 0
