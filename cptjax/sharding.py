@@ -110,6 +110,17 @@ def sharding(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | 
     return NamedSharding(mesh, where)
 
 
+def settled(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The one name of a place that has several: without mesh axes of one device, and without Nones at the end."""
+    if not isinstance(place, NamedSharding):
+        return place
+    cut = [tuple(m for m in ((p,) if isinstance(p, str) else p or ()) if place.mesh.shape[m] > 1) for p in place.spec]
+    while cut and not cut[-1]:
+        cut.pop()
+    names = (None if not p else p[0] if len(p) == 1 else p for p in cut)
+    return NamedSharding(place.mesh, PartitionSpec(*names), memory_kind=place.memory_kind)
+
+
 def shardings(params: Any, mesh: Mesh, rules: dict | None = None) -> Any:
     """Tree of Param -> tree of NamedSharding."""
     return jax.tree.map(lambda p: sharding(p.axes, mesh, p.shape, rules), params, is_leaf=is_param)

@@ -141,7 +141,7 @@ def abstract_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> Tr
     def find(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
         like = next((beside[names[i:]] for i in range(len(names)) if names[i:] in beside), None)
-        where = like.sharding if like is not None and like.shape == leaf.shape else everywhere
+        where = sharding.settled(like.sharding) if like is not None and like.shape == leaf.shape else everywhere
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
@@ -150,7 +150,11 @@ def abstract_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> Tr
 def init_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> TrainState:
     """A fresh state that takes over the trained parameters; each other part is born where it lives."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, params, mesh))
-    return jax.jit(optimizer.init, out_shardings=where, donate_argnums=0)(params)
+    return jax.jit(_begin, static_argnums=0, out_shardings=where, donate_argnums=1)(optimizer, params)
+
+
+def _begin(optimizer: optim.Optimizer, params: Params) -> TrainState:
+    return optimizer.init(params)  # one function for all optimisers: the next stage finds this one's program
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Batch:

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 import cptjax
 from configs import demo
-from cptjax import console, continual, reexam, settings
+from cptjax import console, continual, learning, reexam, settings
+from cptjax.bench import Compilations
 from cptjax.report import read
 
 QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
@@ -167,6 +168,22 @@ def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
     for sub in ("base", "a", "b"):
         runs.same(runs.state(tmp_path / "whole" / sub), runs.state(tmp_path / "run" / sub))
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("count, mesh", [(1, {}), (8, {}), (8, dict(data=2, fsdp=2, model=2))])
+def test_a_later_stage_trains_with_the_programs_of_the_first(tmp_path, monkeypatch, devices, count, mesh):  # noqa: F811
+    """Programs return arrays in the places that were declared, but name them otherwise."""
+    devices(count)
+    heard, found, learn = Compilations(), [], learning.learn
+
+    def counted(*now):
+        before = heard.count
+        learn(*now)
+        found.append(heard.count - before)
+
+    monkeypatch.setattr(learning, "learn", counted)
+    go(tmp_path, stages=[dict(task=t, steps=2) for t in (*runs.TASKS, "colour")], mesh=mesh, train=dict(batch=8))
+    assert found[0] > found[1] == found[2] == 0
 
 
 @pytest.mark.slow
