@@ -150,10 +150,10 @@ def abstract_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> Tr
 def init_state(optimizer: optim.Optimizer, params: Params, mesh: Mesh) -> TrainState:
     """A fresh state that takes over the trained parameters; each other part is born where it lives."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, params, mesh))
-    return jax.jit(_begin, static_argnums=0, out_shardings=where, donate_argnums=1)(optimizer, params)
+    return jax.jit(_fresh, static_argnums=0, out_shardings=where, donate_argnums=1)(optimizer, params)
 
 
-def _begin(optimizer: optim.Optimizer, params: Params) -> TrainState:
+def _fresh(optimizer: optim.Optimizer, params: Params) -> TrainState:
     return optimizer.init(params)  # one function for all optimisers: the next stage finds this one's program
 
 
