@@ -25,6 +25,8 @@ IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 ANSWER = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)  # odd pieces of a split are the assistants'
 LAYOUTS = 512  # kept of those made last
 
+Seen = tuple[str, Grid, float]  # of a picture: its kind, its grid, and seconds from one frame pair of a video to the next
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -81,9 +83,8 @@ class Processor:
         """
         clean, pictures = flatten(messages, {"image": images, "video": videos}, self.fps)
         media = tuple(self._open(picture) for picture in pictures)
-        grids = [m.grid for m in media]
-        laid = self._laid(clean, generation, prefix, pictures, grids, [m.seconds for m in media])
-        _check_limit(len(laid.tokens), grids, self.pixels.merge, limit)
+        laid = self._laid(clean, generation, prefix, [(p.kind, m.grid, m.seconds) for p, m in zip(pictures, media, strict=True)])
+        _check_limit(len(laid.tokens), [m.grid for m in media], self.pixels.merge, limit)
         return Encoded(laid.tokens, laid.types, laid.positions, laid.loss_mask, media, self.cfg)
 
     def answered(self, prompt: Encoded, text: str, limit: int | None = None) -> Encoded:
@@ -110,9 +111,8 @@ class Processor:
     ) -> tuple[int, list[Grid]]:
         """(number of tokens, grid of each picture), from image headers alone."""
         clean, pictures = flatten(messages, {"image": images, "video": videos}, self.fps)
-        looks = [self._look(picture) for picture in pictures]
-        grids = [grid for grid, _ in looks]
-        return len(self._laid(clean, generation, prefix, pictures, grids, [seconds for _, seconds in looks]).tokens), grids
+        seen = [(picture.kind, *self._look(picture)) for picture in pictures]
+        return len(self._laid(clean, generation, prefix, seen).tokens), [grid for _, grid, _ in seen]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
@@ -136,14 +136,12 @@ class Processor:
             processor_files.copy(self.source, folder)
         processor_files.write(folder, self.pixels, self.template)
 
-    def _laid(
-        self, clean: Messages, generation: bool | None, prefix: str, pictures: Sequence[Picture], grids: list[Grid], seconds: list[float]
-    ) -> Layout:
+    def _laid(self, clean: Messages, generation: bool | None, prefix: str, seen: list[Seen]) -> Layout:
         """Tasks often ask one question of pictures of one size: what was laid out lately is remembered."""
-        key = repr((clean, generation, prefix, grids, seconds))
+        key = repr((clean, generation, prefix, seen))
         found = self._layouts.get(key)
         if found is None:
-            found = self._lay(clean, generation, prefix, [p.kind for p in pictures], grids, seconds)
+            found = self._lay(clean, generation, prefix, seen)
             if len(self._layouts) >= LAYOUTS:
                 self._layouts.clear()
             self._layouts[key] = found
@@ -153,9 +151,7 @@ class Processor:
     def _layouts(self) -> dict[str, Layout]:
         return {}
 
-    def _lay(
-        self, clean: Messages, generation: bool | None, prefix: str, kinds: list[str], grids: list[Grid], seconds: list[float]
-    ) -> Layout:  # fmt: skip
+    def _lay(self, clean: Messages, generation: bool | None, prefix: str, seen: list[Seen]) -> Layout:
         pieces = ANSWER.split(self.render(clean, generation))
         turns = sum(m["role"] == "assistant" for m in clean)
         if len(pieces) // 2 != turns:
@@ -167,17 +163,18 @@ class Processor:
         mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(x) for x in ids])
         types = np.where(tokens == self.cfg.image_token, 1, np.where(tokens == self.cfg.video_token, 2, 0)).astype(np.int8)
         written = [("image", "video")[t - 1] for t in types[types > 0]]
-        if written != kinds:
+        if written != [kind for kind, _, _ in seen]:
             counts = collections.Counter(written)
             raise ValueError(
                 f"the chat template wrote placeholders for {counts['image']} images and {counts['video']} videos; "
-                f"the conversation has {len(kinds)} pictures in another order or number"
+                f"the conversation has {len(seen)} pictures in another order or number"
             )
         # Each placeholder becomes as many tokens as its picture has merged patches; nothing else in the package does this.
         repeat = np.ones(len(tokens), np.int64)
-        repeat[types > 0] = [patches.merged(g, self.pixels.merge) for g in grids]
+        repeat[types > 0] = [patches.merged(grid, self.pixels.merge) for _, grid, _ in seen]
         tokens, types, mask = (np.repeat(x, repeat) for x in (tokens, types, mask))
-        positions, _ = mrope(types, grids, [s for s, kind in zip(seconds, kinds, strict=True) if kind == "video"], self.cfg.vision)
+        seconds = [s for kind, _, s in seen if kind == "video"]
+        positions, _ = mrope(types, [grid for _, grid, _ in seen], seconds, self.cfg.vision)
         for each in (laid := Layout(tokens, types, positions, mask)).__dict__.values():
             each.setflags(write=False)  # many rows share them
         return laid
