@@ -1,6 +1,9 @@
 """cptjax: continual post-training of Qwen2.5-VL in JAX."""
 
+import os
 from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch; of it we use tokenizers and templates
 
 # Where each public name lives; looked up when first used, so that host-only modules load without jax.
 _PUBLIC = {**dict.fromkeys(("Model", "generate", "load", "logits", "save", "score"), "cptjax.api"), "run": "cptjax.continual"}

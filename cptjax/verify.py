@@ -206,6 +206,10 @@ def _answer(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]
         target, call, limit, patience = pickle.loads(message)
         file = str(split_target(target)[0])
         # If the parent dies meanwhile, the kernel ends this process; the default action of the alarm needs no Python.
+        # Signals that the parent ignores or holds back (libtpu and others do so with SIGPROF) would be lost here as well.
+        for number in (alarms := (signal.SIGALRM, signal.SIGPROF)):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, alarms)
         signal.setitimer(signal.ITIMER_REAL, limit * patience + 5.0)
         signal.setitimer(signal.ITIMER_PROF, limit if patience > 1 else 0.0)
         if target not in functions:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import signal
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -74,7 +75,20 @@ def work():
 """
 
 
-def test_busy_processors_cost_no_score(tmp_path):
+@pytest.fixture(params=["as it was", "ignored", "blocked"])
+def alarm(request):
+    """What this process does about SIGPROF, which processes that it starts take over."""
+    was = signal.getsignal(signal.SIGPROF)
+    if request.param == "ignored":
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    if request.param == "blocked":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    signal.signal(signal.SIGPROF, was or signal.SIG_DFL)
+
+
+def test_busy_processors_cost_no_score(tmp_path, alarm):
     """The limit is of processor time where a call may take long by the clock."""
     (tmp_path / "slow.py").write_text(SLOW.format(spent=str(tmp_path / "spent")))
     with Pool(processes=1, timeout=0.3) as workers:
