@@ -8,4 +8,5 @@ if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && ! python
 fi
 ruff check . && ruff format --check --diff . || exit 1
 # Two processes: compiling is most of it, and a file's compiled programs leave with its process or its last test.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Where one crashes the run ends: xdist would wait for ever for the tests of its file.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"
