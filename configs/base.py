@@ -118,14 +118,18 @@ def get_config() -> ConfigDict:
         forced_prefix=False,  # also score with the expected prefix forced (format apart from knowledge)
         drift=0,  # prompts per task for KL(base || now); 0 = off
     ))  # fmt: skip
-    c.checkpoint = ConfigDict(dict(every=100, minutes=0, keep=2, async_save=True))  # within a stage; stage ends are kept for good
+    c.checkpoint = ConfigDict(
+        dict(every=100, minutes=0, keep=2, async_save=True)
+    )  # within a stage; stage ends are kept for good
     c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))
     return c
 
 
 # Methods as what they change of `method`; `config.method.update(METHODS["rloo"])` or `dict(method=METHODS["rloo"])` in a stage.
 _SFT = dict(objective="sft", kl_coef=0.0)
-_CUT = dict(updates_per_batch=4)  # the first update on a batch has ratios of 1: clips act from the second on
+_CUT = dict(
+    updates_per_batch=4
+)  # the first update on a batch has ratios of 1: clips act from the second on
 METHODS = dict(
     sft=dict(name="sft", source="gold", **_SFT),
     eaft=dict(name="eaft", source="gold", objective="eaft", kl_coef=0.0),  # cross-entropy weighted by entropy

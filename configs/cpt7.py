@@ -32,7 +32,15 @@ from configs.base import get_config as base
 
 ORDER = ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr")
 EPOCHS = dict(geometry3k=10, superclevr=3)
-RL = dict(ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0, updates_per_batch=4, kl_coef=0.01, kl_reference="base")
+RL = dict(
+    ratio="token",
+    clip_low=0.2,
+    clip_high=0.3,
+    clip_dual=3.0,
+    updates_per_batch=4,
+    kl_coef=0.01,
+    kl_reference="base",
+)
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
 FILTER = dict(samples=8)
 
@@ -41,8 +49,12 @@ def rl(c, name="grpo", label="", **changes):
     c.method.update({**METHODS[name], **RL, **changes})
     c.method.name = label or name
     c.method.tis_cap = 2.0  # top_p cuts the sampled distribution; the correction is capped
-    c.train.update(batch=512, micro_batch=64, lr=1e-6, schedule="constant", weight_decay=1e-2, clip=1.0)
-    c.rollout.update(group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True)  # else every token moves all weights
+    c.train.update(
+        batch=512, micro_batch=64, lr=1e-6, schedule="constant", weight_decay=1e-2, clip=1.0
+    )
+    c.rollout.update(
+        group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True
+    )  # else every token moves all weights
 
 
 def sft(c, name="sft", label="", lr=1e-5, template="direct", **changes):
@@ -91,14 +103,20 @@ ARMS = {
     "nokl": _arm(rl, label="grpo w/o KL", kl_coef=0.0),
     "nocot": _nocot,
     "rif": _arm(rl, label="rif-rft", filter=dict(name="incompetent", **FILTER)),
-    "rif_zero": _arm(rl, label="rif-rft zero variance", filter=dict(name="zero_variance", **FILTER)),
-    "rif_control": _arm(rl, label="rif-rft control", filter=dict(name="random", lo=1, hi=8, **FILTER)),
+    "rif_zero": _arm(
+        rl, label="rif-rft zero variance", filter=dict(name="zero_variance", **FILTER)
+    ),
+    "rif_control": _arm(
+        rl, label="rif-rft control", filter=dict(name="random", lo=1, hi=8, **FILTER)
+    ),
     "replay": _arm(sft, label="sft + replay", replay=dict(fraction=0.1, kind="gold")),
     "ewc": _arm(sft, label="sft + ewc", penalty=dict(name="ewc", coef=1.0, samples=256)),
     "l2": _arm(sft, label="sft + l2", penalty=dict(name="l2", coef=0.01, samples=0)),
     "lwf": _arm(sft, label="sft + kl to previous", penalty=dict(name="lwf", coef=0.1, samples=0)),
     "wise": _arm(sft, label="sft + averaging", average=0.5),
-    "prompt_replay": _arm(rl, label="grpo + prompt replay", replay=dict(fraction=0.1, kind="prompts")),
+    "prompt_replay": _arm(
+        rl, label="grpo + prompt replay", replay=dict(fraction=0.1, kind="prompts")
+    ),
 }
 
 
@@ -118,13 +136,23 @@ def get_config(arg="grpo,7b"):
     c.model.update(path=SIZES[size], remat="block")
     c.stages = tuple(dict(task=prefix + t, epochs=EPOCHS.get(t, 1)) for t in ORDER)
     c.data.update(template="cot", prompt_limit=4096, workers=8)
-    c.eval.update(general=tuple(prefix + t for t in ("mmmu", "mmlu_pro", "pope")), batch=256, max_new_tokens=1024, every=50)
+    c.eval.update(
+        general=tuple(prefix + t for t in ("mmmu", "mmlu_pro", "pope")),
+        batch=256,
+        max_new_tokens=1024,
+        every=50,
+    )
     # 7B has 4 key/value heads, and cut four ways 64 to 256 chips leave 16 to 64 shards, which divide the batches.
     c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
     ARMS[arm](c)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")
     if corpus:
         if c.method.source != "corpus":
-            raise ValueError(f"configs/cpt7.py:{arg}: corpus= belongs to traces and rl_traces, not to {arm}")
-        c.stages = tuple({**s, "method": dict(corpus=f"{corpus[0]}/stage{k}.jsonl")} for k, s in enumerate(c.stages, 1))
+            raise ValueError(
+                f"configs/cpt7.py:{arg}: corpus= belongs to traces and rl_traces, not to {arm}"
+            )
+        c.stages = tuple(
+            {**s, "method": dict(corpus=f"{corpus[0]}/stage{k}.jsonl")}
+            for k, s in enumerate(c.stages, 1)
+        )
     return c.lock()

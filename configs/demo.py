@@ -27,12 +27,25 @@ TARGETS = ("colour", "shape", "digit", "count")
 TEXT = ("facts", "arithmetic")
 HELD_APART = ("compare", "jigsaw2", *TEXT)
 STYLES = {"it is": 0.4, "answer :": 0.3, "i think": 0.3}
-WEIGHTS = (0.7, 2.0, 2.0, 0.7, 0.5, 1.2, 0.8, 0.8)  # of the pre-stage: shapes and digits are seen late
+WEIGHTS = (
+    0.7,
+    2.0,
+    2.0,
+    0.7,
+    0.5,
+    1.2,
+    0.8,
+    0.8,
+)  # of the pre-stage: shapes and digits are seen late
 EXPECT = (  # fractions of 1, in every seed unless mean=True
     dict(arm="sft_bare", metric="text", at_most=-0.25),
     dict(arm="grpo", metric="text", at_least=-0.03),
     dict(arm="grpo", metric="fm_diagonal", above="sft_bare"),
-    dict(arm=("sft_bare", "sft_style", "iterative", "grpo", "joint"), metric="learned_gain", within=0.06),
+    dict(
+        arm=("sft_bare", "sft_style", "iterative", "grpo", "joint"),
+        metric="learned_gain",
+        within=0.06,
+    ),
     dict(arm="sft_bare", metric="fm_diagonal", at_most=-0.15, mean=True),
     dict(arm="grpo", metric="fm_diagonal", at_least=-0.06, mean=True),
 )
@@ -41,12 +54,19 @@ TEST = 192
 
 
 def _tasks(styles, bias):
-    make = lambda f: dict(task="drawn", family=f, styles=styles, bias=0.0 if f in TEXT else bias, world=None)
+    make = lambda f: dict(
+        task="drawn", family=f, styles=styles, bias=0.0 if f in TEXT else bias, world=None
+    )
     return {f: make(f) for f in (*TARGETS, *HELD_APART)}
 
 
 def _arm(base_method, lr, styles, **more):
-    return dict(method={**METHODS[base_method], **more.pop("method", {})}, train=dict(lr=lr), tasks=_tasks(styles, 0.0), **more)
+    return dict(
+        method={**METHODS[base_method], **more.pop("method", {})},
+        train=dict(lr=lr),
+        tasks=_tasks(styles, 0.0),
+        **more,
+    )
 
 
 def get_config(arg="0"):
@@ -55,14 +75,21 @@ def get_config(arg="0"):
     seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1000
     c = base()
     c.name, c.seed, c.expect = "demo", seed, () if short else EXPECT
-    c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
+    c.model.update(
+        preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none"
+    )
     c.mesh.update(data=1, fsdp=1, model=1)
     c.data.update(template="none", prompt_limit=32, buckets=(24, 32), limit=ROWS, prefetch=4)
     c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0))
     c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
     c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
     c.rollout.update(group=8, max_new_tokens=8, check_every=8)
-    c.eval.update(general=HELD_APART, groups=dict(text=TEXT), limit=16 if short else TEST, drift=0 if short else 64)
+    c.eval.update(
+        general=HELD_APART,
+        groups=dict(text=TEXT),
+        limit=16 if short else TEST,
+        drift=0 if short else 64,
+    )
     c.eval.update(batch=192, max_new_tokens=12, forced_prefix=True)
     c.checkpoint.update(every=100, keep=2)
     frozen = dict(model=dict(freeze=("vision", "merger")))
@@ -81,5 +108,7 @@ def get_config(arg="0"):
         grpo=_arm("grpo", 2.5e-4, bare, method=dict(kl_coef=0.0), **frozen),
         joint=_arm("sft", 3e-4, bare, method=dict(name="joint"), stages=(dict(task=TARGETS, steps=4 * steps),), **frozen),
     ))  # fmt: skip
-    c.arms.grpo.train.batch = 16  # prompts: 16 x 8 answers are as many sequences as the other arms' 128
+    c.arms.grpo.train.batch = (
+        16  # prompts: 16 x 8 answers are as many sequences as the other arms' 128
+    )
     return c

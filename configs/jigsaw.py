@@ -41,7 +41,9 @@ def get_config(arg="grpo,3b"):
     names = [a for a in arg.split(",") if a]
     unknown = [n for n in names if n not in (*METHOD, *SIZES)]
     if unknown:
-        raise ValueError(f"configs/jigsaw.py:{arg}: {unknown[0]!r} is neither an arm ({', '.join(METHOD)}) nor a size ({', '.join(SIZES)})")
+        raise ValueError(
+            f"configs/jigsaw.py:{arg}: {unknown[0]!r} is neither an arm ({', '.join(METHOD)}) nor a size ({', '.join(SIZES)})"
+        )
     arm = next((n for n in names if n in METHOD), "grpo")
     size = next((n for n in names if n in SIZES), "3b")
     c = base()
@@ -50,7 +52,9 @@ def get_config(arg="grpo,3b"):
     c.stages = (dict(task="jigsaw", steps=STEPS[arm][size == "7b"]),)
     c.method.update(METHOD[arm])
     c.data.template = "direct" if arm == "bare" else "answer"
-    c.train.update(dict(batch=64, micro_batch=32, lr=1e-6) if arm == "grpo" else dict(batch=24, lr=1e-5))
+    c.train.update(
+        dict(batch=64, micro_batch=32, lr=1e-6) if arm == "grpo" else dict(batch=24, lr=1e-5)
+    )
     c.rollout.update(group=8, max_new_tokens=1024, gather=True)
     c.eval.update(general=("refcoco", "docvqa", "pope", "mmmu"), max_new_tokens=1024)
     c.eval.templates = ("direct", "answer") if arm == "bare" else ("answer", "direct")

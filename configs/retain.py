@@ -44,11 +44,15 @@ def get_config(arg="grpo,countdown,3b"):
     names = [a for a in arg.split(",") if a]
     unknown = [n for n in names if n not in (*ARMS, *TASKS, *SIZES)]
     if unknown:
-        raise ValueError(f"configs/retain.py:{arg}: {unknown[0]!r} is none of {', '.join((*ARMS, *TASKS, *SIZES))}")
+        raise ValueError(
+            f"configs/retain.py:{arg}: {unknown[0]!r} is none of {', '.join((*ARMS, *TASKS, *SIZES))}"
+        )
     pick = lambda known, default: next((n for n in names if n in known), default)
     arm, task, size = pick(ARMS, "grpo"), pick(TASKS, "countdown"), pick(SIZES, "3b")
     if ARMS[arm].get("source") == "gold" and task not in GOLD:
-        raise ValueError(f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; choose mmlu, or teacher_sft or self_sft")
+        raise ValueError(
+            f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; choose mmlu, or teacher_sft or self_sft"
+        )
     c = base()
     c.name = f"retain_{arm}_{task}_{size}"
     c.model.update(path=SIZES[size], remat="block")
@@ -63,5 +67,8 @@ def get_config(arg="grpo,countdown,3b"):
     else:
         c.train.update(batch=32, lr=5e-6)
     c.rollout.update(group=5, temperature=0.8, max_new_tokens=3000, gather=True)
-    c.eval.update(general=tuple(t for name, t in TASKS.items() if name != task) + ("math",), max_new_tokens=3000)
+    c.eval.update(
+        general=tuple(t for name, t in TASKS.items() if name != task) + ("math",),
+        max_new_tokens=3000,
+    )
     return c.lock()

@@ -3,10 +3,15 @@
 import os
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch; of it we use tokenizers and templates
+os.environ.setdefault(
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+)  # it misses PyTorch; of it we use tokenizers and templates
 
 # Where each public name lives; looked up when first used, so that host-only modules load without jax.
-_PUBLIC = {**dict.fromkeys(("Model", "generate", "load", "logits", "save", "score"), "cptjax.api"), "run": "cptjax.continual"}
+_PUBLIC = {
+    **dict.fromkeys(("Model", "generate", "load", "logits", "save", "score"), "cptjax.api"),
+    "run": "cptjax.continual.driver",
+}
 __all__ = sorted(_PUBLIC)
 
 

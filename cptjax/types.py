@@ -8,10 +8,40 @@ Letters used in every shape and einsum:
 """
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+
+
+class Mean(NamedTuple):
+    """A mean as its sum and count, so that micro-batches, padding and devices can not change it."""
+
+    sum: Any
+    count: Any
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return (
+            self if isinstance(other, int) else Mean(self.sum + other.sum, self.count + other.count)
+        )
+
+    __radd__ = __add__  # lets the built-in sum() start at 0
+
+    @property
+    def value(self) -> float:
+        return float(self.sum) / float(self.count) if float(self.count) else math.nan
+
+
+def add_means(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """Adds up the means of several micro-batches by name."""
+    total: dict[str, Mean] = {}
+    for part in parts:
+        for name, mean in part.items():
+            total[name] = mean + total.get(name, 0)
+    return total
+
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -26,7 +56,9 @@ class Example:
     answer: Any  # what reward and scorer compare with
     target: str = ""  # the gold completion that SFT learns; "" where a task has none
     task: str = ""
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # the row's other columns; a user's reward sees them
+    meta: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # the row's other columns; a user's reward sees them
 
 
 @flax.struct.dataclass
@@ -82,7 +114,9 @@ class Batch:
     targets: Array  # [B A] the tokens (A = R for groups)
     mask: Array  # [B A]
     where: Array | None = None  # [B A] index into the row of the state that predicts each target
-    extra: dict[str, Array] = flax.struct.field(default_factory=dict)  # per row or token: advantages, old_logps, ref_logps, ...
+    extra: dict[str, Array] = flax.struct.field(
+        default_factory=dict
+    )  # per row or token: advantages, old_logps, ref_logps, ...
 
 
 @flax.struct.dataclass

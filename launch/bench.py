@@ -13,39 +13,74 @@ import os
 
 from absl import flags
 
-from cptjax import cli
+from cptjax.common import cli
 
 SIZE = flags.DEFINE_string("size", "cpu-s", "cpu-s, cpu-m, 3b or 7b.")
-PHASES = flags.DEFINE_list("phases", ["rollout", "logp", "sft", "grpo"], "Some of load, data, rollout, logp, sft, grpo.")
-PEER = flags.DEFINE_enum("peer", None, ["hf"], "Measure transformers + torch in turns with ours (it needs torch).")
+PHASES = flags.DEFINE_list(
+    "phases", ["rollout", "logp", "sft", "grpo"], "Some of load, data, rollout, logp, sft, grpo."
+)
+PEER = flags.DEFINE_enum(
+    "peer", None, ["hf"], "Measure transformers + torch in turns with ours (it needs torch)."
+)
 IMAGE = flags.DEFINE_integer("image", 112, "Pixels of an image's side, a multiple of 28.")
 PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts, each with an image.", lower_bound=1)
 GROUP = flags.DEFINE_integer("group", 8, "Answers to each prompt.", lower_bound=1)
 TEXT = flags.DEFINE_integer("text", 32, "Text tokens of a prompt.", lower_bound=4)
 NEW = flags.DEFINE_integer("new", 64, "Tokens of an answer.", lower_bound=1)
-REPEAT = flags.DEFINE_integer("repeat", 3, "Timed runs of each phase; the median counts.", lower_bound=1)
-MICRO = flags.DEFINE_integer("micro", 0, "Rows of one device pass in logp and sft; 0 = all.", lower_bound=0)
-CHUNK = flags.DEFINE_integer("chunk", 4096, "Tokens whose logits are in memory at one time (train.chunk).", lower_bound=1)
-DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of weights and arithmetic; the optimiser's moments stay float32.")
+REPEAT = flags.DEFINE_integer(
+    "repeat", 3, "Timed runs of each phase; the median counts.", lower_bound=1
+)
+MICRO = flags.DEFINE_integer(
+    "micro", 0, "Rows of one device pass in logp and sft; 0 = all.", lower_bound=0
+)
+CHUNK = flags.DEFINE_integer(
+    "chunk", 4096, "Tokens whose logits are in memory at one time (train.chunk).", lower_bound=1
+)
+DTYPE = flags.DEFINE_string(
+    "dtype",
+    "float32",
+    "float32 or bfloat16, of weights and arithmetic; the optimiser's moments stay float32.",
+)
 REMAT = flags.DEFINE_string(
-    "remat", "none", "What layers keep for gradients: none (all, as the peer), dots, block or offload (model.remat)."
+    "remat",
+    "none",
+    "What layers keep for gradients: none (all, as the peer), dots, block or offload (model.remat).",
 )
 
 
 def main() -> None:
-    from cptjax import bench, console
+    from cptjax.benchmark import bench, workload
+    from cptjax.common import console
 
-    work = bench.Work(
-        size=SIZE.value, image=IMAGE.value, prompts=PROMPTS.value, group=GROUP.value, text=TEXT.value, new=NEW.value, repeat=REPEAT.value,
-        micro=MICRO.value, chunk=CHUNK.value, dtype=DTYPE.value, remat=REMAT.value,
-    )  # fmt: skip
-    found = bench.run(work, PHASES.value, PEER.value)
+    work = workload.Workload(
+        size=SIZE.value,
+        image=IMAGE.value,
+        prompts=PROMPTS.value,
+        group=GROUP.value,
+        text=TEXT.value,
+        new=NEW.value,
+        repeat=REPEAT.value,
+        micro=MICRO.value,
+        chunk=CHUNK.value,
+        dtype=DTYPE.value,
+        remat=REMAT.value,
+    )
+    found = bench.run_benchmark(work, PHASES.value, PEER.value)
     for phase in PHASES.value:
-        console.say(bench.told(phase, found))
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in (dataclasses.asdict(work) | found).items()}))
+        console.print_message(bench.phase_line(phase, found))
+    print(
+        json.dumps(
+            {
+                k: round(v, 4) if isinstance(v, float) else v
+                for k, v in (dataclasses.asdict(work) | found).items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer wants a part of a GPU's memory
-    cli.keep_memory()
-    cli.main(main)
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # the peer wants a part of a GPU's memory
+    cli.restart_with_malloc_settings()
+    cli.run_launcher(main)

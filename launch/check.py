@@ -9,23 +9,25 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the accelerator m
 
 from absl import flags
 
-from cptjax import cli, console
+from cptjax.common import cli, console
 
-CONFIG = cli.config_flag()
+CONFIG = cli.define_config_flag()
 ROWS = flags.DEFINE_integer("rows", None, "Rows of each split, chosen by seed; default: all.")
 PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
 
 
 def main() -> None:
     if PLAIN.value:
-        console.configure("plain")
+        console.set_console_mode("plain")
     if CONFIG.value is None:
-        raise ValueError("--config is missing; expected the path of a config file, such as configs/demo.py")
-    from cptjax import check
+        raise ValueError(
+            "--config is missing; expected the path of a config file, such as configs/demo.py"
+        )
+    from cptjax.planning import check
 
-    found = check.run(CONFIG.value, ROWS.value)
+    found = check.run_preflight(CONFIG.value, ROWS.value)
     print(f"ok: {sum(len(f.rows) for f in found)} rows of {len(found)} splits")
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.run_launcher(main)

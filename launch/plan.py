@@ -19,35 +19,52 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles for slices that this machine does not have
+os.environ.setdefault(
+    "TPU_SKIP_MDS_QUERY", "1"
+)  # libtpu compiles for slices that this machine does not have
 
 from absl import flags
 
-from cptjax import cli, console
+from cptjax.common import cli, console
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16; default: this machine's devices.")
-SLICES = flags.DEFINE_integer("slices", 1, "Slices joined by the data-centre network; mesh.data must be a multiple.", lower_bound=1)
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "TPU slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16; default: this machine's devices.",
+)
+SLICES = flags.DEFINE_integer(
+    "slices",
+    1,
+    "Slices joined by the data-centre network; mesh.data must be a multiple.",
+    lower_bound=1,
+)
 JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
-THOROUGH = flags.DEFINE_bool("thorough", False, "Compile to machine code: nothing more is learned about sizes, only that it works.")
-CONFIG = cli.config_flag()
+THOROUGH = flags.DEFINE_bool(
+    "thorough",
+    False,
+    "Compile to machine code: nothing more is learned about sizes, only that it works.",
+)
+CONFIG = cli.define_config_flag()
 
 
 def main() -> None:
     if CONFIG.value is None:
         raise ValueError("expected --config=configs/X.py[:argument]")
     if TOPOLOGY.value:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone is wanted, not this machine's accelerator
-    from cptjax import plan
+        os.environ["JAX_PLATFORMS"] = (
+            "cpu"  # the compiler alone is wanted, not this machine's accelerator
+        )
+    from cptjax.planning import plan
 
-    plans = plan.make(CONFIG.value, TOPOLOGY.value, SLICES.value, THOROUGH.value)
+    plans = plan.make_plans(CONFIG.value, TOPOLOGY.value, SLICES.value, THOROUGH.value)
     for one in plans:
-        plan.show(one)
+        plan.show_plan(one)
     if JSON.value:
-        Path(JSON.value).write_text(json.dumps([plan.as_json(p) for p in plans], indent=1))
-    if verdicts := [v for v in map(plan.verdict, plans) if v]:
-        console.say("\n".join(verdicts))
+        Path(JSON.value).write_text(json.dumps([plan.plan_as_json(p) for p in plans], indent=1))
+    if verdicts := [v for v in map(plan.plan_verdict, plans) if v]:
+        console.print_message("\n".join(verdicts))
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.run_launcher(main)

@@ -3,16 +3,24 @@
 import argparse
 import sys
 
-from cptjax import report
+from cptjax.evaluation import report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a workdir, or a folder of workdirs (arms or seeds)")
-    parser.add_argument("--out", help="the page to write, several runs' numbers beside it as .json; default: report.html in the first DIR")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="a workdir, or a folder of workdirs (arms or seeds)",
+    )
+    parser.add_argument(
+        "--out",
+        help="the page to write, several runs' numbers beside it as .json; default: report.html in the first DIR",
+    )
     args = parser.parse_args()
     try:
-        print(report.write(args.folders, args.out))
+        print(report.write_report(args.folders, args.out))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

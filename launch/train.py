@@ -7,23 +7,25 @@ import os
 
 from absl import flags
 
-from cptjax import cli, console
+from cptjax.common import cli, console
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that has a state is continued.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; one that has a state is continued.", required=True
+)
 PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
-CONFIG = cli.config_flag()
+CONFIG = cli.define_config_flag()
 
 
 def main() -> None:
     if PLAIN.value:
-        console.configure("plain")
-    cli.distributed()
-    from cptjax import continual
+        console.set_console_mode("plain")
+    cli.init_distributed()
+    from cptjax.continual import driver
 
-    continual.run(CONFIG.value, WORKDIR.value)
+    driver.run(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        cli.keep_memory()
-    cli.main(main)
+        cli.restart_with_malloc_settings()
+    cli.run_launcher(main)

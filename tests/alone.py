@@ -5,7 +5,8 @@ import functools
 import jax
 import pytest
 
-from cptjax import console, sharding
+from cptjax import sharding
+from cptjax.common import console
 
 MAKE = sharding.make_mesh
 
@@ -26,6 +27,6 @@ def see(patch, count: int) -> None:
 @pytest.fixture
 def said():
     """Plain lines, so that capsys sees them."""
-    console.configure("plain")
+    console.set_console_mode("plain")
     yield
-    console.configure("auto")
+    console.set_console_mode("auto")

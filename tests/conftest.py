@@ -7,8 +7,12 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for slices that this machine does not have
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compiling holds no chip, so two test runs need not exclude each other
-os.environ["TPU_STDERR_LOG_LEVEL"] = os.environ["TPU_MIN_LOG_LEVEL"] = os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
+    "1"  # compiling holds no chip, so two test runs need not exclude each other
+)
+os.environ["TPU_STDERR_LOG_LEVEL"] = os.environ["TPU_MIN_LOG_LEVEL"] = os.environ[
+    "TF_CPP_MIN_LOG_LEVEL"
+] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 # Most of the suite is compiling programs that run for milliseconds; only machine code is made with less care, fusion stays.
@@ -17,7 +21,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 import jax
 import pytest
 
-from cptjax import console
+from cptjax.common import console
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -38,7 +42,7 @@ def nothing_outlives_its_file():
     How the console speaks is set back too.
     """
     yield
-    console.configure("auto")
+    console.set_console_mode("auto")
     for module in [m for name, m in sys.modules.items() if name.startswith("cptjax")]:
         for kept in [f for f in vars(module).values() if hasattr(f, "cache_clear")]:
             kept.cache_clear()

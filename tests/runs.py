@@ -29,7 +29,9 @@ METHOD = {
 def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDict:
     """Two stages of a drawn task each; sections are updated by name."""
     c = base()
-    c.model.update(preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
+    c.model.update(
+        preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none"
+    )
     c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=48, prefetch=1)
     c.tasks = ConfigDict({t: dict(task="drawn", family=t, side=32) for t in (*TASKS, "facts")})
     c.stages = tuple(dict(task=t, steps=steps) for t in TASKS)
@@ -49,16 +51,31 @@ def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDic
 
 def environment(**more: str) -> dict[str, str]:
     """One device, and the tests' cache of compiled programs."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "HF_HUB_OFFLINE": "1",
-    } | more  # fmt: skip
+    return (
+        os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        | more
+    )
 
 
 def process(plan: dict[str, Any], **more: str) -> subprocess.Popen:
     """A process that does `plan`, see `main`."""
     order = [sys.executable, __file__, json.dumps(plan)]
-    return subprocess.Popen(order, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        order,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def told(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
@@ -71,21 +88,33 @@ def told(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str
 
 def state(workdir: Path) -> dict[str, Any]:
     """Everything that two equal runs share: their records, and the arrays of the stages' ends."""
-    return records(workdir) | {f"stage {n}: {path}": x for n in stages(workdir) for path, x in arrays(workdir, n).items()}
+    return records(workdir) | {
+        f"stage {n}: {path}": x for n in stages(workdir) for path, x in arrays(workdir, n).items()
+    }
 
 
 def records(workdir: Path) -> dict[str, Any]:
     """The csv files, rollouts and predictions, and metrics without their times."""
-    found: dict[str, Any] = {name: (workdir / name).read_bytes() for name in ("matrix.csv", "evals.csv")}
-    for path in sorted(p for folder in ("rollouts", "predictions", "corpus", "filters") for p in workdir.glob(f"{folder}/*.jsonl")):
+    found: dict[str, Any] = {
+        name: (workdir / name).read_bytes() for name in ("matrix.csv", "evals.csv")
+    }
+    for path in sorted(
+        p
+        for folder in ("rollouts", "predictions", "corpus", "filters")
+        for p in workdir.glob(f"{folder}/*.jsonl")
+    ):
         found[str(path.relative_to(workdir))] = path.read_bytes()
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found["metrics.jsonl"] = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    found["metrics.jsonl"] = [
+        {k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines
+    ]
     return found
 
 
 def stages(workdir: Path) -> list[int]:
-    return sorted(int(p.name) for p in (workdir / "checkpoints" / "stages").iterdir() if p.name.isdigit())
+    return sorted(
+        int(p.name) for p in (workdir / "checkpoints" / "stages").iterdir() if p.name.isdigit()
+    )
 
 
 def arrays(workdir: Path, number: int) -> dict[str, bytes]:
@@ -94,8 +123,13 @@ def arrays(workdir: Path, number: int) -> dict[str, bytes]:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(workdir.absolute() / "checkpoints" / "stages" / str(number) / "params")
-    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        tree = reader.restore(
+            workdir.absolute() / "checkpoints" / "stages" / str(number) / "params"
+        )
+    return {
+        jax.tree_util.keystr(path): np.asarray(x).tobytes()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -115,12 +149,13 @@ def child(method: str, workdir: str, sections: dict[str, Any], log: str) -> int:
     pid = os.fork()
     if pid:
         return pid
-    from cptjax import cli, console, continual
+    from cptjax.common import cli, console
+    from cptjax.continual import driver
 
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    console.configure("plain")
+    console.set_console_mode("plain")
     sys.argv[1:] = []
-    cli.main(lambda: continual.run(config(method, **sections), workdir))
+    cli.run_launcher(lambda: driver.run(config(method, **sections), workdir))
     os._exit(0)
 
 
@@ -129,7 +164,7 @@ def main() -> None:
 
     The processes are forks of this one, which has imported everything but started no device: starting Python costs more than the run.
     """
-    from cptjax import continual  # noqa: F401
+    pass  # noqa: F401
 
     plan = json.loads(sys.argv[1])
     for number, seconds in plan["signals"]:

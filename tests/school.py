@@ -13,15 +13,19 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cptjax import learning, runtime, session, settings, sharding, stage, train
-from cptjax.metrics import read_lines
-from cptjax.model import trainable
+from cptjax import sharding
+from cptjax.common.files import read_jsonl
+from cptjax.config import resolve_stages
+from cptjax.continual import open_run, reference_models, train_stage
+from cptjax.models import load, trainable
+from cptjax.models.config import PRESETS
+from cptjax.training import build, train_loop, train_step
 
 MAKE_MESH = sharding.make_mesh
 SMALL = dataclasses.replace(
-    runtime.PRESETS["tiny"],
-    text=dataclasses.replace(runtime.PRESETS["tiny"].text, depth=1, mlp=64),
-    vision=dataclasses.replace(runtime.PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
+    PRESETS["tiny"],
+    text=dataclasses.replace(PRESETS["tiny"].text, depth=1, mlp=64),
+    vision=dataclasses.replace(PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
     eos=(2, 0, *range(40, 320, 4)),  # so that a random model often ends its answer
 )
 
@@ -49,37 +53,62 @@ class Unsaved:
     close = wait
 
 
-def tiny(config: ConfigDict, steps: int = 1, stages: int = 1, batch: int = 4, family: str = "arithmetic", **tasks: Any) -> ConfigDict:
+def tiny(
+    config: ConfigDict,
+    steps: int = 1,
+    stages: int = 1,
+    batch: int = 4,
+    family: str = "arithmetic",
+    **tasks: Any,
+) -> ConfigDict:
     """The config with everything small; its method stays."""
     c = ConfigDict(config.to_dict())
     with c.unlocked(), c.ignore_type():
-        names = dict.fromkeys(t for s in c.stages for t in ((s["task"],) if isinstance(s["task"], str) else s["task"]))
-        c.tasks = ConfigDict({n: dict(task="drawn", family=family, scorer=coin) | tasks for n in names})
-        c.stages = tuple({k: v for k, v in s.items() if k != "epochs"} | {"steps": steps} for s in c.stages[:stages])
-        c.model.update(path="", preset="tiny", compute_dtype="float32", remat="none", min_pixels=1024, max_pixels=1024)
+        names = dict.fromkeys(
+            t for s in c.stages for t in ((s["task"],) if isinstance(s["task"], str) else s["task"])
+        )
+        c.tasks = ConfigDict(
+            {n: dict(task="drawn", family=family, scorer=coin) | tasks for n in names}
+        )
+        c.stages = tuple(
+            {k: v for k, v in s.items() if k != "epochs"} | {"steps": steps}
+            for s in c.stages[:stages]
+        )
+        c.model.update(
+            path="",
+            preset="tiny",
+            compute_dtype="float32",
+            remat="none",
+            min_pixels=1024,
+            max_pixels=1024,
+        )
         c.model.lora.rank = min(c.model.lora.rank, 2)
         c.data.update(prompt_limit=32, buckets=(32,), limit=8, workers=0)
         c.train.update(batch=batch, micro_batch=0)
         c.rollout.update(group=2, max_new_tokens=4, check_every=4)
-        c.eval.update(general=(), before=False, limit=8, batch=8, max_new_tokens=4, every=None, drift=0)
+        c.eval.update(
+            general=(), before=False, limit=8, batch=8, max_new_tokens=4, every=None, drift=0
+        )
         c.method.update(overlong=min(c.method.overlong, 2), self_samples=8)
         if c.method.filter:
-            c.method.filter = dict(c.method.filter, samples=3) | ({"hi": 3} if "hi" in c.method.filter else {})
+            c.method.filter = dict(c.method.filter, samples=3) | (
+                {"hi": 3} if "hi" in c.method.filter else {}
+            )
         c.method.penalty.samples = min(c.method.penalty.samples, 2)
         c.method.updates_per_batch = min(c.method.updates_per_batch, 2)
     return c
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[session.Run]:
+def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[open_run.Run]:
     """A run of as many devices as the mesh names, of one where it is left open; ready to learn, without checkpoints."""
     with contextlib.ExitStack() as stack:
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
         patched(stack, sharding, "make_mesh", lambda **_: some())
-        patched(stack, session, "Checkpoints", Unsaved)
+        patched(stack, open_run, "Checkpoints", Unsaved)
         stack.enter_context(contextlib.closing(_Presets(model)))
-        run = session.open_run(config, workdir)
+        run = open_run.open_run(config, workdir)
         stack.callback(run.pool.close)
         stack.callback(run.log.close)
         yield run
@@ -93,28 +122,30 @@ def patched(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> N
 
 class _Presets:
     def __init__(self, model: Any):
-        self.before = runtime.PRESETS["tiny"]
-        runtime.PRESETS["tiny"] = model
+        self.before = PRESETS["tiny"]
+        PRESETS["tiny"] = model
 
     def close(self) -> None:
-        runtime.PRESETS["tiny"] = self.before
+        PRESETS["tiny"] = self.before
 
 
-def learned(config: ConfigDict, workdir: Path, model: Any = SMALL) -> tuple[session.Run, list[dict]]:
+def learned(
+    config: ConfigDict, workdir: Path, model: Any = SMALL
+) -> tuple[open_run.Run, list[dict]]:
     """Every stage learned in turn; the lines of metrics.jsonl."""
-    for each in settings.stages(config):
-        stage.check(each)
+    for each in resolve_stages(config):
+        train_loop.check(each)
     with opened(config, workdir, model) as run:
         for each in run.stages:
-            learning.learn(run, each, None)
-    return run, read_lines(workdir / "metrics.jsonl")
+            train_stage.train_stage(run, each, None)
+    return run, read_jsonl(workdir / "metrics.jsonl")
 
 
 @dataclasses.dataclass
 class Desk:
     """A stage in the middle: everything that `learning.learn` makes before its loop."""
 
-    run: session.Run
+    run: open_run.Run
     room: Any
     state: Any
     frozen: Any
@@ -123,12 +154,14 @@ class Desk:
 
     @property
     def params(self) -> Any:
-        return trainable.join(self.state.params, self.frozen)
+        return trainable.join_params(self.state.params, self.frozen)
 
     def update(self, batches: list, lr: float = 1e-3) -> tuple[Any, dict[str, float]]:
         """One update on copies: the desk's own state is kept."""
         with jax.set_mesh(self.run.rt.mesh):
-            state, told = self.steps.run(jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.extra)
+            state, told = self.steps.run(
+                jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.extra
+            )
         return state, {k: v.value for k, v in jax.device_get(told).items()}
 
 
@@ -137,13 +170,22 @@ def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL)
     """Stage `number` of a tiny config, about to start."""
     with opened(config, workdir, model) as run:
         which = run.stages[number - 1]
-        stage.check(which)
+        train_loop.check(which)
         trained, frozen = run.split()
         start = run.compared(run.params)
-        room = learning.classroom(run, which, start)
-        opt = stage.optimizer(which.config, runtime.declare(which.config.model, run.rt.cfg))
-        state = train.init_state(opt, trained, run.rt.mesh)
-        run.params = trainable.join(state.params, frozen)  # the state has taken them over
-        penalty, extra = learning.penalty_of(run, which, start)
-        steps = train.make_steps(run.rt.cfg, stage.objective(which.config), opt, train.Places.of(state), run.rt.dtype, penalty)
+        room = train_stage.make_stage_context(run, which, start)
+        opt = build.optimizer_from_config(
+            which.config, load.declare_model_params(which.config.model, run.rt.cfg)
+        )
+        state = train_step.init_state(opt, trained, run.rt.mesh)
+        run.params = trainable.join_params(state.params, frozen)  # the state has taken them over
+        penalty, extra = reference_models.make_penalty(run, which, start)
+        steps = train_step.make_step_programs(
+            run.rt.cfg,
+            build.objective_from_config(which.config),
+            opt,
+            train_step.StateShardings.of(state),
+            run.rt.dtype,
+            penalty,
+        )
         yield Desk(run, room, state, frozen, steps, extra)

@@ -1,141 +1,316 @@
-"""Reading of released and newer config.json files, the presets, and what is refused."""
-
-import dataclasses
-import json
+"""Settings: unknown keys, wrong types and what belongs to the whole run are refused in one line; runs and stages resolved."""
 
 import pytest
-import tiny
+from ml_collections import ConfigDict
 
-from cptjax.model import config
-
-VISION = {
-    "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
-    "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-    "tokens_per_second": 2, "temporal_patch_size": 2,
-}  # fmt: skip
-SIZES = {  # hidden_size, intermediate_size, heads, layers, kv heads, tied, vocab_size, the tower's mlp
-    "3b": (2048, 11008, 16, 36, 2, True, 151936, 3420),
-    "7b": (3584, 18944, 28, 28, 4, False, 152064, 3420),
-    "32b": (5120, 27648, 40, 64, 8, False, 152064, 3456),
-    "72b": (8192, 29568, 64, 80, 8, False, 152064, 3456),
-}
-GENERATION = {"bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643], "do_sample": True, "temperature": 1e-6}
-
-
-def released(size: str) -> dict:
-    """The config.json on the Hub: the text model's keys beside everything else."""
-    width, mlp, heads, layers, kv, tied, vocab, tower = SIZES[size]
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
-        "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
-        "video_token_id": 151656, "hidden_act": "silu", "hidden_size": width, "initializer_range": 0.02, "intermediate_size": mlp,
-        "max_position_embeddings": 128000, "max_window_layers": layers, "model_type": "qwen2_5_vl", "num_attention_heads": heads,
-        "num_hidden_layers": layers, "num_key_value_heads": kv, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
-        "tie_word_embeddings": tied, "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True,
-        "use_sliding_window": False, "vision_config": VISION | {"out_hidden_size": width, "intermediate_size": tower},
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": vocab,
-    }  # fmt: skip
+from configs.base import get_config
+from cptjax.common import cli
+from cptjax.config import (
+    check_config_values,
+    config_differences,
+    config_fingerprint,
+    config_to_dict,
+    eval_templates,
+    evaluated_tasks,
+    expand_runs,
+    merge_config,
+    prestage_runs,
+    recorded_config,
+    resolve_stages,
+)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_presets_are_the_released_configs(size):
-    assert config.from_hf(released(size), GENERATION) == config.PRESETS[size]
+@pytest.fixture
+def c():
+    c = get_config()
+    c.stages = (
+        dict(task="a", steps=2),
+        dict(task=("b", "c"), epochs=0.5, method=dict(kl_coef=0.5), train=dict(lr=1)),
+    )
+    return c
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_newer_layout_reads_the_same(size, tmp_path):
-    """transformers 5 nests the text keys and writes rope_parameters."""
-    from transformers import Qwen2_5_VLConfig
-
-    Qwen2_5_VLConfig(**released(size)).save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION))
-    raw = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" in raw["text_config"] and "hidden_size" not in raw
-    assert config.read(tmp_path) == config.PRESETS[size]
-
-
-def test_nested_with_rope_scaling_and_tying_inside():
-    """transformers 4.52-4.57: nested, but rope_scaling, and tying in text_config alone."""
-    flat = released("3b")
-    vision = flat.pop("vision_config")
-    outer = {k: flat.pop(k) for k in ("model_type", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    scaling = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
-    nested = outer | {"text_config": flat | {"rope_scaling": scaling, "model_type": "qwen2_5_vl_text"}, "vision_config": vision}
-    assert config.from_hf(nested, GENERATION) == config.PRESETS["3b"]
-    assert config.from_hf(nested | {"tie_word_embeddings": False}, GENERATION) == config.PRESETS["3b"]
+def test_stages_are_resolved(c):
+    one, two = resolve_stages(c)
+    assert (one.number, one.name, one.tasks, one.steps, one.epochs) == (1, "a", ("a",), 2, None)
+    assert (two.number, two.name, two.tasks, two.steps, two.epochs) == (
+        2,
+        "b+c",
+        ("b", "c"),
+        None,
+        0.5,
+    )
+    assert (one.config.method.kl_coef, two.config.method.kl_coef) == (0.01, 0.5)
+    assert two.config.train.lr == 1.0 and isinstance(two.config.train.lr, float)
+    assert c.method.kl_coef == 0.01
 
 
-def test_left_out_keys_take_transformers_defaults():
-    from transformers import Qwen2_5_VLConfig
-
-    raw = released("7b")
-    for key in ("rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act", "use_sliding_window"):
-        del raw[key]
-    for key in ("tokens_per_second", "window_size", "fullatt_block_indexes", "temporal_patch_size", "patch_size", "spatial_patch_size"):
-        del raw["vision_config"][key]
-    theirs, ours = Qwen2_5_VLConfig(**raw), config.from_hf(raw)
-    assert ours.text.norm_eps == theirs.text_config.rms_norm_eps
-    assert ours.text.max_positions == theirs.text_config.max_position_embeddings
-    assert ours.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
-    for name, key in {"tokens_per_second": "tokens_per_second", "window": "window_size", "temporal": "temporal_patch_size"}.items():
-        assert getattr(ours.vision, name) == getattr(theirs.vision_config, key)
-    assert ours.vision.full_blocks == tuple(theirs.vision_config.fullatt_block_indexes)
-
-
-@pytest.mark.parametrize("size", config.PRESETS)
-def test_written_config_reads_back(size):
-    from transformers import Qwen2_5_VLConfig
-
-    cfg = config.PRESETS[size]
-    raw = config.to_hf(cfg)
-    generation = {"eos_token_id": list(cfg.eos), "pad_token_id": cfg.pad}
-    assert config.from_hf(raw, generation) == cfg
-    theirs = Qwen2_5_VLConfig(**raw)
-    assert config.from_hf(theirs.to_dict(), generation) == cfg
-    assert theirs.tie_word_embeddings == cfg.text.tied and theirs.text_config.rms_norm_eps == cfg.text.norm_eps
-    assert theirs.text_config.rope_parameters["mrope_section"] == list(cfg.text.rope_sections)
-
-
-def test_config_is_hashable_and_frozen():
-    assert hash(tiny.our_config()) == hash(tiny.our_config())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        tiny.our_config().pad = 1
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ({"methd": {}}, "config.methd does not exist; did you mean 'method'"),
+        (
+            {"method": {"kl_coeff": 1.0}},
+            "config.method.kl_coeff does not exist; did you mean 'kl_coef'",
+        ),
+        ({"train": {"zzz": 1}}, "config.train.zzz does not exist; known: b1"),
+        ({"train": {"lr": "1e-3"}}, "config.train.lr is '1e-3'; expected float like 1e-06"),
+        ({"train": {"lr": None}}, "config.train.lr is None; expected a value"),
+        ({"train": {"batch": 1.5}}, "config.train.batch is 1.5; expected a whole number like 128"),
+        ({"train": {"batch": True}}, "config.train.batch is True; expected int"),
+        ({"data": {"pack": 1}}, "config.data.pack is 1; expected bool"),
+        ({"data": {"limit": 0.5}}, "config.data.limit is 0.5; expected None or a whole number"),
+        ({"eval": {"every": True}}, "config.eval.every is True; expected None or a whole number"),
+        ({"method": {"tis_cap": "2"}}, "config.method.tis_cap is '2'; expected None or a number"),
+        (
+            {"model": {"freeze": "vision"}},
+            r"config.model.freeze is 'vision'; expected tuple like \(\)",
+        ),
+        ({"eval": {"general": "mmmu"}}, "config.eval.general is 'mmmu'; expected tuple"),
+        ({"method": 3}, "config.method is 3; expected ConfigDict"),
+    ],
+)
+def test_refused(c, override, message):
+    with pytest.raises(ValueError, match=message):
+        merge_config(c, override)
 
 
-def _without(key):
-    return {k: v for k, v in released("7b").items() if k != key}
+def test_accepted(c):
+    found = merge_config(
+        c,
+        {
+            "data": {"limit": 5},
+            "method": {
+                "tis_cap": 2,
+                "refresh": 40,
+                "filter": {"name": "window", "samples": 2},
+                "clip_dual": None,
+            },
+            "train": {"clip": None},
+            "model": {"freeze": ["vision"]},
+            "tasks": {"mine": {"train": "x.jsonl"}},
+        },
+    )
+    assert (
+        found.data.limit == 5
+        and found.method.tis_cap == 2
+        and found.method.clip_dual is None
+        and found.train.clip is None
+    )
+    assert (
+        found.model.freeze == ("vision",)
+        and found.tasks.mine.train == "x.jsonl"
+        and found.method.filter["samples"] == 2
+    )
 
 
-REFUSED = {
-    "another model": ({"model_type": "qwen2_vl"} | _without("model_type"), "model_type='qwen2_vl'"),
-    "no model type": (_without("model_type"), "model_type=None"),
-    "no tower": (_without("vision_config"), "lacks 'vision_config'"),
-    "no width": (_without("hidden_size"), "lacks 'hidden_size'"),
-    "no sections": (released("7b") | {"rope_scaling": None}, "lacks 'mrope_section'"),
-    "sections of another width": (released("7b") | {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}, "mrope_section"),
-    "long-context rope": (released("7b") | {"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [16, 24, 24]}}, "'yarn'"),
-    "sliding window": (released("7b") | {"use_sliding_window": True}, "use_sliding_window=True"),
-    "another activation": (released("7b") | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    "head width": (released("7b") | {"head_dim": 64}, "head_dim=64"),
-    "tower of another text width": (released("7b") | {"vision_config": VISION | {"out_hidden_size": 2048}}, "out_hidden_size=2048"),
-    "kv heads": (released("7b") | {"num_key_value_heads": 5}, "num_key_value_heads=5"),
-}
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ((), "config.stages is empty"),
+        ((dict(steps=1),), r"config.stages\[0\] names no task"),
+        ((dict(task="a"),), "expected one of steps=N and epochs=N"),
+        ((dict(task="a", steps=1, epochs=1),), "expected one of steps=N and epochs=N"),
+        ((dict(task="a", steps=0),), "above 0, got 0"),
+        (
+            (dict(task="a", steps=1), dict(task="a", steps=1, trian={})),
+            r"config.stages\[1\].trian does not exist; did you mean 'train'",
+        ),
+        (
+            (dict(task="a", steps=1, model=dict(path="x")),),
+            "sets model.path, which belongs to the whole run",
+        ),
+        (
+            (dict(task="a", steps=1, eval=dict(limit=3)),),
+            "sets eval.limit, which belongs to the whole run",
+        ),
+        (
+            (dict(task="a", steps=1, data=dict(prompt_limit=3)),),
+            "sets data.prompt_limit, which belongs to the whole run",
+        ),
+        ((dict(task="a", steps=1, seed=3),), "sets seed, which belongs to the whole run"),
+    ],
+)
+def test_stages_refused(c, stages, message):
+    c.stages = stages
+    with pytest.raises(ValueError, match=message):
+        resolve_stages(c)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_qwen25_vl_is_refused_in_one_line(name):
-    raw, expected = REFUSED[name]
-    with pytest.raises(ValueError) as error:
-        config.from_hf(raw)
-    assert expected in str(error.value) and "\n" not in str(error.value)
+def test_what_a_stage_may_set(c):
+    own = dict(
+        eval=dict(every=2, mini=3),
+        data=dict(template="direct"),
+        log=dict(every=4),
+        rewards=dict(format=0.0),
+    )
+    c.stages = (dict(task="a", steps=1, **own),)
+    assert resolve_stages(c)[0].config.eval.every == 2
 
 
-def test_folder_without_config(tmp_path):
-    with pytest.raises(ValueError, match="config.json does not exist"):
-        config.read(tmp_path)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("data.limit", 0),
+        ("eval.batch", 0),
+        ("eval.limit", 0),
+        ("train.batch", 0),
+        ("log.every", 0),
+        ("eval.every", 0),
+        ("rollout.group", 0),
+        ("data.prefetch", 0),
+        ("eval.drift", -1),
+    ],
+)
+def test_numbers_too_small(c, name, value):
+    check_config_values(c)
+    section, key = name.split(".")
+    c[section][key] = value
+    with pytest.raises(
+        ValueError, match=f"config.{name} is {value}; expected a whole number of at least"
+    ):
+        check_config_values(c)
 
 
-def test_broken_json_is_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match="config.json is not JSON"):
-        config.read(tmp_path)
+def test_groups_hold_general_tasks(c):
+    c.eval.general, c.eval.groups = ("facts", "pope"), ConfigDict({"text": ("facts",)})
+    check_config_values(c)
+    for wrong in ("facts", (), ("facts", "mmlu")):
+        with pytest.raises(
+            ValueError,
+            match="config.eval.groups.text is .*; expected a tuple of tasks of config.eval.general: facts",
+        ):
+            check_config_values(merge_config(c, {"eval": {"groups": {"text": wrong}}}))
+
+
+def test_one_run_has_no_folder(c):
+    assert [(sub, v.seed) for sub, v in expand_runs(c)] == [("", 0)]
+
+
+def test_arms_seeds_and_orders(c):
+    c.seeds, c.orders = (3, 4), ((0, 1), (1, 0))
+    c.arms = ConfigDict(
+        dict(
+            x=dict(train=dict(lr=0.5)),
+            y=dict(stages=(dict(task="b", steps=1), dict(task="a", steps=1))),
+        )
+    )
+    found = dict(expand_runs(c))
+    assert list(found) == [
+        f"{arm}/seed{s}_order{o}" for arm in "xy" for s in (3, 4) for o in (0, 1)
+    ]
+    assert (
+        found["x/seed4_order0"].seed == 4
+        and found["x/seed4_order0"].train.lr == 0.5
+        and found["y/seed3_order0"].train.lr == 1e-6
+    )
+    assert [s["task"] for s in found["y/seed3_order1"].stages] == ["a", "b"]
+    assert not any(len(v.arms) or v.seeds or v.orders for v in found.values())
+    assert all(dict(expand_runs(v)).keys() == {""} for v in found.values())
+
+
+def test_a_schedule_of_another_length_has_no_other_order(c):
+    c.orders = ((0, 1), (1, 0))
+    c.arms = ConfigDict(dict(joint=dict(stages=(dict(task=("a", "b"), steps=1),)), sft={}))
+    assert [sub for sub, _ in expand_runs(c)] == ["joint", "sft/order0", "sft/order1"]
+
+
+@pytest.mark.parametrize("section", ["arms", "prestage"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("seeds", (1, 2)), ("orders", ((1, 0),)), ("prestage", {"seed": 1}), ("arms", {"b": {}})],
+)
+def test_what_belongs_to_the_whole_config(c, section, name, value):
+    c[section] = ConfigDict({"x": {name: value}} if section == "arms" else {name: value})
+    with pytest.raises(
+        ValueError, match=f"config.{section}.* sets {name}, which belongs to the whole config"
+    ):
+        prestage_runs(c), expand_runs(c)
+
+
+def test_an_arm_with_a_model_of_its_own_stands_on_that(c, tmp_path):
+    c.prestage = ConfigDict(dict(stages=(dict(task="a", steps=1),)))
+    c.arms = ConfigDict(dict(own=dict(model=dict(path="there/hf")), made={}))
+    found = dict(expand_runs(c, tmp_path))
+    assert found["own"].model.path == "there/hf" and not len(found["own"].prestage)
+    assert found["made"].model.path == str(tmp_path / "base" / "hf")
+    assert recorded_config(found["own"], tmp_path / "own")["model"]["path"] == "there/hf"
+    assert recorded_config(found["made"], tmp_path / "made")["model"]["path"] == "../base/hf"
+    other = dict(expand_runs(c, tmp_path / "moved"))["made"]
+    assert (
+        config_fingerprint(found["made"])
+        == config_fingerprint(other)
+        != config_fingerprint(found["own"])
+    )
+
+
+@pytest.mark.parametrize("flag, arm", [("train.lr", "a"), ("seed", ""), ("data.template", "")])
+def test_a_flag_that_every_run_overrides_is_refused(c, flag, arm):
+    c.stages = (dict(task="a", steps=1, data=dict(template="direct")),)
+    c.arms = ConfigDict(dict(a=dict(train=dict(lr=0.5)), b=dict(train=dict(lr=0.25))))
+    c.seeds = (1, 2)
+    hint = f"set --config.arms.{arm}.{flag}$" if arm else "itself$"
+    with pytest.raises(ValueError, match=f"--config.{flag} changes nothing, .*{hint}"):
+        cli.refuse_ineffective_flags(c, ["--workdir=x", f"--config.{flag}=3"])
+    cli.refuse_ineffective_flags(
+        c, ["--config.train.batch=3", "--config.arms.a.train.lr=0.1", "--config.seeds=1,2"]
+    )
+    c.arms.b = ConfigDict({})
+    cli.refuse_ineffective_flags(c, ["--config.train.lr=0.1"])  # one arm looks at it
+
+
+def test_the_template_of_an_evaluation(c):
+    """The one that a task was last trained with; the run's for tasks never trained; or those that are asked for."""
+    direct = dict(data=dict(template="direct"))
+    c.stages = (
+        dict(task="a", steps=1),
+        dict(task=("a", "b"), steps=1, **direct),
+        dict(task="b", steps=1, data=dict(template="boxed")),
+    )
+    asked = lambda: [eval_templates(c, resolve_stages(c), t) for t in ("a", "b", "general")]
+    assert asked() == [("direct",), ("boxed",), ("cot",)]
+    c.eval.templates = ("answer", "none")
+    assert asked() == [("answer", "none")] * 3
+
+
+def test_orders_refused(c):
+    c.orders = ((0, 0),)
+    with pytest.raises(ValueError, match=r"config.orders has \(0, 0\); expected each of 0..1 once"):
+        expand_runs(c)
+
+
+def test_a_changed_config_is_told(c):
+    old = config_to_dict(c)
+    other = merge_config(
+        c,
+        {
+            "train": {"lr": 0.5},
+            "seed": 3,
+            "mesh": {"fsdp": 2},
+            "log": {"every": 7},
+            "tasks": {"n": {"train": "x"}},
+        },
+    )
+    assert config_differences(old, config_to_dict(other)) == [
+        "seed: 0 -> 3",
+        "tasks.n: None -> {'train': 'x'}",
+        "train.lr: 1e-06 -> 0.5",
+    ]
+    assert (
+        config_differences(
+            old, config_to_dict(merge_config(c, {"log": {"every": 7}, "allow_change": True}))
+        )
+        == []
+    )
+    assert config_fingerprint(c) == config_fingerprint(merge_config(c, {"mesh": {"fsdp": 2}}))
+    assert config_fingerprint(c) != config_fingerprint(merge_config(c, {"seed": 1}))
+
+
+def test_evaluated_tasks_are_all_or_named():
+    c = get_config()
+    c.stages = (dict(task=("a", "b"), steps=1), dict(task="a", steps=1))
+    run = resolve_stages(c)
+    assert evaluated_tasks(c, run) == ["a", "b"]
+    assert evaluated_tasks(merge_config(c, {"eval": {"tasks": ("b", "c")}}), run) == ["b", "c"]
+    c.eval.tasks = "c,a"
+    assert evaluated_tasks(c, run) == ["c", "a"]

@@ -6,17 +6,40 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, cpt7, demo, jigsaw, retain
-from cptjax import filters, prompting, settings, stage, tasks
-from cptjax.report import expect
+from cptjax.config import (
+    check_config_values,
+    expand_runs,
+    merge_config,
+    prestage_runs,
+    resolve_stages,
+)
+from cptjax.evaluation.report import expect
+from cptjax.tasks import prompted_task, registry
+from cptjax.training import build, train_loop
+from cptjax.training.algorithms import prompt_filters
 from cptjax.types import Example
 
 CORPUS = {"method": {"corpus": "rollouts/stage1.jsonl"}}
-CPT7 = [f"{arm},{size}{more}" for arm in cpt7.ARMS for size, more in (("3b", ""), ("7b", ",official"), ("tiny", ""))]
+CPT7 = [
+    f"{arm},{size}{more}"
+    for arm in cpt7.ARMS
+    for size, more in (("3b", ""), ("7b", ",official"), ("tiny", ""))
+]
 JIGSAW = [f"{arm},{size}" for arm in jigsaw.METHOD for size in jigsaw.SIZES]
 GOLD = ("sft", "sft_kl")  # need gold answers, which MMLU alone has
-PAIRS = [(arm, task) for arm in retain.ARMS for task in retain.TASKS if arm not in GOLD or task in retain.GOLD]
+PAIRS = [
+    (arm, task)
+    for arm in retain.ARMS
+    for task in retain.TASKS
+    if arm not in GOLD or task in retain.GOLD
+]
 RETAIN = [f"{arm},{task},{size}" for arm, task in PAIRS for size in ("3b", "tiny")]
-ALL = [(cpt7, a) for a in CPT7] + [(jigsaw, a) for a in JIGSAW] + [(retain, a) for a in RETAIN] + [(demo, "0"), (demo, "1,short")]
+ALL = (
+    [(cpt7, a) for a in CPT7]
+    + [(jigsaw, a) for a in JIGSAW]
+    + [(retain, a) for a in RETAIN]
+    + [(demo, "0"), (demo, "1,short")]
+)
 
 
 @pytest.mark.parametrize(("module", "arg"), ALL, ids=[f"{m.__name__[8:]}:{a}" for m, a in ALL])
@@ -28,78 +51,171 @@ def test_every_arm_resolves(module, arg):
         config.method.advantag = "grpo"  # locked: a misspelt knob is no new knob
     if config.method.source == "corpus":
         with pytest.raises(ValueError, match="needs method.corpus"):
-            stage.check(settings.stages(config)[0])
-        config = settings.merge(config, CORPUS)
-    expect.check(config)
-    for one in (*settings.bases(config).values(), *(one for _, one in settings.variants(config))):
-        settings.check(one)
-        for each in settings.stages(one):
-            stage.check(each)
+            train_loop.check(resolve_stages(config)[0])
+        config = merge_config(config, CORPUS)
+    expect.check_expectations(config)
+    for one in (*prestage_runs(config).values(), *(one for _, one in expand_runs(config))):
+        check_config_values(one)
+        for each in resolve_stages(one):
+            train_loop.check(each)
             for name in (*each.tasks, *each.config.eval.general):
-                tasks.resolve(name, one.tasks.to_dict())
+                registry.resolve_task(name, one.tasks.to_dict())
 
 
 @pytest.mark.parametrize("module", [cpt7, jigsaw, retain], ids=lambda m: m.__name__)
 def test_unknown_word_is_one_line_that_names_the_known_ones(module):
     with pytest.raises(ValueError) as error:
         module.get_config("gpro")
-    assert "'gpro'" in str(error.value) and "grpo" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "'gpro'" in str(error.value) and "grpo" in str(error.value) and "\n" not in str(error.value)
+    )
 
 
 def test_arms_of_the_papers_are_all_there():
-    assert set(cpt7.ARMS) >= {"sft", "joint", "grpo", "rloo", "remax", "nokl", "nocot", "rif", "rif_zero", "rif_control"}  # 1.5-1.8, 1.10
-    assert set(cpt7.ARMS) >= {"self_sft", "iterative_sft", "traces", "rl_traces", "sft_kl", "reinforce", "reinforce01"}  # 3.1
-    assert set(cpt7.ARMS) >= {"lora_sft", "low_lr_sft", "replay", "ewc", "l2", "lwf", "wise", "prompt_replay", "eaft"}  # reviewers'
-    assert set(jigsaw.METHOD) == {"grpo", "bare", "trace", "rft_rollout", "self_generated", "iterative"}  # 2.2
-    assert set(retain.ARMS) >= {"sft", "teacher_sft", "self_sft", "iterative_sft", "rl_traces", "grpo", "grpo_nokl", "reinforce"}  # 3.1
+    assert set(cpt7.ARMS) >= {
+        "sft",
+        "joint",
+        "grpo",
+        "rloo",
+        "remax",
+        "nokl",
+        "nocot",
+        "rif",
+        "rif_zero",
+        "rif_control",
+    }  # 1.5-1.8, 1.10
+    assert set(cpt7.ARMS) >= {
+        "self_sft",
+        "iterative_sft",
+        "traces",
+        "rl_traces",
+        "sft_kl",
+        "reinforce",
+        "reinforce01",
+    }  # 3.1
+    assert set(cpt7.ARMS) >= {
+        "lora_sft",
+        "low_lr_sft",
+        "replay",
+        "ewc",
+        "l2",
+        "lwf",
+        "wise",
+        "prompt_replay",
+        "eaft",
+    }  # reviewers'
+    assert set(jigsaw.METHOD) == {
+        "grpo",
+        "bare",
+        "trace",
+        "rft_rollout",
+        "self_generated",
+        "iterative",
+    }  # 2.2
+    assert set(retain.ARMS) >= {
+        "sft",
+        "teacher_sft",
+        "self_sft",
+        "iterative_sft",
+        "rl_traces",
+        "grpo",
+        "grpo_nokl",
+        "reinforce",
+    }  # 3.1
 
 
-@pytest.mark.parametrize("arg", [f"{arm},{task}" for arm in GOLD for task in ("ifeval", "countdown")])
+@pytest.mark.parametrize(
+    "arg", [f"{arm},{task}" for arm in GOLD for task in ("ifeval", "countdown")]
+)
 def test_sft_without_gold_answers_is_refused_in_one_line(arg):
-    with pytest.raises(ValueError, match=f"{arg.split(',')[1]} has no gold answers .*teacher_sft") as error:
+    with pytest.raises(
+        ValueError, match=f"{arg.split(',')[1]} has no gold answers .*teacher_sft"
+    ) as error:
         retain.get_config(arg)
     assert "\n" not in str(error.value)
 
 
 def test_every_stage_of_a_corpus_arm_has_its_own_file():
-    stages = settings.stages(cpt7.get_config("rl_traces,corpus=runs/grpo/rollouts"))
-    assert [s.config.method.corpus for s in stages] == [f"runs/grpo/rollouts/stage{k}.jsonl" for k in range(1, 8)]
+    stages = resolve_stages(cpt7.get_config("rl_traces,corpus=runs/grpo/rollouts"))
+    assert [s.config.method.corpus for s in stages] == [
+        f"runs/grpo/rollouts/stage{k}.jsonl" for k in range(1, 8)
+    ]
     for each in stages:
-        stage.check(each)
+        train_loop.check(each)
     with pytest.raises(ValueError, match="not to grpo"):
         cpt7.get_config("grpo,corpus=runs")
 
 
 def test_every_arm_is_asked_the_same_ways_and_its_own_comes_first():
-    for module, arms, ways in ((cpt7, cpt7.ARMS, {"cot", "direct"}), (jigsaw, jigsaw.METHOD, {"answer", "direct"})):
+    for module, arms, ways in (
+        (cpt7, cpt7.ARMS, {"cot", "direct"}),
+        (jigsaw, jigsaw.METHOD, {"answer", "direct"}),
+    ):
         for c in map(module.get_config, arms):
             assert set(c.eval.templates) == ways and c.eval.templates[0] == c.data.template
 
 
 def test_paper_a_trains_on_its_own_variants_unless_official():
     own, official = cpt7.get_config("sft,7b"), cpt7.get_config("official,sft,7b")
-    assert tuple(s["task"] for s in own.stages) == tasks.PAPER_A
+    assert tuple(s["task"] for s in own.stages) == registry.PAPER_A_TASKS
     assert tuple(s["task"] for s in official.stages) == cpt7.ORDER
-    assert [s["epochs"] for s in own.stages] == [1, 1, 1, 1, 10, 1, 3] == [s["epochs"] for s in official.stages]
-    assert {tasks.TASKS[t].scorer for t in tasks.PAPER_A} == {"mathruler_parity"}
-    assert own.eval.general == ("cpt7_mmmu", "cpt7_mmlu_pro", "cpt7_pope") and official.eval.general == ("mmmu", "mmlu_pro", "pope")
-    joint = settings.stages(cpt7.get_config("joint,7b"))
-    assert len(joint) == 1 and joint[0].tasks == tasks.PAPER_A
-    assert tuple(retain.TASKS.values()) == tasks.PAPER_C
+    assert (
+        [s["epochs"] for s in own.stages]
+        == [1, 1, 1, 1, 10, 1, 3]
+        == [s["epochs"] for s in official.stages]
+    )
+    assert {registry.BUILT_IN_TASKS[t].scorer for t in registry.PAPER_A_TASKS} == {
+        "mathruler_parity"
+    }
+    assert own.eval.general == (
+        "cpt7_mmmu",
+        "cpt7_mmlu_pro",
+        "cpt7_pope",
+    ) and official.eval.general == ("mmmu", "mmlu_pro", "pope")
+    joint = resolve_stages(cpt7.get_config("joint,7b"))
+    assert len(joint) == 1 and joint[0].tasks == registry.PAPER_A_TASKS
+    assert tuple(retain.TASKS.values()) == registry.PAPER_C_TASKS
 
 
 def test_paper_a_numbers_by_arm():
     grpo, sft = cpt7.get_config("grpo,7b"), cpt7.get_config("sft,7b")
-    assert (grpo.train.batch, grpo.rollout.group, grpo.train.lr, grpo.method.kl_coef) == (512, 8, 1e-6, 0.01)
-    assert (sft.train.batch, sft.train.lr, sft.train.schedule, sft.train.warmup) == (24, 1e-5, "cosine", 0.1)
-    assert cpt7.get_config("remax").method.advantage == "remax" and cpt7.get_config("rloo").method.advantage == "rloo"
-    assert cpt7.get_config("nokl").method.kl_coef == 0 and cpt7.get_config("lora_sft").model.lora.rank > 0
-    assert cpt7.get_config("lora_sft").model.lora.alpha == 2 * cpt7.get_config("lora_sft").model.lora.rank
+    assert (grpo.train.batch, grpo.rollout.group, grpo.train.lr, grpo.method.kl_coef) == (
+        512,
+        8,
+        1e-6,
+        0.01,
+    )
+    assert (sft.train.batch, sft.train.lr, sft.train.schedule, sft.train.warmup) == (
+        24,
+        1e-5,
+        "cosine",
+        0.1,
+    )
+    assert (
+        cpt7.get_config("remax").method.advantage == "remax"
+        and cpt7.get_config("rloo").method.advantage == "rloo"
+    )
+    assert (
+        cpt7.get_config("nokl").method.kl_coef == 0
+        and cpt7.get_config("lora_sft").model.lora.rank > 0
+    )
+    assert (
+        cpt7.get_config("lora_sft").model.lora.alpha
+        == 2 * cpt7.get_config("lora_sft").model.lora.rank
+    )
     keys = {"rif": "incompetent", "rif_zero": "zero_variance", "rif_control": "random"}
     assert {arm: cpt7.get_config(arm).method.filter["name"] for arm in keys} == keys
-    window = lambda arm: filters.bounds(**cpt7.get_config(arm).method.filter)
-    assert window("rif") == window("rif_control") == (1, 8) and window("rif_zero") == (1, 7)  # matched budget
-    fair = [("model", "min_pixels"), ("model", "max_pixels"), ("model", "freeze"), ("train", "moments_dtype")]
+    window = lambda arm: prompt_filters.success_window(**cpt7.get_config(arm).method.filter)
+    assert window("rif") == window("rif_control") == (1, 8) and window("rif_zero") == (
+        1,
+        7,
+    )  # matched budget
+    fair = [
+        ("model", "min_pixels"),
+        ("model", "max_pixels"),
+        ("model", "freeze"),
+        ("train", "moments_dtype"),
+    ]
     assert all(grpo[a][b] == sft[a][b] for a, b in fair)
 
 
@@ -108,19 +224,27 @@ def test_prompts_and_rewards_with_and_without_reasoning():
 
     def course(arm):
         c = cpt7.get_config(arm)
-        return prompting.course(tasks.resolve("cpt7_gqa"), c.data.template, c.rewards, None)
+        return prompted_task.make_prompted_task(
+            registry.resolve_task("cpt7_gqa"), c.data.template, c.rewards, None
+        )
 
     cot, direct = course("grpo"), course("nocot")
     said = lambda form: "".join(p["text"] for p in form.messages(example)[-1]["content"])
     assert "<think>" in said(cot) and "boxed" in said(cot) and "<think>" not in said(direct)
-    assert cot.reward.template.format == "think_boxed" and direct.reward.template.format == ""  # 0.9 / 0.1 | the accuracy alone
+    assert (
+        cot.reward.template.format == "think_boxed" and direct.reward.template.format == ""
+    )  # 0.9 / 0.1 | the accuracy alone
     assert course("sft").gold(example) == "3" and cot.gold(example).endswith("\\boxed{3}")
 
 
 def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
     c = retain.get_config("grpo,countdown,tiny")
-    course = prompting.course(tasks.resolve("countdown"), c.data.template, c.rewards, None)
-    example = Example("0", [{"role": "user", "content": "Reach 14."}], 14, "", "countdown", {"nums": [2, 3, 4]})
+    course = prompted_task.make_prompted_task(
+        registry.resolve_task("countdown"), c.data.template, c.rewards, None
+    )
+    example = Example(
+        "0", [{"role": "user", "content": "Reach 14."}], 14, "", "countdown", {"nums": [2, 3, 4]}
+    )
     assert "\\boxed{}" in "".join(p["text"] for p in course.messages(example)[-1]["content"])
     said = ["Not \\boxed{14}, but 3 * 4 is 12, so \\boxed{3 * 4 + 2}.", "\\boxed{14}", "3 * 4 + 2"]
     assert [p["reward"] for p in course.rewards(said, [example] * 3)] == [1, 0, 0]
@@ -130,10 +254,14 @@ def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
 def test_methods_resolve(name):
     config = base.get_config()
     corpus = "a.jsonl" if base.METHODS[name].get("source") == "corpus" else ""
-    config.stages = (dict(task="drawn_colour", steps=1, method={**base.METHODS[name], "corpus": corpus}),)
-    (one,) = settings.stages(config)
-    stage.check(one)
-    assert stage.objective(one.config) == stage.objective(one.config)  # equal settings share programs
+    config.stages = (
+        dict(task="drawn_colour", steps=1, method={**base.METHODS[name], "corpus": corpus}),
+    )
+    (one,) = resolve_stages(config)
+    train_loop.check(one)
+    assert build.objective_from_config(one.config) == build.objective_from_config(
+        one.config
+    )  # equal settings share programs
 
 
 WRONG = {
@@ -152,33 +280,105 @@ WRONG = {
     "refresh": (dict(refresh="daily"), {}, "never, epoch or a number"),
     "refresh never ends": (dict(refresh="0"), {}, "never, epoch or a number"),
     "corpus of another source": (dict(corpus="a.jsonl"), {}, "belong to source='corpus'"),
-    "corpus answers of another source": (dict(corpus_answer="gold"), {}, "belong to source='corpus'"),
+    "corpus answers of another source": (
+        dict(corpus_answer="gold"),
+        {},
+        "belong to source='corpus'",
+    ),
     "replay fraction": (dict(replay=dict(fraction=1.0, kind="prompts")), {}, "0 <= fraction < 1"),
     "replay kind": (dict(replay=dict(fraction=0.5, kind="gold")), {}, "expected 'prompts'"),
-    "filter of a word": (dict(filter="incompetent"), {}, "method.filter='incompetent': expected None or a dict with name"),
-    "filter keys": (dict(filter=dict(name="window", sample=4)), {}, "a dict with name, and maybe hi, like, lo, samples"),
-    "filter without samples": (dict(filter=dict(name="window")), {}, "at least 1 answers per prompt"),
-    "filter with another's window": (dict(filter=dict(name="zero_variance", samples=4, lo=1, hi=4)), {}, "stands for lo=1, hi=3"),
-    "filter like a run": (dict(filter=dict(name="random", like="runs/rif", samples=4)), {}, "without samples, lo and hi"),
-    "filter by another name like a run": (dict(filter=dict(name="window", like="runs/rif")), {}, "expected name='random'"),
+    "filter of a word": (
+        dict(filter="incompetent"),
+        {},
+        "method.filter='incompetent': expected None or a dict with name",
+    ),
+    "filter keys": (
+        dict(filter=dict(name="window", sample=4)),
+        {},
+        "a dict with name, and maybe hi, like, lo, samples",
+    ),
+    "filter without samples": (
+        dict(filter=dict(name="window")),
+        {},
+        "at least 1 answers per prompt",
+    ),
+    "filter with another's window": (
+        dict(filter=dict(name="zero_variance", samples=4, lo=1, hi=4)),
+        {},
+        "stands for lo=1, hi=3",
+    ),
+    "filter like a run": (
+        dict(filter=dict(name="random", like="runs/rif", samples=4)),
+        {},
+        "without samples, lo and hi",
+    ),
+    "filter by another name like a run": (
+        dict(filter=dict(name="window", like="runs/rif")),
+        {},
+        "expected name='random'",
+    ),
     "filter window": (dict(filter=dict(name="window", samples=4, lo=3, hi=2)), {}, "lo=3, hi=2"),
-    "online filter of a word": (dict(online_filter=True), {}, "method.online_filter=True: expected None or a dict with hi, lo"),
-    "online filter": (dict(online_filter=dict(lo=0.9, hi=0.1, max_refills=1)), {}, "0 <= lo < hi <= 1"),
+    "online filter of a word": (
+        dict(online_filter=True),
+        {},
+        "method.online_filter=True: expected None or a dict with hi, lo",
+    ),
+    "online filter": (
+        dict(online_filter=dict(lo=0.9, hi=0.1, max_refills=1)),
+        {},
+        "0 <= lo < hi <= 1",
+    ),
     "online filter keys": (dict(online_filter=dict(lo=0.1)), {}, "hi, lo, max_refills"),
     "updates": (dict(updates_per_batch=3), {}, "dividing train.batch=128"),
     "stale answers": (dict(updates_per_batch=2, passes=2), {}, "with 4 updates on one batch"),
-    "weights of sft": (dict(source="gold", objective="sft", kl_coef=0.0, tis_cap=2.0), {}, "tis_cap=2.0 belongs to objective='policy'"),
-    "reference": (dict(kl_reference="nowhere"), {}, "'nowhere': expected base, stage or an existing folder"),
-    "kl beside accuracies": (dict(advantage="reinforce01", kl_place="reward"), {}, "set method.kl_place='loss'"),
-    "updates of gold": (dict(source="gold", objective="sft", kl_coef=0.0, updates_per_batch=2), {}, "reuse rollouts"),
+    "weights of sft": (
+        dict(source="gold", objective="sft", kl_coef=0.0, tis_cap=2.0),
+        {},
+        "tis_cap=2.0 belongs to objective='policy'",
+    ),
+    "reference": (
+        dict(kl_reference="nowhere"),
+        {},
+        "'nowhere': expected base, stage or an existing folder",
+    ),
+    "kl beside accuracies": (
+        dict(advantage="reinforce01", kl_place="reward"),
+        {},
+        "set method.kl_place='loss'",
+    ),
+    "updates of gold": (
+        dict(source="gold", objective="sft", kl_coef=0.0, updates_per_batch=2),
+        {},
+        "reuse rollouts",
+    ),
     "micro": ({}, dict(train=dict(micro_batch=48)), "micro_batch=48 must divide the 128 rows"),
     "greedy rollouts": ({}, dict(rollout=dict(temperature=0.0)), "temperature above 0"),
-    "entropy of sft": (dict(source="gold", objective="sft", kl_coef=0.0, entropy_coef=0.1), {}, "objective='policy'"),
-    "kl in the reward of sft": (dict(source="gold", objective="sft", kl_place="reward"), {}, "needs a reward"),
+    "entropy of sft": (
+        dict(source="gold", objective="sft", kl_coef=0.0, entropy_coef=0.1),
+        {},
+        "objective='policy'",
+    ),
+    "kl in the reward of sft": (
+        dict(source="gold", objective="sft", kl_place="reward"),
+        {},
+        "needs a reward",
+    ),
     "kl of a distillation": (dict(objective="distill"), {}, "kl_coef=0.01"),
-    "teacher": (dict(objective="distill", kl_coef=0.0, distill=dict(teacher="best")), {}, "ema, frozen, current"),
-    "direction": (dict(objective="distill", kl_coef=0.0, distill=dict(direction="both")), {}, "forward, reverse"),
-    "two teachers": (dict(objective="distill", kl_coef=0.0, penalty=dict(name="lwf", coef=1.0)), {}, "both need the teacher's place"),
+    "teacher": (
+        dict(objective="distill", kl_coef=0.0, distill=dict(teacher="best")),
+        {},
+        "ema, frozen, current",
+    ),
+    "direction": (
+        dict(objective="distill", kl_coef=0.0, distill=dict(direction="both")),
+        {},
+        "forward, reverse",
+    ),
+    "two teachers": (
+        dict(objective="distill", kl_coef=0.0, penalty=dict(name="lwf", coef=1.0)),
+        {},
+        "both need the teacher's place",
+    ),
     "penalty without coefficient": (dict(penalty=dict(name="ewc")), {}, "coef=0 does nothing"),
     "average": (dict(average=1.0), {}, "average=1.0"),
     "packed rollouts": ({}, dict(data=dict(pack=True)), "only conversations"),
@@ -192,15 +392,22 @@ def test_what_has_no_meaning_is_refused_in_one_line(name):
     config = base.get_config()
     config.stages = (dict(task="drawn_colour", steps=1, method=method, **more),)
     with pytest.raises(ValueError) as error:
-        stage.check(settings.stages(config)[0])
+        train_loop.check(resolve_stages(config)[0])
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", [dict(updates_per_batch=4, tis_cap=2.0), dict(passes=2, ratio="token"), dict(kl_reference="configs")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(updates_per_batch=4, tis_cap=2.0),
+        dict(passes=2, ratio="token"),
+        dict(kl_reference="configs"),
+    ],
+)
 def test_what_has_a_meaning_passes(method):
     config = base.get_config()
     config.stages = (dict(task="drawn_colour", steps=1, method=method),)
-    stage.check(settings.stages(config)[0])
+    train_loop.check(resolve_stages(config)[0])
 
 
 def test_configs_name_no_knob_that_base_lacks():

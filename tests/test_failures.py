@@ -13,34 +13,42 @@ import pytest
 import runs
 from alone import devices, said  # noqa: F401
 
-from cptjax import continual, workdir
-from cptjax.order import Order
+from cptjax.continual import driver, workdir
+from cptjax.data.mixture import Mixture
 
 KILL = int(signal.SIGKILL)
-TINY = {"steps": 4, "stages": ({"task": "facts", "steps": 4},), "eval": {"before": False, "limit": 4}}
+TINY = {
+    "steps": 4,
+    "stages": ({"task": "facts", "steps": 4},),
+    "eval": {"before": False, "limit": 4},
+}
 
 
 def go(workdir, **sections):
-    return continual.run(runs.config("sft", **{**TINY, **sections}), workdir)
+    return driver.run(runs.config("sft", **{**TINY, **sections}), workdir)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One stage of facts, uninterrupted, in a process of its own; read only."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    (told,) = runs.told({"method": "sft", "workdir": str(folder), "sections": TINY, "signals": [(KILL, None)]})
+    (told,) = runs.told(
+        {"method": "sft", "workdir": str(folder), "sections": TINY, "signals": [(KILL, None)]}
+    )
     assert told["code"] == 0, told["said"]
     return folder
 
 
 @pytest.mark.parametrize("gone", ["stages", "steps"])
-def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, gone):  # noqa: F811
+def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, gone):
     folder = shutil.copytree(whole, tmp_path / "run")
     number = 10**9 + (4 if gone == "stages" else 2)
     if gone == "steps":  # killed in the stage, and the newest step checkpoint is the only one
         shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
         (folder / "progress.json").unlink()
-    for path in (p for p in (folder / "checkpoints" / gone / str(number)).rglob("*") if p.is_file()):
+    for path in (
+        p for p in (folder / "checkpoints" / gone / str(number)).rglob("*") if p.is_file()
+    ):
         os.truncate(path, path.stat().st_size // 3)
     go(folder)
     err = capsys.readouterr().err
@@ -49,10 +57,13 @@ def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, g
     runs.same(runs.state(whole), runs.state(folder))
 
 
-def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):  # noqa: F811
+def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match="was started with another config: train.lr: 0.01 -> 0.5. .*--config.allow_change=True"):
+    with pytest.raises(
+        ValueError,
+        match="was started with another config: train.lr: 0.01 -> 0.5. .*--config.allow_change=True",
+    ):
         go(folder, train={"lr": 0.5})
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
@@ -60,34 +71,48 @@ def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices): 
     runs.same(runs.state(whole), runs.state(folder))
 
 
-def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devices):  # noqa: F811
+def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devices):
     """Where config.json is gone, what the checkpoint says of itself still counts; and nothing is signed before."""
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="checkpoint of stage 1, step 4 was saved under another config"):
+    with pytest.raises(
+        ValueError, match="checkpoint of stage 1, step 4 was saved under another config"
+    ):
         go(folder, train={"lr": 0.5})
     assert not (folder / "config.json").exists()
     go(folder)
     runs.same(runs.state(whole), runs.state(folder))
 
 
-def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, devices):  # noqa: F811
+def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
     (folder / "progress.json").unlink()
-    with pytest.raises(ValueError, match="checkpoint steps of stage 1, step 2 does not fit: state.opt_state.*change the config back"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoint steps of stage 1, step 2 does not fit: state.opt_state.*change the config back",
+    ):
         go(folder, train={"optimizer": "adafactor"}, allow_change=True)
     assert not (folder / "checkpoints" / "damaged").exists()
     assert json.loads((folder / "config.json").read_text())["train"]["optimizer"] == "adamw"
 
 
-def test_two_processes_on_one_workdir(whole, tmp_path, devices):  # noqa: F811
+def test_two_processes_on_one_workdir(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
-    with workdir.locked(folder), pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on .*; wait for it, or stop it"):
+    with (
+        workdir.lock_workdir(folder),
+        pytest.raises(
+            ValueError,
+            match=f"run is in use by process {os.getpid()} on .*; wait for it, or stop it",
+        ),
+    ):
         go(folder)
     holder = subprocess.Popen(["flock", "-F", str(folder / ".lock"), "sleep", "60"])
     try:
-        while subprocess.run(["flock", "-n", str(folder / ".lock"), "true"], check=False).returncode == 0:
+        while (
+            subprocess.run(["flock", "-n", str(folder / ".lock"), "true"], check=False).returncode
+            == 0
+        ):
             time.sleep(0.01)
         with pytest.raises(ValueError, match="is in use by another process"):
             go(folder)
@@ -100,12 +125,14 @@ def test_two_processes_on_one_workdir(whole, tmp_path, devices):  # noqa: F811
 def test_an_address_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for address in ("gs://bucket/run", Path("s3://bucket/run")):
-        with pytest.raises(ValueError, match="--workdir=.*bucket/run: expected a folder; mount the bucket"):
+        with pytest.raises(
+            ValueError, match="--workdir=.*bucket/run: expected a folder; mount the bucket"
+        ):
             go(address)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_mesh_goes_on(whole, tmp_path, devices):  # noqa: F811
+def test_another_mesh_goes_on(whole, tmp_path, devices):
     """Killed in the stage on one device, finished on four."""
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
@@ -114,27 +141,48 @@ def test_another_mesh_goes_on(whole, tmp_path, devices):  # noqa: F811
     go(folder)
     one, four = runs.state(whole), runs.state(folder)
     assert one["matrix.csv"] == four["matrix.csv"] and one.keys() == four.keys()
-    pairs = [(a, b) for a, b in zip(one["metrics.jsonl"], four["metrics.jsonl"], strict=True) if "loss" in a]
-    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs) and len(pairs) == 4
+    pairs = [
+        (a, b)
+        for a, b in zip(one["metrics.jsonl"], four["metrics.jsonl"], strict=True)
+        if "loss" in a
+    ]
+    assert (
+        all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs) and len(pairs) == 4
+    )
 
 
 @pytest.mark.slow
-def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):  # noqa: F811
+def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):
     """Killed in a stage of SDFT: the teacher that follows in float32 is read back beside weights used in bfloat16."""
-    changes = {"model": {"compute_dtype": "bfloat16"}, "rollout": {"group": 1}, "method": {"distill": {"ema": 0.3}}}
+    changes = {
+        "model": {"compute_dtype": "bfloat16"},
+        "rollout": {"group": 1},
+        "method": {"distill": {"ema": 0.3}},
+    }
     c = runs.config("sdft", **{**TINY, **changes})
-    continual.run(c, tmp_path / "whole")
+    driver.run(c, tmp_path / "whole")
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
     (folder / "progress.json").unlink()
-    continual.run(c, folder)
+    driver.run(c, folder)
     runs.same(runs.state(tmp_path / "whole"), runs.state(folder))
 
 
-def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):  # noqa: F811
-    with pytest.raises(ValueError, match="3 steps in a row had a gradient or loss that is not finite .*Lower train.lr"):
-        go(tmp_path, train={"lr": 1e38, "clip": None, "max_skipped": 3}, stages=({"task": "facts", "steps": 9},))
-    saved = sorted(int(p.name) - 10**9 for p in (tmp_path / "checkpoints" / "steps").iterdir() if p.name.isdigit())
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):
+    with pytest.raises(
+        ValueError,
+        match="3 steps in a row had a gradient or loss that is not finite .*Lower train.lr",
+    ):
+        go(
+            tmp_path,
+            train={"lr": 1e38, "clip": None, "max_skipped": 3},
+            stages=({"task": "facts", "steps": 9},),
+        )
+    saved = sorted(
+        int(p.name) - 10**9
+        for p in (tmp_path / "checkpoints" / "steps").iterdir()
+        if p.name.isdigit()
+    )
     assert saved == [2]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 1] and lines[2]["loss"] is None
@@ -149,30 +197,57 @@ def reward(completion, answer, **columns):
 """
 
 
-@pytest.mark.parametrize("body, line", [
-    ("raise RuntimeError('no luck')", "failed on row .*: RuntimeError: no luck .*rewards.on_error=zero"),
-    ("time.sleep(60)", "failed on row .*: no answer within 1 s"),
-    ("return float('nan')", "failed on row .*nan.*; correct the function"),
-], ids=["raises", "hangs", "nan"])  # fmt: skip
-def test_a_reward_that_fails(tmp_path, devices, body, line):  # noqa: F811
-    (tmp_path / "mine.py").write_text(REWARD.format(Order((8,), 1, stage=1).rows(4)[0].index, body))  # the fifth step's
+@pytest.mark.parametrize(
+    "body, line",
+    [
+        (
+            "raise RuntimeError('no luck')",
+            "failed on row .*: RuntimeError: no luck .*rewards.on_error=zero",
+        ),
+        ("time.sleep(60)", "failed on row .*: no answer within 1 s"),
+        ("return float('nan')", "failed on row .*nan.*; correct the function"),
+    ],
+    ids=["raises", "hangs", "nan"],
+)
+def test_a_reward_that_fails(tmp_path, devices, body, line):
+    (tmp_path / "mine.py").write_text(
+        REWARD.format(Mixture((8,), 1, stage=1).rows(4)[0].index, body)
+    )  # the fifth step's
     rows = [{"prompt": f"say {i}", "answer": str(i), "n": i} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    mine = {"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl"), "reward": f"{tmp_path / 'mine.py'}:reward"}
+    mine = {
+        "train": str(tmp_path / "rows.jsonl"),
+        "test": str(tmp_path / "rows.jsonl"),
+        "reward": f"{tmp_path / 'mine.py'}:reward",
+    }
     changes = {
-        "tasks": {"mine": mine}, "stages": ({"task": "mine", "steps": 9},), "rewards": {"timeout": 1.0, "processes": 1},
-        "checkpoint": {"every": 1}, "data": {"limit": None}, "train": {"batch": 1},
-    }  # fmt: skip
+        "tasks": {"mine": mine},
+        "stages": ({"task": "mine", "steps": 9},),
+        "rewards": {"timeout": 1.0, "processes": 1},
+        "checkpoint": {"every": 1},
+        "data": {"limit": None},
+        "train": {"batch": 1},
+    }
     c = runs.config("grpo", **{**TINY, **changes})
     with pytest.raises(ValueError, match=line):
-        continual.run(c, tmp_path / "run")
-    steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    saved = sorted(int(p.name) - 10**9 for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir() if p.name.isdigit())
+        driver.run(c, tmp_path / "run")
+    steps = [
+        json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    saved = sorted(
+        int(p.name) - 10**9
+        for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir()
+        if p.name.isdigit()
+    )
     assert steps == [1, 2, 3, 4] and saved == [3, 4]
     # with errors worth 0 the same run goes on from there
     c.rewards.on_error, c.allow_change = "zero", True
-    continual.run(c, tmp_path / "run")
-    steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "event" not in x]
+    driver.run(c, tmp_path / "run")
+    steps = [
+        json.loads(x)["step"]
+        for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if "event" not in x
+    ]
     assert steps == list(range(1, 10))
 
 
@@ -185,15 +260,26 @@ def error_line(told: dict) -> str:
 
 def test_a_workdir_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    (told,) = runs.told({"method": "sft", "workdir": str(tmp_path / "file" / "run"), "sections": TINY, "signals": [(KILL, None)],
-                         "log": str(tmp_path / "log")})  # fmt: skip
+    (told,) = runs.told(
+        {
+            "method": "sft",
+            "workdir": str(tmp_path / "file" / "run"),
+            "sections": TINY,
+            "signals": [(KILL, None)],
+            "log": str(tmp_path / "log"),
+        }
+    )
     assert str(tmp_path / "file" / "run") in error_line(told)
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str):
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "small", str(folder)],
+        capture_output=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip("mounting a disk is not permitted here")
     try:
@@ -214,14 +300,26 @@ def test_a_disk_that_may_not_be_written(tmp_path):
     """Read only, which stops even root: a folder that can not be made, and one that is there."""
     with mounted(tmp_path / "disk", "ro") as folder:
         for place in (folder, folder / "run"):
-            plan = {"method": "sft", "workdir": str(place), "sections": TINY, "signals": [(KILL, None)], "log": str(tmp_path / "log")}
+            plan = {
+                "method": "sft",
+                "workdir": str(place),
+                "sections": TINY,
+                "signals": [(KILL, None)],
+                "log": str(tmp_path / "log"),
+            }
             (told,) = runs.told(plan)
             assert f"Read-only file system: '{place}" in error_line(told)
 
 
 def test_a_full_disk(whole, small_disk, tmp_path):
     """Not enough for a second checkpoint: one line; with space the run goes on to the same end."""
-    plan = {"method": "sft", "workdir": str(small_disk / "run"), "sections": TINY, "signals": [(KILL, None)], "log": str(tmp_path / "log")}
+    plan = {
+        "method": "sft",
+        "workdir": str(small_disk / "run"),
+        "sections": TINY,
+        "signals": [(KILL, None)],
+        "log": str(tmp_path / "log"),
+    }
     (told,) = runs.told(plan)
     line = error_line(told)
     assert "space" in line and "run the same command again" in line

@@ -6,25 +6,58 @@ import pytest
 import school
 
 from configs import base, cpt7, jigsaw, retain
-from cptjax import rollouts
-from cptjax.metrics import read_lines
+from cptjax.common.files import read_jsonl
+from cptjax.training import rollouts
 
 ARMS = {f"base:{name}": lambda name=name: plain(base.METHODS[name]) for name in base.METHODS}
 ARMS |= {f"cpt7:{arm}": lambda arm=arm: cpt7.get_config(f"{arm},tiny") for arm in cpt7.ARMS}
 ARMS |= {f"jigsaw:{arm}": lambda arm=arm: jigsaw.get_config(f"{arm},tiny") for arm in jigsaw.METHOD}
-ARMS |= {f"retain:{arm}": lambda arm=arm: retain.get_config(f"{arm},mmlu,tiny") for arm in retain.ARMS}
+ARMS |= {
+    f"retain:{arm}": lambda arm=arm: retain.get_config(f"{arm},mmlu,tiny") for arm in retain.ARMS
+}
 OWN_FORM = {  # arms asked under their own template, and what an answer then earns
     "cpt7:grpo": ("cot", lambda parts: 0.9 * parts["accuracy"] + 0.1 * parts["format"]),
     "cpt7:nocot": ("direct", lambda parts: parts["accuracy"]),
     "jigsaw:grpo": ("answer", lambda parts: parts["hit"] + parts["accuracy"] + parts["format"]),
 }
 ROLLOUTS = (
-    "reward", "reward/shaped", "reward/accuracy", "frac_reward_zero_std", "groups/all_right", "groups/all_wrong", "advantage/mean",
-    "advantage/std", "advantage/min", "advantage/max", "response_length/mean", "response_length/max", "truncated", "seconds/sample",
-    "seconds/reward", "seconds/score", "entropy", "ratio_min", "ratio_max", "mismatch", "mismatch_max",
-)  # fmt: skip
-ALWAYS = ("loss", "grad_norm", "lr", "skipped", "seconds", "seconds/data", "seconds/lesson", "seconds/update", "tokens", "rollouts",
-          "flops", "perf/tokens_per_second", "perf/flops_per_second")  # fmt: skip
+    "reward",
+    "reward/shaped",
+    "reward/accuracy",
+    "frac_reward_zero_std",
+    "groups/all_right",
+    "groups/all_wrong",
+    "advantage/mean",
+    "advantage/std",
+    "advantage/min",
+    "advantage/max",
+    "response_length/mean",
+    "response_length/max",
+    "truncated",
+    "seconds/sample",
+    "seconds/reward",
+    "seconds/score",
+    "entropy",
+    "ratio_min",
+    "ratio_max",
+    "mismatch",
+    "mismatch_max",
+)
+ALWAYS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "skipped",
+    "seconds",
+    "seconds/data",
+    "seconds/lesson",
+    "seconds/update",
+    "tokens",
+    "rollouts",
+    "flops",
+    "perf/tokens_per_second",
+    "perf/flops_per_second",
+)
 
 
 def plain(method: dict, stages: int = 1):
@@ -38,13 +71,17 @@ def corpus(folder, task: str) -> str:
     """A rollouts file of another run: one correct answer to each of eight rows, and wrong ones."""
     path = folder / "rollouts.jsonl"
     row = '{"id": "%s/train/%d", "response": "%s", "rewards": {"accuracy": %d}}\n'
-    path.write_text("".join(row % (task, i, f"<answer>{i}</answer>", right) for i in range(8) for right in (1, 0)))
+    path.write_text(
+        "".join(
+            row % (task, i, f"<answer>{i}</answer>", right) for i in range(8) for right in (1, 0)
+        )
+    )
     return str(path)
 
 
 def formed(config, name: str, monkeypatch):
     """The config with its own template and task, every second answer put into the form that a random model never finds."""
-    template, grade = OWN_FORM[name][0], rollouts.grade
+    template, grade = OWN_FORM[name][0], rollouts.grade_responses
     task = config.stages[0]["task"]
     config.tasks[task].template = template
     if name.startswith("jigsaw"):
@@ -54,9 +91,13 @@ def formed(config, name: str, monkeypatch):
     def graded(tutor, items, texts):
         form = tutor.courses[task].template
         assert form.name == template
-        return grade(tutor, items, [form.forced_response(text) if i % 2 else text for i, text in enumerate(texts)])
+        return grade(
+            tutor,
+            items,
+            [form.forced_response(text) if i % 2 else text for i, text in enumerate(texts)],
+        )
 
-    monkeypatch.setattr(rollouts, "grade", graded)
+    monkeypatch.setattr(rollouts, "grade_responses", graded)
     return config
 
 
@@ -67,7 +108,9 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
     config = school.tiny(config, stages=stages)
     config = formed(config, name, monkeypatch) if name in OWN_FORM else config
     if config.method.objective == "distill":
-        config.data.update(prompt_limit=128, buckets=(128,))  # the teacher reads the demonstration as well
+        config.data.update(
+            prompt_limit=128, buckets=(128,)
+        )  # the teacher reads the demonstration as well
     if config.method.source == "corpus":
         config.method.corpus = corpus(tmp_path, config.stages[0]["task"])
         config.tasks[config.stages[0]["task"]].template = config.data.template
@@ -76,19 +119,38 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
     steps = [line for line in lines if "event" not in line]
     assert [(line["stage"], line["step"]) for line in steps] == [(i + 1, 1) for i in range(stages)]
     for line in steps:
-        missing = [key for key in ALWAYS + ROLLOUTS * (config.method.objective == "policy") if key not in line]
-        assert not missing and math.isfinite(line["loss"]) and line["skipped"] == 0 and line["flops"] > 0
+        missing = [
+            key
+            for key in ALWAYS + ROLLOUTS * (config.method.objective == "policy")
+            if key not in line
+        ]
+        assert (
+            not missing
+            and math.isfinite(line["loss"])
+            and line["skipped"] == 0
+            and line["flops"] > 0
+        )
         assert (config.method.kl_coef > 0) == ("kl" in line)
     if config.method.objective == "policy":
         # At another temperature the sampler's distribution leaves out the 5 tokens that are never drawn, about 5 / 384 of the mass.
-        assert steps[0]["mismatch"] < (1e-4 if config.rollout.temperature == 1 else 0.02) and steps[0]["rollouts"] > 0
-        rows = read_lines(tmp_path / "run" / "rollouts" / "stage1.jsonl")
-        assert len(rows) == 8 and {"id", "response", "rewards", "advantage", "finished"} <= rows[0].keys()
+        assert (
+            steps[0]["mismatch"] < (1e-4 if config.rollout.temperature == 1 else 0.02)
+            and steps[0]["rollouts"] > 0
+        )
+        rows = read_jsonl(tmp_path / "run" / "rollouts" / "stage1.jsonl")
+        assert (
+            len(rows) == 8
+            and {"id", "response", "rewards", "advantage", "finished"} <= rows[0].keys()
+        )
         assert {row["step"] for row in rows} == {steps[0]["step"]}
     if name in OWN_FORM:
         template, rule = OWN_FORM[name]
         parts = [row["rewards"] for row in rows]
-        assert [p["reward"] for p in parts] == pytest.approx([rule(p) for p in parts]) and any(row["advantage"] for row in rows)
-        assert [p.get("format") for p in parts] == ([None] * 8 if template == "direct" else [0, 1] * 4)
+        assert [p["reward"] for p in parts] == pytest.approx([rule(p) for p in parts]) and any(
+            row["advantage"] for row in rows
+        )
+        assert [p.get("format") for p in parts] == (
+            [None] * 8 if template == "direct" else [0, 1] * 4
+        )
     if config.method.ratio != "none":
         assert {"clip_low", "clip_high"} <= steps[0].keys()

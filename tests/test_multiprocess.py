@@ -11,7 +11,7 @@ import pytest
 import runs
 from PIL import Image
 
-from cptjax import runtime
+from cptjax.data import model_context
 
 ROWS = 6  # of the task whose first half has pictures: in an evaluation one process then has all of them, and longer rows
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
@@ -39,23 +39,47 @@ def free_port() -> int:
 
 def sections(folder) -> dict:
     """Text alone, then a task of both kinds whose rows fall into two buckets."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "a.png")
-    ask = lambda i: {"prompt": "<image>what is it", "images": ["a.png"]} if i < ROWS // 2 else {"prompt": "red", "images": []}
-    (folder / "mixed.jsonl").write_text("".join(json.dumps(ask(i) | {"answer": "red"}) + "\n" for i in range(ROWS)))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+        folder / "a.png"
+    )
+    ask = lambda i: (
+        {"prompt": "<image>what is it", "images": ["a.png"]}
+        if i < ROWS // 2
+        else {"prompt": "red", "images": []}
+    )
+    (folder / "mixed.jsonl").write_text(
+        "".join(json.dumps(ask(i) | {"answer": "red"}) + "\n" for i in range(ROWS))
+    )
     drawn = {"task": "drawn", "family": "facts", "side": 32}
-    mixed = {"train": str(folder / "mixed.jsonl"), "test": str(folder / "mixed.jsonl"), "template": "none", "scorer": "exact"}
+    mixed = {
+        "train": str(folder / "mixed.jsonl"),
+        "test": str(folder / "mixed.jsonl"),
+        "template": "none",
+        "scorer": "exact",
+    }
     return {
-        "stages": ({"task": "facts", "steps": 2}, {"task": "mixed", "steps": 2}), "tasks": {"facts": drawn, "mixed": mixed},
-        "eval": {"limit": ROWS, "batch": 4, "every": 1, "mini": 4}, "data": {"buckets": (16, 32)},
-    }  # fmt: skip
+        "stages": ({"task": "facts", "steps": 2}, {"task": "mixed", "steps": 2}),
+        "tasks": {"facts": drawn, "mixed": mixed},
+        "eval": {"limit": ROWS, "batch": 4, "every": 1, "mini": 4},
+        "data": {"buckets": (16, 32)},
+    }
 
 
 def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
-    about = {"method": method, "sections": sections(workdir.parent) | MORE[method], "workdir": str(workdir)}
+    about = {
+        "method": method,
+        "sections": sections(workdir.parent) | MORE[method],
+        "workdir": str(workdir),
+    }
     plan = about | {"count": count, "address": f"localhost:{free_port()}"}
     script = SCRIPT.format(tests=str(runs.ROOT / "tests"))
     orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
-    return [subprocess.Popen(o, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for o in orders]
+    return [
+        subprocess.Popen(
+            o, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for o in orders
+    ]
 
 
 def ended(processes: list[subprocess.Popen]) -> list[list]:
@@ -73,7 +97,7 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
 def test_processes_that_would_feed_the_same_rows_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda *_: 2)
     with pytest.raises(ValueError, match=r"1 shards \(data x fsdp\) for 2 processes.*mesh.model"):
-        runtime.load(runs.config().model, {"data": 1, "fsdp": 1, "model": 8}, 0, (32,))
+        model_context.load_model(runs.config().model, {"data": 1, "fsdp": 1, "model": 8}, 0, (32,))
 
 
 @pytest.mark.slow
@@ -82,16 +106,27 @@ def test_two_processes_are_one(tmp_path, method):
     (one,) = ended(started(method, tmp_path / "one", 1))
     first, second = ended(started(method, tmp_path / "two", 2))
     assert first == second and np.allclose(first, one)
-    assert (tmp_path / "one" / "matrix.csv").read_bytes() == (tmp_path / "two" / "matrix.csv").read_bytes()
+    assert (tmp_path / "one" / "matrix.csv").read_bytes() == (
+        tmp_path / "two" / "matrix.csv"
+    ).read_bytes()
     a, b = runs.records(tmp_path / "one"), runs.records(tmp_path / "two")
     assert a.keys() == b.keys() and a["evals.csv"] == b["evals.csv"]
     for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])
         for name in ("loss", "penalty"):  # the penalty of EWC is as large as the Fisher information
             assert x.get(name, 0) == pytest.approx(y.get(name, 0), rel=1e-4, abs=1e-6)
-        for key in ("reward", "reward/shaped", "truncated", "response_length/mean", "advantage/std", "frac_reward_zero_std"):
+        for key in (
+            "reward",
+            "reward/shaped",
+            "truncated",
+            "response_length/mean",
+            "advantage/std",
+            "frac_reward_zero_std",
+        ):
             assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-6, abs=1e-7), key
     assert method != "sft" or max(line.get("penalty", 0) for line in a["metrics.jsonl"]) > 1e-3
-    text = lambda s: [(r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())]
+    text = lambda s: [
+        (r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())
+    ]
     for name in (n for n in a if n.startswith("rollouts/")):
         assert text(a[name]) == text(b[name])

@@ -9,9 +9,10 @@ import pytest
 import tiny
 from tiny import Image, Video
 
-from cptjax import optim, train
-from cptjax.model import convert, qwen25_vl, text, vision
-from cptjax.objectives import Objective
+from cptjax.models import attention, decoder, hf_checkpoint, qwen2_5_vl, vision
+from cptjax.training import train_step
+from cptjax.training.algorithms import optimizers
+from cptjax.training.algorithms.objective import Objective
 from cptjax.types import Batch
 
 torch = pytest.importorskip("torch")
@@ -33,8 +34,24 @@ CASES = {
     "as many kv heads as heads": ({"text": {"num_key_value_heads": 8}}, ONE, True),
     "full blocks first": ({"vision": {"fullatt_block_indexes": [0, 2]}}, THREE, True),
     "no full block": ({"vision": {"fullatt_block_indexes": []}}, THREE, True),
-    "all full, other window": ({"vision": {"fullatt_block_indexes": [0, 1, 2, 3], "window_size": 56}}, THREE, True),
-    "other rope": ({"text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 1, 3]}}}, CLIP, True),
+    "all full, other window": (
+        {"vision": {"fullatt_block_indexes": [0, 1, 2, 3], "window_size": 56}},
+        THREE,
+        True,
+    ),
+    "other rope": (
+        {
+            "text": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": [4, 1, 3],
+                }
+            }
+        },
+        CLIP,
+        True,
+    ),
 }
 
 
@@ -42,13 +59,20 @@ CASES = {
 def _models(key: str, folder: str):
     """(transformers' model, our config, our parameters)."""
     kwargs = dict(next(k for k, *_ in CASES.values() if str(k) == key))
-    return tiny.torch_model(**kwargs), (cfg := tiny.our_config(**kwargs)), convert.load(tiny.save(folder, **kwargs), cfg)
+    return (
+        tiny.torch_model(**kwargs),
+        (cfg := tiny.our_config(**kwargs)),
+        hf_checkpoint.load_hf_checkpoint(tiny.save(folder, **kwargs), cfg),
+    )
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     kwargs, rows, left = CASES[request.param]
-    root = tmp_path_factory.getbasetemp() / f"checkpoint{sorted(str(k) for k, *_ in CASES.values()).index(str(kwargs))}"
+    root = (
+        tmp_path_factory.getbasetemp()
+        / f"checkpoint{sorted(str(k) for k, *_ in CASES.values()).index(str(kwargs))}"
+    )
     model, cfg, params = _models(str(kwargs), str(root))
     rng = np.random.default_rng(1)
     drawn = [tiny.draw(row, cfg, rng) for row in rows]
@@ -67,24 +91,42 @@ def _layers(params, prompts, cfg):
     if (v := prompts.vision) is not None:
         rows = lambda x: x.reshape(-1, *x.shape[2:])
         x = rows(v.patches) @ params["vision"]["patch"]["w"]
-        rope, frames = vision.rotation(rows(v.positions), cfg.vision), rows(v.frames)
-        blocks = vision.grouped(params["vision"]["blocks"])
+        rope, frames = vision.vision_cos_sin(rows(v.positions), cfg.vision), rows(v.frames)
+        blocks = vision.group_mlp(params["vision"]["blocks"])
         for i in range(cfg.vision.depth):
-            x = vision.block(take(blocks, i), x, rope, frames, jnp.asarray(i in cfg.vision.full_blocks), cfg)
+            x = vision.vision_block(
+                take(blocks, i), x, rope, frames, jnp.asarray(i in cfg.vision.full_blocks), cfg
+            )
             tower.append(x)
-    x, seg = qwen25_vl.embed(params, prompts, cfg, jnp.float32), prompts.segments
-    attend = lambda q, k, v: (qwen25_vl.attention.attend(q, k, v, seg, seg, causal=True, backend="xla"), None)
+    x, seg = qwen2_5_vl.embed_inputs(params, prompts, cfg, jnp.float32), prompts.segments
+    attend = lambda q, k, v: (attention.attend(q, k, v, seg, seg, causal=True, backend="xla"), None)
     for i in range(cfg.text.depth):
-        x, _ = text.block(take(params["text"]["blocks"], i), x, text.rotation(prompts.positions, cfg.text), attend, cfg)
+        x, _ = decoder.decoder_block(
+            take(params["text"]["blocks"], i),
+            x,
+            decoder.mrope_cos_sin(prompts.positions, cfg.text),
+            attend,
+            cfg,
+        )
         seen.append(x)
-    return tower, seen, qwen25_vl.forward(params, prompts, cfg) @ text.unembedding(params["text"])
+    return (
+        tower,
+        seen,
+        qwen2_5_vl.forward(params, prompts, cfg) @ decoder.unembedding(params["text"]),
+    )
 
 
 def test_logits_and_every_layer(case):
     model, cfg, params, prompts, inputs = case
     caught = {"vision": [], "text": []}
-    hooks = [b.register_forward_hook(lambda _, __, out: caught["vision"].append(out.numpy())) for b in model.model.visual.blocks]
-    hooks += [b.register_forward_hook(lambda _, __, out: caught["text"].append(out.numpy())) for b in model.model.language_model.layers]
+    hooks = [
+        b.register_forward_hook(lambda _, __, out: caught["vision"].append(out.numpy()))
+        for b in model.model.visual.blocks
+    ]
+    hooks += [
+        b.register_forward_hook(lambda _, __, out: caught["text"].append(out.numpy()))
+        for b in model.model.language_model.layers
+    ]
     with torch.no_grad():
         theirs = model(**inputs).logits.numpy()
     for hook in hooks:
@@ -93,10 +135,14 @@ def test_logits_and_every_layer(case):
     real = _real(prompts)
     for ours, wanted in zip(seen, caught["text"], strict=True):
         np.testing.assert_allclose(np.asarray(ours)[real], wanted[real], atol=1e-4, rtol=0)
-    if len({k for k in inputs if k.startswith("pixel")}) == 1:  # images and videos pass the tower in two calls there
+    if (
+        len({k for k in inputs if k.startswith("pixel")}) == 1
+    ):  # images and videos pass the tower in two calls there
         filled = prompts.vision.frames.reshape(-1) > 0
         for ours, wanted in zip(tower, caught["vision"], strict=True):
-            np.testing.assert_allclose(np.asarray(ours).reshape(-1, ours.shape[-1])[filled], wanted, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(
+                np.asarray(ours).reshape(-1, ours.shape[-1])[filled], wanted, atol=1e-4, rtol=0
+            )
     assert np.abs(theirs[real]).max() > 1, "logits too small to tell anything"
     np.testing.assert_allclose(np.asarray(logits)[real], theirs[real], atol=2e-4, rtol=0)
 
@@ -104,20 +150,30 @@ def test_logits_and_every_layer(case):
 @functools.partial(jax.jit, static_argnums=3)
 @functools.partial(jax.value_and_grad)
 def _loss(params, prompts, weights, cfg):
-    logits = qwen25_vl.forward(params, prompts, cfg) @ text.unembedding(params["text"])
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), prompts.tokens[:, 1:, None], -1)[..., 0]
+    logits = qwen2_5_vl.forward(params, prompts, cfg) @ decoder.unembedding(params["text"])
+    picked = jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1]), prompts.tokens[:, 1:, None], -1
+    )[..., 0]
     return -jnp.sum(picked * weights[:, 1:]) / jnp.sum(weights[:, 1:])
 
 
 def _stored(grads, cfg):
     """Our gradients under transformers' names and in its shapes."""
-    declared = convert.leaves(cfg)
-    for name, entry in convert.table(cfg).items():
+    declared = hf_checkpoint.declared_leaves(cfg)
+    for name, entry in hf_checkpoint.tensor_table(cfg).items():
         leaf = grads
         for part in entry.path:
             leaf = leaf[part]
-        one, inputs = np.asarray(leaf if entry.layer is None else leaf[entry.layer]), declared[entry.path].inputs
-        yield name, (one.reshape(np.prod(one.shape[:inputs]), -1).T if inputs else one).reshape(entry.shape)
+        one, inputs = (
+            np.asarray(leaf if entry.layer is None else leaf[entry.layer]),
+            declared[entry.path].inputs,
+        )
+        yield (
+            name,
+            (one.reshape(np.prod(one.shape[:inputs]), -1).T if inputs else one).reshape(
+                entry.shape
+            ),
+        )
 
 
 def test_gradients_of_a_token_loss(case):
@@ -131,7 +187,7 @@ def test_gradients_of_a_token_loss(case):
     loss.backward()
     value, grads = _loss(params, prompts, weights, cfg)
     np.testing.assert_allclose(float(value), loss.item(), rtol=1e-5)
-    theirs = {convert.released(n): p.grad for n, p in model.named_parameters()}
+    theirs = {hf_checkpoint.released_name(n): p.grad for n, p in model.named_parameters()}
     for name, ours in _stored(grads, cfg):
         wanted = theirs.get(name)
         if wanted is None:
@@ -145,30 +201,46 @@ def test_three_steps_of_training(tmp_path):
     """AdamW, clip and decay as torch has them: the same losses and norms, and every weight goes the same way."""
     lr, decay, clip, betas = 1e-3, 0.1, 1.0, (0.9, 0.99)
     model, cfg = tiny.torch_model(), tiny.our_config()
-    params = jax.tree.map(jnp.asarray, convert.load(tiny.save(tmp_path / "start"), cfg))
+    params = jax.tree.map(
+        jnp.asarray, hf_checkpoint.load_hf_checkpoint(tiny.save(tmp_path / "start"), cfg)
+    )
     drawn = [tiny.draw(row, cfg, np.random.default_rng(i)) for i, row in enumerate(MIXED)]
     prompts, inputs = tiny.prompts(drawn, cfg), tiny.hf_inputs(drawn, cfg)
     mask = (_real(prompts) & (prompts.slots < 0))[:, 1:] & _real(prompts)[:, :-1]
     targets = prompts.tokens[:, 1:]
-    batch = Batch(prompts, targets, mask, np.broadcast_to(np.arange(targets.shape[1]), targets.shape))
-    optimizer = optim.make(b1=betas[0], b2=betas[1], weight_decay=decay, clip=clip)
+    batch = Batch(
+        prompts, targets, mask, np.broadcast_to(np.arange(targets.shape[1]), targets.shape)
+    )
+    optimizer = optimizers.make_optimizer(b1=betas[0], b2=betas[1], weight_decay=decay, clip=clip)
     state, start = jax.jit(optimizer.init)(params), dict(_stored(params, cfg))
-    steps = train.make_steps(cfg, Objective("sft", chunk=32), optimizer, train.Places.of(state), jnp.float32)
+    steps = train_step.make_step_programs(
+        cfg, Objective("sft", chunk=32), optimizer, train_step.StateShardings.of(state), jnp.float32
+    )
     vector = lambda name: name.endswith("bias") or "norm" in name or "ln_q" in name
     named = dict(model.named_parameters())
-    groups = [{"params": [p for n, p in named.items() if vector(n) == of], "weight_decay": 0 if of else decay} for of in (True, False)]
+    groups = [
+        {
+            "params": [p for n, p in named.items() if vector(n) == of],
+            "weight_decay": 0 if of else decay,
+        }
+        for of in (True, False)
+    ]
     tool = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
     for _ in range(3):
         logits = model(**inputs).logits[:, :-1].log_softmax(-1)
-        loss = -logits.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0][torch.tensor(mask)].mean()
+        loss = -logits.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0][
+            torch.tensor(mask)
+        ].mean()
         tool.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         tool.step()
         state, told = steps.run(state, {}, [batch], lr)
         assert norm > clip
-        np.testing.assert_allclose([told["loss"].value, told["grad_norm"].value], [loss.item(), norm.item()], rtol=1e-4)
-    theirs = {convert.released(n): p.detach().numpy() for n, p in named.items()}
+        np.testing.assert_allclose(
+            [told["loss"].value, told["grad_norm"].value], [loss.item(), norm.item()], rtol=1e-4
+        )
+    theirs = {hf_checkpoint.released_name(n): p.detach().numpy() for n, p in named.items()}
     for name, ours in _stored(state.params, cfg):
         off = np.linalg.norm(ours - theirs[name]) / np.linalg.norm(theirs[name] - start[name])
         assert off < 1e-2, f"the change of {name} is off by {off:.1e}"

@@ -18,16 +18,18 @@ from alone import devices, said  # noqa: F401
 from PIL import Image
 
 import cptjax
-from cptjax import settings
+from cptjax.config import evaluated_tasks, merge_config, resolve_stages
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
 SMALL = {
-    "model": {"compute_dtype": "float32", "min_pixels": 1024, "max_pixels": 1024}, "data": {"prompt_limit": 256, "buckets": (256,)},
-    "train": {"batch": 4}, "rollout": {"group": 2, "max_new_tokens": 4, "check_every": 4},
+    "model": {"compute_dtype": "float32", "min_pixels": 1024, "max_pixels": 1024},
+    "data": {"prompt_limit": 256, "buckets": (256,)},
+    "train": {"batch": 4},
+    "rollout": {"group": 2, "max_new_tokens": 4, "check_every": 4},
     "eval": {"general": (), "batch": 4, "max_new_tokens": 4},
-}  # fmt: skip
+}
 
 
 def block(words: str) -> str:
@@ -36,7 +38,7 @@ def block(words: str) -> str:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, devices):  # noqa: F811
+def hub(tmp_path, monkeypatch, devices):
     """A hub that has one model, a tiny one; what was asked of it."""
     folder, asked = tmp_path / "hub", []
     cptjax.save(cptjax.load("tiny", dtype="float32"), folder)
@@ -52,18 +54,28 @@ def hub(tmp_path, monkeypatch, devices):  # noqa: F811
 def write_rows(folder: Path) -> None:
     """The data that the README describes."""
     (folder / "data" / "cells").mkdir(parents=True)
-    rows = [{"prompt": "<image>How many cells?", "images": [f"{i}.png"], "answer": str(i % 5)} for i in range(20)]
-    (folder / "data" / "cells" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [
+        {"prompt": "<image>How many cells?", "images": [f"{i}.png"], "answer": str(i % 5)}
+        for i in range(20)
+    ]
+    (folder / "data" / "cells" / "train.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
     for i in range(20):
         for place in ("data/cells", "data"):
             Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(folder / place / f"{i}.png")
     for name, count in (("signs.csv", 8), ("signs_test.csv", 4)):
         with (folder / "data" / name).open("w") as file:
-            csv.writer(file).writerows([("question", "photo", "label"), *((f"Sign {i}?", f"{i}.png", "stop") for i in range(count))])
+            csv.writer(file).writerows(
+                [
+                    ("question", "photo", "label"),
+                    *((f"Sign {i}?", f"{i}.png", "stop") for i in range(count)),
+                ]
+            )
 
 
 @pytest.mark.slow
-def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, said, capsys):  # noqa: F811
+def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, said, capsys):
     write_rows(tmp_path)
     (tmp_path / "mine.py").write_text(block("def get_config()"))
     (tmp_path / "my_reward.py").write_text(block("def reward("))
@@ -71,32 +83,51 @@ def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, sai
     monkeypatch.syspath_prepend(tmp_path)
     c = importlib.import_module("mine").get_config()
     stages = tuple({**s, "steps": 2} if "steps" in s else s for s in c.stages)
-    c = settings.merge(c, SMALL | {"stages": stages})
+    c = merge_config(c, SMALL | {"stages": stages})
     matrix = cptjax.run(c, "run")
-    assert matrix.shape == (3, 2) and np.isfinite(matrix).all() and "done:" in capsys.readouterr().err
-    assert {name for name, _ in hub} == {"Qwen/Qwen2.5-VL-3B-Instruct"} and {weights for _, weights in hub} == {False, True}
+    assert (
+        matrix.shape == (3, 2) and np.isfinite(matrix).all() and "done:" in capsys.readouterr().err
+    )
+    assert {name for name, _ in hub} == {"Qwen/Qwen2.5-VL-3B-Instruct"} and {
+        weights for _, weights in hub
+    } == {False, True}
     asked = {(r["task"], r["template"]) for r in runs.evals(tmp_path / "run")}
-    assert asked == {("cells", "boxed"), ("signs", "direct")}  # as each was trained, whatever the run's template
+    assert asked == {
+        ("cells", "boxed"),
+        ("signs", "direct"),
+    }  # as each was trained, whatever the run's template
     row = json.loads((tmp_path / "run" / "rollouts" / "stage1.jsonl").read_text().splitlines()[0])
     assert row["rewards"].keys() == {"reward", "short"} and row["image"].startswith("data:image")
-    (tmp_path / "data" / "cells" / "train.jsonl").write_text('{"prompt": "<image>?", "images": [], "answer": "1"}\n' * 2)
+    (tmp_path / "data" / "cells" / "train.jsonl").write_text(
+        '{"prompt": "<image>?", "images": [], "answer": "1"}\n' * 2
+    )
     with pytest.raises(ValueError, match="train.jsonl.*1 <image> in the prompt but 0"):
         cptjax.run(c, "other")
 
 
-COMMANDS = [line.split("  #")[0].split() for b in BLOCKS for line in b.splitlines() if line.startswith("python launch/")]
+COMMANDS = [
+    line.split("  #")[0].split()
+    for b in BLOCKS
+    for line in b.splitlines()
+    if line.startswith("python launch/")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[1].removeprefix("launch/"))
 def test_a_command_names_what_exists(command):
     source = (ROOT / command[1]).read_text()
-    known = {*re.findall(r'(?:DEFINE_\w+\(|add_argument\("--)"?(\w+)"', source), *(["config"] if "config_flag" in source else [])}
+    known = {
+        *re.findall(r'(?:DEFINE_\w+\(|add_argument\("--)"?(\w+)"', source),
+        *(["config"] if "config_flag" in source else []),
+    }
     given = dict(re.findall(r"--([\w.]+)=(\S+)", " ".join(command)))
     assert given.keys() <= known and (given or command[1] == "launch/report.py")
     if "config" in given:
         path, _, argument = given["config"].partition(":")
-        config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(argument)
-        tasks = settings.examined(config, settings.stages(config))
+        config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(
+            argument
+        )
+        tasks = evaluated_tasks(config, resolve_stages(config))
         assert set(given.get("tasks", tasks[0]).split(",")) <= {*tasks, *config.eval.general}
 
 
@@ -111,9 +142,18 @@ def test_the_script_of_the_first_minute(tmp_path, folder):
     (venv / "bin" / "activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
     env = os.environ | {"VENV": str(venv), "PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", ROOT / "launch" / "quickstart.sh", *([folder] if folder else [])], env=env, capture_output=True, text=True
+        ["bash", ROOT / "launch" / "quickstart.sh", *([folder] if folder else [])],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     workdir = folder or "runs/demo"
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"The report: {workdir}/report.html", done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout.splitlines()[-1] == f"The report: {workdir}/report.html"
+    ), done.stderr
     *_, install, run = log.read_text().splitlines()
-    assert install.split()[-1] == "." and run == f"launch/train.py --config=configs/demo.py --workdir={workdir}"
+    assert (
+        install.split()[-1] == "."
+        and run == f"launch/train.py --config=configs/demo.py --workdir={workdir}"
+    )

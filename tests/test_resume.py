@@ -9,14 +9,28 @@ import pytest
 import runs
 from alone import devices  # noqa: F401
 
-from cptjax import continual, ewc, session
+from cptjax.common import signals
+from cptjax.continual import driver, fisher
+from cptjax.data import device_batches
 
-GRPO = {"steps": 4, "eval": {"every": 2, "mini": 4, "forced_prefix": True, "drift": 4, "general": ("facts",)}, "log": {"every": 3}}
-SFT = {"steps": 5, "train": {"reset_optimizer": False}, "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}}}
+GRPO = {
+    "steps": 4,
+    "eval": {"every": 2, "mini": 4, "forced_prefix": True, "drift": 4, "general": ("facts",)},
+    "log": {"every": 3},
+}
+SFT = {
+    "steps": 5,
+    "train": {"reset_optimizer": False},
+    "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}},
+}
 SELF = {  # a model that has learned nothing gives no correct answer to learn from
-    "stages": [{"task": "colour", "steps": 30, "method": runs.METHOD["sft"]}, {"task": "colour", "steps": 4}],
-    "data": {"limit": 16}, "train": {"batch": 8},
-}  # fmt: skip
+    "stages": [
+        {"task": "colour", "steps": 30, "method": runs.METHOD["sft"]},
+        {"task": "colour", "steps": 4},
+    ],
+    "data": {"limit": 16},
+    "train": {"batch": 8},
+}
 KILL, END = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
@@ -28,11 +42,25 @@ def whole(tmp_path_factory):
     def get(method: str, sections: dict):
         if method not in made:
             folder = tmp_path_factory.mktemp(method) / "whole"
-            (told,) = runs.told({"method": method, "workdir": str(folder), "sections": sections, "signals": [(KILL, None)]})
+            (told,) = runs.told(
+                {
+                    "method": method,
+                    "workdir": str(folder),
+                    "sections": sections,
+                    "signals": [(KILL, None)],
+                }
+            )
             assert told["code"] == 0, told["said"]
             # compiled programs were being written: how long it takes with all of them is told by a second run
             again = folder.with_name("again")
-            (told,) = runs.told({"method": method, "workdir": str(again), "sections": sections, "signals": [(KILL, None)]})
+            (told,) = runs.told(
+                {
+                    "method": method,
+                    "workdir": str(again),
+                    "sections": sections,
+                    "signals": [(KILL, None)],
+                }
+            )
             runs.same(runs.state(folder), runs.state(again))
             made[method] = folder, told["seconds"]
         return made[method]
@@ -40,11 +68,20 @@ def whole(tmp_path_factory):
     return get
 
 
-def interrupted(folder, method: str, sections: dict, seconds: list[float], number: int = KILL) -> list[dict]:
-    plan = {"method": method, "workdir": str(folder), "sections": sections, "signals": [*((number, s) for s in seconds), (KILL, None)]}
+def interrupted(
+    folder, method: str, sections: dict, seconds: list[float], number: int = KILL
+) -> list[dict]:
+    plan = {
+        "method": method,
+        "workdir": str(folder),
+        "sections": sections,
+        "signals": [*((number, s) for s in seconds), (KILL, None)],
+    }
     told = runs.told(plan)
     assert told[-1]["code"] == 0, told[-1]["said"]
-    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in told), [(t["code"], t["after"], t["said"][-700:]) for t in told]
+    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in told), [
+        (t["code"], t["after"], t["said"][-700:]) for t in told
+    ]
     return told
 
 
@@ -62,7 +99,9 @@ def test_killed_at_some_instants(whole, tmp_path, method, sections):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("CPTJAX_LONG"), reason="75 killed processes: set CPTJAX_LONG=1")
+@pytest.mark.skipif(
+    not os.environ.get("CPTJAX_LONG"), reason="75 killed processes: set CPTJAX_LONG=1"
+)
 @pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT), ("iterative", SELF)])
 def test_killed_at_25_instants(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
@@ -75,7 +114,9 @@ def test_killed_at_25_instants(whole, tmp_path, method, sections):
 
 def test_sigterm_saves_and_says_so(whole, tmp_path):
     reference, length = whole("grpo", GRPO)
-    told = interrupted(tmp_path / "run", "grpo", GRPO, [length * f for f in (0.3, 0.5, 0.5, 0.4)], END)
+    told = interrupted(
+        tmp_path / "run", "grpo", GRPO, [length * f for f in (0.3, 0.5, 0.5, 0.4)], END
+    )
     stopped = [t for t in told if "stopped by SIGTERM" in t["said"]]
     assert stopped and all("run the same command again to go on" in t["said"] for t in stopped)
     assert all(t["after"] < 20 for t in stopped)
@@ -85,7 +126,9 @@ def test_sigterm_saves_and_says_so(whole, tmp_path):
 def test_a_finished_run_stays_as_it_is(whole):
     reference, _ = whole("grpo", GRPO)
     before = runs.state(reference)
-    (told,) = runs.told({"method": "grpo", "workdir": str(reference), "sections": GRPO, "signals": [(KILL, None)]})
+    (told,) = runs.told(
+        {"method": "grpo", "workdir": str(reference), "sections": GRPO, "signals": [(KILL, None)]}
+    )
     assert told["code"] == 0 and "the end of stage 2" in told["said"]
     runs.same(before, runs.state(reference))
 
@@ -95,22 +138,42 @@ def test_cost_is_counted_once(whole):
     reference, _ = whole("grpo", GRPO)
     lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "event" not in line]
-    assert [(line["stage"], line["step"], line["rollouts"]) for line in steps] == [(1, 3, 24), (1, 4, 8), (2, 3, 24), (2, 4, 8)]
+    assert [(line["stage"], line["step"], line["rollouts"]) for line in steps] == [
+        (1, 3, 24),
+        (1, 4, 8),
+        (2, 3, 24),
+        (2, 4, 8),
+    ]
     exams = [line for line in lines if line.get("event") == "evaluate"]
     assert len(exams) == 3 * 3 + 2 and sum(line["rollouts"] for line in exams) == 9 * 16 + 2 * 8
 
 
-def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):  # noqa: F811
+def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):
     """The stage's last step is saved then, and the next start only estimates again."""
     short = {"stages": ({"task": "facts", "steps": 2},), "eval": {"before": False, "limit": 2}}
-    c, estimated, agreed, answers = runs.config("sft", **SFT, **short), [], session.Sigterm.agreed, ewc.answers
-    monkeypatch.setattr(ewc, "answers", lambda *row, **more: estimated.append(row) or answers(*row, **more))
-    with monkeypatch.context() as patched, pytest.raises(session.Preempted):
-        patched.setattr(session.Sigterm, "agreed", lambda self: len(estimated) == 2 or agreed(self))
-        continual.run(c, tmp_path / "run")
-    assert len(estimated) == 2 and not list((tmp_path / "run" / "checkpoints" / "stages").glob("1*"))
+    c, estimated, agreed, answers = (
+        runs.config("sft", **SFT, **short),
+        [],
+        signals.SigtermHandler.agreed,
+        device_batches.conversation_batch,
+    )
+    monkeypatch.setattr(
+        fisher,
+        "conversation_batch",
+        lambda *row, **more: estimated.append(row) or answers(*row, **more),
+    )
+    with monkeypatch.context() as patched, pytest.raises(signals.Preempted):
+        patched.setattr(
+            signals.SigtermHandler, "agreed", lambda self: len(estimated) == 2 or agreed(self)
+        )
+        driver.run(c, tmp_path / "run")
+    assert len(estimated) == 2 and not list(
+        (tmp_path / "run" / "checkpoints" / "stages").glob("1*")
+    )
     said = (tmp_path / "run" / "metrics.jsonl").read_text()
-    continual.run(c, tmp_path / "run")
-    assert len(estimated) == 2 + 4 and (tmp_path / "run" / "metrics.jsonl").read_text().startswith(said)
-    continual.run(c, tmp_path / "whole")
+    driver.run(c, tmp_path / "run")
+    assert len(estimated) == 2 + 4 and (tmp_path / "run" / "metrics.jsonl").read_text().startswith(
+        said
+    )
+    driver.run(c, tmp_path / "whole")
     runs.same(runs.state(tmp_path / "whole"), runs.state(tmp_path / "run"))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from tiny import Image, Video
 
 from cptjax import sharding
-from cptjax.model import qwen25_vl, text
+from cptjax.models import decoder, qwen2_5_vl
 
 MESHES = (2, 2, 2), (1, 4, 2), (1, 1, 8)
 ROWS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4], [2, Video(2, 4, 10), 6]]
@@ -25,7 +25,7 @@ def _model():
 
 
 def _loss(params, prompts, cfg):
-    logits = qwen25_vl.forward(params, prompts, cfg) @ text.unembedding(params["text"])
+    logits = qwen2_5_vl.forward(params, prompts, cfg) @ decoder.unembedding(params["text"])
     real = (prompts.segments > 0)[..., None]
     return jnp.sum(jnp.where(real, jnp.sin(logits), 0)), logits
 
@@ -40,7 +40,7 @@ def _run(sizes, group=False):
     responses = np.random.default_rng(5).integers(10, 300, (4, 3, 6)).astype(np.int32)
 
     def group_loss(params, prompts, responses):
-        out = qwen25_vl.forward_group(params, prompts, responses, cfg)
+        out = qwen2_5_vl.forward_group(params, prompts, responses, cfg)
         return jnp.sum(jnp.sin(out)), out
 
     f = group_loss if group else lambda params, prompts, _: _loss(params, prompts, cfg)
@@ -48,10 +48,16 @@ def _run(sizes, group=False):
     if mesh is None:
         (_, out), grads = f(params, prompts, responses)
     else:
-        where = sharding.shardings(qwen25_vl.params(cfg), mesh, sharding.rules_for(cfg.text.kv_heads, mesh))
-        axes = lambda x: (None, "batch", None) if x.ndim == 3 and x.shape[0] == 3 else ("batch",) + (None,) * (x.ndim - 1)
+        where = sharding.param_shardings(
+            qwen2_5_vl.declare_params(cfg), mesh, sharding.rules_for(cfg.text.kv_heads, mesh)
+        )
+        axes = lambda x: (
+            (None, "batch", None)
+            if x.ndim == 3 and x.shape[0] == 3
+            else ("batch",) + (None,) * (x.ndim - 1)
+        )
         with jax.set_mesh(mesh):
-            placed = sharding.place(prompts, mesh, axes), sharding.place(responses, mesh)
+            placed = sharding.place_rows(prompts, mesh, axes), sharding.place_rows(responses, mesh)
             (_, out), grads = f(jax.device_put(params, where), *placed)
     return np.asarray(out), jax.tree.map(np.asarray, grads), prompts.segments > 0
 
@@ -70,31 +76,42 @@ def test_parameters_are_cut_over_fsdp_and_model():
     """No large leaf is whole on a device of a mesh that can cut it; fewer key/value heads than `model` are copied."""
     cfg, _ = _model()
     mesh = sharding.make_mesh(1, 2, 4)
-    tree = sharding.abstract(qwen25_vl.params(cfg), jnp.float32, mesh, sharding.rules_for(cfg.text.kv_heads, mesh))
+    tree = sharding.abstract_params(
+        qwen2_5_vl.declare_params(cfg),
+        jnp.float32,
+        mesh,
+        sharding.rules_for(cfg.text.kv_heads, mesh),
+    )
     for path, x in jax.tree.leaves_with_path(tree):
         cut = x.size // np.prod(x.sharding.shard_shape(x.shape))
         name = jax.tree_util.keystr(path)
         if x.ndim > 2 - ("blocks" not in name):
-            assert cut == (2 if "['k']" in name or "['v']" in name or "patch" in name else 8) or name.endswith("['b']"), name
+            assert cut == (
+                2 if "['k']" in name or "['v']" in name or "patch" in name else 8
+            ) or name.endswith("['b']"), name
 
 
 def test_init_does_not_depend_on_the_mesh():
     cfg, _ = _model()
-    small = {"text": qwen25_vl.params(cfg)["text"]}
-    wanted = sharding.init(small, jax.random.key(3), jnp.float32)
+    small = {"text": qwen2_5_vl.declare_params(cfg)["text"]}
+    wanted = sharding.init_params(small, jax.random.key(3), jnp.float32)
     mesh = sharding.make_mesh(1, 4, 2)
-    got = sharding.init(small, jax.random.key(3), jnp.float32, mesh)
+    got = sharding.init_params(small, jax.random.key(3), jnp.float32, mesh)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-7)
     assert got["text"]["embed"].sharding.spec == PartitionSpec("model", "fsdp")
     gate, up = (np.asarray(got["text"]["blocks"][name]["w"]) for name in ("gate", "up"))
-    assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.05, "leaves of one shape share their numbers"
+    assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.05, (
+        "leaves of one shape share their numbers"
+    )
 
 
 def test_mesh_fills_the_free_axis():
     assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "model": 1}
     assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "model": 2}
-    assert sharding.batch_shards(sharding.make_mesh(2, 2, 2)) == 4 and sharding.batch_shards(None) == 1
+    assert (
+        sharding.batch_shards(sharding.make_mesh(2, 2, 2)) == 4 and sharding.batch_shards(None) == 1
+    )
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (-1, -1, 1), (2, 2, 1), (1, 0, 8), (-2, 4, 1)])
@@ -113,18 +130,20 @@ def test_slices_must_divide_the_data_axis():
 def test_what_cannot_be_cut_is_refused_with_the_numbers():
     mesh = sharding.make_mesh(1, 1, 8)
     with pytest.raises(ValueError, match="'heads' of size 28 cannot be cut 8 ways"):
-        sharding.sharding((None, "heads"), mesh, (3, 28))
+        sharding.named_sharding((None, "heads"), mesh, (3, 28))
     with pytest.raises(ValueError, match="'kv_heads' of size 2"):
-        sharding.shardings(qwen25_vl.params(_model()[0]), mesh)
+        sharding.param_shardings(qwen2_5_vl.declare_params(_model()[0]), mesh)
     with pytest.raises(ValueError, match="no sharding rule for axis 'width'"):
-        sharding.spec(("width",))
+        sharding.partition_spec(("width",))
     with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
-        sharding.spec(("heads", "mlp"))
+        sharding.partition_spec(("heads", "mlp"))
 
 
 def test_param_counts_its_inputs():
     """Each linear leaf says which axes meet x: the converter and the adapters trust it."""
-    for path, p in jax.tree.leaves_with_path(qwen25_vl.params(_model()[0]), is_leaf=sharding.is_param):
+    for path, p in jax.tree.leaves_with_path(
+        qwen2_5_vl.declare_params(_model()[0]), is_leaf=sharding.is_param
+    ):
         name = path[-1].key
         assert (p.inputs > 0) == (name == "w"), path
         assert dataclasses.replace(p) == p

@@ -8,20 +8,38 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cptjax.model import config, positions, qwen25_vl
+from cptjax.models import positions, qwen2_5_vl
+from cptjax.models.config import ModelConfig, config_from_hf
 from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
 
 IMAGE, VIDEO, START, END, EOS, PAD = 383, 382, 381, 380, 2, 0
 TEXT = {
-    "vocab_size": 384, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "eos_token_id": EOS, "pad_token_id": PAD,
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-}  # fmt: skip
+}
 VISION = {
-    "depth": 4, "hidden_size": 64, "intermediate_size": 80, "num_heads": 8, "out_hidden_size": 128, "fullatt_block_indexes": [1, 3],
-    "window_size": 112, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2,
-}  # fmt: skip
+    "depth": 4,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_heads": 8,
+    "out_hidden_size": 128,
+    "fullatt_block_indexes": [1, 3],
+    "window_size": 112,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+}
 
 
 def hf_config(tied: bool = False, text: dict | None = None, vision: dict | None = None) -> Any:
@@ -29,13 +47,18 @@ def hf_config(tied: bool = False, text: dict | None = None, vision: dict | None 
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
-        text_config=copy.deepcopy(TEXT | (text or {})), vision_config=VISION | (vision or {}), tie_word_embeddings=tied,
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
-    )  # fmt: skip
+        text_config=copy.deepcopy(TEXT | (text or {})),
+        vision_config=VISION | (vision or {}),
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
 
 
-def our_config(**kwargs: Any) -> config.Config:
-    return config.from_hf(hf_config(**kwargs).to_dict())
+def our_config(**kwargs: Any) -> ModelConfig:
+    return config_from_hf(hf_config(**kwargs).to_dict())
 
 
 def torch_model(seed: int = 0, **kwargs: Any) -> Any:
@@ -52,7 +75,7 @@ def torch_model(seed: int = 0, **kwargs: Any) -> Any:
     return model
 
 
-def random_params(cfg: config.Config, seed: int = 0) -> dict:
+def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
     """Our tree in numpy, as visible as `torch_model`."""
     import jax
 
@@ -62,14 +85,18 @@ def random_params(cfg: config.Config, seed: int = 0) -> dict:
         noise = rng.normal(size=p.shape).astype(np.float32)
         return 1 + 0.1 * noise if "norm" in path[-1].key else 0.08 * noise
 
-    return jax.tree.map_with_path(make, qwen25_vl.params(cfg), is_leaf=is_param)
+    return jax.tree.map_with_path(make, qwen2_5_vl.declare_params(cfg), is_leaf=is_param)
 
 
-def save(folder: str | Path, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **kwargs: Any) -> Path:
+def save(
+    folder: str | Path, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **kwargs: Any
+) -> Path:
     """A random checkpoint folder as transformers writes it; `shard` ("100KB") splits it into several files."""
     torch = pytest.importorskip("torch")
 
-    torch_model(seed, **kwargs).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    torch_model(seed, **kwargs).to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=shard
+    )
     return Path(folder)
 
 
@@ -109,7 +136,7 @@ class Drawn:
     media: list[tuple[Any, np.ndarray]]  # with its patches, processor order
 
 
-def draw(row: Row, cfg: config.Config, rng: np.random.Generator) -> Drawn:
+def draw(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Drawn:
     tokens, types, media = [], [], []
     for part in row:
         if isinstance(part, int):
@@ -118,13 +145,19 @@ def draw(row: Row, cfg: config.Config, rng: np.random.Generator) -> Drawn:
             continue
         t, h, w = part.grid()
         n, still = t * h * w // cfg.vision.merge**2, isinstance(part, Image)
-        tokens += [cfg.vision_start] + [cfg.image_token if still else cfg.video_token] * n + [cfg.vision_end]
+        tokens += (
+            [cfg.vision_start]
+            + [cfg.image_token if still else cfg.video_token] * n
+            + [cfg.vision_end]
+        )
         types += [0] + [1 if still else 2] * n + [0]
         media.append((part, rng.normal(size=(t * h * w, cfg.vision.patch_dim)).astype(np.float32)))
     return Drawn(np.array(tokens, np.int32), np.array(types, np.int32), media)
 
 
-def _vision(rows: list[Drawn], cfg: config.Config, spare: int) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
+def _vision(
+    rows: list[Drawn], cfg: ModelConfig, spare: int
+) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
     """Every frame of the rows on one vision row: the slots of each row's placeholders, and (patches, positions, frames)."""
     patches, places, frames, slots, at, number = [], [], [], [], 0, 0
     for row in rows:
@@ -141,15 +174,32 @@ def _vision(rows: list[Drawn], cfg: config.Config, spare: int) -> tuple[list[np.
                 mine.append(at // cfg.vision.merge**2 + layout.units)
                 at += len(layout.order)
         slots.append(np.concatenate(mine) if mine else np.zeros(0, np.int32))
-    empty = (np.zeros((spare, cfg.vision.patch_dim), np.float32), np.zeros((spare, 2), np.int32), np.zeros(spare, np.int32))
-    return slots, tuple(np.concatenate([*x, e]) for x, e in zip((patches, places, frames), empty, strict=True))
+    empty = (
+        np.zeros((spare, cfg.vision.patch_dim), np.float32),
+        np.zeros((spare, 2), np.int32),
+        np.zeros(spare, np.int32),
+    )
+    return slots, tuple(
+        np.concatenate([*x, e]) for x, e in zip((patches, places, frames), empty, strict=True)
+    )
 
 
-def prompts(rows: list[Drawn], cfg: config.Config, left: bool = True, length: int | None = None, shards: int = 1) -> Prompts:
+def prompts(
+    rows: list[Drawn],
+    cfg: ModelConfig,
+    left: bool = True,
+    length: int | None = None,
+    shards: int = 1,
+) -> Prompts:
     """Padded rows; the vision of each of `shards` equal parts of the batch on one vision row of its own."""
     length = length or max(len(r.tokens) for r in rows)
     b, per = len(rows), len(rows) // shards
-    out = Prompts(np.full((b, length), cfg.pad), np.zeros((3, b, length), int), np.zeros((b, length), int), np.full((b, length), -1))
+    out = Prompts(
+        np.full((b, length), cfg.pad),
+        np.zeros((3, b, length), int),
+        np.zeros((b, length), int),
+        np.full((b, length), -1),
+    )
     window = cfg.vision.window_slots
     packed = [_vision(rows[s * per : (s + 1) * per], cfg, window) for s in range(shards)]
     slots = [x for part, _ in packed for x in part]
@@ -161,7 +211,9 @@ def prompts(rows: list[Drawn], cfg: config.Config, left: bool = True, length: in
         out.tokens[i, here], out.segments[i, here] = row.tokens, 1
         out.positions[:, i, here] = positions.mrope(row.types, grids, seconds, cfg.vision)[0]
         out.slots[i, here][row.types > 0] = slots[i]
-    ints = {f: getattr(out, f).astype(np.int32) for f in ("tokens", "positions", "segments", "slots")}
+    ints = {
+        f: getattr(out, f).astype(np.int32) for f in ("tokens", "positions", "segments", "slots")
+    }
     if not any(row.media for row in rows):
         return Prompts(**ints)
     size = max(len(v[2]) for _, v in packed)
@@ -170,7 +222,7 @@ def prompts(rows: list[Drawn], cfg: config.Config, left: bool = True, length: in
     return Prompts(**ints, vision=vision)
 
 
-def hf_inputs(rows: list[Drawn], cfg: config.Config, left: bool = True) -> dict[str, Any]:
+def hf_inputs(rows: list[Drawn], cfg: ModelConfig, left: bool = True) -> dict[str, Any]:
     """The same rows as transformers' keyword arguments."""
     torch = pytest.importorskip("torch")
 
@@ -178,10 +230,16 @@ def hf_inputs(rows: list[Drawn], cfg: config.Config, left: bool = True) -> dict[
     types = np.zeros_like(ours.tokens)
     for i, row in enumerate(rows):
         types[i][ours.segments[i] > 0] = row.types
-    out: dict[str, Any] = {"input_ids": torch.tensor(ours.tokens).long(), "attention_mask": torch.tensor(ours.segments).long(),
-                           "mm_token_type_ids": torch.tensor(types)}  # fmt: skip
+    out: dict[str, Any] = {
+        "input_ids": torch.tensor(ours.tokens).long(),
+        "attention_mask": torch.tensor(ours.segments).long(),
+        "mm_token_type_ids": torch.tensor(types),
+    }
     media = [m for row in rows for m in row.media]
-    for kind, pixels, grid in ((Image, "pixel_values", "image_grid_thw"), (Video, "pixel_values_videos", "video_grid_thw")):
+    for kind, pixels, grid in (
+        (Image, "pixel_values", "image_grid_thw"),
+        (Video, "pixel_values_videos", "video_grid_thw"),
+    ):
         if mine := [m for m in media if isinstance(m[0], kind)]:
             out[pixels] = torch.tensor(np.concatenate([values for _, values in mine]))
             out[grid] = torch.tensor([part.grid() for part, _ in mine])

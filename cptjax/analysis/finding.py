@@ -7,19 +7,19 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cptjax import console, metrics
-from cptjax.report import page
+from cptjax.common import console, files
+from cptjax.evaluation.report import page
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class FindingTable:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class FindingChart:
     title: str
     note: str
     chart: Markup | None  # None = there is nothing to draw
@@ -29,21 +29,26 @@ class Picture:
 class Finding:
     title: str
     said: Sequence[str]
-    tables: Sequence[Table]
-    pictures: Sequence[Picture]
+    tables: Sequence[FindingTable]
+    pictures: Sequence[FindingChart]
     numbers: dict[str, Any]
 
 
-def tell(found: Finding) -> None:
+def print_finding(found: Finding) -> None:
     """On the console."""
     for table in found.tables:
-        console.table(table.title, table.header, table.rows)
+        console.print_table(table.title, table.header, table.rows)
     for sentence in found.said:
-        console.say(sentence)
+        console.print_message(sentence)
 
 
-def write(found: Finding, out: Path) -> Path:
+def write_finding(found: Finding, out: Path) -> Path:
     """As a self-contained page, its numbers as JSON beside it."""
-    metrics.write_text(out, page.environment().get_template("finding.html.jinja").render(title=found.title, found=found))
-    metrics.write_json(out.with_suffix(".json"), metrics.plain(found.numbers))
+    files.write_text(
+        out,
+        page.jinja_environment()
+        .get_template("finding.html.jinja")
+        .render(title=found.title, found=found),
+    )
+    files.write_json(out.with_suffix(".json"), files.to_jsonable(found.numbers))
     return out

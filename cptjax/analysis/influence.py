@@ -17,27 +17,31 @@ from typing import Any
 
 import jax
 import numpy as np
+from markupsafe import Markup
 
-from cptjax import console, lessons, metrics
 from cptjax.analysis import probe
-from cptjax.analysis.finding import Finding, Picture, Table
+from cptjax.analysis.finding import Finding, FindingChart, FindingTable
 from cptjax.analysis.probe import Probe
-from cptjax.batching import Encoded
-from cptjax.order import permutation
-from cptjax.report import svg
-from cptjax.report.svg import Point, Series
+from cptjax.common import console, files
+from cptjax.common.shuffle import permutation
+from cptjax.data.collate import EncodedConversation
+from cptjax.evaluation.report import svg
+from cptjax.evaluation.report.svg import Point, Series
+from cptjax.tasks import rewards
 
-PAIRS = 4  # probes of each corpus that are stepped on in their turn
+ASYMMETRY_PAIRS = 4  # probes of each corpus that are stepped on in their turn
 
 
 @dataclasses.dataclass(frozen=True)
-class Pull:
+class ResponseInfluence:
     """One answer: how likely it was, and what a step on it did to the probes."""
 
     tokens: int
     nats: float  # -log p, per token
     steepness: float  # sum of |a|^2
-    change: dict[str, float]  # of log p per token and unit of learning rate, mean over a task's probes
+    change: dict[
+        str, float
+    ]  # of log p per token and unit of learning rate, mean over a task's probes
     kernel: float  # mean over the probes
 
     @property
@@ -47,9 +51,9 @@ class Pull:
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
+class CorpusInfluence:
     name: str
-    pulls: list[Pull]
+    pulls: list[ResponseInfluence]
     asymmetry: float
 
     @property
@@ -57,84 +61,153 @@ class Corpus:
         tokens = sum(p.tokens for p in self.pulls)
         return float(np.exp(sum(p.nats * p.tokens for p in self.pulls) / tokens))
 
-    def mean(self, number: Callable[[Pull], float]) -> float:
+    def mean(self, number: Callable[[ResponseInfluence], float]) -> float:
         return float(np.mean([number(p) for p in self.pulls]))
 
 
-def find(
-    folder: str, stage: int = 1, rows: int = 16, samples: int = 8, others: str = "", dtype: str = "float32", corpus: str = "gold,own",
-    lr: float = 1e-4, probes: int = 16,
-) -> Finding:  # fmt: skip
+def analyze(
+    folder: str,
+    stage: int = 1,
+    rows: int = 16,
+    samples: int = 8,
+    others: str = "",
+    dtype: str = "float32",
+    corpus: str = "gold,own",
+    lr: float = 1e-4,
+    probes: int = 16,
+) -> Finding:
     if lr <= 0 or min(rows, samples, probes) < 1:
-        raise ValueError(f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: expected numbers above 0")
-    with probe.opened(folder, stage, others, dtype) as (it, names):
+        raise ValueError(
+            f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: expected numbers above 0"
+        )
+    with probe.open_probe(folder, stage, others, dtype) as (it, names):
         known = {name: it.known(name, probes) for name in names}
-        made = [(name, answers_of(it, name, rows, samples)) for name in corpus.split(",") if name]
-        with console.progress("one step on each answer", sum(len(a) + min(PAIRS, len(sum(known.values(), []))) for _, a in made)) as bar:
-            found = [measured(it, name, answers, known, lr, bar.advance) for name, answers in made]
-    return reported(it.stage.name, names, lr, found)
+        made = [
+            (name, corpus_responses(it, name, rows, samples)) for name in corpus.split(",") if name
+        ]
+        with console.progress_bar(
+            "one step on each answer",
+            sum(len(a) + min(ASYMMETRY_PAIRS, len(sum(known.values(), []))) for _, a in made),
+        ) as bar:
+            found = [
+                measure_influence(it, name, answers, known, lr, bar.advance)
+                for name, answers in made
+            ]
+    return influence_finding(it.stage.name, names, lr, found)
 
 
-def answers_of(it: Probe, name: str, rows: int, samples: int) -> list[Encoded]:
+def corpus_responses(it: Probe, name: str, rows: int, samples: int) -> list[EncodedConversation]:
     """The answers of a corpus to learn from: one a prompt."""
     if name == "gold":
         return [it.gold(item) for item in it.prompts(it.rows(rows))]
     if name == "own":
-        return own(it, rows, samples)
+        return own_correct_responses(it, rows, samples)
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"--corpus names {name!r}; expected gold, own, or the path of a rollouts/*.jsonl")
-    lines = [r for r in metrics.read_lines(path) if r.get("task") in it.stage.tasks and lessons.correct(r.get("rewards") or {})]
+        raise ValueError(
+            f"--corpus names {name!r}; expected gold, own, or the path of a rollouts/*.jsonl"
+        )
+    lines = [
+        r
+        for r in files.read_jsonl(path)
+        if r.get("task") in it.stage.tasks and rewards.is_correct(r.get("rewards") or {})
+    ]
     if not lines:
-        raise ValueError(f"{path} has no correct answer to a task of stage {it.stage.number} ({', '.join(it.stage.tasks)})")
-    if bad := next((r for r in lines if {"id", "row", "response"} - r.keys() or r["row"] not in range(len(it.source(r["task"])))), None):
+        raise ValueError(
+            f"{path} has no correct answer to a task of stage {it.stage.number} ({', '.join(it.stage.tasks)})"
+        )
+    if bad := next(
+        (
+            r
+            for r in lines
+            if {"id", "row", "response"} - r.keys()
+            or r["row"] not in range(len(it.source(r["task"])))
+        ),
+        None,
+    ):
         shown = {k: bad.get(k) for k in ("task", "id", "row")}
-        raise ValueError(f"{path}: expected lines with id, response and a row of this run's data; got {shown}")
-    chosen = [lines[i] for i in permutation(len(lines), (it.run.config.seed, 30_001))[:rows].tolist()]
+        raise ValueError(
+            f"{path}: expected lines with id, response and a row of this run's data; got {shown}"
+        )
+    chosen = [
+        lines[i] for i in permutation(len(lines), (it.run.config.seed, 30_001))[:rows].tolist()
+    ]
     items = it.prompts([(r["task"], r["row"]) for r in chosen])
-    if lost := [r["id"] for r, item in zip(chosen, items, strict=True) if item.example.id != r["id"]]:
-        raise ValueError(f"{path}: {lost[0]!r} is another row in this run's data; expected rollouts over the same training rows")
+    if lost := [
+        r["id"] for r, item in zip(chosen, items, strict=True) if item.example.id != r["id"]
+    ]:
+        raise ValueError(
+            f"{path}: {lost[0]!r} is another row in this run's data; expected rollouts over the same training rows"
+        )
     return [it.answered(item, r["response"]) for item, r in zip(items, chosen, strict=True)]
 
 
-def own(it: Probe, rows: int, samples: int) -> list[Encoded]:
+def own_correct_responses(it: Probe, rows: int, samples: int) -> list[EncodedConversation]:
     """The model's own first correct answer to each prompt that it answers at all."""
     found = []
     for graded in it.drawn(it.prompts(it.rows(rows)), samples):
         for q, item in enumerate(graded.items):
-            right = [r for r in range(q * samples, (q + 1) * samples) if lessons.correct(graded.parts[r]) and graded.samples.finished[r]]
+            right = [
+                r
+                for r in range(q * samples, (q + 1) * samples)
+                if rewards.is_correct(graded.parts[r]) and graded.samples.finished[r]
+            ]
             found += [it.answered(item, graded.samples.texts[right[0]])] if right else []
     if not found:
-        raise ValueError(f"none of {samples} answers to {rows} prompts is correct: raise --samples or --rows, or leave own out of --corpus")
+        raise ValueError(
+            f"none of {samples} answers to {rows} prompts is correct: raise --samples or --rows, or leave own out of --corpus"
+        )
     return found
 
 
-def measured(it: Probe, name: str, answers: Sequence[Encoded], known: dict[str, list[Encoded]], lr: float, advance: Callable) -> Corpus:
+def measure_influence(
+    it: Probe,
+    name: str,
+    answers: Sequence[EncodedConversation],
+    known: dict[str, list[EncodedConversation]],
+    lr: float,
+    advance: Callable,
+) -> CorpusInfluence:
     """What a step on each answer of a corpus does to all probes, and the other way round for some."""
     v = sum(known.values(), [])
     was, was_u = it.scored(v), it.scored(answers)
     steep, steep_u = ([float(s.sum()) for s in it.steepness(x)] for x in (v, answers))
-    after = lambda x, old, rows: [(now - b) / lr for now, b in zip(it.scored(rows, stepped(it, x, lr)), old, strict=True)]
+    after = lambda x, old, rows: [
+        (now - b) / lr
+        for now, b in zip(it.scored(rows, step_on_response(it, x, lr)), old, strict=True)
+    ]
     ends, there, pulls = np.cumsum([0, *map(len, known.values())]).tolist(), [], []
     for u, encoded in enumerate(answers):
         moved = after(encoded, was, v)  # of each probe's tokens
         there.append([float(m.sum()) for m in moved])
-        change = {task: float(np.mean([m.mean() for m in moved[a:b]])) for task, a, b in zip(known, ends, ends[1:], strict=False)}
-        kernel = np.mean([np.square(m).sum() / max(s * steep_u[u], 1e-30) for m, s in zip(moved, steep, strict=True)])
-        pulls.append(Pull(len(was_u[u]), float(-was_u[u].mean()), steep_u[u], change, float(kernel)))
+        change = {
+            task: float(np.mean([m.mean() for m in moved[a:b]]))
+            for task, a, b in zip(known, ends, ends[1:], strict=False)
+        }
+        kernel = np.mean(
+            [
+                np.square(m).sum() / max(s * steep_u[u], 1e-30)
+                for m, s in zip(moved, steep, strict=True)
+            ]
+        )
+        pulls.append(
+            ResponseInfluence(
+                len(was_u[u]), float(-was_u[u].mean()), steep_u[u], change, float(kernel)
+            )
+        )
         advance()
-    places, back = np.linspace(0, len(v) - 1, min(PAIRS, len(v))).astype(int), []
+    places, back = np.linspace(0, len(v) - 1, min(ASYMMETRY_PAIRS, len(v))).astype(int), []
     for place in places:
         back.append([float(m.sum()) for m in after(v[place], was_u, answers)])
         advance()
-    return Corpus(name, pulls, asymmetry(np.array(there)[:, places].T, np.array(back)))
+    return CorpusInfluence(name, pulls, asymmetry(np.array(there)[:, places].T, np.array(back)))
 
 
 def asymmetry(there: np.ndarray, back: np.ndarray) -> float:
     return float(np.abs(there - back).mean() / max(np.abs([there, back]).mean(), 1e-30))
 
 
-def stepped(it: Probe, encoded: Encoded, lr: float) -> Any:
+def step_on_response(it: Probe, encoded: EncodedConversation, lr: float) -> Any:
     """The trained weights after one step of plain gradient descent on an answer."""
     return _descend(it.trained, it.slope(encoded), np.float32(lr))
 
@@ -144,33 +217,76 @@ def _descend(trained: Any, gradient: Any, lr: jax.Array) -> Any:
     return jax.tree.map(lambda p, g: p - (lr * g).astype(p.dtype), trained, gradient)
 
 
-def reported(stage: str, names: Sequence[str], lr: float, found: Sequence[Corpus]) -> Finding:
+def influence_finding(
+    stage: str, names: Sequence[str], lr: float, found: Sequence[CorpusInfluence]
+) -> Finding:
     header = ("answers", "n", "tokens", "perplexity", "kernel", "asymmetry", "all", *names)
-    table = Table(
-        "Change of the log-probability of gold answers, per token and unit of learning rate", header, [row(c, names) for c in found]
+    table = FindingTable(
+        "Change of the log-probability of gold answers, per token and unit of learning rate",
+        header,
+        [influence_row(c, names) for c in found],
     )
     said = [
         f"One step on {c.name} answers of {stage} (perplexity {c.perplexity:.3g}) moves a token of the other tasks' gold answers by "
         f"{c.mean(lambda p: p.all):+.3g} nats per unit of learning rate; kernel {c.mean(lambda p: p.kernel):.3g}."
         for c in found
     ]
-    direction = dots(found, lambda p: p.all, "change of log p, per token and lr", include=(0,))
-    magnitude = dots(found, lambda p: float(np.log10(max(p.kernel, 1e-30))), "log10 of the kernel's lower bound")
-    pictures = [Picture("Direction", "Below 0, a step makes the other tasks' answers less likely.", direction),
-                Picture("Magnitude", "Higher: the same error in the logits moves the other tasks more.", magnitude)]  # fmt: skip
-    numbers = {"stage": stage, "lr": lr, "corpora": [dataclasses.asdict(c) | {"perplexity": c.perplexity} for c in found]}
+    direction = influence_chart(
+        found, lambda p: p.all, "change of log p, per token and lr", include=(0,)
+    )
+    magnitude = influence_chart(
+        found, lambda p: float(np.log10(max(p.kernel, 1e-30))), "log10 of the kernel's lower bound"
+    )
+    pictures = [
+        FindingChart(
+            "Direction", "Below 0, a step makes the other tasks' answers less likely.", direction
+        ),
+        FindingChart(
+            "Magnitude",
+            "Higher: the same error in the logits moves the other tasks more.",
+            magnitude,
+        ),
+    ]
+    numbers = {
+        "stage": stage,
+        "lr": lr,
+        "corpora": [dataclasses.asdict(c) | {"perplexity": c.perplexity} for c in found],
+    }
     return Finding(f"Influence of learning {stage}", said, [table], pictures, numbers)
 
 
-def row(c: Corpus, names: Sequence[str]) -> tuple[str, ...]:
+def influence_row(c: CorpusInfluence, names: Sequence[str]) -> tuple[str, ...]:
     changes = (c.mean(lambda p: p.all), *(c.mean(lambda p, n=n: p.change[n]) for n in names))
     size = f"{c.mean(lambda p: p.tokens):.1f}"
     kernel = f"{c.mean(lambda p: p.kernel):.3g}"
-    return c.name, str(len(c.pulls)), size, f"{c.perplexity:.3g}", kernel, f"{c.asymmetry:.2f}", *(f"{x:+.3g}" for x in changes)
+    return (
+        c.name,
+        str(len(c.pulls)),
+        size,
+        f"{c.perplexity:.3g}",
+        kernel,
+        f"{c.asymmetry:.2f}",
+        *(f"{x:+.3g}" for x in changes),
+    )
 
 
-def dots(found: Sequence[Corpus], y: Callable[[Pull], float], y_label: str, **more: Any) -> svg.Markup | None:
+def influence_chart(
+    found: Sequence[CorpusInfluence],
+    y: Callable[[ResponseInfluence], float],
+    y_label: str,
+    **more: Any,
+) -> Markup | None:
     """One dot an answer, by how unlikely it was."""
-    series = [Series(c.name, sorted((Point(p.nats, y(p)) for p in c.pulls), key=lambda p: p.x), k, line=False, named=True)
-              for k, c in enumerate(found)]  # fmt: skip
-    return svg.chart(series, y_label, "-log p of the learned answer, per token", y_label, **more)
+    series = [
+        Series(
+            c.name,
+            sorted((Point(p.nats, y(p)) for p in c.pulls), key=lambda p: p.x),
+            k,
+            line=False,
+            named=True,
+        )
+        for k, c in enumerate(found)
+    ]
+    return svg.line_chart(
+        series, y_label, "-log p of the learned answer, per token", y_label, **more
+    )

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cptjax import console
-from cptjax.order import permutation
-from cptjax.tasks.task import Examples, Task, nearest, sample
+from cptjax.common import console
+from cptjax.common.shuffle import permutation
+from cptjax.tasks.task import Examples, Task, did_you_mean, limit_rows
 from cptjax.types import Example
 
 SPLIT_NAME = re.compile(r"(^|[-_.])(train|validation|val|valid|dev|test|testdev|eval)([-_.]|$)")
@@ -20,40 +20,55 @@ DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class HubSource:
     """Where one split lives, and which of its rows are used."""
 
     dataset: str
     split: str
     config: str | None = None
     needs: str = ""  # only rows in which this column is not null
-    part: tuple[float, float] = (0.0, 1.0)  # a share of the rows in a fixed random order, where a dataset has no split of its own
+    part: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # a share of the rows in a fixed random order, where a dataset has no split of its own
     most: int | None = None  # at most so many rows of that order
 
 
-Build = Callable[[dict[str, Any]], Example]
+BuildExample = Callable[[dict[str, Any]], Example]
 
 
-def task(name: str, sources: dict[str, Source], build: Build, scorer: str, **fields: Any) -> Task:
+def make_hub_task(
+    name: str, sources: dict[str, HubSource], build: BuildExample, scorer: str, **fields: Any
+) -> Task:
     """Makes a task whose splits are public datasets."""
-    return Task(name, functools.partial(load, name, sources, build), scorer, **fields)
+    return Task(name, functools.partial(load_hub_split, name, sources, build), scorer, **fields)
 
 
-def load(name: str, sources: dict[str, Source], build: Build, split: str, root: str = "", limit: int | None = None, seed: int = 0):
+def load_hub_split(
+    name: str,
+    sources: dict[str, HubSource],
+    build: BuildExample,
+    split: str,
+    root: str = "",
+    limit: int | None = None,
+    seed: int = 0,
+):
     """Loads a split's examples; images stay encoded until an example is asked for."""
-    source = pick(name, sources, split)
+    source = pick_source(name, sources, split)
     rows = load_rows(source, root)
-    return Examples(name, split, rows, build, sample(usable(rows, source), limit, seed))
+    return Examples(name, split, rows, build, limit_rows(usable_rows(rows, source), limit, seed))
 
 
-def pick(name: str, sources: dict[str, Source], split: str) -> Source:
+def pick_source(name: str, sources: dict[str, HubSource], split: str) -> HubSource:
     """Returns the source of a split or says which splits there are."""
     if split not in sources:
-        raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(sources)}{nearest(split, sources)}")
+        raise ValueError(
+            f"task {name}: no split {split!r}; it has {', '.join(sources)}{did_you_mean(split, sources)}"
+        )
     return sources[split]
 
 
-class Rows(Sequence[dict[str, Any]]):
+class ArrowRows(Sequence[dict[str, Any]]):
     """A datasets.Dataset read row by row as plain values; images stay {"bytes", "path"}, whatever their feature says."""
 
     def __init__(self, dataset: Any):
@@ -74,35 +89,41 @@ class Rows(Sequence[dict[str, Any]]):
         return self.table.column_names
 
 
-def load_rows(source: Source, root: str = "") -> Rows:
+def load_rows(source: HubSource, root: str = "") -> ArrowRows:
     """Loads the rows of a split from the copy under `root`, or where there is none from the hub."""
     import datasets  # slow to import, and drawn tasks never need it
 
-    if folder := local_copy(source.dataset, root):
-        return Rows(_from_folder(folder, source))
+    if folder := find_local_copy(source.dataset, root):
+        return ArrowRows(_from_folder(folder, source))
     try:
-        return Rows(datasets.load_dataset(source.dataset, source.config, split=source.split))
+        return ArrowRows(datasets.load_dataset(source.dataset, source.config, split=source.split))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source.dataset} can not be loaded from the hub ({reason}); put a copy under data.root") from error
+        raise ValueError(
+            f"{source.dataset} can not be loaded from the hub ({reason}); put a copy under data.root"
+        ) from error
 
 
 @functools.cache
-def local_copy(dataset: str, root: str) -> Path | None:
+def find_local_copy(dataset: str, root: str) -> Path | None:
     """Returns the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>; None (said once) = take the hub's."""
     if not root:
         return None
     if not Path(root).is_dir():
-        raise ValueError(f"data.root={root!r}: no such folder; give the one that holds the datasets, or leave it empty to use the hub")
+        raise ValueError(
+            f"data.root={root!r}: no such folder; give the one that holds the datasets, or leave it empty to use the hub"
+        )
     org, _, name = dataset.rpartition("/")
     candidates = [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
     found = next((folder for folder in candidates if folder.is_dir()), None)
     if found is None:
-        console.say(f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}), so the hub's is used")
+        console.print_message(
+            f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}), so the hub's is used"
+        )
     return found
 
 
-def usable(rows: Rows, source: Source) -> np.ndarray:
+def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:
     """Returns the indices of the rows that a source uses."""
     order = np.arange(len(rows))
     if source.needs:
@@ -114,7 +135,7 @@ def usable(rows: Rows, source: Source) -> np.ndarray:
     return order
 
 
-def _from_folder(folder: Path, source: Source):
+def _from_folder(folder: Path, source: HubSource):
     """Reads one split of a copied dataset: save_to_disk, a clone of the repository, or bare data files."""
     import datasets
 
@@ -122,33 +143,65 @@ def _from_folder(folder: Path, source: Source):
     for place in (inner / source.split, inner, folder):
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(place))
-            return _member(loaded, source, place) if isinstance(loaded, datasets.DatasetDict) else loaded
-    files = split_files(folder, source)
-    return datasets.load_dataset(DATA_FILES[Path(files[0]).suffix], data_files={source.split: files}, split=source.split)
+            return (
+                _pick_split(loaded, source, place)
+                if isinstance(loaded, datasets.DatasetDict)
+                else loaded
+            )
+    files = find_split_files(folder, source)
+    return datasets.load_dataset(
+        DATA_FILES[Path(files[0]).suffix], data_files={source.split: files}, split=source.split
+    )
 
 
-def _member(splits, source: Source, place: Path):
+def _pick_split(splits, source: HubSource, place: Path):
     if source.split not in splits:
-        raise ValueError(f"{place}: no split {source.split!r} of {source.dataset}; it has {', '.join(splits)}")
+        raise ValueError(
+            f"{place}: no split {source.split!r} of {source.dataset}; it has {', '.join(splits)}"
+        )
     return splits[source.split]
 
 
-def split_files(folder: Path, source: Source) -> list[str]:
+def find_split_files(folder: Path, source: HubSource) -> list[str]:
     """Returns the data files of a split: named after it, or in a folder of that name; one file named after no split is the training split.
 
     A dataset with several configs keeps each in its own folder; the default one, or a copy of one config alone, lies at the top.
     """
     inner = folder / source.config if source.config else folder
-    top = [path for place in (folder, folder / "data", folder / "default", folder / source.split) for path in place.glob("*")]
+    top = [
+        path
+        for place in (folder, folder / "data", folder / "default", folder / source.split)
+        for path in place.glob("*")
+    ]
     deep = list(inner.rglob("*")) if inner.is_dir() else []
     for candidates in (deep, top) if source.config else (top, deep):
-        files = sorted(path for path in candidates if path.suffix in DATA_FILES and path.name not in DESCRIPTIONS)
-        own = [path for path in files if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split]
-        if not own and source.split == "train" and len(files) == 1 and not SPLIT_NAME.search(files[0].stem):
+        files = sorted(
+            path
+            for path in candidates
+            if path.suffix in DATA_FILES and path.name not in DESCRIPTIONS
+        )
+        own = [
+            path
+            for path in files
+            if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split
+        ]
+        if (
+            not own
+            and source.split == "train"
+            and len(files) == 1
+            and not SPLIT_NAME.search(files[0].stem)
+        ):
             own = files
         if own:
-            return [str(path) for path in own if path.suffix == own[0].suffix and path.parent == own[0].parent]
-    found = ", ".join(sorted({path.name for path in (*top, *deep) if path.suffix in DATA_FILES})[:5]) or "nothing"
+            return [
+                str(path)
+                for path in own
+                if path.suffix == own[0].suffix and path.parent == own[0].parent
+            ]
+    found = (
+        ", ".join(sorted({path.name for path in (*top, *deep) if path.suffix in DATA_FILES})[:5])
+        or "nothing"
+    )
     raise ValueError(
         f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet (or .arrow, "
         f".jsonl, .json) or a folder {source.split}/, found {found}"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cptjax.order import permutation
+from cptjax.common.shuffle import permutation
 from cptjax.types import Example
 
-WORD = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHORT_ANSWER_SUFFIX = "Answer the question using a single word or phrase."
+OPTION_LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
+OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +25,38 @@ class Task:
     """
 
     name: str
-    load: Callable[..., Sequence[Example]]  # (split, root="", limit=None, seed=0); split = train | validation | test
-    scorer: str | Callable  # a name of scorers.py, "file.py:function", or a function (prediction, answer, meta)
-    reward: str | Callable = ""  # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a function
+    load: Callable[
+        ..., Sequence[Example]
+    ]  # (split, root="", limit=None, seed=0); split = train | validation | test
+    scorer: (
+        str | Callable
+    )  # a name of scorers.py, "file.py:function", or a function (prediction, answer, meta)
+    reward: str | Callable = (
+        ""  # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a function
+    )
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
     direct_suffix: str = ""
-    forced_prefix: str = ""  # what evaluation forces to tell format from knowledge; "" = the template's
+    forced_prefix: str = (
+        ""  # what evaluation forces to tell format from knowledge; "" = the template's
+    )
     also: tuple[str, ...] = ()  # further scorers reported beside `scorer`
-    pixels: tuple[int, int] | None = None  # the model's limits that the answers are stated for; None = any
+    pixels: tuple[int, int] | None = (
+        None  # the model's limits that the answers are stated for; None = any
+    )
 
 
 class Examples(Sequence[Example]):
     """Rows that become examples when they are asked for, so that no image is decoded before it is needed."""
 
-    def __init__(self, task: str, split: str, rows: Sequence[Any], build: Callable[[Any], Example], order: Sequence[int] | None = None):
+    def __init__(
+        self,
+        task: str,
+        split: str,
+        rows: Sequence[Any],
+        build: Callable[[Any], Example],
+        order: Sequence[int] | None = None,
+    ):
         self.task, self.split, self.rows, self.build = task, split, rows, build
         self.order = np.arange(len(rows)) if order is None else np.asarray(order, dtype=np.int64)
 
@@ -58,10 +75,12 @@ class Examples(Sequence[Example]):
             example = self.build(self.rows[row])
         except ValueError as error:
             raise ValueError(f"{self.task}/{self.split}, row {row}: {error}") from error
-        return dataclasses.replace(example, id=f"{self.task}/{self.split}/{example.id or row}", task=self.task)
+        return dataclasses.replace(
+            example, id=f"{self.task}/{self.split}/{example.id or row}", task=self.task
+        )
 
 
-def sample(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
+def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
     """Returns `limit` of the indices, chosen by seed and kept in order; a smaller limit gives a subset of a larger one's."""
     order = np.asarray(order, dtype=np.int64)
     if limit is None or limit >= len(order):
@@ -71,61 +90,76 @@ def sample(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
     return order[np.sort(permutation(len(order), (seed,))[:limit])]
 
 
-def ask(text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()) -> list[dict[str, Any]]:
+def user_turn(
+    text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()
+) -> list[dict[str, Any]]:
     """Returns one user turn in which each <image> and <video> of the text is replaced by the next image or video."""
-    return [{"role": "user", "content": parts(text, list(images), list(videos))}]
+    return [{"role": "user", "content": text_to_parts(text, list(images), list(videos))}]
 
 
-def parts(text: str, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
+def text_to_parts(text: str, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
     """Splits a text at its placeholders and fills them; counts that differ are a ValueError."""
-    check_counts(text, images, videos)
-    return fill(text, {"image": iter(images), "video": iter(videos)})
+    check_placeholder_counts(text, images, videos)
+    return fill_placeholders(text, {"image": iter(images), "video": iter(videos)})
 
 
-def check_counts(text: str, images: Sequence[Any], videos: Sequence[Any]) -> None:
+def check_placeholder_counts(text: str, images: Sequence[Any], videos: Sequence[Any]) -> None:
     """Raises a ValueError unless there is one placeholder for each image and video."""
     for kind, given in (("image", images), ("video", videos)):
         wanted = text.count(f"<{kind}>")
         if wanted != len(given):
-            hint = f"write <{kind}> where each belongs" if wanted < len(given) else "each placeholder needs its own"
-            raise ValueError(f"{wanted} <{kind}> in the prompt but {len(given)} {kind}(s) in the row; {hint}")
+            hint = (
+                f"write <{kind}> where each belongs"
+                if wanted < len(given)
+                else "each placeholder needs its own"
+            )
+            raise ValueError(
+                f"{wanted} <{kind}> in the prompt but {len(given)} {kind}(s) in the row; {hint}"
+            )
 
 
-def fill(text: str, queues: dict[str, Iterator[Any]]) -> list[dict[str, Any]]:
+def fill_placeholders(text: str, queues: dict[str, Iterator[Any]]) -> list[dict[str, Any]]:
     """Returns a text's parts, each placeholder replaced by the next of its queue."""
     pieces = [piece for piece in re.split(r"(<image>|<video>)", text) if piece]
     kinds = [piece[1:-1] if piece in ("<image>", "<video>") else "text" for piece in pieces]
-    return [{"type": kind, kind: piece if kind == "text" else next(queues[kind])} for kind, piece in zip(kinds, pieces, strict=True)]
+    return [
+        {"type": kind, kind: piece if kind == "text" else next(queues[kind])}
+        for kind, piece in zip(kinds, pieces, strict=True)
+    ]
 
 
-def lettered(options: Sequence[str]) -> str:
+def format_options(options: Sequence[str]) -> str:
     """Writes options one a line, as "A. red"."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join(
+        f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=False)
+    )
 
 
-def modal(answers: Sequence[str]) -> str:
+def most_frequent(answers: Sequence[str]) -> str:
     """Returns the most frequent answer, the first such when several are."""
     return max(dict.fromkeys(answers), key=list(answers).count)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean X?" when a known word is close, else nothing."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def plain(row: dict[str, Any], *columns: str) -> dict[str, Any]:
+def select_columns(row: dict[str, Any], *columns: str) -> dict[str, Any]:
     """Returns the named columns that are not None, for an example's meta."""
     return {name: row[name] for name in columns if row.get(name) is not None}
 
 
-def text_of(example: Example) -> str:
+def example_text(example: Example) -> str:
     """An example's messages as text."""
-    return "\n".join(flat(turn["content"]) for turn in example.messages)
+    return "\n".join(content_text(turn["content"]) for turn in example.messages)
 
 
-def flat(content: str | list[dict[str, Any]]) -> str:
+def content_text(content: str | list[dict[str, Any]]) -> str:
     """What a turn says, with <image> and <video> where those stand."""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content)
+    return "".join(
+        part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content
+    )

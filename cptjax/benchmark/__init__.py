@@ -1,0 +1,1 @@
+"""Times the phases of a run, beside transformers and torch."""

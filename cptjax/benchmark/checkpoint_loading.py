@@ -1,0 +1,82 @@
+"""The load phase: how fast a checkpoint in several files is read, and in how much host memory.
+
+load_s_per_gb      seconds for each GB of the checkpoint, file cache warm
+load_peak_ratio    by how much the process grew at its largest, over the checkpoint's size; on a CPU the parameters are a part of it
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from cptjax.benchmark.workload import BENCH_SIZES, Workload
+from cptjax.common import console
+from cptjax.models import hf_checkpoint, qwen2_5_vl, trainable
+from cptjax.models.config import read_model_config
+
+
+def process_memory(peak: bool = False) -> int:
+    """Bytes of host memory that this process holds, or held at most."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name = (
+        "VmHWM:" if peak else "VmRSS:"
+    )  # ru_maxrss would count the parent's memory from before exec
+    return (
+        next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith(name)
+        )
+        * 1024
+    )
+
+
+def measure_loading(work: Workload) -> dict[str, float]:
+    """Writes a random checkpoint in several files and has a process of its own load it."""
+    cfg = BENCH_SIZES[work.size]
+    size = trainable.count_params(qwen2_5_vl.declare_params(cfg)) * 2
+    with tempfile.TemporaryDirectory() as folder:
+        free = shutil.disk_usage(folder).free
+        if free < 1.1 * size:
+            raise ValueError(
+                f"the checkpoint takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; point TMPDIR elsewhere"
+            )
+        with console.show_waiting(f"load: writing {size / 1e9:.2f} GB"):
+            hf_checkpoint.write_random_checkpoint(
+                cfg, Path(folder) / "model", shard_bytes=max(size / 5, 1e6)
+            )
+        with console.show_waiting("load: loading"):
+            command = [
+                sys.executable,
+                "-c",
+                f"from cptjax.benchmark import checkpoint_loading as c; c.report_loading({str(Path(folder) / 'model')!r})",
+            ]
+            told = json.loads(
+                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            )
+    return {
+        "load_gb": size / 1e9,
+        "load_s_per_gb": told["load_s"] / size * 1e9,
+        "load_peak_ratio": told.pop("grown") / size,
+        **told,
+    }
+
+
+def report_loading(folder: str) -> None:
+    """What the process of its own does: its time and memory, as JSON."""
+    jax.block_until_ready(jnp.zeros(()))
+    before = process_memory()
+    start = time.perf_counter()
+    jax.block_until_ready(hf_checkpoint.load_hf_checkpoint(folder, read_model_config(folder)))
+    seconds = time.perf_counter() - start
+    peak = process_memory(peak=True)
+    print(json.dumps({"load_s": seconds, "load_peak_gib": peak / 2**30, "grown": peak - before}))

@@ -1,0 +1,89 @@
+"""How fast rows come: the whole data pipeline, from an example to a padded batch, without a model."""
+
+import dataclasses
+import functools
+import io
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cptjax.data import processor
+from cptjax.data.collate import collate_rows
+from cptjax.data.loader import BatchStream
+from cptjax.data.mixture import Mixture
+from cptjax.models.config import PRESETS, VisionConfig
+from cptjax.tasks.synthetic import dataset
+from cptjax.types import Example
+
+
+def measure_data_pipeline(
+    rows: int = 20_000, jpegs: int = 160, workers: int = 0
+) -> dict[str, float]:
+    """Measures the whole pipeline, from drawn example to padded batch: rows a second, and rows a second of one core."""
+    tiny, large = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], vision=VisionConfig())
+    drawn = dataset.make_synthetic_task("bench", "colour", side=64).load("train", limit=rows)
+    words = [
+        processor.load_processor(None, cfg, side * side, side * side)
+        for cfg, side in ((tiny, 64), (large, 448))
+    ]
+    collate = lambda batch: collate_rows([row.value for row in batch], buckets=(64, 512))
+    count, wall, cpu = time_epoch(drawn, functools.partial(_encode, words[0]), collate, workers)
+    photos, _, jpeg = time_epoch(_photos(jpegs), functools.partial(_encode, words[1]), collate, 0)
+    return {
+        "data_rows": count,
+        "data_rows_s": count / wall,
+        "data_rows_s_core": count / cpu,
+        "data_jpeg_448_rows": photos,
+        "data_jpeg_448_rows_s_core": photos / jpeg,
+    }
+
+
+def time_epoch(
+    examples: Sequence[Example], prepare: Callable[[Example], Any], collate: Callable, workers: int
+) -> tuple[int, float, float]:
+    """(rows, seconds, processor seconds of this process) of the whole batches of an epoch after the first; each row is read once."""
+    batch = min(32, len(examples) // 2)
+    steps = len(examples) // batch - 1
+    with BatchStream(
+        Mixture((len(examples),), batch),
+        [examples],
+        prepare,
+        collate=collate,
+        workers=workers,
+        prefetch=1,
+    ) as stream:
+        next(
+            stream
+        )  # the workers have started; the reader begins with the next batch as the clock does
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            next(stream)
+        return steps * batch, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _encode(words: Any, example: Example) -> Any:
+    return words.encode(example.messages)
+
+
+def _photos(n: int) -> list[Example]:
+    """Returns questions about 448 x 448 JPEGs that cost what a photo costs to decode: soft shapes under fine grain."""
+    rng = np.random.default_rng(0)
+    out = []
+    for i in range(n):
+        soft = Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).resize(
+            (448, 448), Image.Resampling.BICUBIC
+        )
+        noise = rng.integers(-12, 13, (448, 448, 3))
+        file = io.BytesIO()
+        Image.fromarray((np.asarray(soft) + noise).clip(0, 255).astype(np.uint8)).save(
+            file, "JPEG", quality=90
+        )
+        content = [
+            {"type": "image", "image": file.getvalue()},
+            {"type": "text", "text": "which colour is it ?"},
+        ]
+        out.append(Example(str(i), [{"role": "user", "content": content}], ""))
+    return out

@@ -1,0 +1,143 @@
+"""What `bench` measures: sizes, numbers and shapes of one call, and random inputs that two sides can share."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from cptjax.models import layers, positions
+from cptjax.models.config import PRESETS, ModelConfig, TextConfig, VisionConfig
+from cptjax.types import Prompts, Vision
+
+BENCH_PHASES = ("load", "data", "rollout", "logp", "sft", "grpo")
+MODEL_PHASES = BENCH_PHASES[2:]
+BENCH_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def small_model(width: int, mlp: int, depth: int, vocab: int, vision: VisionConfig) -> ModelConfig:
+    """A model of 8 heads over 2, with Qwen's shape at a size that a CPU trains."""
+    head, third = width // 8, width // 8 // 16 * 3
+    text = TextConfig(
+        vocab=vocab,
+        width=width,
+        mlp=mlp,
+        depth=depth,
+        heads=8,
+        kv_heads=2,
+        head_dim=head,
+        max_positions=4096,
+        rope_sections=(head // 2 - 2 * third, third, third),
+    )
+    names = ("image_token", "video_token", "vision_start", "vision_end")
+    return ModelConfig(
+        vision, text, **{name: vocab - 1 - i for i, name in enumerate(names)}, eos=(1,), pad=0
+    )
+
+
+BENCH_SIZES: dict[str, ModelConfig] = {
+    "cpu-s": small_model(
+        256, 768, 6, 8192, VisionConfig(depth=4, width=128, mlp=256, heads=4, full_blocks=(1, 3))
+    ),
+    "cpu-m": small_model(
+        512, 1536, 8, 32768, VisionConfig(depth=6, width=192, mlp=512, heads=4, full_blocks=(2, 5))
+    ),
+    "3b": PRESETS["3b"],
+    "7b": PRESETS["7b"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is measured."""
+
+    size: str = "cpu-s"
+    image: int = 112  # pixels of a side
+    prompts: int = 8
+    group: int = 8
+    text: int = 32  # text tokens of a prompt
+    new: int = 64  # tokens of an answer
+    repeat: int = 3
+    micro: int = 0  # rows of one pass in logp and sft; 0 = all
+    dtype: str = "float32"
+    remat: str = "none"
+    chunk: int = 4096  # tokens whose logits are in memory at one time
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def grid(self) -> int:
+        return self.image // 14
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt: text, the image's, and the two around these."""
+        return self.text + self.grid**2 // 4 + 2
+
+
+def check_workload(work: Workload, phases: Sequence[str]) -> None:
+    """Refuse what cannot be measured."""
+    named = [
+        ("size", work.size, BENCH_SIZES),
+        ("dtype", work.dtype, BENCH_DTYPES),
+        ("remat", work.remat, layers.REMAT_POLICIES),
+    ]
+    for name, value, allowed in named + [("phases", phase, BENCH_PHASES) for phase in phases]:
+        if value not in allowed:
+            raise ValueError(
+                f"--{name}={value}: expected {'some' if name == 'phases' else 'one'} of {', '.join(allowed)}"
+            )
+    if not phases:
+        raise ValueError(f"--phases is empty: expected some of {', '.join(BENCH_PHASES)}")
+    if work.image < 28 or work.image % 28:
+        raise ValueError(
+            f"--image={work.image}: expected a multiple of 28 pixels (two patches), at least 28"
+        )
+    if work.micro and work.rows % work.micro:
+        raise ValueError(
+            f"--micro={work.micro}: it must divide the {work.rows} rows (prompts x group)"
+        )
+
+
+def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random prompts [N P], answers [N * G R] and patches [N P C] in the processor's order: the same for us and for the peer."""
+    rng = np.random.default_rng(seed)
+    words = min(cfg.text.vocab, 150_000) - 10
+    text = rng.integers(10, words, (work.prompts, work.text))
+    fill = lambda token, n: np.full((work.prompts, n), token)
+    image = [
+        fill(cfg.vision_start, 1),
+        fill(cfg.image_token, work.grid**2 // 4),
+        fill(cfg.vision_end, 1),
+    ]
+    return {
+        "prompts": np.concatenate([text[:, :4], *image, text[:, 4:]], 1),
+        "answers": rng.integers(10, words, (work.rows, work.new)),
+        "patches": rng.standard_normal(
+            (work.prompts, work.grid**2, cfg.vision.patch_dim), np.float32
+        ),
+    }
+
+
+def equal_rows(tokens: np.ndarray, patches: np.ndarray, cfg: ModelConfig, shards: int) -> Prompts:
+    """Rows of equal shape [B T], each with one square image [B P C]."""
+    (b, t), side = tokens.shape, round(patches.shape[1] ** 0.5)
+    here = tokens[0] == cfg.image_token
+    ids, _ = positions.mrope(here.astype(int), [(1, side, side)], [], cfg.vision)
+    layout = positions.frame_layout(side, side, cfg.vision)
+    real, n = layout.order >= 0, len(layout.order)
+    slots = np.full((b, t), -1, np.int32)
+    slots[:, here] = (
+        np.arange(b)[:, None] % (b // shards) * (n // cfg.vision.merge**2) + layout.units
+    )
+    frame = np.where(real[:, None], patches[:, np.maximum(layout.order, 0)], 0)
+    rows = lambda x: np.broadcast_to(x, (b, *x.shape)).reshape(shards, b // shards, *x.shape)
+    vision = Vision(
+        frame.reshape(shards, b // shards, n, -1),
+        rows(layout.positions),
+        rows(real.astype(np.int32)),
+    )
+    positioned = np.broadcast_to(ids[:, None], (3, b, t))
+    return Prompts(tokens.astype(np.int32), positioned, np.ones((b, t), np.int32), slots, vision)

@@ -1,0 +1,242 @@
+"""The one way an image is opened: whatever it is stored as, an upright RGB picture or one clear line comes back."""
+
+import base64
+import dataclasses
+import io
+import logging
+import math
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cptjax.types import Example
+
+_log = logging.getLogger("cptjax")
+
+# Only formats that decode without an outside program: Pillow's EPS reader would start Ghostscript on a user's file.
+Image.init()
+IMAGE_FORMATS = tuple(
+    f
+    for f in (
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "DIB",
+        "TIFF",
+        "PPM",
+        "ICO",
+        "AVIF",
+        "JPEG2000",
+        "TGA",
+    )
+    if f in Image.OPEN
+)
+MAX_FILE_PIXELS = 89_478_485  # a quarter of a GiB of RGB, Pillow's own warning line
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+
+ImageSource = Any  # PIL.Image | path | bytes | {"bytes", "path"} as datasets stores images | uint8 array [height width 3]
+
+
+def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image:
+    """Opens any image as RGB, upright; a relative path is looked up under `base`; what cannot be opened is a ValueError."""
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "image")
+    if isinstance(source, np.ndarray):
+        return _to_rgb(Image.fromarray(source), "image")
+    stream, name = _open_stream(source, base)
+    try:
+        image = Image.open(stream, formats=IMAGE_FORMATS)
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # a filter of warnings may make it an error
+        raise ValueError(f"{name}: {_too_large_message(str(error))}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{name}: not an image that can be read ({_one_line_reason(error)})"
+        ) from error
+    if image.width * image.height > MAX_FILE_PIXELS:
+        raise ValueError(f"{name}: {_too_large_message(f'{image.width} x {image.height} pixels')}")
+    if (
+        getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+    ):  # an MPO is one photo with a preview beside it
+        _log.warning("%s: an animation of %d frames, the first one is used", name, image.n_frames)
+    try:
+        image.load()
+        return _to_rgb(image, name)
+    except Exception as error:
+        raise ValueError(f"{name}: cut short or corrupt ({_one_line_reason(error)})") from error
+
+
+def find_file(path: str | os.PathLike, base: str | os.PathLike = "") -> Path:
+    """Returns the file that a data row names, looked up under `base` when relative."""
+    text = os.fspath(path)
+    if text.startswith(("http://", "https://", "s3://", "gs://")):
+        raise ValueError(f"{text}: addresses are not fetched; download the file and give its path")
+    found = Path(base, text.removeprefix("file://")).expanduser()
+    # An accented name may be spelled in either normal form: archives made on a Mac hold the decomposed one.
+    for spelling in (
+        str(found),
+        *(unicodedata.normalize(form, str(found)) for form in ("NFC", "NFD")),
+    ):
+        if Path(spelling).is_file():
+            return Path(spelling)
+    raise ValueError(f"{found}: {'a folder, not a file' if found.is_dir() else 'no such file'}")
+
+
+def _open_stream(source: ImageSource, base: str | os.PathLike) -> tuple[Any, str]:
+    """Returns what Pillow opens and the name that messages use."""
+    if isinstance(source, dict):
+        if source.get("bytes"):
+            return io.BytesIO(source["bytes"]), source.get("path") or "image"
+        source = source.get("path") or source.get("image") or ""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source), "image"
+    if isinstance(source, (str, os.PathLike)) and os.fspath(source):
+        text = os.fspath(source)
+        if text.startswith("data:image/"):
+            return io.BytesIO(base64.b64decode(text.partition(",")[2])), "image"
+        path = find_file(text, base)
+        return path, str(path)
+    raise ValueError(f"an image is a path, bytes or a PIL image, but {source!r:.80} came")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Converts every colour mode as a person expects: transparency on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BIT_MODES or image.mode in ("I", "F"):
+        image = _to_eight_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    # A copy even of RGB: the caller owns the pixels and no file stays open.
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    """Scales 16-bit, 32-bit and float grey levels to 0-255 by the range that their mode or content implies."""
+    values = np.asarray(image).astype(np.float64)
+    peak = values.max(initial=0.0)
+    if image.mode in SIXTEEN_BIT_MODES or peak > 255:
+        top = max(65535.0, peak)
+    else:
+        top = 1.0 if image.mode == "F" and peak <= 1 else 255.0
+    return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
+def _too_large_message(what: str) -> str:
+    return f"{what}: more than the {MAX_FILE_PIXELS} pixels allowed; shrink the image"
+
+
+def _one_line_reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # CLIP's
+
+
+DEFAULT_MIN_PIXELS, DEFAULT_MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # transformers' defaults
+
+
+ROTATED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+EXIF_ORIENTATION = 0x0112
+
+
+MAX_ASPECT_RATIO = 200  # of the sides, as in transformers
+
+
+Grid = tuple[int, int, int]  # time, height, width in patches
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How pictures become patches: one setting for training, sampling and evaluation, saved with every checkpoint."""
+
+    min_pixels: int = DEFAULT_MIN_PIXELS
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    patch: int = 14
+    temporal: int = 2
+    merge: int = 2
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    scale: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    def __post_init__(self):
+        least = (self.patch * self.merge) ** 2
+        if not least <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"min_pixels={self.min_pixels} max_pixels={self.max_pixels}; expected {least} <= min_pixels <= max_pixels, "
+                f"as one merged patch has {least} pixels"
+            )
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) after resizing: multiples of a merged patch, area within the limits, nearly the same shape."""
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(
+                f"an image of {width} x {height} pixels is too narrow; the sides may differ {MAX_ASPECT_RATIO} times at most"
+            )
+        unit, sides = self.patch * self.merge, (height, width)
+        h, w = (round(side / unit) * unit for side in sides)
+        if h * w > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in sides)
+        elif h * w < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            h, w = (math.ceil(side * grow / unit) * unit for side in sides)
+        return h, w
+
+    def grid(self, width: int, height: int, frames: int = 1) -> Grid:
+        h, w = self.size(width, height)
+        return -(-frames // self.temporal), h // self.patch, w // self.patch
+
+
+def image_size(source: Any) -> tuple[int, int]:
+    """(width, height) of an image, upright, from its header alone."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, (bytes, bytearray)):
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:"):
+            image = Image.open(find_file(source))
+        else:
+            image = open_image(source)
+        unread = (
+            image.format == "PNG" and "exif" not in image.info
+        )  # Pillow would decode the whole PNG to look for it
+        turned = not unread and image.getexif().get(EXIF_ORIENTATION) in ROTATED_ORIENTATIONS
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        image, turned = open_image(source), False  # which says what is wrong
+    return image.size[::-1] if turned else image.size
+
+
+def example_thumbnail(example: Example, side: int = 160) -> str | None:
+    """The first picture of an example as a data URI; None without one."""
+    found = [
+        p["image"]
+        for m in example.messages
+        if not isinstance(m["content"], str)
+        for p in m["content"]
+        if p["type"] == "image"
+    ]
+    if not found:
+        return None
+    image = open_image(found[0])
+    image.thumbnail((side, side))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""The driver: runs every stage of a config, saves, evaluates, records, resumes."""

@@ -1,0 +1,194 @@
+"""The evaluations of a run: all tasks after each stage, small ones inside a stage, and how they are recorded."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cptjax.common import console
+from cptjax.config import Stage, eval_templates, evaluated_tasks, replayed_tasks
+from cptjax.continual import resume
+from cptjax.continual.open_run import Run
+from cptjax.continual.resume import ResumePoint
+from cptjax.data import model_context
+from cptjax.data.cost import WorkCost
+from cptjax.evaluation import base_kl, evaluate, report, summary
+from cptjax.generation import generate
+from cptjax.models import trainable
+from cptjax.tasks.task import limit_rows
+from cptjax.types import Params
+
+
+def tasks_to_evaluate(current: Run) -> tuple[list[str], list[str]]:
+    """(tasks of the stages, general tasks), each once."""
+    own = evaluated_tasks(current.config, current.stages)
+    return own, [t for t in dict.fromkeys(current.config.eval.general) if t not in own]
+
+
+def select_tasks(current: Run, tasks: Sequence[str], flag: str) -> list[str]:
+    """The tasks that a flag names, or all that are examined where it names none; others are refused."""
+    known = [task for part in tasks_to_evaluate(current) for task in part]
+    if unknown := [t for t in tasks if t not in known]:
+        raise ValueError(
+            f"{flag} names {', '.join(unknown)}; the config evaluates {', '.join(known)}"
+        )
+    return list(tasks) or known
+
+
+def check_remaining_splits(current: Run, place: ResumePoint) -> None:
+    """Every split that is still to be read is looked through, so that a wrong row is told before the first step."""
+    coming = [which for which in current.stages if not place.finished(which.number)]
+    tested = [task for part in tasks_to_evaluate(current) for task in part]
+    for task in tested if coming or not set(tested) <= set(place.done) else ():
+        for template in templates_of_task(current, task):
+            current.examples(task, "test", current.config, template)
+    for which in coming:
+        for task in (*which.tasks, *replayed_tasks(current.stages, which)):
+            current.examples(task, "train", which.config)
+
+
+def eval_sampling(config: ConfigDict) -> generate.SamplingConfig:
+    e, r = config.eval, config.rollout
+    return generate.SamplingConfig(
+        1,
+        e.temperature,
+        max_new_tokens=e.max_new_tokens,
+        check_every=r.check_every,
+        gather=r.gather,
+    )
+
+
+def evaluate_stage(current: Run, number: int, place: ResumePoint) -> None:
+    """Evaluate all tasks after a stage and record its row; tasks recorded before a kill are left out."""
+    done = list(place.done) if place.stage == number else []
+    own, general = tasks_to_evaluate(current)
+    step = current.checkpoints.stage_end(number) if number else 0
+    for task in [t for t in (*own, *general) if t not in done]:
+        evaluate_and_record(current, number, task, shared_eval_columns(current, number, step))
+        done.append(task)
+        resume.write_eval_progress(current, number, done)
+    if current.log:
+        summary.write_summary(current.workdir)
+        console.print_message(format_accuracies(current, number))
+        report.write_report([current.workdir])
+
+
+def format_accuracies(current: Run, number: int) -> str:
+    """An evaluation's accuracies in one line, in percent; of the general tasks the mean."""
+    t = summary.load_evaluations(current.workdir)[1]
+    name = f" {current.stages[number - 1].name}" if number else ""
+    row = {task: 100 * cell.value for (stage, task), cell in t.cells.items() if stage == number}
+    general = [row[task] for task in t.general if task in row]
+    tasks = ", ".join(f"{task} {row[task]:.1f}" for task in t.tasks if task in row)
+    return f"{describe_stage(number)}{name}: {tasks}" + (
+        f"; general {np.mean(general):.1f}" if general else ""
+    )
+
+
+def evaluate_and_record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
+    """One task: under every template, and how far the model has moved on it."""
+    e, began = current.config.eval, time.perf_counter()
+    spent = WorkCost()
+    for i, template in enumerate(templates_of_task(current, task)):
+        exam = evaluate_current_model(
+            current, number, task, template, e.forced_prefix, describe_stage(number)
+        )
+        spent += exam.spent
+        if current.log:
+            current.log.evals(evaluate.eval_rows(exam, about))
+            if i == 0:
+                current.log.predictions(number, evaluate.prediction_rows(exam, about["step"]))
+    moved = base_kl.base_kl_rows(current, number, task, about) if e.drift else []
+    if current.log:
+        current.log.evals(moved)
+        cost = spent.logged() | {"seconds": time.perf_counter() - began}
+        current.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
+
+
+def templates_of_task(current: Run, task: str) -> list[str]:
+    """The templates to ask a task under, each once: a task with a template of its own has that one alone."""
+    c = current.config
+    asked = eval_templates(c, current.stages, task)
+    found = {
+        current.course(task, c, template).template.name: template for template in reversed(asked)
+    }
+    return list(reversed(found.values()))
+
+
+def describe_stage(number: int) -> str:
+    return f"after stage {number}" if number else "before any stage"
+
+
+def evaluate_current_model(
+    current: Run,
+    number: int,
+    task: str,
+    template: str,
+    forced: bool,
+    when: str,
+    mini: int | None = None,
+) -> evaluate.TaskResult:
+    """The current model's answers to a task's test rows, or to the same `mini` of them; their randomness depends on the stage alone."""
+    c = current.config
+    course, examples = (
+        current.course(task, c, template),
+        current.examples(task, "test", c, template),
+    )
+    sheets = current.cached(
+        ("sheets", task, template),
+        lambda: evaluate.EvalPrompts(current.rt, course, examples, c.data.workers),
+    )
+    rows = limit_rows(range(len(sheets.examples)), mini, seed=0).tolist()
+    key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
+    return evaluate.evaluate_task(
+        current.rt,
+        current.params,
+        sheets,
+        rows,
+        sampling=eval_sampling(c),
+        batch=c.eval.batch,
+        key=key,
+        forced=forced,
+        title=f"evaluate {task} {when}",
+    )
+
+
+def evaluate_within_stage(
+    current: Run, which: Stage, trained: Params, frozen: Params, step: int
+) -> dict[str, float]:
+    """The small evaluations after a step of a stage; mean accuracy on the stage's own tasks and on the others."""
+    current.params = trainable.join_params(trained, frozen)
+    began, spent = time.perf_counter(), WorkCost()
+    found: dict[str, list[float]] = {"accuracy": [], "others": []}
+    for task in tasks_to_evaluate(current)[0]:
+        template = templates_of_task(current, task)[0]
+        exam = evaluate_current_model(
+            current, which.number, task, template, False, f"at step {step}", which.config.eval.mini
+        )
+        spent += exam.spent
+        rows = evaluate.eval_rows(exam, shared_eval_columns(current, which.number, step), mini=True)
+        found["accuracy" if task in which.tasks else "others"] += [row["value"] for row in rows]
+        if current.log:
+            current.log.evals(rows)
+    if current.log:
+        cost = spent.logged() | {"seconds": time.perf_counter() - began}
+        current.log.step(which.number, step, {"event": "evaluate", **cost})
+    current.params = None
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def shared_eval_columns(current: Run, number: int, step: int) -> dict[str, Any]:
+    """What all lines of one evaluation share."""
+    e = current.config.eval
+    said = f"{'greedy' if e.temperature == 0 else f'T={e.temperature}'}, {e.max_new_tokens} tokens"
+    name = current.stages[number - 1].name if number else "base"
+    return {
+        "stage": number,
+        "stage_name": name,
+        "step": step,
+        "pixels": model_context.describe_pixel_limits(current.rt),
+        "decoding": said,
+    }

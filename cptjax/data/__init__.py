@@ -1,0 +1,1 @@
+"""From examples to device batches: processor, collation, order of the rows, loader, row checks."""

@@ -1,0 +1,55 @@
+"""Pictures -> patches in the order of Hugging Face's processor; equal to its PIL back end, without torch."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from cptjax.common.images import Grid, ImageSettings
+
+
+def count_image_tokens(grid: Grid, merge: int) -> int:
+    """How many tokens stand for a picture: the only count there is."""
+    return math.prod(grid) // merge**2
+
+
+def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[np.ndarray, Grid]:
+    """RGB frames of one size -> patches [t * h * w, channels * temporal * patch * patch] as bytes, and the grid.
+
+    A still is one frame, shown `temporal` times; so is the last frame of a video that does not fill its patches.
+    """
+    sizes = {frame.size for frame in frames}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"the frames of a video differ in size: {sorted(sizes)[:2]}; resize them to one size"
+        )
+    h, w = pixels.size(*frames[0].size)
+    shown = [
+        np.asarray(f if f.size == (w, h) else f.resize((w, h), pixels.resample)) for f in frames
+    ]
+    shown += [shown[-1]] * (-len(shown) % pixels.temporal)
+    m, p, tp = pixels.merge, pixels.patch, pixels.temporal
+    grid = (len(shown) // tp, h // p, w // p)
+    x = np.stack(shown).reshape(grid[0], tp, grid[1] // m, m, p, grid[2] // m, m, p, 3)
+    return np.ascontiguousarray(x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)).reshape(
+        math.prod(grid), -1
+    ), grid
+
+
+def normalise_patches(patches: np.ndarray, pixels: ImageSettings) -> np.ndarray:
+    """Bytes -> float32, by a table of the 256 values of each channel: the same roundings as transformers at a fraction of the time."""
+    tables = _normalised_levels(pixels)
+    return np.concatenate(
+        [t[part] for t, part in zip(tables, np.split(patches, len(tables), 1), strict=True)], 1
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _normalised_levels(pixels: ImageSettings) -> list[np.ndarray]:
+    values = (np.arange(256, dtype=np.float64) * pixels.scale).astype(np.float32)
+    return [
+        (values - np.float32(mean)) / np.float32(std)
+        for mean, std in zip(pixels.mean, pixels.std, strict=True)
+    ]

@@ -1,0 +1,151 @@
+"""The files of a processor: pixel limits, chat template, what is copied from checkpoint to checkpoint."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cptjax.common import images
+from cptjax.common.images import ImageSettings
+from cptjax.models.config import ModelConfig
+
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+def _read_json_file(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON ({e})") from e
+
+
+def write_processor_files(folder: Path, pixels: ImageSettings, template: str) -> None:
+    """Chat template and pixel limits, over what was copied."""
+    if not (folder / "chat_template.json").is_file():
+        (folder / "chat_template.jinja").write_text(template)
+    limits = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels}
+    limits["size"] = {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}
+    old = _read_json_file(folder / "preprocessor_config.json")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(_hf_image_settings(pixels) | old | limits, indent=2)
+    )
+    newer = folder / "processor_config.json"
+    if newer.is_file():
+        old = _read_json_file(newer)
+        newer.write_text(
+            json.dumps(old | {"image_processor": old.get("image_processor", {}) | limits}, indent=2)
+        )
+
+
+def _hf_image_settings(pixels: ImageSettings) -> dict[str, Any]:
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "rescale_factor": pixels.scale,
+        "resample": pixels.resample,
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+        "patch_size": pixels.patch,
+        "temporal_patch_size": pixels.temporal,
+        "merge_size": pixels.merge,
+    }
+
+
+def copy_processor_files(source: str | Path, folder: str | Path) -> None:
+    """A checkpoint's tokenizer, template and processor files, as far as it has them."""
+    for name in PROCESSOR_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class CopiedProcessor:
+    """Stands in for a Processor where a checkpoint's files are only carried over."""
+
+    source: str | Path
+
+    def save(self, folder: str | Path) -> None:
+        copy_processor_files(self.source, folder)
+
+
+def read_image_settings(
+    folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
+) -> ImageSettings:
+    """The checkpoint's settings with the given limits."""
+    v = cfg.vision
+    own = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
+    raw = {}
+    if folder is not None:
+        raw = _read_json_file(folder / "preprocessor_config.json") or _read_json_file(
+            folder / "processor_config.json"
+        ).get("image_processor", {})
+    for name, expected in own.items():
+        if raw.get(name, expected) != expected:
+            raise ValueError(
+                f"preprocessor_config.json has {name}={raw[name]}; config.json makes it {expected}"
+            )
+    off = [
+        name
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+        if raw.get(name) is False
+    ]
+    if off:
+        raise ValueError(f"preprocessor_config.json has {off[0]}=false; Qwen2.5-VL needs it")
+    size = raw.get("size") or {}
+    least = (v.patch * v.merge) ** 2
+    low = (
+        min_pixels
+        or raw.get("min_pixels")
+        or size.get("shortest_edge")
+        or max(images.DEFAULT_MIN_PIXELS, least)
+    )
+    high = (
+        max_pixels
+        or raw.get("max_pixels")
+        or size.get("longest_edge")
+        or max(images.DEFAULT_MAX_PIXELS, low)
+    )
+    return ImageSettings(
+        low,
+        high,
+        v.patch,
+        v.temporal,
+        v.merge,
+        tuple(raw.get("image_mean") or images.CLIP_MEAN),
+        tuple(raw.get("image_std") or images.CLIP_STD),
+        raw.get("rescale_factor", ImageSettings.scale),
+        raw.get("resample", ImageSettings.resample),
+    )
+
+
+def read_chat_template(folder: Path, own: str | None) -> str:
+    """The processor's template comes before the tokenizer's, which in released checkpoints knows no pictures."""
+    jinja = folder / "chat_template.jinja"
+    found = (
+        jinja.read_text()
+        if jinja.is_file()
+        else _read_json_file(folder / "chat_template.json").get("chat_template") or own
+    )
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{folder} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+        )
+    return found

@@ -1,0 +1,77 @@
+"""Training examples as encoded prompts: alone, with their gold answer, or with a demonstration of it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cptjax.data.collate import EncodedConversation
+from cptjax.data.loader import LoadedRow
+from cptjax.data.model_context import ModelContext
+from cptjax.data.processor import Processor
+from cptjax.tasks.prompted_task import PromptedTask
+from cptjax.types import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedExample:
+    """A training row as it leaves the data pipeline."""
+
+    example: Example
+    encoded: EncodedConversation
+    row: int = -1  # its place in the task's training rows
+
+
+DEMONSTRATION_HINT = (
+    "\n\nHere is how someone answered this well:\n",
+    "\n\nNow answer in your own words.",
+)  # around the demonstration
+
+
+def demonstration_prompt(course: PromptedTask, example: Example) -> list[dict[str, Any]]:
+    """The question with a demonstration behind it, and the request for an answer of one's own."""
+    if not example.target:
+        raise ValueError(
+            f"{example.id}: task {course.name} has no gold answers to demonstrate, which method.objective='distill' needs"
+        )
+    *before, last = course.messages(example)
+    content = (
+        [{"type": "text", "text": last["content"]}]
+        if isinstance(last["content"], str)
+        else list(last["content"])
+    )
+    return [
+        *before,
+        {
+            **last,
+            "content": [
+                *content,
+                {"type": "text", "text": course.gold(example).join(DEMONSTRATION_HINT)},
+            ],
+        },
+    ]
+
+
+def extra_demonstration_tokens(processor: Processor, max_new_tokens: int) -> int:
+    """Tokens by which a demonstrated question may be longer than the question: an answer, and the words around it."""
+    return max_new_tokens + sum(len(processor.ids(part)) for part in DEMONSTRATION_HINT)
+
+
+def make_example_encoder(
+    rt: ModelContext, courses: dict[str, PromptedTask], answered: bool, limit: int
+) -> Callable[[Example], EncodedExample]:
+    """What turns a training example into a row: its prompt, or its prompt and gold answer; safe to send to worker processes."""
+    forms = {name: dataclasses.replace(course, pool=None) for name, course in courses.items()}
+    processor = rt.processor
+
+    def run(example: Example) -> EncodedExample:
+        form = forms[example.task]
+        messages = form.messages(example)
+        if answered:
+            messages = [*messages, {"role": "assistant", "content": form.gold(example)}]
+        return EncodedExample(example, processor.encode(messages, limit=limit))
+
+    return run
+
+
+def unwrap_rows(rows: Sequence[LoadedRow]) -> list[EncodedExample]:
+    return [dataclasses.replace(row.value, row=row.place.index) for row in rows]

@@ -1,0 +1,68 @@
+"""The project's own small tokenizer and chat template, for runs without any checkpoint.
+
+Every text is a sequence of known words and single bytes, so nothing is unknown and decoding gives back the same text.
+A word that ends an answer is one token with or without words before it: the space belongs to the word in front.
+
+    it is red      ->  "it " "is " "red"
+    red            ->  "red"
+"""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Most wanted first: a vocabulary of size n holds the first n - 263 of them. "_" is the space behind a word, "|" the line end.
+TINY_VOCABULARY = """
+    red green blue yellow purple white circle square triangle cross diamond ring yes no top bottom left right middle centre
+    user| assistant| it_ is_ answer_ :_ i_ think_ the_ what_ colour_ shape which_ digit_ it how_ many_ shapes_ are_ there
+    larger left_ plus_ where_ tile_ belongs_ at_ each_ place does_ eat number_ one top_ bottom_ middle_ red_ green_
+    blue_ yellow_ purple_ white_ shape_ minus_ ba de fi go ku la me no_ lor_ mik_ tan_ ves_ rud_ sel_ pon_ zig_
+    apples bread corn dates eggs figs grapes honey ice jam kale lemons mint nuts olives pears quinces rice salt tea
+    beans cheese plums soup fish milk oats peas roots seeds cake leaves system| image_ number colour
+"""
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tiny_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most `size` tokens: the special ones first, then the bytes, then words."""
+    to_byte_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    room = size - len(SPECIAL_TOKENS) - len(alphabet)
+    if room < 0:
+        raise ValueError(
+            f"a vocabulary of {size} is too small; the special tokens and the bytes alone are {size - room}"
+        )
+    words = [word.replace("_", " ").replace("|", "\n") for word in TINY_VOCABULARY.split()][:room]
+    letters = [to_byte_letters.pre_tokenize_str(word)[0][0] for word in words]
+    # The best-scored split wins: as few words as possible, bytes where there is no word, and never a special token.
+    pieces = (
+        [(t, -1e3) for t in SPECIAL_TOKENS]
+        + [(c, -10.0) for c in alphabet]
+        + [(w, -1.0) for w in letters]
+    )
+    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    inner.pre_tokenizer, inner.decoder = to_byte_letters, decoders.ByteLevel()
+    inner.add_special_tokens(list(SPECIAL_TOKENS))
+    end, _, stop, *vision = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=stop,
+        pad_token=end,
+        additional_special_tokens=vision,
+        clean_up_tokenization_spaces=False,
+    )

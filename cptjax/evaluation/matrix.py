@@ -1,0 +1,322 @@
+"""The accuracy matrix R and every number that continual learning reads off it.
+
+R[i, j] is the score on task j after stage i; row 0 is the base model. With A[s] the tasks that stage s trains:
+
+    S         the last stage whose row is complete (of a running or crashed run: so far)
+    first(j)  the first stage with j in A[s]        last(j)  the last such stage up to S: R[last(j), j] is j's "diagonal"
+    old       tasks with last(j) < S: trained, and then left behind. Only these can be forgotten; in a plain sequence they are T-1
+    general   tasks that are evaluated and that no stage trains; a config may name groups of them
+
+Only examined tasks count: what a stage trains and `eval` does not name has no column.
+
+So a task that two stages train is judged from the second on, a joint stage puts several tasks on the diagonal at once,
+and a joint run (one stage) has no old tasks and no forgetting measure. Each number is a mean of small weighted sums of
+cells; a sum with an unmeasured cell is left out, and `terms` says how many went in. Its standard error follows from the
+cells', taken as independent (the same test items at each stage make differences a little surer than stated).
+All scores and differences are fractions of 1; reports show points.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Formula(NamedTuple):
+    text: str
+    better: str  # higher | lower: the direction a reader should wish for
+
+
+FORMULAS = {
+    "avg_acc": Formula("mean over tasks of R[S,j]", "higher"),
+    "base_acc": Formula("mean over tasks of R[0,j]", "higher"),
+    "learned_acc": Formula("mean over trained tasks of R[last(j),j]", "higher"),
+    "learned_gain": Formula(
+        "mean over trained tasks of R[last(j),j] - R[0,j]; what the stages taught, kept or not",
+        "higher",
+    ),
+    "fm_peak": Formula(
+        "mean over old tasks of R[S,j] - max(1<=i<=S) R[i,j]; never above 0, negative = forgetting (paper A)",
+        "higher",
+    ),
+    "fm_peak_all": Formula(
+        "fm_peak with all trained tasks in the mean (divisor T, not T-1); none without an old task",
+        "higher",
+    ),
+    "fm_diagonal": Formula(
+        "mean over old tasks of R[S,j] - R[last(j),j]; negative = forgetting", "higher"
+    ),
+    "bwt": Formula(
+        "backward transfer, the same as fm_diagonal: mean over old tasks of R[S,j] - R[last(j),j]",
+        "higher",
+    ),
+    "forgetting": Formula(
+        "mean over old tasks of max(1<=i<S) R[i,j] - R[S,j]; positive = forgetting (Chaudhry)",
+        "lower",
+    ),
+    "fwt": Formula(
+        "mean over tasks with first(j) > 1 of R[first(j)-1,j] - R[0,j]; reference = base zero-shot",
+        "higher",
+    ),
+    "maa": Formula(
+        "mean over stages 1..S of the mean over tasks trained so far of R[i,j]", "higher"
+    ),
+    "intransigence": Formula(
+        "mean over trained tasks of joint[j] - R[last(j),j]; positive = learned less than joint training",
+        "lower",
+    ),
+    "gain": Formula("mean over trained tasks of R[S,j] - R[0,j] (paper C)", "higher"),
+    "general_delta": Formula("mean over general tasks of R[S,j] - R[0,j]", "higher"),
+    "drop": Formula(
+        "mean over general tasks of R[0,j] - R[S,j]; positive = forgetting (paper C's non-target tasks)",
+        "lower",
+    ),
+    "fm_forced": Formula(
+        "fm_diagonal of answers after the forced prefix: forgetting that is not format", "higher"
+    ),
+    "general_delta_forced": Formula(
+        "general_delta of answers after the forced prefix: change that is not format", "higher"
+    ),
+    "kl_new": Formula(
+        "mean over tasks of stage S of KL(base || now) per token on their prompts", "lower"
+    ),
+    "kl_old": Formula(
+        "mean over old and general tasks of KL(base || now) per token on their prompts", "lower"
+    ),
+}
+FORMAT_SHARE = Formula(
+    "1 - forced-prefix loss / loss, each the mean over old and general tasks; not stated where loss < 2 points",
+    "",
+)
+
+
+class Cell(NamedTuple):
+    value: float
+    stderr: float = math.nan
+    n: int = 0
+
+
+Cells = dict[tuple[int | str, str], Cell]  # (row, task); the row of a joint run is called "joint"
+CellWeights = dict[tuple[int | str, str], float]  # weights of cells
+NO_CELL = Cell(math.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyTable:
+    """All evaluations of one run: the tasks each stage trains, and what was measured."""
+
+    stages: tuple[tuple[str, ...], ...]
+    cells: Cells
+    forced: Cells = dataclasses.field(default_factory=dict)
+    drift: Cells = dataclasses.field(default_factory=dict)
+    inside: tuple[
+        tuple[int, int, str, float], ...
+    ] = ()  # (stage, step, task, accuracy) within stages, fixed small sets
+    examined: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # of general tasks, by the config's names
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        trained = dict.fromkeys(task for stage in self.stages for task in stage)
+        return tuple(task for task in trained if self.examined is None or task in self.examined)
+
+    @property
+    def general(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(task for _, task in self.cells if task not in self.tasks))
+
+    @property
+    def final(self) -> int:
+        """S: the last complete row; the last row with anything where none after the base is complete."""
+        rows = [
+            i
+            for i in range(1, len(self.stages) + 1)
+            if any((i, t) in self.cells for t in self.tasks)
+        ]
+        whole = [i for i in rows if all((i, t) in self.cells for t in self.tasks)]
+        return (whole or rows or [0])[-1]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.stages) and self.final == len(self.stages) and not self.missing(base=False)
+
+    def missing(self, base: bool = True) -> list[tuple[int, str]]:
+        """Returns the cells up to S, or the end of the schedule, that have no value."""
+        return [
+            (i, t)
+            for i in range(0 if base else 1, len(self.stages) + 1)
+            for t in self.tasks
+            if (i, t) not in self.cells
+        ]
+
+    def first(self, task: str) -> int:
+        return next((i for i, stage in enumerate(self.stages, 1) if task in stage), 0)
+
+    def last(self, task: str) -> int:
+        return max(
+            (i for i, stage in enumerate(self.stages[: self.final], 1) if task in stage), default=0
+        )
+
+    def trained(self) -> list[str]:
+        return [t for t in self.tasks if self.last(t)]
+
+    def old(self) -> list[str]:
+        return [t for t in self.trained() if self.last(t) < self.final]
+
+    def peak(self, task: str, upto: int) -> int:
+        """Returns the stage of 1..upto at which the task scored best, the earliest of equals."""
+        rows = [i for i in range(1, upto + 1) if (i, task) in self.cells]
+        return max(rows, key=lambda i: self.cells[i, task].value, default=self.final)
+
+    def array(self) -> np.ndarray:
+        """Returns R, [stages + 1, tasks], NaN where nothing was measured."""
+        return np.array(
+            [
+                [self.cells.get((i, t), NO_CELL).value for t in self.tasks]
+                for i in range(len(self.stages) + 1)
+            ]
+        )
+
+
+def add_cell_weights(*terms: tuple[float, int | str, str]) -> CellWeights:
+    total: CellWeights = {}
+    for weight, row, task in terms:
+        total[row, task] = total.get((row, task), 0.0) + weight
+    return total
+
+
+def mean_of_sums(sums: Sequence[CellWeights], cells: Mapping) -> dict[str, Any]:
+    """Averages those sums whose cells are all known; returns value, stderr, 95 % interval, and how many went in."""
+    known = [s for s in sums if all(key in cells for key in s)]
+    weights = add_cell_weights(*((w / len(known), *key) for s in known for key, w in s.items()))
+    if not known:
+        return {"value": None, "stderr": None, "ci95": None, "terms": 0}
+    value = math.fsum(w * cells[key].value for key, w in weights.items())
+    # a weight of 0 (the peak is the last row) takes its cell out of the error too
+    error = math.sqrt(math.fsum((w * cells[key].stderr) ** 2 for key, w in weights.items() if w))
+    error = error if math.isfinite(error) else None
+    interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
+    return {"value": value, "stderr": error, "ci95": interval, "terms": len(known)}
+
+
+def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
+    """States each number of `formulas` as weighted sums of cells of the accuracy table."""
+    S, old, trained = t.final, t.old(), t.trained()
+    seen = {
+        i: [j for j in t.tasks if 1 <= t.first(j) <= i and (i, j) in t.cells]
+        for i in range(1, S + 1)
+    }
+    since_base = lambda tasks: [add_cell_weights((1, S, j), (-1, 0, j)) for j in tasks if S]
+    to_peak = lambda j: add_cell_weights((1, S, j), (-1, t.peak(j, S), j))
+    to_diagonal = [add_cell_weights((1, S, j), (-1, t.last(j), j)) for j in old]
+    return {
+        "avg_acc": [add_cell_weights((1, S, j)) for j in t.tasks],
+        "base_acc": [add_cell_weights((1, 0, j)) for j in t.tasks],
+        "learned_acc": [add_cell_weights((1, t.last(j), j)) for j in trained],
+        "learned_gain": [add_cell_weights((1, t.last(j), j), (-1, 0, j)) for j in trained],
+        "fm_peak": [to_peak(j) for j in old],
+        "fm_peak_all": [to_peak(j) for j in trained if old],
+        "fm_diagonal": to_diagonal,
+        "bwt": to_diagonal,
+        "forgetting": [add_cell_weights((1, t.peak(j, S - 1), j), (-1, S, j)) for j in old],
+        "fwt": [
+            add_cell_weights((1, t.first(j) - 1, j), (-1, 0, j))
+            for j in t.tasks
+            if 1 < t.first(j) <= S + 1
+        ],
+        "maa": [
+            add_cell_weights(*((1 / len(js), i, j) for j in js)) for i, js in seen.items() if js
+        ],
+        "intransigence": [add_cell_weights((1, "joint", j), (-1, t.last(j), j)) for j in trained],
+        "gain": since_base(trained),
+        "general_delta": since_base(t.general),
+        "drop": [{key: -w for key, w in s.items()} for s in since_base(t.general)],
+        **{name: since_base(tasks) for name, tasks in t.groups.items()},
+    }
+
+
+def formulas_of_table(t: AccuracyTable) -> dict[str, Formula]:
+    """FORMULAS, and two more for each group of general tasks."""
+    found = dict(FORMULAS)
+    for name, tasks in t.groups.items():
+        found[name] = Formula(f"mean over {', '.join(tasks)} of R[S,j] - R[0,j]", "higher")
+        found[f"{name}_forced"] = Formula(
+            f"{name} of answers after the forced prefix: change that is not format", "higher"
+        )
+    return found
+
+
+def forgetting_metrics(
+    t: AccuracyTable, joint: AccuracyTable | None = None
+) -> dict[str, dict[str, Any]]:
+    """Computes every number of `formulas`; formula and wished-for direction travel with each."""
+    final = (
+        {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final}
+        if joint and joint.final
+        else {}
+    )
+    parts = formula_sums(t)
+    found = {name: mean_of_sums(part, t.cells | final) for name, part in parts.items()}
+    found["fm_forced"] = mean_of_sums(parts["fm_diagonal"], t.forced)
+    found |= {
+        f"{name}_forced": mean_of_sums(parts[name], t.forced)
+        for name in ("general_delta", *t.groups)
+    }
+    now = t.stages[t.final - 1] if t.final else ()
+    found["kl_new"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in now], t.drift)
+    found["kl_old"] = mean_of_sums(
+        [add_cell_weights((1, t.final, j)) for j in [*t.old(), *t.general]], t.drift
+    )
+    return {
+        name: {**found[name], "formula": f.text, "better": f.better}
+        for name, f in formulas_of_table(t).items()
+    }
+
+
+def measure_format_share(t: AccuracyTable) -> dict[str, Any]:
+    """Splits the loss on old and general tasks into format (gone once the prefix is forced) and the rest."""
+    kept = {"formula": FORMAT_SHARE.text, "better": FORMAT_SHARE.better}
+    pairs = [(t.last(j), j) for j in t.old()] + [(0, j) for j in t.general]
+    pairs = [
+        (i, j)
+        for i, j in pairs
+        if all(key in cells for key in ((i, j), (t.final, j)) for cells in (t.cells, t.forced))
+    ]
+    if not pairs or not t.final:
+        return {"value": None, "loss": None, "loss_forced": None, "terms": 0, **kept}
+    loss, forced = (
+        float(np.mean([c[i, j].value - c[t.final, j].value for i, j in pairs]))
+        for c in (t.cells, t.forced)
+    )
+    share = float(np.clip(1 - forced / loss, 0, 1)) if loss >= 0.02 else None
+    return {"value": share, "loss": loss, "loss_forced": forced, "terms": len(pairs), **kept}
+
+
+def per_stage_metrics(t: AccuracyTable) -> list[dict[str, Any]]:
+    """Returns for each stage: gain on its tasks and drop on all others (paper C, from the stage's start), loss so far, KL."""
+    rows = []
+    for s, tasks in enumerate(t.stages, 1):
+        change = lambda j, i, s=s: add_cell_weights((1, i, j), (-1, s, j))
+        others = [j for j in (*t.tasks, *t.general) if j not in tasks]
+        before = {
+            j: max((i for i, a in enumerate(t.stages[: s - 1], 1) if j in a), default=0)
+            for j in others
+        }
+        lost = [change(j, i) for j, i in before.items() if i or j in t.general]
+        values = {
+            "gain": mean_of_sums(
+                [add_cell_weights((1, s, j), (-1, s - 1, j)) for j in tasks], t.cells
+            )["value"],
+            "drop": mean_of_sums([change(j, s - 1) for j in others], t.cells)["value"],
+            "loss": mean_of_sums(lost, t.cells)["value"],
+            "kl_new": mean_of_sums([add_cell_weights((1, s, j)) for j in tasks], t.drift)["value"],
+            "kl_old": mean_of_sums(
+                [add_cell_weights((1, s, j)) for j in others if before[j] or j in t.general],
+                t.drift,
+            )["value"],
+        }
+        rows.append({"stage": s, "tasks": list(tasks), **values})
+    return rows

@@ -1,0 +1,1 @@
+"""Rollouts on the training mesh: sampler, decode pool, token sampling, rollout weights."""

@@ -1,0 +1,55 @@
+"""Arithmetic of the model counted by hand: one multiply-add is two, causal attention counts half, recomputation does not count."""
+
+from cptjax.models.config import ModelConfig
+
+
+def text_forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> float:
+    """Plain rows of `length` tokens, logits for `scored` tokens of each."""
+    return rows * (
+        length * _per_token(cfg)
+        + _per_pair(cfg) * length * (length + 1) / 2
+        + scored * _per_logits(cfg)
+    )
+
+
+def group_forward_flops(
+    cfg: ModelConfig, prompts: int, prompt: int, group: int, response: int
+) -> float:
+    """Prompts shared by their responses: the prompt's work is done once."""
+    tokens = prompt + group * response
+    pairs = prompt * (prompt + 1) / 2 + group * response * (prompt + (response + 1) / 2)
+    return prompts * (
+        tokens * _per_token(cfg) + _per_pair(cfg) * pairs + group * response * _per_logits(cfg)
+    )
+
+
+def decode_flops(cfg: ModelConfig, prompts: int, prompt: int, group: int, steps: int) -> float:
+    """`steps` tokens for each of the group's rows, after the prefill."""
+    pairs = steps * prompt + steps * (steps + 1) / 2
+    return prompts * group * (steps * (_per_token(cfg) + _per_logits(cfg)) + _per_pair(cfg) * pairs)
+
+
+def vision_forward_flops(cfg: ModelConfig, patches: int, frame: int) -> float:
+    """`patches` slots in all, frames of `frame` slots each."""
+    v, d = cfg.vision, cfg.vision.width
+    block = 2 * (4 * d * d + 3 * d * v.mlp)
+    full = len(v.full_blocks)
+    mixing = 4 * d * (full * frame + (v.depth - full) * v.window_slots)
+    wide = d * v.merge**2
+    merger = 2 * (wide * wide + wide * cfg.text.width) / v.merge**2
+    return patches * (2 * v.patch_dim * d + v.depth * block + mixing + merger)
+
+
+def _per_token(cfg: ModelConfig) -> float:
+    t = cfg.text
+    attention = t.width * t.head_dim * (2 * t.heads + 2 * t.kv_heads)
+    return 2 * t.depth * (attention + 3 * t.width * t.mlp)
+
+
+def _per_pair(cfg: ModelConfig) -> float:
+    """Scores and mixing for one query-key pair, over all layers."""
+    return 4 * cfg.text.depth * cfg.text.heads * cfg.text.head_dim
+
+
+def _per_logits(cfg: ModelConfig) -> float:
+    return 2 * cfg.text.width * cfg.text.vocab

@@ -1,0 +1,101 @@
+"""Where every patch and token stands. Host numpy: nothing here is traced, so image sizes never reach the compiler."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from cptjax.models.config import VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameLayout:
+    """One frame in window order.
+
+    A frame of 4 x 6 merge units with windows of 4 x 4 units fills two windows, the second one half empty:
+
+        units in text order          windows (each row one window of 16 slots, four slots a unit)
+         0  1  2  3 |  4  5          0 1 2 3  6 7 8 9  12 13 14 15  18 19 20 21
+         6  7  8  9 | 10 11          4 5 10 11  16 17 22 23  - - - -  - - - -
+        12 13 14 15 | 16 17
+        18 19 20 21 | 22 23
+    """
+
+    order: (
+        np.ndarray
+    )  # [slots] which of the frame's patches (processor order) stands here; -1 = empty
+    positions: np.ndarray  # [slots 2] row and column of the patch
+    units: (
+        np.ndarray
+    )  # [h * w / merge^2] the unit slot (slot // merge^2) of each merged token, in text order
+
+
+@functools.lru_cache(maxsize=4096)
+def frame_layout(h: int, w: int, cfg: VisionConfig) -> FrameLayout:
+    """The window order of a frame of h x w patches."""
+    m, side = cfg.merge, cfg.window // cfg.patch // cfg.merge
+    if h % m or w % m:
+        raise ValueError(f"a frame of {h} x {w} patches cannot be merged {m} x {m}")
+    uh, uw = h // m, w // m
+    wh, ww = -(-uh // side), -(-uw // side)
+    grid = np.full((wh * side, ww * side), -1, np.int32)
+    grid[:uh, :uw] = np.arange(uh * uw, dtype=np.int32).reshape(uh, uw)
+    windows = grid.reshape(wh, side, ww, side).transpose(0, 2, 1, 3).reshape(wh * ww, side * side)
+    packed = np.full_like(windows, -1)
+    for row, window in zip(packed, windows, strict=True):
+        row[: (window >= 0).sum()] = window[window >= 0]
+    unit = packed.reshape(-1)
+    order = (
+        np.where(unit[:, None] < 0, -1, unit[:, None] * m * m + np.arange(m * m, dtype=np.int32))
+        .reshape(-1)
+        .astype(np.int32)
+    )
+    units = np.empty(uh * uw, np.int32)
+    units[unit[unit >= 0]] = np.flatnonzero(unit >= 0)
+    row, col = np.divmod(np.maximum(order, 0) // (m * m), uw)
+    within = np.maximum(order, 0) % (m * m)
+    positions = np.stack([row * m + within // m, col * m + within % m], -1) * (order >= 0)[:, None]
+    return FrameLayout(order, positions.astype(np.int32), units)
+
+
+def mrope(
+    types: np.ndarray,
+    grids: list[tuple[int, int, int]],
+    seconds_per_grid: list[float],
+    cfg: VisionConfig,
+) -> tuple[np.ndarray, int]:
+    """Time, height and width ids [3 T] of a row, and the id of the next text token.
+
+    types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance; `seconds_per_grid` has one
+    entry per video. Text - a 2 x 2-unit image - text:
+
+        token    a b i i i i c d
+        time     0 1 2 2 2 2 4 5
+        height   0 1 2 2 3 3 4 5
+        width    0 1 2 3 2 3 4 5
+    """
+    out, start, at = np.empty((3, len(types)), np.int32), 0, 0
+    seconds, todo = iter(seconds_per_grid), iter(grids)
+    while at < len(types):
+        kind = int(types[at])
+        if kind == 0:
+            n = int(np.argmax(types[at:] != 0)) or len(types) - at
+            out[:, at : at + n] = np.arange(start, start + n)
+            start += n
+        else:
+            t, h, w = next(todo)
+            h, w = h // cfg.merge, w // cfg.merge
+            n = t * h * w
+            # transformers multiplies in float32 and truncates
+            step = (
+                np.float32(cfg.tokens_per_second) * np.float32(next(seconds))
+                if kind == 2
+                else np.float32(1)
+            )
+            times = (np.arange(t, dtype=np.float32) * step).astype(np.int32)
+            ids = times[:, None, None], np.arange(h)[:, None], np.arange(w)
+            for row, each in zip(out[:, at : at + n], ids, strict=True):
+                row.reshape(t, h, w)[...] = start + each
+            start += max(h, w)
+        at += n
+    return out, int(out.max()) + 1 if out.size else 0

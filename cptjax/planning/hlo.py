@@ -1,0 +1,328 @@
+"""Compiled programs read from their text: what runs how often, and every transfer with its mesh axis; the compiler's own reports.
+
+XLA's own `cost_analysis` counts a loop's body once, whatever its trip count. Here a loop counts as often as its text says, or as
+its condition compares with one constant; a loop whose end depends on data counts `dynamic` times, and inside another such loop once.
+The branches of a conditional count in equal parts.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+DTYPE_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
+COLLECTIVE_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+_head = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
+_line = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+SHAPE_PATTERN = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
+_operand = re.compile(r"%([\w.\-]+)")
+_called = re.compile(
+    r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation|false_computation)=\{?([%\w.\-, ]+)"
+)
+_trip = re.compile(r'known_trip_count"?:\s*\{\s*"n":\s*"(\d+)"')
+_groups = re.compile(
+    r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^\]]*\] ?\{[^}]*\})"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All transfers of one kind over one mesh axis in a run of the program, per device."""
+
+    kind: str
+    axis: str
+    size: int  # members of a group
+    bytes: float  # of the whole array: what an all-gather puts out, what a reduce-scatter takes in
+    calls: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    op: str
+    rest: str
+    root: bool = False
+
+    @functools.cached_property
+    def operands(self) -> list[str]:
+        """Names of what it reads; attributes follow the closing bracket."""
+        return _operand.findall(_within(self.rest))
+
+
+def _within(rest: str) -> str:
+    """What stands before the bracket that closes the operand list."""
+    depth = 1
+    for i, c in enumerate(rest):
+        depth += (c == "(") - (c == ")")
+        if not depth:
+            return rest[:i]
+    return rest
+
+
+Computations = dict[str, list[Instruction]]
+
+
+def parse_hlo(text: str) -> tuple[Computations, str]:
+    """Computations by name, and the entry's name."""
+    computations: Computations = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        stripped = line.rstrip()
+        if (
+            stripped.endswith("{")
+            and not stripped.startswith(" ")
+            and (head := _head.match(stripped))
+        ):
+            current = computations.setdefault(head[1], [])
+            entry = head[1] if stripped.startswith("ENTRY") else entry
+        elif current is not None and (found := _line.match(stripped)):
+            root, *parts = found.groups()
+            current.append(Instruction(*parts, bool(root)))
+    return computations, entry
+
+
+def called_computations(i: Instruction) -> list[str]:
+    """Computations that an instruction runs, a loop's condition left out."""
+    if i.op.endswith(("-update", "-done")):
+        return []  # counted where it starts
+    return [
+        name
+        for names in _called.findall(i.rest)
+        for name in names.replace("%", "").replace(" ", "").split(",")
+        if name
+    ]
+
+
+def loop_trips(loop: Instruction, computations: Computations) -> int | None:
+    """How often a loop runs; None where that depends on data."""
+    if known := _trip.search(loop.rest):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    body = list(computations.get(condition[1], ())) if condition else []
+    for i in list(body):
+        body += [j for name in called_computations(i) for j in computations.get(name, ())]
+    compares = [i for i in body if i.op == "compare"]
+    whole = (i for i in body if i.op == "constant" and i.shape.startswith(("s32[]", "u32[]")))
+    constants = [int(n[0]) for i in whole if (n := re.match(r"\d+", i.rest))]
+    if (
+        len(compares) != 1
+        or len(constants) != 1
+        or any(i.op in ("and", "or", "reduce") for i in body)
+    ):
+        return None
+    return -(
+        -(constants[0] + ("direction=LE" in compares[0].rest)) // _stride(loop, body, computations)
+    )
+
+
+def _stride(loop: Instruction, condition: list[Instruction], computations: Computations) -> int:
+    """What a turn adds to the counter that the condition reads: unrolled loops add more than one."""
+    place = next(
+        (
+            int(n[1])
+            for i in condition
+            if i.op == "get-tuple-element" and (n := re.search(r"index=(\d+)", i.rest))
+        ),
+        None,
+    )
+    name = re.search(r"body=%?([\w.\-]+)", loop.rest)
+    body = {i.name: i for i in computations.get(name[1], ())} if name else {}
+    root = next((i for i in body.values() if i.root), None)
+    if place is None or root is None or root.op != "tuple":
+        return 1
+    step = body[root.operands[place]]
+    near = [body[o] for o in step.operands] + [
+        j for c in called_computations(step) for j in computations.get(c, ())
+    ]
+    found = [int(n[0]) for i in near if i.op == "constant" and (n := re.match(r"\d+", i.rest))]
+    return max(found[0], 1) if len(found) == 1 else 1
+
+
+def run_counts(computations: Computations, entry: str, dynamic: float = 1.0) -> dict[str, float]:
+    """How often each computation runs."""
+    runs = dict.fromkeys(computations, 0.0)
+
+    def visit(name: str, times: float, dynamic: float) -> None:
+        runs[name] += times
+        for i in computations[name]:
+            inside, within = times, dynamic
+            if i.op == "while" and (n := loop_trips(i, computations)) is not None:
+                inside *= n
+            elif i.op == "while":
+                inside, within = times * dynamic, 1.0
+            called = [c for c in called_computations(i) if c in computations]
+            for callee in called:
+                visit(callee, inside / len(called) if i.op == "conditional" else inside, within)
+
+    visit(entry, 1.0, dynamic)
+    return runs
+
+
+def shape_bytes(shape: str, only_main: bool = False) -> int:
+    """Bytes of a shape, or of a tuple of shapes; `only_main`: without what a TPU keeps in its vector memory (layout S(n))."""
+    found = (x for x in SHAPE_PATTERN.findall(shape) if not (only_main and "S(" in x[2]))
+    return sum(
+        DTYPE_BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n)
+        for kind, sizes, _ in found
+    )
+
+
+def array_dims(shape: str) -> list[int]:
+    """Sizes of the first array of a shape."""
+    return [int(d) for d in SHAPE_PATTERN.search(shape)[2].split(",") if d]
+
+
+def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collective]:
+    """Every kind of transfer with its mesh axis, the largest first."""
+    computations, entry = parse_hlo(text)
+    runs = run_counts(computations, entry, dynamic)
+    total: dict[tuple[str, str, int], list[float]] = {}
+    chains: set[str] = set()
+    for name, instructions in computations.items():
+        for i in instructions if runs[name] else ():
+            chain = re.search(
+                r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest
+            )  # a transfer spread over several fused groups
+            if (found := _transfer(i, name, mesh)) is None or (chain and chain[0] in chains):
+                continue
+            chains |= {chain[0]} if chain else set()
+            bill = total.setdefault(found[:3], [0.0, 0.0])
+            bill[0] += found[3] * runs[name]
+            bill[1] += runs[name]
+    return [
+        Collective(*key, *value)
+        for key, value in sorted(total.items(), key=lambda item: -item[1][0])
+    ]
+
+
+def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, int, float] | None:
+    """(kind, axis, members, bytes) of an instruction that sends something, else None."""
+    if across := re.search(
+        r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest
+    ):  # between slices, through the hosts
+        kind = across[1].lower().replace("_", "-")
+        if i.op != ("recv" if kind == "all-gather" else "send"):
+            return None
+        slices = len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
+        return kind, "data", slices, float(shape_bytes(SHAPE_PATTERN.search(i.shape)[0]))
+    kind = i.op.removesuffix("-start")
+    if kind not in COLLECTIVE_KINDS:
+        return None
+    group = _first_group(i.rest)
+    volume = _volume(i, kind, len(group))
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # so the TPU compiler writes it
+    return kind, _axis(group, mesh), len(group), volume
+
+
+def _volume(i: Instruction, kind: str, members: int) -> float:
+    """Bytes of the whole array; an asynchronous start shows what goes in beside what comes out."""
+    volume = float(shape_bytes(i.shape))
+    if i.op == "all-gather-start":
+        return volume * members / (members + 1)
+    if i.op == "collective-permute-start":
+        return volume / 2
+    return volume * members if kind == "reduce-scatter" else volume
+
+
+def _first_group(rest: str) -> tuple[int, ...]:
+    found = _groups.search(rest)
+    if not found:
+        pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
+        moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
+        return next(((int(a), int(b)) for a, b in moved if a != b), (0,))
+    if found[1].startswith("{{"):
+        return tuple(int(d) for d in found[1][2:].split("}")[0].split(",") if d)
+    if found[1].startswith("mesh["):
+        return _named_group(found[1])
+    shape, rest_ = found[1].split("<=")
+    sizes = [int(d) for d in re.search(r"\[([\d,]+)\]", rest_)[1].split(",")]
+    order = re.search(r"T\(([\d,]+)\)", rest_)
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    ids = ids.transpose([int(d) for d in order[1].split(",")]) if order else ids
+    return tuple(ids.reshape([int(d) for d in shape.strip("[]").split(",")])[0].tolist())
+
+
+def _named_group(text: str) -> tuple[int, ...]:
+    """mesh['a'=16,'b'=4] {'a'}: the devices along the named axes."""
+    axes, chosen = text.split("]", 1)
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+    names = re.findall(r"'([^']+)'", chosen)
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    return tuple(ids[tuple(slice(None) if a in names else 0 for a in sizes)].reshape(-1).tolist())
+
+
+def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
+    """The mesh axes along which these devices lie; they are numbered as in the mesh's device order."""
+    at = np.stack(np.unravel_index(group, mesh.devices.shape))
+    moved = [
+        a for a, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1
+    ]
+    return "+".join(moved) or "none"
+
+
+def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
+    """The largest buffers (bytes, what lies there) of the TPU compiler's memory report."""
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    main = report.split("Memory Space:")[1] if "Memory Space:" in report else report
+    found = re.findall(
+        r"^ *[\d.]+\w+\( *\d+%\); +([\d.]+)([KMG]?i?B); +\d+; +\d+; (.*)$", main, re.M
+    )
+    return [(float(n) * units[unit], what) for n, unit, what in found[:count]]
+
+
+def read_compiler_dump(folder: str) -> tuple[str, str]:
+    """What the TPU compiler wrote there: the largest program's text, and its report of buffers."""
+    texts = sorted(
+        Path(folder).glob("*.after_optimizations.txt"), key=lambda path: -path.stat().st_size
+    )
+    if not texts:
+        return "", ""
+    report = texts[0].with_name(
+        texts[0].name.replace(
+            "after_optimizations.txt", "after_optimizations-memory-usage-report.txt"
+        )
+    )
+    return texts[0].read_text(), report.read_text() if report.is_file() else ""
+
+
+def read_buffer_sizes(folder: str) -> dict[str, float]:
+    """Sizes from the TPU compiler's assignment of buffers, once it and the program's text are written; {} before."""
+    done = list(Path(folder).glob("module_0000*.after_optimizations_after_buffer_assignment.txt"))
+    lists = list(Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt"))
+    if not done or not lists:
+        return {}
+    out = dict.fromkeys(("arguments", "outputs", "donated", "temporaries"), 0.0)
+    for n, kind in re.findall(r"^allocation \d+: size (\d+),(.*):$", lists[0].read_text(), re.M):
+        given, back = " parameter " in kind, "maybe-live-out" in kind
+        out["arguments"] += int(n) * given
+        out["outputs"] += int(n) * back
+        out["donated"] += int(n) * (given and back)
+        out["temporaries"] += int(n) * ("preallocated-temp" in kind and "color" not in kind)
+    return out

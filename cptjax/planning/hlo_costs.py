@@ -1,0 +1,178 @@
+"""What a compiled program costs a device: arithmetic and memory traffic, loops counted as often as they run."""
+
+import math
+import re
+
+import numpy as np
+
+from cptjax.planning import hlo
+
+
+def count_flops(text: str, dynamic: float = 1.0) -> float:
+    """Multiply-adds, each counted as two, of all matrix products that one device does; recomputed ones as often as they are done."""
+    computations, entry = hlo.parse_hlo(text)
+    runs = hlo.run_counts(computations, entry, dynamic)
+    return sum(
+        runs[name] * sum(_flops(i, _shapes(found)) for i in found)
+        for name, found in computations.items()
+        if runs[name]
+    )
+
+
+def _shapes(instructions: list[hlo.Instruction]) -> dict[str, str]:
+    return {i.name: i.shape for i in instructions}
+
+
+def _flops(i: hlo.Instruction, shapes: dict[str, str]) -> float:
+    if i.op == "dot":
+        left = hlo.array_dims(shapes[i.operands[0]])
+        over = [
+            int(d)
+            for d in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1].split(",")
+            if d
+        ]
+        return 2.0 * math.prod(hlo.array_dims(i.shape)) * math.prod(left[d] for d in over)
+    if i.op == "convolution":
+        return _convolution(
+            i, hlo.array_dims(shapes[i.operands[0]]), hlo.array_dims(shapes[i.operands[1]])
+        )
+    if i.op == "custom-call" and "splash" in i.name:
+        return _splash(i)
+    if i.op == "custom-call" and "__cudnn$fmha" in i.rest:
+        return _cudnn(i, [hlo.array_dims(shapes[o]) for o in i.operands[:3]])
+    return 0.0
+
+
+def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float:
+    """A TPU's matrix product: batch axes are windows of which one position counts each."""
+    names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    lhs, rhs, out = (names[n] for n in (1, 2, 3))
+    outer = math.prod(
+        d for d, name in zip(hlo.array_dims(i.shape), out, strict=True) if name in "bf"
+    )
+    inner = right[rhs.index("i")]
+    window = re.search(r"window=\{([^}]*)\}", i.rest)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sorted(name for name in out if name.isdigit())
+    every = lambda name, default: (
+        fields[name].split("x") if name in fields else [default] * len(spatial)
+    )
+    pairs = 1
+    settings = (
+        every("pad", "0_0"),
+        every("stride", "1"),
+        every("lhs_dilate", "1"),
+        every("rhs_dilate", "1"),
+    )
+    for axis, pad, stride, spread, gap in zip(spatial, *settings, strict=True):
+        o, k = (
+            np.arange(hlo.array_dims(i.shape)[out.index(axis)])[:, None],
+            np.arange(right[rhs.index(axis)]),
+        )
+        place = o * int(stride) + k * int(gap) - int(pad.split("_")[0])
+        inside = (
+            (place >= 0)
+            & (place <= (left[lhs.index(axis)] - 1) * int(spread))
+            & (place % int(spread) == 0)
+        )
+        pairs *= int(inside.sum())
+    return 2.0 * outer * inner * pairs
+
+
+def _splash(i: hlo.Instruction) -> float:
+    """The TPU's attention kernel, causal outside the vision tower: two products forward, three for queries', four for keys' gradients."""
+    listed = hlo.SHAPE_PATTERN.findall(i.rest.split("operand_layout_constraints=")[1])
+    q, k = [
+        [int(x) for x in sizes.split(",")] for kind, sizes, _ in listed if kind in ("bf16", "f32")
+    ][:2]
+    *heads, t, width = q
+    s = k[-2]
+    seen = 1.0 if "vision" in i.rest else (s - t + (t + 1) / 2) / s
+    return (
+        2.0
+        * (2 if "fwd" in i.name else 3 if "dq" in i.name else 4)
+        * math.prod(heads)
+        * t
+        * s
+        * width
+        * seen
+    )
+
+
+def _cudnn(i: hlo.Instruction, shapes: list[list[int]]) -> float:
+    """The GPU's attention kernel, whole squares: two products forward, five backward."""
+    (b, t, n, h), s = shapes[0], shapes[1][1]
+    return 2.0 * (5 if "Backward" in i.rest else 2) * b * n * t * s * h
+
+
+FREE_OPCODES = "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id iota".split()
+
+
+def count_memory_traffic(text: str, dynamic: float = 1.0) -> float:
+    """Bytes that one device reads from and writes to its main memory: what each fused group takes and gives, slices as slices."""
+    computations, entry = hlo.parse_hlo(text)
+    runs = hlo.run_counts(computations, entry, dynamic)
+    fused = {
+        c
+        for found in computations.values()
+        for i in found
+        if i.op not in ("while", "conditional", "call")
+        for c in hlo.called_computations(i)
+    }
+    total = 0.0
+    for name, found in computations.items():
+        if runs[name] and name not in fused:
+            shapes = _shapes(found)
+            total += runs[name] * sum(_moved(i, shapes, computations) for i in found)
+    return total
+
+
+def _moved(i: hlo.Instruction, shapes: dict[str, str], computations: hlo.Computations) -> float:
+    if i.op in FREE_OPCODES or i.op.endswith(("-done", "-update")):
+        return 0.0
+    taken = [hlo.shape_bytes(shapes.get(o, ""), only_main=True) for o in i.operands]
+    given = hlo.shape_bytes(i.shape, only_main=True)
+    if i.op == "dynamic-update-slice":
+        return 2.0 * taken[1]
+    if i.op in ("dynamic-slice", "gather", "slice"):
+        return 2.0 * given
+    if i.op == "fusion" and (body := computations.get(next(iter(hlo.called_computations(i)), ""))):
+        taken = [
+            min(t, _read(body, _parameter(body, n), computations)) for n, t in enumerate(taken)
+        ]
+        given = min(given, _written(body, given))
+    return sum(taken) + given
+
+
+def _parameter(body: list[hlo.Instruction], number: int) -> str:
+    return next(i.name for i in body if i.op == "parameter" and i.rest.startswith(f"{number})"))
+
+
+def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations) -> float:
+    """Bytes of a value that a fused group looks at: of what is only sliced, the slices; of what is only written into, nothing."""
+    total = 0.0
+    for i in body:
+        for at in (n for n, operand in enumerate(i.operands) if operand == name):
+            if i.op in ("dynamic-slice", "slice", "gather") and at == 0:
+                total += hlo.shape_bytes(i.shape)
+            elif i.op == "fusion" and (
+                inner := computations.get(next(iter(hlo.called_computations(i)), ""))
+            ):
+                total += _read(inner, _parameter(inner, at), computations)
+            elif i.op in ("bitcast", "reshape"):
+                total += _read(body, i.name, computations)
+            elif not (i.op == "dynamic-update-slice" and at == 0):
+                return math.inf
+    return total
+
+
+def _written(body: list[hlo.Instruction], given: float) -> float:
+    """Bytes of a fused group's result: of an update in place, what is written."""
+    shapes, updates = _shapes(body), [i for i in body if i.op == "dynamic-update-slice"]
+    root = next((i for i in body if i.root), None)
+    in_place = root is not None and (
+        root in updates or {u.name for u in updates} & set(root.operands)
+    )
+    return (
+        sum(hlo.shape_bytes(shapes.get(u.operands[1], "")) for u in updates) if in_place else given
+    )

@@ -1,0 +1,28 @@
+"""MATH: 7,500 competition problems to train on, the 500 of MATH-500 to test; the answer is what the solution boxes."""
+
+from typing import Any
+
+from cptjax.tasks import hub
+from cptjax.tasks.scoring.extract import boxed_answer
+from cptjax.tasks.task import Task, select_columns, user_turn
+from cptjax.types import Example
+
+SOURCES = {
+    "train": hub.HubSource("DigitalLearningGmbH/MATH-lighteval", "train"),
+    "test": hub.HubSource("HuggingFaceH4/MATH-500", "test"),
+}
+SUFFIX = "Give only the final answer."
+
+
+def build_example(row: dict[str, Any]) -> Example:
+    answer = row.get("answer") or boxed_answer(row["solution"])
+    if not answer:
+        raise ValueError("the solution boxes no answer")
+    meta = select_columns(row, "level", "type", "subject", "solution")
+    return Example(row.get("unique_id") or "", user_turn(row["problem"]), answer, answer, meta=meta)
+
+
+def make_task(name: str = "math", scorer: str = "math", **fields: Any) -> Task:
+    return hub.make_hub_task(
+        name, SOURCES, build_example, scorer, **{"direct_suffix": SUFFIX, **fields}
+    )

@@ -1,0 +1,99 @@
+"""Countdown: reach a target from given numbers with + - * /, each number used exactly once.
+
+Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `make(drawn=True)` draws its own: no download.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from cptjax.tasks import hub
+from cptjax.tasks.synthetic.random_streams import hash_key
+from cptjax.tasks.task import Examples, Task, user_turn
+from cptjax.types import Example
+
+DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
+SOURCES = {
+    "train": hub.HubSource(DATASET, "train", part=(0.0, 0.9), most=10_000),
+    "test": hub.HubSource(DATASET, "train", part=(0.9, 1.0), most=1_000),
+}
+PUZZLE_COUNTS = {"train": 10_000, "validation": 500, "test": 1_000}
+QUESTION = (
+    "Use the numbers {numbers} to make an expression that equals {target}. You may use +, -, *, / and brackets, "
+    "and every number exactly once."
+)
+
+
+def build_example(row: dict[str, Any]) -> Example:
+    numbers, target = [int(n) for n in row["nums"]], int(row["target"])
+    question = QUESTION.format(numbers=", ".join(map(str, numbers)), target=target)
+    return Example(
+        "", user_turn(question), target, row.get("expression", ""), meta={"nums": numbers}
+    )
+
+
+def make_puzzle(split: str, seed: int, index: int, count: int, largest: int) -> dict[str, Any]:
+    """Draws a solvable puzzle; the sum of its numbers modulo 3 is the split, so no puzzle is in two."""
+    rng = np.random.default_rng([int(hash_key("countdown", split, seed)), index])
+    while True:
+        numbers = [int(n) for n in rng.integers(1, largest + 1, count)]
+        value, expression = numbers[0], str(numbers[0])
+        for number in numbers[1:]:
+            value, expression = _extend_expression(rng, value, expression, number)
+        if 0 < value <= 10 * largest and sum(numbers) % 3 == ("train", "validation", "test").index(
+            split
+        ):
+            return {
+                "nums": [numbers[i] for i in rng.permutation(count)],
+                "target": value,
+                "expression": expression,
+            }
+
+
+def _extend_expression(
+    rng: np.random.Generator, value: int, expression: str, number: int
+) -> tuple[int, str]:
+    """Appends one operation whose result is a whole number."""
+    wrapped = f"({expression})" if any(sign in expression for sign in "+-") else expression
+    choices = [
+        (value + number, f"{expression} + {number}"),
+        (value - number, f"{expression} - {number}"),
+        (value * number, f"{wrapped} * {number}"),
+    ]
+    if value % number == 0:
+        choices.append((value // number, f"{wrapped} / {number}"))
+    return choices[rng.integers(len(choices))]
+
+
+def load_generated_split(
+    name: str,
+    count: int,
+    largest: int,
+    split: str,
+    root: str = "",
+    limit: int | None = None,
+    seed: int = 0,
+) -> Examples:
+    hub.pick_source(name, PUZZLE_COUNTS, split)
+    size = PUZZLE_COUNTS[split] if limit is None else limit
+    return Examples(
+        name, split, range(size), functools.partial(_build_generated, split, seed, count, largest)
+    )
+
+
+def _build_generated(split: str, seed: int, count: int, largest: int, index: int) -> Example:
+    return build_example(make_puzzle(split, seed, index, count, largest))
+
+
+def make_task(
+    name: str = "countdown", drawn: bool = False, count: int = 3, largest: int = 20, **fields: Any
+) -> Task:
+    """Makes the task; drawn puzzles have `count` numbers from 1 to `largest` and come with one solution as SFT target."""
+    load = (
+        functools.partial(load_generated_split, name, count, largest)
+        if drawn
+        else functools.partial(hub.load_hub_split, name, SOURCES, build_example)
+    )
+    own = {"scorer": "countdown", "direct_suffix": "Give only the expression."}
+    return Task(name, load, **{**own, **fields})

@@ -1,0 +1,80 @@
+"""GQA, balanced: 943,000 questions to train on, 12,578 of testdev to test; images are a dataset of their own, joined on imageId."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from cptjax.common.images import open_image
+from cptjax.tasks import hub
+from cptjax.tasks.task import (
+    SHORT_ANSWER_SUFFIX,
+    Examples,
+    Task,
+    limit_rows,
+    select_columns,
+    user_turn,
+)
+from cptjax.types import Example
+
+DATASET = "lmms-lab/GQA"
+SPLITS = {"train": "train", "validation": "val", "test": "testdev"}
+
+
+def build_example(row: dict[str, Any], images: hub.ArrowRows, place: dict[str, int]) -> Example:
+    if row["imageId"] not in place:
+        raise ValueError(
+            f"question {row['id']}: no image {row['imageId']!r} among the images of its split"
+        )
+    image = open_image(images[place[row["imageId"]]]["image"])
+    meta = select_columns(row, "imageId", "fullAnswer", "types")
+    return Example(
+        row["id"],
+        user_turn("<image>" + row["question"], [image]),
+        row["answer"],
+        row["answer"],
+        meta=meta,
+    )
+
+
+def load_split(
+    name: str,
+    train_rows: int | None,
+    split: str,
+    root: str = "",
+    limit: int | None = None,
+    seed: int = 0,
+) -> Sequence[Example]:
+    """Loads questions and their images; the join is a dictionary from imageId to row, no image is copied."""
+    sources = {
+        ours: hub.HubSource(DATASET, theirs, f"{theirs}_balanced_instructions")
+        for ours, theirs in SPLITS.items()
+    }
+    sources["train"] = hub.HubSource(
+        DATASET, "train", "train_balanced_instructions", most=train_rows
+    )
+    source = hub.pick_source(name, sources, split)
+    questions = hub.load_rows(source, root)
+    images = hub.load_rows(
+        hub.HubSource(DATASET, source.split, f"{source.split}_balanced_images"), root
+    )
+    place = {image: row for row, image in enumerate(images.column("id").to_pylist())}
+    build_row = functools.partial(build_example, images=images, place=place)
+    return Examples(
+        name,
+        split,
+        questions,
+        build_row,
+        limit_rows(hub.usable_rows(questions, source), limit, seed),
+    )
+
+
+def make_task(
+    name: str = "gqa", train_rows: int | None = None, scorer: str = "exact_match", **fields: Any
+) -> Task:
+    """Makes the task; `train_rows` trains on a fixed random subset (paper A saw about 80,000)."""
+    return Task(
+        name,
+        functools.partial(load_split, name, train_rows),
+        scorer,
+        **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields},
+    )

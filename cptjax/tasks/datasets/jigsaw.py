@@ -1,0 +1,206 @@
+"""Jigsaw: an image is cut into rows x cols tiles, which are shown shuffled; the answer says how to put it back together.
+
+Tiles and places are numbered from 1 in reading order. The answer lists, for each place of the ORIGINAL image in reading
+order, which SHOWN tile belongs there:
+
+    original        shown           place 1 (a) is shown as tile 3
+     a | b           d | c          place 2 (b) is shown as tile 4
+    ---+---         ---+---         place 3 (c) is shown as tile 2
+     c | d           a | b          place 4 (d) is shown as tile 1     answer: 3 4 2 1
+
+`permutation[k]` is the place (from 0) that shown tile k came from: here (3, 2, 0, 1); the answer is its inverse, plus 1.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cptjax.common.images import open_image
+from cptjax.tasks.synthetic import dataset
+from cptjax.tasks.task import Examples, Task, limit_rows, user_turn
+from cptjax.types import Example
+
+IMAGE_FILE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+QUESTION = (
+    "<image>The picture was cut into a grid of {rows} rows and {cols} columns and its tiles were shuffled. The tiles you see are "
+    "numbered 1 to {count} in reading order. For each place of the original picture, in reading order, give the number of the tile "
+    "that belongs there: {count} numbers separated by spaces."
+)
+
+
+def shuffle_tiles(
+    image: Image.Image, permutation: Sequence[int], rows: int, cols: int
+) -> Image.Image:
+    """Shows the tile of place permutation[k] as tile k; the image is first cropped to a multiple of the grid, at its centre."""
+    image = crop_to_grid(image, rows, cols)
+    shown = Image.new("RGB", image.size)
+    for corner, box in zip(
+        _tile_boxes(image, rows, cols),
+        [_tile_boxes(image, rows, cols)[place] for place in permutation],
+        strict=True,
+    ):
+        shown.paste(image.crop(box), corner[:2])
+    return shown
+
+
+def restore_tiles(shown: Image.Image, answer: Sequence[int], rows: int, cols: int) -> Image.Image:
+    """Puts the original back together: place p gets shown tile answer[p]."""
+    return shuffle_tiles(shown, [tile - 1 for tile in answer], rows, cols)
+
+
+def answer_of_permutation(permutation: Sequence[int]) -> list[int]:
+    """Returns the answer to a permutation: its inverse, counted from 1."""
+    return [int(tile) + 1 for tile in np.argsort(permutation)]
+
+
+def crop_to_grid(image: Image.Image, rows: int, cols: int) -> Image.Image:
+    """Crops to a multiple of the grid around the centre."""
+    width, height = image.width // cols * cols, image.height // rows * rows
+    if not width or not height:
+        raise ValueError(
+            f"an image of {image.width} x {image.height} pixels can not be cut into {rows} x {cols} tiles"
+        )
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _tile_boxes(image: Image.Image, rows: int, cols: int) -> list[tuple[int, int, int, int]]:
+    w, h = image.width // cols, image.height // rows
+    return [(c * w, r * h, (c + 1) * w, (r + 1) * h) for r in range(rows) for c in range(cols)]
+
+
+def build_example(row: tuple[str, Any], rows: int, cols: int, seed: int) -> Example:
+    """Makes the puzzle of one image; its permutation depends on the seed and the image's name alone and is never the identity."""
+    name, source = row
+    image = open_image(source)
+    digest = hashlib.blake2b(f"{seed}/{rows}x{cols}/{name}".encode(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    permutation = rng.permutation(rows * cols)
+    while rows * cols > 1 and (permutation == np.arange(rows * cols)).all():
+        permutation = rng.permutation(rows * cols)
+    answer = answer_of_permutation(permutation)
+    question = QUESTION.format(rows=rows, cols=cols, count=rows * cols)
+    meta = {"rows": rows, "cols": cols, "source": name}
+    return Example(
+        name,
+        user_turn(question, [shuffle_tiles(image, permutation, rows, cols)]),
+        answer,
+        " ".join(map(str, answer)),
+        meta=meta,
+    )
+
+
+class TaskImages(Sequence[tuple[str, Any]]):
+    """The first image of each example of another task."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        example = self.examples[index]
+        images = [
+            part["image"]
+            for turn in example.messages
+            for part in turn["content"]
+            if part["type"] == "image"
+        ]
+        if not images:
+            raise ValueError(f"{example.id} has no image to make a puzzle of")
+        return example.id, images[0]
+
+
+def list_folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
+    """Lists a folder's images; its subfolders train/ and test/ are the splits, without them one file in ten, by name, is a test."""
+    if not folder.is_dir():
+        raise ValueError(
+            f'jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor "drawn"'
+        )
+    own = (folder / split).is_dir()
+    if not own and (
+        split == "validation" or any((folder / other).is_dir() for other in ("train", "test"))
+    ):
+        raise ValueError(
+            f"jigsaw: no images for split {split!r}: there is no folder {folder / split}"
+        )
+    base = folder / split if own else folder
+    files = sorted(
+        path.relative_to(base).as_posix()
+        for path in base.rglob("*")
+        if path.suffix.lower() in IMAGE_FILE_SUFFIXES
+    )
+    if not own:
+        files = [name for name in files if _held_out(name) == (split == "test")]
+    if not files:
+        raise ValueError(f"jigsaw: no images for split {split!r} in {base}")
+    return [(name, str(base / name)) for name in files]
+
+
+def _held_out(name: str) -> bool:
+    return hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % 10 == 0
+
+
+def load_split(
+    name: str,
+    rows: int,
+    cols: int,
+    images: str,
+    side: int,
+    find_task: Callable[[str], Task | None],
+    split: str,
+    root: str = "",
+    limit: int | None = None,
+    seed: int = 0,
+) -> Examples:
+    if images == "drawn":
+        source = dataset.PuzzleImages(split, seed, side, limit)
+        order = np.arange(len(source))
+    else:
+        other = find_task(images)
+        source = (
+            TaskImages(other.load(split, root, None, seed))
+            if other
+            else list_folder_images(Path(images), split)
+        )
+        order = limit_rows(range(len(source)), limit, seed)
+    return Examples(
+        name,
+        split,
+        source,
+        functools.partial(build_example, rows=rows, cols=cols, seed=seed),
+        order,
+    )
+
+
+def no_task(name: str) -> None:
+    """Finds no task: `images` is a folder then."""
+
+
+def make_task(
+    name: str = "jigsaw",
+    rows: int = 3,
+    cols: int = 3,
+    images: str = "drawn",
+    side: int = 224,
+    *,
+    find_task: Callable[[str], Task | None] = no_task,
+    **fields: Any,
+) -> Task:
+    """Makes the task from a folder of images, another task's images or drawn pictures of `side` pixels."""
+    if rows < 1 or cols < 1 or rows * cols < 2:
+        raise ValueError(
+            f"jigsaw: a grid of at least two tiles is expected, rows={rows} cols={cols} came"
+        )
+    own = {"scorer": "jigsaw", "reward": "jigsaw", "direct_suffix": "Give only the numbers."}
+    return Task(
+        name,
+        functools.partial(load_split, name, rows, cols, images, side, find_task),
+        **{**own, **fields},
+    )

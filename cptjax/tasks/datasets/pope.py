@@ -1,0 +1,27 @@
+"""POPE: is the object in the image? 9,000 yes/no questions in three kinds (random, popular, adversarial); for evaluation only."""
+
+from typing import Any
+
+from cptjax.common.images import open_image
+from cptjax.tasks import hub
+from cptjax.tasks.task import SHORT_ANSWER_SUFFIX, Task, select_columns, user_turn
+from cptjax.types import Example
+
+SOURCES = {"test": hub.HubSource("lmms-lab/POPE", "test")}
+
+
+def build_example(row: dict[str, Any]) -> Example:
+    meta = select_columns(row, "question_id", "image_source", "category")
+    return Example(
+        row["id"],
+        user_turn("<image>" + row["question"], [open_image(row["image"])]),
+        row["answer"],
+        row["answer"],
+        meta=meta,
+    )
+
+
+def make_task(name: str = "pope", scorer: str = "yes_no", **fields: Any) -> Task:
+    return hub.make_hub_task(
+        name, SOURCES, build_example, scorer, **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields}
+    )

@@ -1,0 +1,37 @@
+"""Super-CLEVR as MathV360K words it: 8,642 rows in one split, of which 642 fixed random ones are the test (paper A's numbers).
+
+The scorer's normaliser takes "three" for "3".
+"""
+
+from typing import Any
+
+from cptjax.common.images import open_image
+from cptjax.tasks import hub
+from cptjax.tasks.task import SHORT_ANSWER_SUFFIX, Task, select_columns, user_turn
+from cptjax.types import Example
+
+DATASET, DATASET_CONFIG = "lmms-lab/LLaVA-OneVision-Data", "Super-CLEVR(MathV360K)"
+TRAIN_SHARE = 8000 / 8642
+SOURCES = {
+    "train": hub.HubSource(DATASET, "train", DATASET_CONFIG, part=(0.0, TRAIN_SHARE)),
+    "test": hub.HubSource(DATASET, "train", DATASET_CONFIG, part=(TRAIN_SHARE, 1.0)),
+}
+
+
+def build_example(row: dict[str, Any]) -> Example:
+    question, reply = (turn["value"] for turn in row["conversations"][:2])
+    answer = reply.removeprefix("The answer is ").strip().removesuffix(".")
+    question = "<image>" + question.replace("<image>", "").strip()
+    return Example(
+        row["id"],
+        user_turn(question, [open_image(row["image"])]),
+        answer,
+        answer,
+        meta=select_columns(row, "data_source"),
+    )
+
+
+def make_task(name: str = "superclevr", scorer: str = "vqa_em_modal", **fields: Any) -> Task:
+    return hub.make_hub_task(
+        name, SOURCES, build_example, scorer, **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields}
+    )

@@ -1,0 +1,43 @@
+"""TextVQA: 34,602 questions to train on; the 5,000 of the validation split are the test (the test split has no gold)."""
+
+import functools
+from typing import Any
+
+from cptjax.common.images import open_image
+from cptjax.tasks import hub
+from cptjax.tasks.task import SHORT_ANSWER_SUFFIX, Task, most_frequent, select_columns, user_turn
+from cptjax.types import Example
+
+DATASET = "lmms-lab/textvqa"
+SOURCES = {"train": hub.HubSource(DATASET, "train"), "test": hub.HubSource(DATASET, "validation")}
+
+
+def build_example(row: dict[str, Any], ocr: bool, single: bool) -> Example:
+    question = "<image>" + row["question"].capitalize()
+    if ocr:
+        question += "\nReference OCR token: " + ", ".join(row["ocr_tokens"] or ())
+    best = most_frequent(row["answers"])
+    meta = select_columns(row, "image_id", "image_classes") | (
+        {"annotators": row["answers"]} if single else {}
+    )
+    return Example(
+        str(row["question_id"]),
+        user_turn(question, [open_image(row["image"])]),
+        best if single else row["answers"],
+        best,
+        meta=meta,
+    )
+
+
+def make_task(
+    name: str = "textvqa",
+    ocr: bool = False,
+    single: bool = False,
+    scorer: str = "vqa_soft",
+    **fields: Any,
+) -> Task:
+    """Makes the task; `ocr` lists the given OCR tokens in the prompt, `single` keeps the most frequent of the ten answers (paper A)."""
+    build_row = functools.partial(build_example, ocr=ocr, single=single)
+    return hub.make_hub_task(
+        name, SOURCES, build_row, scorer, **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields}
+    )

@@ -1,0 +1,144 @@
+"""Every task by name. A new one is a file with a `make` and a line here; a user's own needs neither (`user.py`)."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cptjax.tasks.datasets import (
+    competition_math,
+    countdown,
+    docvqa,
+    geometry3k,
+    gqa,
+    ifeval,
+    jigsaw,
+    mmlu,
+    mmlu_pro,
+    mmmu,
+    pathvqa,
+    pope,
+    refcoco,
+    scienceqa,
+    superclevr,
+    textvqa,
+    vizwiz,
+)
+from cptjax.tasks.synthetic import dataset, families
+from cptjax.tasks.task import Task, did_you_mean
+from cptjax.tasks.user_data import task
+
+
+def find_built_in(name: str) -> Task | None:
+    """The built-in task of that name, if there is one; workers that read rows import it by name."""
+    return BUILT_IN_TASKS.get(name)
+
+
+# What a config's tasks.<name>.task may name; the other settings go to these functions.
+TASK_MAKERS: dict[str, Callable[..., Task]] = {
+    "scienceqa": scienceqa.make_task,
+    "textvqa": textvqa.make_task,
+    "vizwiz": vizwiz.make_task,
+    "gqa": gqa.make_task,
+    "geometry3k": geometry3k.make_task,
+    "pathvqa": pathvqa.make_task,
+    "superclevr": superclevr.make_task,
+    "mmmu": mmmu.make_task,
+    "mmlu_pro": mmlu_pro.make_task,
+    "pope": pope.make_task,
+    "jigsaw": functools.partial(jigsaw.make_task, find_task=find_built_in),
+    "countdown": countdown.make_task,
+    "mmlu": mmlu.make_task,
+    "ifeval": ifeval.make_task,
+    "math": competition_math.make_task,
+    "refcoco": refcoco.make_task,
+    "docvqa": docvqa.make_task,
+    "drawn": dataset.make_synthetic_task,
+}
+
+_PARITY = {"scorer": "mathruler_parity"}
+_VARIANTS = [
+    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its general benchmarks; all scored by the
+    # lenient scorer, with the benchmark's own beside it.
+    scienceqa.make_task("cpt7_scienceqa", also=("mcq_letter",), **_PARITY),
+    textvqa.make_task("cpt7_textvqa", ocr=True, single=True, also=("vqa_soft",), **_PARITY),
+    vizwiz.make_task("cpt7_vizwiz", single=True, also=("vqa_soft",), **_PARITY),
+    gqa.make_task("cpt7_gqa", train_rows=80_000, also=("exact_match",), **_PARITY),
+    geometry3k.make_task("cpt7_geometry3k", also=("math",), **_PARITY),
+    pathvqa.make_task("cpt7_pathvqa", also=("pathvqa_split",), **_PARITY),
+    superclevr.make_task("cpt7_superclevr", also=("vqa_em_modal",), **_PARITY),
+    mmmu.make_task("cpt7_mmmu", also=("mmmu_official",), **_PARITY),
+    mmlu_pro.make_task("cpt7_mmlu_pro", shots=0, also=("mmlu_pro",), **_PARITY),
+    pope.make_task("cpt7_pope", also=("yes_no",), **_PARITY),
+    # Paper C (arXiv 2510.18874): its own splits of public data.
+    ifeval.make_task("retain_ifeval", paper_c=True),
+    mmlu.make_task("retain_mmlu", paper_c=True, template="letter"),
+    countdown.make_task("drawn_countdown", drawn=True),
+    *(
+        dataset.make_synthetic_task(f"drawn_{family}", family)
+        for family in families.SYNTHETIC_FAMILIES
+    ),
+]
+BUILT_IN_TASKS: dict[str, Task] = {
+    name: make(name) for name, make in TASK_MAKERS.items() if name != "drawn"
+} | {task.name: task for task in _VARIANTS}
+PAPER_A_TASKS = tuple(
+    f"cpt7_{name}"
+    for name in ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr")
+)
+PAPER_C_TASKS = ("retain_ifeval", "retain_mmlu", "countdown")
+
+
+def resolve_task(
+    name: str,
+    user_tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    pixels: tuple[int, int] | None = None,
+) -> Task:
+    """Returns a task by name: the config's own first (its data, or a built-in with other settings), then the built-in.
+
+    `pixels` are the model's limits; a task whose answers are places in pixels is refused under others.
+    """
+    task = _find_task(name, user_tasks or {})
+    if pixels and task.pixels not in (None, pixels):
+        of = "states places in images of {} to {} pixels, but the model sees {} to {}".format(
+            *task.pixels, *pixels
+        )
+        raise ValueError(
+            f"task {name} {of}; set min_pixels and max_pixels of tasks.{name} or of model so that they agree"
+        )
+    return task
+
+
+def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
+    if name not in user_tasks:
+        if name not in BUILT_IN_TASKS:
+            known = {**BUILT_IN_TASKS, **user_tasks}
+            raise ValueError(
+                f"no task {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+            )
+        return BUILT_IN_TASKS[name]
+    settings = dict(user_tasks[name])
+    base = settings.pop("task", None)
+    if base is None:
+        return task.make_user_task(name, **settings)
+    if base not in TASK_MAKERS:
+        raise ValueError(
+            f"tasks.{name}.task: no task {base!r}{did_you_mean(base, TASK_MAKERS)}; there are {', '.join(TASK_MAKERS)}"
+        )
+    _check_task_settings(name, TASK_MAKERS[base], settings)
+    return TASK_MAKERS[base](name, **settings)
+
+
+def _check_task_settings(name: str, make: Callable[..., Task], settings: Mapping[str, Any]) -> None:
+    known = ({*inspect.signature(make).parameters, *inspect.signature(Task).parameters}) - {
+        "name",
+        "load",
+        "fields",
+        "pixels",
+        "find_task",
+    }
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; there are {', '.join(sorted(known))}"
+            )

@@ -1,0 +1,185 @@
+"""Multiple choice as each benchmark reads it: option letters, MMMU and MMLU-Pro."""
+
+import ast
+import contextlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cptjax.tasks.scoring.extract import option_letter
+
+CHOICE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MMLU_PRO_PATTERNS = (
+    r"answer is \(?([A-J])\)?",
+    r"[aA]nswer:\s*\(?([A-J])\b",
+    r".*\b([A-J])\b",
+)  # tried in this order
+ANSWER_KEY_WORDS = (
+    "could be ",
+    "so ",
+    "is ",
+    "thus ",
+    "therefore ",
+    "final ",
+    "answer ",
+    "result ",
+)
+NUMBER_PATTERN = r"-?\b\d{1,3}(?:,\d{3})+\b|-?\d+(?:\.\d+)?[eE][+-]?\d+|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d)(?![,\d])"
+MMMU_DISCIPLINES = {  # of MMMU, with their subjects as they stand in a row's id
+    "art_and_design": "Art Art_Theory Design Music",
+    "business": "Accounting Economics Finance Manage Marketing",
+    "science": "Biology Chemistry Geography Math Physics",
+    "health_and_medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "humanities_and_social_science": "History Literature Sociology Psychology",
+    "tech_and_engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
+    "Mechanical_Engineering",
+}
+
+
+def gold_letter(answer: Any) -> str:
+    """The gold option as a letter; an integer counts from 0."""
+    if isinstance(answer, str):
+        return answer.strip().strip("().").upper()
+    return CHOICE_LETTERS[int(answer)]
+
+
+def score_mcq_letter(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Is the stated letter the gold one? "B", "b", "(B).", "B. cat" and "The answer is B." state B."""
+    return float(option_letter(prediction) == gold_letter(answer))
+
+
+def find_mmlu_pro_letter(text: str) -> str | None:
+    """ "answer is (X)", else "Answer: X", else the last lone capital A-J, as the benchmark's own script reads it."""
+    for pattern in MMLU_PRO_PATTERNS:
+        if found := re.search(pattern, text, re.DOTALL):
+            return found[1]
+    return None
+
+
+def score_mmlu_pro(prediction: str, answer: Any, meta: Any = None) -> float:
+    """MMLU-Pro's rule; no letter is wrong (upstream guesses at random)."""
+    return float(find_mmlu_pro_letter(prediction) == gold_letter(answer))
+
+
+def row_options(meta: Mapping[str, Any]) -> list[str]:
+    """The row's options; MMMU holds them as the text of a Python list."""
+    return as_strings(meta.get("options", ()))
+
+
+def as_strings(value: Any) -> list[str]:
+    """A list of strings, given as such, as the text of a Python list, or as one string."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        with contextlib.suppress(
+            ValueError, SyntaxError
+        ):  # an answer that only looks like a list is itself
+            value = ast.literal_eval(value)
+    return (
+        [str(v) for v in value]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else [str(value)]
+    )
+
+
+def score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
+    """MMMU's official rule; a choice that can not be read is drawn at random, always the same one for the same row."""
+    return _score_mmmu(prediction, answer, meta, guess=True)
+
+
+def score_mmmu_strict(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
+    """MMMU's official rule, with a choice that can not be read counted as wrong."""
+    return _score_mmmu(prediction, answer, meta, guess=False)
+
+
+def _score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any], guess: bool) -> float:
+    golds = as_strings(answer)
+    if meta.get("question_type", "multiple-choice") == "open":
+        return float(matches_mmmu_open(prediction, golds))
+    choices = row_options(meta)
+    if not choices:
+        raise ValueError(
+            "a multiple-choice row of MMMU needs the column `options`; it is missing or empty"
+        )
+    said = parse_mmmu_choice(prediction, choices)
+    if said is None and guess:
+        said = random.Random(f"mmmu:{meta.get('id', '')}").choice(CHOICE_LETTERS[: len(choices)])
+    return float(said in golds)
+
+
+def parse_mmmu_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The chosen letter by MMMU's parser: "(X)", else "X ", else "X.", else an option's own words; of several, the last.
+
+    Quirk kept: "A " is also the article, so a chain of thought must be reduced to its final answer first (the template's extraction).
+    """
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    letters = CHOICE_LETTERS[: len(choices)]
+    for test, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        if found := [c for c in letters if test.format(c) in text]:
+            return max(found, key=lambda c: text.rfind(place.format(c)))
+    if len(text.split()) > 5:
+        said = {
+            c: text.lower().rfind(words.lower()) for c, words in zip(letters, choices, strict=True)
+        }
+        if max(said.values()) >= 0:
+            return max(said, key=said.__getitem__)
+    return None
+
+
+def matches_mmmu_open(text: str, golds: Sequence[str]) -> bool:
+    """Does a key part of the response equal a gold number (to 2 decimals), or contain a gold string?"""
+    parts = answer_parts(text)
+    said = {
+        form
+        for part in parts
+        for piece in (part, *re.findall(NUMBER_PATTERN, part))
+        for form in normal_forms(piece)
+    }
+    gold = {form for answer in golds for form in normal_forms(answer)}
+    gold_texts = [g for g in gold if isinstance(g, str)]
+    return any(any(g in s for g in gold_texts) if isinstance(s, str) else s in gold for s in said)
+
+
+def answer_parts(text: str) -> list[str]:
+    """The tails of lines after "is ", "so ", "answer " and the like ("=" in the last line), or else the whole text."""
+    text = text.strip().strip(".").lower()
+    lines, parts = text.split("\n"), []
+    for i, line in enumerate(lines):
+        words = ANSWER_KEY_WORDS + (("=",) if i == len(lines) - 1 else ())
+        tails = [line.rsplit(word, 1)[1].strip() for word in words if word in line]
+        # Upstream forgets an empty tail as soon as the next key word gives one that is not.
+        kept = ""
+        for tail in tails:
+            kept = tail if not kept or len(tail) < len(kept) else kept
+        if kept and kept not in list(":,.!?;'"):
+            parts.append(kept)
+    return parts or [text]
+
+
+def normal_forms(text: str) -> list[str | float]:
+    """A number rounded to 2 decimals, else lower-case text; a single letter only with a space beside it."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def mmmu_subject(meta: Mapping[str, Any]) -> str:
+    """ "validation_Art_Theory_12" -> "Art_Theory"."""
+    found = re.fullmatch(r"[^_]+_(.+?)_\d+", str(meta.get("id", "")))
+    return str(meta["subject"]) if "subject" in meta else found[1] if found else ""
+
+
+def mmmu_discipline(meta: Mapping[str, Any]) -> str:
+    """The MMMU discipline of a row, "other" for an id of another form."""
+    return next(
+        (
+            name
+            for name, subjects in MMMU_DISCIPLINES.items()
+            if mmmu_subject(meta) in subjects.split()
+        ),
+        "other",
+    )

@@ -1,0 +1,330 @@
+"""Call functions of a file in worker processes, each call under a hard time limit.
+
+Model text reaches symbolic algebra and users' own code, and both may loop for ever inside C code that no Python signal interrupts.
+So a call is sent to a process of its own, and a process that is late is killed and replaced:
+
+    parent  --(pickled arguments)-->  worker      a fresh interpreter that runs this file by its path, so it imports neither jax
+    parent  <--(one line of json)---  worker      nor the user's main script, and no fork ever happens beside jax's threads
+
+A function is named `file.py:function`. It returns a number, a string, None, or lists and dicts of these.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WORKER_START = (
+    "import runpy, sys; runpy.run_path(sys.argv[1])['serve'](int(sys.argv[2]), sys.argv[3:])"
+)
+LOAD_TIME_LIMIT = (
+    120.0  # seconds for importing a file; the first import of a large library is slow on some disks
+)
+
+
+class SandboxCall(NamedTuple):
+    """Positional arguments, and a row's columns, of which the function gets the ones it has room for."""
+
+    args: tuple
+    columns: Mapping[str, Any] = {}
+
+
+class SandboxOutcome(NamedTuple):
+    """What a call gave: a value, or the reason why there is none."""
+
+    value: Any = None
+    error: str | None = None
+    late: bool = False  # the error is a missed time limit
+
+
+class SandboxPool:
+    """Worker processes that start when first needed and live until `close`; safe to share between threads."""
+
+    def __init__(self, processes: int = 2, timeout: float = 10.0, memory: int = 0):
+        """`timeout`: seconds per call; `memory`: bytes of address space per worker, 0 = no limit."""
+        if processes < 1 or timeout <= 0:
+            raise ValueError(
+                f"a pool needs processes >= 1 and timeout > 0 s; got processes={processes}, timeout={timeout}"
+            )
+        self.processes, self.timeout = processes, timeout
+        self._idle: queue.Queue[_Worker] = queue.Queue()
+        self._workers = [_Worker(memory) for _ in range(processes)]
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def map(
+        self, target: str, calls: Sequence[SandboxCall], patience: float = 1.0
+    ) -> list[SandboxOutcome]:
+        """The outcome of each call of `file.py:function`, in order.
+
+        With patience > 1 the time limit is of processor time, and on a busy machine a call may take that many times as long.
+        """
+        run = lambda call: self._run(target, call, patience)
+        if len(calls) == 1 or self.processes == 1:
+            return [run(call) for call in calls]
+        with ThreadPoolExecutor(self.processes) as threads:
+            return list(threads.map(run, calls))
+
+    def load(self, target: str) -> None:
+        """Import a target now, so that a missing file, a syntax error or an unknown name stops the run before it starts."""
+        outcome = self._run(target, None)
+        if outcome.error:
+            raise ValueError(f"{target}: {outcome.error}")
+
+    def _run(self, target: str, call: SandboxCall | None, patience: float = 1.0) -> SandboxOutcome:
+        worker = self._idle.get()
+        try:
+            return worker.run(target, call, self.timeout, patience)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> "SandboxPool":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+
+class _Worker:
+    """One process and the targets it has loaded."""
+
+    def __init__(self, memory: int):
+        self.memory = memory
+        self.process: subprocess.Popen | None = None
+        self.loaded: set[str] = set()
+
+    def run(
+        self, target: str, call: SandboxCall | None, limit: float, patience: float
+    ) -> SandboxOutcome:
+        try:
+            message = pickle.dumps((target, call and tuple(call), limit, patience))
+        except Exception as error:  # whatever a column's own pickling code raises
+            return SandboxOutcome(
+                error=f"a column can not be sent to another process ({type(error).__name__}: {error})"
+            )
+        if target not in self.loaded:
+            outcome = self._ask(pickle.dumps((target, None, LOAD_TIME_LIMIT, 1.0)), LOAD_TIME_LIMIT)
+            if outcome.error:
+                return outcome
+            self.loaded.add(target)
+        return SandboxOutcome() if call is None else self._ask(message, limit, patience)
+
+    def _ask(self, message: bytes, limit: float, patience: float = 1.0) -> SandboxOutcome:
+        process, late, line = self._start(), threading.Event(), b""
+
+        def expire() -> None:
+            late.set()
+            _kill_session(process)
+
+        timer = threading.Timer(limit * patience, expire)
+        timer.daemon = True
+        timer.start()
+        with contextlib.suppress(
+            OSError
+        ):  # the worker is dead: told apart below, by the empty line
+            process.stdin.write(struct.pack(">Q", len(message)) + message)
+            process.stdin.flush()
+            line = process.stdout.readline()
+        timer.cancel()
+        if line.endswith(b"\n") and not late.is_set():
+            return SandboxOutcome(*json.loads(line))
+        code = self.stop()
+        if late.is_set() or code == -signal.SIGPROF:
+            return SandboxOutcome(
+                error=f"no answer within {limit:g} s; its process was stopped", late=True
+            )
+        return SandboxOutcome(
+            error=f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+        )
+
+    def _start(self) -> subprocess.Popen:
+        if self.process is None:
+            command = [
+                sys.executable,
+                "-P",
+                "-c",
+                WORKER_START,
+                __file__,
+                str(self.memory),
+                *(p for p in sys.path if p),
+            ]
+            # A user's file may import jax: the accelerator belongs to the parent.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
+        return self.process
+
+    def stop(self) -> int:
+        process, self.process = self.process, None
+        self.loaded.clear()
+        if process is None:
+            return 0
+        # A worker that died by itself says so within this second; what it started itself is killed with its session.
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        _kill_session(process)
+        process.stdout.close()
+        return process.wait()
+
+
+def _kill_session(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def shared_sandbox_pool(_pools: list[SandboxPool] = []) -> SandboxPool:  # noqa: B006
+    """The pool of the built-in symbolic scorers, one per process, made when first used."""
+    if not _pools:
+        _pools.append(SandboxPool(processes=2, timeout=10.0, memory=4 << 30))
+    return _pools[0]
+
+
+def split_target(target: str) -> tuple[Path, str]:
+    """`dir/file.py:function` -> (path, function name)."""
+    path, colon, name = target.rpartition(":")
+    if not colon or not path.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"expected file.py:function, got {target!r}")
+    return Path(path), name
+
+
+# ---- the worker's side ----
+
+
+def serve(memory: int, path: list[str]) -> None:
+    """Answer requests from standard input until it closes."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a user's function prints goes to the terminal, not into the protocol
+    sys.path += [p for p in path if p not in sys.path]
+    if memory:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    functions: dict[str, Any] = {}
+    while header := requests.read(8):
+        reply = _reply(requests.read(struct.unpack(">Q", header)[0]), functions)
+        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.flush()
+
+
+def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
+    file = ""
+    try:
+        target, call, limit, patience = pickle.loads(message)
+        file = str(split_target(target)[0])
+        # If the parent dies meanwhile, the kernel ends this process; the default action of the alarm needs no Python.
+        # Signals that the parent ignores or holds back (libtpu and others do so with SIGPROF) would be lost here as well.
+        for number in (alarms := (signal.SIGALRM, signal.SIGPROF)):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, alarms)
+        signal.setitimer(signal.ITIMER_REAL, limit * patience + 5.0)
+        signal.setitimer(signal.ITIMER_PROF, limit if patience > 1 else 0.0)
+        if target not in functions:
+            functions[target] = _load_function(target)
+        value = (
+            None
+            if call is None
+            else _to_json_value(
+                functions[target](*call[0], **_accepted_columns(functions[target], call[1]))
+            )
+        )
+        return value, None
+    except BaseException as error:  # a user's sys.exit() is an error of that row as well
+        return None, _describe_error(error, file)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+
+def call_in_process(function: Any, call: SandboxCall) -> SandboxOutcome:
+    """A call in this process, without a time limit."""
+    try:
+        return SandboxOutcome(
+            _to_json_value(function(*call.args, **_accepted_columns(function, call.columns)))
+        )
+    except Exception as error:
+        return SandboxOutcome(
+            error=_describe_error(
+                error, getattr(getattr(function, "__code__", None), "co_filename", "")
+            )
+        )
+
+
+def _load_function(target: str) -> Any:
+    path, name = split_target(target)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    module_spec = importlib.util.spec_from_file_location(f"cptjax_user_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    sys.path.append(
+        str(path.parent.resolve())
+    )  # last, so that a file beside it never hides a library
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        known = sorted(
+            k
+            for k, v in vars(module).items()
+            if inspect.isfunction(v) and v.__module__ == module.__name__
+        )
+        raise AttributeError(f"no function {name!r} in {path}; it has {', '.join(known) or 'none'}")
+    return getattr(module, name)
+
+
+def _accepted_columns(function: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that a function takes: all of them if it has `**columns`, else those it names."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(columns)
+    return {
+        p.name: columns[p.name]
+        for p in parameters
+        if p.name in columns and p.kind is not p.POSITIONAL_ONLY
+    }
+
+
+def _to_json_value(value: Any) -> Any:
+    """A value as json holds it; numpy and torch scalars become numbers."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _to_json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json_value(v) for v in value]
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"returned a {type(value).__name__}; expected a number or a dict of numbers")
+
+
+def _describe_error(error: BaseException, file: str) -> str:
+    first = (str(error).splitlines() or [""])[0][:300]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
+    where = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {first}{where}"

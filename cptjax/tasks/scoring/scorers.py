@@ -1,0 +1,220 @@
+"""How good is an answer? Text in, number out; each scorer has a version id that stands beside every number it gives.
+
+    response --extract--> prediction --score--> Record --summarise--> {"accuracy": Metric(value, n, stderr), ...}
+
+A response without an answer in the expected form scores 0 and is counted as an extraction failure beside the accuracy, because much
+"forgetting" is only a change of form. Symbolic algebra and a user's own `file.py:function` run in worker processes under a time limit.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cptjax.tasks.scoring import choice, instructions, puzzles, summaries, text
+from cptjax.tasks.scoring.extract import extract_answer
+from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, shared_sandbox_pool, split_target
+from cptjax.tasks.scoring.summaries import Metric, Summary
+
+SYMBOLIC_FILE = str(Path(__file__).with_name("symbolic.py"))
+SYMBOLIC_PATIENCE = (
+    6.0  # times the time limit that algebra may take where other programs keep the processors busy
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRecord:
+    """One scored answer."""
+
+    id: str
+    score: float
+    prediction: str | None  # None: nothing could be extracted
+    answer: Any
+    meta: Mapping[str, Any]
+    error: str = ""  # why a worker gave no score (time limit, crash); the score is then 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A rule that turns (prediction, answer, the row's columns) into a number, usually in [0, 1]."""
+
+    name: str
+    rule: (
+        Callable[[str, Any, Mapping[str, Any]], float] | str
+    )  # a string is file.py:function, called in a worker process
+    version: str = "1"
+    extraction: str = ""  # "" = as the prompt template says
+    missing: str | None = None  # what is scored where nothing was extracted; None = score 0
+    summary: Summary | None = None  # metrics beside the mean
+    own: bool = False  # a user's: an error stops the run, where a built-in one scores 0
+
+    @property
+    def id(self) -> str:
+        """Name and version, as written beside each result."""
+        return f"{self.name}@{self.version}"
+
+    def score(self, prediction: str, answer: Any, meta: Mapping[str, Any] | None = None) -> float:
+        """The score of one prediction."""
+        return score_responses(self, [prediction], [answer], [meta or {}], extraction="whole")[
+            0
+        ].score
+
+
+_BUILT_IN = (
+    Scorer("exact", text.score_exact),
+    Scorer("contains", text.score_contains),
+    Scorer("exact_match", text.score_exact_match),
+    Scorer("vqa_soft", text.score_vqa_soft),
+    Scorer("vqa_em_modal", text.score_vqa_em_modal),
+    Scorer("mcq_letter", choice.score_mcq_letter, "2"),
+    Scorer("yes_no", text.score_yes_no, summary=summaries.summarise_yes_no),
+    Scorer("pathvqa_split", text.score_exact_match, summary=summaries.summarise_pathvqa),
+    Scorer("anls", text.score_anls),
+    Scorer("numeric", puzzles.score_numeric),
+    Scorer("math", f"{SYMBOLIC_FILE}:any_equal"),
+    Scorer(
+        "mathruler_parity", f"{SYMBOLIC_FILE}:any_lenient", missing="None"
+    ),  # the paper's code scores a missing box as the text "None"
+    Scorer("mmmu_official", choice.score_mmmu, "2", summary=summaries.summarise_mmmu),
+    Scorer("mmmu_strict", choice.score_mmmu_strict, summary=summaries.summarise_mmmu),
+    Scorer("mmlu_pro", choice.score_mmlu_pro, summary=summaries.summarise_mmlu_pro),
+    Scorer("iou", puzzles.score_iou, summary=summaries.summarise_overlap),
+    Scorer("iou50", puzzles.score_iou50, summary=summaries.summarise_overlap),
+    Scorer("countdown", puzzles.score_countdown),
+    Scorer("jigsaw", puzzles.score_jigsaw, summary=summaries.summarise_jigsaw),
+    Scorer(
+        "ifeval",
+        instructions.score_ifeval,
+        extraction="whole",
+        summary=summaries.summarise_constraints,
+    ),
+)
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _BUILT_IN}
+
+
+def find_scorer(name: str) -> Scorer:
+    """A built-in scorer by name, or a user's by `file.py:function`."""
+    if name in SCORERS:
+        return SCORERS[name]
+    if ".py:" in name:
+        return load_user_scorer(name)
+    near = difflib.get_close_matches(name, SCORERS, 1)
+    raise ValueError(
+        f"unknown scorer {name!r}{f', did you mean {near[0]!r}?' if near else ''}; built in: {', '.join(SCORERS)}"
+    )
+
+
+def load_user_scorer(target: str) -> Scorer:
+    """A user's `score(prediction, answer, **columns) -> float`; its version is a hash of the file."""
+    path, function = split_target(target)
+    if not path.is_file():
+        raise ValueError(f"scorer {target}: there is no file {path}")
+    version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return Scorer(f"{path.name}:{function}", f"{path.resolve()}:{function}", version, own=True)
+
+
+def score_responses(
+    scorer: Scorer,
+    responses: Sequence[str],
+    answers: Sequence[Any],
+    metas: Sequence[Mapping[str, Any]],
+    ids: Sequence[str] | None = None,
+    *,
+    extraction: str = "whole",
+    pool: SandboxPool | None = None,
+    on_error: str = "stop",
+) -> list[ScoreRecord]:
+    """The record of each response; `on_error` = stop | zero is for a user's scorer, and `pool` for those that run in workers."""
+    ids = [str(i) for i in range(len(responses))] if ids is None else ids
+    said = [extract_answer(r, scorer.extraction or extraction) for r in responses]
+    inputs = [scorer.missing if s is None else s for s in said]
+    rows = [i for i, value in enumerate(inputs) if value is not None]
+    found = _apply_rule(
+        scorer, [(inputs[i], answers[i], metas[i], ids[i]) for i in rows], pool, on_error
+    )
+    results = dict(zip(rows, found, strict=True))
+    missed = (0.0, "")
+    return [
+        ScoreRecord(
+            ids[i],
+            results.get(i, missed)[0],
+            said[i],
+            answers[i],
+            metas[i],
+            results.get(i, missed)[1],
+        )
+        for i in range(len(responses))
+    ]
+
+
+def _apply_rule(
+    scorer: Scorer, rows: Sequence[tuple], pool: SandboxPool | None, on_error: str
+) -> list[tuple[float, str]]:
+    """(score, error) of each (prediction, answer, columns, id)."""
+    if callable(scorer.rule):
+        return [(_checked_score(scorer, *row), "") for row in rows]
+    pool = pool or shared_sandbox_pool()
+    if scorer.own:
+        outcomes = pool.map(
+            scorer.rule, [SandboxCall((p, a), keyword_columns(meta)) for p, a, meta, _ in rows]
+        )
+    else:  # the responses of a group often agree: each pair of texts is compared once
+        pairs = [(p, tuple(text.gold_answers(a))) for p, a, *_ in rows]
+        unique = list(dict.fromkeys(pairs))
+        found = pool.map(
+            scorer.rule,
+            [SandboxCall((p, list(golds))) for p, golds in unique],
+            patience=SYMBOLIC_PATIENCE,
+        )
+        known = dict(zip(unique, found, strict=True))
+        outcomes = [known[pair] for pair in pairs]
+    results = []
+    for (*_, row_id), outcome in zip(rows, outcomes, strict=True):
+        error = outcome.error or describe_non_number(outcome.value)
+        if error and scorer.own and on_error == "stop":
+            raise ValueError(f"scorer {scorer.name} failed on row {row_id}: {error}")
+        results.append((0.0, error) if error else (float(outcome.value), ""))
+    return results
+
+
+def _checked_score(
+    scorer: Scorer, prediction: str, answer: Any, meta: Mapping[str, Any], row_id: str
+) -> float:
+    try:
+        value = scorer.rule(prediction, answer, meta)
+    except ValueError as error:
+        raise ValueError(f"row {row_id}: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"scorer {scorer.name} failed on row {row_id}: {type(error).__name__}: {error}"
+        ) from error
+    if wrong := describe_non_number(value):
+        raise ValueError(f"scorer {scorer.name} failed on row {row_id}: {wrong}")
+    return float(value)
+
+
+def keyword_columns(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's columns as keyword arguments; one named like a positional argument gets a final underscore."""
+    return {
+        f"{k}_" if k in ("completion", "prediction", "answer") else str(k): v
+        for k, v in meta.items()
+    }
+
+
+def describe_non_number(value: Any) -> str:
+    """What is wrong with a score; "" for a finite number."""
+    if isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)) and math.isfinite(
+        value
+    ):
+        return ""
+    return f"returned {value!r}; expected a finite number"
+
+
+def summarise_records(scorer: Scorer, records: Sequence[ScoreRecord]) -> dict[str, Metric]:
+    """Every metric of a scorer's records."""
+    return summaries.summarise_scores(records, scorer.summary)

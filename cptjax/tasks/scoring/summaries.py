@@ -1,0 +1,131 @@
+"""What records amount to: every metric with the number of rows it is of and its standard error."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cptjax.tasks.scoring import choice, instructions, puzzles, text
+
+
+class Metric(NamedTuple):
+    """A number of one evaluation; the standard error of a single row is unknown (NaN)."""
+
+    value: float
+    n: int
+    stderr: float
+
+
+Records = Sequence[Any]  # of scorers.Record
+Summary = Callable[[Records], dict[str, Metric]]
+
+
+def ratio_metric(parts: Sequence[float], wholes: Sequence[float]) -> Metric:
+    """Sum of the parts over the sum of the wholes, of the rows that have a whole; its error by the delta method."""
+    a, b = np.asarray(parts, float), np.asarray(wholes, float)
+    a, b = a[b > 0], b[b > 0]
+    n = len(b)
+    if not n:
+        return Metric(0.0, 0, math.nan)
+    value = float(a.sum() / b.sum())
+    return Metric(
+        value,
+        n,
+        float(math.sqrt(n) * np.std(a - value * b, ddof=1) / b.sum()) if n > 1 else math.nan,
+    )
+
+
+def mean_metric(values: Sequence[float]) -> Metric:
+    """A plain mean with its standard error."""
+    return ratio_metric(values, np.ones(len(values)))
+
+
+def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> dict[str, Metric]:
+    """The mean score of each group of rows."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[name(record)].append(record.score)
+    return {f"{prefix}/{key}": mean_metric(groups[key]) for key in sorted(groups)}
+
+
+def summarise_yes_no(records: Records) -> dict[str, Metric]:
+    """POPE's numbers: yes is the positive class, and the yes-ratio is that of the predictions."""
+    said = [text.parse_yes_no(r.prediction or "") for r in records]
+    yes = np.array([s == "yes" for s in said], int)
+    gold = np.array([text.gold_yes_no(r.answer) == "yes" for r in records], int)
+    return {
+        "precision": ratio_metric(yes * gold, yes),
+        "recall": ratio_metric(yes * gold, gold),
+        "f1": ratio_metric(2 * yes * gold, yes + gold),
+        "yes_ratio": mean_metric(yes),
+        "neither": mean_metric([s is None for s in said]),
+    }
+
+
+def summarise_pathvqa(records: Records) -> dict[str, Metric]:
+    """Yes/no questions apart from open ones; the open ones also by token recall and F1."""
+    closed = [r for r in records if text.normalise_text(str(r.answer)) in ("yes", "no")]
+    rest = [r for r in records if text.normalise_text(str(r.answer)) not in ("yes", "no")]
+    overlap = [text.token_overlap(r.prediction or "", str(r.answer)) for r in rest]
+    return {
+        "yes_no": mean_metric([r.score for r in closed]),
+        "open": mean_metric([r.score for r in rest]),
+        "open_recall": mean_metric([recall for recall, _ in overlap]),
+        "open_f1": mean_metric([f1 for _, f1 in overlap]),
+    }
+
+
+def summarise_mmmu(records: Records) -> dict[str, Metric]:
+    """By discipline, and the share of choices that were not read (and so guessed, or wrong)."""
+    closed = [r for r in records if r.meta.get("question_type", "multiple-choice") != "open"]
+    unread = [
+        r.prediction is None
+        or choice.parse_mmmu_choice(r.prediction, choice.row_options(r.meta)) is None
+        for r in closed
+    ]
+    return group_means(lambda r: choice.mmmu_discipline(r.meta), "discipline", records) | {
+        "unread_choice": mean_metric(unread)
+    }
+
+
+def summarise_mmlu_pro(records: Records) -> dict[str, Metric]:
+    unread = [
+        r.prediction is None or choice.find_mmlu_pro_letter(r.prediction) is None for r in records
+    ]
+    return group_means(lambda r: str(r.meta.get("category", "other")), "category", records) | {
+        "unread_choice": mean_metric(unread)
+    }
+
+
+def summarise_overlap(records: Records) -> dict[str, Metric]:
+    values = [puzzles.score_iou(r.prediction or "", r.answer) for r in records]
+    return {"mean_iou": mean_metric(values), "iou_50": mean_metric([v >= 0.5 for v in values])}
+
+
+def summarise_jigsaw(records: Records) -> dict[str, Metric]:
+    return {
+        "hit": mean_metric([puzzles.jigsaw_hit_rate(r.prediction or "", r.answer) for r in records])
+    }
+
+
+def summarise_constraints(records: Records) -> dict[str, Metric]:
+    """Of all constraints; those of one response stand or fall together, so the rows are responses."""
+    met = [
+        sum(instructions.follows_constraint(r.prediction or "", c) for c in r.answer)
+        for r in records
+    ]
+    return {"instruction_level": ratio_metric(met, [len(r.answer) for r in records])}
+
+
+def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:
+    """Mean score, extraction failures and worker errors as shares of the records, then a scorer's own metrics of rows that there are."""
+    common = {
+        "accuracy": mean_metric([r.score for r in records]),
+        "extraction_failure": mean_metric([r.prediction is None for r in records]),
+        "error": mean_metric([bool(r.error) for r in records]),
+    }
+    return common | {
+        name: metric for name, metric in (summary(records) if summary else {}).items() if metric.n
+    }

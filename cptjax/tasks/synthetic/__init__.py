@@ -1,0 +1,1 @@
+"""Generated tasks: images and questions that need no download."""

@@ -1,0 +1,223 @@
+"""Drawn tasks: images with questions made from a seed, unlimited and without any download.
+
+Ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images), facts and arithmetic (text alone).
+Levels 1-3 add distractors, cells or digits, or weaken the cue; facts have one level. Example i of (seed, split, family) depends
+on nothing else. No image is in two splits (`drawing.add_noise`), nor is a sum of arithmetic from level 2 on; facts and
+single-digit sums are *knowledge*, one table that every split asks about.
+
+Three settings make a base model to post-train on, as a real one is: it answers in its own words and is wrong in a steady way.
+
+    styles   how `target` words an answer: {"it is": 0.4, "answer :": 0.3, "i think": 0.3}; "" is the bare answer
+    bias     a random half of the classes has its label replaced by one fixed wrong class with this probability
+    world    a number: which facts are true and which classes are biased; None = the run's seed
+
+`answer` is always the truth; `target` holds the styled, perhaps biased label, and meta says which.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cptjax.tasks.synthetic import drawing, random_streams
+from cptjax.tasks.synthetic.families import SYNTHETIC_FAMILIES, SyntheticSpec, answer_classes
+from cptjax.tasks.synthetic.random_streams import RandomStreams
+from cptjax.tasks.task import Task, did_you_mean, user_turn
+from cptjax.types import Example
+
+SYNTHETIC_SPLITS = ("train", "validation", "test")
+SYNTHETIC_SIZES = {
+    "train": 10_000,
+    "validation": 500,
+    "test": 500,
+}  # a limit asks for any other number
+ANSWER_STYLES = ("it is", "answer :", "i think", "the answer is")
+BLOCK_SIZE = 64  # images drawn at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleBlock:
+    """Consecutive examples: images [n side side 3] (None for text), and a question, answer, label and style each."""
+
+    images: np.ndarray | None
+    questions: list[str]
+    answers: list[str]
+    labels: list[str]
+    styles: list[str]
+
+
+def generate_block(
+    spec: SyntheticSpec, split: str, seed: int, start: int, stop: int
+) -> ExampleBlock:
+    """Draws examples start..stop of a split."""
+    number = SYNTHETIC_SPLITS.index(split)
+    draws = RandomStreams.of(
+        random_streams.hash_key("drawn", spec.family, spec.level, seed, split),
+        np.arange(start, stop),
+    )
+    canvas, questions, answers = SYNTHETIC_FAMILIES[spec.family](spec, draws, number)
+    images = None if canvas is None else drawing.add_noise(canvas, draws, spec.noise, number)
+    names, weights = zip(*spec.styles, strict=True)
+    chosen = np.searchsorted(
+        np.cumsum(weights) / np.sum(weights), draws.uniform("style")[:, 0], side="right"
+    )
+    wrong = biased_classes(spec) if spec.bias else {}
+    replaced = draws.uniform("bias")[:, 0] < spec.bias
+    labels = [
+        wrong.get(answer, answer) if hit else answer
+        for answer, hit in zip(answers, replaced, strict=True)
+    ]
+    return ExampleBlock(images, questions, answers, labels, [names[i] for i in chosen])
+
+
+def biased_classes(spec: SyntheticSpec) -> dict[str, str]:
+    """Returns the biased half of the classes, each with its one wrong class."""
+    names = answer_classes(spec)
+    if not names:
+        raise ValueError(f"{spec.family} has too many classes for biased labels; leave bias=0")
+    rng = np.random.default_rng(int(random_streams.hash_key("bias", spec.family, spec.world)))
+    order = rng.permutation(len(names))
+    biased = order[: (len(names) + 1) // 2]
+    shifts = rng.integers(1, len(names), len(biased))
+    return {
+        names[c]: names[(c + shift) % len(names)] for c, shift in zip(biased, shifts, strict=True)
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_block(spec: SyntheticSpec, split: str, seed: int, number: int) -> ExampleBlock:
+    return generate_block(spec, split, seed, number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticExamples(Sequence[Example]):
+    """The first `size` examples of a split; each is drawn when it is asked for, with its neighbours."""
+
+    name: str
+    spec: SyntheticSpec
+    split: str
+    seed: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Returns the split and number of an example."""
+        return f"{self.name}/{self.split}", index
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(self.size)[index]
+        block, at = (
+            _cached_block(self.spec, self.split, self.seed, index // BLOCK_SIZE),
+            index % BLOCK_SIZE,
+        )
+        image = [] if block.images is None else [Image.fromarray(block.images[at])]
+        label, style = block.labels[at], block.styles[at]
+        meta = {
+            "family": self.spec.family,
+            "level": self.spec.level,
+            "label": label,
+            "style": style,
+        }
+        messages = user_turn("<image>" * len(image) + block.questions[at], image)
+        return Example(
+            f"{self.name}/{self.split}/{index}",
+            messages,
+            block.answers[at],
+            f"{style} {label}".strip(),
+            self.name,
+            meta,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PuzzleImages(Sequence[tuple[str, Image.Image]]):
+    """Drawn pictures for puzzles, by name."""
+
+    split: str
+    seed: int
+    side: int
+    size: int | None
+
+    def __len__(self) -> int:
+        return SYNTHETIC_SIZES[self.split] if self.size is None else self.size
+
+    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
+        index = range(len(self))[index]
+        number = SYNTHETIC_SPLITS.index(self.split)
+        draws = RandomStreams.of(
+            random_streams.hash_key("pictures", self.seed, self.split), np.array([index])
+        )
+        return str(index), Image.fromarray(
+            drawing.add_noise(drawing.paint_puzzle_images(draws, self.side), draws, 6.0, number)[0]
+        )
+
+
+def load_synthetic_split(
+    name: str,
+    spec: SyntheticSpec,
+    split: str,
+    root: str = "",
+    limit: int | None = None,
+    seed: int = 0,
+) -> SyntheticExamples:
+    """Returns the first `limit` examples of a split; there is nothing to read, so `root` is not needed."""
+    if split not in SYNTHETIC_SPLITS:
+        raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(SYNTHETIC_SPLITS)}")
+    spec = dataclasses.replace(spec, world=seed) if spec.world is None else spec
+    return SyntheticExamples(
+        name, spec, split, seed, SYNTHETIC_SIZES[split] if limit is None else limit
+    )
+
+
+def styled_exact(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Is the prediction the answer, bare or after one of the known style prefixes? Nothing may follow it."""
+    said, gold = (" ".join(text.split()).replace(" :", ":") for text in (prediction, str(answer)))
+    return float(
+        any(
+            said == f"{style} {gold}".strip()
+            for style in ("", *(style.replace(" :", ":") for style in ANSWER_STYLES))
+        )
+    )
+
+
+def make_synthetic_task(
+    name: str = "drawn",
+    family: str = "colour",
+    level: int = 1,
+    side: int = 32,
+    noise: float = 18.0,
+    styles: Mapping[str, float] | None = None,
+    bias: float = 0.0,
+    world: int | None = 0,
+    **fields: Any,
+) -> Task:
+    """Makes a drawn task; see the module's docstring for `styles`, `bias` and `world`."""
+    if family not in SYNTHETIC_FAMILIES:
+        raise ValueError(
+            f"drawn task: no family {family!r}; there are {', '.join(SYNTHETIC_FAMILIES)}{did_you_mean(family, SYNTHETIC_FAMILIES)}"
+        )
+    if level not in ((1,) if family == "facts" else (1, 2, 3)) or not 0 <= bias <= 1:
+        raise ValueError(
+            f"drawn task: level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1 are expected; level={level} and bias={bias} came"
+        )
+    unknown = [style for style in styles or () if style and style not in ANSWER_STYLES]
+    if unknown or (styles is not None and not sum(styles.values()) > 0):
+        raise ValueError(
+            f"drawn task: styles give a weight to any of '', {', '.join(map(repr, ANSWER_STYLES))}; {dict(styles)} came"
+        )
+    spec = SyntheticSpec(
+        family, level, side, noise, tuple(styles.items()) if styles else (("", 1.0),), bias, world
+    )
+    if bias:
+        biased_classes(spec)
+    own = {
+        "scorer": styled_exact,
+        "template": "none",
+        "forced_prefix": max(spec.styles, key=lambda style: style[1])[0] or ANSWER_STYLES[0],
+    }
+    return Task(name, functools.partial(load_synthetic_split, name, spec), **{**own, **fields})

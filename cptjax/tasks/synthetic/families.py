@@ -1,0 +1,258 @@
+"""The families of drawn tasks: what each draws, asks and takes as the answer.
+
+A family is a function (spec, draws, split number) -> (canvas [n side side 3] or None, questions, answers).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from cptjax.tasks.synthetic import drawing, random_streams
+from cptjax.tasks.synthetic.drawing import COLOURS, SHAPES
+from cptjax.tasks.synthetic.random_streams import RandomStreams
+
+ROW_NAMES, COLUMN_NAMES = ("top", "middle", "bottom"), ("left", "centre", "right")
+CREATURES = tuple(
+    first + last
+    for first in "ba de fi go ku la me no".split()
+    for last in "lor mik tan ves rud sel pon zig".split()
+)
+FOODS = tuple(
+    """apples bread corn dates eggs figs grapes honey ice jam kale lemons mint nuts olives pears quinces rice salt tea
+    beans cheese plums soup fish milk oats peas roots seeds cake leaves""".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSpec:
+    """What is drawn and how it is answered."""
+
+    family: str
+    level: int = 1
+    side: int = 32  # pixels
+    noise: float = 18.0  # standard deviation, of 255
+    styles: tuple[tuple[str, float], ...] = (("", 1.0),)
+    bias: float = 0.0
+    world: int | None = 0  # which facts are true and which classes are biased; None = the seed
+
+    @property
+    def has_image(self) -> bool:
+        return self.family not in ("facts", "arithmetic")
+
+
+def answer_classes(spec: SyntheticSpec) -> list[str]:
+    """Returns every answer of a family, () where they are too many to list."""
+    grid = min(spec.level + 1, 4)
+    match spec.family:
+        case "colour":
+            return list(COLOURS)
+        case "shape":
+            return list(SHAPES)
+        case "count":
+            return [str(n) for n in range(1, grid * grid + 1)]
+        case "position":
+            return [_cell_name(cell, min(grid, 3)) for cell in range(min(grid, 3) ** 2)]
+        case "digit":
+            return [str(n).zfill(spec.level) for n in range(10**spec.level)]
+        case "compare":
+            return ["yes", "no"]
+        case "jigsaw2":
+            return [
+                _format_tiles(np.array(order))
+                for order in np.ndindex(4, 4, 4, 4)
+                if len(set(order)) == 4
+            ]
+        case "facts":
+            return list(FOODS)
+        case "arithmetic":
+            return sorted({str(result) for *_, result in _list_sums(spec.level, None)}, key=int)
+        case _:
+            return []
+
+
+def _colour(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    canvas, shapes, colours = _scene(spec, draws)
+    names = np.array(SHAPES)[shapes]
+    asked = [
+        "what colour is the shape?" if spec.level == 1 else f"what colour is the {name}?"
+        for name in names
+    ]
+    return canvas, asked, [list(COLOURS)[c] for c in colours]
+
+
+def _shape(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    canvas, shapes, colours = _scene(spec, draws)
+    names = np.array(list(COLOURS))[colours]
+    asked = [
+        "what shape is it?" if spec.level == 1 else f"what shape is the {name} one?"
+        for name in names
+    ]
+    return canvas, asked, [SHAPES[s] for s in shapes]
+
+
+def _scene(spec: SyntheticSpec, draws: RandomStreams):
+    """Draws 1, 3 or 5 shapes, no two alike in shape or colour; returns those of the one asked about."""
+    canvas = drawing.paint_background(draws, spec.side)
+    grid = 3 if spec.level == 3 else 2
+    cells, shapes, colours = (
+        draws.order("cells", grid * grid),
+        draws.order("shapes", 6),
+        draws.order("colours", 6),
+    )
+    for slot in range(2 * spec.level - 1):
+        drawing.paint_shape(
+            canvas, draws, slot, grid, cells[:, slot], shapes[:, slot], colours[:, slot]
+        )
+    return canvas, shapes[:, 0], colours[:, 0]
+
+
+def _count(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    canvas = drawing.paint_background(draws, spec.side)
+    grid = spec.level + 1
+    count = draws.integer("count", grid * grid) + 1
+    cells = draws.order("cells", grid * grid)
+    for slot in range(grid * grid):
+        shape, colour = draws.integer(f"shape{slot}", 6), draws.integer(f"colour{slot}", 6)
+        drawing.paint_shape(
+            canvas, draws, slot, grid, cells[:, slot], shape, colour, present=slot < count
+        )
+    return canvas, ["how many shapes are there?"] * len(count), [str(n) for n in count]
+
+
+def _position(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    """Draws 2, 3 or 5 shapes of different colours and asks where one is."""
+    canvas = drawing.paint_background(draws, spec.side)
+    grid = min(spec.level + 1, 3)
+    cells, colours = draws.order("cells", grid * grid), draws.order("colours", 6)
+    for slot in range((2, 3, 5)[spec.level - 1]):
+        drawing.paint_shape(
+            canvas,
+            draws,
+            slot,
+            grid,
+            cells[:, slot],
+            draws.integer(f"shape{slot}", 6),
+            colours[:, slot],
+        )
+    asked = [f"where is the {list(COLOURS)[c]} shape?" for c in colours[:, 0]]
+    return canvas, asked, [_cell_name(cell, grid) for cell in cells[:, 0]]
+
+
+def _cell_name(cell: int, grid: int) -> str:
+    row, column = divmod(int(cell), grid)
+    return f"{ROW_NAMES[:: 4 - grid][row]} {COLUMN_NAMES[:: 4 - grid][column]}"
+
+
+def _digit(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    canvas = drawing.paint_background(draws, spec.side)
+    digits = np.stack([draws.integer(f"digit{place}", 10) for place in range(spec.level)], axis=1)
+    drawing.paint_digits(canvas, draws, digits)
+    asked = "which digit is it?" if spec.level == 1 else "which number is it?"
+    return canvas, [asked] * len(digits), ["".join(map(str, row)) for row in digits]
+
+
+def _compare(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    """Draws a shape on either side; one is larger by a factor that shrinks with the level."""
+    canvas = drawing.paint_background(draws, spec.side)
+    larger = draws.uniform("size", 0.36, 0.46)[:, 0]
+    smaller = (
+        larger
+        / draws.uniform("factor", *((1.7, 2.2), (1.35, 1.6), (1.15, 1.3))[spec.level - 1])[:, 0]
+    )
+    left = draws.integer("left", 2) == 1
+    for slot, big in ((0, left), (1, ~left)):
+        cell = 2 * draws.integer(f"row{slot}", 2) + slot
+        shape, colour = draws.integer("shape", 6), draws.integer(f"colour{slot}", 6)
+        drawing.paint_shape(
+            canvas, draws, slot, 2, cell, shape, colour, radius=np.where(big, larger, smaller)
+        )
+    return (
+        canvas,
+        ["is the left shape larger?"] * len(left),
+        ["yes" if yes else "no" for yes in left],
+    )
+
+
+def _jigsaw(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    """Shuffles the tiles of a picture; the answer is in the convention of tasks/jigsaw.py."""
+    grid = int(spec.family[-1])
+    tile = spec.side // grid
+    picture = drawing.paint_puzzle_images(
+        draws, tile * grid, contrast=160.0 / 2 ** (spec.level - 1)
+    )
+    order = draws.order("tiles", grid * grid)
+    tiles = (
+        picture.reshape(-1, grid, tile, grid, tile, 3)
+        .swapaxes(2, 3)
+        .reshape(-1, grid * grid, tile, tile, 3)
+    )
+    shown = (
+        tiles[np.arange(len(order))[:, None], order]
+        .reshape(-1, grid, grid, tile, tile, 3)
+        .swapaxes(2, 3)
+    )
+    canvas = drawing.paint_background(draws, spec.side)
+    canvas[:, : tile * grid, : tile * grid] = shown.reshape(picture.shape)
+    return (
+        canvas,
+        ["which tile belongs at each place?"] * len(order),
+        [_format_tiles(np.argsort(row)) for row in order],
+    )
+
+
+def _format_tiles(tiles: np.ndarray) -> str:
+    return " ".join(str(tile + 1) for tile in tiles)
+
+
+def _facts(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    known = world_facts(spec.world)
+    keys = [CREATURES[k] for k in draws.integer("key", len(CREATURES))]
+    return None, [f"what does {key} eat?" for key in keys], [known[key] for key in keys]
+
+
+def world_facts(world: int = 0) -> dict[str, str]:
+    """Returns what each of the 64 creatures of a world eats; each of the 32 foods serves two."""
+    order = np.random.default_rng(int(random_streams.hash_key("facts", world))).permutation(
+        len(CREATURES)
+    )
+    return {key: FOODS[place // 2] for key, place in zip(CREATURES, order, strict=True)}
+
+
+def _arithmetic(spec: SyntheticSpec, draws: RandomStreams, split: int):
+    sums = _list_sums(spec.level, split)
+    chosen = [sums[i] for i in draws.integer("sum", len(sums))]
+    return (
+        None,
+        [f"what is {x} {sign} {y}?" for x, sign, y, _ in chosen],
+        [str(result) for *_, result in chosen],
+    )
+
+
+@functools.lru_cache
+def _list_sums(level: int, split: int | None) -> list[tuple[int, str, int, int]]:
+    """Lists the sums of a level; from level 2 on, one in eight belongs to each of the splits that are not for training."""
+    high = (10, 50, 100)[level - 1]
+    every = [(x, "plus", y, x + y) for x in range(high) for y in range(high)]
+    if level == 3:
+        every += [(x, "minus", y, x - y) for x in range(high) for y in range(x + 1)]
+    if level == 1 or split is None:
+        return every
+    bucket = np.random.default_rng(level).integers(8, size=len(every))
+    return [
+        entry for entry, b in zip(every, bucket, strict=True) if (b if b in (1, 2) else 0) == split
+    ]
+
+
+SYNTHETIC_FAMILIES = {
+    "colour": _colour,
+    "shape": _shape,
+    "count": _count,
+    "position": _position,
+    "digit": _digit,
+    "compare": _compare,
+    "jigsaw2": _jigsaw,
+    "jigsaw3": _jigsaw,
+    "facts": _facts,
+    "arithmetic": _arithmetic,
+}

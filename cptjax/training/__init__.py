@@ -1,0 +1,1 @@
+"""One training step, the training loop, and where its batches come from."""

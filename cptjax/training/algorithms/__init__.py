@@ -1,0 +1,1 @@
+"""Losses, advantages, filters, regularizers, distillation and optimizers: arrays in, arrays out."""

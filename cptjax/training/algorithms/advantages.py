@@ -1,0 +1,156 @@
+"""From rewards [Q, G] to advantages [Q, G]: what each response's log-probability is multiplied by.
+
+Two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]; batch mean 1/2, unbiased standard deviations sqrt(1/3) in both
+groups and sqrt(3/10) over the batch:
+
+    reinforce      [[ 1,       0,       0      ], [ 1,      1,       0     ]]     reward
+    reinforce01    [[ 1,       0,       0      ], [ 1,      1,       0     ]]     1 where the accuracy is above 1/2, else 0
+    remax          [[ 1,       0,       0      ], [ 0,      0,      -1     ]]     reward - greedy reward
+    dr_grpo        [[ 2/3,    -1/3,    -1/3    ], [ 1/3,    1/3,    -2/3   ]]     reward - group mean
+    rloo           [[ 1,      -1/2,    -1/2    ], [ 1/2,    1/2,    -1     ]]     reward - mean of the others
+    grpo           [[ 1.1547, -.57735, -.57735 ], [ .57735, .57735, -1.1547]]     (reward - group mean) / group std
+    batch          [[ 1.2172, -.60858, -.60858 ], [ .60858, .60858, -1.2172]]     (reward - group mean) / batch std
+    reinforce++    [[ .91287, -.91287, -.91287 ], [ .91287, .91287, -.91287]]     (reward - batch mean) / batch std
+
+Departures: 1. Excluded responses get advantage 0 and count in no mean. 2. A group whose rewards are all equal gets exactly 0, not rounding
+noise divided by 1e-6. `batch` and `reinforce++` need the rewards of the whole batch, all hosts included; `reinforce01` gets accuracies
+(the rewards where there are none), since a reward with a form's share, or the jigsaw's up to 3, passes 1/2 without a right answer.
+3. ReMax's greedy answer is subject to the same length rules, but its reward has no KL term where kl_place is "reward", and one that
+`mask` would leave out keeps its reward as the baseline. REINFORCE++ gives every token the KL of the whole answer, not of what follows it.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from cptjax.types import Array
+
+ADVANTAGES = (
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "remax",
+    "reinforce",
+    "reinforce01",
+    "reinforce++",
+    "batch",
+)
+GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "batch")
+TRUNCATION_RULES = ("score", "zero", "mask")
+STD_EPS = 1e-6
+
+
+def check_advantage(
+    advantage: str,
+    group: int,
+    *,
+    truncated: str = "score",
+    overlong: int = 0,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Refuse settings that give no learning signal or have no meaning."""
+    if advantage not in ADVANTAGES:
+        raise ValueError(f"method.advantage={advantage!r}: choose one of {', '.join(ADVANTAGES)}")
+    if group < 1:
+        raise ValueError(f"rollout.group={group}: expected at least 1 response per prompt")
+    if group == 1 and advantage in GROUP_ADVANTAGES:
+        others = ", ".join(n for n in ADVANTAGES if n not in GROUP_ADVANTAGES)
+        raise ValueError(
+            f"method.advantage={advantage!r} compares the responses of a group: set rollout.group >= 2, or choose one of {others}"
+        )
+    if truncated not in TRUNCATION_RULES:
+        raise ValueError(
+            f"method.truncated={truncated!r}: choose one of {', '.join(TRUNCATION_RULES)}"
+        )
+    if overlong < 0 or (max_new_tokens is not None and overlong > max_new_tokens):
+        raise ValueError(
+            f"method.overlong={overlong}: expected tokens between 0 and rollout.max_new_tokens={max_new_tokens}"
+        )
+
+
+def compute_advantages(
+    rewards: Array, name: str, *, greedy: Array | None = None, keep: Array | None = None
+) -> Array:
+    """Advantages [Q, G] of rewards [Q, G]; `greedy` [Q] are ReMax's baseline, `keep` [Q, G] is False for responses to leave out."""
+    check_advantage(name, rewards.shape[1])
+    if (name == "remax") != (greedy is not None):
+        raise ValueError(
+            f"method.advantage={name!r} {'needs' if greedy is None else 'takes no'} greedy rewards, one per prompt"
+        )
+    xp = rewards.__array_namespace__()
+    keep = xp.ones(rewards.shape, bool) if keep is None else keep
+    rewards = xp.where(keep, rewards, 0).astype(xp.float32)
+    return xp.where(keep, _formula(xp, rewards, name, greedy, keep), 0).astype(xp.float32)
+
+
+def _formula(xp: Any, rewards: Array, name: str, greedy: Array | None, keep: Array) -> Array:
+    match name:
+        case "reinforce":
+            return rewards
+        case "reinforce01":
+            return (rewards > 0.5).astype(xp.float32)
+        case "remax":
+            return rewards - greedy[:, None]
+        case "reinforce++":
+            return _centred(xp, rewards, keep, None) / (_std(xp, rewards, keep, None) + STD_EPS)
+        case "batch":
+            return _centred(xp, rewards, keep, 1) / (_std(xp, rewards, keep, None) + STD_EPS)
+    centred = _centred(xp, rewards, keep, 1)
+    if name == "grpo":
+        return centred / (_std(xp, rewards, keep, 1) + STD_EPS)
+    n = keep.sum(1, keepdims=True)
+    return centred * n / xp.maximum(n - 1, 1) if name == "rloo" else centred
+
+
+def _centred(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
+    """Rewards minus the mean of the kept ones; measured from their largest first, so that equal rewards give exactly 0."""
+    distance = rewards - xp.where(keep, rewards, -xp.inf).max(axis, keepdims=True)
+    distance = xp.where(keep, distance, 0)
+    return distance - distance.sum(axis, keepdims=True) / xp.maximum(
+        keep.sum(axis, keepdims=True), 1
+    )
+
+
+def _std(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
+    squares = xp.where(keep, _centred(xp, rewards, keep, axis) ** 2, 0)
+    return xp.sqrt(
+        squares.sum(axis, keepdims=True) / xp.maximum(keep.sum(axis, keepdims=True) - 1, 1)
+    )
+
+
+def overlong_penalty(lengths: Array, limit: int, window: int) -> np.ndarray:
+    """DAPO's length penalty in [-1, 0], by tokens: 0 up to limit - window, then linear to -1 at the limit."""
+    over = np.asarray(lengths, np.float32) - (limit - window)
+    return -np.clip(over / window, 0, 1) if window else np.zeros(np.shape(lengths), np.float32)
+
+
+def shape_rewards(
+    rewards: np.ndarray,
+    lengths: np.ndarray,
+    finished: np.ndarray,
+    *,
+    limit: int,
+    truncated: str = "score",
+    overlong: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [Q, G] after the length rules, and which responses [Q, G] may be learned from.
+
+    `lengths` are response tokens, `finished` is False where the length limit ended a response:
+    score = rewarded like any other, zero = reward 0, mask = left out of baselines and loss.
+    """
+    check_advantage(
+        "reinforce", rewards.shape[1], truncated=truncated, overlong=overlong, max_new_tokens=limit
+    )
+    keep = finished if truncated == "mask" else np.ones_like(finished)
+    scored = np.where(finished, rewards, 0) if truncated == "zero" else rewards
+    return (scored + overlong_penalty(lengths, limit, overlong)).astype(np.float32), keep
+
+
+def group_metrics(accuracy: np.ndarray, tolerance: float = 1e-6) -> dict[str, float]:
+    """Shares of groups without signal: all rewards equal, of these all right (1) and all wrong (0) apart."""
+    equal = np.ptp(accuracy, axis=1) <= tolerance
+    return {
+        "zero_variance": float(equal.mean()),
+        "all_right": float((equal & (accuracy[:, 0] > 1 - tolerance)).mean()),
+        "all_wrong": float((equal & (accuracy[:, 0] < tolerance)).mean()),
+    }

@@ -1,0 +1,232 @@
+"""Answers to imitate that are not in the data: the policy's own correct ones, drawn by windows of steps, or another run's.
+
+A window's answers are written to corpus/stage{K}_step{start}.jsonl before they are used, so that a resumed run learns from the same;
+beside them lies what drawing them cost (.cost.json) and where they came from (.source.json).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cptjax.common import console, distributed, files
+from cptjax.common.shuffle import permutation
+from cptjax.data.cost import WorkCost, sampling_cost
+from cptjax.data.device_batches import batch_slices, rows_per_process
+from cptjax.data.mixture import RowRef, component_at, component_counts
+from cptjax.data.prompts import EncodedExample
+from cptjax.generation import generate
+from cptjax.tasks.rewards import is_correct
+from cptjax.training import sampling_cache
+from cptjax.training.corpus import RowResponse, load_corpus
+from cptjax.training.rollouts import grade_responses
+from cptjax.training.sampling_cache import SamplingCache
+from cptjax.training.stage_context import StageContext
+from cptjax.training.step_batch import BatchBuilder
+from cptjax.types import Params
+
+
+def sample_correct_responses(
+    tutor: BatchBuilder,
+    params: Params,
+    items: Sequence[EncodedExample],
+    samples: int,
+    key: jax.Array,
+    bar: Any,
+    drafts: Any,
+    unfinished: bool = False,
+) -> tuple[list[tuple[int, str]], WorkCost]:
+    """(item, text) of the policy's own correct answers to these prompts, each device pass kept in `drafts`.
+
+    unfinished: also those that met the length limit.
+    """
+    share = rows_per_process(tutor.rt, tutor.batch, 0, fill=True)
+    params, sampling = generate.prepare_sampling(
+        tutor.rt, params, dataclasses.replace(tutor.sampling, group=samples)
+    )
+    found: list[tuple[int, str]] = []
+    spent = WorkCost()
+
+    def draw(p: slice) -> tuple[list[tuple[int, str]], WorkCost]:
+        here = list(items[p]) + [items[p.stop - 1]] * (share - (p.stop - p.start))
+        numbers = np.arange(p.start, p.start + share)
+        encoded = [i.encoded for i in here]
+        out = generate.sample_responses(tutor.rt, params, encoded, key, numbers, sampling)
+        parts = grade_responses(tutor, here, out.texts)
+        right = [
+            r
+            for r in range((p.stop - p.start) * samples)
+            if is_correct(parts[r]) and (unfinished or out.finished[r])
+        ]
+        cost = sampling_cost(tutor.rt.cfg, encoded, out.mask.sum(1).reshape(-1, samples))
+        return [(p.start + r // samples, out.texts[r]) for r in right], cost
+
+    for p in batch_slices(len(items), share):
+        right, cost = drafts.piece(lambda p=p: draw(p))
+        found += [(i, text) for i, text in right]
+        spent += cost
+        bar.advance(p.stop - p.start, correct=len(found))
+    return found, spent
+
+
+def response_examples(
+    room: StageContext, params: Params, step: int
+) -> tuple[list[EncodedExample], WorkCost]:
+    """Rows of a window's corpus for this step; the corpus is drawn when its window begins."""
+    t, window = room.tutor, _window_steps(room)
+    start = step // window * window
+    pairs, spent = _window_responses(room, params, start, min(window, room.steps - start))
+    spent = spent if step == start else WorkCost()
+    rows = _step_responses(room, pairs, start, step)
+    mine = rows[batch_slices(len(rows), t.batch // jax.process_count())[jax.process_index()]]
+    return _encode_responses(room, mine), spent
+
+
+def _step_responses(
+    room: StageContext, pairs: list[RowResponse], start: int, step: int
+) -> list[RowResponse]:
+    """The step's answers: every position takes the next one of its lane, lap after lap in an order of the seed, so shares stay exact."""
+    order, batch = room.order, room.tutor.batch
+    lists = [[p for p in pairs if p[0] in lane.sources] for lane in order.lanes]
+    if step == start and not all(lists):
+        empty = [
+            room.sources[lane.sources[0]][0].task
+            for lane, own in zip(order.lanes, lists, strict=True)
+            if not own
+        ]
+        console.print_warning(
+            f"stage {room.stage.number}: no correct answer in the lane of {', '.join(empty)}; until step {start + _window_steps(room)} "
+            "others take its rows: raise method.self_samples, or the steps of method.refresh"
+        )
+    lists, before = [own or pairs for own in lists], component_counts(start * batch, order.parts)
+    found = []
+    for n in range(step * batch, (step + 1) * batch):
+        lane, k = component_at(n, order.parts)
+        lap, at = divmod(k - before[lane], len(lists[lane]))
+        found.append(
+            lists[lane][
+                permutation(len(lists[lane]), (room.seed, room.stage.number, start, lane, lap))[at]
+            ]
+        )
+    return found
+
+
+def _window_steps(room: StageContext) -> int:
+    """Steps that learn from the same answers."""
+    m = room.config.method
+    return (
+        {"never": room.steps, "epoch": room.order.steps(1)}.get(m.refresh) or int(m.refresh)
+        if m.source == "self"
+        else room.steps
+    )
+
+
+def needs_sampling(room: StageContext, step: int) -> bool:
+    """Whether the policy must answer before this step can learn."""
+    return room.config.method.source == "self" and step % _window_steps(room) == 0
+
+
+def _encode_responses(room: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
+    rt = room.tutor.learned
+    prompts = room.prompts([RowRef(source, row, 0) for source, row, _ in pairs])
+    answered = lambda prompt, text: rt.processor.answered(
+        prompt.encoded, text, limit=max(rt.ladder)
+    )
+    return [
+        EncodedExample(p.example, answered(p, text), row)
+        for p, (_, row, text) in zip(prompts, pairs, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def _read_responses(path: Path) -> list[RowResponse]:
+    return [(r["source"], r["row"], r["response"]) for r in files.read_jsonl(path)]
+
+
+def _window_responses(
+    room: StageContext, params: Params, start: int, steps: int
+) -> tuple[list[RowResponse], WorkCost]:
+    """A window's answers, and what drawing them cost; drawn now, or found as a killed run left them."""
+    path = room.workdir / "corpus" / f"stage{room.stage.number}_step{start}.jsonl"
+    drafts = SamplingCache(path, room.stage, room.tutor.rt.mesh, room.stopping)
+    if not drafts.made():
+        foreign = room.config.method.source == "corpus"
+        pairs, spent = (
+            (load_corpus(room), WorkCost())
+            if foreign
+            else _sample_window(room, params, start, steps, drafts)
+        )
+        total = sum(distributed.gather_objects(spent), WorkCost())
+        if distributed.is_main_process():
+            sampling_cache.write_sampling_cost(path, total, drafts.mark)
+            files.write_json(
+                path.with_suffix(".source.json"), _provenance(room, start) | {"answers": len(pairs)}
+            )
+            lines = [
+                {"source": s, "row": r, "id": room.sources[s][r].id, "response": text}
+                for s, r, text in pairs
+            ]
+            files.write_text(
+                path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            )
+        distributed.gather_objects(True)  # nobody reads before it is written
+        drafts.clear()
+        _read_responses.cache_clear()
+    # the file tells the cost of all processes, and a step adds up its processes' costs
+    return _read_responses(path), sampling_cache.read_sampling_cost(path)[
+        0
+    ] if distributed.is_main_process() else WorkCost()
+
+
+def _provenance(room: StageContext, start: int) -> dict[str, Any]:
+    """Where a window's answers come from: a file, or the policy after so many steps of a stage."""
+    m = room.config.method
+    if m.source == "self":
+        return {"policy": {"stage": room.stage.number, "step": start}}
+    text = Path(m.corpus).read_bytes()
+    return {
+        "corpus": str(Path(m.corpus).resolve()),
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "rows": text.count(b"\n"),
+    }
+
+
+def _sample_window(
+    room: StageContext, params: Params, start: int, steps: int, drafts: SamplingCache
+) -> tuple[list[RowResponse], WorkCost]:
+    t, count = room.tutor, jax.process_count()
+    places = dict.fromkeys(
+        (p.source, p.index) for step in range(start, start + steps) for p in room.order.rows(step)
+    )
+    mine = list(places)[jax.process_index() :: count]
+    mine += mine[-1:] * (-(-len(places) // count) - len(mine))
+    with console.progress_bar(f"own answers, stage {room.stage.number}", total=len(mine)) as bar:
+        items = room.prompts([RowRef(*at, 0) for at in mine])
+        right, spent = sample_correct_responses(
+            t, params, items, room.config.method.self_samples, room.key(start), bar, drafts
+        )
+    ends = lambda i, text: (
+        len(items[i].encoded) + len(t.rt.processor.ids(text)) + 2
+    )  # tokens, with the end of the turn and of its line
+    found = distributed.concat_lists(
+        distributed.gather_objects([(*mine[i], text, ends(i, text)) for i, text in right])
+    )
+    pairs = sorted({(*at, text) for *at, text, end in found if end <= max(t.learned.ladder)})
+    if not pairs:
+        raise ValueError(
+            f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from"
+        )
+    lost = sum(
+        end > max(t.learned.ladder) for *_, end in found
+    )  # read again, a text may have other tokens than when it was sampled
+    more = f"; {lost} more were too long when read again" if lost else ""
+    console.print_message(
+        f"stage {room.stage.number}: {len(pairs)} correct own answers to {len(places)} prompts{more}"
+    )
+    return pairs, spent

@@ -1,0 +1,69 @@
+"""A stage ready to run: its rows, their order, its tutor, and the models it is compared with."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cptjax.config import Stage
+from cptjax.data import prompts
+from cptjax.data.loader import BatchStream, LocalReader
+from cptjax.data.mixture import Mixture
+from cptjax.data.prompts import make_example_encoder
+from cptjax.training.algorithms.distillation import Teacher
+from cptjax.training.step_batch import BatchBuilder
+from cptjax.types import Example, Params
+
+
+@dataclasses.dataclass
+class StageProgress:
+    """How far a stage has come: what a checkpoint stores beside the arrays."""
+
+    step: int = 0  # steps taken
+    drawn: int = 0  # batches taken from the stream (an online filter takes several a step)
+    updates: int = 0  # optimiser updates
+
+
+@dataclasses.dataclass
+class StageContext:
+    """A stage ready to run."""
+
+    stage: Stage
+    tutor: BatchBuilder
+    order: Mixture
+    sources: list[Sequence[Example]]
+    steps: int
+    seed: int
+    workdir: Path
+    reference: Params | None  # of the KL term
+    teacher: Teacher | None
+    stopping: Callable[[], bool] = bool  # whether the run is to end before long work is begun
+
+    @property
+    def config(self) -> Any:
+        return self.stage.config
+
+    def key(self, step: int) -> jax.Array:
+        """Randomness is a function of (seed, stage, step)."""
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(self.seed), self.stage.number), step
+        )
+
+    @functools.cached_property
+    def prompts(self) -> LocalReader:
+        """Prepares the prompts at some places: the answers drawn to them are learned from with the same pictures."""
+        rt = self.tutor.rt
+        return LocalReader(
+            self.sources, make_example_encoder(rt, self.tutor.courses, False, max(rt.ladder))
+        )
+
+    def stream(self, drawn: int) -> BatchStream:
+        d, rt = self.config.data, self.tutor.rt
+        answered = self.config.method.source == "gold"
+        shard = (jax.process_index(), jax.process_count())
+        build = make_example_encoder(rt, self.tutor.courses, answered, max(rt.ladder))
+        more = dict(shard=shard, step=drawn, workers=d.workers, prefetch=d.prefetch)
+        return BatchStream(self.order, self.sources, build, collate=prompts.unwrap_rows, **more)

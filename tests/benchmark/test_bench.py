@@ -1,0 +1,172 @@
+"""The benchmark: same work as the peer's, numbers that follow from each other, and one line for every mistake."""
+
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from cptjax.benchmark import bench, checkpoint_loading, data_pipeline, workload
+from cptjax.benchmark.workload import MODEL_PHASES, Workload
+from cptjax.models import flops
+from cptjax.models.config import VisionConfig
+
+ROOT = Path(__file__).parents[2]
+NANO = workload.small_model(
+    128, 64, 1, 512, VisionConfig(depth=2, width=32, mlp=32, heads=2, full_blocks=(1,))
+)
+WORK = Workload(
+    "nano", image=84, prompts=8, group=2, text=8, new=4, repeat=1
+)  # 84 pixels: a window that is not full
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    monkeypatch.setitem(workload.BENCH_SIZES, "nano", NANO)
+
+
+@pytest.mark.slow
+def test_every_phase_beside_the_peer(nano):
+    """The peer gets our weights and inputs, and `run` refuses to go on unless it finds the same log-probabilities."""
+    pytest.importorskip("torch")
+    found = bench.run_benchmark(WORK, MODEL_PHASES, "hf")
+    assert found["peer_logp_gap"] < 1e-5
+    assert found["prompt"] == 8 + 9 + 2 and found["seqs"] == 16
+    for phase in MODEL_PHASES:
+        tokens = 16 * (4 if phase == "rollout" else 19 + 4)
+        assert found[f"{phase}_tok_s"] == pytest.approx(tokens / found[f"{phase}_s"])
+        assert found[f"ratio_{phase}"] == pytest.approx(
+            found[f"peer_{phase}_s"] / found[f"{phase}_s"]
+        )
+        assert found[f"{phase}_compilations_after_warmup"] == 0
+        assert 0 < found[f"{phase}_mfu_text"] < found[f"{phase}_mfu"]
+        assert "x the peer" in bench.phase_line(phase, found)
+    assert found["logp_compilations"] == 1 and found["logp_compile_s"] > 0
+    assert found["params"] == sum(int(np.prod(s)) for s in _shapes())
+
+
+def _shapes():
+    from cptjax.models import hf_checkpoint
+
+    return [entry.shape for entry in hf_checkpoint.tensor_table(NANO).values()]
+
+
+def test_without_a_peer_nothing_is_said_of_one(nano):
+    found = bench.run_benchmark(WORK, ["logp"])
+    assert not [k for k in found if "peer" in k or "ratio" in k]
+    assert "peer" not in bench.phase_line("logp", found)
+
+
+def test_micro_batches_are_the_same_rows(nano):
+    whole, parts = (
+        bench.BenchModel(
+            Workload("nano", image=84, prompts=8, group=2, text=8, new=4, micro=m), False
+        )
+        for m in (0, 8)
+    )
+    assert [len(b.targets) for b in parts.unrelated] == [8, 8]
+    found = [np.concatenate([np.asarray(x) for x in bench.logp_phase(s)()]) for s in (whole, parts)]
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_rows_are_those_of_the_processor(nano):
+    """Tokens, places and patches of one row as the tests' own builder makes them."""
+    drawn = workload.random_inputs(WORK, NANO)
+    ours = workload.equal_rows(drawn["prompts"][:1], drawn["patches"][:1], NANO, 1)
+    row = tiny.draw([4, tiny.Image(6, 6), 4], NANO, np.random.default_rng(0))
+    row.tokens, row.media[0] = drawn["prompts"][0], (row.media[0][0], drawn["patches"][0])
+    theirs = tiny.prompts([row], NANO)
+    for name in ("tokens", "positions", "segments", "slots"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    for name in ("patches", "positions", "frames"):
+        mine = getattr(ours.vision, name)
+        np.testing.assert_array_equal(
+            mine, getattr(theirs.vision, name)[:, :, : mine.shape[2]], err_msg=name
+        )
+
+
+def test_arithmetic():
+    work, cfg = Workload("cpu-s", prompts=4, image=448), workload.BENCH_SIZES["cpu-s"]
+    forward, step = (bench.phase_flops(phase, work, cfg) for phase in ("logp", "sft"))
+    assert step == tuple(3 * x for x in forward)
+    assert forward[1] == flops.vision_forward_flops(cfg, 32 * 1024, 1024)
+    shared = bench.phase_flops("grpo", work, cfg)
+    assert forward[0] + step[0] > 2 * shared[0], "groups share their prompts"
+    assert forward[1] + step[1] == 8 * (shared[1] - bench.phase_flops("rollout", work, cfg)[1]), (
+        "and their images"
+    )
+
+
+def test_load_is_measured_in_a_process_of_its_own(nano):
+    found = bench.run_benchmark(WORK, ["load"])
+    assert found["load_gb"] == pytest.approx(2 * sum(int(np.prod(s)) for s in _shapes()) / 1e9)
+    assert found["load_s_per_gb"] == pytest.approx(found["load_s"] / found["load_gb"])
+    assert 0 < found["load_peak_ratio"] < found["load_peak_gib"] * 2**30 / found["load_gb"] / 1e9
+    assert bench.phase_line("load", found).startswith("load")
+
+
+def test_resident_memory_grows_with_an_array():
+    before = checkpoint_loading.process_memory()
+    with mmap.mmap(
+        -1, 50_000_000
+    ) as fresh:  # an array of numpy may lie where another was: the suite keeps freed memory
+        fresh.write(b"1" * len(fresh))
+        assert checkpoint_loading.process_memory() - before > 0.9 * len(fresh)
+    assert checkpoint_loading.process_memory(peak=True) >= checkpoint_loading.process_memory()
+
+
+def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
+    monkeypatch.setattr(data_pipeline, "measure_data_pipeline", lambda: {"data_rows_s": 7.0})
+    assert bench.run_benchmark(WORK.__class__(), ["data"]) == {"data_rows_s": 7.0}
+    both = bench.run_benchmark(WORK, ["data", "sft"])
+    assert both["data_over_sft"] == pytest.approx(
+        7.0 / (16 / both["sft_s"])
+    ) and "over_sft" in bench.phase_line("data", both)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phases", "said"),
+    [
+        ({"size": "70b"}, ["sft"], "--size=70b: expected one of cpu-s, cpu-m, 3b, 7b"),
+        (
+            {},
+            ["sft", "grop"],
+            "--phases=grop: expected some of load, data, rollout, logp, sft, grpo",
+        ),
+        ({}, [], "--phases is empty"),
+        ({"dtype": "fp8"}, ["sft"], "--dtype=fp8: expected one of float32, bfloat16"),
+        ({"remat": "all"}, ["sft"], "--remat=all: expected one of none"),
+        ({"image": 100}, ["sft"], "--image=100: expected a multiple of 28"),
+        ({"micro": 7}, ["sft"], "--micro=7: it must divide the 64 rows"),
+        ({"prompts": 3}, ["logp"], "--prompts=3: expected a multiple of the 8 devices"),
+    ],
+)
+def test_a_mistake_is_one_line(settings, phases, said):
+    with pytest.raises(ValueError, match="^" + said.replace("(", r"\(")) as error:
+        bench.run_benchmark(Workload(**settings), phases)
+    assert "\n" not in str(error.value)
+
+
+def test_the_launcher_leaves_with_code_2():
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/bench.py", "--size=70b"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "error: --size=70b: expected one of cpu-s, cpu-m, 3b, 7b"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_is_kept_and_asked_for_once():
+    code = "import os, sys; from cptjax.common import cli; cli.restart_with_malloc_settings(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1])"
+    given = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "kept"], capture_output=True, text=True, env=given
+    )
+    tunables, kept = done.stdout.split()
+    assert tunables.startswith("glibc.malloc.check=0:glibc.malloc.hugetlb=1:") and kept == "kept", (
+        done.stderr
+    )

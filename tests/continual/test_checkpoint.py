@@ -1,0 +1,251 @@
+"""Checkpoints: what is saved comes back bit for bit on any mesh, and a damaged one is never in the way."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cptjax import sharding
+from cptjax.continual.checkpoint import Checkpoints, RunRefused
+
+DEVICES = jax.devices()
+
+
+def placed(x, devices: int):
+    mesh = sharding.make_mesh(1, -1, 1, DEVICES[:devices])
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp")))
+
+
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def tree(seed: int = 0, devices: int = 1):
+    rng = np.random.default_rng(seed)
+    w = placed(rng.normal(size=(16, 3)).astype(np.float32), devices)
+    return {"a": {"w": w}, "n": placed(np.arange(8, dtype=np.int32) + seed, devices)}
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Stage 1 with its steps 2, 4 and its end at 5; stage 2 with step 2. Trees are told apart by their seed."""
+    kept = Checkpoints(tmp_path / "c", keep=3)
+    for kind, stage, step, seed in (
+        ("steps", 1, 2, 12),
+        ("steps", 1, 4, 14),
+        ("stages", 1, 5, 15),
+        ("steps", 2, 2, 22),
+    ):
+        kept.save(kind, stage, step, {"params": tree(seed)}, {"seed": seed})
+    kept.wait()
+    yield kept
+    kept.close()
+
+
+def reader(kept: Checkpoints):
+    return lambda kind, stage, step: (
+        kept.progress(kind, stage, step)["seed"],
+        kept.restore(kind, stage, step, {"params": like(tree())})["params"],
+    )
+
+
+def spoil(kept: Checkpoints, kind: str, number: int, how: str = "truncate") -> None:
+    folder = kept.folder / kind / str(number)
+    if how == "empty":
+        shutil.rmtree(folder / "params")
+        return
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_newest_first(saved):
+    assert saved.found() == [(2, 2, "steps"), (1, 5, "stages"), (1, 4, "steps"), (1, 2, "steps")]
+    seed, found = saved.newest(reader(saved))
+    assert seed == 22 and equal(found, tree(22))
+    assert saved.stage_end(1) == 5
+    with pytest.raises(ValueError, match=r"no finished stage 2; finished stages: \[1\]"):
+        saved.stage_end(2)
+
+
+@pytest.mark.parametrize("before, after", [(8, 1), (1, 8), (8, 4)])
+def test_any_device_count(tmp_path, before, after):
+    kept = Checkpoints(tmp_path, async_save=False)
+    kept.save("stages", 1, 3, {"params": tree(5, before)}, {})
+    found = kept.restore("stages", 1, 3, {"params": like(tree(0, after))})["params"]
+    assert equal(found, tree(5)) and len(found["n"].sharding.device_set) == after
+    kept.close()
+
+
+def test_a_part_is_read_alone(tmp_path):
+    kept = Checkpoints(tmp_path, async_save=False)
+    kept.save("stages", 1, 3, {"params": tree(1), "opt_state": tree(2), "fisher": tree(3)}, {})
+    assert kept.restore("stages", 1, 3, {"params": like(tree())}).keys() == {"params"}
+    assert equal(kept.restore("stages", 1, 3, {"fisher": like(tree())})["fisher"], tree(3))
+    kept.close()
+
+
+@pytest.mark.parametrize("how", ["truncate", "empty"])
+def test_a_damaged_newest_one_falls_back_and_its_place_is_free_again(saved, how, capsys):
+    spoil(saved, "steps", 2 * 10**9 + 2, how)
+    seed, found = saved.newest(reader(saved))
+    assert seed == 15 and equal(found, tree(15))
+    assert "warning: checkpoint steps of stage 2, step 2 can not be read" in capsys.readouterr().err
+    assert (saved.folder / "damaged" / "steps-stage2-step2").is_dir() and saved.found()[0] == (
+        1,
+        5,
+        "stages",
+    )
+    saved.save("steps", 2, 2, {"params": tree(99)}, {"seed": 99})
+    saved.wait()
+    assert saved.newest(reader(saved))[0] == 99
+
+
+def test_a_lost_stage_is_not_trained_again_unasked(saved):
+    for kind, number in (
+        ("steps", 10**9 + 2),
+        ("steps", 10**9 + 4),
+        ("stages", 10**9 + 5),
+        ("steps", 2 * 10**9 + 2),
+    ):
+        spoil(saved, kind, number)
+    with pytest.raises(RunRefused, match="none of the 4 checkpoints"):
+        saved.newest(reader(saved))
+    assert len(saved.found()) == 4  # nothing is moved
+
+
+def test_within_the_first_stage_a_run_begins_anew(tmp_path):
+    kept = Checkpoints(tmp_path, async_save=False)
+    kept.save("steps", 1, 2, {"params": tree()}, {"seed": 0})
+    spoil(kept, "steps", 10**9 + 2)
+    assert kept.newest(reader(kept)) is None and kept.found() == []
+    kept.close()
+
+
+def test_refusal_and_no_memory_are_no_damage(saved):
+    for error in (
+        RunRefused("another config"),
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+        KeyError("our mistake"),
+    ):
+
+        def read(*_, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            saved.newest(read)
+    assert len(saved.found()) == 4
+
+
+@pytest.mark.parametrize("how", ["shape", "name", "tree", "permission"])
+def test_what_does_not_fit_is_refused_and_stays(saved, how, monkeypatch):
+    """A changed model or optimiser, or a folder that may not be read, is no damage."""
+    other, place = like(tree()), ocp.checkpoint_manager.CheckpointManager
+    if how == "shape":
+        other["a"]["w"] = jax.ShapeDtypeStruct(
+            (16, 4), np.float32, sharding=other["a"]["w"].sharding
+        )
+    elif how == "name":
+        other["b"] = other.pop("a")
+    elif how == "permission":
+        monkeypatch.setattr(
+            place,
+            "restore",
+            lambda *_, **__: (_ for _ in ()).throw(
+                ValueError("PERMISSION_DENIED: Error opening file")
+            ),
+        )
+    trees = {"opt_state" if how == "tree" else "params": other}
+    read = lambda *at: saved.restore(*at, trees)
+    words = {
+        "shape": r"^checkpoint .*params\['a'\]\['w'\] has shape \[16, 3\] there, \[16, 4\] by the config \(1 arrays",
+        "name": "^checkpoint .*2 arrays differ",
+    }
+    words |= {
+        "tree": "^checkpoint .*opt_state.* has shape none there",
+        "permission": "^PERMISSION_DENIED",
+    }
+    with pytest.raises(ValueError if how == "permission" else RunRefused, match=words[how]):
+        saved.newest(read)
+    assert len(saved.found()) == 4 and not (saved.folder / "damaged").exists()
+
+
+def test_a_kept_number_of_steps_and_every_stage(tmp_path):
+    kept = Checkpoints(tmp_path, keep=2, async_save=False)
+    for step in range(1, 5):
+        kept.save("steps", 1, step, {"params": tree()}, {})
+        kept.save("stages", step, 9, {"params": tree()}, {})
+    assert [(s, n) for s, n, kind in kept.found() if kind == "steps"] == [(1, 4), (1, 3)]
+    assert len(kept.found()) == 6
+    kept.close()
+
+
+def test_what_is_being_saved_may_be_donated(tmp_path):
+    """The next step overwrites the state while the background thread still writes it."""
+    kept = Checkpoints(tmp_path)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((1 << 22,))
+    for step in range(1, 4):
+        expected = np.array(x)
+        kept.save("steps", 1, step, {"params": {"x": x}}, {})
+        shape = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)}
+        for _ in range(5):
+            x = add(x)
+        kept.wait()
+        assert np.array_equal(
+            kept.restore("steps", 1, step, {"params": shape})["params"]["x"], expected
+        )
+    kept.close()
+
+
+def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path):
+    Checkpoints(tmp_path).close()
+    left = tmp_path / "steps" / f"{10**9 + 2}.orbax-checkpoint-tmp"
+    (left / "params").mkdir(parents=True)
+    other = Checkpoints(tmp_path)
+    assert other.found() == [] and left.exists()
+    other.close()
+    own = Checkpoints(tmp_path, tidy=True)
+    own.save("steps", 1, 2, {"params": tree()}, {})
+    own.wait()
+    assert own.found() == [(1, 2, "steps")] and not left.exists()
+    own.close()
+
+
+def test_an_interval_in_steps_or_minutes(tmp_path):
+    kept = Checkpoints(tmp_path, every=3, minutes=1.0)
+    assert [kept.due(s) for s in (1, 2, 3, 6)] == [False, False, True, True]
+    kept.saved -= 61
+    assert kept.due(1)
+    kept.close()
+    with pytest.raises(ValueError, match="keep=0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_a_failed_save_is_one_line(tmp_path):
+    kept = Checkpoints(tmp_path / "c", async_save=False)
+    shutil.rmtree(tmp_path / "c")
+    (tmp_path / "c").write_text("a file stands here")
+    with pytest.raises(
+        OSError, match="a checkpoint can not be written to .*What was saved before is whole"
+    ):
+        kept.save("steps", 1, 1, {"params": tree()}, {})
+
+
+def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    kept = Checkpoints(tmp_path, async_save=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(OSError, match="a checkpoint takes up to 0.0 MB, and 0.0 MB are free"):
+        kept.save("steps", 1, 1, {"params": tree()}, {})
+    assert not any((tmp_path / "steps").iterdir())
+    kept.close()

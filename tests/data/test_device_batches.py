@@ -1,0 +1,87 @@
+"""Rows for the device: targets stand where they are predicted; micro-batches of groups do not change an update (of rows: test_train)."""
+
+import jax
+import numpy as np
+import pytest
+import school
+
+from configs import base
+from cptjax.data import device_batches
+from cptjax.training.stage_context import StageProgress
+from cptjax.training.train_loop import next_step_batch
+
+
+def config(name: str, **sections):
+    c = base.get_config()
+    c.stages = (dict(task="first", steps=2),)
+    c.method.update(base.METHODS[name])
+    c = school.tiny(c, batch=8)
+    for section, values in sections.items():
+        c[section].update(values)
+    return c
+
+
+def first_update(settings, folder):
+    """The first update's new parameters and numbers."""
+    with school.desk(settings, folder) as desk, desk.room.stream(0) as stream:
+        found = next_step_batch(desk.room, desk.params, stream, StageProgress())
+        update = next(found.updates)
+        state, told = desk.update(update)
+        return jax.device_get(state.params), told, update
+
+
+def same(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def test_answers_are_predicted_by_the_token_before(tmp_path):
+    _, _, (batch,) = first_update(config("sft"), tmp_path)
+    tokens, where, targets, mask = (
+        np.asarray(x) for x in (batch.prompts.tokens, batch.where, batch.targets, batch.mask)
+    )
+    found = np.take_along_axis(tokens, where + 1, 1)
+    assert (found[mask] == targets[mask]).all() and mask.any(1).all() and not targets[~mask].any()
+
+
+def test_micro_batches_of_groups_leave_the_update_alone(tmp_path):
+    changes = dict(method=dict(kl_coef=0.1, ratio="token", normalise="sequence"))
+    whole, told, one = first_update(config("grpo", **changes), tmp_path / "a")
+    parts, told_parts, several = first_update(
+        config("grpo", train=dict(micro_batch=2), **changes), tmp_path / "b"
+    )
+    assert (len(one), len(several)) == (1, 4)
+    assert several[0].targets.shape[0] == 2 * 2  # whole groups
+    for key in ("grad_norm", "entropy", "kl", "mismatch_max"):
+        assert told_parts[key] == pytest.approx(told[key], rel=1e-4, abs=1e-6)
+    same(whole, parts, 1e-5)
+
+
+def test_rows_of_a_device_pass():
+    assert device_batches.micro_batch_layout(8, 0, 4, fill=False) == (
+        8,
+        1,
+    ) and device_batches.micro_batch_layout(8, 4, 4, fill=False) == (4, 2)
+    assert device_batches.micro_batch_layout(24, 0, 16, fill=True) == (
+        32,
+        1,
+    ) and device_batches.micro_batch_layout(24, 6, 4, fill=True) == (8, 4)
+    with pytest.raises(ValueError, match="train.micro_batch must divide it"):
+        device_batches.micro_batch_layout(8, 3, 1, fill=True)
+    with pytest.raises(ValueError, match="6 prompts.*4 shards"):
+        device_batches.micro_batch_layout(6, 0, 4, fill=False)
+
+
+def test_pieces_and_trimmed():
+    assert [(p.start, p.stop) for p in device_batches.batch_slices(5, 2)] == [
+        (0, 2),
+        (2, 4),
+        (4, 5),
+    ]
+    assert [(p.start, p.stop) for p in device_batches.batch_slices(3, 0)] == [(0, 3)]
+    mask = np.zeros((2, 64), bool)
+    mask[1, :9] = True
+    assert (
+        device_batches.response_bucket(mask, 64) == 16
+        and device_batches.response_bucket(mask[:1], 64) == 8
+        and device_batches.response_bucket(mask, 12) == 12
+    )

@@ -1,0 +1,374 @@
+"""Rollouts: equal to transformers' greedy search, to the trainer's log-probabilities, and to themselves however they are scheduled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from cptjax import sharding
+from cptjax.config import resolve_stages
+from cptjax.data import model_context, processor
+from cptjax.generation import decode_pool, generate, rollout_weights, sampler
+from cptjax.models import decoder, logprobs, qwen2_5_vl
+from cptjax.models.config import PRESETS, ModelConfig
+from cptjax.training import validate_config
+
+ROWS = [
+    [5, tiny.Image(4, 4), 3],
+    [9],
+    [3, tiny.Image(6, 10), 2, tiny.Image(4, 8), 4],
+    [14],
+    [2, tiny.Image(8, 8), 6],
+    [4],
+    [7, tiny.Image(2, 2), 1],
+    [11],
+]
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def cfg() -> ModelConfig:
+    return tiny.our_config(text={"eos_token_id": [2, 7]})
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    """Random weights with logits wide enough that tokens differ."""
+    tree = sharding.init_params(qwen2_5_vl.declare_params(cfg), jax.random.key(0), jnp.float32)
+    tree["text"]["embed"] *= 4
+    return tree
+
+
+def prompts(cfg, rows=ROWS, shards=1):
+    rng = np.random.default_rng(0)
+    return tiny.prompts([tiny.draw(r, cfg, rng) for r in rows], cfg, shards=shards)
+
+
+def run(params, prompts, cfg, key=KEY, **kwargs):
+    settings = {"group": 3, "max_new": 12, "check_every": 4, "dtype": jnp.float32} | kwargs
+    return jax.tree.map(
+        np.asarray, sampler.generate_rollouts(params, prompts, key, cfg, **settings)
+    )
+
+
+def same(a, b, atol=1e-4):
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    np.testing.assert_allclose(a.logps, b.logps, atol=atol)
+    np.testing.assert_allclose(a.policy_logps, b.policy_logps, atol=atol)
+
+
+def trainer_logps(params, prompts, tokens, cfg, group):
+    """What the training step computes for the same tokens."""
+    hidden = qwen2_5_vl.forward_group(
+        params, prompts, jnp.asarray(tokens).reshape(-1, group, tokens.shape[1]), cfg
+    )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return np.asarray(
+        logprobs.token_logps(flat, decoder.unembedding(params["text"]), tokens.reshape(-1))[0]
+    ).reshape(tokens.shape)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 0.0}], ids=str
+)
+def test_policy_logps_equal_the_trainers(cfg, params, settings, unroll):
+    cfg = dataclasses.replace(cfg, unroll=unroll)
+    out = run(params, prompts(cfg), cfg, **settings)
+    want = trainer_logps(params, prompts(cfg), out.tokens, cfg, 3)
+    np.testing.assert_allclose(out.policy_logps, np.where(out.mask, want, 0), atol=1e-4)
+    if not settings:  # the two differ by the forbidden tokens' share only
+        assert (out.logps >= out.policy_logps - 1e-6).all() and np.abs(
+            out.logps - out.policy_logps
+        ).max() < 0.3
+    assert not np.isin(out.tokens[out.mask], [*cfg.vision_tokens, cfg.pad]).any()
+
+
+def test_mask_ends_with_the_stop_token_or_the_limit(cfg, params):
+    """Several stop ids, each row to its own limit, blanks behind the end."""
+    stops, limits = tuple(range(2, 60)), np.arange(24).reshape(8, 3) % 12 + 1
+    out = run(params, prompts(cfg), cfg, stop=stops, limits=limits)
+    length = out.mask.sum(1)
+    for row, n, limit, ended in zip(
+        out.tokens, length, limits.reshape(-1), out.finished, strict=True
+    ):
+        assert ended == (row[n - 1] in stops) and (ended or n == limit) and n <= limit
+        assert not np.isin(row[: n - 1], stops).any() and (row[n:] == cfg.pad).all()
+    assert out.finished.any() and not out.finished.all()
+    np.testing.assert_array_equal(out.mask, np.arange(12) < length[:, None])
+    assert (out.logps[~out.mask] == 0).all() and (out.policy_logps[~out.mask] == 0).all()
+
+
+def test_shared_prompt_equals_copied_prompts(cfg, params):
+    """A group of three is three groups of one with the same row numbers."""
+    once = run(params, prompts(cfg), cfg)
+    for g in range(3):
+        # row number = prompt number * group + g, so one response of prompt number n alone is row n
+        alone = run(params, prompts(cfg), cfg, group=1, rows=np.arange(8) * 3 + g)
+        same(alone, jax.tree.map(lambda x: x.reshape(8, 3, *x.shape[1:])[:, g], once))  # noqa: B023
+
+
+def test_seed_greedy_and_group(cfg, params):
+    out, again, other = (
+        run(params, prompts(cfg), cfg),
+        run(params, prompts(cfg), cfg),
+        run(params, prompts(cfg), cfg, jax.random.key(8)),
+    )
+    same(out, again, 0)
+    assert (out.tokens != other.tokens).any(1).mean() > 0.9
+    first = out.tokens[:, 0].reshape(8, 3)
+    assert all(len(set(row)) > 1 for row in first)
+    greedy = run(params, prompts(cfg), cfg, temperature=0.0)
+    same(greedy, run(params, prompts(cfg), cfg, jax.random.key(8), temperature=0.0), 0)
+    assert (greedy.tokens.reshape(8, 3, -1) == greedy.tokens.reshape(8, 3, -1)[:, :1]).all()
+
+
+@pytest.mark.parametrize("slots, unroll", [(1, False), (3, True), (5, True)])
+def test_slots_do_not_change_rows(cfg, params, slots, unroll):
+    stops = tuple(range(2, 40))
+    whole = run(params, prompts(cfg), cfg, stop=stops)
+    same(
+        whole,
+        run(
+            params,
+            prompts(cfg),
+            dataclasses.replace(cfg, unroll=unroll),
+            stop=stops,
+            slots=slots,
+            check_every=3,
+        ),
+    )
+
+
+def test_batch_split_does_not_change_rows(cfg, params):
+    whole = run(params, prompts(cfg, [[9], [14], [4], [11]]), cfg, rows=np.array([4, 5, 6, 7]))
+    drawn = [
+        tiny.draw(r, cfg, rng) for rng in [np.random.default_rng(0)] for r in ([9], [14], [4], [11])
+    ]
+    parts = [
+        run(params, tiny.prompts(drawn[i : i + 2], cfg), cfg, rows=np.array([4, 5]) + i)
+        for i in (0, 2)
+    ]
+    same(whole, jax.tree.map(lambda *x: np.concatenate(x), *parts))
+
+
+@pytest.mark.parametrize(
+    "shape, slots", [((8, 1, 1), 0), ((2, 2, 2), 0), ((1, 4, 2), 4), ((1, 1, 8), 3)], ids=str
+)
+def test_meshes_do_not_change_rows(cfg, params, shape, slots):
+    """One device and eight: rows over data and fsdp, heads over model where there are enough."""
+    mesh = sharding.make_mesh(*shape)
+    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+    shards = sharding.batch_shards(mesh)
+    whole = run(params, prompts(cfg), cfg, rows=np.arange(8) + 3)
+    placed = jax.device_put(
+        params, sharding.param_shardings(qwen2_5_vl.declare_params(cfg), mesh, rules)
+    )
+    batch = prompts(cfg, shards=shards)
+    batch = batch.replace(
+        positions=sharding.place_rows(batch.positions, mesh, lambda _: (None, "batch", None)),
+        **{
+            f: sharding.place_rows(getattr(batch, f), mesh)
+            for f in ("tokens", "segments", "slots", "vision")
+        },
+    )
+    with jax.set_mesh(mesh):
+        if shape == (2, 2, 2):
+            placed = rollout_weights.prepare_rollout_weights(
+                placed, cfg, dtype=jnp.float32, gather=True
+            )
+            assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(placed))
+        same(whole, run(placed, batch, cfg, rows=np.arange(8) + 3, slots=slots))
+
+
+@pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
+def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
+    """256 groups, one row ten times longer than the rest, wherever it stands: under 1.5 times the steps of the ideal schedule of groups.
+
+    A group is as long as its longest row: a place becomes free when all of its rows are done.
+    """
+    count, slots, every, n = 256, 8, 4, 18
+    batch = prompts(cfg, [[3]] * count)
+    limits = np.random.default_rng(0).integers(1, n + 1, (count, group))
+    limits[:, 0], limits[at, -1] = n, 10 * n
+    plan = decode_pool.SamplerConfig(group, 10 * n, every, jnp.dtype(jnp.float32))
+    draws = sampler.make_sampling_inputs(KEY, cfg, (-1,))
+    shaped, rows = (
+        sampler.place_per_response(limits, None, count, group, "limits"),
+        sampler.place_per_response(None, None, count, group, "rows"),
+    )
+    out, steps = sampler.sample_in_turns(params, batch, shaped, rows, draws, cfg, plan, slots)
+    longest = limits.max(1)
+    ideal = max(longest.max(), -(-longest.sum() // slots))
+    assert ideal <= steps + 1 < 1.5 * ideal, (steps, ideal)
+    np.testing.assert_array_equal(np.asarray(out.mask).sum(1), limits.reshape(-1))
+
+
+def test_another_setting_does_not_compile_again(cfg, params):
+    run(params, prompts(cfg), cfg)
+    before = sampler.sample_at_once._cache_size()
+    for settings in (
+        {"temperature": 0.3},
+        {"temperature": 0.0},
+        {"top_k": 4, "top_p": 0.5, "min_p": 0.1},
+        {"stop": (9, 11)},
+    ):
+        run(params, prompts(cfg), cfg, jax.random.key(3), **settings)
+    assert sampler.sample_at_once._cache_size() == before
+
+
+def test_cache_is_small_and_as_large_as_computed(cfg, params):
+    """16 responses of 100 tokens to a prompt of 1,000: under a fifth of copied prompts."""
+    sizes = [
+        sampler.kv_cache_bytes(cfg, 64, 1000, 16, 100, shared=shared) for shared in (True, False)
+    ]
+    assert sizes[1] > 5 * sizes[0]
+    batch = prompts(cfg)
+    _, k, v = qwen2_5_vl.prefill(params, batch, cfg)
+    cache = qwen2_5_vl.new_kv_cache(k, v, batch.segments, 3, 12, cfg)
+    held = sum(x.nbytes for x in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v))
+    assert held == sampler.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
+
+
+def test_integer_weights_stay_near_the_policy(cfg, params):
+    pytest.importorskip("qwix")
+    gentle = jax.tree.map(lambda x: x / 2 if x.ndim > 1 else x, params)
+    for unroll in (False, True):
+        c = dataclasses.replace(cfg, unroll=unroll)
+        out = run(
+            rollout_weights.prepare_rollout_weights(gentle, c, dtype=jnp.float32, int8=True),
+            prompts(cfg),
+            c,
+        )
+        want = trainer_logps(gentle, prompts(cfg), out.tokens, cfg, 3)
+        mismatch = np.abs(out.policy_logps - want)[out.mask].mean()
+        assert 0 < mismatch < 0.05, mismatch
+
+
+def test_integer_weights_name_the_missing_package(cfg, params, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package qwix"):
+        rollout_weights.prepare_rollout_weights(params, cfg, int8=True)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"max_new": 0}, "max_new_tokens=0"),
+        ({"group": 0}, "group=0"),
+        ({"check_every": 0}, "check_every=0"),
+        ({"stop": ()}, "no stop token"),
+        ({"max_new": 2000}, "2000 new ones exceed the model's 1024 positions"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"slots": -1}, "slots=-1"),
+        ({"limits": np.ones(5)}, "limits or rows end before"),
+        ({"rows": np.ones(9)}, "rows came for 9 prompts, the batch has 8"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_bad_input_is_one_line(cfg, params, change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run(params, prompts(cfg), cfg, **change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dtype": "bfloat"}, "rollout.dtype='bfloat'.*'float32', 'bfloat16', 'int8'"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"min_p": 2.0}, "min_p=2"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"slots": -8}, "slots=-8"),
+        ({"check_every": 0}, "check_every=0"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_drawn_is_refused_before_anything_is_loaded(change, words):
+    first = lambda rollout: resolve_stages(runs.config("grpo", rollout=rollout))[0]
+    with pytest.raises(ValueError, match=words):
+        validate_config.validate_stage(first(change))
+    validate_config.validate_stage(first({"dtype": "bfloat16", "slots": 2}))
+
+
+def test_answers_are_drawn_in_the_type_that_is_asked_for(cfg, params):
+    """A float32 model's answers in bfloat16 have log-probabilities a little off; in eight bits the type stays the model's."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    tiny_cfg = dataclasses.replace(PRESETS["tiny"], unroll=True)
+    rt = model_context.ModelContext(
+        tiny_cfg, processor.load_processor(None, tiny_cfg, 256, 256), mesh, jnp.float32, (32,)
+    )
+    weights = sharding.init_params(
+        qwen2_5_vl.declare_params(tiny_cfg), jax.random.key(0), jnp.float32, mesh
+    )
+    asked = [rt.processor.encode([{"role": "user", "content": "what is it"}], generation=True)]
+    draw = lambda dtype: generate.sample_responses(
+        rt,
+        weights,
+        asked,
+        KEY,
+        np.arange(1),
+        generate.SamplingConfig(4, dtype=dtype, max_new_tokens=4),
+    )
+    same, half = [draw(d) for d in ("", "float32")], draw("bfloat16")
+    assert np.array_equal(same[0].policy_logps, same[1].policy_logps)
+    first = np.abs(half.policy_logps - same[0].policy_logps)[:, 0]
+    assert 1e-5 < first.max() < 0.2
+    assert generate.sampling_dtype("int8", jnp.float32) == jnp.float32
+
+
+def test_empty_prompts_pad_a_batch(cfg, params):
+    batch = prompts(cfg, [[9], [4]])
+    batch.segments[1] = 0
+    alone = run(params, prompts(cfg, [[9]]), cfg)
+    for more in ({}, {"limits": np.array([12]), "rows": np.array([0])}):
+        out = run(params, batch, cfg, **more)
+        assert out.mask[:3].any() and not out.mask[3:].any() and not out.finished[3:].any()
+        same(jax.tree.map(lambda x: x[:3], out), alone)
+    batch.segments[:] = 0
+    with pytest.raises(ValueError, match="every prompt is empty"):
+        run(params, batch, cfg)
+
+
+@pytest.mark.slow
+def test_greedy_equals_transformers(tmp_path):
+    """100 prompts: text, one image, several images, mixed lengths, rows that end early."""
+    torch = pytest.importorskip("torch")
+    from cptjax.models import hf_checkpoint
+
+    rng = np.random.default_rng(0)
+    image = lambda: tiny.Image(2 * int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)))
+    row = lambda i: (
+        [int(rng.integers(2, 20))]
+        + [p for _ in range(i % 4) for p in (image(), int(rng.integers(1, 6)))]
+    )
+    for tied in (False, True):
+        cfg, model = tiny.our_config(tied=tied), tiny.torch_model(int(tied), tied=tied)
+        model.save_pretrained(tmp_path / str(tied))
+        params = hf_checkpoint.load_hf_checkpoint(tmp_path / str(tied), cfg)
+        drawn = [tiny.draw(row(i), cfg, rng) for i in range(50)]
+        ours = lambda *stop: run(
+            params, tiny.prompts(drawn, cfg), cfg, group=1, max_new=16, temperature=0.0, stop=stop
+        )  # noqa: B023
+        stops = [
+            int(t) for t in np.unique(ours(*[-1] * 6).tokens[:, 5])[:6]
+        ]  # tokens that do come up: some rows end early
+        out = ours(*stops)
+        with torch.no_grad():
+            theirs = model.generate(
+                **tiny.hf_inputs(drawn, cfg),
+                do_sample=False,
+                max_new_tokens=16,
+                eos_token_id=stops,
+                pad_token_id=cfg.pad,
+                suppress_tokens=[*cfg.vision_tokens, cfg.pad],
+            ).numpy()
+        width = out.mask.sum(1).max()
+        np.testing.assert_array_equal(out.tokens[:, :width], theirs[:, -width:])
+        assert 5 < out.finished.sum() < 50

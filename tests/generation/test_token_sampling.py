@@ -1,0 +1,175 @@
+"""Drawn frequencies against exact probabilities, and the edges of every filter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cptjax.generation import token_sampling
+
+V, N = 300, 40_000  # more than two blocks, the last one partial
+
+
+def exact(
+    logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, forbidden=()
+) -> np.ndarray:
+    """The distribution by the textbook: sort, cut, renormalise."""
+    z = logits.astype(np.float64) / temperature
+    z[list(forbidden)] = -np.inf
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    if top_k:
+        p[p < np.sort(p)[-top_k]] = 0
+        p /= p.sum()
+    if top_p < 1:
+        order = np.argsort(-p)
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= top_p]] = 0
+        p /= p.sum()
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+def draw(
+    logits: np.ndarray,
+    uniform: np.ndarray,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    forbidden=(),
+):
+    off = np.zeros(logits.shape[-1], bool)
+    off[list(forbidden)] = True
+    c = token_sampling.make_controls(temperature, top_k, top_p, min_p, off)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(uniform), logits.shape[-1]))
+    return [
+        np.asarray(x) for x in jax.jit(token_sampling.sample_tokens)(rows, jnp.asarray(uniform), c)
+    ]
+
+
+def logits(seed: int = 0, v: int = V) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=v) * 2
+
+
+CASES = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 7},
+    {"top_k": 1},
+    {"top_p": 0.8},
+    {"top_p": 0.01},
+    {"min_p": 0.1},
+    {"temperature": 1.5, "top_k": 40, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 30, "top_p": 0.95, "min_p": 0.02},
+    {"forbidden": (3, 4, 5, 299)},
+    {"top_k": 5, "forbidden": range(0, 300, 2)},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_frequencies_equal_exact_probabilities(settings):
+    """Chi-square over pooled cells, far beyond what a wrong cut or temperature would give."""
+    p = exact(logits(), **settings)
+    uniform = np.random.default_rng(1).random(N).astype(np.float32)
+    tokens, logps, raw = draw(logits(), uniform, **settings)
+    assert (p[tokens] > 0).all()
+    np.testing.assert_allclose(logps, np.log(p[tokens]), atol=2e-5)
+    np.testing.assert_allclose(raw, np.log(exact(logits())[tokens]), atol=2e-5)
+    counts, want = np.bincount(tokens, minlength=V), p * N
+    big = want >= 20
+    observed, expected = (
+        np.append(counts[big], counts[~big].sum()),
+        np.append(want[big], want[~big].sum()),
+    )
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    assert chi2 <= freedom + 4.5 * np.sqrt(2 * freedom), (chi2, freedom)
+
+
+def test_greedy_takes_the_first_of_equal_maxima_and_ignores_chance():
+    row = np.zeros(V)
+    row[[10, 20]] = 3.0
+    tokens, logps, raw = draw(
+        row, np.random.default_rng(0).random(50).astype(np.float32), temperature=0.0
+    )
+    assert (tokens == 10).all() and (logps == 0).all()
+    np.testing.assert_allclose(raw, np.log(exact(row))[10], atol=1e-6)
+
+
+def test_the_ends_of_the_uniform_never_draw_what_has_no_weight():
+    row = np.full(V, -200.0)  # exp gives zero
+    row[[0, 130, 131]] = 1.0
+    uniform = np.array(
+        [0.0, np.nextafter(np.float32(1), np.float32(0)), 0.34, 0.66, 0.67], np.float32
+    )
+    for forbidden in ((), (0, 299)):
+        tokens, logps, _ = draw(row, uniform, forbidden=forbidden)
+        assert set(tokens) <= {0, 130, 131} - set(forbidden) and np.isfinite(logps).all()
+
+
+def test_ties_at_the_cut_stay_together():
+    row = np.zeros(V)
+    row[5] = 2.0
+    tokens, _, _ = draw(row, np.linspace(0, 0.999, 2000, dtype=np.float32), top_k=2)
+    assert len(set(tokens)) == V
+
+
+def test_thresholds_are_exact_for_extreme_logits():
+    """Halving works on float bits: neighbours one bit apart, zeros and huge negative numbers are told apart."""
+    z = np.array(
+        [
+            [
+                0.0,
+                -1e-30,
+                -np.float32(1.0),
+                np.nextafter(np.float32(-1), np.float32(-2)),
+                -88.0,
+                -1e30,
+            ]
+        ],
+        np.float32,
+    )
+    for k in range(1, 7):
+        cut = token_sampling.highest_with_mass(jnp.asarray(z), jnp.ones_like(z), jnp.float32(k))
+        assert np.asarray(cut)[0] == z[0, k - 1]
+
+
+def test_another_setting_is_not_another_program():
+    run = jax.jit(lambda *args: token_sampling.sample_tokens(*args))
+    for settings in ((1.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1)):
+        run(
+            jnp.zeros((2, V)),
+            jnp.zeros(2),
+            token_sampling.make_controls(*settings, np.zeros(V, bool)),
+        )
+    assert run._cache_size() == 1
+
+
+def test_a_vocabulary_of_152064_tokens():
+    row = logits(2, 152_064)
+    p = exact(row, top_p=0.9)
+    tokens, logps, _ = draw(row, np.random.default_rng(0).random(64).astype(np.float32), top_p=0.9)
+    assert (p[tokens] > 0).all()
+    np.testing.assert_allclose(logps, np.log(p[tokens]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ((-0.1, 0, 1.0, 0.0), "temperature=-0.1"),
+        ((1.0, -1, 1.0, 0.0), "top_k=-1"),
+        ((1.0, 1.5, 1.0, 0.0), "top_k=1.5"),
+        ((1.0, 0, 0.0, 0.0), "top_p=0.0"),
+        ((1.0, 0, 1.2, 0.0), "top_p=1.2"),
+        ((1.0, 0, 1.0, 1.5), "min_p=1.5"),
+        ((float("nan"), 0, 1.0, 0.0), "temperature=nan"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        token_sampling.make_controls(*settings, np.zeros(V, bool))
+    with pytest.raises(ValueError, match="every token"):
+        token_sampling.make_controls(1.0, 0, 1.0, 0.0, np.ones(V, bool))

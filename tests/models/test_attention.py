@@ -1,0 +1,383 @@
+"""Every attention kernel equals `reference`, values and gradients; the TPU kernel runs here by interpretation."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from cptjax import sharding
+from cptjax.models import attention, attention_tiled, decoder, vision
+from cptjax.models.config import PRESETS
+from cptjax.types import Vision
+
+PACKED = [1] * 50 + [2] * 90 + [3] * 40 + [0] * 20  # three conversations and right padding
+LEFT = [0] * 37 + [1] * 163
+
+
+def _draw(b, t, s, n, k, h, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h), (b, t, n, h))
+    ]
+
+
+def _compare(run, wanted, q, k, v, weight, real, tol):
+    """Values and gradients of the real tokens."""
+    weight = weight * real[:, :, None, None]
+    both = [
+        jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(f(q, k, v) * weight), (0, 1, 2)))
+        for f in (run, wanted)
+    ]
+    (value, grads), (value0, grads0) = (f(q, k, v) for f in both)
+    np.testing.assert_allclose(value, value0, rtol=tol, atol=tol)
+    np.testing.assert_allclose(
+        jax.jit(run)(q, k, v)[real], jax.jit(wanted)(q, k, v)[real], atol=tol
+    )
+    for a, b in zip(grads, grads0, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=tol * max(1, float(np.abs(b).max())))
+
+
+@pytest.fixture
+def interpret(monkeypatch):
+    monkeypatch.setattr(attention, "INTERPRET", True)
+
+
+@pytest.fixture
+def portable_cudnn(monkeypatch):
+    """The call that goes to cuDNN, answered by XLA: the same arguments, the same conventions."""
+    calls, original = [], jax.nn.dot_product_attention
+
+    def answer(*args, implementation, **kwargs):
+        calls.append(implementation)
+        return original(*args, **kwargs, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    return calls
+
+
+def _naive(q, k, v, segments, causal):
+    """Attention by loops, to hold the reference itself to account."""
+    out = np.zeros(q.shape)
+    b, t, n, h = q.shape
+    for i, j, head in np.ndindex(b, t, n):
+        seen = [m for m in range(t) if segments[i][m] == segments[i][j] and (m <= j or not causal)]
+        kv = head // (n // k.shape[2])
+        score = np.exp([q[i, j, head] @ k[i, m, kv] / np.sqrt(h) for m in seen])
+        out[i, j, head] = sum(
+            s * v[i, m, kv] for s, m in zip(score / score.sum(), seen, strict=True)
+        )
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_is_attention_within_segments(causal):
+    q, k, v, _ = _draw(2, 9, 9, 4, 2, 8)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    out = attention.attend(q, k, v, segments, segments, causal=causal, backend="xla")
+    np.testing.assert_allclose(
+        out, _naive(*map(np.asarray, (q, k, v)), segments, causal), atol=1e-5
+    )
+
+
+def test_mask_picture():
+    segments = jnp.array([[1, 1, 2, 2, 0]])
+    mask = attention.segment_mask(segments, segments, True)[0]
+    assert ["".join(".x"[int(x)] for x in row) for row in mask] == [
+        "x....",
+        "xx...",
+        "..x..",
+        "..xx.",
+        "....x",
+    ]
+
+
+def test_group_picture():
+    """A response sees the whole prompt and its own past: the gradient of each output says which inputs it read."""
+    q, k, v, _ = _draw(1, 6, 6, 2, 1, 8)
+    run = lambda v: attention.attend_group(q, k, v, jnp.ones((1, 2), int), 2, 2, "xla")[0].sum(
+        (-1, -2)
+    )
+    read = jnp.abs(jax.jacobian(run)(v))[:, 0].sum((-1, -2)) > 0
+    assert ["".join(".x"[int(x)] for x in row) for row in read] == [
+        "x.....",
+        "xx....",
+        "xxx...",
+        "xxxx..",
+        "xx..x.",
+        "xx..xx",
+    ]
+
+
+SPLASH = {  # heads, kv heads, head width, segments, causal
+    "packed, causal": (4, 2, 32, [PACKED, LEFT], True),
+    "packed, whole, width 80": (2, 2, 80, [PACKED, LEFT], False),
+    "one kv head, width 128": (4, 1, 128, [LEFT, PACKED], True),
+    "several blocks": (2, 1, 16, [[1] * 300 + [2] * 350 + [0] * 11], True),
+}
+
+
+@pytest.mark.parametrize("name", SPLASH)
+def test_splash(name, interpret):
+    n, kv, h, segments, causal = SPLASH[name]
+    segments = np.array(segments)
+    b, t = segments.shape
+    q, k, v, weight = _draw(b, t, t, n, kv, h)
+    run = lambda backend: (
+        lambda q, k, v: attention.attend(
+            q, k, v, segments, segments, causal=causal, backend=backend
+        )
+    )
+    _compare(run("splash"), run("xla"), q, k, v, weight, segments > 0, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "scores", [1, 200 * 200 * 4, 1 << 19], ids=["a row", "two rows", "all rows"]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiled(scores, causal, monkeypatch):
+    """However many rows a tile has; the rows of padding see themselves, so nothing is left without a key."""
+    monkeypatch.setattr(attention_tiled, "SCORES", scores)
+    segments = np.array([PACKED, LEFT, PACKED[::-1], LEFT[::-1]])
+    q, k, v, weight = _draw(4, 200, 200, 4, 2, 32)
+    run = lambda backend: (
+        lambda q, k, v: attention.attend(
+            q, k, v, segments, segments, causal=causal, backend=backend
+        )
+    )
+    _compare(run("tiled"), run("xla"), q, k, v, weight, segments >= 0, 1e-5)
+
+
+def test_tiled_keeps_no_scores():
+    """What the backward pass is given has no array of queries x keys."""
+    q, k, v, _ = _draw(64, 96, 96, 4, 2, 16)
+    segments = np.ones((64, 96), np.int32)
+    for backend, kept in (("xla", True), ("tiled", False)):
+        run = lambda q, k, v: jnp.sum(
+            attention.attend(q, k, v, segments, segments, causal=True, backend=backend)
+        )
+        _, back = jax.vjp(run, q, k, v)
+        sizes = [x.size for x in jax.tree.leaves(back) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert (max(sizes) >= 64 * 4 * 96 * 96) == kept
+    few = lambda q, k, v: jnp.sum(
+        attention.attend(q, k, v, segments[:8], segments[:8], causal=True, backend="tiled")
+    )
+    kept = jax.tree.leaves(jax.vjp(few, q[:8], k[:8], v[:8])[1])
+    assert max(x.size for x in kept) >= 8 * 4 * 96 * 96, (
+        "of few scores there is nothing to save: they are kept"
+    )
+
+
+def test_splash_bfloat16(interpret):
+    segments = np.array([PACKED])
+    q, k, v, weight = _draw(1, 200, 200, 4, 2, 64, jnp.bfloat16)
+    run = lambda backend: (
+        lambda q, k, v: attention.attend(q, k, v, segments, segments, causal=True, backend=backend)
+    )
+    exact = run("xla")(*(x.astype(jnp.float32) for x in (q, k, v)))
+    off = lambda x: float(jnp.abs(x.astype(jnp.float32) - exact)[segments > 0].max())
+    assert off(run("splash")(q, k, v)) < 1.5 * max(off(run("xla")(q, k, v)), 0.02)
+
+
+@pytest.mark.parametrize("backend", ["splash", "cudnn", "tiled"])
+@pytest.mark.parametrize("shape", [(150, 30), (128, 128)])
+def test_group(backend, shape, interpret, portable_cudnn, monkeypatch):
+    """Prompt and responses in one row, left padded, through kernels that know plain rows only."""
+    monkeypatch.setattr(attention_tiled, "SCORES", 200 * 200)
+    p, r = shape
+    g, nq = 3, 2
+    segments = np.stack([np.arange(p) >= 40, np.arange(p) >= 0]).astype(np.int32)
+    dtype = jnp.bfloat16 if backend == "cudnn" else jnp.float32
+    q, k, v, weight = _draw(nq, p + g * r, p + g * r, 4, 2, 32, dtype)
+    real = np.concatenate([segments > 0, np.ones((nq, g * r), bool)], 1)
+    run = lambda backend: lambda q, k, v: attention.attend_group(q, k, v, segments, p, g, backend)
+    if backend == "cudnn":
+        off = jnp.abs((run("cudnn")(q, k, v) - run("xla")(q, k, v)).astype(jnp.float32))[real].max()
+        assert portable_cudnn and off < 0.03
+    else:
+        _compare(run(backend), run("xla"), q, k, v, weight, real, 2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("h", [80, 128])
+def test_cudnn_arguments(h, causal, portable_cudnn):
+    """Packing reaches the GPU kernel (a peer's drops it there)."""
+    segments = np.array([PACKED, LEFT])
+    q, k, v, weight = _draw(2, 200, 200, 4, 2, h, jnp.bfloat16)
+    run = lambda backend: (
+        lambda q, k, v: attention.attend(
+            q, k, v, segments, segments, causal=causal, backend=backend
+        )
+    )
+    _compare(run("cudnn"), run("xla"), q, k, v, weight, segments > 0, 0.03)
+    assert set(portable_cudnn) == {"cudnn"}
+
+
+MESHES = {"2,2,2": (2, 2, 2), "1,4,2": (1, 4, 2), "1,1,8": (1, 1, 8)}
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("kernel", ["splash", "tiled"])
+def test_kernel_on_a_mesh(sizes, kernel, interpret, monkeypatch):
+    """Each device runs its own rows and heads; key/value heads are copied where `model` has more members than they are."""
+    monkeypatch.setattr(attention_tiled, "SCORES", 100 * 100)
+    mesh = sharding.make_mesh(*sizes)
+    segments = np.array([PACKED, LEFT] * 2)[:, 60:]
+    q, k, v, weight = _draw(4, 140, 140, 8, 2, 32)
+    run = lambda backend: (
+        lambda q, k, v: attention.attend(q, k, v, segments, segments, causal=True, backend=backend)
+    )
+    wanted = jax.jit(jax.grad(lambda *x: jnp.sum(run("xla")(*x) * weight), (0, 1, 2)))(q, k, v)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(lambda *x: jnp.sum(run(kernel)(*x) * weight), (0, 1, 2)))(q, k, v)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_backend_follows_the_mesh():
+    cfg = PRESETS["7b"]
+    assert (
+        attention.choose_backend(None, cfg, "float32") == "tiled"
+        and attention.choose_backend(sharding.make_mesh(), cfg, "bfloat16") == "tiled"
+    )
+    fake = type("Device", (), {"platform": "tpu"})()
+    mesh = type("Mesh", (), {"devices": np.array([fake])})()
+    assert (
+        attention.choose_backend(mesh, cfg, "float32") == "splash"
+        and attention.choose_backend(mesh, cfg, "float32", "xla") == "xla"
+    )
+    with pytest.raises(ValueError, match="flash"):
+        attention.choose_backend(None, cfg, "bfloat16", "flash")
+
+
+def test_cudnn_is_named_only_where_it_runs():
+    """float32, or a tower whose heads it does not take, means another kernel, and saying so; asked for by name it is refused."""
+    cfg = PRESETS["7b"]
+    odd = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=16 * 84))
+    gpu, cpu = (
+        type("Mesh", (), {"devices": np.array([type("Device", (), {"platform": p})()])})()
+        for p in ("gpu", "cpu")
+    )
+    assert (
+        attention.choose_backend(gpu, cfg, "bfloat16")
+        == attention.choose_backend(gpu, cfg, jnp.bfloat16, "cudnn")
+        == "cudnn"
+    )
+    for place, model, dtype, auto in (
+        (gpu, cfg, "float32", "xla"),
+        (gpu, odd, "bfloat16", "xla"),
+        (cpu, cfg, "bfloat16", "tiled"),
+    ):
+        assert attention.choose_backend(place, model, dtype) == auto
+        with pytest.raises(ValueError, match=f"here: .*{dtype}, heads of 128 and"):
+            attention.choose_backend(place, model, dtype, "cudnn")
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("t", [127, 128])
+def test_cudnn_lowers_for_a_gpu(t, sizes, monkeypatch):
+    """The program that a CUDA machine would run calls cuDNN's fused attention, forward and backward, odd lengths and meshes too."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q, k, v, _ = _draw(4, t, t, 8, 2, 80, jnp.bfloat16)
+    segments = np.array([PACKED[:t], LEFT[:t]] * 2)
+    f = lambda q, k, v: (
+        attention.attend(q, k, v, segments, segments, causal=True, backend="cudnn")
+        .astype(jnp.float32)
+        .sum()
+    )
+    with jax.set_mesh(sharding.make_mesh(*sizes)) if sizes else contextlib.nullcontext():
+        lowered = (
+            jax.jit(jax.grad(f, (0, 1, 2)))
+            .trace(q, k, v)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in lowered or "__cudnn$fmhaScaleBiasSoftmax" in lowered
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
+
+
+@functools.cache
+def _slice(name: str = "v5e:2x2", sizes: tuple[int, ...] = (1, 2, 2)) -> Mesh:
+    from jax.experimental import topologies
+
+    return sharding.make_mesh(
+        *sizes,
+        devices=list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices),
+    )
+
+
+def _arguments(tree, mesh, axes):
+    where = lambda x: jax.NamedSharding(mesh, sharding.partition_spec(axes(x)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), tree)
+
+
+def _compiled_for_tpu(f, params, *inputs):
+    """The gradient's program for a v5e slice, and how often it calls the flash kernels."""
+    mesh = _slice()
+    weights = sharding.abstract_params(params, jnp.bfloat16, mesh, sharding.rules_for(2, mesh))
+    rows = _arguments(inputs, mesh, lambda x: ("batch",) + (None,) * (len(x.shape) - 1))
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(f)).lower(weights, *rows).compile().as_text()
+    return text.count("splash_mqa_fwd"), text.count("splash_mqa_dq"), text.count("splash_mqa_dkv")
+
+
+@pytest.mark.slow
+def test_text_block_compiles_for_a_tpu_slice(no_cache):
+    """3B's decoder block, packed rows of 1,000 tokens, forward and backward, on v5e:2x2 that this machine does not have."""
+    pytest.importorskip("libtpu")
+    t = dataclasses.replace(PRESETS["3b"].text, depth=1)
+    cfg = dataclasses.replace(PRESETS["3b"], text=t, attention="splash")
+    blocks = jax.tree.map(
+        lambda p: dataclasses.replace(p, shape=p.shape[1:], axes=p.axes[1:]),
+        decoder.decoder_params(t)["blocks"],
+        is_leaf=sharding.is_param,
+    )
+
+    def loss(p, x, segments, positions):
+        attend = lambda q, k, v: (
+            attention.attend(q, k, v, segments, segments, causal=True, backend="splash"),
+            None,
+        )
+        out, _ = decoder.decoder_block(
+            p,
+            x,
+            decoder.mrope_cos_sin(jnp.broadcast_to(positions, (3, *positions.shape)), t),
+            attend,
+            cfg,
+        )
+        return out.astype(jnp.float32).sum()
+
+    ids = jax.ShapeDtypeStruct((4, 1000), jnp.int32)
+    assert all(
+        _compiled_for_tpu(
+            loss, blocks, jax.ShapeDtypeStruct((4, 1000, t.width), jnp.bfloat16), ids, ids
+        )
+    )
+
+
+@pytest.mark.slow
+def test_vision_tower_compiles_for_a_tpu_slice(no_cache):
+    """The released tower (head width 80) with a window block and a full block in one scan, under remat."""
+    pytest.importorskip("libtpu")
+    v = dataclasses.replace(PRESETS["3b"].vision, depth=2, full_blocks=(1,))
+    cfg = dataclasses.replace(PRESETS["3b"], vision=v, attention="splash", remat="block")
+    tree = {"vision": vision.vision_params(v), "merger": vision.merger_params(cfg)}
+    loss = lambda p, x: (
+        vision.encode_vision(p["vision"], p["merger"], x, cfg, jnp.bfloat16)
+        .astype(jnp.float32)
+        .sum()
+    )
+    shape = lambda *s, dtype=jnp.int32: jax.ShapeDtypeStruct((2, 1, 1024, *s), dtype)
+    assert all(
+        _compiled_for_tpu(
+            loss, tree, Vision(shape(v.patch_dim, dtype=jnp.bfloat16), shape(2), shape())
+        )
+    )

@@ -1,0 +1,76 @@
+"""Hand counts against the parameters' own sizes, against small sums, and against compiled programs."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cptjax import sharding
+from cptjax.models import flops, qwen2_5_vl, trainable
+from cptjax.models.config import PRESETS
+from cptjax.planning import hlo_costs
+from cptjax.types import Prompts
+
+TINY = PRESETS["tiny"]
+
+
+def _weights(tree, top):
+    """Elements of the linear maps below one part of the tree, the embedding left out."""
+    flat = trainable.flatten_params(tree)
+    return sum(math.prod(p.shape) for path, p in flat.items() if path[0] == top and path[-1] == "w")
+
+
+@pytest.mark.parametrize("name", ["tiny", "3b", "7b", "72b"])
+def test_a_token_costs_two_operations_for_each_weight_it_meets(name):
+    cfg = PRESETS[name]
+    weights = _weights(qwen2_5_vl.declare_params(cfg), "text") + (
+        cfg.text.width * cfg.text.vocab if cfg.text.tied else 0
+    )
+    pair = 4 * cfg.text.depth * cfg.text.heads * cfg.text.head_dim
+    assert flops.text_forward_flops(cfg, 1, 1, 1) == 2 * weights + pair
+
+
+@pytest.mark.parametrize("name", ["tiny", "7b"])
+def test_a_patch_costs_two_operations_for_each_weight_and_the_merger_once_in_four(name):
+    cfg = PRESETS[name]
+    v, tree = cfg.vision, qwen2_5_vl.declare_params(cfg)
+    mixing = (
+        4 * v.width * (len(v.full_blocks) * 256 + (v.depth - len(v.full_blocks)) * v.window_slots)
+    )
+    expected = 2 * _weights(tree, "vision") + 2 * _weights(tree, "merger") / v.merge**2 + mixing
+    assert flops.vision_forward_flops(cfg, 1, 256) == pytest.approx(expected)
+
+
+def test_a_group_of_one_is_a_row_and_sharing_saves_prompts():
+    cfg = PRESETS["7b"]
+    assert flops.group_forward_flops(cfg, 3, 100, 1, 20) == pytest.approx(
+        flops.text_forward_flops(cfg, 3, 120, 20), rel=1e-12
+    )
+    copies = flops.text_forward_flops(cfg, 8, 1200, 200)
+    assert copies / flops.group_forward_flops(cfg, 1, 1000, 8, 200) == pytest.approx(3.6, abs=0.1)
+
+
+def test_prefill_and_decode_make_a_forward_pass():
+    cfg = PRESETS["3b"]
+    both = flops.text_forward_flops(cfg, 2, 50, 0) + flops.decode_flops(cfg, 2, 50, 1, 30)
+    assert both == pytest.approx(flops.text_forward_flops(cfg, 2, 80, 30), rel=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_compiled_forward_does_what_was_counted(depth):
+    """The plain attention computes whole squares: the hand count with every pair in place of the causal half."""
+    cfg = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, depth=depth))
+    b, t = 2, 48
+    ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
+    prompts = Prompts(ids, jax.ShapeDtypeStruct((3, b, t), jnp.int32), ids, ids)
+    run = jax.jit(lambda p, x: qwen2_5_vl.forward(p, x, cfg) @ p["text"]["embed"].T)
+    text = (
+        run.lower(sharding.abstract_params(qwen2_5_vl.declare_params(cfg), jnp.float32), prompts)
+        .compile()
+        .as_text()
+    )
+    pair = 4 * depth * cfg.text.heads * cfg.text.head_dim
+    expected = flops.text_forward_flops(cfg, b, t, t) + b * pair * (t * t - t * (t + 1) / 2)
+    assert hlo_costs.count_flops(text) == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,536 @@
+"""Plans: sizes against the declared parameters, bounds, refusals with numbers, and programs for TPU slices that are not here."""
+
+import dataclasses
+import json
+import math
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+
+from configs.base import METHODS, get_config
+from cptjax import sharding
+from cptjax.config import resolve_stages
+from cptjax.data import collate
+from cptjax.models import load, trainable
+from cptjax.models.config import PRESETS
+from cptjax.planning import aot_compile, chips, hlo, memory, plan, programs, stage_shapes
+from cptjax.types import Prompts
+
+GIB = 2.0**30
+
+
+def small(method="grpo", /, **changes):
+    """A run whose programs compile in seconds."""
+    c = get_config()
+    c.stages = ({"task": "gqa", "steps": 1}, {"task": "vizwiz", "steps": 1})
+    c.model.update(min_pixels=16 * 16, max_pixels=64 * 64, remat="block")
+    c.data.prompt_limit, c.rollout.max_new_tokens, c.eval.max_new_tokens, c.rollout.group = (
+        64,
+        8,
+        8,
+        2,
+    )
+    c.train.update(batch=16, micro_batch=8, chunk=64)
+    c.eval.batch = 8
+    c.method.update(METHODS[method])
+    for section, values in changes.items():
+        c[section].update(values)
+    return c
+
+
+def penalised(name="ewc", method="sft"):
+    return small(
+        method, method=METHODS[method] | {"penalty": {"name": name, "coef": 1.0, "samples": 4}}
+    )
+
+
+def names(c, mesh):
+    return [p.name for p in programs.stage_programs(stage_shapes.make_stage_shapes(c, mesh))]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(1, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def local():
+    """Every program of a small run for this machine's eight CPU devices; its two stages need the same programs."""
+    (found,) = plan.make_plans(
+        small(
+            mesh={"data": 1, "fsdp": 4, "model": 2},
+            model={"compute_dtype": "float32", "param_dtype": "bfloat16"},
+        )
+    )
+    return found
+
+
+def test_every_program_of_a_run_is_compiled_once(local):
+    assert [c.name for c in local.costs] == [
+        "rollouts",
+        "reference log-probs",
+        "add gradients",
+        "apply gradients",
+        "evaluation",
+    ]
+    assert [c.calls for c in local.costs] == [1, 2, 2, 1, 0]
+    assert all(c.arithmetic > 0 and c.temporaries > 0 for c in local.costs if c.useful)
+
+
+def test_what_stays_in_memory_is_what_is_declared(local):
+    cfg = PRESETS["tiny"]
+    tree = stage_shapes.make_stage_shapes(
+        small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)
+    ).declared
+    cut = lambda p: math.prod(
+        sharding.named_sharding(p.axes, sharding.make_mesh(1, 4, 2), p.shape).shard_shape(p.shape)
+    )
+    share = sum(cut(p) for p in trainable.flatten_params(tree).values())
+    assert cfg.text.tied and local.resident["trained weights"] == 2 * share
+    assert local.resident["reference"] == 4 * share
+    assert local.resident["optimiser"] == pytest.approx(
+        8 * share, rel=1e-3
+    )  # two moments, and a few counters
+
+
+def test_the_peak_counts_what_lives_beside_a_program(local):
+    rollouts, score, add, apply, _ = local.costs
+    kept = local.resident
+    assert rollouts.beside == kept["optimiser"] + kept["reference"]
+    assert score.beside == kept["trained weights"] + kept["frozen weights"] + kept["optimiser"]
+    assert (
+        add.beside == kept["optimiser"] + kept["reference"]
+        and apply.beside == kept["frozen weights"] + kept["reference"]
+    )
+    assert (
+        apply.donated >= kept["trained weights"] + kept["optimiser"] - 1024
+    )  # the new state takes the old one's place
+    assert local.memory == max(
+        c.arguments + c.outputs - c.donated + c.temporaries + c.beside for c in local.costs
+    )
+
+
+def test_a_plan_is_json_and_has_no_bound_without_figures(local):
+    told = json.loads(json.dumps(plan.plan_as_json(local)))
+    assert (
+        told["fits"]
+        and told["chip"] is None
+        and told["mfu_bound"] is None
+        and len(told["programs"]) == 5
+    )
+
+
+def test_what_does_not_fit_is_named_with_the_lack_and_a_remedy(local):
+    chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1e4)
+    tight = dataclasses.replace(local, chip=chip)
+    said = plan.plan_verdict(tight)
+    assert (
+        len(said.splitlines()) == 5
+        and "train.micro_batch" in said
+        and "more than v5e offers" in said
+    )
+    assert plan.plan_verdict(dataclasses.replace(tight, chip=chips.CHIPS["v5e"])) == ""
+
+
+def test_the_bound_is_the_slowest_resource():
+    """1e12 operations, 1e9 bytes and an all-reduce of 9e9 bytes among 2 on a v5e: the network's 2 * 9e9 / 2 / 90e9 = 0.1 s."""
+    chip = chips.CHIPS["v5e"]
+    found = [hlo.Collective("all-reduce", "model", 2, 9e9, 1)]
+    times = plan.roofline_seconds(1e12, 1e9, found, chip, 1)
+    assert times == pytest.approx({"compute": 1e12 / 197e12, "memory": 1e9 / 819e9, "network": 0.1})
+    across = plan.roofline_seconds(0, 0, [dataclasses.replace(found[0], axis="data")], chip, 2)
+    assert across["network"] == pytest.approx(9e9 / 6.25e9)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (29.18G) exceeds available HBM (15.75G)",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.18G of 15.75G hbm.",
+    ],
+)
+def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
+    program = programs.Program("train step", None, 1, 0.0, ())
+    cost = plan._refused_cost(program, 2 * GIB, 1.0, words)
+    assert cost.over and cost.peak == pytest.approx(31.18 * GIB)
+    said = plan.plan_verdict(dataclasses.replace(local, chip=chips.CHIPS["v5e"], costs=[cost]))
+    assert "train step needs 31.18 GiB" in said and "15.50 GiB more than v5e offers" in said
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no room for words"):
+        plan._refused_cost(program, 0, 0, "INTERNAL: no room for words")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train": {"batch": 18, "micro_batch": 0}}, "18 prompts.*train.batch.* 4 shards"),
+        ({"train": {"batch": 18, "micro_batch": 6}}, "6 prompts.*train.micro_batch.* 4 shards"),
+        (
+            {"train": {"batch": 16, "micro_batch": 12}},
+            "16 rows can not be cut into micro-batches of 12",
+        ),
+        ({"rollout": {"slots": 6}}, "rollout.slots=6.* 4 batch shards"),
+        (
+            {"model": {"path": "no/such-model"}},
+            "no/such-model is no folder here, and the hub does not give",
+        ),
+    ],
+)
+def test_what_the_mesh_can_not_cut_is_refused_with_the_numbers(mesh, changes, told):
+    with pytest.raises(ValueError, match=told):
+        names(small(**changes), mesh)
+
+
+def test_programs_follow_the_method(mesh):
+    assert names(small("sft", train={"batch": 8, "micro_batch": 0}), mesh) == [
+        "train step",
+        "evaluation",
+    ]
+    assert names(small("self_sft"), mesh) == [
+        "rollouts",
+        "add gradients",
+        "apply gradients",
+        "evaluation",
+    ]
+    c = small()
+    c.method.updates_per_batch = 2
+    assert names(c, mesh) == [
+        "rollouts",
+        "reference log-probs",
+        "own log-probs",
+        "train step",
+        "evaluation",
+    ]
+    turns = [
+        "rollouts: cast",
+        "rollouts: queue",
+        "rollouts: read",
+        "rollouts: draw",
+        "rollouts: refill",
+    ]
+    assert names(small(rollout={"slots": 8}), mesh)[:5] == turns
+    assert names(small(rollout={"slots": 8, "gather": True}), mesh)[:6] == [
+        "rollouts: weights",
+        *turns,
+    ]
+    assert names(small("sdft"), mesh) == [
+        "rollouts",
+        "teacher states",
+        "add gradients",
+        "apply gradients",
+        "evaluation",
+    ]
+    assert names(small("remax"), mesh)[:3] == ["rollouts", "greedy answers", "reference log-probs"]
+    assert names(small(method={"filter": {"name": "incompetent", "samples": 4}}), mesh)[:2] == [
+        "filter",
+        "rollouts",
+    ]
+    assert names(penalised("lwf"), mesh) == [
+        "teacher states",
+        "add gradients",
+        "apply gradients",
+        "evaluation",
+    ]
+    assert names(penalised(), mesh)[-3:] == ["Fisher: sum", "Fisher: gradient", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("c", "name"),
+    [
+        (small("sdft"), "teacher states"),
+        (penalised("lwf"), "teacher states"),
+        (small("remax"), "greedy answers"),
+        (small(method={"filter": {"name": "incompetent", "samples": 4}}), "filter"),
+        (penalised(), "Fisher: sum"),
+        (penalised(method="grpo"), "Fisher: gradient"),
+        (small(rollout={"dtype": "bfloat16"}), "rollouts"),
+    ],
+    ids=["sdft", "lwf", "remax", "filter", "fisher", "gradient", "dtype"],
+)
+def test_programs_beside_the_update_can_be_lowered(mesh, c, name):
+    site = stage_shapes.make_stage_shapes(c, mesh)
+    with jax.set_mesh(mesh):
+        (program,) = [p for p in programs.stage_programs(site) if p.name == name]
+        assert set(program.holds) <= set(site.pieces) and program.lower({}).as_text()
+
+
+def test_copies_of_the_stages_start_stay_in_memory(mesh):
+    """In bytes a device: all weights for an average, the frozen for a penalty that holds the trained itself, and a Fisher in float32."""
+    sizes = lambda c: {
+        k: plan.bytes_per_device(v)
+        for k, v in stage_shapes.make_stage_shapes(c, mesh).pieces.items()
+    }
+    average, ewc = small("sft", method=METHODS["sft"] | {"average": 0.5}), penalised()
+    ewc.model.freeze = ("vision",)
+    plain = sizes(small("sft"))
+    assert (
+        "stage's start" not in plain and sizes(average)["stage's start"] == plain["trained weights"]
+    )
+    found = sizes(ewc)
+    assert (
+        found["stage's start"] == 2 * found["frozen weights"] > 0
+    )  # a copy in float32 of leaves held in bfloat16
+    assert found["penalty"] == pytest.approx(2 * found["trained weights"], rel=1e-3)
+
+
+def test_arithmetic_before_the_plan_follows_rollout_dtype():
+    c = small(model={"compute_dtype": "float32"})
+    cfg = PRESETS["tiny"]
+    told = {}
+    for dtype in ("", "float32", "bfloat16", "int8"):
+        c.rollout.dtype = dtype
+        told[dtype] = memory.expected_bytes(
+            cfg, load.declare_model_params(c.model, cfg), c, 64, 96, 8
+        )
+    assert (
+        told[""]["cache"]
+        == told["float32"]["cache"]
+        == told["int8"]["cache"]
+        == 2 * told["bfloat16"]["cache"]
+    )
+    assert (
+        told["float32"]["rollout weights"]
+        == 2 * told["bfloat16"]["rollout weights"]
+        == 4 * told["int8"]["rollout weights"]
+    )
+
+
+def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
+    """The waiting prompts while answers are drawn; the teacher's states of all micro-batches while the first one's gradient is made."""
+
+    text = jax.jit(lambda x: x + 1).lower(1.0).compile().as_text()
+
+    class Told:
+        def compile(self, program, folder):
+            return {
+                "arguments": 0.0,
+                "outputs": 1000.0,
+                "donated": 0.0,
+                "temporaries": 0.0,
+                "text": text,
+            }
+
+    def beside(c):
+        site, costs = stage_shapes.make_stage_shapes(c, mesh), []
+        for program in programs.stage_programs(site):
+            costs.append(plan.program_cost(program, site, None, {}, Told(), costs))
+        pieces = {
+            p.name: sum(
+                plan.bytes_per_device(v) for k, v in site.pieces.items() if k not in p.holds
+            )
+            for p in programs.stage_programs(site)
+        }
+        return {c.name: c.beside - pieces[c.name] for c in costs}
+
+    turns = beside(small(rollout={"slots": 8, "gather": True}))
+    assert (
+        turns["rollouts: draw"] == 2000
+        and turns["rollouts: refill"] == turns["rollouts: queue"] == 1000
+        and turns["evaluation"] == 0
+    )
+    taught = beside(small("sdft", train={"batch": 16, "micro_batch": 4}))
+    assert taught["add gradients"] == 3000 and taught["apply gradients"] == 4000
+
+
+@pytest.mark.parametrize("method", ["sft", "sdft", "dapo", "eaft"])
+def test_batches_have_what_their_objective_reads(mesh, method):
+    """Tracing the gradient's program needs every array that the loss asks for."""
+    site = stage_shapes.make_stage_shapes(small(method), mesh)
+    with jax.set_mesh(mesh):
+        program = next(
+            p for p in programs.stage_programs(site) if p.name in ("train step", "add gradients")
+        )
+        assert program.lower({}).as_text()
+
+
+def test_the_largest_picture_and_prompt_are_within_the_config(mesh):
+    site = stage_shapes.make_stage_shapes(small(), mesh)
+    assert (
+        collate.max_image_slots(site.cfg, 64 * 64) == 6 * 16
+    )  # of 16 merge units 3 x 5 spread over six windows of 2 x 2 units
+    found = stage_shapes.prompt_shapes(site, 8)
+    assert (
+        isinstance(found, Prompts)
+        and found.tokens.shape == (8, 64)
+        and found.vision.patches.shape[:2] == (4, 2)
+    )
+    big = collate.max_image_slots(PRESETS["7b"], 1003520)
+    assert 5120 <= big <= 6400
+
+
+CONFIG = """
+from tests.test_plan import small
+
+def get_config():
+    c = small("sft", mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 4, "micro_batch": 0})
+    c.stages = c.stages[:1]
+    return c
+"""
+
+
+def launched(tmp_path, *flags):
+    """launch/plan.py in a process of its own: exit code, words, JSON."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    order = [
+        sys.executable,
+        "launch/plan.py",
+        f"--config={tmp_path / 'config.py'}",
+        f"--json={tmp_path / 'plan.json'}",
+        *flags,
+    ]
+    env = runs.environment(PYTHONPATH=f"{runs.ROOT}:{runs.ROOT / 'tests'}")
+    done = subprocess.run(
+        order, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    return (
+        done.returncode,
+        done.stdout + done.stderr,
+        json.loads((tmp_path / "plan.json").read_text()),
+    )
+
+
+def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_not(tmp_path):
+    """Two programs of the tiny model; then 2,048 conversations of 16,384 tokens at a time, which no v5e holds."""
+    pytest.importorskip("libtpu")
+    used = lambda: sum(
+        resource.getrusage(resource.RUSAGE_CHILDREN)[:2]
+    )  # seconds of a processor: other work does not count
+    began = used()
+    code, said, (told,) = launched(tmp_path, "--topology=v5e:2x2")
+    assert code == 0, said
+    assert used() - began < 60
+    assert (
+        told["fits"]
+        and told["devices"] == 4
+        and told["mesh"] == {"data": 1, "fsdp": 2, "model": 2}
+        and 0 < told["mfu_bound"] < 1
+    )
+    assert [p["name"] for p in told["programs"]] == [
+        "train step",
+        "evaluation",
+    ] and "GiB a device" in said
+    assert all(p["temporaries"] > 0 and p["arithmetic"] > 0 for p in told["programs"])
+    code, said, (told,) = launched(
+        tmp_path,
+        "--topology=v5e:2x2",
+        "--config.train.batch=2048",
+        "--config.data.prompt_limit=16384",
+    )
+    assert code == 1 and not told["fits"], said
+    assert "train step needs" in said and "train.micro_batch" in said and "Traceback" not in said
+
+
+def test_an_unknown_slice_is_one_line():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="topology 'v7q:2x2'.*v5e:4x4"):
+        aot_compile.topology_devices("v7q:2x2")
+
+
+# ---- TPU slices ----------------------------------------------------------------------------------------------------------
+
+
+class Kept(aot_compile.SubprocessCompiler):
+    """Keeps the sizes of every buffer that the compiler assigned."""
+
+    def compile(self, program, folder):
+        sizes = super().compile(program, folder)
+        (report,) = Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt")
+        values = re.findall(
+            r"^ *value: <\d+ (\S+) @\d+> .*?\w+\[([\d,]+)\]", report.read_text(), re.M
+        )
+        self.buffers.extend((name, tuple(map(int, dims.split(",")))) for name, dims in values)
+        return sizes
+
+
+def tpu(c, topology, name, slices=1, buffers=None):
+    """One program of a config for a TPU slice, with its site; `buffers` takes up the shapes of all of them."""
+    pytest.importorskip("libtpu")
+    (stage,) = {s.config.to_json(): s for s in resolve_stages(c)}.values()
+    devices = aot_compile.topology_devices(topology, slices)
+    site = aot_compile.shapes_on_devices(stage.config, devices, slices)
+    program = next(p for p in programs.stage_programs(site) if p.name == name)
+    short = Kept(stage.config, topology, slices)
+    object.__setattr__(short, "buffers", [] if buffers is None else buffers)
+    return plan.program_cost(program, site, chips.chip_of_devices(devices), {}, short), site
+
+
+def whole(site):
+    """The unsharded shape of every parameter that the mesh cuts, its axes in order of size; less those that parts of others have."""
+    params = {"/".join(path): x for path, x in trainable.flatten_params(site.params).items()}
+    parts = {axes(x.sharding.shard_shape(x.shape)) for x in params.values()}
+    return {axes(x.shape): name for name, x in params.items() if axes(x.shape) not in parts}
+
+
+def axes(shape):
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def test_update_of_full_width_holds_no_logits_and_no_whole_table():
+    """7B's widths, two layers, on v5e:4x4: the largest buffers are far below [B, T, V] and below the unembedding [D, V]."""
+    c = small(
+        mesh={"data": 1, "fsdp": -1, "model": 4},
+        data={"prompt_limit": 512},
+        train={"batch": 8, "micro_batch": 4, "chunk": 256},
+    )
+    c.rollout.max_new_tokens = 256
+    c.model.path, c.stages = "Qwen/Qwen2.5-VL-7B-Instruct", c.stages[:1]
+    c.model.max_pixels = 28 * 28 * 64
+    buffers = []
+    cost, site = tpu(c, "v5e:4x4", "add gradients", buffers=buffers)
+    unsharded = whole(site)
+    assert len(buffers) > 500 and len(unsharded) > 10
+    gathered = {unsharded[axes(shape)] for _, shape in buffers if axes(shape) in unsharded}
+    assert gathered <= {
+        "vision/patch/w"
+    }  # it has no layers and is cut by fsdp alone: whole for its one product
+    text, vocab = site.cfg.text, site.cfg.text.vocab
+    assert cost.buffers and all(size < 2 * text.width * vocab / 2 for size, _ in cost.buffers)
+    assert not [name for name, shape in buffers if vocab in shape]  # cut by words always
+    assert cost.peak < 16 * GIB and not cost.over
+    kinds = {(x.kind, x.axis) for x in cost.collectives}
+    assert ("all-gather", "fsdp") in kinds and ("all-reduce", "model") in kinds
+    assert (
+        1.0 < cost.arithmetic * 16 / cost.useful < 1.6
+    )  # recomputation of each layer adds a third; the rest is padding
+
+
+def test_two_slices_share_the_batch_and_sum_gradients_across():
+    c = small(mesh={"data": 2, "fsdp": 2, "model": 2})
+    c.stages = c.stages[:1]
+    cost, site = tpu(c, "v5e:2x2", "add gradients", slices=2)
+    assert (
+        site.mesh.devices[0, 0, 0].slice_index == 0 and site.mesh.devices[1, 0, 0].slice_index == 1
+    )
+    assert any("data" in x.axis for x in cost.collectives) and cost.seconds["network"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_cache")
+def test_sizes_of_a_short_compile_are_those_of_the_whole_one(tmp_path):
+    pytest.importorskip("libtpu")
+    c = small(mesh={"data": 1, "fsdp": 2, "model": 2})
+    stage = resolve_stages(c)[0]
+    site = aot_compile.shapes_on_devices(stage.config, aot_compile.topology_devices("v5e:2x2"), 1)
+    program = next(p for p in programs.stage_programs(site) if p.name == "apply gradients")
+    short = aot_compile.SubprocessCompiler(stage.config, "v5e:2x2", 1).compile(
+        program, str(tmp_path)
+    )
+    whole = aot_compile.compile_program(program, site, {}, str(tmp_path / "whole"))
+    assert {k: short[k] for k in whole} == pytest.approx(
+        whole, rel=0.01
+    )  # the runtime pads small buffers
+
+
+def test_what_stays_of_7b_is_told_without_compiling():
+    """8.3 billion weights in float32 with two moments are far more than four v5e hold."""
+    pytest.importorskip("libtpu")
+    c = small(mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 2, "micro_batch": 0})
+    c.model.path = "Qwen/Qwen2.5-VL-7B-Instruct"
+    sizes = plan.resident_bytes(c, aot_compile.topology_devices("v5e:2x2"))
+    assert sum(sizes.values()) > chips.CHIPS["v5e"].usable
+    assert sizes["optimiser"] == pytest.approx(2 * sizes["trained weights"], rel=1e-3)

@@ -1,0 +1,57 @@
+"""The final answer is found where it stands, and nowhere else."""
+
+import time
+
+import pytest
+
+from cptjax.tasks.scoring.extract import extract_answer
+
+
+@pytest.mark.parametrize(
+    ("response", "how", "answer"),
+    [
+        ("  blue \n", "whole", "blue"),
+        (" \n", "whole", None),
+        (r"\boxed{1} then \boxed{\frac{1}{2}} end", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{7} and cut off \boxed{\frac{1}{", "boxed", "7"),
+        (r"\boxed{\boxed{5}}", "boxed", "5"),
+        (r"\boxed{a \} b}", "boxed", r"a \} b"),
+        (r"\boxed {\{1, 2\}}", "boxed", r"\{1, 2\}"),
+        (r"\\boxed{5}", "boxed", "5"),
+        (r"stray } and { here \boxed{5}", "boxed", "5"),
+        (r"\boxed{cut", "boxed", None),
+        ("blue", "boxed", None),
+        ("<answer>1</answer> <answer> 2\n3 </answer>", "answer_tag", "2\n3"),
+        ("<answer>1", "answer_tag", None),
+        ("The answer is 3.5. It was easy", "answer_is", "3.5"),
+        ("answer is a. Answer: b", "answer_is", "b"),
+        ("Answer: a\nThe answer is: the cat.\n", "answer_is", "the cat"),
+        ("I do not know", "answer_is", None),
+        ("(B).", "letter", "B"),
+        ("b", "letter", "B"),
+        ("**C**", "letter", "C"),
+        ("B. cat", "letter", "B"),
+        ("The answer is B.", "letter", "B"),
+        ("so the answer is (D) a dog", "letter", "D"),
+        ("The answer is B, since A is red", "letter", "B"),
+        ("The answer is B because it fits", "letter", "B"),
+        ("A. is red, B is not. The answer is: C", "letter", "C"),
+        ("The answer is A cat", "letter", None),
+        ("A picture of a cat", "letter", None),
+        ("cat", "letter", None),
+    ],
+)
+def test_extraction(response, how, answer):
+    assert extract_answer(response, how) == answer
+
+
+def test_extraction_is_linear_in_degenerate_responses():
+    start = time.perf_counter()
+    extract_answer("\\boxed{" * 20_000, "boxed")
+    extract_answer("<answer>" * 20_000, "answer_tag")
+    assert time.perf_counter() - start < 1.0
+
+
+def test_unknown_extraction_names_the_known_ones():
+    with pytest.raises(ValueError, match="whole, boxed, answer_tag, answer_is, letter; got 'box'"):
+        extract_answer("x", "box")

@@ -1,0 +1,119 @@
+"""Numbers, boxes, Countdown and the jigsaw."""
+
+import itertools
+
+import pytest
+
+from cptjax.tasks.scoring import puzzles
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("1,234", 1234),
+        ("-.5", -0.5),
+        ("3e2", 300),
+        ("50%", 50),
+        ("$3.", 3),
+        ("1/2", 0.5),
+        ("3 cm", 3),
+        ("1/0", None),
+        ("2 or 3", None),
+        ("x", None),
+    ],
+)
+def test_number(said, value):
+    assert puzzles.parse_number(said) == value
+
+
+def test_numeric_tolerance():
+    assert puzzles.score_numeric("3.14", "3.14159") == 0.0
+    assert puzzles.score_numeric("3.14", "3.14159", {"tolerance": 0.01}) == 1.0
+    with pytest.raises(ValueError, match="needs a number as the answer; got 'blue'"):
+        puzzles.score_numeric("1", "blue")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[10, 10, 30, 30]",
+        "(10,10),(30,30)",
+        '```json\n[{"bbox_2d": [10, 10, 30, 30], "label": "a 2"}]\n```',
+        "10 10 30 30",
+    ],
+)
+def test_box_forms(said):
+    assert puzzles.parse_box(said) == (10, 10, 30, 30)
+
+
+def test_iou():
+    assert puzzles.score_iou("[0, 0, 20, 10]", [10, 0, 30, 10]) == pytest.approx(100 / 300)
+    assert puzzles.score_iou("[0, 0, 10, 10]", [20, 20, 30, 30]) == 0.0
+    assert (
+        puzzles.score_iou("[10, 10, 0, 0]", [0, 0, 10, 10]) == 0.0
+        and puzzles.score_iou("a box", [0, 0, 1, 1]) == 0.0
+    )
+    assert (
+        puzzles.score_iou50("[0, 0, 10, 10]", [0, 0, 20, 10]) == 1.0
+        and puzzles.score_iou50("[0, 0, 9, 10]", [0, 0, 20, 10]) == 0.0
+    )
+    with pytest.raises(ValueError, match="x1 < x2"):
+        puzzles.score_iou("[0, 0, 1, 1]", [5, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("(25 - 1) * 3 / 2", 1),
+        (r"(25 - 1) \times 3 \div 2", 1),
+        ("(25-1)*3//2", 0),  # floor division is not division
+        ("25 + 25/2*1", 0),  # a number twice
+        ("36", 0),
+        ("25 - 1 + 3 * 2 + 6", 0),  # a number of its own
+        ("(25 - 1) * 3 / 2 = 36", 0),
+        ("(2 ** 25)", 0),
+        ("__import__('os').system('true')", 0),
+        ("(" * 150 + "1", 0),
+        ("25 / (1 - 3 + 2)", 0),
+    ],
+)
+def test_countdown(said, right):
+    assert puzzles.score_countdown(said, 36, {"nums": [1, 2, 3, 25]}) == right
+
+
+def test_countdown_division_must_be_exact():
+    assert puzzles.score_countdown("7 / 2 * 2", 6, {"nums": [7, 2, 2]}) == 0.0
+    assert puzzles.score_countdown("7 / 2 * 2", 7, {"nums": [7, 2, 2]}) == 0.0
+    with pytest.raises(ValueError, match="needs the column `nums`"):
+        puzzles.score_countdown("1", 1, {})
+
+
+def test_jigsaw_convention_is_the_picture():
+    original, shown = "ABCD", "CADB"
+    answer = [shown.index(tile) + 1 for tile in original]
+    assert answer == [2, 4, 1, 3] and "answer = 2 4 1 3" in puzzles.__doc__
+    assert [shown[n - 1] for n in answer] == list(original)
+
+
+def test_jigsaw_hits():
+    assert (
+        puzzles.jigsaw_hit_rate("2 4 1 3", [2, 4, 1, 3]) == 1.0
+        and puzzles.score_jigsaw("2, 4\n1, 3", "2 4 1 3") == 1.0
+    )
+    assert (
+        puzzles.jigsaw_hit_rate("[2, 4, 3, 1]", [2, 4, 1, 3]) == 0.5
+        and puzzles.score_jigsaw("2 4 3 1", [2, 4, 1, 3]) == 0.0
+    )
+    assert puzzles.jigsaw_hit_rate("2 2 2 2", [2, 4, 1, 3]) == 0.0  # not a permutation: no free hit
+    assert (
+        puzzles.jigsaw_hit_rate("2 4 1", [2, 4, 1, 3]) == 0.0
+        and puzzles.jigsaw_hit_rate("", [2, 4, 1, 3]) == 0.0
+    )
+    mean = (
+        sum(
+            puzzles.jigsaw_hit_rate(" ".join(map(str, p)), [1, 2, 3, 4])
+            for p in itertools.permutations(range(1, 5))
+        )
+        / 24
+    )
+    assert mean == pytest.approx(1 / 4)

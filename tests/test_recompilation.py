@@ -1,0 +1,174 @@
+"""Batches of mixed picture sizes and lengths have shapes from a short list: once each was compiled, nothing compiles again."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from school import SMALL
+
+from cptjax import sharding
+from cptjax.benchmark.bench import CompilationCounter
+from cptjax.data import collate, device_batches, model_context, processor
+from cptjax.generation import generate
+from cptjax.models import qwen2_5_vl
+from cptjax.training import train_step
+from cptjax.training.algorithms import optimizers
+from cptjax.training.algorithms.objective import Objective
+from cptjax.types import Batch
+
+ROWS, PIXELS, LADDER = 2, (16 * 16, 32 * 32), (24, 32)
+
+
+@pytest.fixture(scope="module")
+def rt() -> model_context.ModelContext:
+    cfg = dataclasses.replace(SMALL, attention="tiled", unroll=True)
+    return model_context.ModelContext(
+        cfg,
+        processor.load_processor(None, cfg, *PIXELS),
+        sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
+        jnp.float32,
+        LADDER,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(rt):
+    return sharding.init_params(
+        qwen2_5_vl.declare_params(rt.cfg), jax.random.key(0), jnp.float32, rt.mesh
+    )
+
+
+def picture_rooms(rt) -> list[tuple[int, int]]:
+    """(patches of a vision row, vision rows) of every batch with at most one picture a row; (0, 0) = none."""
+    window, most = (
+        rt.cfg.vision.window_slots,
+        collate.max_image_slots(rt.cfg, PIXELS[1]) // rt.cfg.vision.window_slots,
+    )
+    sizes = range(1, most + 1)
+    some = (
+        s for n in range(1, ROWS + 1) for s in itertools.combinations_with_replacement(sizes, n)
+    )
+    return [
+        (0, 0),
+        *sorted(
+            {
+                (width * window, rows)
+                for width, rows in (collate.fit_vision_rows([s], most) for s in some)
+            }
+        ),
+    ]
+
+
+def conversation(rt, rng, answered=True, longest=32):
+    """A picture or none, and words until the row has a random length."""
+    size = rng.integers(8, 40, 2)
+    image = (
+        [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]
+        if rng.random() < 0.6
+        else []
+    )
+    content = [
+        *({"type": "image", "image": i} for i in image),
+        {"type": "text", "text": "what is it"},
+    ]
+    ask = {"role": "user", "content": content}
+    short = len(rt.processor.encode([ask], generation=True)) + 2
+    words = "red " * int(rng.integers(1, max(2, longest - short)))
+    if answered:
+        return rt.processor.encode([ask, {"role": "assistant", "content": words.strip()}])
+    return rt.processor.encode(
+        [{"role": "user", "content": [*content, {"type": "text", "text": words}]}], generation=True
+    )
+
+
+def forced(monkeypatch, shape: collate.BatchShape, width: int) -> None:
+    """Every batch gets this shape, as if another process had asked for it."""
+    monkeypatch.setattr(device_batches, "gather_batch_shape", lambda _: shape)
+    monkeypatch.setattr(model_context, "gather_batch_shape", lambda _: shape)
+    monkeypatch.setattr(device_batches, "max_over_processes", lambda _: width)
+
+
+def test_sft_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
+    """200 steps of random batches after one step of each of 16 shapes."""
+    rng, heard, opt = np.random.default_rng(0), CompilationCounter(), optimizers.make_optimizer()
+    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), rt.mesh)
+    steps = train_step.make_step_programs(
+        rt.cfg, Objective("sft", 64), opt, train_step.StateShardings.of(state), rt.dtype
+    )
+    plain = rt.processor.encode(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    )
+    listed = [
+        (length, width, *room)
+        for length in LADDER
+        for width in device_batches.target_buckets(length)
+        for room in picture_rooms(rt)
+    ]
+    with jax.set_mesh(rt.mesh):
+        for length, width, patches, vision_rows in listed:
+            with monkeypatch.context() as patch:
+                forced(patch, collate.BatchShape(ROWS, length, patches, vision_rows), width)
+                state, told = steps.run(
+                    state, {}, [device_batches.conversation_batch(rt, [plain], rows=ROWS)], 1e-3
+                )
+        assert len(listed) == 16 and heard.count >= len(listed) - 1
+        before, seen, longest = heard.count, set(), (18, 24, 32)
+        for n in range(200):
+            rows = [
+                conversation(rt, rng, longest=longest[n % 3])
+                for _ in range(rng.integers(1, ROWS + 1))
+            ]
+            batch = device_batches.conversation_batch(rt, rows, rows=ROWS)
+            seen.add(
+                (
+                    batch.prompts.tokens.shape,
+                    batch.targets.shape,
+                    batch.prompts.vision and batch.prompts.vision.patches.shape,
+                )
+            )
+            state, told = steps.run(state, {}, [batch], 1e-3)
+        assert np.isfinite(float(told["loss"].value)) and len(seen) >= 8
+    assert heard.count == before
+
+
+@pytest.mark.slow
+def test_rl_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
+    """Rollouts, scores and updates on groups of other pictures."""
+    rng, heard, opt = np.random.default_rng(1), CompilationCounter(), optimizers.make_optimizer()
+    short = dataclasses.replace(rt, ladder=(32,))
+    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), rt.mesh)
+    steps = train_step.make_step_programs(
+        rt.cfg, Objective("policy", 64), opt, train_step.StateShardings.of(state), rt.dtype
+    )
+    sampling = generate.SamplingConfig(group=2, max_new_tokens=4)
+
+    def learn(state, rows):
+        out = generate.sample_responses(
+            short, state.params, rows, jax.random.key(0), np.arange(ROWS), sampling
+        )
+        numbers = {
+            "advantages": rng.standard_normal(2 * ROWS, np.float32),
+            "sampler_logps": out.policy_logps,
+        }
+        length = device_batches.response_bucket(out.mask, 4)
+        batch: Batch = device_batches.group_batch(
+            short, rows, out.tokens, out.mask, length=length, extra=numbers
+        )
+        return steps.run(state, {}, [batch], 1e-3)[0]
+
+    plain = rt.processor.encode([{"role": "user", "content": "x"}], generation=True)
+    with jax.set_mesh(rt.mesh):
+        for room in picture_rooms(rt):
+            with monkeypatch.context() as patch:
+                forced(patch, collate.BatchShape(ROWS, 32, *room), 4)
+                state = learn(state, [plain] * ROWS)
+        before = heard.count
+        for _ in range(12):
+            state = learn(
+                state, [conversation(rt, rng, answered=False, longest=22) for _ in range(ROWS)]
+            )
+    assert heard.count == before

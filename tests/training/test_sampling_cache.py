@@ -1,0 +1,109 @@
+"""Drawn answers survive a kill piece by piece: the same file at the end, nothing drawn twice, nothing reused under other settings."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import runs
+from alone import devices  # noqa: F401
+
+from cptjax import sharding
+from cptjax.common import files, signals
+from cptjax.common.signals import SamplingStopped
+from cptjax.config import resolve_stages
+from cptjax.continual import driver
+from cptjax.data.cost import WorkCost
+from cptjax.generation import generate
+from cptjax.tasks import rewards
+from cptjax.training import sampling_cache
+from cptjax.training.sampling_cache import SamplingCache
+
+SELF = {
+    "stages": ({"task": "facts", "steps": 4},),
+    "eval": {"before": False, "limit": 2},
+    "checkpoint": {"every": 0},
+    "data": {"limit": 8, "prompt_limit": 64, "buckets": (64,)},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_device(devices):
+    devices(1)
+
+
+def drafts(path, stopping=bool, **sections):
+    which = resolve_stages(runs.config("iterative", **sections))[0]
+    return SamplingCache(path, which, sharding.make_mesh(devices=jax.devices()[:1]), stopping)
+
+
+def drawn(kept: SamplingCache, upto: int, log: list) -> list:
+    """Pieces 0, 1, ...; `log` gets those that were drawn."""
+    draw = lambda i: lambda: (log.append(i), ([[i, f"é{i}\n"]], WorkCost(i, 1, 0.1 * i, 2)))[1]
+    return [kept.piece(draw(i)) for i in range(upto)]
+
+
+def test_only_what_is_missing_is_drawn(tmp_path):
+    whole = drawn(drafts(tmp_path / "whole.jsonl"), 5, [])
+    log: list = []
+    drawn(drafts(tmp_path / "a.jsonl"), 3, log)
+    file = tmp_path / ".a.jsonl.draft0"
+    file.write_bytes(file.read_bytes()[:-4])  # killed while it wrote the third
+    again = drafts(tmp_path / "a.jsonl")
+    assert drawn(again, 5, log) == whole and log == [0, 1, 2, 2, 3, 4]
+    again.clear()
+    assert not file.exists()
+
+
+def test_stopping_keeps_the_pieces_and_other_settings_do_not(tmp_path):
+    log: list = []
+    with pytest.raises(SamplingStopped):
+        drawn(drafts(tmp_path / "a.jsonl", stopping=lambda: len(log) == 2), 5, log)
+    assert log == [0, 1]
+    drawn(drafts(tmp_path / "a.jsonl", eval={"limit": 3}), 2, log)
+    assert log == [0, 1]  # how it is evaluated has nothing to do with it
+    drawn(drafts(tmp_path / "a.jsonl", rollout={"temperature": 0.5}), 2, log)
+    assert log == [0, 1, 0, 1]
+
+
+def test_a_file_of_other_settings_is_taken_away(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert not drafts(path).made()
+    sampling_cache.write_sampling_cost(path, WorkCost(), drafts(path).mark)
+    files.write_text(path, "")
+    assert drafts(path).made() and drafts(path, eval={"limit": 3}).made()
+    assert not drafts(path, train={"lr": 0.5}).made() and not path.exists()
+
+
+@pytest.mark.parametrize("stop", ["killed", "sigterm"])
+def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, stop):
+    """In the second window: SIGTERM is heard between two pieces, and the step before them is saved; a kill begins from the first."""
+    c, calls, sample = runs.config("iterative", **SELF), [], generate.sample_responses
+
+    def counted(*args, **more):
+        calls.append(args)
+        if len(calls) == 4 and stop == "killed":
+            raise KeyboardInterrupt
+        out = sample(*args, **more)
+        return dataclasses.replace(out, finished=np.ones_like(out.finished))
+
+    monkeypatch.setattr(generate, "sample_responses", counted)
+    monkeypatch.setattr(rewards, "is_correct", lambda parts: True)
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KeyboardInterrupt if stop == "killed" else signals.Preempted),
+    ):
+        if stop == "sigterm":
+            patched.setattr(signals.SigtermHandler, "agreed", lambda self: len(calls) == 3)
+        driver.run(c, tmp_path / "run")
+    assert (
+        len(files.read_jsonl(tmp_path / "run" / "corpus" / ".stage1_step2.jsonl.draft0")) == 2
+    )  # its head, and a piece
+    saved = [
+        p.name for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir() if p.name.isdigit()
+    ]
+    assert saved == ([str(10**9 + 2)] if stop == "sigterm" else [])
+    driver.run(c, tmp_path / "run")
+    driver.run(c, tmp_path / "whole")
+    runs.same(runs.state(tmp_path / "whole"), runs.state(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "corpus").glob(".*"))
