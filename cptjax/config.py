@@ -183,12 +183,12 @@ def check_config_values(config: ConfigDict) -> None:
             )
 
 
-def replayed_tasks(stages: Sequence[Stage], which: Stage) -> list[str]:
+def replayed_tasks(stages: Sequence[Stage], stage: Stage) -> list[str]:
     """Earlier stages' tasks whose rows are mixed into a stage, each once."""
-    earlier = [t for s in stages[: which.number - 1] for t in s.tasks]
+    earlier = [t for s in stages[: stage.number - 1] for t in s.tasks]
     return (
-        list(dict.fromkeys(t for t in earlier if t not in which.tasks))
-        if which.config.method.replay.fraction
+        list(dict.fromkeys(t for t in earlier if t not in stage.tasks))
+        if stage.config.method.replay.fraction
         else []
     )
 

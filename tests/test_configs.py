@@ -222,32 +222,32 @@ def test_paper_a_numbers_by_arm():
 def test_prompts_and_rewards_with_and_without_reasoning():
     example = Example("0", [{"role": "user", "content": "How many ?"}], "3", "3", "cpt7_gqa")
 
-    def course(arm):
+    def prompted(arm):
         c = cpt7.get_config(arm)
         return prompted_task.make_prompted_task(
             registry.resolve_task("cpt7_gqa"), c.data.template, c.rewards, None
         )
 
-    cot, direct = course("grpo"), course("nocot")
+    cot, direct = prompted("grpo"), prompted("nocot")
     said = lambda form: "".join(p["text"] for p in form.messages(example)[-1]["content"])
     assert "<think>" in said(cot) and "boxed" in said(cot) and "<think>" not in said(direct)
     assert (
         cot.reward.template.format == "think_boxed" and direct.reward.template.format == ""
     )  # 0.9 / 0.1 | the accuracy alone
-    assert course("sft").gold(example) == "3" and cot.gold(example).endswith("\\boxed{3}")
+    assert prompted("sft").gold(example) == "3" and cot.gold(example).endswith("\\boxed{3}")
 
 
 def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
     c = retain.get_config("grpo,countdown,tiny")
-    course = prompted_task.make_prompted_task(
+    prompted = prompted_task.make_prompted_task(
         registry.resolve_task("countdown"), c.data.template, c.rewards, None
     )
     example = Example(
         "0", [{"role": "user", "content": "Reach 14."}], 14, "", "countdown", {"nums": [2, 3, 4]}
     )
-    assert "\\boxed{}" in "".join(p["text"] for p in course.messages(example)[-1]["content"])
+    assert "\\boxed{}" in "".join(p["text"] for p in prompted.messages(example)[-1]["content"])
     said = ["Not \\boxed{14}, but 3 * 4 is 12, so \\boxed{3 * 4 + 2}.", "\\boxed{14}", "3 * 4 + 2"]
-    assert [p["reward"] for p in course.rewards(said, [example] * 3)] == [1, 0, 0]
+    assert [p["reward"] for p in prompted.rewards(said, [example] * 3)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", base.METHODS)

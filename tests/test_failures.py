@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
-from alone import devices, said  # noqa: F401
+import run_helpers
+from device_fixtures import devices, said  # noqa: F401
 
 from cptjax.continual import driver, workdir
 from cptjax.data.mixture import Mixture
@@ -25,17 +25,17 @@ TINY = {
 
 
 def go(workdir, **sections):
-    return driver.run(runs.config("sft", **{**TINY, **sections}), workdir)
+    return driver.run(run_helpers.config("sft", **{**TINY, **sections}), workdir)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One stage of facts, uninterrupted, in a process of its own; read only."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    (told,) = runs.told(
+    (metrics,) = run_helpers.metrics(
         {"method": "sft", "workdir": str(folder), "sections": TINY, "signals": [(KILL, None)]}
     )
-    assert told["code"] == 0, told["said"]
+    assert metrics["code"] == 0, metrics["said"]
     return folder
 
 
@@ -54,7 +54,7 @@ def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, g
     err = capsys.readouterr().err
     assert f"warning: checkpoint {gone} of stage 1" in err and "can not be read" in err
     assert ("going on from step 2 of stage 1" in err) == (gone == "stages")
-    runs.same(runs.state(whole), runs.state(folder))
+    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
 
 
 def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
@@ -68,7 +68,7 @@ def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
     assert json.loads((folder / "config.json").read_text())["train"]["lr"] == 0.5
-    runs.same(runs.state(whole), runs.state(folder))
+    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
 
 
 def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devices):
@@ -81,7 +81,7 @@ def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devic
         go(folder, train={"lr": 0.5})
     assert not (folder / "config.json").exists()
     go(folder)
-    runs.same(runs.state(whole), runs.state(folder))
+    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
 
 
 def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, devices):
@@ -119,7 +119,7 @@ def test_two_processes_on_one_workdir(whole, tmp_path, devices):
     finally:
         holder.kill()
         holder.wait()
-    runs.same(runs.state(whole), runs.state(folder))
+    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
 
 
 def test_an_address_is_no_folder(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_another_mesh_goes_on(whole, tmp_path, devices):
     (folder / "progress.json").unlink()
     devices(4)
     go(folder)
-    one, four = runs.state(whole), runs.state(folder)
+    one, four = run_helpers.state(whole), run_helpers.state(folder)
     assert one["matrix.csv"] == four["matrix.csv"] and one.keys() == four.keys()
     pairs = [
         (a, b)
@@ -159,13 +159,13 @@ def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):
         "rollout": {"group": 1},
         "method": {"distill": {"ema": 0.3}},
     }
-    c = runs.config("sdft", **{**TINY, **changes})
+    c = run_helpers.config("sdft", **{**TINY, **changes})
     driver.run(c, tmp_path / "whole")
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
     (folder / "progress.json").unlink()
     driver.run(c, folder)
-    runs.same(runs.state(tmp_path / "whole"), runs.state(folder))
+    run_helpers.same(run_helpers.state(tmp_path / "whole"), run_helpers.state(folder))
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):
@@ -228,7 +228,7 @@ def test_a_reward_that_fails(tmp_path, devices, body, line):
         "data": {"limit": None},
         "train": {"batch": 1},
     }
-    c = runs.config("grpo", **{**TINY, **changes})
+    c = run_helpers.config("grpo", **{**TINY, **changes})
     with pytest.raises(ValueError, match=line):
         driver.run(c, tmp_path / "run")
     steps = [
@@ -251,16 +251,16 @@ def test_a_reward_that_fails(tmp_path, devices, body, line):
     assert steps == list(range(1, 10))
 
 
-def error_line(told: dict) -> str:
-    assert told["code"] == 2, told
-    lines = [line for line in told["said"].splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in told["said"], told["said"]
+def error_line(metrics: dict) -> str:
+    assert metrics["code"] == 2, metrics
+    lines = [line for line in metrics["said"].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in metrics["said"], metrics["said"]
     return lines[0]
 
 
 def test_a_workdir_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    (told,) = runs.told(
+    (metrics,) = run_helpers.metrics(
         {
             "method": "sft",
             "workdir": str(tmp_path / "file" / "run"),
@@ -269,7 +269,7 @@ def test_a_workdir_that_can_not_be_made(tmp_path):
             "log": str(tmp_path / "log"),
         }
     )
-    assert str(tmp_path / "file" / "run") in error_line(told)
+    assert str(tmp_path / "file" / "run") in error_line(metrics)
 
 
 @contextlib.contextmanager
@@ -307,8 +307,8 @@ def test_a_disk_that_may_not_be_written(tmp_path):
                 "signals": [(KILL, None)],
                 "log": str(tmp_path / "log"),
             }
-            (told,) = runs.told(plan)
-            assert f"Read-only file system: '{place}" in error_line(told)
+            (metrics,) = run_helpers.metrics(plan)
+            assert f"Read-only file system: '{place}" in error_line(metrics)
 
 
 def test_a_full_disk(whole, small_disk, tmp_path):
@@ -320,10 +320,10 @@ def test_a_full_disk(whole, small_disk, tmp_path):
         "signals": [(KILL, None)],
         "log": str(tmp_path / "log"),
     }
-    (told,) = runs.told(plan)
-    line = error_line(told)
+    (metrics,) = run_helpers.metrics(plan)
+    line = error_line(metrics)
     assert "space" in line and "run the same command again" in line
     moved = shutil.copytree(small_disk / "run", tmp_path / "run")
-    (told,) = runs.told({**plan, "workdir": str(moved)})
-    assert told["code"] == 0, told["said"]
-    runs.same(runs.state(whole), runs.state(moved))
+    (metrics,) = run_helpers.metrics({**plan, "workdir": str(moved)})
+    assert metrics["code"] == 0, metrics["said"]
+    run_helpers.same(run_helpers.state(whole), run_helpers.state(moved))

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import school
+import stage_fixtures
 
 from configs import base, cpt7, jigsaw, retain
 from cptjax.common.files import read_jsonl
@@ -88,11 +88,11 @@ def formed(config, name: str, monkeypatch):
         config.tasks[task] = dict(task="jigsaw", side=42)
     config.data.update(prompt_limit=512, buckets=(512,))
 
-    def graded(tutor, items, texts):
-        form = tutor.courses[task].template
+    def graded(builder, items, texts):
+        form = builder.prompted_tasks[task].template
         assert form.name == template
         return grade(
-            tutor,
+            builder,
             items,
             [form.forced_response(text) if i % 2 else text for i, text in enumerate(texts)],
         )
@@ -105,7 +105,7 @@ def formed(config, name: str, monkeypatch):
 def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
     config = ARMS[name]()
     stages = 2 if config.method.replay.fraction or config.method.penalty.name == "ewc" else 1
-    config = school.tiny(config, stages=stages)
+    config = stage_fixtures.tiny(config, stages=stages)
     config = formed(config, name, monkeypatch) if name in OWN_FORM else config
     if config.method.objective == "distill":
         config.data.update(
@@ -115,7 +115,7 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
         config.method.corpus = corpus(tmp_path, config.stages[0]["task"])
         config.tasks[config.stages[0]["task"]].template = config.data.template
         config.data.update(prompt_limit=256, buckets=(256,))
-    run, lines = school.learned(config, tmp_path / "run")
+    run, lines = stage_fixtures.learned(config, tmp_path / "run")
     steps = [line for line in lines if "event" not in line]
     assert [(line["stage"], line["step"]) for line in steps] == [(i + 1, 1) for i in range(stages)]
     for line in steps:

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import runs
+import run_helpers
 from PIL import Image
 
 from cptjax.data import model_context
@@ -24,10 +24,10 @@ if plan["count"] > 1:
     jax.distributed.initialize(plan["address"], plan["count"], plan["index"])
 else:
     jax.config.update("jax_num_cpu_devices", 2)
-import runs
-from cptjax import continual
+import run_helpers
+from cptjax.continual import driver
 assert jax.device_count() == 2
-print(json.dumps(continual.run(runs.config(plan["method"], **plan["sections"]), plan["workdir"]).tolist()))
+print(json.dumps(driver.run(run_helpers.config(plan["method"], **plan["sections"]), plan["workdir"]).tolist()))
 """
 
 
@@ -72,11 +72,15 @@ def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
         "workdir": str(workdir),
     }
     plan = about | {"count": count, "address": f"localhost:{free_port()}"}
-    script = SCRIPT.format(tests=str(runs.ROOT / "tests"))
+    script = SCRIPT.format(tests=str(run_helpers.ROOT / "tests"))
     orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
     return [
         subprocess.Popen(
-            o, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            o,
+            env=run_helpers.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for o in orders
     ]
@@ -97,7 +101,9 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
 def test_processes_that_would_feed_the_same_rows_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda *_: 2)
     with pytest.raises(ValueError, match=r"1 shards \(data x fsdp\) for 2 processes.*mesh.model"):
-        model_context.load_model(runs.config().model, {"data": 1, "fsdp": 1, "model": 8}, 0, (32,))
+        model_context.load_model(
+            run_helpers.config().model, {"data": 1, "fsdp": 1, "model": 8}, 0, (32,)
+        )
 
 
 @pytest.mark.slow
@@ -109,7 +115,7 @@ def test_two_processes_are_one(tmp_path, method):
     assert (tmp_path / "one" / "matrix.csv").read_bytes() == (
         tmp_path / "two" / "matrix.csv"
     ).read_bytes()
-    a, b = runs.records(tmp_path / "one"), runs.records(tmp_path / "two")
+    a, b = run_helpers.records(tmp_path / "one"), run_helpers.records(tmp_path / "two")
     assert a.keys() == b.keys() and a["evals.csv"] == b["evals.csv"]
     for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])

@@ -235,10 +235,12 @@ def test_three_steps_of_training(tmp_path):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         tool.step()
-        state, told = steps.run(state, {}, [batch], lr)
+        state, metrics = steps.run(state, {}, [batch], lr)
         assert norm > clip
         np.testing.assert_allclose(
-            [told["loss"].value, told["grad_norm"].value], [loss.item(), norm.item()], rtol=1e-4
+            [metrics["loss"].value, metrics["grad_norm"].value],
+            [loss.item(), norm.item()],
+            rtol=1e-4,
         )
     theirs = {hf_checkpoint.released_name(n): p.detach().numpy() for n, p in named.items()}
     for name, ours in _stored(state.params, cfg):

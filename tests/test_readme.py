@@ -13,8 +13,8 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-import runs
-from alone import devices, said  # noqa: F401
+import run_helpers
+from device_fixtures import devices, said  # noqa: F401
 from PIL import Image
 
 import cptjax
@@ -91,7 +91,7 @@ def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, sai
     assert {name for name, _ in hub} == {"Qwen/Qwen2.5-VL-3B-Instruct"} and {
         weights for _, weights in hub
     } == {False, True}
-    asked = {(r["task"], r["template"]) for r in runs.evals(tmp_path / "run")}
+    asked = {(r["task"], r["template"]) for r in run_helpers.evals(tmp_path / "run")}
     assert asked == {
         ("cells", "boxed"),
         ("signs", "direct"),

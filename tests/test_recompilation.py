@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from school import SMALL
+from stage_fixtures import SMALL
 
 from cptjax import sharding
 from cptjax.benchmark.bench import CompilationCounter
@@ -24,7 +24,7 @@ ROWS, PIXELS, LADDER = 2, (16 * 16, 32 * 32), (24, 32)
 
 
 @pytest.fixture(scope="module")
-def rt() -> model_context.ModelContext:
+def model_ctx() -> model_context.ModelContext:
     cfg = dataclasses.replace(SMALL, attention="tiled", unroll=True)
     return model_context.ModelContext(
         cfg,
@@ -36,17 +36,17 @@ def rt() -> model_context.ModelContext:
 
 
 @pytest.fixture(scope="module")
-def params(rt):
+def params(model_ctx):
     return sharding.init_params(
-        qwen2_5_vl.declare_params(rt.cfg), jax.random.key(0), jnp.float32, rt.mesh
+        qwen2_5_vl.declare_params(model_ctx.cfg), jax.random.key(0), jnp.float32, model_ctx.mesh
     )
 
 
-def picture_rooms(rt) -> list[tuple[int, int]]:
+def picture_rooms(model_ctx) -> list[tuple[int, int]]:
     """(patches of a vision row, vision rows) of every batch with at most one picture a row; (0, 0) = none."""
     window, most = (
-        rt.cfg.vision.window_slots,
-        collate.max_image_slots(rt.cfg, PIXELS[1]) // rt.cfg.vision.window_slots,
+        model_ctx.cfg.vision.window_slots,
+        collate.max_image_slots(model_ctx.cfg, PIXELS[1]) // model_ctx.cfg.vision.window_slots,
     )
     sizes = range(1, most + 1)
     some = (
@@ -63,7 +63,7 @@ def picture_rooms(rt) -> list[tuple[int, int]]:
     ]
 
 
-def conversation(rt, rng, answered=True, longest=32):
+def conversation(model_ctx, rng, answered=True, longest=32):
     """A picture or none, and words until the row has a random length."""
     size = rng.integers(8, 40, 2)
     image = (
@@ -76,11 +76,11 @@ def conversation(rt, rng, answered=True, longest=32):
         {"type": "text", "text": "what is it"},
     ]
     ask = {"role": "user", "content": content}
-    short = len(rt.processor.encode([ask], generation=True)) + 2
+    short = len(model_ctx.processor.encode([ask], generation=True)) + 2
     words = "red " * int(rng.integers(1, max(2, longest - short)))
     if answered:
-        return rt.processor.encode([ask, {"role": "assistant", "content": words.strip()}])
-    return rt.processor.encode(
+        return model_ctx.processor.encode([ask, {"role": "assistant", "content": words.strip()}])
+    return model_ctx.processor.encode(
         [{"role": "user", "content": [*content, {"type": "text", "text": words}]}], generation=True
     )
 
@@ -92,37 +92,44 @@ def forced(monkeypatch, shape: collate.BatchShape, width: int) -> None:
     monkeypatch.setattr(device_batches, "max_over_processes", lambda _: width)
 
 
-def test_sft_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
+def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """200 steps of random batches after one step of each of 16 shapes."""
     rng, heard, opt = np.random.default_rng(0), CompilationCounter(), optimizers.make_optimizer()
-    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), rt.mesh)
+    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
-        rt.cfg, Objective("sft", 64), opt, train_step.StateShardings.of(state), rt.dtype
+        model_ctx.cfg,
+        Objective("sft", 64),
+        opt,
+        train_step.StateShardings.of(state),
+        model_ctx.dtype,
     )
-    plain = rt.processor.encode(
+    plain = model_ctx.processor.encode(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     )
     listed = [
-        (length, width, *room)
+        (length, width, *ctx)
         for length in LADDER
         for width in device_batches.target_buckets(length)
-        for room in picture_rooms(rt)
+        for ctx in picture_rooms(model_ctx)
     ]
-    with jax.set_mesh(rt.mesh):
+    with jax.set_mesh(model_ctx.mesh):
         for length, width, patches, vision_rows in listed:
             with monkeypatch.context() as patch:
                 forced(patch, collate.BatchShape(ROWS, length, patches, vision_rows), width)
-                state, told = steps.run(
-                    state, {}, [device_batches.conversation_batch(rt, [plain], rows=ROWS)], 1e-3
+                state, metrics = steps.run(
+                    state,
+                    {},
+                    [device_batches.conversation_batch(model_ctx, [plain], rows=ROWS)],
+                    1e-3,
                 )
         assert len(listed) == 16 and heard.count >= len(listed) - 1
         before, seen, longest = heard.count, set(), (18, 24, 32)
         for n in range(200):
             rows = [
-                conversation(rt, rng, longest=longest[n % 3])
+                conversation(model_ctx, rng, longest=longest[n % 3])
                 for _ in range(rng.integers(1, ROWS + 1))
             ]
-            batch = device_batches.conversation_batch(rt, rows, rows=ROWS)
+            batch = device_batches.conversation_batch(model_ctx, rows, rows=ROWS)
             seen.add(
                 (
                     batch.prompts.tokens.shape,
@@ -130,19 +137,23 @@ def test_sft_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
                     batch.prompts.vision and batch.prompts.vision.patches.shape,
                 )
             )
-            state, told = steps.run(state, {}, [batch], 1e-3)
-        assert np.isfinite(float(told["loss"].value)) and len(seen) >= 8
+            state, metrics = steps.run(state, {}, [batch], 1e-3)
+        assert np.isfinite(float(metrics["loss"].value)) and len(seen) >= 8
     assert heard.count == before
 
 
 @pytest.mark.slow
-def test_rl_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
+def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """Rollouts, scores and updates on groups of other pictures."""
     rng, heard, opt = np.random.default_rng(1), CompilationCounter(), optimizers.make_optimizer()
-    short = dataclasses.replace(rt, ladder=(32,))
-    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), rt.mesh)
+    short = dataclasses.replace(model_ctx, ladder=(32,))
+    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
-        rt.cfg, Objective("policy", 64), opt, train_step.StateShardings.of(state), rt.dtype
+        model_ctx.cfg,
+        Objective("policy", 64),
+        opt,
+        train_step.StateShardings.of(state),
+        model_ctx.dtype,
     )
     sampling = generate.SamplingConfig(group=2, max_new_tokens=4)
 
@@ -160,15 +171,16 @@ def test_rl_compiles_nothing_after_its_shapes(rt, params, monkeypatch):
         )
         return steps.run(state, {}, [batch], 1e-3)[0]
 
-    plain = rt.processor.encode([{"role": "user", "content": "x"}], generation=True)
-    with jax.set_mesh(rt.mesh):
-        for room in picture_rooms(rt):
+    plain = model_ctx.processor.encode([{"role": "user", "content": "x"}], generation=True)
+    with jax.set_mesh(model_ctx.mesh):
+        for ctx in picture_rooms(model_ctx):
             with monkeypatch.context() as patch:
-                forced(patch, collate.BatchShape(ROWS, 32, *room), 4)
+                forced(patch, collate.BatchShape(ROWS, 32, *ctx), 4)
                 state = learn(state, [plain] * ROWS)
         before = heard.count
         for _ in range(12):
             state = learn(
-                state, [conversation(rt, rng, answered=False, longest=22) for _ in range(ROWS)]
+                state,
+                [conversation(model_ctx, rng, answered=False, longest=22) for _ in range(ROWS)],
             )
     assert heard.count == before

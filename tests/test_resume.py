@@ -6,8 +6,8 @@ import random
 import signal
 
 import pytest
-import runs
-from alone import devices  # noqa: F401
+import run_helpers
+from device_fixtures import devices  # noqa: F401
 
 from cptjax.common import signals
 from cptjax.continual import driver, fisher
@@ -25,7 +25,7 @@ SFT = {
 }
 SELF = {  # a model that has learned nothing gives no correct answer to learn from
     "stages": [
-        {"task": "colour", "steps": 30, "method": runs.METHOD["sft"]},
+        {"task": "colour", "steps": 30, "method": run_helpers.METHOD["sft"]},
         {"task": "colour", "steps": 4},
     ],
     "data": {"limit": 16},
@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
     def get(method: str, sections: dict):
         if method not in made:
             folder = tmp_path_factory.mktemp(method) / "whole"
-            (told,) = runs.told(
+            (metrics,) = run_helpers.metrics(
                 {
                     "method": method,
                     "workdir": str(folder),
@@ -50,10 +50,10 @@ def whole(tmp_path_factory):
                     "signals": [(KILL, None)],
                 }
             )
-            assert told["code"] == 0, told["said"]
+            assert metrics["code"] == 0, metrics["said"]
             # compiled programs were being written: how long it takes with all of them is told by a second run
             again = folder.with_name("again")
-            (told,) = runs.told(
+            (metrics,) = run_helpers.metrics(
                 {
                     "method": method,
                     "workdir": str(again),
@@ -61,8 +61,8 @@ def whole(tmp_path_factory):
                     "signals": [(KILL, None)],
                 }
             )
-            runs.same(runs.state(folder), runs.state(again))
-            made[method] = folder, told["seconds"]
+            run_helpers.same(run_helpers.state(folder), run_helpers.state(again))
+            made[method] = folder, metrics["seconds"]
         return made[method]
 
     return get
@@ -77,12 +77,12 @@ def interrupted(
         "sections": sections,
         "signals": [*((number, s) for s in seconds), (KILL, None)],
     }
-    told = runs.told(plan)
-    assert told[-1]["code"] == 0, told[-1]["said"]
-    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in told), [
-        (t["code"], t["after"], t["said"][-700:]) for t in told
+    metrics = run_helpers.metrics(plan)
+    assert metrics[-1]["code"] == 0, metrics[-1]["said"]
+    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in metrics), [
+        (t["code"], t["after"], t["said"][-700:]) for t in metrics
     ]
-    return told
+    return metrics
 
 
 def instants(count: int, length: float, seed: int) -> list[float]:
@@ -95,7 +95,7 @@ def instants(count: int, length: float, seed: int) -> list[float]:
 def test_killed_at_some_instants(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
     interrupted(tmp_path / "run", method, sections, instants(4, length, 1))
-    runs.same(runs.state(reference), runs.state(tmp_path / "run"))
+    run_helpers.same(run_helpers.state(reference), run_helpers.state(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -105,32 +105,34 @@ def test_killed_at_some_instants(whole, tmp_path, method, sections):
 @pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT), ("iterative", SELF)])
 def test_killed_at_25_instants(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
-    wanted = runs.state(reference)
+    wanted = run_helpers.state(reference)
     for round in range(5):  # fresh runs, or the last kills would find nothing left to do
-        told = interrupted(tmp_path / f"run{round}", method, sections, instants(5, length, round))
-        assert any(t["code"] == -KILL for t in told)
-        runs.same(wanted, runs.state(tmp_path / f"run{round}"))
+        metrics = interrupted(
+            tmp_path / f"run{round}", method, sections, instants(5, length, round)
+        )
+        assert any(t["code"] == -KILL for t in metrics)
+        run_helpers.same(wanted, run_helpers.state(tmp_path / f"run{round}"))
 
 
 def test_sigterm_saves_and_says_so(whole, tmp_path):
     reference, length = whole("grpo", GRPO)
-    told = interrupted(
+    metrics = interrupted(
         tmp_path / "run", "grpo", GRPO, [length * f for f in (0.3, 0.5, 0.5, 0.4)], END
     )
-    stopped = [t for t in told if "stopped by SIGTERM" in t["said"]]
+    stopped = [t for t in metrics if "stopped by SIGTERM" in t["said"]]
     assert stopped and all("run the same command again to go on" in t["said"] for t in stopped)
     assert all(t["after"] < 20 for t in stopped)
-    runs.same(runs.state(reference), runs.state(tmp_path / "run"))
+    run_helpers.same(run_helpers.state(reference), run_helpers.state(tmp_path / "run"))
 
 
 def test_a_finished_run_stays_as_it_is(whole):
     reference, _ = whole("grpo", GRPO)
-    before = runs.state(reference)
-    (told,) = runs.told(
+    before = run_helpers.state(reference)
+    (metrics,) = run_helpers.metrics(
         {"method": "grpo", "workdir": str(reference), "sections": GRPO, "signals": [(KILL, None)]}
     )
-    assert told["code"] == 0 and "the end of stage 2" in told["said"]
-    runs.same(before, runs.state(reference))
+    assert metrics["code"] == 0 and "the end of stage 2" in metrics["said"]
+    run_helpers.same(before, run_helpers.state(reference))
 
 
 def test_cost_is_counted_once(whole):
@@ -152,7 +154,7 @@ def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monke
     """The stage's last step is saved then, and the next start only estimates again."""
     short = {"stages": ({"task": "facts", "steps": 2},), "eval": {"before": False, "limit": 2}}
     c, estimated, agreed, answers = (
-        runs.config("sft", **SFT, **short),
+        run_helpers.config("sft", **SFT, **short),
         [],
         signals.SigtermHandler.agreed,
         device_batches.conversation_batch,
@@ -176,4 +178,4 @@ def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monke
         said
     )
     driver.run(c, tmp_path / "whole")
-    runs.same(runs.state(tmp_path / "whole"), runs.state(tmp_path / "run"))
+    run_helpers.same(run_helpers.state(tmp_path / "whole"), run_helpers.state(tmp_path / "run"))

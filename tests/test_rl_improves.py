@@ -4,7 +4,7 @@ import time
 
 import jax
 import pytest
-import school
+import stage_fixtures
 
 from configs import base, cpt7
 from cptjax.continual import stage_evaluation, train_stage
@@ -75,7 +75,7 @@ def config():
 
 @pytest.mark.slow
 def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
-    with school.opened(config(), tmp_path, PRESETS["tiny"]) as run:
+    with stage_fixtures.opened(config(), tmp_path, PRESETS["tiny"]) as run:
         score = lambda: (
             sum(
                 r.score
@@ -91,9 +91,9 @@ def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
             "base", lambda: run.compared(run.params)
         )  # the RL arms' base is what the first stage made
         reached, took = {}, {}
-        for which, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
+        for stage, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
             run.params, began = jax.device_put(start), time.process_time()
-            train_stage.train_stage(run, which, None)
+            train_stage.train_stage(run, stage, None)
             reached[name], took[name] = round(score(), 3), round(time.process_time() - began)
         print(f"base {before:.3f}, then {reached} in {took} s")
     assert 0.3 < before < 0.75

@@ -155,7 +155,9 @@ def add_weight_distances(run: read.ReportRun, stands: Sequence[StageDrift]) -> l
         probe.visit_run(run.path, "float32") as current,
         console.progress_bar(f"weights of {run.label} {run.variant}", len(stands)) as bar,
     ):
-        merged = lambda number: lora.merge_lora(current.at_stage(number), current.rt.cfg.lora_scale)
+        merged = lambda number: lora.merge_lora(
+            current.at_stage(number), current.model_ctx.cfg.lora_scale
+        )
         base, out = merged(0), []
         for stand in stands:
             parts = weight_distances(base, merged(stand.stage))

@@ -49,7 +49,7 @@ class Probe:
 
     run: Run
     stage: Stage
-    rt: ModelContext  # of rows with their answers
+    model_ctx: ModelContext  # of rows with their answers
     trained: Params
     frozen: Params
 
@@ -68,8 +68,8 @@ class Probe:
         ]
 
     @functools.cached_property
-    def courses(self) -> dict[str, PromptedTask]:
-        return {name: self.run.course(name, self.stage.config) for name in self.stage.tasks}
+    def prompted_tasks(self) -> dict[str, PromptedTask]:
+        return {name: self.run.prompted(name, self.stage.config) for name in self.stage.tasks}
 
     def rows(self, count: int) -> list[tuple[str, int]]:
         """`count` of the stage's training rows, evenly from its tasks, chosen by the run's seed."""
@@ -88,22 +88,26 @@ class Probe:
         return permutation(size, (self.run.config.seed, self.stage.number, 30_000))[:count].tolist()
 
     def prompts(self, rows: Sequence[tuple[str, int]]) -> list[EncodedExample]:
-        build = make_example_encoder(self.rt, self.courses, False, max(self.rt.ladder))
+        build = make_example_encoder(
+            self.model_ctx, self.prompted_tasks, False, max(self.model_ctx.ladder)
+        )
         return [dataclasses.replace(build(self.source(name)[i]), row=i) for name, i in rows]
 
     def gold(self, item: EncodedExample) -> EncodedConversation:
         """A prompt with its gold answer."""
-        return self.answered(item, self.courses[item.example.task].gold(item.example))
+        return self.answered(item, self.prompted_tasks[item.example.task].gold(item.example))
 
     def known(self, task: str, count: int) -> list[EncodedConversation]:
         """Gold answers of another task's test rows, under the template that it is examined with."""
         c = self.run.config
         template = stage_evaluation.templates_of_task(self.run, task)[0]
-        course, examples = (
-            self.run.course(task, c, template),
+        prompted, examples = (
+            self.run.prompted(task, c, template),
             self.run.examples(task, "test", c, template),
         )
-        build = make_example_encoder(self.rt, {task: course}, True, max(self.rt.ladder))
+        build = make_example_encoder(
+            self.model_ctx, {task: prompted}, True, max(self.model_ctx.ladder)
+        )
         return [build(examples[i]).encoded for i in self._chosen(len(examples), count)]
 
     def drawn(self, items: Sequence[EncodedExample], samples: int) -> list[GradedRollouts]:
@@ -111,8 +115,11 @@ class Probe:
         config = merge_config(
             self.stage.config, {"method": {"advantage": "dr_grpo"}, "rollout": {"group": samples}}
         )
-        tutor = build.batch_builder_from_config(self.run.rt, self.courses, config)
-        size = max(self.rt.shards, config.train.batch // self.rt.shards * self.rt.shards)
+        builder = build.batch_builder_from_config(self.run.model_ctx, self.prompted_tasks, config)
+        size = max(
+            self.model_ctx.shards,
+            config.train.batch // self.model_ctx.shards * self.model_ctx.shards,
+        )
         key, out = (
             jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number),
             [],
@@ -125,7 +132,7 @@ class Probe:
                 ]  # a full batch has the compiled shape
                 out.append(
                     _first(
-                        rollouts.sample_rollouts(tutor, self.params, here, key, p.start),
+                        rollouts.sample_rollouts(builder, self.params, here, key, p.start),
                         p.stop - p.start,
                     )
                 )
@@ -133,15 +140,17 @@ class Probe:
         return out
 
     def answered(self, item: EncodedExample, response: str) -> EncodedConversation:
-        return self.rt.processor.answered(item.encoded, response, limit=max(self.rt.ladder))
+        return self.model_ctx.processor.answered(
+            item.encoded, response, limit=max(self.model_ctx.ladder)
+        )
 
     @functools.cached_property
     def slope(self) -> Callable[[EncodedConversation], Params]:
         """The gradient of one conversation's negative log-likelihood with respect to the trained weights."""
-        slopes = fisher.make_example_gradient(self.rt, self.stage.config)
+        slopes = fisher.make_example_gradient(self.model_ctx, self.stage.config)
 
         def run(encoded: EncodedConversation) -> Params:
-            with jax.set_mesh(self.rt.mesh):
+            with jax.set_mesh(self.model_ctx.mesh):
                 return slopes(self.trained, self.frozen, encoded)
 
         return run
@@ -153,7 +162,7 @@ class Probe:
         params = self.params if trained is None else trainable.join_params(trained, self.frozen)
         return self._told(
             logprobs.make_scoring_program(
-                self.rt.cfg, self.rt.dtype, self.stage.config.train.chunk, 1.0
+                self.model_ctx.cfg, self.model_ctx.dtype, self.stage.config.train.chunk, 1.0
             ),
             params,
             encoded,
@@ -162,7 +171,7 @@ class Probe:
     def steepness(self, encoded: Sequence[EncodedConversation]) -> list[np.ndarray]:
         """For each answer token, the squared length of its log-probability's gradient with respect to the logits."""
         return self._told(
-            _steepness(self.rt.cfg, self.rt.dtype, self.stage.config.train.chunk),
+            _steepness(self.model_ctx.cfg, self.model_ctx.dtype, self.stage.config.train.chunk),
             self.params,
             encoded,
         )
@@ -173,10 +182,10 @@ class Probe:
         params: Params,
         encoded: Sequence[EncodedConversation],
     ) -> list[np.ndarray]:
-        rows, out = -(-SCORE_BATCH // self.rt.shards) * self.rt.shards, []
-        with jax.set_mesh(self.rt.mesh):
+        rows, out = -(-SCORE_BATCH // self.model_ctx.shards) * self.model_ctx.shards, []
+        with jax.set_mesh(self.model_ctx.mesh):
             for p in batch_slices(len(encoded), rows):
-                batch = conversation_batch(self.rt, encoded[p], rows=rows)
+                batch = conversation_batch(self.model_ctx, encoded[p], rows=rows)
                 found, mask = (sharding.local_rows(x) for x in (program(params, batch), batch.mask))
                 out += [row[keep] for row, keep in zip(found, mask.astype(bool), strict=True)][
                     : p.stop - p.start
@@ -197,7 +206,7 @@ def open_probe(
         found = Probe(
             current,
             which,
-            current.rt.longer(which.config.rollout.max_new_tokens + 1),
+            current.model_ctx.longer(which.config.rollout.max_new_tokens + 1),
             *current.split(),
         )
         asked = [t for t in others.split(",") if t]

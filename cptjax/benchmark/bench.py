@@ -135,8 +135,8 @@ def sft_phase(s: BenchModel) -> Callable[[], Any]:
     steps = s.steps("sft")
 
     def run() -> Any:
-        s.state, told = steps.run(s.state, {}, s.unrelated, 1e-6)
-        return s.state, told
+        s.state, metrics = steps.run(s.state, {}, s.unrelated, 1e-6)
+        return s.state, metrics
 
     return run
 
@@ -158,10 +158,10 @@ def grpo_phase(s: BenchModel) -> Callable[[], Any]:
             {"advantages": advantages, "sampler_logps": out.logps},
         )
         old = s.scorer(s.params, batch)
-        s.state, told = steps.run(
+        s.state, metrics = steps.run(
             s.state, {}, [batch.replace(extra=batch.extra | {"old_logps": old})], 1e-6
         )
-        return s.state, told
+        return s.state, metrics
 
     return run
 

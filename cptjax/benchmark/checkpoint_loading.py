@@ -60,14 +60,14 @@ def measure_loading(work: Workload) -> dict[str, float]:
                 "-c",
                 f"from cptjax.benchmark import checkpoint_loading as c; c.report_loading({str(Path(folder) / 'model')!r})",
             ]
-            told = json.loads(
+            metrics = json.loads(
                 subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             )
     return {
         "load_gb": size / 1e9,
-        "load_s_per_gb": told["load_s"] / size * 1e9,
-        "load_peak_ratio": told.pop("grown") / size,
-        **told,
+        "load_s_per_gb": metrics["load_s"] / size * 1e9,
+        "load_peak_ratio": metrics.pop("grown") / size,
+        **metrics,
     }
 
 

@@ -98,9 +98,9 @@ def run_one(
         if export is not None:
             hf_checkpoint.save_hf_checkpoint(
                 current.params,
-                current.rt.cfg,
+                current.model_ctx.cfg,
                 export,
-                current.rt.processor,
+                current.model_ctx.processor,
                 config.model.param_dtype,
             )
     return matrix

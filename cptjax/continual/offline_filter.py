@@ -22,50 +22,50 @@ from cptjax.types import Example
 
 
 def filter_prompts(
-    current: Any, which: Stage, tutor: BatchBuilder, sources: Sequence[Sequence[Example]]
+    run: Any, stage: Stage, builder: BatchBuilder, sources: Sequence[Sequence[Example]]
 ) -> list[Sequence[Example]]:
     """The examples that stay; judged once, and read back by a resumed run."""
     out = []
-    for name, examples in zip(which.tasks, sources, strict=True):
-        path = filter_path(current.workdir, which, name)
-        drafts = SamplingCache(path, which, tutor.rt.mesh)
-        if not drafts.made():
-            rows, spent = decide_prompts(current, which, tutor, name, examples, drafts)
+    for name, examples in zip(stage.tasks, sources, strict=True):
+        path = filter_path(run.workdir, stage, name)
+        cache = SamplingCache(path, stage, builder.model_ctx.mesh)
+        if not cache.made():
+            rows, spent = decide_prompts(run, stage, builder, name, examples, cache)
             if distributed.is_main_process():
-                sampling_cache.write_sampling_cost(path, spent, drafts.mark, drafts.seconds)
+                sampling_cache.write_sampling_cost(path, spent, cache.mark, cache.seconds)
                 files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
         distributed.gather_objects(True)  # nobody reads before it is written
-        drafts.clear()
+        cache.clear()
         rows = files.read_jsonl(path)
-        log_filter(current, which, name, rows, path)
+        log_filter(run, stage, name, rows, path)
         out.append(Subset(examples, [r["row"] for r in rows if r["kept"]]))
     return out
 
 
-def filter_path(workdir: Path, which: Stage, name: str) -> Path:
-    return workdir / "filters" / f"stage{which.number}_{name}.jsonl"
+def filter_path(workdir: Path, stage: Stage, name: str) -> Path:
+    return workdir / "filters" / f"stage{stage.number}_{name}.jsonl"
 
 
 def decide_prompts(
-    current: Any,
-    which: Stage,
-    tutor: BatchBuilder,
+    run: Any,
+    stage: Stage,
+    builder: BatchBuilder,
     name: str,
     examples: Sequence[Example],
-    drafts: SamplingCache,
+    cache: SamplingCache,
 ) -> tuple[list[dict[str, Any]], WorkCost]:
     """A line for every example: how often it was solved, where that was counted, and whether it stays."""
-    window, seed = dict(which.config.method.filter), current.config.seed
+    window, seed = dict(stage.config.method.filter), run.config.seed
     like = window.pop("like", "")
     lines = [{"row": i, "id": examples[i].id} for i in range(len(examples))]
     if like:
         keep = prompt_filters.keep_random_prompts(
-            len(lines), count_kept_prompts(Path(like), which, name, len(lines)), seed
+            len(lines), count_kept_prompts(Path(like), stage, name, len(lines)), seed
         )
         return [
             line | {"kept": k} for line, k in zip(lines, keep.tolist(), strict=True)
         ], WorkCost()
-    correct, spent = count_correct(current, which, tutor, name, examples, window["samples"], drafts)
+    correct, spent = count_correct(run, stage, builder, name, examples, window["samples"], cache)
     found = zip(
         lines,
         correct.tolist(),
@@ -77,9 +77,9 @@ def decide_prompts(
     ], spent
 
 
-def count_kept_prompts(folder: Path, which: Stage, name: str, prompts: int) -> int:
+def count_kept_prompts(folder: Path, stage: Stage, name: str, prompts: int) -> int:
     """How many prompts the filter of another run kept of this stage's task."""
-    path = filter_path(folder, which, name)
+    path = filter_path(folder, stage, name)
     rows = files.read_jsonl(path)
     if len(rows) != prompts:
         came = f"has {len(rows)} prompts" if rows else "is not there or empty"
@@ -90,10 +90,10 @@ def count_kept_prompts(folder: Path, which: Stage, name: str, prompts: int) -> i
 
 
 def log_filter(
-    current: Any, which: Stage, name: str, rows: Sequence[dict[str, Any]], path: Path
+    run: Any, stage: Stage, name: str, rows: Sequence[dict[str, Any]], path: Path
 ) -> None:
     """What the filter did to a task: on the console and, once, in metrics.jsonl."""
-    window, stay = which.config.method.filter, sum(r["kept"] for r in rows)
+    window, stay = stage.config.method.filter, sum(r["kept"] for r in rows)
     shares = {"filter/kept": stay / len(rows)}
     if "correct" in rows[0]:
         shares["filter/never"] = sum(r["correct"] == 0 for r in rows) / len(rows)
@@ -102,42 +102,44 @@ def log_filter(
     console.print_message(
         f"filter {window['name']} on {name}: {stay} of {len(rows)} prompts stay ({said})"
     )
-    if current.log and current.entering:
+    if run.log and run.entering:
         spent, seconds = sampling_cache.read_sampling_cost(path)
         cost = spent.logged() | {"seconds": seconds}
-        current.log.step(
-            which.number,
+        run.log.step(
+            stage.number,
             0,
             {"event": "filter", "task": name, "filter/rows": stay, **shares, **cost},
         )
 
 
 def count_correct(
-    current: Any,
-    which: Stage,
-    tutor: BatchBuilder,
+    run: Any,
+    stage: Stage,
+    builder: BatchBuilder,
     name: str,
     examples: Sequence[Example],
     samples: int,
-    drafts: SamplingCache,
+    cache: SamplingCache,
 ) -> tuple[np.ndarray, WorkCost]:
     """How many of K answers of the current model are right, for every example; each process answers its share."""
-    build = make_example_encoder(tutor.rt, tutor.courses, False, max(tutor.rt.ladder))
+    build = make_example_encoder(
+        builder.model_ctx, builder.prompted_tasks, False, max(builder.model_ctx.ladder)
+    )
     share = -(-len(examples) // jax.process_count())
     mine = [
         min(i, len(examples) - 1)
         for i in range(jax.process_index() * share, (jax.process_index() + 1) * share)
     ]
     key = jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(current.config.seed), which.number), 2**30
+        jax.random.fold_in(jax.random.key(run.config.seed), stage.number), 2**30
     )
     found: list[int] = []
     spent = WorkCost()
     with console.progress_bar(f"filter {name}: {samples} answers a prompt", total=len(mine)) as bar:
-        for p in batch_slices(len(mine), tutor.batch // jax.process_count()):
+        for p in batch_slices(len(mine), builder.batch // jax.process_count()):
             items = [build(examples[i]) for i in mine[p]]
             right, cost = self_training.sample_correct_responses(
-                tutor, current.params, items, samples, key, bar, drafts, unfinished=True
+                builder, run.params, items, samples, key, bar, cache, unfinished=True
             )
             spent += cost
             found += np.bincount([i for i, _ in right], minlength=len(items)).tolist()

@@ -38,7 +38,7 @@ class Run:
     config: ConfigDict
     workdir: Path
     stages: list[Stage]
-    rt: ModelContext
+    model_ctx: ModelContext
     params: (
         Params | None
     )  # of the current model, all leaves; None while a stage trains, whose state holds them
@@ -67,7 +67,7 @@ class Run:
             self._cache[key] = make()
         return self._cache[key]
 
-    def course(self, name: str, config: ConfigDict, template: str = "") -> PromptedTask:
+    def prompted(self, name: str, config: ConfigDict, template: str = "") -> PromptedTask:
         """A task under a stage's, or the evaluation's, template and reward weights."""
         template = template or config.data.template
         make = lambda: prompted_task.make_prompted_task(
@@ -81,15 +81,15 @@ class Run:
         """A task's rows, the bad ones told and left out as far as the config allows: those that launch/check.py finds."""
         reading = row_checks.split_spec(config, name, split, template)
         return self.cached(
-            reading, lambda: self._load(reading, self.course(name, config, template))
+            reading, lambda: self._load(reading, self.prompted(name, config, template))
         )
 
-    def _load(self, reading: row_checks.SplitSpec, course: PromptedTask) -> Sequence[Example]:
+    def _load(self, reading: row_checks.SplitSpec, prompted: PromptedTask) -> Sequence[Example]:
         found = row_checks.load_examples(self.config, reading)
         if not len(found) and not getattr(found, "bad", ()):
             raise ValueError(f"task {reading.task}: its {reading.split} split has no rows")
         look = lambda: row_checks.find_bad_rows(
-            found, course, self.rt.processor, reading, max(self.rt.ladder)
+            found, prompted, self.model_ctx.processor, reading, max(self.model_ctx.ladder)
         )
         # A user's files may change between two starts; public ones do not, and reading them all takes long.
         bad = self._once(reading, look) if isinstance(found, Examples) else look()
@@ -117,13 +117,13 @@ class Run:
         return self.cached(
             "base",
             lambda: self.compared(
-                model_context.create_params(self.config.model, self.rt, self.config.seed)
+                model_context.create_params(self.config.model, self.model_ctx, self.config.seed)
             ),
         )
 
     def at_stage(self, number: int) -> Params:
         """The model that a stage left behind, as the run itself holds it; 0 = base."""
-        params = model_context.create_params(self.config.model, self.rt, self.config.seed)
+        params = model_context.create_params(self.config.model, self.model_ctx, self.config.seed)
         if number == 0:
             return params
         if not self.checkpoints:
@@ -150,7 +150,7 @@ class Run:
         """What every checkpoint says of itself: a score means nothing without its pixel limits and template."""
         c = self.config
         about = {
-            "pixels": model_context.describe_pixel_limits(self.rt),
+            "pixels": model_context.describe_pixel_limits(self.model_ctx),
             "template": c.data.template,
             "model": load.describe_model_source(c.model),
         }
@@ -175,7 +175,7 @@ def open_run(config: ConfigDict, folder: Path, sigterm: SigtermHandler | None = 
     """The model, the folder and everything around them; refuses a folder that another config started."""
     folder.mkdir(parents=True, exist_ok=True)
     workdir.refuse_changed_config(config, folder)
-    rt, params = _load_model(config)
+    model_ctx, params = _load_model(config)
     log = None
     if distributed.is_main_process():
         log = run_log.RunLog(folder, trackers.open_trackers(folder, config_to_dict(config)))
@@ -185,7 +185,7 @@ def open_run(config: ConfigDict, folder: Path, sigterm: SigtermHandler | None = 
         config,
         folder,
         resolve_stages(config),
-        rt,
+        model_ctx,
         params,
         saved,
         log,
@@ -200,13 +200,15 @@ def write_run_files(current: Run) -> None:
         files.write_json(
             current.workdir / "config.json", recorded_config(current.config, current.workdir)
         )
-        files.write_json(current.workdir / "versions.json", workdir.software_versions(current.rt))
+        files.write_json(
+            current.workdir / "versions.json", workdir.software_versions(current.model_ctx)
+        )
 
 
 @contextlib.contextmanager
 def open_run_readonly(config: ConfigDict, folder: Path) -> Iterator[Run]:
     """A run to look at: nothing of it is written, and it may be running elsewhere."""
-    rt, params = _load_model(config)
+    model_ctx, params = _load_model(config)
     saved = (
         Checkpoints(folder / "checkpoints", async_save=False)
         if (folder / "checkpoints").is_dir()
@@ -216,7 +218,7 @@ def open_run_readonly(config: ConfigDict, folder: Path) -> Iterator[Run]:
         config,
         folder,
         resolve_stages(config),
-        rt,
+        model_ctx,
         params,
         saved,
         None,

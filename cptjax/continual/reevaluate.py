@@ -37,14 +37,14 @@ def reevaluate_stage(
     alone = (
         lock_workdir(split_run_folder(config, workdir)[0]) if record else contextlib.nullcontext()
     )
-    with alone, open_run.open_run_readonly(single, workdir) as current:
-        number = 0 if model else newest_finished_stage(current) if stage is None else stage
-        names = stage_evaluation.select_tasks(current, tasks, "--tasks")
-        current.params = current.at_stage(number)
-        step = current.checkpoints.stage_end(number) if number else 0
-        rows = [row for task in names for row in reevaluate_task(current, number, task, step)]
+    with alone, open_run.open_run_readonly(single, workdir) as run:
+        number = 0 if model else newest_finished_stage(run) if stage is None else stage
+        names = stage_evaluation.select_tasks(run, tasks, "--tasks")
+        run.params = run.at_stage(number)
+        step = run.checkpoints.stage_end(number) if number else 0
+        rows = [row for task in names for row in reevaluate_task(run, number, task, step)]
         if record:
-            append_evals(current, number, rows)
+            append_evals(run, number, rows)
     return rows
 
 
@@ -72,41 +72,41 @@ def split_run_folder(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
     ] else workdir.absolute(), subs[0]
 
 
-def newest_finished_stage(current: Run) -> int:
+def newest_finished_stage(run: Run) -> int:
     """The newest finished stage; 0 before the first."""
     return (
-        max((n for n, _, kind in current.checkpoints.found() if kind == "stages"), default=0)
-        if current.checkpoints
+        max((n for n, _, kind in run.checkpoints.found() if kind == "stages"), default=0)
+        if run.checkpoints
         else 0
     )
 
 
-def reevaluate_task(current: Run, number: int, task: str, step: int) -> list[dict[str, Any]]:
-    e, about = current.config.eval, stage_evaluation.shared_eval_columns(current, number, step)
+def reevaluate_task(run: Run, number: int, task: str, step: int) -> list[dict[str, Any]]:
+    e, about = run.config.eval, stage_evaluation.shared_eval_columns(run, number, step)
     taken = [
         stage_evaluation.evaluate_current_model(
-            current, number, task, t, e.forced_prefix, stage_evaluation.describe_stage(number)
+            run, number, task, t, e.forced_prefix, stage_evaluation.describe_stage(number)
         )
-        for t in stage_evaluation.templates_of_task(current, task)
+        for t in stage_evaluation.templates_of_task(run, task)
     ]
-    return [row for exam in taken for row in evaluate.eval_rows(exam, about)]
+    return [row for result in taken for row in evaluate.eval_rows(result, about)]
 
 
-def append_evals(current: Run, number: int, rows: list[dict[str, Any]]) -> None:
+def append_evals(run: Run, number: int, rows: list[dict[str, Any]]) -> None:
     """Put the rows behind a finished run's; an unfinished one would cut them off when it goes on."""
-    marks = resume.read_eval_progress(current)
-    if marks.get("stage") != len(current.stages) or set(marks["done"]) != {
-        t for part in stage_evaluation.tasks_to_evaluate(current) for t in part
+    marks = resume.read_eval_progress(run)
+    if marks.get("stage") != len(run.stages) or set(marks["done"]) != {
+        t for part in stage_evaluation.tasks_to_evaluate(run) for t in part
     }:
         raise ValueError(
-            f"{current.workdir} is not finished, and going on with it would cut the rows off; leave out --record"
+            f"{run.workdir} is not finished, and going on with it would cut the rows off; leave out --record"
         )
     if distributed.is_main_process():
-        log = run_log.RunLog(current.workdir)
+        log = run_log.RunLog(run.workdir)
         log.evals(rows)
-        files.write_json(resume.eval_progress_file(current), marks | {"positions": log.positions()})
+        files.write_json(resume.eval_progress_file(run), marks | {"positions": log.positions()})
         log.close()
-        summary.write_summary(current.workdir)
+        summary.write_summary(run.workdir)
 
 
 def format_eval_rows(rows: list[dict[str, Any]]) -> str:

@@ -16,56 +16,56 @@ from cptjax.types import Params
 # ---- what a stage is compared with ---------------------------------------------------------------------------------------
 
 
-def load_stage_start(current: Run, which: Stage, place: ResumePoint | None) -> Params | None:
+def load_stage_start(run: Run, stage: Stage, place: ResumePoint | None) -> Params | None:
     """A copy of the model at the stage's start where something needs it; a restored run reads it back."""
-    m = which.config.method
+    m = stage.config.method
     exact = regularizers.needs_exact_start(m)
-    fixed = needs_teacher(which) and not has_ema_teacher(m)
+    fixed = needs_teacher(stage) and not has_ema_teacher(m)
     if not (exact or fixed or (m.kl_coef > 0 and m.kl_reference == "stage")):
         return None
-    params = current.at_stage(which.number - 1) if place else current.params
-    return current.compared(params, current.config.model.param_dtype if exact else "")
+    params = run.at_stage(stage.number - 1) if place else run.params
+    return run.compared(params, run.config.model.param_dtype if exact else "")
 
 
-def needs_teacher(which: Stage) -> bool:
-    return which.config.method.objective == "distill" or which.config.method.penalty.name == "lwf"
+def needs_teacher(stage: Stage) -> bool:
+    return stage.config.method.objective == "distill" or stage.config.method.penalty.name == "lwf"
 
 
 def make_teacher(
-    current: Run, which: Stage, courses: dict[str, Any], start: Params | None
+    run: Run, stage: Stage, prompted_tasks: dict[str, Any], start: Params | None
 ) -> Teacher | None:
     """The stage's start, or a copy of its own that follows the student; a place inside the stage has its own."""
-    if not needs_teacher(which):
+    if not needs_teacher(stage):
         return None
-    c, d = which.config, which.config.method.distill
-    rt = current.rt.longer(
-        prompts.extra_demonstration_tokens(current.rt.processor, c.rollout.max_new_tokens)
+    c, d = stage.config, stage.config.method.distill
+    model_ctx = run.model_ctx.longer(
+        prompts.extra_demonstration_tokens(run.model_ctx.processor, c.rollout.max_new_tokens)
     )
-    if has_ema_teacher(which.config.method):
-        return Teacher(rt, courses, d.ema if d.teacher == "ema" else 1.0, *current.split())
-    return Teacher(rt, courses, 0.0, *trainable.split_params(start, current.chosen))
+    if has_ema_teacher(stage.config.method):
+        return Teacher(
+            model_ctx, prompted_tasks, d.ema if d.teacher == "ema" else 1.0, *run.split()
+        )
+    return Teacher(model_ctx, prompted_tasks, 0.0, *trainable.split_params(start, run.chosen))
 
 
-def load_reference(current: Run, which: Stage, start: Params | None) -> Params | None:
+def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | None:
     """The model of the KL term: none, the base, the stage's start, or a checkpoint folder."""
-    m = which.config.method
+    m = stage.config.method
     if not m.kl_coef or m.kl_reference in ("base", "stage"):
-        return None if not m.kl_coef else current.base() if m.kl_reference == "base" else start
-    other = merge_config(current.config, {"model": {"path": m.kl_reference, "lora": {"rank": 0}}})
-    return current.compared(
-        model_context.create_params(other.model, current.rt, current.config.seed)
-    )
+        return None if not m.kl_coef else run.base() if m.kl_reference == "base" else start
+    other = merge_config(run.config, {"model": {"path": m.kl_reference, "lora": {"rank": 0}}})
+    return run.compared(model_context.create_params(other.model, run.model_ctx, run.config.seed))
 
 
-def make_penalty(current: Run, which: Stage, start: Params | None) -> tuple[Any, Any]:
+def make_penalty(run: Run, stage: Stage, start: Params | None) -> tuple[Any, Any]:
     """The penalty's function and its arrays: anchor, and Fisher information for EWC (none before the second stage)."""
-    p = which.config.method.penalty
-    if p.name not in ("l2", "ewc") or (p.name == "ewc" and current.fisher is None):
+    p = stage.config.method.penalty
+    if p.name not in ("l2", "ewc") or (p.name == "ewc" and run.fisher is None):
         return None, None
-    anchor, _ = trainable.split_params(start, current.chosen)
+    anchor, _ = trainable.split_params(start, run.chosen)
     arrays = {"anchor": anchor, "coef": np.float32(p.coef)}
     return (
         (regularizers.l2_penalty, arrays)
         if p.name == "l2"
-        else (regularizers.ewc_penalty, arrays | {"fisher": current.fisher})
+        else (regularizers.ewc_penalty, arrays | {"fisher": run.fisher})
     )

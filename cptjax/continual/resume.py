@@ -42,22 +42,22 @@ class ResumePoint:
         return number < self.stage or (number == self.stage and self.state is None)
 
 
-def resume_run(current: Run) -> ResumePoint:
+def resume_run(run: Run) -> ResumePoint:
     """The newest place to go on from; the logs are cut to it."""
-    place, told = current.checkpoints.newest(lambda *at: restore_checkpoint(current, *at)) or (
+    place, metrics = run.checkpoints.newest(lambda *at: restore_checkpoint(run, *at)) or (
         ResumePoint(),
         {"positions": {}, "spent": {}},
     )
-    marks = read_eval_progress(current)
-    positions = told["positions"]
-    current.spent = dict(told["spent"])
+    marks = read_eval_progress(run)
+    positions = metrics["positions"]
+    run.spent = dict(metrics["spent"])
     if place.state is None and marks and marks["stage"] == place.stage:
         place.done, positions = tuple(marks["done"]), marks["positions"]
     elif marks and marks["stage"] >= place.stage and distributed.is_main_process():
-        eval_progress_file(current).unlink()
+        eval_progress_file(run).unlink()
     distributed.gather_objects(True)
-    if current.log:
-        current.log.rewind(positions)
+    if run.log:
+        run.log.rewind(positions)
     if place.stage or place.done:
         where = (
             f"step {place.progress.step} of stage {place.stage}"
@@ -65,74 +65,72 @@ def resume_run(current: Run) -> ResumePoint:
             else f"the end of stage {place.stage}"
         )
         console.print_message(
-            f"{current.workdir}: going on from {where if place.stage else 'the evaluation of the base model'}"
+            f"{run.workdir}: going on from {where if place.stage else 'the evaluation of the base model'}"
         )
     return place
 
 
-def eval_progress_file(current: Run):
-    return current.workdir / "progress.json"
+def eval_progress_file(run: Run):
+    return run.workdir / "progress.json"
 
 
-def read_eval_progress(current: Run) -> dict[str, Any]:
+def read_eval_progress(run: Run) -> dict[str, Any]:
     """How far the newest evaluation had come; {} = nothing is known."""
-    path = eval_progress_file(current)
+    path = eval_progress_file(run)
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_eval_progress(current: Run, number: int, done: list[str]) -> None:
+def write_eval_progress(run: Run, number: int, done: list[str]) -> None:
     """Say that these tasks are recorded for a stage, whose checkpoint must be whole by then."""
     if len(done) == 1:
-        current.checkpoints.wait()
-    if current.log:
+        run.checkpoints.wait()
+    if run.log:
         files.write_json(
-            eval_progress_file(current),
-            {"stage": number, "done": done, "positions": current.positions()},
+            eval_progress_file(run),
+            {"stage": number, "done": done, "positions": run.positions()},
         )
 
 
-def restore_checkpoint(current: Run, kind: str, number: int, step: int) -> tuple[ResumePoint, dict]:
+def restore_checkpoint(run: Run, kind: str, number: int, step: int) -> tuple[ResumePoint, dict]:
     """What a checkpoint holds, on this run's mesh."""
-    told = current.checkpoints.progress(kind, number, step)
-    if number > len(current.stages):
+    metrics = run.checkpoints.progress(kind, number, step)
+    if number > len(run.stages):
         raise RunRefused(
-            f"{current.workdir} has a checkpoint of stage {number}; the config has {len(current.stages)} stages"
+            f"{run.workdir} has a checkpoint of stage {number}; the config has {len(run.stages)} stages"
         )
-    if told["config"] != config_fingerprint(current.config) and not current.config.allow_change:
+    if metrics["config"] != config_fingerprint(run.config) and not run.config.allow_change:
         raise RunRefused(
-            f"{current.workdir}: the checkpoint of stage {number}, step {step} was saved under another config. "
+            f"{run.workdir}: the checkpoint of stage {number}, step {step} was saved under another config. "
             "Use another --workdir, or --config.allow_change=True to go on with the new one"
         )
-    which = current.stages[number - 1]
-    trees = current.checkpoints.restore(
-        kind, number, step, checkpoint_structure(current, kind, which)
-    )
-    trained, frozen = current.split()
-    current.fisher, current.opt_state = trees.get("fisher"), trees.get("opt_state")
+    which = run.stages[number - 1]
+    trees = run.checkpoints.restore(kind, number, step, checkpoint_structure(run, kind, which))
+    trained, frozen = run.split()
+    run.fisher, run.opt_state = trees.get("fisher"), trees.get("opt_state")
     if kind == "stages":
-        current.params = trainable.join_params(trees["params"], frozen)
-        return ResumePoint(number), told
+        run.params = trainable.join_params(trees["params"], frozen)
+        return ResumePoint(number), metrics
     return ResumePoint(
-        number, trees["state"], trees.get("teacher"), StageProgress(**told["progress"])
-    ), told
+        number, trees["state"], trees.get("teacher"), StageProgress(**metrics["progress"])
+    ), metrics
 
 
-def checkpoint_structure(current: Run, kind: str, which: Stage) -> dict[str, Any]:
+def checkpoint_structure(run: Run, kind: str, which: Stage) -> dict[str, Any]:
     """The shape of a checkpoint's trees, known from the config alone."""
-    trained, _ = current.split()
+    trained, _ = run.split()
     out: dict[str, Any] = {}
-    if has_fisher(current, which.number - (kind == "steps")):
+    if has_fisher(run, which.number - (kind == "steps")):
         out["fisher"] = abstract_float32(trained)
     opt = build.optimizer_from_config(
-        which.config, load.declare_model_params(current.config.model, current.rt.cfg)
+        which.config, load.declare_model_params(run.config.model, run.model_ctx.cfg)
     )
     if kind == "stages":
-        if keeps_optimizer(current, which):
-            out["opt_state"] = abstract_state(opt, trained, current.rt.mesh).opt_state
+        if keeps_optimizer(run, which):
+            out["opt_state"] = abstract_state(opt, trained, run.model_ctx.mesh).opt_state
         return out | {"params": abstract_tree(trained)}
     if distillation.has_ema_teacher(which.config.method):
         out["teacher"] = abstract_float32(trained)
-    return out | {"state": abstract_state(opt, trained, current.rt.mesh)}
+    return out | {"state": abstract_state(opt, trained, run.model_ctx.mesh)}
 
 
 def abstract_float32(tree: Params) -> Params:
@@ -142,14 +140,13 @@ def abstract_float32(tree: Params) -> Params:
     )
 
 
-def has_fisher(current: Run, number: int) -> bool:
+def has_fisher(run: Run, number: int) -> bool:
     """Whether Fisher information of EWC is there after a stage."""
-    return any(s.config.method.penalty.name == "ewc" for s in current.stages[:number])
+    return any(s.config.method.penalty.name == "ewc" for s in run.stages[:number])
 
 
-def keeps_optimizer(current: Run, which: Stage) -> bool:
+def keeps_optimizer(run: Run, which: Stage) -> bool:
     """Whether the next stage goes on with this one's optimiser state."""
     return (
-        which.number < len(current.stages)
-        and not current.stages[which.number].config.train.reset_optimizer
+        which.number < len(run.stages) and not run.stages[which.number].config.train.reset_optimizer
     )

@@ -22,15 +22,15 @@ from cptjax.tasks.task import limit_rows
 from cptjax.types import Params
 
 
-def tasks_to_evaluate(current: Run) -> tuple[list[str], list[str]]:
+def tasks_to_evaluate(run: Run) -> tuple[list[str], list[str]]:
     """(tasks of the stages, general tasks), each once."""
-    own = evaluated_tasks(current.config, current.stages)
-    return own, [t for t in dict.fromkeys(current.config.eval.general) if t not in own]
+    own = evaluated_tasks(run.config, run.stages)
+    return own, [t for t in dict.fromkeys(run.config.eval.general) if t not in own]
 
 
-def select_tasks(current: Run, tasks: Sequence[str], flag: str) -> list[str]:
+def select_tasks(run: Run, tasks: Sequence[str], flag: str) -> list[str]:
     """The tasks that a flag names, or all that are examined where it names none; others are refused."""
-    known = [task for part in tasks_to_evaluate(current) for task in part]
+    known = [task for part in tasks_to_evaluate(run) for task in part]
     if unknown := [t for t in tasks if t not in known]:
         raise ValueError(
             f"{flag} names {', '.join(unknown)}; the config evaluates {', '.join(known)}"
@@ -38,16 +38,16 @@ def select_tasks(current: Run, tasks: Sequence[str], flag: str) -> list[str]:
     return list(tasks) or known
 
 
-def check_remaining_splits(current: Run, place: ResumePoint) -> None:
+def check_remaining_splits(run: Run, place: ResumePoint) -> None:
     """Every split that is still to be read is looked through, so that a wrong row is told before the first step."""
-    coming = [which for which in current.stages if not place.finished(which.number)]
-    tested = [task for part in tasks_to_evaluate(current) for task in part]
+    coming = [which for which in run.stages if not place.finished(which.number)]
+    tested = [task for part in tasks_to_evaluate(run) for task in part]
     for task in tested if coming or not set(tested) <= set(place.done) else ():
-        for template in templates_of_task(current, task):
-            current.examples(task, "test", current.config, template)
+        for template in templates_of_task(run, task):
+            run.examples(task, "test", run.config, template)
     for which in coming:
-        for task in (*which.tasks, *replayed_tasks(current.stages, which)):
-            current.examples(task, "train", which.config)
+        for task in (*which.tasks, *replayed_tasks(run.stages, which)):
+            run.examples(task, "train", which.config)
 
 
 def eval_sampling(config: ConfigDict) -> generate.SamplingConfig:
@@ -61,25 +61,25 @@ def eval_sampling(config: ConfigDict) -> generate.SamplingConfig:
     )
 
 
-def evaluate_stage(current: Run, number: int, place: ResumePoint) -> None:
+def evaluate_stage(run: Run, number: int, place: ResumePoint) -> None:
     """Evaluate all tasks after a stage and record its row; tasks recorded before a kill are left out."""
     done = list(place.done) if place.stage == number else []
-    own, general = tasks_to_evaluate(current)
-    step = current.checkpoints.stage_end(number) if number else 0
+    own, general = tasks_to_evaluate(run)
+    step = run.checkpoints.stage_end(number) if number else 0
     for task in [t for t in (*own, *general) if t not in done]:
-        evaluate_and_record(current, number, task, shared_eval_columns(current, number, step))
+        evaluate_and_record(run, number, task, shared_eval_columns(run, number, step))
         done.append(task)
-        resume.write_eval_progress(current, number, done)
-    if current.log:
-        summary.write_summary(current.workdir)
-        console.print_message(format_accuracies(current, number))
-        report.write_report([current.workdir])
+        resume.write_eval_progress(run, number, done)
+    if run.log:
+        summary.write_summary(run.workdir)
+        console.print_message(format_accuracies(run, number))
+        report.write_report([run.workdir])
 
 
-def format_accuracies(current: Run, number: int) -> str:
+def format_accuracies(run: Run, number: int) -> str:
     """An evaluation's accuracies in one line, in percent; of the general tasks the mean."""
-    t = summary.load_evaluations(current.workdir)[1]
-    name = f" {current.stages[number - 1].name}" if number else ""
+    t = summary.load_evaluations(run.workdir)[1]
+    name = f" {run.stages[number - 1].name}" if number else ""
     row = {task: 100 * cell.value for (stage, task), cell in t.cells.items() if stage == number}
     general = [row[task] for task in t.general if task in row]
     tasks = ", ".join(f"{task} {row[task]:.1f}" for task in t.tasks if task in row)
@@ -88,32 +88,32 @@ def format_accuracies(current: Run, number: int) -> str:
     )
 
 
-def evaluate_and_record(current: Run, number: int, task: str, about: dict[str, Any]) -> None:
+def evaluate_and_record(run: Run, number: int, task: str, about: dict[str, Any]) -> None:
     """One task: under every template, and how far the model has moved on it."""
-    e, began = current.config.eval, time.perf_counter()
+    e, began = run.config.eval, time.perf_counter()
     spent = WorkCost()
-    for i, template in enumerate(templates_of_task(current, task)):
-        exam = evaluate_current_model(
-            current, number, task, template, e.forced_prefix, describe_stage(number)
+    for i, template in enumerate(templates_of_task(run, task)):
+        result = evaluate_current_model(
+            run, number, task, template, e.forced_prefix, describe_stage(number)
         )
-        spent += exam.spent
-        if current.log:
-            current.log.evals(evaluate.eval_rows(exam, about))
+        spent += result.spent
+        if run.log:
+            run.log.evals(evaluate.eval_rows(result, about))
             if i == 0:
-                current.log.predictions(number, evaluate.prediction_rows(exam, about["step"]))
-    moved = base_kl.base_kl_rows(current, number, task, about) if e.drift else []
-    if current.log:
-        current.log.evals(moved)
+                run.log.predictions(number, evaluate.prediction_rows(result, about["step"]))
+    moved = base_kl.base_kl_rows(run, number, task, about) if e.drift else []
+    if run.log:
+        run.log.evals(moved)
         cost = spent.logged() | {"seconds": time.perf_counter() - began}
-        current.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
+        run.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
 
 
-def templates_of_task(current: Run, task: str) -> list[str]:
+def templates_of_task(run: Run, task: str) -> list[str]:
     """The templates to ask a task under, each once: a task with a template of its own has that one alone."""
-    c = current.config
-    asked = eval_templates(c, current.stages, task)
+    c = run.config
+    asked = eval_templates(c, run.stages, task)
     found = {
-        current.course(task, c, template).template.name: template for template in reversed(asked)
+        run.prompted(task, c, template).template.name: template for template in reversed(asked)
     }
     return list(reversed(found.values()))
 
@@ -123,7 +123,7 @@ def describe_stage(number: int) -> str:
 
 
 def evaluate_current_model(
-    current: Run,
+    run: Run,
     number: int,
     task: str,
     template: str,
@@ -132,21 +132,21 @@ def evaluate_current_model(
     mini: int | None = None,
 ) -> evaluate.TaskResult:
     """The current model's answers to a task's test rows, or to the same `mini` of them; their randomness depends on the stage alone."""
-    c = current.config
-    course, examples = (
-        current.course(task, c, template),
-        current.examples(task, "test", c, template),
+    c = run.config
+    prompted, examples = (
+        run.prompted(task, c, template),
+        run.examples(task, "test", c, template),
     )
-    sheets = current.cached(
+    eval_prompts = run.cached(
         ("sheets", task, template),
-        lambda: evaluate.EvalPrompts(current.rt, course, examples, c.data.workers),
+        lambda: evaluate.EvalPrompts(run.model_ctx, prompted, examples, c.data.workers),
     )
-    rows = limit_rows(range(len(sheets.examples)), mini, seed=0).tolist()
+    rows = limit_rows(range(len(eval_prompts.examples)), mini, seed=0).tolist()
     key = jax.random.fold_in(jax.random.key(c.seed), 10_000 + number)
     return evaluate.evaluate_task(
-        current.rt,
-        current.params,
-        sheets,
+        run.model_ctx,
+        run.params,
+        eval_prompts,
         rows,
         sampling=eval_sampling(c),
         batch=c.eval.batch,
@@ -157,38 +157,38 @@ def evaluate_current_model(
 
 
 def evaluate_within_stage(
-    current: Run, which: Stage, trained: Params, frozen: Params, step: int
+    run: Run, which: Stage, trained: Params, frozen: Params, step: int
 ) -> dict[str, float]:
     """The small evaluations after a step of a stage; mean accuracy on the stage's own tasks and on the others."""
-    current.params = trainable.join_params(trained, frozen)
+    run.params = trainable.join_params(trained, frozen)
     began, spent = time.perf_counter(), WorkCost()
     found: dict[str, list[float]] = {"accuracy": [], "others": []}
-    for task in tasks_to_evaluate(current)[0]:
-        template = templates_of_task(current, task)[0]
-        exam = evaluate_current_model(
-            current, which.number, task, template, False, f"at step {step}", which.config.eval.mini
+    for task in tasks_to_evaluate(run)[0]:
+        template = templates_of_task(run, task)[0]
+        result = evaluate_current_model(
+            run, which.number, task, template, False, f"at step {step}", which.config.eval.mini
         )
-        spent += exam.spent
-        rows = evaluate.eval_rows(exam, shared_eval_columns(current, which.number, step), mini=True)
+        spent += result.spent
+        rows = evaluate.eval_rows(result, shared_eval_columns(run, which.number, step), mini=True)
         found["accuracy" if task in which.tasks else "others"] += [row["value"] for row in rows]
-        if current.log:
-            current.log.evals(rows)
-    if current.log:
+        if run.log:
+            run.log.evals(rows)
+    if run.log:
         cost = spent.logged() | {"seconds": time.perf_counter() - began}
-        current.log.step(which.number, step, {"event": "evaluate", **cost})
-    current.params = None
+        run.log.step(which.number, step, {"event": "evaluate", **cost})
+    run.params = None
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
-def shared_eval_columns(current: Run, number: int, step: int) -> dict[str, Any]:
+def shared_eval_columns(run: Run, number: int, step: int) -> dict[str, Any]:
     """What all lines of one evaluation share."""
-    e = current.config.eval
+    e = run.config.eval
     said = f"{'greedy' if e.temperature == 0 else f'T={e.temperature}'}, {e.max_new_tokens} tokens"
-    name = current.stages[number - 1].name if number else "base"
+    name = run.stages[number - 1].name if number else "base"
     return {
         "stage": number,
         "stage_name": name,
         "step": step,
-        "pixels": model_context.describe_pixel_limits(current.rt),
+        "pixels": model_context.describe_pixel_limits(run.model_ctx),
         "decoding": said,
     }

@@ -29,84 +29,89 @@ from cptjax.training.train_step import StateShardings, init_state, make_step_pro
 from cptjax.types import Params, TrainState
 
 
-def train_stage(current: Run, which: Stage, place: ResumePoint | None) -> None:
+def train_stage(run: Run, stage: Stage, place: ResumePoint | None) -> None:
     """Train a stage from its start, or from a place inside it, and save its end."""
-    current.entering = place is None
-    c, rt = which.config, current.rt
-    start = load_stage_start(current, which, place)
-    room = make_stage_context(current, which, start)
-    opt = build.optimizer_from_config(c, load.declare_model_params(current.config.model, rt.cfg))
-    trained, frozen = current.split()
-    current.params = None  # the state holds them from here on
-    progress, state = begin_state(current, which, opt, trained, place)
-    if room.teacher is not None and place and place.teacher is not None:
-        room.teacher.trained = place.teacher
-    penalty, extra = make_penalty(current, which, start)
+    run.entering = place is None
+    c, model_ctx = stage.config, run.model_ctx
+    start = load_stage_start(run, stage, place)
+    ctx = make_stage_context(run, stage, start)
+    opt = build.optimizer_from_config(c, load.declare_model_params(run.config.model, model_ctx.cfg))
+    trained, frozen = run.split()
+    run.params = None  # the state holds them from here on
+    progress, state = begin_state(run, stage, opt, trained, place)
+    if ctx.teacher is not None and place and place.teacher is not None:
+        ctx.teacher.trained = place.teacher
+    penalty, extra = make_penalty(run, stage, start)
     steps = make_step_programs(
-        rt.cfg, build.objective_from_config(c), opt, StateShardings.of(state), rt.dtype, penalty
+        model_ctx.cfg,
+        build.objective_from_config(c),
+        opt,
+        StateShardings.of(state),
+        model_ctx.dtype,
+        penalty,
     )
-    trained = current.opt_state = None  # the steps donate them
-    label = f"stage {which.number}/{len(current.stages)} {which.name} ({c.method.name})"
+    trained = run.opt_state = None  # the steps donate them
+    label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
     with (
-        jax.set_mesh(rt.mesh),
-        console.progress_bar(label, total=room.steps, done=progress.step) as bar,
+        jax.set_mesh(model_ctx.mesh),
+        console.progress_bar(label, total=ctx.steps, done=progress.step) as bar,
     ):
-        now = StageCallbacks(current, which, room, frozen, bar)
+        now = StageCallbacks(run, stage, ctx, frozen, bar)
         if place:
             now.examine(state, progress)
-        current.sigterm.waits = True
+        run.sigterm.waits = True
         try:
             state = train_loop.train_loop(
-                room, state, frozen, steps, progress, extra, now.after_step
+                ctx, state, frozen, steps, progress, extra, now.after_step
             )
-            ended = progress.step >= room.steps and finish_stage(
-                current, which, state, frozen, start, progress
+            ended = progress.step >= ctx.steps and finish_stage(
+                run, stage, state, frozen, start, progress
             )
             if progress.step and not ended:
                 now.save(
-                    state, progress, current.facts()
+                    state, progress, run.facts()
                 )  # if it stopped between steps; else this step is saved already
         finally:
-            current.sigterm.waits = False
-    if current.sigterm.agreed():
-        current.checkpoints.wait()
-        current.sigterm.leave(f"after step {progress.step} of stage {which.number}, saved")
+            run.sigterm.waits = False
+    if run.sigterm.agreed():
+        run.checkpoints.wait()
+        run.sigterm.leave(f"after step {progress.step} of stage {stage.number}, saved")
 
 
 def begin_state(
-    current: Run, which: Stage, opt: Any, trained: Params, place: ResumePoint | None
+    run: Run, stage: Stage, opt: Any, trained: Params, place: ResumePoint | None
 ) -> tuple[StageProgress, TrainState]:
     """The state to train from: the place's, or a fresh one that may take over the optimiser's."""
     if place:
         return place.progress, place.state
-    state = init_state(opt, trained, current.rt.mesh)
-    if which.config.train.reset_optimizer or which.number == 1:
+    state = init_state(opt, trained, run.model_ctx.mesh)
+    if stage.config.train.reset_optimizer or stage.number == 1:
         return StageProgress(), state
-    came, own = current.opt_state, state.opt_state
+    came, own = run.opt_state, state.opt_state
     if jax.tree.structure(came) != jax.tree.structure(own):
         raise ValueError(
-            f"stage {which.number}: train.reset_optimizer=False needs the optimiser of the stage before; it has another"
+            f"stage {stage.number}: train.reset_optimizer=False needs the optimiser of the stage before; it has another"
         )
     return StageProgress(), state.replace(opt_state=came)
 
 
-def make_stage_context(current: Run, which: Stage, start: Params | None) -> StageContext:
+def make_stage_context(run: Run, stage: Stage, start: Params | None) -> StageContext:
     """The stage's examples, order and helpers."""
-    c, rt = which.config, current.rt
-    replayed = replayed_tasks(current.stages, which)
-    courses = {name: current.course(name, c) for name in (*which.tasks, *replayed)}
-    sources = [current.examples(name, "train", c) for name in (*which.tasks, *replayed)]
+    c, model_ctx = stage.config, run.model_ctx
+    replayed = replayed_tasks(run.stages, stage)
+    prompted_tasks = {name: run.prompted(name, c) for name in (*stage.tasks, *replayed)}
+    sources = [run.examples(name, "train", c) for name in (*stage.tasks, *replayed)]
     if c.method.objective == "distill":
-        for course, source in zip(courses.values(), sources, strict=True):
-            prompts.demonstration_prompt(course, source[0])  # refuses a task without gold answers
-    tutor = build.batch_builder_from_config(rt, courses, c)
+        for prompted, source in zip(prompted_tasks.values(), sources, strict=True):
+            prompts.demonstration_prompt(prompted, source[0])  # refuses a task without gold answers
+    builder = build.batch_builder_from_config(model_ctx, prompted_tasks, c)
     if c.method.source == "rollouts":
         rows_per_process(
-            rt, tutor.batch // c.method.updates_per_batch, tutor.micro
+            model_ctx, builder.batch // c.method.updates_per_batch, builder.micro
         )  # refuses what the mesh can not cut before answers are drawn
-    n = len(which.tasks)
+    n = len(stage.tasks)
     if c.method.filter:
-        sources[:n] = offline_filter.filter_prompts(current, which, tutor, sources[:n])
+        sources[:n] = offline_filter.filter_prompts(run, stage, builder, sources[:n])
     sizes = tuple(map(len, sources))
     fraction = c.method.replay.fraction if replayed else 0.0
     order = Mixture(
@@ -115,54 +120,54 @@ def make_stage_context(current: Run, which: Stage, start: Params | None) -> Stag
         tuple(c.data.weights),
         sizes[n:],
         fraction,
-        current.config.seed,
-        which.number,
+        run.config.seed,
+        stage.number,
     )
-    steps = which.steps or order.steps(which.epochs)
-    compared = load_reference(current, which, start), make_teacher(current, which, courses, start)
+    steps = stage.steps or order.steps(stage.epochs)
+    compared = load_reference(run, stage, start), make_teacher(run, stage, prompted_tasks, start)
     return StageContext(
-        which,
-        tutor,
+        stage,
+        builder,
         order,
         sources,
         steps,
-        current.config.seed,
-        current.workdir,
+        run.config.seed,
+        run.workdir,
         *compared,
-        current.sigterm.agreed,
+        run.sigterm.agreed,
     )
 
 
 def finish_stage(
-    current: Run,
-    which: Stage,
+    run: Run,
+    stage: Stage,
     state: TrainState,
     frozen: Params,
     start: Params | None,
     progress: StageProgress,
 ) -> bool:
     """Averaging, the Fisher of EWC, and the stage's own checkpoint; False where SIGTERM came before that."""
-    m = which.config.method
+    m = stage.config.method
     trained = state.params
     if m.average:
         trained = regularizers.interpolate(
-            trained, trainable.split_params(start, current.chosen)[0], m.average
+            trained, trainable.split_params(start, run.chosen)[0], m.average
         )
-    current.params = trainable.join_params(trained, frozen)
+    run.params = trainable.join_params(trained, frozen)
     if m.penalty.name == "ewc":
         began = time.perf_counter()
         try:
-            current.fisher, cost = fisher.update_fisher(current, which, current.fisher)
+            run.fisher, cost = fisher.update_fisher(run, stage, run.fisher)
         except SamplingStopped:
             return False
-        if current.log:
-            told = {"event": "fisher", **cost.logged(), "seconds": time.perf_counter() - began}
-            current.log.step(which.number, progress.step, told)
+        if run.log:
+            metrics = {"event": "fisher", **cost.logged(), "seconds": time.perf_counter() - began}
+            run.log.step(stage.number, progress.step, metrics)
     trees: dict[str, Any] = {"params": trained}
-    if resume.has_fisher(current, which.number):
-        trees["fisher"] = current.fisher
-    if resume.keeps_optimizer(current, which):
-        trees["opt_state"] = current.opt_state = state.opt_state
-    with console.show_waiting(f"saving stage {which.number}"):
-        current.checkpoints.save("stages", which.number, progress.step, trees, current.facts())
+    if resume.has_fisher(run, stage.number):
+        trees["fisher"] = run.fisher
+    if resume.keeps_optimizer(run, stage):
+        trees["opt_state"] = run.opt_state = state.opt_state
+    with console.show_waiting(f"saving stage {stage.number}"):
+        run.checkpoints.save("stages", stage.number, progress.step, trees, run.facts())
     return True

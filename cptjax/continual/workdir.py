@@ -112,7 +112,7 @@ def format_changes(changed: list[str]) -> str:
     return "; ".join(changed[:8]) + " ..." * (len(changed) > 8)
 
 
-def software_versions(rt: ModelContext) -> dict[str, Any]:
+def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
     """Packages, commit and devices: what a number needs to be made again."""
     found = {}
     for name in RECORDED_PACKAGES:
@@ -120,15 +120,15 @@ def software_versions(rt: ModelContext) -> dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    devices = [d.device_kind for d in rt.mesh.devices.flat]
+    devices = [d.device_kind for d in model_ctx.mesh.devices.flat]
     return {
         "python": sys.version.split()[0],
         "packages": found,
         "commit": _git_commit(),
         "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
-        "mesh": dict(rt.mesh.shape),
+        "mesh": dict(model_ctx.mesh.shape),
         "processes": jax.process_count(),
-        "attention": rt.cfg.attention,
+        "attention": model_ctx.cfg.attention,
     }
 
 

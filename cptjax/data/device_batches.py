@@ -45,14 +45,14 @@ def micro_batch_layout(rows: int, micro: int, shards: int, fill: bool) -> tuple[
     return -(-micro // shards) * shards, rows // micro
 
 
-def rows_per_process(rt: ModelContext, rows: int, micro: int, fill: bool = False) -> int:
+def rows_per_process(model_ctx: ModelContext, rows: int, micro: int, fill: bool = False) -> int:
     """This process's rows of a device pass."""
     count = jax.process_count()
-    return micro_batch_layout(rows, micro, rt.shards * count, fill)[0] // count
+    return micro_batch_layout(rows, micro, model_ctx.shards * count, fill)[0] // count
 
 
 def conversation_batch(
-    rt: ModelContext,
+    model_ctx: ModelContext,
     encoded: Sequence[EncodedConversation],
     *,
     rows: int,
@@ -62,9 +62,9 @@ def conversation_batch(
     """Conversations whose assistant turns are learned: plain rows, or several in a row with `pack`."""
     prompts, mask = collate_rows(
         list(encoded),
-        buckets=rt.ladder,
+        buckets=model_ctx.ladder,
         side="right",
-        shards=rt.shards,
+        shards=model_ctx.shards,
         pack=pack,
         rows=0 if pack else rows,
         agree=gather_batch_shape,
@@ -85,7 +85,8 @@ def conversation_batch(
         )
         segments[row, : len(at)] = prompts.segments[row, at]
     return place_batch(
-        Batch(prompts, targets, keep, where, {"segments": segments, **(extra or {})}), rt.mesh
+        Batch(prompts, targets, keep, where, {"segments": segments, **(extra or {})}),
+        model_ctx.mesh,
     )
 
 
@@ -103,7 +104,7 @@ def response_bucket(mask: np.ndarray, longest: int) -> int:
 
 
 def group_batch(
-    rt: ModelContext,
+    model_ctx: ModelContext,
     encoded: Sequence[EncodedConversation],
     tokens: np.ndarray,
     mask: np.ndarray,
@@ -114,9 +115,9 @@ def group_batch(
     """Q prompts and their Q * G answers, cut to `length` tokens; `extra` arrays of tokens are cut as well."""
     prompts, _ = collate_rows(
         list(encoded),
-        buckets=rt.ladder,
+        buckets=model_ctx.ladder,
         side="left",
-        shards=rt.shards,
+        shards=model_ctx.shards,
         rows=len(encoded),
         agree=gather_batch_shape,
     )
@@ -129,5 +130,5 @@ def group_batch(
             None,
             {k: cut(v) for k, v in extra.items()},
         ),
-        rt.mesh,
+        model_ctx.mesh,
     )

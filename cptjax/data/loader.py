@@ -97,8 +97,8 @@ class BatchStream:
 class RowCache:
     """Keeps prepared rows where all of them fit into `room` bytes, judged by the first: small sets are passed many times."""
 
-    def __init__(self, rows: int, room: int = 1 << 29):
-        self.rows, self.room, self.kept = rows, room, {}
+    def __init__(self, rows: int, ctx: int = 1 << 29):
+        self.rows, self.ctx, self.kept = rows, ctx, {}
         self.open: bool | None = None
 
     def get(self, keys: Sequence[Any], make: Callable[[list[Any]], list[Any]]) -> list[Any]:
@@ -106,7 +106,7 @@ class RowCache:
         new = [key for key in dict.fromkeys(keys) if key not in self.kept]
         made = dict(zip(new, make(new), strict=True)) if new else {}
         if new and self.open is None:
-            self.open = len(cloudpickle.dumps(made[new[0]])) * self.rows <= self.room
+            self.open = len(cloudpickle.dumps(made[new[0]])) * self.rows <= self.ctx
         if self.open:
             self.kept |= made
         return [made[key] if key in made else self.kept[key] for key in keys]

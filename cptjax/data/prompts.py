@@ -27,13 +27,13 @@ DEMONSTRATION_HINT = (
 )  # around the demonstration
 
 
-def demonstration_prompt(course: PromptedTask, example: Example) -> list[dict[str, Any]]:
+def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[str, Any]]:
     """The question with a demonstration behind it, and the request for an answer of one's own."""
     if not example.target:
         raise ValueError(
-            f"{example.id}: task {course.name} has no gold answers to demonstrate, which method.objective='distill' needs"
+            f"{example.id}: task {prompted.name} has no gold answers to demonstrate, which method.objective='distill' needs"
         )
-    *before, last = course.messages(example)
+    *before, last = prompted.messages(example)
     content = (
         [{"type": "text", "text": last["content"]}]
         if isinstance(last["content"], str)
@@ -45,7 +45,7 @@ def demonstration_prompt(course: PromptedTask, example: Example) -> list[dict[st
             **last,
             "content": [
                 *content,
-                {"type": "text", "text": course.gold(example).join(DEMONSTRATION_HINT)},
+                {"type": "text", "text": prompted.gold(example).join(DEMONSTRATION_HINT)},
             ],
         },
     ]
@@ -57,11 +57,13 @@ def extra_demonstration_tokens(processor: Processor, max_new_tokens: int) -> int
 
 
 def make_example_encoder(
-    rt: ModelContext, courses: dict[str, PromptedTask], answered: bool, limit: int
+    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], answered: bool, limit: int
 ) -> Callable[[Example], EncodedExample]:
     """What turns a training example into a row: its prompt, or its prompt and gold answer; safe to send to worker processes."""
-    forms = {name: dataclasses.replace(course, pool=None) for name, course in courses.items()}
-    processor = rt.processor
+    forms = {
+        name: dataclasses.replace(prompted, pool=None) for name, prompted in prompted_tasks.items()
+    }
+    processor = model_ctx.processor
 
     def run(example: Example) -> EncodedExample:
         form = forms[example.task]

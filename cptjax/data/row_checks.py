@@ -143,7 +143,7 @@ def check_split(
 ) -> SplitReport:
     """Reads a split, or `rows` of it chosen by seed."""
     examples = load_examples(config, reading)
-    course = prompted_task.make_prompted_task(
+    prompted = prompted_task.make_prompted_task(
         registry.resolve_task(reading.task, config.tasks.to_dict()),
         reading.template,
         config.rewards,
@@ -157,7 +157,7 @@ def check_split(
     )
     chosen = [int(i) for i in limit_rows(range(len(examples)), rows, config.seed)]
     measure = lambda i: measure_row(
-        examples, i, course, words, reading, max(prompt_buckets(config))
+        examples, i, prompted, words, reading, max(prompt_buckets(config))
     )
     found = []
     with console.progress_bar(f"check {reading.task} {reading.split}", len(chosen)) as bar:
@@ -168,7 +168,7 @@ def check_split(
     good = [(i, row) for i, row in zip(chosen, found, strict=True) if isinstance(row, RowSize)]
     bad = [*getattr(examples, "bad", ()), *(each for each in found if isinstance(each, BadRow))]
     prompts = [
-        words.render(strip_media(full_conversation(examples[i], course, reading.answered)))
+        words.render(strip_media(full_conversation(examples[i], prompted, reading.answered)))
         for i, _ in good[:SHOWN_PROMPTS]
     ]
     unread = len(bad) - (len(found) - len(good))  # rows that were bad before they were examples
@@ -178,12 +178,12 @@ def check_split(
 
 
 def full_conversation(
-    example: Example, course: PromptedTask, answered: bool
+    example: Example, prompted: PromptedTask, answered: bool
 ) -> list[dict[str, Any]]:
     """What is tokenised of an example."""
-    messages = course.messages(example)
+    messages = prompted.messages(example)
     return (
-        [*messages, {"role": "assistant", "content": course.gold(example)}]
+        [*messages, {"role": "assistant", "content": prompted.gold(example)}]
         if answered
         else messages
     )
@@ -192,7 +192,7 @@ def full_conversation(
 def measure_row(
     examples: Sequence[Example],
     i: int,
-    course: PromptedTask,
+    prompted: PromptedTask,
     words: Processor,
     reading: SplitSpec,
     limit: int,
@@ -200,7 +200,7 @@ def measure_row(
     """What a row takes, or what is wrong with it."""
     file, number = examples.where(i)
     try:
-        messages = full_conversation(examples[i], course, reading.answered)
+        messages = full_conversation(examples[i], prompted, reading.answered)
         for source in conversation_images(messages):
             if not isinstance(source, Image.Image):
                 open_image(source)  # a header alone does not tell that the rest is there
@@ -212,7 +212,7 @@ def measure_row(
                 f"{made} are over the limit of {limit}; raise data.prompt_limit or lower model.max_pixels"
             )
         if reading.shown:
-            demonstrated = words.measure(prompts.demonstration_prompt(course, examples[i]))[0]
+            demonstrated = words.measure(prompts.demonstration_prompt(prompted, examples[i]))[0]
             if demonstrated > limit + prompts.extra_demonstration_tokens(words, reading.shown):
                 made = f"its gold answer behind the prompt makes {demonstrated} tokens"
                 raise ValueError(
@@ -230,7 +230,7 @@ def measure_row(
 
 def find_bad_rows(
     examples: Sequence[Example],
-    course: PromptedTask,
+    prompted: PromptedTask,
     words: Processor,
     reading: SplitSpec,
     limit: int,
@@ -238,7 +238,7 @@ def find_bad_rows(
     """The rows that a run can not use; each process looks at its share. Drawn rows are alike, so of many only the first are looked at."""
     problem = lambda rows, i: (
         found
-        if isinstance(found := measure_row(rows, i, course, words, reading, limit), BadRow)
+        if isinstance(found := measure_row(rows, i, prompted, words, reading, limit), BadRow)
         else None
     )
     look = lambda rows: collect_bad_rows(

@@ -42,12 +42,12 @@ def build_tiny_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `size` tokens: the special ones first, then the bytes, then words."""
     to_byte_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    room = size - len(SPECIAL_TOKENS) - len(alphabet)
-    if room < 0:
+    ctx = size - len(SPECIAL_TOKENS) - len(alphabet)
+    if ctx < 0:
         raise ValueError(
-            f"a vocabulary of {size} is too small; the special tokens and the bytes alone are {size - room}"
+            f"a vocabulary of {size} is too small; the special tokens and the bytes alone are {size - ctx}"
         )
-    words = [word.replace("_", " ").replace("|", "\n") for word in TINY_VOCABULARY.split()][:room]
+    words = [word.replace("_", " ").replace("|", "\n") for word in TINY_VOCABULARY.split()][:ctx]
     letters = [to_byte_letters.pre_tokenize_str(word)[0][0] for word in words]
     # The best-scored split wins: as few words as possible, bytes where there is no word, and never a special token.
     pieces = (

@@ -47,30 +47,34 @@ def sample_base_responses(current: Any, task: str) -> list[tuple[Batch, np.ndarr
 
     They are the same at every stage, so drawn once a run.
     """
-    c, rt = current.config, current.rt
+    c, model_ctx = current.config, current.model_ctx
     template = first_eval_template(current, task)
-    course, examples = (
-        current.course(task, c, template),
+    prompted, examples = (
+        current.prompted(task, c, template),
         current.examples(task, "test", c, template),
     )
     wanted = min(c.eval.drift, len(examples))
-    share = -(-wanted // (jax.process_count() * rt.shards)) * rt.shards
+    share = -(-wanted // (jax.process_count() * model_ctx.shards)) * model_ctx.shards
     places = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
     mine, counted = np.minimum(places, wanted - 1).tolist(), places < wanted
-    encoded = [rt.processor.encode(course.messages(examples[i]), generation=True) for i in mine]
+    encoded = [
+        model_ctx.processor.encode(prompted.messages(examples[i]), generation=True) for i in mine
+    ]
     sampling = generate.SamplingConfig(
         1, 1.0, max_new_tokens=c.eval.max_new_tokens, check_every=c.rollout.check_every
     )
     key = jax.random.fold_in(jax.random.key(c.seed), 20_000)
     out = []
-    for p in batch_slices(len(mine), max(rt.shards, c.eval.batch // rt.shards * rt.shards)):
+    for p in batch_slices(
+        len(mine), max(model_ctx.shards, c.eval.batch // model_ctx.shards * model_ctx.shards)
+    ):
         said = generate.sample_responses(
-            rt, current.base(), encoded[p], key, np.asarray(mine[p]), sampling
+            model_ctx, current.base(), encoded[p], key, np.asarray(mine[p]), sampling
         )
         length = response_bucket(said.mask, sampling.max_new_tokens)
         out.append(
             (
-                group_batch(rt, encoded[p], said.tokens, said.mask, length=length, extra={}),
+                group_batch(model_ctx, encoded[p], said.tokens, said.mask, length=length, extra={}),
                 said.mask.sum(1) * counted[p],
             )
         )
@@ -81,13 +85,15 @@ def base_kl_rows(
     current: Any, number: int, task: str, common: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The line of evals.csv for one task."""
-    rt, chunk = current.rt, current.config.train.chunk
+    model_ctx, chunk = current.model_ctx, current.config.train.chunk
     answers = current.cached(("drift", task), lambda: sample_base_responses(current, task))
     sums: list[tuple[float, int]] = []
     for batch, lengths in answers:
-        with jax.set_mesh(rt.mesh):
+        with jax.set_mesh(model_ctx.mesh):
             kl = sharding.local_rows(
-                _kl_program(rt.cfg, rt.dtype, chunk)(current.base(), current.params, batch)
+                _kl_program(model_ctx.cfg, model_ctx.dtype, chunk)(
+                    current.base(), current.params, batch
+                )
             )
         sums += [(s, n) for s, n in zip(kl.sum(1).tolist(), lengths.tolist(), strict=True) if n]
     every = distributed.concat_lists(distributed.gather_objects(sums))
@@ -96,7 +102,7 @@ def base_kl_rows(
         "metric": run_log.KL_BASE,
         **summaries.ratio_metric(*zip(*every, strict=True))._asdict(),
     }
-    template = current.course(
+    template = current.prompted(
         task, current.config, first_eval_template(current, task)
     ).template.name
     decoding = f"the base's own, T=1, {current.config.eval.max_new_tokens} tokens"

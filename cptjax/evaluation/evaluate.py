@@ -27,7 +27,7 @@ from cptjax.types import Example, Params
 class TaskResult:
     """The answers of a model to one task's test rows."""
 
-    course: PromptedTask
+    prompted: PromptedTask
     records: list[scorers.ScoreRecord]
     forced: list[scorers.ScoreRecord]  # after the forced prefix; empty where that was not asked for
     texts: list[str]
@@ -41,9 +41,18 @@ class EvalPrompts:
     """A task's test rows as prompts, over all evaluations: measured once, encoded just ahead of the device, kept where all fit."""
 
     def __init__(
-        self, rt: ModelContext, course: PromptedTask, examples: Sequence[Example], workers: int = 0
+        self,
+        model_ctx: ModelContext,
+        prompted: PromptedTask,
+        examples: Sequence[Example],
+        workers: int = 0,
     ):
-        self.rt, self.course, self.examples, self.workers = rt, course, examples, workers
+        self.model_ctx, self.prompted, self.examples, self.workers = (
+            model_ctx,
+            prompted,
+            examples,
+            workers,
+        )
         self.lengths: dict[int, int] = {}  # tokens, by row
         self.asked: dict[int, Example] = {}  # without their pictures, by row
         self.shelf = loader.RowCache(len(examples))
@@ -51,7 +60,7 @@ class EvalPrompts:
     def order(self, rows: Sequence[int]) -> list[int]:
         """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
         look = lambda example: (
-            self.rt.processor.measure(self.course.messages(example))[0],
+            self.model_ctx.processor.measure(self.prompted.messages(example))[0],
             dataclasses.replace(example, messages=[]),
         )
         new = list(dict.fromkeys(i for i in rows if i not in self.lengths))
@@ -66,8 +75,8 @@ class EvalPrompts:
     def encoded(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, EncodedConversation]]:
         """The prompts of each batch by row, made while the device answers the batch before."""
         form, words = (
-            dataclasses.replace(self.course, pool=None),
-            self.rt.processor,
+            dataclasses.replace(self.prompted, pool=None),
+            self.model_ctx.processor,
         )  # a pool does not pickle
         encode = lambda example: words.encode(form.messages(example), generation=True)
         workers = 0 if all(i in self.shelf.kept for rows in batches for i in rows) else self.workers
@@ -80,9 +89,9 @@ class EvalPrompts:
 
 
 def generate_responses(
-    rt: ModelContext,
+    model_ctx: ModelContext,
     params: Params,
-    sheets: EvalPrompts,
+    eval_prompts: EvalPrompts,
     rows: Sequence[int],
     sampling: SamplingConfig,
     batch: int,
@@ -91,12 +100,14 @@ def generate_responses(
     prefix: Sequence[int] = (),
 ) -> tuple[list[str], WorkCost]:
     """Texts of all rows in their order; `prefix`: the tokens that each answer is made to begin with."""
-    order = sheets.order(rows)
-    batch = max(rt.shards, batch // jax.process_count() // rt.shards * rt.shards)
+    order = eval_prompts.order(rows)
+    batch = max(
+        model_ctx.shards, batch // jax.process_count() // model_ctx.shards * model_ctx.shards
+    )
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     found: dict[int, str] = {}
     spent = WorkCost()
-    with contextlib.closing(sheets.encoded(batches)) as coming:
+    with contextlib.closing(eval_prompts.encoded(batches)) as coming:
         for mine, prompts in zip(batches, coming, strict=True):
             encoded = {
                 i: append_response_prefix(prompt, prefix) if prefix else prompt
@@ -105,7 +116,7 @@ def generate_responses(
             filled = mine + [mine[-1]] * (batch - len(mine))  # a full batch has the compiled shape
             limits = np.where(np.arange(batch) < len(mine), sampling.max_new_tokens, 0)
             out = generate.sample_responses(
-                rt,
+                model_ctx,
                 params,
                 [encoded[i] for i in filled],
                 key,
@@ -116,7 +127,7 @@ def generate_responses(
             for i, text in zip(mine, out.texts, strict=False):
                 found[i] = text
             spent += sampling_cost(
-                rt.cfg, [encoded[i] for i in mine], out.mask[: len(mine)].sum(1)[:, None]
+                model_ctx.cfg, [encoded[i] for i in mine], out.mask[: len(mine)].sum(1)[:, None]
             )
             bar.advance(len(mine))
     return [found[i] for i in rows], spent
@@ -144,9 +155,9 @@ def rows_of_process(rows: Sequence[int]) -> list[int]:
 
 
 def evaluate_task(
-    rt: ModelContext,
+    model_ctx: ModelContext,
     params: Params,
-    sheets: EvalPrompts,
+    eval_prompts: EvalPrompts,
     rows: Sequence[int],
     *,
     sampling: SamplingConfig,
@@ -156,36 +167,38 @@ def evaluate_task(
     title: str = "",
 ) -> TaskResult:
     """Some rows of a task answered and scored."""
-    course, mine = sheets.course, rows_of_process(rows)
-    params, sampling = generate.prepare_sampling(rt, params, sampling)
+    prompted, mine = eval_prompts.prompted, rows_of_process(rows)
+    params, sampling = generate.prepare_sampling(model_ctx, params, sampling)
     with console.progress_bar(
-        title or f"evaluate {course.name}", total=len(mine) * (1 + forced)
+        title or f"evaluate {prompted.name}", total=len(mine) * (1 + forced)
     ) as bar:
-        texts, spent = generate_responses(rt, params, sheets, mine, sampling, batch, key, bar)
+        texts, spent = generate_responses(
+            model_ctx, params, eval_prompts, mine, sampling, batch, key, bar
+        )
         again: list[str] = []
         if forced:
             again, more = generate_responses(
-                rt,
+                model_ctx,
                 params,
-                sheets,
+                eval_prompts,
                 mine,
                 sampling,
                 batch,
                 key,
                 bar,
-                rt.processor.opening(course.forced_prefix),
+                model_ctx.processor.opening(prompted.forced_prefix),
             )
             spent += more
-    asked = [sheets.asked[i] for i in mine]
+    asked = [eval_prompts.asked[i] for i in mine]
     everyone = lambda found: _gather_by_row(rows, mine, found)
     further = {
-        scorer: everyone(dataclasses.replace(course, scorer=scorer).score(texts, asked))
-        for scorer in course.also
+        scorer: everyone(dataclasses.replace(prompted, scorer=scorer).score(texts, asked))
+        for scorer in prompted.also
     }
-    after = everyone(course.score(again, asked, forced=True)) if forced else []
+    after = everyone(prompted.score(again, asked, forced=True)) if forced else []
     total = sum(distributed.gather_objects(spent), WorkCost())
     return TaskResult(
-        course, everyone(course.score(texts, asked)), after, everyone(texts), total, further
+        prompted, everyone(prompted.score(texts, asked)), after, everyone(texts), total, further
     )
 
 
@@ -198,40 +211,42 @@ def _gather_by_row(rows: Sequence[int], mine: Sequence[int], found: Sequence[Any
 
 
 def eval_rows(
-    exam: TaskResult, common: Mapping[str, Any], mini: bool = False
+    result: TaskResult, common: Mapping[str, Any], mini: bool = False
 ) -> list[dict[str, Any]]:
     """The lines of evals.csv."""
-    own = {"task": exam.course.name, "template": exam.course.template.name, **common}
+    own = {"task": result.prompted.name, "template": result.prompted.template.name, **common}
     line = lambda scorer, name, metric: {
         **own,
         "metric": name,
         "scorer": scorer.id,
         **metric._asdict(),
     }
-    main = exam.course.scorer
-    summary = scorers.summarise_records(main, exam.records)
+    main = result.prompted.scorer
+    summary = scorers.summarise_records(main, result.records)
     if mini:
         return [line(main, run_log.ACCURACY_MINI, summary[run_log.ACCURACY])]
     out = [line(main, name, metric) for name, metric in summary.items()]
-    for scorer, records in exam.also.items():
+    for scorer, records in result.also.items():
         out += [
             line(scorer, f"{scorer.name}/{name}", metric)
             for name, metric in scorers.summarise_records(scorer, records).items()
         ]
-    if exam.forced:
+    if result.forced:
         out.append(
             line(
-                main, run_log.ACCURACY_FORCED, summaries.mean_metric([r.score for r in exam.forced])
+                main,
+                run_log.ACCURACY_FORCED,
+                summaries.mean_metric([r.score for r in result.forced]),
             )
         )
     return out
 
 
-def prediction_rows(exam: TaskResult, step: int) -> list[dict[str, Any]]:
+def prediction_rows(result: TaskResult, step: int) -> list[dict[str, Any]]:
     """The lines of predictions/stage{K}.jsonl."""
     return [
         {
-            "task": exam.course.name,
+            "task": result.prompted.name,
             "step": step,
             "id": r.id,
             "score": r.score,
@@ -239,5 +254,5 @@ def prediction_rows(exam: TaskResult, step: int) -> list[dict[str, Any]]:
             "response": t,
             "answer": r.answer,
         }
-        for r, t in zip(exam.records, exam.texts, strict=True)
+        for r, t in zip(result.records, result.texts, strict=True)
     ]

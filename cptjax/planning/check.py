@@ -193,9 +193,12 @@ def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
     cfg = load.find_model_config(config)
     declared = declare_model_params(config.model, cfg)
     numbers = memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch)
-    told = {n: memory.expected_bytes(cfg, declared, config, prompt, patches, n) for n in numbers}
-    unit, scale = ("GB", 1e9) if told[numbers[0]]["peak"] > 1e9 else ("MB", 1e6)
-    lines = [(part, *(f"{told[n][part] / scale:.2f}" for n in told)) for part in told[numbers[0]]]
+    metrics = {n: memory.expected_bytes(cfg, declared, config, prompt, patches, n) for n in numbers}
+    unit, scale = ("GB", 1e9) if metrics[numbers[0]]["peak"] > 1e9 else ("MB", 1e6)
+    lines = [
+        (part, *(f"{metrics[n][part] / scale:.2f}" for n in metrics))
+        for part in metrics[numbers[0]]
+    ]
     console.print_table(
-        f"expected {unit} per device, by arithmetic", ("devices", *map(str, told)), lines
+        f"expected {unit} per device, by arithmetic", ("devices", *map(str, metrics)), lines
     )

@@ -91,7 +91,7 @@ Computations = dict[str, list[Instruction]]
 def parse_hlo(text: str) -> tuple[Computations, str]:
     """Computations by name, and the entry's name."""
     computations: Computations = {}
-    entry, current = "", None
+    entry, run = "", None
     for line in text.splitlines():
         stripped = line.rstrip()
         if (
@@ -99,11 +99,11 @@ def parse_hlo(text: str) -> tuple[Computations, str]:
             and not stripped.startswith(" ")
             and (head := _head.match(stripped))
         ):
-            current = computations.setdefault(head[1], [])
+            run = computations.setdefault(head[1], [])
             entry = head[1] if stripped.startswith("ENTRY") else entry
-        elif current is not None and (found := _line.match(stripped)):
+        elif run is not None and (found := _line.match(stripped)):
             root, *parts = found.groups()
-            current.append(Instruction(*parts, bool(root)))
+            run.append(Instruction(*parts, bool(root)))
     return computations, entry
 
 

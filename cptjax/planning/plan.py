@@ -259,14 +259,14 @@ def roofline_seconds(
 
 def show_plan(plan: StagePlan) -> None:
     gib = lambda n: f"{n / 2**30:.2f}"
-    room = (
+    ctx = (
         f"a {plan.chip.name} has {gib(plan.chip.usable)}"
         if plan.chip
         else "no figures for this device"
     )
     mesh = " ".join(f"{k}={v}" for k, v in plan.mesh.items())
     console.print_table(
-        f"{plan.name} on {plan.devices} devices ({mesh}), GiB a device; {room}",
+        f"{plan.name} on {plan.devices} devices ({mesh}), GiB a device; {ctx}",
         ("program", "takes", "returns", "donated", "inside", "beside", "peak", "compiled in s"),
         [(c.name, *map(gib, _sizes(c)), f"{c.compile_seconds:.0f}") for c in plan.costs],
     )

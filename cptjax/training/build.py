@@ -71,18 +71,18 @@ def optimizer_from_config(config: Any, declared: Params) -> optimizers.Optimizer
 
 
 def batch_builder_from_config(
-    rt: ModelContext, courses: dict[str, PromptedTask], config: Any
+    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: Any
 ) -> BatchBuilder:
     r = config.rollout
     sampler.check_rollout_sizes(
-        r.group, r.max_new_tokens, r.check_every, r.slots, sharding.batch_shards(rt.mesh)
+        r.group, r.max_new_tokens, r.check_every, r.slots, sharding.batch_shards(model_ctx.mesh)
     )
     temperature = config.rollout.temperature if config.method.objective == "policy" else 1.0
-    logps = make_scoring_program(rt.cfg, rt.dtype, config.train.chunk, temperature)
+    logps = make_scoring_program(model_ctx.cfg, model_ctx.dtype, config.train.chunk, temperature)
     pack = config.data.pack and config.method.objective in ("sft", "eaft")
     return BatchBuilder(
-        rt,
-        courses,
+        model_ctx,
+        prompted_tasks,
         sampling_from_config(config),
         config.method,
         config.train.batch,

@@ -16,26 +16,26 @@ CORPUS_ANSWERS = ("own", "gold")
 RowResponse = tuple[int, int, str]  # source, row, response
 
 
-def _conversation(room: StageContext, source: int, row: int, response: str) -> list[dict[str, Any]]:
-    example = room.sources[source][row]
+def _conversation(ctx: StageContext, source: int, row: int, response: str) -> list[dict[str, Any]]:
+    example = ctx.sources[source][row]
     return [
-        *room.tutor.courses[example.task].messages(example),
+        *ctx.builder.prompted_tasks[example.task].messages(example),
         {"role": "assistant", "content": response},
     ]
 
 
-def load_corpus(room: StageContext) -> list[RowResponse]:
-    path, gold = Path(room.config.method.corpus), room.config.method.corpus_answer == "gold"
+def load_corpus(ctx: StageContext) -> list[RowResponse]:
+    path, gold = Path(ctx.config.method.corpus), ctx.config.method.corpus_answer == "gold"
     if not path.is_file():
         raise ValueError(
             f"method.corpus={str(path)!r} does not exist; expected the rollouts/*.jsonl of another run"
         )
     rows = _check_keys(files.read_jsonl(path), str(path))
     with console.progress_bar(
-        "match the corpus to its rows", total=sum(map(len, room.sources))
+        "match the corpus to its rows", total=sum(map(len, ctx.sources))
     ) as bar:
         places = {}
-        for s, source in enumerate(room.sources):
+        for s, source in enumerate(ctx.sources):
             for row in range(len(source)):
                 places[source[row].id] = (s, row)
                 bar.advance()
@@ -46,9 +46,9 @@ def load_corpus(room: StageContext) -> list[RowResponse]:
         )
     chosen = [(*places[r["id"]], r["response"]) for r in rows]
     pairs = (
-        [(s, i, _relabel(room, s, i, text)) for s, i, text in chosen]
+        [(s, i, _relabel(ctx, s, i, text)) for s, i, text in chosen]
         if gold
-        else _correct_responses(room, rows, chosen)
+        else _correct_responses(ctx, rows, chosen)
     )
     pairs = list(dict.fromkeys(pairs))
     if not pairs:
@@ -56,20 +56,20 @@ def load_corpus(room: StageContext) -> list[RowResponse]:
             f"method.corpus={str(path)!r}: none of its {len(rows)} answers is correct; there is nothing to learn from"
         )
     console.print_message(f"{path}: {len(pairs)} answers of {len(rows)} to learn from")
-    _check_lengths(room, pairs)
+    _check_lengths(ctx, pairs)
     return pairs
 
 
-def _check_lengths(room: StageContext, pairs: Sequence[RowResponse]) -> None:
+def _check_lengths(ctx: StageContext, pairs: Sequence[RowResponse]) -> None:
     """Refuse answers that are too long, before the first step."""
-    rt, t = room.tutor.learned, room.tutor
+    model_ctx, t = ctx.builder.learned, ctx.builder
     with console.progress_bar("measure the corpus", total=len(pairs)) as bar:
         for pair in pairs:
-            tokens = rt.processor.measure(_conversation(room, *pair))[0]
-            if tokens > max(rt.ladder):
+            tokens = model_ctx.processor.measure(_conversation(ctx, *pair))[0]
+            if tokens > max(model_ctx.ladder):
                 raise ValueError(
-                    f"method.corpus={t.settings.corpus!r}: {room.sources[pair[0]][pair[1]].id} with its answer has {tokens} tokens, over "
-                    f"the {max(rt.ladder)} of a prompt and rollout.max_new_tokens={t.sampling.max_new_tokens}: raise that, or drop the row"
+                    f"method.corpus={t.settings.corpus!r}: {ctx.sources[pair[0]][pair[1]].id} with its answer has {tokens} tokens, over "
+                    f"the {max(model_ctx.ladder)} of a prompt and rollout.max_new_tokens={t.sampling.max_new_tokens}: raise that, or drop the row"
                 )
             bar.advance()
 
@@ -84,13 +84,13 @@ def _check_keys(rows: Sequence[dict[str, Any]], where: str) -> Sequence[dict[str
 
 
 def _correct_responses(
-    room: StageContext, rows: Sequence[dict[str, Any]], chosen: Sequence[RowResponse]
+    ctx: StageContext, rows: Sequence[dict[str, Any]], chosen: Sequence[RowResponse]
 ) -> list[RowResponse]:
     """The correct answers that came to their end: by the rewards that the file holds, else by the task's own."""
     whole = [i for i, r in enumerate(rows) if r.get("finished") is not False]
     if len(whole) < len(rows):
         console.print_message(
-            f"{room.config.method.corpus}: {len(rows) - len(whole)} of {len(rows)} answers met their length limit and are left out"
+            f"{ctx.config.method.corpus}: {len(rows) - len(whole)} of {len(rows)} answers met their length limit and are left out"
         )
     rows, chosen = [rows[i] for i in whole], [chosen[i] for i in whole]
     known = [
@@ -98,20 +98,20 @@ def _correct_responses(
         for r in rows
     ]
     todo = [i for i, parts in enumerate(known) if parts is None]
-    items = [EncodedExample(room.sources[chosen[i][0]][chosen[i][1]], None) for i in todo]
+    items = [EncodedExample(ctx.sources[chosen[i][0]][chosen[i][1]], None) for i in todo]
     for i, parts in zip(
         todo,
-        rollouts.grade_responses(room.tutor, items, [chosen[i][2] for i in todo]) if todo else [],
+        rollouts.grade_responses(ctx.builder, items, [chosen[i][2] for i in todo]) if todo else [],
         strict=True,
     ):
         known[i] = parts
     return [pair for pair, parts in zip(chosen, known, strict=True) if is_correct(parts)]
 
 
-def _relabel(room: StageContext, source: int, row: int, response: str) -> str:
+def _relabel(ctx: StageContext, source: int, row: int, response: str) -> str:
     """A response up to its answer, and then the correct one; without an answer of the template's form it stays whole before it."""
-    example = room.sources[source][row]
-    form = room.tutor.courses[example.task].template
+    example = ctx.sources[source][row]
+    form = ctx.builder.prompted_tasks[example.task].template
     opening = {"boxed": "\\boxed{", "answer_tag": "<answer>"}.get(form.extract)
     if opening is None:
         raise ValueError(

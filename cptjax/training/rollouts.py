@@ -31,7 +31,7 @@ from cptjax.types import Batch, Params
 
 
 def grade_responses(
-    tutor: BatchBuilder, items: Sequence[EncodedExample], texts: Sequence[str]
+    builder: BatchBuilder, items: Sequence[EncodedExample], texts: Sequence[str]
 ) -> list[dict[str, float]]:
     """Reward parts of each answer; answer q * G + g belongs to item q."""
     group = len(texts) // len(items)
@@ -43,7 +43,7 @@ def grade_responses(
             if item.example.task == name
             for g in range(group)
         ]
-        parts = tutor.courses[name].rewards(
+        parts = builder.prompted_tasks[name].rewards(
             [texts[r] for r in rows], [items[r // group].example for r in rows]
         )
         for row, part in zip(rows, parts, strict=True):
@@ -81,44 +81,48 @@ class GradedRollouts:
 
 
 def sample_rollouts(
-    tutor: BatchBuilder, params: Params, items: Sequence[EncodedExample], key: jax.Array, first: int
+    builder: BatchBuilder,
+    params: Params,
+    items: Sequence[EncodedExample],
+    key: jax.Array,
+    first: int,
 ) -> GradedRollouts:
     """Answers of the current policy and their rewards; `first` numbers the batch's prompts in the stage."""
     share, began = len(items), time.perf_counter()
     numbers = first + jax.process_index() * share + np.arange(share)
     encoded = [i.encoded for i in items]
-    weights, sampling = generate.prepare_sampling(tutor.rt, params, tutor.sampling)
+    weights, sampling = generate.prepare_sampling(builder.model_ctx, params, builder.sampling)
     draw = lambda sampling: generate.sample_responses(
-        tutor.rt, weights, encoded, key, numbers, sampling
+        builder.model_ctx, weights, encoded, key, numbers, sampling
     )
     samples = draw(sampling)
-    spent = sampling_cost(tutor.rt.cfg, encoded, samples.mask.sum(1).reshape(share, -1))
+    spent = sampling_cost(builder.model_ctx.cfg, encoded, samples.mask.sum(1).reshape(share, -1))
     best = (
         draw(dataclasses.replace(sampling, group=1, temperature=0.0))
-        if tutor.settings.advantage == "remax"
+        if builder.settings.advantage == "remax"
         else None
     )
     drawn = time.perf_counter()
     greedy = None
     if best is not None:
         greedy = _shape_rewards(
-            tutor,
+            builder,
             np.array(
-                [[p["reward"]] for p in grade_responses(tutor, items, best.texts)], np.float32
+                [[p["reward"]] for p in grade_responses(builder, items, best.texts)], np.float32
             ),
             best,
         )[0][:, 0]
-        spent += sampling_cost(tutor.rt.cfg, encoded, best.mask.sum(1)[:, None])
-    parts = grade_responses(tutor, items, samples.texts)
+        spent += sampling_cost(builder.model_ctx.cfg, encoded, best.mask.sum(1)[:, None])
+    parts = grade_responses(builder, items, samples.texts)
     seconds = {"seconds/sample": drawn - began, "seconds/reward": time.perf_counter() - drawn}
     return GradedRollouts(list(items), samples, parts, greedy, spent, seconds)
 
 
 def _shape_rewards(
-    tutor: BatchBuilder, rewards: np.ndarray, samples: Samples
+    builder: BatchBuilder, rewards: np.ndarray, samples: Samples
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards [Q G] after the length rules, and which answers may be learned from."""
-    s, limit = tutor.settings, tutor.sampling.max_new_tokens
+    s, limit = builder.settings, builder.sampling.max_new_tokens
     lengths, finished = (
         samples.mask.sum(1).reshape(rewards.shape),
         samples.finished.reshape(rewards.shape),
@@ -160,31 +164,33 @@ def join_groups(
 
 
 def sample_filtered_rollouts(
-    tutor: BatchBuilder,
+    builder: BatchBuilder,
     params: Params,
     stream: Iterator[list[EncodedExample]],
     key: jax.Array,
     first: int,
 ) -> tuple[GradedRollouts, dict[str, float], int]:
     """A batch of groups with mixed rewards (DAPO): more prompts are drawn until it is full; also how many batches that took."""
-    window, share = tutor.settings.online_filter, tutor.batch // jax.process_count()
+    window, share = builder.settings.online_filter, builder.batch // jax.process_count()
     drawn: list[GradedRollouts] = []
     keep: list[np.ndarray] = []
     for turn in itertools.count():
-        graded = sample_rollouts(tutor, params, next(stream), jax.random.fold_in(key, turn), first)
+        graded = sample_rollouts(
+            builder, params, next(stream), jax.random.fold_in(key, turn), first
+        )
         drawn.append(graded)
         keep.append(prompt_filters.keep_groups(graded.accuracy, window["lo"], window["hi"]))
         counts = distributed.gather_objects(sum(int(k.sum()) for k in keep))
         kept = min(counts)
         if kept >= share:
             info = {
-                "filter/kept": sum(counts) / (tutor.batch * (turn + 1)),
+                "filter/kept": sum(counts) / (builder.batch * (turn + 1)),
                 "filter/draws": float(turn + 1),
             }
             return join_groups(drawn, keep, share), info, turn + 1
         if turn >= window["max_refills"]:
             raise ValueError(
-                f"online filter: after {turn + 1} batches of {tutor.batch} prompts only {kept} of {share} groups have a mean accuracy "
+                f"online filter: after {turn + 1} batches of {builder.batch} prompts only {kept} of {share} groups have a mean accuracy "
                 f"in ({window['lo']}, {window['hi']}); widen method.online_filter, raise max_refills or choose easier data"
             )
     raise AssertionError
@@ -194,7 +200,7 @@ def sample_filtered_rollouts(
 class RolloutBatch:
     """A graded batch on its way to updates: which tokens count, and what each micro-batch carries beside them."""
 
-    tutor: BatchBuilder
+    builder: BatchBuilder
     graded: GradedRollouts
     mask: np.ndarray  # [B R]
     length: int  # of the bucket that holds the longest answer
@@ -212,7 +218,7 @@ class RolloutBatch:
             out.append(
                 (
                     group_batch(
-                        self.tutor.rt,
+                        self.builder.model_ctx,
                         encoded,
                         samples.tokens[r],
                         self.mask[r],
@@ -227,7 +233,7 @@ class RolloutBatch:
     def scored(self, params: Params) -> np.ndarray:
         """Log-probabilities [B R] of the answers under `params`."""
         found = np.concatenate(
-            [sharding.local_rows(self.tutor.logps(params, b)) for b, _ in self.batches({})]
+            [sharding.local_rows(self.builder.logps(params, b)) for b, _ in self.batches({})]
         )
         out = np.zeros(self.mask.shape, np.float32)
         out[:, : self.length] = found[:, : self.mask.shape[1]]
@@ -235,7 +241,7 @@ class RolloutBatch:
 
 
 def rollout_step_batch(
-    tutor: BatchBuilder,
+    builder: BatchBuilder,
     params: Params,
     graded: GradedRollouts,
     reference: Params | None,
@@ -244,10 +250,10 @@ def rollout_step_batch(
     teach: Callable | None = None,
 ) -> StepBatch:
     """Rewards -> advantages -> the updates on this batch. A divergence in the reward is not taken off ReMax's baseline."""
-    s = tutor.settings
+    s = builder.settings
     earned = graded.accuracy if s.advantage == "reinforce01" else graded.column("reward")
-    shaped, keep = _shape_rewards(tutor, earned, graded.samples)
-    drawn = _rollout_batch(tutor, graded, keep)
+    shaped, keep = _shape_rewards(builder, earned, graded.samples)
+    drawn = _rollout_batch(builder, graded, keep)
     began = time.perf_counter()
     shaped, info, forwards = _add_logprobs(drawn, params, reference, shaped)
     policy = s.objective == "policy"  # a distillation looks at no reward
@@ -276,20 +282,22 @@ def rollout_step_batch(
     )
 
 
-def _rollout_batch(tutor: BatchBuilder, graded: GradedRollouts, keep: np.ndarray) -> RolloutBatch:
-    samples, s = graded.samples, tutor.settings
+def _rollout_batch(builder: BatchBuilder, graded: GradedRollouts, keep: np.ndarray) -> RolloutBatch:
+    samples, s = graded.samples, builder.settings
     extra = {
-        "sampler_logps": samples.policy_logps if tutor.sampling.temperature == 1 else samples.logps
+        "sampler_logps": samples.policy_logps
+        if builder.sampling.temperature == 1
+        else samples.logps
     }
     if s.tis_cap is not None:
         extra["behaviour_logps"] = samples.logps
-    rows = rows_per_process(tutor.rt, tutor.batch // s.updates_per_batch, tutor.micro)
+    rows = rows_per_process(builder.model_ctx, builder.batch // s.updates_per_batch, builder.micro)
     mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
     return RolloutBatch(
-        tutor,
+        builder,
         graded,
         mask,
-        response_bucket(samples.mask, tutor.sampling.max_new_tokens),
+        response_bucket(samples.mask, builder.sampling.max_new_tokens),
         rows,
         extra,
     )
@@ -299,7 +307,7 @@ def _add_logprobs(
     drawn: RolloutBatch, params: Params, reference: Params | None, shaped: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float], int]:
     """Adds the log-probabilities that the loss needs; rewards less their KL, what to log, and forward passes made."""
-    s, extra = drawn.tutor.settings, drawn.extra
+    s, extra = drawn.builder.settings, drawn.extra
     pulled = reference is not None and s.kl_coef > 0
     ref = drawn.scored(reference) if pulled else None
     several = s.updates_per_batch * s.passes > 1
@@ -323,7 +331,7 @@ def _add_logprobs(
 
 def _forward_flops(drawn: RolloutBatch) -> float:
     cfg, lengths, encoded = (
-        drawn.tutor.rt.cfg,
+        drawn.builder.model_ctx.cfg,
         drawn.graded.lengths,
         [i.encoded for i in drawn.graded.items],
     )

@@ -47,16 +47,16 @@ CACHE_SECTIONS = (
 )  # sections that drawn answers follow from
 
 
-def cache_fingerprint(which: Stage) -> str:
+def cache_fingerprint(stage: Stage) -> str:
     """What decides the answers that a stage draws, in short."""
-    return f"{config_fingerprint(which.config, CACHE_SECTIONS)} {which.number} {which.name} {which.steps} {which.epochs}"
+    return f"{config_fingerprint(stage.config, CACHE_SECTIONS)} {stage.number} {stage.name} {stage.steps} {stage.epochs}"
 
 
 class SamplingCache:
     """The pieces of one file. Each process keeps its own, and a run goes on from what all of them have."""
 
-    def __init__(self, path: Path, which: Stage, mesh: Mesh, stopping: Callable[[], bool] = bool):
-        self.path, self.stopping, self.mark = path, stopping, cache_fingerprint(which)
+    def __init__(self, path: Path, stage: Stage, mesh: Mesh, stopping: Callable[[], bool] = bool):
+        self.path, self.stopping, self.mark = path, stopping, cache_fingerprint(stage)
         self.file = path.with_name(f".{path.name}.draft{jax.process_index()}")
         self.of = {
             "mark": self.mark,

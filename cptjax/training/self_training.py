@@ -33,22 +33,22 @@ from cptjax.types import Params
 
 
 def sample_correct_responses(
-    tutor: BatchBuilder,
+    builder: BatchBuilder,
     params: Params,
     items: Sequence[EncodedExample],
     samples: int,
     key: jax.Array,
     bar: Any,
-    drafts: Any,
+    cache: Any,
     unfinished: bool = False,
 ) -> tuple[list[tuple[int, str]], WorkCost]:
     """(item, text) of the policy's own correct answers to these prompts, each device pass kept in `drafts`.
 
     unfinished: also those that met the length limit.
     """
-    share = rows_per_process(tutor.rt, tutor.batch, 0, fill=True)
+    share = rows_per_process(builder.model_ctx, builder.batch, 0, fill=True)
     params, sampling = generate.prepare_sampling(
-        tutor.rt, params, dataclasses.replace(tutor.sampling, group=samples)
+        builder.model_ctx, params, dataclasses.replace(builder.sampling, group=samples)
     )
     found: list[tuple[int, str]] = []
     spent = WorkCost()
@@ -57,18 +57,18 @@ def sample_correct_responses(
         here = list(items[p]) + [items[p.stop - 1]] * (share - (p.stop - p.start))
         numbers = np.arange(p.start, p.start + share)
         encoded = [i.encoded for i in here]
-        out = generate.sample_responses(tutor.rt, params, encoded, key, numbers, sampling)
-        parts = grade_responses(tutor, here, out.texts)
+        out = generate.sample_responses(builder.model_ctx, params, encoded, key, numbers, sampling)
+        parts = grade_responses(builder, here, out.texts)
         right = [
             r
             for r in range((p.stop - p.start) * samples)
             if is_correct(parts[r]) and (unfinished or out.finished[r])
         ]
-        cost = sampling_cost(tutor.rt.cfg, encoded, out.mask.sum(1).reshape(-1, samples))
+        cost = sampling_cost(builder.model_ctx.cfg, encoded, out.mask.sum(1).reshape(-1, samples))
         return [(p.start + r // samples, out.texts[r]) for r in right], cost
 
     for p in batch_slices(len(items), share):
-        right, cost = drafts.piece(lambda p=p: draw(p))
+        right, cost = cache.piece(lambda p=p: draw(p))
         found += [(i, text) for i, text in right]
         spent += cost
         bar.advance(p.stop - p.start, correct=len(found))
@@ -76,32 +76,32 @@ def sample_correct_responses(
 
 
 def response_examples(
-    room: StageContext, params: Params, step: int
+    ctx: StageContext, params: Params, step: int
 ) -> tuple[list[EncodedExample], WorkCost]:
     """Rows of a window's corpus for this step; the corpus is drawn when its window begins."""
-    t, window = room.tutor, _window_steps(room)
+    t, window = ctx.builder, _window_steps(ctx)
     start = step // window * window
-    pairs, spent = _window_responses(room, params, start, min(window, room.steps - start))
+    pairs, spent = _window_responses(ctx, params, start, min(window, ctx.steps - start))
     spent = spent if step == start else WorkCost()
-    rows = _step_responses(room, pairs, start, step)
+    rows = _step_responses(ctx, pairs, start, step)
     mine = rows[batch_slices(len(rows), t.batch // jax.process_count())[jax.process_index()]]
-    return _encode_responses(room, mine), spent
+    return _encode_responses(ctx, mine), spent
 
 
 def _step_responses(
-    room: StageContext, pairs: list[RowResponse], start: int, step: int
+    ctx: StageContext, pairs: list[RowResponse], start: int, step: int
 ) -> list[RowResponse]:
     """The step's answers: every position takes the next one of its lane, lap after lap in an order of the seed, so shares stay exact."""
-    order, batch = room.order, room.tutor.batch
+    order, batch = ctx.order, ctx.builder.batch
     lists = [[p for p in pairs if p[0] in lane.sources] for lane in order.lanes]
     if step == start and not all(lists):
         empty = [
-            room.sources[lane.sources[0]][0].task
+            ctx.sources[lane.sources[0]][0].task
             for lane, own in zip(order.lanes, lists, strict=True)
             if not own
         ]
         console.print_warning(
-            f"stage {room.stage.number}: no correct answer in the lane of {', '.join(empty)}; until step {start + _window_steps(room)} "
+            f"stage {ctx.stage.number}: no correct answer in the lane of {', '.join(empty)}; until step {start + _window_steps(ctx)} "
             "others take its rows: raise method.self_samples, or the steps of method.refresh"
         )
     lists, before = [own or pairs for own in lists], component_counts(start * batch, order.parts)
@@ -111,32 +111,32 @@ def _step_responses(
         lap, at = divmod(k - before[lane], len(lists[lane]))
         found.append(
             lists[lane][
-                permutation(len(lists[lane]), (room.seed, room.stage.number, start, lane, lap))[at]
+                permutation(len(lists[lane]), (ctx.seed, ctx.stage.number, start, lane, lap))[at]
             ]
         )
     return found
 
 
-def _window_steps(room: StageContext) -> int:
+def _window_steps(ctx: StageContext) -> int:
     """Steps that learn from the same answers."""
-    m = room.config.method
+    m = ctx.config.method
     return (
-        {"never": room.steps, "epoch": room.order.steps(1)}.get(m.refresh) or int(m.refresh)
+        {"never": ctx.steps, "epoch": ctx.order.steps(1)}.get(m.refresh) or int(m.refresh)
         if m.source == "self"
-        else room.steps
+        else ctx.steps
     )
 
 
-def needs_sampling(room: StageContext, step: int) -> bool:
+def needs_sampling(ctx: StageContext, step: int) -> bool:
     """Whether the policy must answer before this step can learn."""
-    return room.config.method.source == "self" and step % _window_steps(room) == 0
+    return ctx.config.method.source == "self" and step % _window_steps(ctx) == 0
 
 
-def _encode_responses(room: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
-    rt = room.tutor.learned
-    prompts = room.prompts([RowRef(source, row, 0) for source, row, _ in pairs])
-    answered = lambda prompt, text: rt.processor.answered(
-        prompt.encoded, text, limit=max(rt.ladder)
+def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
+    model_ctx = ctx.builder.learned
+    prompts = ctx.prompts([RowRef(source, row, 0) for source, row, _ in pairs])
+    answered = lambda prompt, text: model_ctx.processor.answered(
+        prompt.encoded, text, limit=max(model_ctx.ladder)
     )
     return [
         EncodedExample(p.example, answered(p, text), row)
@@ -150,33 +150,33 @@ def _read_responses(path: Path) -> list[RowResponse]:
 
 
 def _window_responses(
-    room: StageContext, params: Params, start: int, steps: int
+    ctx: StageContext, params: Params, start: int, steps: int
 ) -> tuple[list[RowResponse], WorkCost]:
     """A window's answers, and what drawing them cost; drawn now, or found as a killed run left them."""
-    path = room.workdir / "corpus" / f"stage{room.stage.number}_step{start}.jsonl"
-    drafts = SamplingCache(path, room.stage, room.tutor.rt.mesh, room.stopping)
-    if not drafts.made():
-        foreign = room.config.method.source == "corpus"
+    path = ctx.workdir / "corpus" / f"stage{ctx.stage.number}_step{start}.jsonl"
+    cache = SamplingCache(path, ctx.stage, ctx.builder.model_ctx.mesh, ctx.stopping)
+    if not cache.made():
+        foreign = ctx.config.method.source == "corpus"
         pairs, spent = (
-            (load_corpus(room), WorkCost())
+            (load_corpus(ctx), WorkCost())
             if foreign
-            else _sample_window(room, params, start, steps, drafts)
+            else _sample_window(ctx, params, start, steps, cache)
         )
         total = sum(distributed.gather_objects(spent), WorkCost())
         if distributed.is_main_process():
-            sampling_cache.write_sampling_cost(path, total, drafts.mark)
+            sampling_cache.write_sampling_cost(path, total, cache.mark)
             files.write_json(
-                path.with_suffix(".source.json"), _provenance(room, start) | {"answers": len(pairs)}
+                path.with_suffix(".source.json"), _provenance(ctx, start) | {"answers": len(pairs)}
             )
             lines = [
-                {"source": s, "row": r, "id": room.sources[s][r].id, "response": text}
+                {"source": s, "row": r, "id": ctx.sources[s][r].id, "response": text}
                 for s, r, text in pairs
             ]
             files.write_text(
                 path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             )
         distributed.gather_objects(True)  # nobody reads before it is written
-        drafts.clear()
+        cache.clear()
         _read_responses.cache_clear()
     # the file tells the cost of all processes, and a step adds up its processes' costs
     return _read_responses(path), sampling_cache.read_sampling_cost(path)[
@@ -184,11 +184,11 @@ def _window_responses(
     ] if distributed.is_main_process() else WorkCost()
 
 
-def _provenance(room: StageContext, start: int) -> dict[str, Any]:
+def _provenance(ctx: StageContext, start: int) -> dict[str, Any]:
     """Where a window's answers come from: a file, or the policy after so many steps of a stage."""
-    m = room.config.method
+    m = ctx.config.method
     if m.source == "self":
-        return {"policy": {"stage": room.stage.number, "step": start}}
+        return {"policy": {"stage": ctx.stage.number, "step": start}}
     text = Path(m.corpus).read_bytes()
     return {
         "corpus": str(Path(m.corpus).resolve()),
@@ -198,21 +198,21 @@ def _provenance(room: StageContext, start: int) -> dict[str, Any]:
 
 
 def _sample_window(
-    room: StageContext, params: Params, start: int, steps: int, drafts: SamplingCache
+    ctx: StageContext, params: Params, start: int, steps: int, cache: SamplingCache
 ) -> tuple[list[RowResponse], WorkCost]:
-    t, count = room.tutor, jax.process_count()
+    t, count = ctx.builder, jax.process_count()
     places = dict.fromkeys(
-        (p.source, p.index) for step in range(start, start + steps) for p in room.order.rows(step)
+        (p.source, p.index) for step in range(start, start + steps) for p in ctx.order.rows(step)
     )
     mine = list(places)[jax.process_index() :: count]
     mine += mine[-1:] * (-(-len(places) // count) - len(mine))
-    with console.progress_bar(f"own answers, stage {room.stage.number}", total=len(mine)) as bar:
-        items = room.prompts([RowRef(*at, 0) for at in mine])
+    with console.progress_bar(f"own answers, stage {ctx.stage.number}", total=len(mine)) as bar:
+        items = ctx.prompts([RowRef(*at, 0) for at in mine])
         right, spent = sample_correct_responses(
-            t, params, items, room.config.method.self_samples, room.key(start), bar, drafts
+            t, params, items, ctx.config.method.self_samples, ctx.key(start), bar, cache
         )
     ends = lambda i, text: (
-        len(items[i].encoded) + len(t.rt.processor.ids(text)) + 2
+        len(items[i].encoded) + len(t.model_ctx.processor.ids(text)) + 2
     )  # tokens, with the end of the turn and of its line
     found = distributed.concat_lists(
         distributed.gather_objects([(*mine[i], text, ends(i, text)) for i, text in right])
@@ -227,6 +227,6 @@ def _sample_window(
     )  # read again, a text may have other tokens than when it was sampled
     more = f"; {lost} more were too long when read again" if lost else ""
     console.print_message(
-        f"stage {room.stage.number}: {len(pairs)} correct own answers to {len(places)} prompts{more}"
+        f"stage {ctx.stage.number}: {len(pairs)} correct own answers to {len(places)} prompts{more}"
     )
     return pairs, spent

@@ -32,7 +32,7 @@ class StageContext:
     """A stage ready to run."""
 
     stage: Stage
-    tutor: BatchBuilder
+    builder: BatchBuilder
     order: Mixture
     sources: list[Sequence[Example]]
     steps: int
@@ -55,15 +55,20 @@ class StageContext:
     @functools.cached_property
     def prompts(self) -> LocalReader:
         """Prepares the prompts at some places: the answers drawn to them are learned from with the same pictures."""
-        rt = self.tutor.rt
+        model_ctx = self.builder.model_ctx
         return LocalReader(
-            self.sources, make_example_encoder(rt, self.tutor.courses, False, max(rt.ladder))
+            self.sources,
+            make_example_encoder(
+                model_ctx, self.builder.prompted_tasks, False, max(model_ctx.ladder)
+            ),
         )
 
     def stream(self, drawn: int) -> BatchStream:
-        d, rt = self.config.data, self.tutor.rt
+        d, model_ctx = self.config.data, self.builder.model_ctx
         answered = self.config.method.source == "gold"
         shard = (jax.process_index(), jax.process_count())
-        build = make_example_encoder(rt, self.tutor.courses, answered, max(rt.ladder))
+        build = make_example_encoder(
+            model_ctx, self.builder.prompted_tasks, answered, max(model_ctx.ladder)
+        )
         more = dict(shard=shard, step=drawn, workers=d.workers, prefetch=d.prefetch)
         return BatchStream(self.order, self.sources, build, collate=prompts.unwrap_rows, **more)

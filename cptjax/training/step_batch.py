@@ -36,8 +36,8 @@ class StepBatch:
 class BatchBuilder:
     """All that turning rows into lessons needs, beside the parameters."""
 
-    rt: ModelContext
-    courses: dict[str, PromptedTask]
+    model_ctx: ModelContext
+    prompted_tasks: dict[str, PromptedTask]
     sampling: SamplingConfig
     settings: Any  # config.method of the stage
     batch: int  # prompts or conversations of a step, over all processes
@@ -48,11 +48,13 @@ class BatchBuilder:
     @property
     def learned(self) -> ModelContext:
         """The runtime of rows to learn from."""
-        return self.rt.longer(extra_response_tokens(self.settings, self.sampling.max_new_tokens))
+        return self.model_ctx.longer(
+            extra_response_tokens(self.settings, self.sampling.max_new_tokens)
+        )
 
     def written(self, items: Sequence[EncodedExample]) -> list[list[Batch]]:
         """Conversations with their answers -> the micro-batches of one update."""
-        rows = rows_per_process(self.rt, self.batch, self.micro, fill=True)
+        rows = rows_per_process(self.model_ctx, self.batch, self.micro, fill=True)
         parts = [
             items[p]
             for p in batch_slices(len(items), -(-(self.micro or self.batch) // jax.process_count()))
@@ -72,11 +74,13 @@ def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
     return max_new_tokens + 1 if method.source in ("self", "corpus") else 0
 
 
-def sft_batch(tutor: BatchBuilder, items: Sequence[EncodedExample], forwards: int = 0) -> StepBatch:
+def sft_batch(
+    builder: BatchBuilder, items: Sequence[EncodedExample], forwards: int = 0
+) -> StepBatch:
     """Conversations to imitate; `forwards` further models score them."""
-    work = sum(conversation_flops(tutor.rt.cfg, i.encoded) for i in items)
+    work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)
     tokens = sum(len(i.encoded) for i in items)
     return StepBatch(
-        iter(tutor.written(items)),
+        iter(builder.written(items)),
         spent=WorkCost(flops=(3 + forwards) * work, seen=tokens, trained=tokens),
     )

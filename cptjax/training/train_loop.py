@@ -29,30 +29,30 @@ check = validate_config.validate_stage  # a stage that it lets pass can be run
 
 
 def next_step_batch(
-    room: StageContext, params: Params | None, stream: BatchStream | None, progress: StageProgress
+    ctx: StageContext, params: Params | None, stream: BatchStream | None, progress: StageProgress
 ) -> StepBatch:
     """What the next step learns from; takes its batches from the stream. Answers that are there need no parameters."""
-    t, m = room.tutor, room.config.method
+    t, m = ctx.builder, ctx.config.method
     began, waited = time.perf_counter(), stream.waited if stream else 0.0
     if m.source == "rollouts":
-        found = _next_rollout_batch(room, params, stream, progress)
+        found = _next_rollout_batch(ctx, params, stream, progress)
     else:
         items, spent = (
             (next(stream), WorkCost())
             if stream is not None
-            else self_training.response_examples(room, params, progress.step)
+            else self_training.response_examples(ctx, params, progress.step)
         )
         found = step_batch.sft_batch(
-            t, items, int(room.reference is not None) + int(room.teacher is not None)
+            t, items, int(ctx.reference is not None) + int(ctx.teacher is not None)
         )
         found.spent += spent
     if m.penalty.name == "lwf":
-        found.updates = ([room.teacher.previous(b) for b in update] for update in found.updates)
-    if room.reference is not None and m.source != "rollouts":
+        found.updates = ([ctx.teacher.previous(b) for b in update] for update in found.updates)
+    if ctx.reference is not None and m.source != "rollouts":
         found.updates = (
-            [_add_reference_logps(t, room.reference, b) for b in update] for update in found.updates
+            [_add_reference_logps(t, ctx.reference, b) for b in update] for update in found.updates
         )
-    samples = m.source == "rollouts" or self_training.needs_sampling(room, progress.step)
+    samples = m.source == "rollouts" or self_training.needs_sampling(ctx, progress.step)
     found.info["seconds/data"] = (
         (stream.waited if stream else 0.0) - waited if samples else time.perf_counter() - began
     )
@@ -60,24 +60,24 @@ def next_step_batch(
 
 
 def _next_rollout_batch(
-    room: StageContext, params: Params, stream: BatchStream, progress: StageProgress
+    ctx: StageContext, params: Params, stream: BatchStream, progress: StageProgress
 ) -> StepBatch:
-    t, step = room.tutor, progress.step
-    if room.config.method.online_filter:
+    t, step = ctx.builder, progress.step
+    if ctx.config.method.online_filter:
         graded, info, turns = rollouts.sample_filtered_rollouts(
-            t, params, stream, room.key(step), progress.drawn * t.batch
+            t, params, stream, ctx.key(step), progress.drawn * t.batch
         )
     else:
         graded, info, turns = (
             rollouts.sample_rollouts(
-                t, params, next(stream), room.key(step), progress.drawn * t.batch
+                t, params, next(stream), ctx.key(step), progress.drawn * t.batch
             ),
             {},
             1,
         )
-    attach = room.teacher.attach if room.config.method.objective == "distill" else None
+    attach = ctx.teacher.attach if ctx.config.method.objective == "distill" else None
     found = rollouts.rollout_step_batch(
-        t, params, graded, room.reference, step + 1, room.stage.number, attach
+        t, params, graded, ctx.reference, step + 1, ctx.stage.number, attach
     )
     found.info |= info
     found.batches = turns
@@ -89,7 +89,7 @@ def _add_reference_logps(t: BatchBuilder, reference: Params, batch: Batch) -> Ba
 
 
 def train_loop(
-    room: StageContext,
+    ctx: StageContext,
     state: TrainState,
     frozen: Params,
     steps: train_step.StepPrograms,
@@ -98,41 +98,41 @@ def train_loop(
     on_step: Callable[..., bool],
 ) -> TrainState:
     """The one training loop; `on_step` logs, saves, and says whether to go on. It ends early where drawing answers was stopped."""
-    c = room.config
-    stream = None if c.method.source in ("self", "corpus") else room.stream(progress.drawn)
+    c = ctx.config
+    stream = None if c.method.source in ("self", "corpus") else ctx.stream(progress.drawn)
     watcher = concurrent.futures.ThreadPoolExecutor(1)
     ahead: StepBatch | None = None
     try:
-        while progress.step < room.steps:
+        while progress.step < ctx.steps:
             began, first = time.perf_counter(), not progress.updates
             try:
                 found = ahead or next_step_batch(
-                    room, trainable.join_params(state.params, frozen), stream, progress
+                    ctx, trainable.join_params(state.params, frozen), stream, progress
                 )
             except SamplingStopped:
                 break
             progress.drawn += found.batches
             learning = time.perf_counter()
-            state, numbers = _run_updates(room, state, frozen, steps, progress, extra, found)
+            state, numbers = _run_updates(ctx, state, frozen, steps, progress, extra, found)
             progress.step += 1
             known = (
-                progress.step < room.steps
+                progress.step < ctx.steps
                 and c.method.source != "rollouts"
-                and not self_training.needs_sampling(room, progress.step)
+                and not self_training.needs_sampling(ctx, progress.step)
             )
             ahead = None
             if known:
                 finished = watcher.submit(wait_until_ready, numbers)
-                ahead = next_step_batch(room, None, stream, progress)  # made while the device works
+                ahead = next_step_batch(ctx, None, stream, progress)  # made while the device works
                 made = time.perf_counter()
                 ahead.info["seconds/data"] = max(
                     0.0, made - finished.result()
                 )  # as long as the device waited for it
-            told = fetch_metrics(numbers)
-            if room.teacher is not None:
-                room.teacher.follow(state.params)
+            metrics = fetch_metrics(numbers)
+            if ctx.teacher is not None:
+                ctx.teacher.follow(state.params)
             if first and c.method.objective == "policy":
-                warn_of_mismatch(told[0], room)
+                warn_of_mismatch(metrics[0], ctx)
             check_skipped_steps(state, c.train.max_skipped)
             ended = time.perf_counter()
             seconds = {
@@ -142,7 +142,7 @@ def train_loop(
             }
             info = (
                 found.info
-                | merge_update_metrics(told)
+                | merge_update_metrics(metrics)
                 | seconds
                 | cost_metrics(found.spent, ended - began)
             )
@@ -156,7 +156,7 @@ def train_loop(
 
 
 def _run_updates(
-    room: StageContext,
+    ctx: StageContext,
     state: TrainState,
     frozen: Params,
     steps: train_step.StepPrograms,
@@ -165,20 +165,20 @@ def _run_updates(
     found: StepBatch,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """All optimiser updates of a lesson, and the numbers of each; they are on their way, nothing is waited for."""
-    t, m = room.config.train, room.config.method
-    total = room.steps * m.updates_per_batch * m.passes
-    told: list[dict] = []
+    t, m = ctx.config.train, ctx.config.method
+    total = ctx.steps * m.updates_per_batch * m.passes
+    metrics: list[dict] = []
     for update in found.updates:
         lr = optimizers.learning_rate(
             progress.updates, lr=t.lr, steps=total, schedule=t.schedule, warmup=t.warmup
         )
         state, numbers = steps.run(state, frozen, update, lr, extra)
-        told.append(numbers)
+        metrics.append(numbers)
         progress.updates += 1
-    return state, told
+    return state, metrics
 
 
-def fetch_metrics(told: list[dict[str, Any]]) -> list[dict[str, float]]:
+def fetch_metrics(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The numbers of updates, once they are there; a mean over nothing is left out."""
     return [
         {
@@ -186,21 +186,21 @@ def fetch_metrics(told: list[dict[str, Any]]) -> list[dict[str, float]]:
             for k, v in n.items()
             if not isinstance(v, Mean) or v.count
         }
-        for n in jax.device_get(told)
+        for n in jax.device_get(metrics)
     ]
 
 
-def wait_until_ready(told: list[dict[str, Any]]) -> float:
+def wait_until_ready(metrics: list[dict[str, Any]]) -> float:
     """Waits until the device has made these numbers, and tells when that was."""
-    jax.block_until_ready(told)
+    jax.block_until_ready(metrics)
     return time.perf_counter()
 
 
-def merge_update_metrics(told: Sequence[dict[str, float]]) -> dict[str, float]:
+def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """Numbers of a step's updates as one: the extreme of what is named _min or _max, the mean of all else."""
     pick = {"_min": min, "_max": max}
-    names = dict.fromkeys(k for n in told for k in n)
-    return {k: float(pick.get(k[-4:], np.mean)([n[k] for n in told if k in n])) for k in names}
+    names = dict.fromkeys(k for n in metrics for k in n)
+    return {k: float(pick.get(k[-4:], np.mean)([n[k] for n in metrics if k in n])) for k in names}
 
 
 def cost_metrics(cost: cost.WorkCost, seconds: float) -> dict[str, float]:
@@ -212,21 +212,21 @@ def cost_metrics(cost: cost.WorkCost, seconds: float) -> dict[str, float]:
     }
 
 
-def warn_of_mismatch(told: dict[str, float], room: StageContext) -> None:
+def warn_of_mismatch(metrics: dict[str, float], ctx: StageContext) -> None:
     """Warn where the sampler's log-probabilities are not the trainer's before anything was learned: the ratio must then be 1."""
-    s, limit = room.tutor.sampling, MAX_MISMATCH[jnp.dtype(room.tutor.rt.dtype).name]
+    s, limit = ctx.builder.sampling, MAX_MISMATCH[jnp.dtype(ctx.builder.model_ctx.dtype).name]
     cut = s.temperature != 1 and (
         s.top_p < 1 or s.top_k or s.min_p
     )  # the sampler then knows no log-probability of all tokens
     if (
-        s.dtype not in ("", room.config.model.compute_dtype)
+        s.dtype not in ("", ctx.config.model.compute_dtype)
         or cut
-        or told.get("mismatch", 0.0) <= limit
+        or metrics.get("mismatch", 0.0) <= limit
     ):
         return
     console.print_warning(
-        f"stage {room.stage.number}: before its first update the trainer's log-probabilities differ from the sampler's by "
-        f"{told['mismatch']:.2g} a token on average (at most {told['mismatch_max']:.2g}; expected below {limit}), so answers are not "
+        f"stage {ctx.stage.number}: before its first update the trainer's log-probabilities differ from the sampler's by "
+        f"{metrics['mismatch']:.2g} a token on average (at most {metrics['mismatch_max']:.2g}; expected below {limit}), so answers are not "
         "quite the policy's own: set method.tis_cap=2.0, or compare model.attention=xla and model.compute_dtype=float32"
     )
 

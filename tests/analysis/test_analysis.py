@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from alone import see
+import run_helpers
+from device_fixtures import see
 
 from cptjax.analysis import drift, finding, fisher, influence, mixture, probe
 from cptjax.analysis.mixture import MixtureSetting
@@ -220,8 +220,8 @@ def workdir(tmp_path_factory):
     drawn = lambda family: dict(
         task="drawn", family=family, side=32, scorer=f"{folder / 'coin.py'}:score"
     )
-    tasks = {family: drawn(family) for family in (*runs.TASKS, "facts")}
-    c = runs.config(
+    tasks = {family: drawn(family) for family in (*run_helpers.TASKS, "facts")}
+    c = run_helpers.config(
         "sft", steps=3, tasks=tasks, eval=dict(general=("facts",), limit=4, batch=4, drift=4)
     )
     c.stages = (dict(task="colour", steps=20), dict(task="digit", steps=2))

@@ -161,7 +161,10 @@ def test_the_launcher_leaves_with_code_2():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_memory_is_kept_and_asked_for_once():
-    code = "import os, sys; from cptjax.common import cli; cli.restart_with_malloc_settings(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1])"
+    code = (
+        "import os, sys; from cptjax.common import cli; cli.restart_with_malloc_settings(); "
+        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1])"
+    )
     given = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
     done = subprocess.run(
         [sys.executable, "-c", code, "kept"], capture_output=True, text=True, env=given

@@ -176,12 +176,12 @@ def test_trackers_get_training_and_evaluations_and_are_closed(tmp_path, monkeypa
             ]
         )
         log.close()
-    told = {
+    metrics = {
         "stage2/loss": (0.5, 7),
         "eval/a/accuracy/cot": (0.5, 2),
         "stage2/eval/a/accuracy_mini/cot": (0.5, 5),
     }
-    assert points == 3 * [*((name, *point) for name, point in told.items()), "closed"]
+    assert points == 3 * [*((name, *point) for name, point in metrics.items()), "closed"]
     assert (
         sent[1] == {"stage": 2, "step": 9, "eval/a/accuracy/cot": 0.5}
         and sent[3] == "finished"

@@ -7,8 +7,8 @@ import signal
 
 import numpy as np
 import pytest
-import runs
-from alone import devices  # noqa: F401
+import run_helpers
+from device_fixtures import devices  # noqa: F401
 from ml_collections import ConfigDict
 
 import cptjax
@@ -29,7 +29,7 @@ def one_device(devices):
 
 
 def go(workdir, method="sft", /, **sections):
-    c = runs.config(method, **{**QUICK, **sections})
+    c = run_helpers.config(method, **{**QUICK, **sections})
     return c, driver.run(c, workdir)
 
 
@@ -57,9 +57,9 @@ def test_a_run(tmp_path, method, rank):
     assert header == ["stage", "stage_name", "colour", "digit"]
     assert [r[:2] for r in rows] == [["0", "base"], ["1", "colour"], ["2", "digit"]]
     assert np.allclose([[float(x) for x in r[2:]] for r in rows], matrix)
-    evals = [r for r in runs.evals(tmp_path) if r["metric"] == "accuracy"]
+    evals = [r for r in run_helpers.evals(tmp_path) if r["metric"] == "accuracy"]
     assert [(r["stage"], r["step"], r["task"]) for r in evals] == [
-        (s, step, t) for s, step in (("0", "0"), ("1", "2"), ("2", "2")) for t in runs.TASKS
+        (s, step, t) for s, step in (("0", "0"), ("1", "2"), ("2", "2")) for t in run_helpers.TASKS
     ]
     assert {(r["n"], r["scorer"], r["template"], r["pixels"], r["decoding"]) for r in evals} == {
         ("4", evals[0]["scorer"], "none", "1024-1024", "greedy, 4 tokens")
@@ -74,7 +74,7 @@ def test_a_run(tmp_path, method, rank):
     ):
         assert (tmp_path / name).stat().st_size
     assert (tmp_path / "rollouts" / "stage1.jsonl").exists() == (method == "grpo")
-    names = runs.arrays(tmp_path, runs.stages(tmp_path)[0])
+    names = run_helpers.arrays(tmp_path, run_helpers.stages(tmp_path)[0])
     assert names and all(("lora" in name) == bool(rank) for name in names)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] and summary["cost"]["rollouts"] >= 3 * 2 * 4
@@ -251,7 +251,9 @@ def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
     assert end.value.code == 0 and len(calls) == count
     assert np.array_equal(driver.run(c, tmp_path / "run"), whole)
     for sub in ("base", "a", "b"):
-        runs.same(runs.state(tmp_path / "whole" / sub), runs.state(tmp_path / "run" / sub))
+        run_helpers.same(
+            run_helpers.state(tmp_path / "whole" / sub), run_helpers.state(tmp_path / "run" / sub)
+        )
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -271,7 +273,7 @@ def test_a_later_stage_trains_with_the_programs_of_the_first(
     monkeypatch.setattr(train_stage, "train_stage", counted)
     go(
         tmp_path,
-        stages=[dict(task=t, steps=2) for t in (*runs.TASKS, "colour")],
+        stages=[dict(task=t, steps=2) for t in (*run_helpers.TASKS, "colour")],
         mesh=mesh,
         train=dict(batch=8),
     )
@@ -288,7 +290,7 @@ def test_drift_counts_the_rows_that_were_asked_for(tmp_path, devices):
         go(tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small)
         found[count] = [
             (r["stage"], r["n"], float(r["value"]))
-            for r in runs.evals(tmp_path / str(count))
+            for r in run_helpers.evals(tmp_path / str(count))
             if r["metric"] == "kl_base"
         ]
     assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
@@ -317,7 +319,7 @@ def test_what_an_evaluation_records(tmp_path, monkeypatch, capsys):
         tmp_path, tasks=tasks, stages=({"task": "digit", "steps": 3},), eval=wanted, data=long
     )
     assert np.isnan(matrix[0]).all() and np.isfinite(matrix[1]).all()
-    rows = runs.evals(tmp_path)
+    rows = run_helpers.evals(tmp_path)
     of = lambda metric: [
         (r["step"], r["task"], r["template"], r["n"]) for r in rows if r["metric"] == metric
     ]
@@ -369,11 +371,11 @@ def test_evaluating_again(tmp_path):
     assert {r["task"] for r in reevaluate.reevaluate_stage(c, tmp_path, 1, tasks=("facts",))} == {
         "facts"
     }
-    before = len(runs.evals(tmp_path))
+    before = len(run_helpers.evals(tmp_path))
     added = reevaluate.reevaluate_stage(c, tmp_path, 2, tasks=("facts",), record=True)
-    assert len(runs.evals(tmp_path)) == before + len(added)
+    assert len(run_helpers.evals(tmp_path)) == before + len(added)
     driver.run(c, tmp_path)  # what was recorded stays
-    assert len(runs.evals(tmp_path)) == before + len(added)
+    assert len(run_helpers.evals(tmp_path)) == before + len(added)
     for arguments, message in (
         (dict(stage=3), "no finished stage 3"),
         (dict(tasks=("x",)), "--tasks names x; the config evaluates facts, digit"),

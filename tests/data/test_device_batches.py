@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import school
+import stage_fixtures
 
 from configs import base
 from cptjax.data import device_batches
@@ -15,7 +15,7 @@ def config(name: str, **sections):
     c = base.get_config()
     c.stages = (dict(task="first", steps=2),)
     c.method.update(base.METHODS[name])
-    c = school.tiny(c, batch=8)
+    c = stage_fixtures.tiny(c, batch=8)
     for section, values in sections.items():
         c[section].update(values)
     return c
@@ -23,11 +23,11 @@ def config(name: str, **sections):
 
 def first_update(settings, folder):
     """The first update's new parameters and numbers."""
-    with school.desk(settings, folder) as desk, desk.room.stream(0) as stream:
-        found = next_step_batch(desk.room, desk.params, stream, StageProgress())
+    with stage_fixtures.desk(settings, folder) as desk, desk.ctx.stream(0) as stream:
+        found = next_step_batch(desk.ctx, desk.params, stream, StageProgress())
         update = next(found.updates)
-        state, told = desk.update(update)
-        return jax.device_get(state.params), told, update
+        state, metrics = desk.update(update)
+        return jax.device_get(state.params), metrics, update
 
 
 def same(a, b, atol):
@@ -45,14 +45,14 @@ def test_answers_are_predicted_by_the_token_before(tmp_path):
 
 def test_micro_batches_of_groups_leave_the_update_alone(tmp_path):
     changes = dict(method=dict(kl_coef=0.1, ratio="token", normalise="sequence"))
-    whole, told, one = first_update(config("grpo", **changes), tmp_path / "a")
+    whole, metrics, one = first_update(config("grpo", **changes), tmp_path / "a")
     parts, told_parts, several = first_update(
         config("grpo", train=dict(micro_batch=2), **changes), tmp_path / "b"
     )
     assert (len(one), len(several)) == (1, 4)
     assert several[0].targets.shape[0] == 2 * 2  # whole groups
     for key in ("grad_norm", "entropy", "kl", "mismatch_max"):
-        assert told_parts[key] == pytest.approx(told[key], rel=1e-4, abs=1e-6)
+        assert told_parts[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6)
     same(whole, parts, 1e-5)
 
 

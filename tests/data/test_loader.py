@@ -299,8 +299,8 @@ def test_batches_are_made_ahead_in_their_order(workers):
 
 
 def test_a_shelf_keeps_what_fits():
-    for room, again in ((1 << 20, [2]), (1, [1, 2])):
-        shelf, made = loader.RowCache(3, room), []
+    for ctx, again in ((1 << 20, [2]), (1, [1, 2])):
+        shelf, made = loader.RowCache(3, ctx), []
         make = lambda keys: made.append(keys) or [10 * k for k in keys]  # noqa: B023
         assert shelf.get([0, 1, 1], make) == [0, 10, 10] and shelf.get([1, 2], make) == [10, 20]
         assert made == [[0, 1], again]

@@ -404,9 +404,9 @@ def test_the_small_template(tiny):
     )
 
 
-@pytest.mark.parametrize("which", ["tiny", "qwen"])
-def test_the_loss_mask_covers_the_answers_and_their_ends(which, request):
-    p = request.getfixturevalue(which)
+@pytest.mark.parametrize("stage", ["tiny", "qwen"])
+def test_the_loss_mask_covers_the_answers_and_their_ends(stage, request):
+    p = request.getfixturevalue(stage)
     messages = [
         user(picture(40, 30), "one"),
         says("it is red"),
@@ -420,10 +420,10 @@ def test_the_loss_mask_covers_the_answers_and_their_ends(which, request):
     assert not p.encode(messages[:1]).loss_mask.any()
 
 
-@pytest.mark.parametrize("which", ["tiny", "qwen"])
-def test_a_prompt_is_the_start_of_its_conversation(which, request):
+@pytest.mark.parametrize("stage", ["tiny", "qwen"])
+def test_a_prompt_is_the_start_of_its_conversation(stage, request):
     """What is sampled from is, token for token, what is trained on."""
-    p = request.getfixturevalue(which)
+    p = request.getfixturevalue(stage)
     for answer in ("it is red", "\n\nred", " red", ""):
         prompt, whole = (
             p.encode([user(picture(40, 30), "x")]),
@@ -438,9 +438,9 @@ def test_a_prompt_is_the_start_of_its_conversation(which, request):
         assert np.array_equal(whole.positions[:, :n], prompt.positions)
 
 
-@pytest.mark.parametrize("which", ["tiny", "qwen"])
-def test_an_answer_put_behind_its_prompt_is_the_whole_conversation(which, request):
-    p = request.getfixturevalue(which)
+@pytest.mark.parametrize("stage", ["tiny", "qwen"])
+def test_an_answer_put_behind_its_prompt_is_the_whole_conversation(stage, request):
+    p = request.getfixturevalue(stage)
     clip = {"type": "video", "video": [picture(56, 56, s) for s in range(4)]}
     several = [user(picture(40, 30), "x"), says("red"), user("and", picture(60, 90, 1), "?")]
     for prompt in ([user("x")], [user(picture(40, 30), "x")], [user(clip, "x")], several):
@@ -455,12 +455,12 @@ def test_an_answer_put_behind_its_prompt_is_the_whole_conversation(which, reques
     fails(lambda: p.answered(start, "<|im_end|>"), "only the processor writes it")
 
 
-@pytest.mark.parametrize("which", ["tiny", "qwen"])
+@pytest.mark.parametrize("stage", ["tiny", "qwen"])
 @pytest.mark.parametrize(
     "prefix", ["it is", "i think", "<think>\n\n</think>\n<answer>", "\\boxed{"]
 )
-def test_a_prefix_is_the_start_of_an_answer(which, prefix, request):
-    p = request.getfixturevalue(which)
+def test_a_prefix_is_the_start_of_an_answer(stage, prefix, request):
+    p = request.getfixturevalue(stage)
     answer = f"{prefix} red" if prefix[-1].isalpha() else f"{prefix}red"
     whole, prompt = p.encode([user("x"), says(answer)]), p.encode([user("x")], prefix=prefix)
     n = len(prompt)

@@ -24,11 +24,11 @@ ROWS = 22
 def desk(monkeypatch):
     """A runtime whose sampler says the prompt's last words; `told` keeps the batches, `made` counts encoded prompts."""
     words = processor.load_processor(None, PRESETS["tiny"], 1024, 1024)
-    rt = types.SimpleNamespace(processor=words, cfg=PRESETS["tiny"], shards=1)
-    told, made = [], []
+    model_ctx = types.SimpleNamespace(processor=words, cfg=PRESETS["tiny"], shards=1)
+    metrics, made = [], []
 
-    def sample(rt, params, encoded, key, rows, sampling, **more):
-        told.append((rows.tolist(), [len(e) for e in encoded], len(made)))
+    def sample(model_ctx, params, encoded, key, rows, sampling, **more):
+        metrics.append((rows.tolist(), [len(e) for e in encoded], len(made)))
         texts = words.decode([e.tokens[-12:] for e in encoded])
         return types.SimpleNamespace(texts=texts, mask=np.ones((len(encoded), 4), bool))
 
@@ -40,47 +40,54 @@ def desk(monkeypatch):
     monkeypatch.setattr(processor.Processor, "encode", encode)
     monkeypatch.setattr(generate, "sample_responses", sample)
     monkeypatch.setattr(
-        generate, "prepare_sampling", lambda rt, params, sampling: (params, sampling)
+        generate, "prepare_sampling", lambda model_ctx, params, sampling: (params, sampling)
     )
-    return rt, told, made
+    return model_ctx, metrics, made
 
 
-def examined(rt, room, workers=0, rows=range(ROWS), forced=False, times=1):
+def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1):
     weights = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
     task = dataset.make_synthetic_task(
         "digits", "digit", level=3, also=("contains",), scorer="exact"
     )
     with SandboxPool(processes=1) as pool:
-        course = prompted_task.make_prompted_task(task, "none", weights, pool)
+        prompted = prompted_task.make_prompted_task(task, "none", weights, pool)
         build = lambda i: Example("", user_turn("red " * (7 * i % 5) + f"what is {i} ?"), str(i))
-        sheets = evaluate.EvalPrompts(
-            rt, course, Examples("digits", "test", range(ROWS), build), workers
+        eval_prompts = evaluate.EvalPrompts(
+            model_ctx, prompted, Examples("digits", "test", range(ROWS), build), workers
         )
-        sheets.shelf.room = room
+        eval_prompts.shelf.ctx = ctx
         key, sampling = jax.random.key(0), generate.SamplingConfig(1, 0.0, max_new_tokens=4)
         for _ in range(times):
-            exam = evaluate.evaluate_task(
-                rt, {}, sheets, list(rows), sampling=sampling, batch=4, key=key, forced=forced
+            result = evaluate.evaluate_task(
+                model_ctx,
+                {},
+                eval_prompts,
+                list(rows),
+                sampling=sampling,
+                batch=4,
+                key=key,
+                forced=forced,
             )
-    return exam
+    return result
 
 
 def test_answers_are_the_same_kept_or_made_again_and_memory_is_bounded(desk):
     console.set_console_mode("silent")
-    rt, told, made = desk
-    exams = [examined(rt, room, times=2, forced=True) for room in (1 << 29, 0)]
+    model_ctx, metrics, made = desk
+    exams = [examined(model_ctx, ctx, times=2, forced=True) for ctx in (1 << 29, 0)]
     passes, size = 2 * 2, -(-ROWS // 4)  # two evaluations, free and forced; batches of each
-    assert len(told) == 2 * passes * size and len(made) == ROWS + passes * ROWS
+    assert len(metrics) == 2 * passes * size and len(made) == ROWS + passes * ROWS
     assert (
         exams[0].texts == exams[1].texts
         and exams[0].records == exams[1].records
         and exams[0].forced == exams[1].forced
     )
     assert [r.id for r in exams[0].records] == [f"digits/test/{i}" for i in range(ROWS)]
-    for number, (rows, lengths, count) in enumerate(told[passes * size :]):
+    for number, (rows, lengths, count) in enumerate(metrics[passes * size :]):
         before, batch = divmod(number, size)
         assert len(rows) == 4 and (
-            not batch or told[passes * size + number - 1][1][-1] >= lengths[0] >= lengths[-1]
+            not batch or metrics[passes * size + number - 1][1][-1] >= lengths[0] >= lengths[-1]
         )
         assert count - ROWS * (1 + before) <= 4 * (
             batch + 2
@@ -92,10 +99,10 @@ def test_answers_are_the_same_kept_or_made_again_and_memory_is_bounded(desk):
 
 def test_some_rows_are_asked_as_they_are_among_all(desk):
     console.set_console_mode("silent")
-    rt, told, _ = desk
-    every, some = examined(rt, 0), examined(rt, 0, rows=[3, 17, 9])
+    model_ctx, metrics, _ = desk
+    every, some = examined(model_ctx, 0), examined(model_ctx, 0, rows=[3, 17, 9])
     assert some.texts == [every.texts[i] for i in (3, 17, 9)] and {
-        row for rows, *_ in told[-1:] for row in rows
+        row for rows, *_ in metrics[-1:] for row in rows
     } == {3, 9, 17}
 
 

@@ -331,13 +331,13 @@ def test_expectations_are_met_missed_or_not_judged(tmp_path):
         for seed in (0, 2):
             make(tmp_path / arm / f"seed{seed}", arm, seed=seed, expect=EXPECT)
     text = written(tmp_path)
-    told = {
+    metrics = {
         v["expect"]["metric"] + str(k): v
         for v in json.loads((tmp_path / "report.json").read_text())["expected"]
         for k, e in enumerate(EXPECT)
         if e == v["expect"]
     }
-    assert {name: v["met"] for name, v in told.items()} == {
+    assert {name: v["met"] for name, v in metrics.items()} == {
         "text0": True,
         "fm_diagonal1": False,
         "fm_diagonal2": True,
@@ -353,17 +353,17 @@ def test_expectations_are_met_missed_or_not_judged(tmp_path):
             [number(arm, seed, name) for arm in ("grpo", "sft_bare")]
             for name in ("fm_diagonal", "learned_gain")
         )
-        assert told["fm_diagonal2"]["found"][f"seed{seed}"] == {
+        assert metrics["fm_diagonal2"]["found"][f"seed{seed}"] == {
             "value": pytest.approx(fm[0] - fm[1]),
             "met": True,
         }
-        assert told["learned_gain3"]["found"][f"seed{seed}"]["value"] == pytest.approx(
+        assert metrics["learned_gain3"]["found"][f"seed{seed}"]["value"] == pytest.approx(
             abs(gain[0] - gain[1])
         )
     mean = np.mean([number("sft_bare", s, "text") for s in (0, 2)])
     assert (
-        told["text4"]["found"] == {"mean": {"value": pytest.approx(mean), "met": True}}
-        and told["text5"]["found"] == {}
+        metrics["text4"]["found"] == {"mean": {"value": pytest.approx(mean), "met": True}}
+        and metrics["text5"]["found"] == {}
     )
     assert "<b>4 of 6</b> expectations are met, 1 not judged" in text
     worst = ", ".join(
@@ -515,11 +515,11 @@ def test_arms_within_noise_are_not_ranked(tmp_path):
 
 def test_arms_apart_in_every_seed_are_ranked_though_seeds_differ_much():
     found = lambda value: {"value": value, "stderr": 0.0}
-    told = lambda value: {
+    metrics = lambda value: {
         "number": lambda name: found(value),
         "summary": {"metrics": {"fm_diagonal": found(value)}},
     }
-    run = lambda seed, value: types.SimpleNamespace(variant=f"seed{seed}", **told(value))
+    run = lambda seed, value: types.SimpleNamespace(variant=f"seed{seed}", **metrics(value))
     arm = lambda label, values: read.Arm(
         label, tuple(run(seed, v) for seed, v in enumerate(values))
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import run_helpers
 import tiny
 
 from cptjax import sharding
@@ -291,7 +291,7 @@ def test_bad_input_is_one_line(cfg, params, change, words):
     ids=str,
 )
 def test_what_can_not_be_drawn_is_refused_before_anything_is_loaded(change, words):
-    first = lambda rollout: resolve_stages(runs.config("grpo", rollout=rollout))[0]
+    first = lambda rollout: resolve_stages(run_helpers.config("grpo", rollout=rollout))[0]
     with pytest.raises(ValueError, match=words):
         validate_config.validate_stage(first(change))
     validate_config.validate_stage(first({"dtype": "bfloat16", "slots": 2}))
@@ -301,15 +301,17 @@ def test_answers_are_drawn_in_the_type_that_is_asked_for(cfg, params):
     """A float32 model's answers in bfloat16 have log-probabilities a little off; in eight bits the type stays the model's."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     tiny_cfg = dataclasses.replace(PRESETS["tiny"], unroll=True)
-    rt = model_context.ModelContext(
+    model_ctx = model_context.ModelContext(
         tiny_cfg, processor.load_processor(None, tiny_cfg, 256, 256), mesh, jnp.float32, (32,)
     )
     weights = sharding.init_params(
         qwen2_5_vl.declare_params(tiny_cfg), jax.random.key(0), jnp.float32, mesh
     )
-    asked = [rt.processor.encode([{"role": "user", "content": "what is it"}], generation=True)]
+    asked = [
+        model_ctx.processor.encode([{"role": "user", "content": "what is it"}], generation=True)
+    ]
     draw = lambda dtype: generate.sample_responses(
-        rt,
+        model_ctx,
         weights,
         asked,
         KEY,

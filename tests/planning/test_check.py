@@ -111,7 +111,7 @@ def test_wrong_rows_are_told_with_file_and_row(tmp_path):
 
 def opened(c, folder):
     """A run as far as it reads its rows."""
-    rt = types.SimpleNamespace(
+    model_ctx = types.SimpleNamespace(
         processor=processor.load_processor(None, PRESETS["tiny"], 1024, 4096),
         ladder=row_checks.prompt_buckets(c),
     )
@@ -119,7 +119,7 @@ def opened(c, folder):
         c,
         folder,
         resolve_stages(c),
-        rt,
+        model_ctx,
         None,
         None,
         run_log.RunLog(folder),
@@ -233,10 +233,10 @@ def test_questions_without_a_demonstration_are_told():
 
     blank = Blank([dataclasses.replace(drawn[0], target="")])
     words = processor.load_processor(None, load.find_model_config(c), 1024, 4096)
-    course = prompted_task.make_prompted_task(task, "direct", c.rewards, None)
+    prompted = prompted_task.make_prompted_task(task, "direct", c.rewards, None)
     assert (
         "no gold answers to demonstrate"
-        in row_checks.measure_row(blank, 0, course, words, reading, 128).reason
+        in row_checks.measure_row(blank, 0, prompted, words, reading, 128).reason
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
-import runs
+import run_helpers
 
 from configs.base import METHODS, get_config
 from cptjax import sharding
@@ -117,12 +117,12 @@ def test_the_peak_counts_what_lives_beside_a_program(local):
 
 
 def test_a_plan_is_json_and_has_no_bound_without_figures(local):
-    told = json.loads(json.dumps(plan.plan_as_json(local)))
+    metrics = json.loads(json.dumps(plan.plan_as_json(local)))
     assert (
-        told["fits"]
-        and told["chip"] is None
-        and told["mfu_bound"] is None
-        and len(told["programs"]) == 5
+        metrics["fits"]
+        and metrics["chip"] is None
+        and metrics["mfu_bound"] is None
+        and len(metrics["programs"]) == 5
     )
 
 
@@ -166,7 +166,7 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "metrics"),
     [
         ({"train": {"batch": 18, "micro_batch": 0}}, "18 prompts.*train.batch.* 4 shards"),
         ({"train": {"batch": 18, "micro_batch": 6}}, "6 prompts.*train.micro_batch.* 4 shards"),
@@ -181,8 +181,8 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
         ),
     ],
 )
-def test_what_the_mesh_can_not_cut_is_refused_with_the_numbers(mesh, changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_the_mesh_can_not_cut_is_refused_with_the_numbers(mesh, changes, metrics):
+    with pytest.raises(ValueError, match=metrics):
         names(small(**changes), mesh)
 
 
@@ -281,22 +281,22 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
 def test_arithmetic_before_the_plan_follows_rollout_dtype():
     c = small(model={"compute_dtype": "float32"})
     cfg = PRESETS["tiny"]
-    told = {}
+    metrics = {}
     for dtype in ("", "float32", "bfloat16", "int8"):
         c.rollout.dtype = dtype
-        told[dtype] = memory.expected_bytes(
+        metrics[dtype] = memory.expected_bytes(
             cfg, load.declare_model_params(c.model, cfg), c, 64, 96, 8
         )
     assert (
-        told[""]["cache"]
-        == told["float32"]["cache"]
-        == told["int8"]["cache"]
-        == 2 * told["bfloat16"]["cache"]
+        metrics[""]["cache"]
+        == metrics["float32"]["cache"]
+        == metrics["int8"]["cache"]
+        == 2 * metrics["bfloat16"]["cache"]
     )
     assert (
-        told["float32"]["rollout weights"]
-        == 2 * told["bfloat16"]["rollout weights"]
-        == 4 * told["int8"]["rollout weights"]
+        metrics["float32"]["rollout weights"]
+        == 2 * metrics["bfloat16"]["rollout weights"]
+        == 4 * metrics["int8"]["rollout weights"]
     )
 
 
@@ -383,9 +383,9 @@ def launched(tmp_path, *flags):
         f"--json={tmp_path / 'plan.json'}",
         *flags,
     ]
-    env = runs.environment(PYTHONPATH=f"{runs.ROOT}:{runs.ROOT / 'tests'}")
+    env = run_helpers.environment(PYTHONPATH=f"{run_helpers.ROOT}:{run_helpers.ROOT / 'tests'}")
     done = subprocess.run(
-        order, cwd=runs.ROOT, env=env, capture_output=True, text=True, timeout=300
+        order, cwd=run_helpers.ROOT, env=env, capture_output=True, text=True, timeout=300
     )
     return (
         done.returncode,
@@ -401,27 +401,27 @@ def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_no
         resource.getrusage(resource.RUSAGE_CHILDREN)[:2]
     )  # seconds of a processor: other work does not count
     began = used()
-    code, said, (told,) = launched(tmp_path, "--topology=v5e:2x2")
+    code, said, (metrics,) = launched(tmp_path, "--topology=v5e:2x2")
     assert code == 0, said
     assert used() - began < 60
     assert (
-        told["fits"]
-        and told["devices"] == 4
-        and told["mesh"] == {"data": 1, "fsdp": 2, "model": 2}
-        and 0 < told["mfu_bound"] < 1
+        metrics["fits"]
+        and metrics["devices"] == 4
+        and metrics["mesh"] == {"data": 1, "fsdp": 2, "model": 2}
+        and 0 < metrics["mfu_bound"] < 1
     )
-    assert [p["name"] for p in told["programs"]] == [
+    assert [p["name"] for p in metrics["programs"]] == [
         "train step",
         "evaluation",
     ] and "GiB a device" in said
-    assert all(p["temporaries"] > 0 and p["arithmetic"] > 0 for p in told["programs"])
-    code, said, (told,) = launched(
+    assert all(p["temporaries"] > 0 and p["arithmetic"] > 0 for p in metrics["programs"])
+    code, said, (metrics,) = launched(
         tmp_path,
         "--topology=v5e:2x2",
         "--config.train.batch=2048",
         "--config.data.prompt_limit=16384",
     )
-    assert code == 1 and not told["fits"], said
+    assert code == 1 and not metrics["fits"], said
     assert "train step needs" in said and "train.micro_batch" in said and "Traceback" not in said
 
 

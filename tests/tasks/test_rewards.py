@@ -232,22 +232,22 @@ def test_a_function_is_a_reward_without_a_file():
             "hint": len(hint),
         }
 
-    def course(**settings):
+    def prompted(**settings):
         weights = ConfigDict(dict(accuracy=0.9, format=0.1, on_error="stop") | settings)
         return prompted_task.make_prompted_task(
             Task("t", list, "exact", reward=mine, template="direct"), "", weights, None
         )
 
-    said = lambda course, *texts: course.rewards(
+    said = lambda prompted, *texts: prompted.rewards(
         texts, [Example(f"t/{i}", [], "yes", meta={"hint": "abc"}) for i in range(len(texts))]
     )
-    assert said(course(), "yes") == [{"reward": 5.0, "hint": 3.0}]
+    assert said(prompted(), "yes") == [{"reward": 5.0, "hint": 3.0}]
     with pytest.raises(
         ValueError,
         match=r"reward mine failed on row t/1: ZeroDivisionError: .*test_rewards\.py, line \d+\); correct",
     ):
-        said(course(), "yes", "odd")
-    assert said(course(on_error="zero"), "odd", "yes") == [
+        said(prompted(), "yes", "odd")
+    assert said(prompted(on_error="zero"), "odd", "yes") == [
         {"reward": 0.0, "error": 1.0},
         {"reward": 5.0, "hint": 3.0},
     ]

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import school
+import stage_fixtures
 
 from configs import base
 from cptjax.common import distributed
@@ -26,25 +26,25 @@ def config(stages=1, batch=4, **sections):
     c.method.update(
         advantage="reinforce", ratio="token", updates_per_batch=2, passes=2, kl_coef=0.0
     )
-    return merge_config(school.tiny(c, stages=stages, batch=batch), sections)
+    return merge_config(stage_fixtures.tiny(c, stages=stages, batch=batch), sections)
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    with school.desk(config(), tmp_path_factory.mktemp("desk")) as desk:
+    with stage_fixtures.desk(config(), tmp_path_factory.mktemp("desk")) as desk:
         yield desk
 
 
-def tutor(desk, **changes):
+def builder(desk, **changes):
     """The desk's with other settings of the method."""
     return dataclasses.replace(
-        desk.room.tutor, settings=merge_config(desk.room.tutor.settings, changes)
+        desk.ctx.builder, settings=merge_config(desk.ctx.builder.settings, changes)
     )
 
 
-def rolled(desk, tutor) -> GradedRollouts:
-    with desk.room.stream(0) as stream:
-        return rollouts.sample_rollouts(tutor, desk.params, next(stream), desk.room.key(0), 0)
+def rolled(desk, builder) -> GradedRollouts:
+    with desk.ctx.stream(0) as stream:
+        return rollouts.sample_rollouts(builder, desk.params, next(stream), desk.ctx.key(0), 0)
 
 
 def advantages(found):
@@ -71,9 +71,9 @@ def test_accuracy_is_decided_answer_by_answer():
 
 def test_only_right_answers_are_pushed_whatever_else_earns_a_reward(desk):
     """As in a jigsaw, where a wrong answer of the right form earns more than 1."""
-    graded = rolled(desk, desk.room.tutor)
+    graded = rolled(desk, desk.ctx.builder)
     parts = [{"reward": 1.0 + i % 2, "accuracy": float(i % 3 == 0)} for i in range(8)]
-    t = tutor(desk, advantage="reinforce01")
+    t = builder(desk, advantage="reinforce01")
     found = rollouts.rollout_step_batch(
         t, desk.params, dataclasses.replace(graded, parts=parts), None, 1, 1
     )
@@ -82,7 +82,7 @@ def test_only_right_answers_are_pushed_whatever_else_earns_a_reward(desk):
         graded, parts=parts, samples=dataclasses.replace(graded.samples, finished=np.arange(8) > 3)
     )
     found = rollouts.rollout_step_batch(
-        tutor(desk, advantage="reinforce01", truncated="zero"), desk.params, cut, None, 1, 1
+        builder(desk, advantage="reinforce01", truncated="zero"), desk.params, cut, None, 1, 1
     )
     np.testing.assert_array_equal(advantages(found), [0, 0, 0, 0, 0, 0, 1, 0])
 
@@ -93,13 +93,13 @@ def test_the_greedy_baseline_follows_the_length_rules(desk):
             return [{"reward": 1.0} for _ in texts]
 
     t = dataclasses.replace(
-        tutor(desk, advantage="remax", truncated="zero"), courses={"first": Right()}
+        builder(desk, advantage="remax", truncated="zero"), prompted_tasks={"first": Right()}
     )
     graded = rolled(desk, t)
     encoded = [i.encoded for i in graded.items]
     once = dataclasses.replace(t.sampling, group=1, temperature=0.0)
     best = generate.sample_responses(
-        t.rt, desk.params, encoded, desk.room.key(0), np.arange(4), once
+        t.model_ctx, desk.params, encoded, desk.ctx.key(0), np.arange(4), once
     )
     np.testing.assert_array_equal(graded.greedy, best.finished)
     assert 0 < best.finished.sum() < 4  # both kinds are there
@@ -116,7 +116,7 @@ def half(graded: GradedRollouts, items: slice, rows: slice) -> GradedRollouts:
 
 
 def test_what_is_logged_is_of_all_processes(desk, monkeypatch):
-    graded = rolled(desk, desk.room.tutor)
+    graded = rolled(desk, desk.ctx.builder)
     graded = dataclasses.replace(
         graded,
         parts=[{"reward": i / 8, "accuracy": float(i > 2), f"only {i // 4}": i} for i in range(8)],
@@ -147,23 +147,23 @@ def test_what_is_logged_is_of_all_processes(desk, monkeypatch):
 
 
 def test_where_nothing_counts_nothing_moves_and_nothing_is_warned_of(desk, capsys):
-    graded = rolled(desk, desk.room.tutor)
+    graded = rolled(desk, desk.ctx.builder)
     cut = dataclasses.replace(
         graded, samples=dataclasses.replace(graded.samples, finished=np.zeros(8, bool))
     )
     (batch,) = next(
         rollouts.rollout_step_batch(
-            tutor(desk, truncated="mask"), desk.params, cut, None, 1, 1
+            builder(desk, truncated="mask"), desk.params, cut, None, 1, 1
         ).updates
     )
     assert not np.asarray(batch.mask).any()
-    state, told = desk.update([batch])
+    state, metrics = desk.update([batch])
     jax.tree.map(
         np.testing.assert_array_equal,
         (state.params, state.opt_state),
         (desk.state.params, desk.state.opt_state),
     )
-    assert told["skipped"] == 1 == state.skipped == state.step
+    assert metrics["skipped"] == 1 == state.skipped == state.step
     (read,) = train_loop.fetch_metrics(
         [{"mismatch": Mean(0.0, 0.0), "loss": Mean(0.0, 0.0), "skipped": Mean(1.0, 1.0)}]
     )
@@ -172,7 +172,7 @@ def test_where_nothing_counts_nothing_moves_and_nothing_is_warned_of(desk, capsy
         "skipped": 0.5,
         "loss": 2.0,
     }
-    train_loop.warn_of_mismatch(read, desk.room)
+    train_loop.warn_of_mismatch(read, desk.ctx)
     with pytest.raises(ValueError, match="no token to learn from .*method.truncated='mask'"):
         train_loop.check_skipped_steps(state, 1)
     said = capsys.readouterr()
@@ -182,7 +182,7 @@ def test_where_nothing_counts_nothing_moves_and_nothing_is_warned_of(desk, capsy
 def test_what_the_shards_can_not_cut_is_refused_before_anything_is_drawn(desk, monkeypatch):
     monkeypatch.setattr(offline_filter, "count_correct", lambda *_: pytest.fail("drawn"))
     monkeypatch.setattr(model_context.ModelContext, "shards", 4)
-    which = desk.room.stage
+    which = desk.ctx.stage
     which = dataclasses.replace(
         which,
         config=merge_config(
@@ -194,7 +194,7 @@ def test_what_the_shards_can_not_cut_is_refused_before_anything_is_drawn(desk, m
 
 
 def test_the_reference_of_a_second_stage_is_the_base_or_its_start(tmp_path):
-    with school.opened(config(stages=2, method=dict(kl_coef=0.1)), tmp_path) as run:
+    with stage_fixtures.opened(config(stages=2, method=dict(kl_coef=0.1)), tmp_path) as run:
         which, first = run.stages[1], jax.device_get(run.params)
         run.params = jax.tree.map(lambda x: x + 1, run.params)
         now = jax.device_get(run.params)

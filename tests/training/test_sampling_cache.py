@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import runs
-from alone import devices  # noqa: F401
+import run_helpers
+from device_fixtures import devices  # noqa: F401
 
 from cptjax import sharding
 from cptjax.common import files, signals
@@ -32,9 +32,9 @@ def one_device(devices):
     devices(1)
 
 
-def drafts(path, stopping=bool, **sections):
-    which = resolve_stages(runs.config("iterative", **sections))[0]
-    return SamplingCache(path, which, sharding.make_mesh(devices=jax.devices()[:1]), stopping)
+def cache(path, stopping=bool, **sections):
+    stage = resolve_stages(run_helpers.config("iterative", **sections))[0]
+    return SamplingCache(path, stage, sharding.make_mesh(devices=jax.devices()[:1]), stopping)
 
 
 def drawn(kept: SamplingCache, upto: int, log: list) -> list:
@@ -44,12 +44,12 @@ def drawn(kept: SamplingCache, upto: int, log: list) -> list:
 
 
 def test_only_what_is_missing_is_drawn(tmp_path):
-    whole = drawn(drafts(tmp_path / "whole.jsonl"), 5, [])
+    whole = drawn(cache(tmp_path / "whole.jsonl"), 5, [])
     log: list = []
-    drawn(drafts(tmp_path / "a.jsonl"), 3, log)
+    drawn(cache(tmp_path / "a.jsonl"), 3, log)
     file = tmp_path / ".a.jsonl.draft0"
     file.write_bytes(file.read_bytes()[:-4])  # killed while it wrote the third
-    again = drafts(tmp_path / "a.jsonl")
+    again = cache(tmp_path / "a.jsonl")
     assert drawn(again, 5, log) == whole and log == [0, 1, 2, 2, 3, 4]
     again.clear()
     assert not file.exists()
@@ -58,27 +58,27 @@ def test_only_what_is_missing_is_drawn(tmp_path):
 def test_stopping_keeps_the_pieces_and_other_settings_do_not(tmp_path):
     log: list = []
     with pytest.raises(SamplingStopped):
-        drawn(drafts(tmp_path / "a.jsonl", stopping=lambda: len(log) == 2), 5, log)
+        drawn(cache(tmp_path / "a.jsonl", stopping=lambda: len(log) == 2), 5, log)
     assert log == [0, 1]
-    drawn(drafts(tmp_path / "a.jsonl", eval={"limit": 3}), 2, log)
+    drawn(cache(tmp_path / "a.jsonl", eval={"limit": 3}), 2, log)
     assert log == [0, 1]  # how it is evaluated has nothing to do with it
-    drawn(drafts(tmp_path / "a.jsonl", rollout={"temperature": 0.5}), 2, log)
+    drawn(cache(tmp_path / "a.jsonl", rollout={"temperature": 0.5}), 2, log)
     assert log == [0, 1, 0, 1]
 
 
 def test_a_file_of_other_settings_is_taken_away(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert not drafts(path).made()
-    sampling_cache.write_sampling_cost(path, WorkCost(), drafts(path).mark)
+    assert not cache(path).made()
+    sampling_cache.write_sampling_cost(path, WorkCost(), cache(path).mark)
     files.write_text(path, "")
-    assert drafts(path).made() and drafts(path, eval={"limit": 3}).made()
-    assert not drafts(path, train={"lr": 0.5}).made() and not path.exists()
+    assert cache(path).made() and cache(path, eval={"limit": 3}).made()
+    assert not cache(path, train={"lr": 0.5}).made() and not path.exists()
 
 
 @pytest.mark.parametrize("stop", ["killed", "sigterm"])
 def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, stop):
     """In the second window: SIGTERM is heard between two pieces, and the step before them is saved; a kill begins from the first."""
-    c, calls, sample = runs.config("iterative", **SELF), [], generate.sample_responses
+    c, calls, sample = run_helpers.config("iterative", **SELF), [], generate.sample_responses
 
     def counted(*args, **more):
         calls.append(args)
@@ -105,5 +105,5 @@ def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, s
     assert saved == ([str(10**9 + 2)] if stop == "sigterm" else [])
     driver.run(c, tmp_path / "run")
     driver.run(c, tmp_path / "whole")
-    runs.same(runs.state(tmp_path / "whole"), runs.state(tmp_path / "run"))
+    run_helpers.same(run_helpers.state(tmp_path / "whole"), run_helpers.state(tmp_path / "run"))
     assert not list((tmp_path / "run" / "corpus").glob(".*"))

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import school
+import stage_fixtures
 
 from configs import base
 from cptjax.common.files import read_jsonl
@@ -26,7 +26,7 @@ def config(name: str, steps=2, stages=1, batch=4, **sections):
     c = base.get_config()
     c.stages = tuple(dict(task=task, steps=steps) for task in ("first", "second")[:stages])
     c.method.update(base.METHODS[name])
-    c = school.tiny(c, steps=steps, stages=stages, batch=batch)
+    c = stage_fixtures.tiny(c, steps=steps, stages=stages, batch=batch)
     for section, values in sections.items():
         c[section].update(values)
     return c
@@ -34,10 +34,10 @@ def config(name: str, steps=2, stages=1, batch=4, **sections):
 
 def rolled(desk, key=None, **changes) -> rollouts.GradedRollouts:
     """Answers of the desk's policy to the first batch."""
-    key = desk.room.key(0) if key is None else key
-    with desk.room.stream(0) as stream:
+    key = desk.ctx.key(0) if key is None else key
+    with desk.ctx.stream(0) as stream:
         return rollouts.sample_rollouts(
-            dataclasses.replace(desk.room.tutor, **changes), desk.params, next(stream), key, 0
+            dataclasses.replace(desk.ctx.builder, **changes), desk.params, next(stream), key, 0
         )
 
 
@@ -47,35 +47,37 @@ def rolled(desk, key=None, **changes) -> rollouts.GradedRollouts:
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     method = dict(advantage="reinforce", ratio="token", updates_per_batch=2, passes=2, kl_coef=0.0)
-    with school.desk(config("grpo", method=method), tmp_path_factory.mktemp("desk")) as desk:
+    with stage_fixtures.desk(
+        config("grpo", method=method), tmp_path_factory.mktemp("desk")
+    ) as desk:
         yield desk
 
 
 def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(desk):
     graded = rolled(desk)
-    found = rollouts.rollout_step_batch(desk.room.tutor, desk.params, graded, None, 0, 1)
-    state, told, rows = desk.state, [], []
+    found = rollouts.rollout_step_batch(desk.ctx.builder, desk.params, graded, None, 0, 1)
+    state, metrics, rows = desk.state, [], []
     for update in found.updates:
         state, numbers = dataclasses.replace(desk, state=state).update(update, lr=3e-2)
-        told.append(numbers)
+        metrics.append(numbers)
         rows.append(np.concatenate([np.asarray(b.targets) for b in update]))
-    assert len(told) == 4
+    assert len(metrics) == 4
     np.testing.assert_array_equal(np.concatenate(rows[:2]), np.concatenate(rows[2:]))
     np.testing.assert_array_equal(
         np.concatenate(rows[:2]), graded.samples.tokens[:, : rows[0].shape[1]]
     )
     assert (
-        abs(told[0]["ratio_min"] - 1) < 1e-5
-        and abs(told[0]["ratio_max"] - 1) < 1e-5
-        and told[0]["clip_high"] == 0
+        abs(metrics[0]["ratio_min"] - 1) < 1e-5
+        and abs(metrics[0]["ratio_max"] - 1) < 1e-5
+        and metrics[0]["clip_high"] == 0
     )
-    assert all(n["ratio_max"] - n["ratio_min"] > 1e-3 for n in told[2:])
-    assert told[0]["mismatch_max"] < 1e-5
+    assert all(n["ratio_max"] - n["ratio_min"] > 1e-3 for n in metrics[2:])
+    assert metrics[0]["mismatch_max"] < 1e-5
 
 
 def test_rollout_rows_hold_what_another_run_needs(desk):
     graded = rolled(desk)
-    found = rollouts.rollout_step_batch(desk.room.tutor, desk.params, graded, None, 3, 1)
+    found = rollouts.rollout_step_batch(desk.ctx.builder, desk.params, graded, None, 3, 1)
     row = found.rows[0]
     assert (row["step"], row["stage"], row["task"]) == (3, 1, "first") and row["id"].startswith(
         "first/train/"
@@ -95,9 +97,9 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
         advantage="reinforce",
         updates_per_batch=1,
     )
-    with school.desk(config("grpo", method=method), tmp_path) as desk:
-        t, graded = desk.room.tutor, rolled(desk)
-        found = rollouts.rollout_step_batch(t, desk.params, graded, desk.room.reference, 0, 1)
+    with stage_fixtures.desk(config("grpo", method=method), tmp_path) as desk:
+        t, graded = desk.ctx.builder, rolled(desk)
+        found = rollouts.rollout_step_batch(t, desk.params, graded, desk.ctx.reference, 0, 1)
         assert found.info["kl"] == pytest.approx(0, abs=1e-6)
         assert found.info["reward/shaped"] == pytest.approx(found.info["reward"], abs=1e-5)
         moved = jax.tree.map(lambda x: x * 1.5, desk.params)
@@ -112,10 +114,10 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
 def test_cut_distribution_is_weighed_back(tmp_path):
     """With top_p < 1 the sampler's distribution is sharper than the policy: weights policy / sampler lie below 1, as drawn."""
     c = config("grpo", method=dict(tis_cap=2.0, kl_coef=0.0), rollout=dict(top_p=0.5))
-    with school.desk(c, tmp_path) as desk:
+    with stage_fixtures.desk(c, tmp_path) as desk:
         graded = rolled(desk)
         (batch,) = next(
-            rollouts.rollout_step_batch(desk.room.tutor, desk.params, graded, None, 0, 1).updates
+            rollouts.rollout_step_batch(desk.ctx.builder, desk.params, graded, None, 0, 1).updates
         )
         mask = np.asarray(batch.mask)
         weight = np.asarray(
@@ -126,16 +128,16 @@ def test_cut_distribution_is_weighed_back(tmp_path):
         assert (weight[mask] < 0.6).all() and (
             weight[mask] > 0.4
         ).all()  # the nucleus holds about half of the mass
-        _, told = desk.update([batch])
-        assert told["mismatch_max"] < 1e-5  # the policy itself is what the trainer computes
+        _, metrics = desk.update([batch])
+        assert metrics["mismatch_max"] < 1e-5  # the policy itself is what the trainer computes
 
 
 def test_remax_compares_with_one_greedy_answer(tmp_path):
-    with school.desk(config("remax", method=dict(kl_coef=0.0)), tmp_path) as desk:
+    with stage_fixtures.desk(config("remax", method=dict(kl_coef=0.0)), tmp_path) as desk:
         graded = rolled(desk)
         assert graded.greedy.shape == (4,) and graded.spent.rollouts == 8 + 4
         (batch,) = next(
-            rollouts.rollout_step_batch(desk.room.tutor, desk.params, graded, None, 0, 1).updates
+            rollouts.rollout_step_batch(desk.ctx.builder, desk.params, graded, None, 0, 1).updates
         )
         want = graded.column("reward") - graded.greedy[:, None]
         np.testing.assert_allclose(
@@ -145,7 +147,7 @@ def test_remax_compares_with_one_greedy_answer(tmp_path):
 
 def test_tasks_with_their_own_rewards_share_a_batch(desk):
     items = rolled(desk).items
-    courses = desk.room.tutor.courses
+    prompted_tasks = desk.ctx.builder.prompted_tasks
     other = [
         dataclasses.replace(i, example=dataclasses.replace(i.example, task="other"))
         for i in items[::2]
@@ -158,17 +160,19 @@ def test_tasks_with_their_own_rewards_share_a_batch(desk):
             assert {e.task for e in examples} == {"other"}
             return [{"reward": 7.0} for _ in texts]
 
-    tutor = dataclasses.replace(desk.room.tutor, courses=courses | {"other": Constant()})
-    parts = rollouts.grade_responses(tutor, mixed, [f"answer {i}" for i in range(8)])
+    builder = dataclasses.replace(
+        desk.ctx.builder, prompted_tasks=prompted_tasks | {"other": Constant()}
+    )
+    parts = rollouts.grade_responses(builder, mixed, [f"answer {i}" for i in range(8)])
     assert [p["reward"] == 7.0 for p in parts] == [False, False, True, True] * 2
 
 
 def test_spread_over_updates_keeps_extremes():
-    told = [
+    metrics = [
         {"ratio_min": 0.9, "ratio_max": 1.0, "loss": 1.0},
         {"ratio_min": 0.95, "ratio_max": 1.4, "loss": 3.0},
     ]
-    assert train_loop.merge_update_metrics(told) == {
+    assert train_loop.merge_update_metrics(metrics) == {
         "ratio_min": 0.9,
         "ratio_max": 1.4,
         "loss": 2.0,
@@ -177,7 +181,7 @@ def test_spread_over_updates_keeps_extremes():
 
 @pytest.mark.parametrize(("gap", "warned"), [(0.0, False), (0.2, True)])
 def test_sampler_that_is_not_the_trainer_is_told(desk, capsys, gap, warned):
-    train_loop.warn_of_mismatch({"mismatch": gap, "mismatch_max": 2 * gap}, desk.room)
+    train_loop.warn_of_mismatch({"mismatch": gap, "mismatch_max": 2 * gap}, desk.ctx)
     said = capsys.readouterr()
     assert ("log-probabilities differ" in said.out + said.err) == warned
 
@@ -187,9 +191,9 @@ def test_sampler_that_is_not_the_trainer_is_told(desk, capsys, gap, warned):
 
 def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
-    with school.desk(c, tmp_path) as desk, desk.room.stream(0) as stream:
+    with stage_fixtures.desk(c, tmp_path) as desk, desk.ctx.stream(0) as stream:
         graded, info, turns = rollouts.sample_filtered_rollouts(
-            desk.room.tutor, desk.params, stream, desk.room.key(0), 0
+            desk.ctx.builder, desk.params, stream, desk.ctx.key(0), 0
         )
         assert (
             len(graded.items) == 4
@@ -198,7 +202,7 @@ def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_pa
         )
         assert (np.ptp(graded.accuracy, 1) == 1).all()
         assert graded.spent.rollouts == 8 * turns  # answers thrown away were paid for
-        again = rolled(desk, jax.random.fold_in(desk.room.key(0), 0))
+        again = rolled(desk, jax.random.fold_in(desk.ctx.key(0), 0))
         keep = [r for q in np.flatnonzero(np.ptp(again.accuracy, 1)) for r in (2 * q, 2 * q + 1)]
         assert graded.samples.texts[: len(keep)] == [again.samples.texts[r] for r in keep]
 
@@ -206,19 +210,19 @@ def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_pa
 def test_online_filter_stops_when_nothing_is_left(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=2), overlong=0))
     c.tasks["first"].scorer = lambda prediction, answer, meta=None: 0.0
-    with school.desk(c, tmp_path) as desk, desk.room.stream(0) as stream:
+    with stage_fixtures.desk(c, tmp_path) as desk, desk.ctx.stream(0) as stream:
         with pytest.raises(ValueError, match="after 3 batches of 4 prompts only 0 of 4 groups"):
             rollouts.sample_filtered_rollouts(
-                desk.room.tutor, desk.params, stream, desk.room.key(0), 0
+                desk.ctx.builder, desk.params, stream, desk.ctx.key(0), 0
             )
 
 
 def test_a_lesson_tells_how_many_batches_it_took(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
-    with school.desk(c, tmp_path) as desk:
-        with desk.room.stream(0) as stream:
+    with stage_fixtures.desk(c, tmp_path) as desk:
+        with desk.ctx.stream(0) as stream:
             found = [
-                train_loop.next_step_batch(desk.room, desk.params, stream, StageProgress())
+                train_loop.next_step_batch(desk.ctx, desk.params, stream, StageProgress())
                 for _ in range(2)
             ]
             assert stream.step == sum(f.batches for f in found) and [f.batches for f in found] == [
@@ -235,18 +239,18 @@ def test_offline_filter_and_its_blind_control_keep_equally_many(tmp_path):
         c = config(
             "grpo", method=dict(filter=dict(name=name, samples=2), kl_coef=0.0), data=dict(limit=16)
         )
-        run, lines = school.learned(c, tmp_path / name)
+        run, lines = stage_fixtures.learned(c, tmp_path / name)
         found = read_jsonl(tmp_path / name / "filters" / "stage1_first.jsonl")
         counts = np.array([r["correct"] for r in found])
-        (told,) = [line for line in lines if line.get("event") == "filter"]
-        assert len(counts) == 16 and told["rollouts"] == 32 and told["flops"] > 0
-        assert (told["filter/never"], told["filter/always"]) == (
+        (metrics,) = [line for line in lines if line.get("event") == "filter"]
+        assert len(counts) == 16 and metrics["rollouts"] == 32 and metrics["flops"] > 0
+        assert (metrics["filter/never"], metrics["filter/always"]) == (
             (counts == 0).mean(),
             (counts == 2).mean(),
         )
-        kept[name] = told["filter/rows"]
+        kept[name] = metrics["filter/rows"]
         assert [r["kept"] for r in found] == (counts >= 1).tolist() or name != "incompetent"
-        assert sum(r["kept"] for r in found) == kept[name] == 16 * told["filter/kept"]
+        assert sum(r["kept"] for r in found) == kept[name] == 16 * metrics["filter/kept"]
         rows = {r["id"] for r in read_jsonl(tmp_path / name / "rollouts" / "stage1.jsonl")}
         good = {"incompetent": counts >= 1, "zero_variance": counts == 1}.get(
             name, np.ones(16, bool)
@@ -270,10 +274,10 @@ def test_control_of_another_run_keeps_as_many_and_draws_nothing(tmp_path, monkey
 
     def ids(like, limit=8):
         control = dict(filter=dict(name="random", like=str(tmp_path / like)), kl_coef=0.0)
-        with school.desk(
+        with stage_fixtures.desk(
             config("grpo", method=control, data=dict(limit=limit)), tmp_path / f"{like}{limit}"
         ) as desk:
-            return [e.id for e in desk.room.sources[0]]
+            return [e.id for e in desk.ctx.sources[0]]
 
     found = ids("theirs")
     rows = read_jsonl(tmp_path / "theirs8" / "filters" / "stage1_first.jsonl")
@@ -293,21 +297,23 @@ def test_control_of_another_run_keeps_as_many_and_draws_nothing(tmp_path, monkey
 
 def test_filter_is_counted_once(tmp_path, monkeypatch):
     c = config("grpo", method=dict(filter=dict(name="incompetent", samples=2), kl_coef=0.0))
-    with school.desk(c, tmp_path) as desk:
+    with stage_fixtures.desk(c, tmp_path) as desk:
         monkeypatch.setattr(
             offline_filter, "count_correct", lambda *_: pytest.fail("counted again")
         )
-        again = train_stage.make_stage_context(desk.run, desk.room.stage, None)
-        assert [e.id for e in again.sources[0]] == [e.id for e in desk.room.sources[0]]
+        again = train_stage.make_stage_context(desk.run, desk.ctx.stage, None)
+        assert [e.id for e in again.sources[0]] == [e.id for e in desk.ctx.sources[0]]
 
 
 # ---- own and others' answers ---------------------------------------------------------------------------------------------
 
 
 def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
-    with school.desk(config("iterative_sft", steps=4, method=dict(refresh="2")), tmp_path) as desk:
-        room, params = desk.room, desk.params
-        draw = lambda step, params=params: self_training.response_examples(room, params, step)
+    with stage_fixtures.desk(
+        config("iterative_sft", steps=4, method=dict(refresh="2")), tmp_path
+    ) as desk:
+        ctx, params = desk.ctx, desk.params
+        draw = lambda step, params=params: self_training.response_examples(ctx, params, step)
         first, spent = draw(0)
         assert (
             len(first) == 4 and spent.rollouts == 64
@@ -327,22 +333,22 @@ def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
             "answers": len(files["stage1_step2.jsonl"]),
         }
         for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
-            seen = {p.index for step in (start, start + 1) for p in room.order.rows(step)}
+            seen = {p.index for step in (start, start + 1) for p in ctx.order.rows(step)}
             assert {r["row"] for r in rows} <= seen
-            graded = room.tutor.courses["first"].rewards(
-                [r["response"] for r in rows], [room.sources[0][r["row"]] for r in rows]
+            graded = ctx.builder.prompted_tasks["first"].rewards(
+                [r["response"] for r in rows], [ctx.sources[0][r["row"]] for r in rows]
             )
             assert all(rewards.is_correct(parts) for parts in graded)
 
 
 def test_own_answers_learned_are_prompt_and_answer(tmp_path):
-    with school.desk(config("self_sft", steps=1), tmp_path) as desk:
-        items, _ = self_training.response_examples(desk.room, desk.params, 0)
+    with stage_fixtures.desk(config("self_sft", steps=1), tmp_path) as desk:
+        items, _ = self_training.response_examples(desk.ctx, desk.params, 0)
         rows = {
             (r["row"], r["response"])
             for r in read_jsonl(tmp_path / "corpus" / "stage1_step0.jsonl")
         }
-        decode = desk.run.rt.processor.decode
+        decode = desk.run.model_ctx.processor.decode
         for item in items:
             answer = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
             assert any(row == item.row and answer.startswith(text.strip()) for row, text in rows)
@@ -361,14 +367,14 @@ def foreign(tmp_path, rows, **method):
 
 
 def learned_texts(c, folder):
-    with school.desk(c, folder) as desk:
-        self_training.response_examples(desk.room, desk.params, 0)
+    with stage_fixtures.desk(c, folder) as desk:
+        self_training.response_examples(desk.ctx, desk.params, 0)
     return {(r["id"], r["response"]) for r in read_jsonl(folder / "corpus" / "stage1_step0.jsonl")}
 
 
 def test_corpus_gives_its_correct_answers_and_grades_what_is_not(tmp_path):
-    right = next(w for w in ("a", "b", "c", "d", "e") if school.coin(w, None) == 1)
-    wrong = next(w for w in ("a", "b", "c", "d", "e") if school.coin(w, None) == 0)
+    right = next(w for w in ("a", "b", "c", "d", "e") if stage_fixtures.coin(w, None) == 1)
+    wrong = next(w for w in ("a", "b", "c", "d", "e") if stage_fixtures.coin(w, None) == 0)
     rows = [
         {"id": "first/train/0", "response": "kept", "rewards": {"reward": 0.9, "accuracy": 1.0}},
         {"id": "first/train/1", "response": "dropped", "rewards": {"reward": 0.1, "accuracy": 0.0}},
@@ -407,11 +413,11 @@ def test_answers_have_room_beside_the_prompt_limit(tmp_path):
     )
     c.data.update(prompt_limit=32, buckets=(16, 32))
     c.rollout.max_new_tokens = 31
-    with school.desk(c, tmp_path / "run") as desk:
-        items, _ = self_training.response_examples(desk.room, desk.params, 0)
+    with stage_fixtures.desk(c, tmp_path / "run") as desk:
+        items, _ = self_training.response_examples(desk.ctx, desk.params, 0)
         assert all(32 < len(i.encoded) < 64 for i in items)
-        ((batch,),) = desk.room.tutor.written(items)
-        assert batch.prompts.tokens.shape[1] == 64 and desk.room.tutor.rt.ladder == (16, 32)
+        ((batch,),) = desk.ctx.builder.written(items)
+        assert batch.prompts.tokens.shape[1] == 64 and desk.ctx.builder.model_ctx.ladder == (16, 32)
     c.rollout.max_new_tokens = 4
     with pytest.raises(
         ValueError,
@@ -432,8 +438,8 @@ def test_corpus_with_the_correct_answer_put_in(tmp_path):
     c = foreign(tmp_path, rows, corpus_answer="gold")
     c.tasks["first"].template = "answer"
     c.data.update(prompt_limit=256, buckets=(256,))
-    with school.desk(c, tmp_path / "run") as desk:
-        gold = [desk.room.sources[0][i].answer for i in (0, 1)]
+    with stage_fixtures.desk(c, tmp_path / "run") as desk:
+        gold = [desk.ctx.sources[0][i].answer for i in (0, 1)]
     put_in = (
         f"<think>well</think><answer>{gold[0]}</answer>",
         f"no answer\n<answer>{gold[1]}</answer>",
@@ -480,15 +486,15 @@ def test_replay_is_counted(method, kind, tmp_path):
         batch=8,
         method=dict(replay=dict(fraction=0.25, kind=kind), kl_coef=0.0),
     )
-    with school.desk(c, tmp_path, number=2) as desk:
-        assert list(desk.room.tutor.courses) == ["second", "first"]
+    with stage_fixtures.desk(c, tmp_path, number=2) as desk:
+        assert list(desk.ctx.builder.prompted_tasks) == ["second", "first"]
         tasks = []
-        with desk.room.stream(0) as stream:
+        with desk.ctx.stream(0) as stream:
             for step in range(4):
                 items = (
                     next(stream)
                     if method != "self_sft"
-                    else self_training.response_examples(desk.room, desk.params, step)[0]
+                    else self_training.response_examples(desk.ctx, desk.params, step)[0]
                 )
                 tasks += [i.example.task for i in items]
         assert [tasks[i : i + 8].count("first") for i in range(0, 32, 8)] == [
@@ -498,8 +504,8 @@ def test_replay_is_counted(method, kind, tmp_path):
 
 def test_first_stage_has_nothing_to_replay(tmp_path):
     c = config("sft", stages=2, method=dict(replay=dict(fraction=0.25, kind="gold")))
-    with school.desk(c, tmp_path) as desk:
-        assert list(desk.room.tutor.courses) == ["first"] and desk.room.order.kept == 1
+    with stage_fixtures.desk(c, tmp_path) as desk:
+        assert list(desk.ctx.builder.prompted_tasks) == ["first"] and desk.ctx.order.kept == 1
 
 
 def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
@@ -512,7 +518,7 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
     }
     for name, method in cases.items():
         c = config("sft", steps=6, method=method, train=dict(lr=1e-2, weight_decay=0.0))
-        with school.opened(c, tmp_path / name) as run:
+        with stage_fixtures.opened(c, tmp_path / name) as run:
             start = jax.device_get(run.params)
             train_stage.train_stage(run, run.stages[0], None)
             gaps = jax.tree.map(
@@ -531,14 +537,16 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
         method=dict(penalty=dict(name="ewc", coef=1e4, samples=2)),
         train=dict(lr=1e-2),
     )
-    with school.desk(c, tmp_path) as desk:
+    with stage_fixtures.desk(c, tmp_path) as desk:
         fisher, cost = jax.device_get(update_fisher(desk.run, desk.run.stages[0], None))
         squares = None
-        build = make_example_encoder(desk.run.rt, desk.room.tutor.courses, True, 32)
+        build = make_example_encoder(desk.run.model_ctx, desk.ctx.builder.prompted_tasks, True, 32)
         drawn = permutation(8, (0, 1, 0))[:2].tolist()
         assert drawn != [0, 1]
         for i in drawn:
-            one = conversation_batch(desk.run.rt, [build(desk.room.sources[0][i]).encoded], rows=1)
+            one = conversation_batch(
+                desk.run.model_ctx, [build(desk.ctx.sources[0][i]).encoded], rows=1
+            )
             gradient = jax.device_get(
                 desk.steps.begin(desk.state.params, desk.frozen, one).gradient
             )
@@ -547,7 +555,7 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), fisher, squares
     )
-    run, lines = school.learned(c, tmp_path / "run")
+    run, lines = stage_fixtures.learned(c, tmp_path / "run")
     steps = [line for line in lines if "event" not in line]
     spent = [line["flops"] for line in lines if line.get("event") == "fisher"]
     assert len(spent) == 2 and spent[0] == cost.flops > 0

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import school
+import stage_fixtures
 
 from configs import base
 from cptjax import sharding
@@ -30,7 +30,7 @@ def config(mesh=ONE, remat="none", chunk=1024, micro=0, pack=False, **sections):
     c = base.get_config()
     c.stages = (dict(task="first", steps=STEPS),)
     c.method.update(base.METHODS["sft"])
-    c = school.tiny(c, steps=STEPS, batch=8, family="colour", side=32)
+    c = stage_fixtures.tiny(c, steps=STEPS, batch=8, family="colour", side=32)
     c.mesh.update(dict(zip(sharding.AXES, mesh, strict=True)))
     c.model.remat = remat
     c.data.update(
@@ -47,20 +47,20 @@ def config(mesh=ONE, remat="none", chunk=1024, micro=0, pack=False, **sections):
 
 def trained(settings, folder):
     """Losses and gradient norms of some steps, the last state, the shapes of the first step's passes."""
-    told, shapes = [], []
+    metrics, shapes = [], []
     with (
-        school.desk(settings, folder) as desk,
-        desk.room.stream(0) as stream,
-        jax.set_mesh(desk.run.rt.mesh),
+        stage_fixtures.desk(settings, folder) as desk,
+        desk.ctx.stream(0) as stream,
+        jax.set_mesh(desk.run.model_ctx.mesh),
     ):
         state, places = desk.state, jax.tree.map(lambda x: x.sharding, desk.state)
         for _ in range(STEPS):
-            (update,) = next_step_batch(desk.room, None, stream, StageProgress()).updates
+            (update,) = next_step_batch(desk.ctx, None, stream, StageProgress()).updates
             shapes.append([b.targets.shape[0] for b in update])
             state, numbers = desk.steps.run(state, desk.frozen, update, 1e-2)
-            told.append([numbers[name].value for name in ("loss", "grad_norm")])
+            metrics.append([numbers[name].value for name in ("loss", "grad_norm")])
     jax.tree.map_with_path(fixed, state, places)
-    return np.asarray(jax.device_get(told)), state, shapes[0]
+    return np.asarray(jax.device_get(metrics)), state, shapes[0]
 
 
 def fixed(path, leaf, place):
@@ -73,18 +73,18 @@ def fixed(path, leaf, place):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """One device, one pass of all rows, nothing packed, nothing computed twice."""
-    told, state, shapes = trained(config(), tmp_path_factory.mktemp("plain"))
+    metrics, state, shapes = trained(config(), tmp_path_factory.mktemp("plain"))
     assert shapes == [8]
-    return told, jax.device_get(state.params)
+    return metrics, jax.device_get(state.params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_steps_do_not_depend_on_how_they_are_computed(plain, case, tmp_path):
     *how, rows = CASES[case]
-    told, state, shapes = trained(config(*how), tmp_path)
+    metrics, state, shapes = trained(config(*how), tmp_path)
     assert shapes == rows if rows else sum(shapes) < 8
-    np.testing.assert_allclose(told, plain[0], rtol=1e-5)
+    np.testing.assert_allclose(metrics, plain[0], rtol=1e-5)
     for (path, x), y in zip(
         jax.tree.leaves_with_path(jax.device_get(state.params)),
         jax.tree.leaves(plain[1]),
@@ -104,8 +104,10 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_what_is_not_trained_keeps_its_bits(name, tmp_path):
     c = config(model=PARTS[name], train=dict(lr=1e-2, eps=1e-8))
-    run, _ = school.learned(c, tmp_path)
-    start = trainable.flatten_params(model_context.create_params(run.config.model, run.rt, c.seed))
+    run, _ = stage_fixtures.learned(c, tmp_path)
+    start = trainable.flatten_params(
+        model_context.create_params(run.config.model, run.model_ctx, c.seed)
+    )
     same = lambda path: np.array_equal(start[path], trainable.flatten_params(run.params)[path])
     assert {path for path in start if not same(path)} == {
         path for path in start if run.chosen(path)
@@ -123,4 +125,4 @@ def test_adapters_that_would_not_be_trained_are_refused(model, tmp_path):
     with pytest.raises(
         ValueError, match=f"model.freeze names {model['freeze'][0]}, and model.lora.vision="
     ):
-        school.learned(config(model=model), tmp_path)
+        stage_fixtures.learned(config(model=model), tmp_path)

@@ -187,13 +187,13 @@ def verdict_sentences(verdicts: Sequence[Verdict]) -> list[Markup]:
         return []
     missed = [v for v in verdicts if v.met is False]
     open_ = sum(v.met is None for v in verdicts)
-    told = {"m": f"{sum(bool(v.met) for v in verdicts)} of {len(verdicts)}"}
+    metrics = {"m": f"{sum(bool(v.met) for v in verdicts)} of {len(verdicts)}"}
     said = [
         words.html_sentence(
             "{m} expectations are met"
             + f", {open_} not judged: a number is missing" * bool(open_)
             + ".",
-            **told,
+            **metrics,
         )
     ]
     for verdict in missed[:MISSED_IN_HEADLINE]:

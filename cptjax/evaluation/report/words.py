@@ -256,14 +256,14 @@ def _best_and_worst(
         "w": format_points(arm_mean(worst, name)),
         **more,
     }
-    told = html_sentence(apart, best=best.label, worst=worst.label, **values)
+    metrics = html_sentence(apart, best=best.label, worst=worst.label, **values)
     if arm_mean(best, name) - arm_mean(worst, name) > 1.96 * math.hypot(
         arm_stderr(best, name), arm_stderr(worst, name)
     ):
-        return told
+        return metrics
     seeds = _seeds_that_agree(best, worst, name)
     return (
-        told
+        metrics
         + html_sentence(" So it is in each of the {n} seeds, though these differ much.", n=seeds)
         if seeds
         else html_sentence(alike, **values)

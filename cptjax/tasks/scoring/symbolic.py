@@ -1,4 +1,6 @@
-r"""Mathematical equality of two answers. Only worker processes import this file (`cptjax/tasks/scoring/sandbox.py`): any of it may loop for ever.
+r"""Mathematical equality of two answers.
+
+Only worker processes (`cptjax/tasks/scoring/sandbox.py`) import this file: any of it may loop for ever.
 
 `lenient` re-creates, from its behaviour, the grader that arXiv 2507.05386 scored with (the package mathruler). What it forgives:
 letter case; every space; `$`, `%` and the names of units wherever they stand ("football" = "ball"); "or" and "and" as a comma;

@@ -52,13 +52,18 @@ class Teacher:
 
     def __init__(
         self,
-        rt: ModelContext,
-        courses: dict[str, PromptedTask],
+        model_ctx: ModelContext,
+        prompted_tasks: dict[str, PromptedTask],
         rate: float,
         trained: Params,
         frozen: Params,
     ):
-        self.rt, self.courses, self.rate, self.frozen = rt, courses, rate, frozen
+        self.model_ctx, self.prompted_tasks, self.rate, self.frozen = (
+            model_ctx,
+            prompted_tasks,
+            rate,
+            frozen,
+        )
         self.trained = (
             jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
             if rate
@@ -71,19 +76,19 @@ class Teacher:
             self.trained = _update_average(self.trained, student, self.rate)
 
     def _see(self, batch: Batch) -> dict[str, jax.Array]:
-        hidden, unembed = make_teacher_program(self.rt.cfg, self.rt.dtype)(
+        hidden, unembed = make_teacher_program(self.model_ctx.cfg, self.model_ctx.dtype)(
             trainable.join_params(self.trained, self.frozen), batch
         )
         return {"teacher_hidden": hidden, "teacher_unembed": unembed}
 
     def attach(self, batch: Batch, items: Sequence[Any]) -> Batch:
         """The batch with the states of the teacher that has seen the demonstrations."""
-        encode = lambda e: self.rt.processor.encode(
-            demonstration_prompt(self.courses[e.task], e), limit=max(self.rt.ladder)
+        encode = lambda e: self.model_ctx.processor.encode(
+            demonstration_prompt(self.prompted_tasks[e.task], e), limit=max(self.model_ctx.ladder)
         )
         tokens, mask = sharding.local_rows(batch.targets), sharding.local_rows(batch.mask)
         shown = group_batch(
-            self.rt,
+            self.model_ctx,
             [encode(i.example) for i in items],
             tokens,
             mask,

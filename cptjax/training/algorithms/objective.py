@@ -112,11 +112,11 @@ class Objective:
             entropy=entropy,
             entropy_coef=self.entropy_coef,
         )
-        current = extra.get("old_logps", found)
+        run = extra.get("old_logps", found)
         return Loss(
             loss.sum,
             loss.count,
-            loss.metrics | losses.mismatch_metrics(current, extra["sampler_logps"], mask),
+            loss.metrics | losses.mismatch_metrics(run, extra["sampler_logps"], mask),
         )
 
     def _distill(self, flat: Array, unembed: Array, batch: Batch) -> Loss:

@@ -157,12 +157,12 @@ class Optimizer:
             opt_state=keep(opt_state, state.opt_state),
             skipped=jnp.where(finite, 0, state.skipped + 1),
         )
-        told = {
+        metrics = {
             "grad_norm": norm,
             "lr": jnp.asarray(lr, jnp.float32),
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
-        return new, {name: Mean(value, jnp.ones(())) for name, value in told.items()}
+        return new, {name: Mean(value, jnp.ones(())) for name, value in metrics.items()}
 
 
 def make_optimizer(

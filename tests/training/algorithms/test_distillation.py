@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import school
+import stage_fixtures
 
 from configs import base
 from cptjax.continual import open_run, resume, train_stage
@@ -19,74 +19,76 @@ def config(method="sdft", **changes):
     c = base.get_config()
     c.stages = (dict(task="first", steps=2),)
     c.method.update({**base.METHODS[method], **changes})
-    c = school.tiny(c, batch=4)
+    c = stage_fixtures.tiny(c, batch=4)
     c.rollout.group = 1
     return c
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    with school.desk(config(), tmp_path_factory.mktemp("sdft")) as desk:
+    with stage_fixtures.desk(config(), tmp_path_factory.mktemp("sdft")) as desk:
         yield desk
 
 
 def _lesson(desk):
-    with desk.room.stream(0) as stream:
-        return list(next_step_batch(desk.room, desk.params, stream, StageProgress()).updates)
+    with desk.ctx.stream(0) as stream:
+        return list(next_step_batch(desk.ctx, desk.params, stream, StageProgress()).updates)
 
 
 def test_demonstration_of_nothing_gives_zero_gradient(desk, monkeypatch):
     (update,) = _lesson(desk)
-    _, told = desk.update(update)
-    assert told["kl_teacher"] > 1e-6 and told["grad_norm"] > 1e-3
+    _, metrics = desk.update(update)
+    assert metrics["kl_teacher"] > 1e-6 and metrics["grad_norm"] > 1e-3
     monkeypatch.setattr(
-        prompts, "demonstration_prompt", lambda course, example: course.messages(example)
+        prompts, "demonstration_prompt", lambda prompted, example: prompted.messages(example)
     )
     (update,) = _lesson(desk)
-    _, told = desk.update(update)
-    assert abs(told["kl_teacher"]) < 1e-6 and told["grad_norm"] < 1e-5
+    _, metrics = desk.update(update)
+    assert abs(metrics["kl_teacher"]) < 1e-6 and metrics["grad_norm"] < 1e-5
 
 
 def test_demonstration_stands_in_the_question(desk):
-    course, example = desk.room.tutor.courses["first"], desk.room.sources[0][0]
+    prompted, example = desk.ctx.builder.prompted_tasks["first"], desk.ctx.sources[0][0]
     said = lambda messages: "".join(p["text"] for p in messages[-1]["content"])
-    shown = prompts.demonstration_prompt(course, example)
+    shown = prompts.demonstration_prompt(prompted, example)
     assert (
         example.target in said(shown)
-        and said(shown).startswith(said(course.messages(example)))
+        and said(shown).startswith(said(prompted.messages(example)))
         and shown[-1]["role"] == "user"
     )
 
 
 def test_demonstrated_questions_have_room_beside_the_prompt_limit(desk):
     """A question as long as the limit and an answer as long as any fit together; the words around the answer are counted."""
-    processor, room = desk.run.rt.processor, max(desk.room.teacher.rt.ladder)
-    course, example = desk.room.tutor.courses["first"], desk.room.sources[0][0]
+    processor, ctx = desk.run.model_ctx.processor, max(desk.ctx.teacher.model_ctx.ladder)
+    prompted, example = desk.ctx.builder.prompted_tasks["first"], desk.ctx.sources[0][0]
     long = dataclasses.replace(
-        example, target="it is " * (desk.room.tutor.sampling.max_new_tokens // 2)
+        example, target="it is " * (desk.ctx.builder.sampling.max_new_tokens // 2)
     )
     size = lambda messages: len(processor.encode(messages))
     assert (
-        room - max(desk.run.rt.ladder)
-        == size(prompts.demonstration_prompt(course, long)) - size(course.messages(example))
+        ctx - max(desk.run.model_ctx.ladder)
+        == size(prompts.demonstration_prompt(prompted, long)) - size(prompted.messages(example))
         > 4
     )
 
 
 def test_task_without_gold_answers_is_refused(desk, monkeypatch):
-    blank = [dataclasses.replace(e, target="") for e in desk.room.sources[0]]
+    blank = [dataclasses.replace(e, target="") for e in desk.ctx.sources[0]]
     monkeypatch.setattr(open_run.Run, "examples", lambda *_: blank)
     with pytest.raises(
         ValueError, match="first/train/0: task first has no gold answers to demonstrate"
     ) as error:
-        train_stage.make_stage_context(desk.run, desk.room.stage, None)
+        train_stage.make_stage_context(desk.run, desk.ctx.stage, None)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.0, 1.0])
 def test_followers(desk, rate):
     start = desk.state.params
-    teacher = distillation.Teacher(desk.run.rt, desk.room.tutor.courses, rate, start, desk.frozen)
+    teacher = distillation.Teacher(
+        desk.run.model_ctx, desk.ctx.builder.prompted_tasks, rate, start, desk.frozen
+    )
     moved = jax.tree.map(lambda x: x + 1.0, start)
     teacher.follow(moved)
     for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(teacher.trained), strict=True):
@@ -98,15 +100,15 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
     """A hundredth of a small move is below bfloat16's precision; what a checkpoint is read into has the teacher's own type."""
     c = config(distill=dict(teacher=teacher))
     c.model.compute_dtype = "bfloat16"
-    with school.desk(c, tmp_path) as desk:
-        found, start = desk.room.teacher, jax.device_get(desk.state.params)
+    with stage_fixtures.desk(c, tmp_path) as desk:
+        found, start = desk.ctx.teacher, jax.device_get(desk.state.params)
         before = jax.device_get(found.trained)
         found.follow(jax.tree.map(lambda x: x + 1e-3, start))
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(found.trained), strict=True):
             np.testing.assert_allclose(
                 np.asarray(new, np.float32) - np.asarray(old, np.float32), rate * 1e-3, atol=2e-7
             )
-        saved = resume.checkpoint_structure(desk.run, "steps", desk.room.stage).get("teacher")
+        saved = resume.checkpoint_structure(desk.run, "steps", desk.ctx.stage).get("teacher")
         assert (saved is None) == (teacher == "frozen")
         if saved:
             assert jax.tree.map(lambda x: x.dtype, saved) == jax.tree.map(
@@ -116,11 +118,13 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
 
 def test_previous_stage_pulls_only_once_the_model_has_moved(tmp_path):
     with (
-        school.desk(config("sft", penalty=dict(name="lwf", coef=1.0, samples=0)), tmp_path) as desk,
-        desk.room.stream(0) as stream,
+        stage_fixtures.desk(
+            config("sft", penalty=dict(name="lwf", coef=1.0, samples=0)), tmp_path
+        ) as desk,
+        desk.ctx.stream(0) as stream,
     ):
-        update = next(next_step_batch(desk.room, desk.params, stream, StageProgress()).updates)
-        state, told = desk.update(update, lr=1e-2)
-        assert abs(told["lwf"]) < 1e-6
+        update = next(next_step_batch(desk.ctx, desk.params, stream, StageProgress()).updates)
+        state, metrics = desk.update(update, lr=1e-2)
+        assert abs(metrics["lwf"]) < 1e-6
         _, later = dataclasses.replace(desk, state=state).update(update)
         assert later["lwf"] > 1e-4

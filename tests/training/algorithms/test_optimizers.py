@@ -72,8 +72,8 @@ def test_adamw_takes_the_steps_of_torch():
         theirs.grad = torch.tensor(g, dtype=torch.float32)
         norm = torch.nn.utils.clip_grad_norm_([theirs], 1.0)
         tool.step()
-        state, told = update(optimizer)(state, {"w": jnp.asarray(g, jnp.float32)}, LOSS, 0.01)
-        np.testing.assert_allclose(told["grad_norm"].value, norm.item(), rtol=1e-5)
+        state, metrics = update(optimizer)(state, {"w": jnp.asarray(g, jnp.float32)}, LOSS, 0.01)
+        np.testing.assert_allclose(metrics["grad_norm"].value, norm.item(), rtol=1e-5)
         np.testing.assert_allclose(state.params["w"], theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
     assert state.step == 3 and state.skipped == 0
 
@@ -137,9 +137,9 @@ def test_clipping_bounds_the_gradient_and_leaves_small_ones_alone():
     optimizer = build(b1=0.0, clip=1.0)
     for scale, seen in [(10.0, 1.0), (0.01, None)]:
         gradient = jax.tree.map(lambda g, s=scale: g * s, tree(1))
-        state, told = update(optimizer)(start(optimizer), gradient, LOSS, 0.1)
+        state, metrics = update(optimizer)(start(optimizer), gradient, LOSS, 0.1)
         norm = optimizers.global_norm(optax.tree.get(state.opt_state, "mu"))
-        np.testing.assert_allclose(norm, seen or told["grad_norm"].value, rtol=1e-5)
+        np.testing.assert_allclose(norm, seen or metrics["grad_norm"].value, rtol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
@@ -152,7 +152,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(name, where):
     bad["text"]["blocks"]["qkv"]["w"] = (
         bad["text"]["blocks"]["qkv"]["w"].at[1, 0, 0, 0, 0].set(jnp.inf)
     )
-    second, told = step(
+    second, metrics = step(
         first,
         bad if where == "gradient" else tree(2),
         LOSS if where == "gradient" else jnp.nan,
@@ -164,14 +164,19 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(name, where):
         (second.params, second.opt_state),
         (first.params, first.opt_state),
     )
-    assert (int(second.step), int(second.skipped), int(third.skipped), told["skipped"].value) == (
+    assert (
+        int(second.step),
+        int(second.skipped),
+        int(third.skipped),
+        metrics["skipped"].value,
+    ) == (
         2,
         1,
         2,
         1.0,
     )
-    fourth, told = step(third, tree(2), LOSS, 0.01)
-    assert int(fourth.skipped) == 0 and told["skipped"].value == 0
+    fourth, metrics = step(third, tree(2), LOSS, 0.01)
+    assert int(fourth.skipped) == 0 and metrics["skipped"].value == 0
     jax.tree.map(
         np.testing.assert_array_equal, fourth.params, step(first, tree(2), LOSS, 0.01)[0].params
     )

@@ -78,7 +78,7 @@ def process(plan: dict[str, Any], **more: str) -> subprocess.Popen:
     )
 
 
-def told(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
+def metrics(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
     """What each child of such a process came to: seconds, exit code, its words."""
     running = process(plan, **more)
     out, err = running.communicate(timeout=limit)

@@ -146,7 +146,7 @@ class Desk:
     """A stage in the middle: everything that `learning.learn` makes before its loop."""
 
     run: open_run.Run
-    room: Any
+    ctx: Any
     state: Any
     frozen: Any
     steps: Any
@@ -158,34 +158,34 @@ class Desk:
 
     def update(self, batches: list, lr: float = 1e-3) -> tuple[Any, dict[str, float]]:
         """One update on copies: the desk's own state is kept."""
-        with jax.set_mesh(self.run.rt.mesh):
-            state, told = self.steps.run(
+        with jax.set_mesh(self.run.model_ctx.mesh):
+            state, metrics = self.steps.run(
                 jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.extra
             )
-        return state, {k: v.value for k, v in jax.device_get(told).items()}
+        return state, {k: v.value for k, v in jax.device_get(metrics).items()}
 
 
 @contextlib.contextmanager
 def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL) -> Iterator[Desk]:
     """Stage `number` of a tiny config, about to start."""
     with opened(config, workdir, model) as run:
-        which = run.stages[number - 1]
-        train_loop.check(which)
+        stage = run.stages[number - 1]
+        train_loop.check(stage)
         trained, frozen = run.split()
         start = run.compared(run.params)
-        room = train_stage.make_stage_context(run, which, start)
+        ctx = train_stage.make_stage_context(run, stage, start)
         opt = build.optimizer_from_config(
-            which.config, load.declare_model_params(which.config.model, run.rt.cfg)
+            stage.config, load.declare_model_params(stage.config.model, run.model_ctx.cfg)
         )
-        state = train_step.init_state(opt, trained, run.rt.mesh)
+        state = train_step.init_state(opt, trained, run.model_ctx.mesh)
         run.params = trainable.join_params(state.params, frozen)  # the state has taken them over
-        penalty, extra = reference_models.make_penalty(run, which, start)
+        penalty, extra = reference_models.make_penalty(run, stage, start)
         steps = train_step.make_step_programs(
-            run.rt.cfg,
-            build.objective_from_config(which.config),
+            run.model_ctx.cfg,
+            build.objective_from_config(stage.config),
             opt,
             train_step.StateShardings.of(state),
-            run.rt.dtype,
+            run.model_ctx.dtype,
             penalty,
         )
-        yield Desk(run, room, state, frozen, steps, extra)
+        yield Desk(run, ctx, state, frozen, steps, extra)
