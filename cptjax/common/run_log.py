@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cptjax.common.files import LineFile, folder_bytes, read_jsonl, to_jsonable
+from cptjax.common.files import LineFile, folder_bytes, to_jsonable
 
 EVAL_COLUMNS = (
     "stage",
@@ -140,10 +140,9 @@ def data_wait_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
     return sum(line["seconds/data"] for line in later) / total if total else None
 
 
-def read_run_cost(workdir: Path | str) -> dict[str, Any]:
-    """Adds up what metrics.jsonl says was spent, by stage and kind of work, and what lies on the disk."""
+def summarise_cost(lines: Sequence[Mapping[str, Any]], workdir: Path | str) -> dict[str, Any]:
+    """Sum the cost in lines of metrics.jsonl by stage and kind of work; add the size of the workdir on disk."""
     rows: dict[tuple[int, str], dict[str, float]] = {}
-    lines = read_jsonl(Path(workdir) / "metrics.jsonl")
     for line in lines:
         row = rows.setdefault(
             (line["stage"], line.get("event") or "train"), dict.fromkeys(COST_KEYS, 0)

@@ -122,7 +122,9 @@ def explain_full_disk(workdir: Path) -> Iterator[None]:
 def finish_run(current: Run) -> np.ndarray:
     """Summary, report and the matrix."""
     if current.log:
-        summary.write_summary(current.workdir)
-        console.print_message(f"done: {report.write_report([current.workdir])}")
+        tables = summary.load_run_tables(current.workdir)
+        page = report.write_run_report(tables, summary.write_summary(tables))
+        console.print_message(f"done: {page}")
     distributed.gather_objects(True)
-    return summary.load_evaluations(current.workdir)[1].array()
+    config = summary.load_config(current.workdir)
+    return summary.load_accuracy_table(current.workdir, config).array()

@@ -106,7 +106,7 @@ def append_evals(run: Run, number: int, rows: list[dict[str, Any]]) -> None:
         log.evals(rows)
         files.write_json(resume.eval_progress_file(run), marks | {"positions": log.positions()})
         log.close()
-        summary.write_summary(run.workdir)
+        summary.write_summary(summary.load_run_tables(run.workdir))
 
 
 def format_eval_rows(rows: list[dict[str, Any]]) -> str:

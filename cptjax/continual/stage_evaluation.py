@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from cptjax.continual.resume import ResumePoint
 from cptjax.data import model_context
 from cptjax.data.cost import WorkCost
 from cptjax.evaluation import base_kl, evaluate, report, summary
+from cptjax.evaluation.matrix import AccuracyTable
 from cptjax.generation import generate
 from cptjax.models import trainable
 from cptjax.tasks.task import limit_rows
@@ -71,21 +73,24 @@ def evaluate_stage(run: Run, number: int, place: ResumePoint) -> None:
         done.append(task)
         resume.write_eval_progress(run, number, done)
     if run.log:
-        summary.write_summary(run.workdir)
-        console.print_message(format_accuracies(run, number))
-        report.write_report([run.workdir])
+        write_results(run.workdir, number, run.stages[number - 1].name if number else "")
 
 
-def format_accuracies(run: Run, number: int) -> str:
+def write_results(workdir: Path, number: int, name: str) -> None:
+    """Write summary and report after a stage and print its accuracies; each result file is parsed once."""
+    tables = summary.load_run_tables(workdir)
+    totals = summary.write_summary(tables)
+    console.print_message(format_accuracies(tables.accuracy, number, name))
+    report.write_run_report(tables, totals)
+
+
+def format_accuracies(t: AccuracyTable, number: int, name: str) -> str:
     """An evaluation's accuracies in one line, in percent; of the general tasks the mean."""
-    t = summary.load_evaluations(run.workdir)[1]
-    name = f" {run.stages[number - 1].name}" if number else ""
     row = {task: 100 * cell.value for (stage, task), cell in t.cells.items() if stage == number}
     general = [row[task] for task in t.general if task in row]
     tasks = ", ".join(f"{task} {row[task]:.1f}" for task in t.tasks if task in row)
-    return f"{describe_stage(number)}{name}: {tasks}" + (
-        f"; general {np.mean(general):.1f}" if general else ""
-    )
+    stage = f"{describe_stage(number)} {name}".rstrip()
+    return f"{stage}: {tasks}" + (f"; general {np.mean(general):.1f}" if general else "")
 
 
 def evaluate_and_record(run: Run, number: int, task: str, about: dict[str, Any]) -> None:

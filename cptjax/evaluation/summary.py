@@ -1,5 +1,6 @@
 """What a workdir's evaluations amount to: matrix.csv and summary.json, for finished, running and crashed runs."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,44 +108,72 @@ def _stderr(row: Mapping[str, Any]) -> float:
     )
 
 
-def load_evaluations(workdir: Path | str) -> tuple[dict[str, Any], AccuracyTable]:
-    """Reads a run's config and its evaluations; finished, running and crashed runs alike."""
+def load_config(workdir: Path | str) -> dict[str, Any]:
+    """Load config.json of a run; refuse a folder without one."""
     path = Path(workdir) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        stages = tasks_by_stage(config)
+        tasks_by_stage(config)
     except FileNotFoundError:
         raise ValueError(f"{workdir} is no run: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected a run's config with stages, each with a task: {error!r}"
         ) from None
-    return config, build_accuracy_table(
-        run_log.read_evals(Path(workdir) / "evals.csv"), stages, **evaluation_fields(config)
+    return config
+
+
+def load_accuracy_table(workdir: Path | str, config: Mapping[str, Any]) -> AccuracyTable:
+    """Load evals.csv of a finished, running or crashed run."""
+    return build_accuracy_table(
+        run_log.read_evals(Path(workdir) / "evals.csv"),
+        tasks_by_stage(config),
+        **evaluation_fields(config),
     )
 
 
 def read_prediction_scores(workdir: Path | str, stage: int) -> dict[tuple[str, str], float]:
-    """Reads predictions/stage{K}.jsonl: the score of each test example, by (task, id)."""
+    """Read predictions/stage{K}.jsonl: the score of each test example, by (task, id)."""
     rows = files.read_jsonl(Path(workdir) / "predictions" / f"stage{stage}.jsonl")
     return {(row["task"], str(row["id"])): row["score"] for row in rows if row["score"] is not None}
 
 
-def transitions_of_run(workdir: Path | str, t: AccuracyTable) -> dict[str, Any]:
-    """Counts right/wrong changes up to S: of old tasks since they were learned, of all tasks since the base."""
-    after = read_prediction_scores(workdir, t.final)
-    since = {}
-    for stage in sorted({t.last(j) for j in t.old()}):
-        kept = {j for j in t.old() if t.last(j) == stage}
-        since |= {
-            j: c
-            for j, c in count_transitions(read_prediction_scores(workdir, stage), after).items()
-            if j in kept
-        }
-    return {
-        "since_learned": since,
-        "since_base": count_transitions(read_prediction_scores(workdir, 0), after),
-    }
+@dataclasses.dataclass(frozen=True)
+class RunTables:
+    """The result files of a run, each parsed once; summary, console line and report all take this record."""
+
+    workdir: Path
+    config: dict[str, Any]
+    accuracy: AccuracyTable
+    metrics_lines: list[dict[str, Any]]  # of metrics.jsonl
+    prediction_scores: dict[
+        int, dict[tuple[str, str], float]
+    ]  # by stage: those whose examples `count_run_transitions` compares
+
+
+def load_run_tables(workdir: Path | str) -> RunTables:
+    """Load the result files of a finished, running or crashed run."""
+    config = load_config(workdir)
+    table = load_accuracy_table(workdir, config)
+    compared = {0, table.final, *(table.last(task) for task in table.old())}
+    return RunTables(
+        Path(workdir),
+        config,
+        table,
+        files.read_jsonl(Path(workdir) / "metrics.jsonl"),
+        {stage: read_prediction_scores(workdir, stage) for stage in sorted(compared)},
+    )
+
+
+def count_run_transitions(tables: RunTables) -> dict[str, Any]:
+    """Count right/wrong changes up to S: of old tasks since their last stage, of all tasks since the base model."""
+    table, scores = tables.accuracy, tables.prediction_scores
+    final, last_stage = scores[table.final], {task: table.last(task) for task in table.old()}
+    since_learned: dict[str, dict[str, int]] = {}
+    for stage in sorted(set(last_stage.values())):
+        learned = {key: v for key, v in scores[stage].items() if last_stage.get(key[0]) == stage}
+        since_learned |= count_transitions(learned, final)
+    return {"since_learned": since_learned, "since_base": count_transitions(scores[0], final)}
 
 
 def describe_coverage(t: AccuracyTable) -> str:
@@ -206,30 +235,30 @@ def summarise_table(t: AccuracyTable, joint: AccuracyTable | None = None) -> dic
     }
 
 
-def summarise_run(workdir: Path | str, joint: Path | str | None = None) -> dict[str, Any]:
-    """Returns the summary of a run's workdir, with transitions and cost; `joint` is the workdir of a joint run."""
-    config, t = load_evaluations(workdir)
-    found = summarise_table(t, load_evaluations(joint)[1] if joint else None)
+def summarise_run(tables: RunTables) -> dict[str, Any]:
+    """Compute the summary of a run, with transitions and cost."""
     return files.to_jsonable(
         {
-            "name": config.get("name", ""),
-            **found,
-            "transitions": transitions_of_run(workdir, t),
-            "cost": run_log.read_run_cost(workdir),
+            "name": tables.config.get("name", ""),
+            **summarise_table(tables.accuracy),
+            "transitions": count_run_transitions(tables),
+            "cost": run_log.summarise_cost(tables.metrics_lines, tables.workdir),
         }
     )
 
 
-def write_summary(workdir: Path | str, joint: Path | str | None = None) -> dict[str, Any]:
-    """Writes matrix.csv and summary.json beside evals.csv; returns the summary."""
-    _, t = load_evaluations(workdir)
-    names = ["base", *("+".join(a) for a in t.stages)]
+def write_summary(tables: RunTables) -> dict[str, Any]:
+    """Write matrix.csv and summary.json next to evals.csv; return the summary."""
+    table = tables.accuracy
+    names = ["base", *("+".join(tasks) for tasks in table.stages)]
     rows = [
-        [i, name, *row] for i, (name, row) in enumerate(zip(names, t.array().tolist(), strict=True))
+        [i, name, *row]
+        for i, (name, row) in enumerate(zip(names, table.array().tolist(), strict=True))
     ]
     files.write_text(
-        Path(workdir) / "matrix.csv", files.csv_text([["stage", "stage_name", *t.tasks], *rows])
+        tables.workdir / "matrix.csv",
+        files.csv_text([["stage", "stage_name", *table.tasks], *rows]),
     )
-    found = summarise_run(workdir, joint)
-    files.write_json(Path(workdir) / "summary.json", found)
-    return found
+    summary = summarise_run(tables)
+    files.write_json(tables.workdir / "summary.json", summary)
+    return summary

@@ -199,7 +199,7 @@ def test_cost_adds_up_by_stage_and_kind_of_work(tmp_path):
     log.step(1, 2, {"seconds": 3.0, "tokens": 10, "rollouts": 4})
     log.step(1, 2, {"event": "evaluate", "seconds": 1.0})
     log.step(2, 1, {"seconds": 4.0, "trained": 50})
-    cost = run_log.read_run_cost(tmp_path)
+    cost = run_log.summarise_cost(files.read_jsonl(tmp_path / "metrics.jsonl"), tmp_path)
     assert (cost["seconds"], cost["tokens"], cost["rollouts"], cost["trained"]) == (10.0, 20, 8, 50)
     assert {work: spent["seconds"] for work, spent in cost["works"].items()} == {
         "evaluate": 1.0,

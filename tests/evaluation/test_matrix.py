@@ -271,7 +271,7 @@ def test_write_puts_matrix_and_summary_beside_the_evaluations(tmp_path):
     log.evals([row(0, "a", 0.5), row(0, "b", 0.25), row(1, "a", 1.0), row(1, "b", 0.25)])
     log.predictions(0, [{"task": "a", "id": 7, "score": 1.0}])
     log.predictions(1, [{"task": "a", "id": 7, "score": 0.0}])
-    found = summary.write_summary(tmp_path)
+    found = summary.write_summary(summary.load_run_tables(tmp_path))
     assert (
         tmp_path / "matrix.csv"
     ).read_text() == "stage,stage_name,a,b\n0,base,0.5,0.25\n1,a,1.0,0.25\n2,b,,\n"
@@ -296,7 +296,7 @@ def test_a_run_is_judged_by_the_tasks_that_it_examines(tmp_path):
         tmp_path / "config.json", {"stages": [{"task": ["a", "b", "c"], "steps": 9}], "eval": asked}
     )
     run_log.RunLog(tmp_path).evals([row(1, task, 0.5) for task in ("a", "c", "facts")])
-    found = summary.write_summary(tmp_path)
+    found = summary.write_summary(summary.load_run_tables(tmp_path))
     assert found["finished"] and found["covers"] == "its one stage; not measured: the base model"
     assert (
         tmp_path / "matrix.csv"
@@ -310,7 +310,7 @@ def test_a_run_is_judged_by_the_tasks_that_it_examines(tmp_path):
 
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="is no run: it has no config.json"):
-        summary.load_evaluations(tmp_path)
+        summary.load_run_tables(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="expected a run's config with stages"):
-        summary.load_evaluations(tmp_path)
+        summary.load_run_tables(tmp_path)

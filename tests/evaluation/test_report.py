@@ -188,7 +188,7 @@ def written(*folders, out=None):
 
 def test_a_finished_run_reads_back_its_numbers(tmp_path):
     text = written(make(tmp_path / "grpo"))
-    found = summary.summarise_run(tmp_path / "grpo")
+    found = summary.summarise_run(summary.load_run_tables(tmp_path / "grpo"))
     numbers = found["metrics"]
     assert (
         words.format_percent(numbers["avg_acc"]["value"]) in text
@@ -277,9 +277,9 @@ def test_runs_of_a_seed_are_compared_with_the_joint_run_of_that_seed(tmp_path):
         found
         == [
             None,
-            summary.summarise_run(tmp_path / "grpo/seed2", joint)["metrics"]["intransigence"][
-                "value"
-            ],
+            summary.summarise_table(
+                *(summary.load_run_tables(p).accuracy for p in (tmp_path / "grpo/seed2", joint))
+            )["metrics"]["intransigence"]["value"],
         ]
         and found[1] is not None
     )
@@ -345,9 +345,9 @@ def test_expectations_are_met_missed_or_not_judged(tmp_path):
         "text4": True,
         "text5": None,
     }
-    number = lambda arm, seed, name: summary.summarise_run(tmp_path / arm / f"seed{seed}")[
-        "metrics"
-    ][name]["value"]
+    number = lambda arm, seed, name: summary.summarise_table(
+        summary.load_run_tables(tmp_path / arm / f"seed{seed}").accuracy
+    )["metrics"][name]["value"]
     for seed in (0, 2):
         fm, gain = (
             [number(arm, seed, name) for arm in ("grpo", "sft_bare")]

@@ -7,6 +7,7 @@ from typing import Any
 from cptjax.common import files
 from cptjax.evaluation.report import expect, page, read
 from cptjax.evaluation.report.read import Arm
+from cptjax.evaluation.summary import RunTables
 
 
 def write_report(folders: Sequence[Path | str], out: Path | str | None = None) -> Path:
@@ -14,6 +15,14 @@ def write_report(folders: Sequence[Path | str], out: Path | str | None = None) -
     return _write_page(
         read.read_arms(folders), folders, Path(out) if out else Path(folders[0]) / "report.html"
     )
+
+
+def write_run_report(tables: RunTables, totals: dict[str, Any]) -> Path:
+    """Write report.html into the workdir of one run whose files are already parsed; `totals` is its summary."""
+    label = tables.workdir.resolve().name
+    out = tables.workdir / "report.html"
+    files.write_text(out, page.render_run_page(read.report_run(tables, totals, label)))
+    return out
 
 
 def write_comparison(folder: Path) -> Path:

@@ -157,14 +157,14 @@ def _distinct_labels(found: Sequence[tuple[str, list[Path]]]) -> list[str]:
 
 
 def read_run(path: Path, label: str) -> ReportRun:
-    config, table = summary.load_evaluations(path)
+    tables = summary.load_run_tables(path)
+    return report_run(tables, summary.summarise_run(tables), label)
+
+
+def report_run(tables: summary.RunTables, totals: dict[str, Any], label: str) -> ReportRun:
+    """What a page needs of a run whose files are already parsed; `totals` is its summary."""
     return ReportRun(
-        path,
-        label,
-        config,
-        table,
-        summary.summarise_run(path),
-        files.read_jsonl(path / "metrics.jsonl"),
+        tables.workdir, label, tables.config, tables.accuracy, totals, tables.metrics_lines
     )
 
 
