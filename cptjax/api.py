@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from cptjax import sharding
 from cptjax.continual.checkpoint import Checkpoints
 from cptjax.continual.workdir import read_run_config
-from cptjax.data import model_context, processor
+from cptjax.data import processor
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, round_up_size
 from cptjax.data.processor import Processor
 from cptjax.generation import sampler
 from cptjax.models import attention, decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
-from cptjax.models.load import MODEL_DTYPES, find_preset
+from cptjax.models.load import MODEL_DTYPES, create_params, find_model_config
 from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
 
@@ -78,18 +78,12 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
         )
     config = read_run_config(folder)
     settings = config.model
-    cfg = _for_inference(
-        read_model_config(settings.path) if settings.path else find_preset(settings.preset),
-        mesh,
-        dtype,
-    )
+    cfg = _for_inference(find_model_config(settings), mesh, dtype)
     cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
     words = processor.load_processor(
         settings.path or None, cfg, settings.min_pixels, settings.max_pixels
     )
-    params = model_context.create_params(
-        settings, model_context.ModelContext(cfg, words, mesh, MODEL_DTYPES[dtype], ()), config.seed
-    )
+    params = create_params(settings, cfg, mesh, MODEL_DTYPES[dtype], config.seed)
     saved = Checkpoints(folder / "checkpoints", async_save=False)
     try:
         stage = (
@@ -110,9 +104,7 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
             )
     finally:
         saved.close()
-    return Model(
-        cfg, jax.tree.map(lambda x: x.astype(MODEL_DTYPES[dtype]), params), words, mesh, dtype
-    )
+    return Model(cfg, trainable.cast_params(params, MODEL_DTYPES[dtype]), words, mesh, dtype)
 
 
 def _for_inference(cfg: ModelConfig, mesh: Mesh, dtype: str) -> ModelConfig:
@@ -248,7 +240,9 @@ def _prompts(model: Model, encoded: Sequence[EncodedConversation]) -> Prompts:
 def _score(
     params: Params, prompts: Prompts, responses: Array, cfg: ModelConfig, dtype: Any
 ) -> Array:
-    hidden = qwen2_5_vl.forward_group(_cast(params, dtype), prompts, responses, cfg, dtype)
+    hidden = qwen2_5_vl.forward_group(
+        trainable.cast_params(params, dtype), prompts, responses, cfg, dtype
+    )
     found, _ = logprobs.token_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         decoder.unembedding(params["text"]),
@@ -259,13 +253,9 @@ def _score(
 
 @jax.jit(static_argnames=("cfg", "dtype"))
 def _logits(params: Params, prompts: Prompts, cfg: ModelConfig, dtype: Any) -> Array:
-    hidden = qwen2_5_vl.forward(_cast(params, dtype), prompts, cfg, dtype)
+    hidden = qwen2_5_vl.forward(trainable.cast_params(params, dtype), prompts, cfg, dtype)
     return jnp.dot(
         hidden,
         decoder.unembedding(params["text"]).astype(dtype),
         preferred_element_type=jnp.float32,
     )
-
-
-def _cast(params: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda x: x.astype(dtype), params)

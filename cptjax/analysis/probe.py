@@ -227,7 +227,7 @@ def _first(graded: GradedRollouts, count: int) -> GradedRollouts:
 @functools.lru_cache(maxsize=8)
 def _steepness(cfg: Any, dtype: Any, chunk: int) -> Callable[[Params, Batch], jax.Array]:
     def run(params: Params, batch: Batch) -> jax.Array:
-        params = logprobs.cast_params(params, dtype)
+        params = trainable.cast_params(params, dtype)
         hidden = logprobs.predicting_states(params, batch, cfg, dtype)
         flat, unembed = hidden.reshape(-1, hidden.shape[-1]), decoder.unembedding(params["text"])
         found = logprobs.logit_gradient_norm(flat, unembed, batch.targets.reshape(-1), chunk=chunk)

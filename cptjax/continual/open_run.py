@@ -112,18 +112,20 @@ class Run:
             files.write_json(path, [dataclasses.astuple(row) for row in bad])
         return bad
 
+    def _create_params(self) -> Params:
+        ctx = self.model_ctx
+        return load.create_params(self.config.model, ctx.cfg, ctx.mesh, ctx.dtype, self.config.seed)
+
     def base(self) -> Params:
         """The base model, in the type of the arithmetic; loaded when first needed."""
         return self.cached(
             "base",
-            lambda: self.compared(
-                model_context.create_params(self.config.model, self.model_ctx, self.config.seed)
-            ),
+            lambda: self.compared(self._create_params()),
         )
 
     def at_stage(self, number: int) -> Params:
         """The model that a stage left behind, as the run itself holds it; 0 = base."""
-        params = model_context.create_params(self.config.model, self.model_ctx, self.config.seed)
+        params = self._create_params()
         if number == 0:
             return params
         if not self.checkpoints:

@@ -7,8 +7,8 @@ import numpy as np
 from cptjax.config import Stage, merge_config
 from cptjax.continual.open_run import Run
 from cptjax.continual.resume import ResumePoint
-from cptjax.data import model_context, prompts
-from cptjax.models import trainable
+from cptjax.data import prompts
+from cptjax.models import load, trainable
 from cptjax.training.algorithms import regularizers
 from cptjax.training.algorithms.distillation import Teacher, has_ema_teacher
 from cptjax.types import Params
@@ -54,7 +54,10 @@ def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | Non
     if not m.kl_coef or m.kl_reference in ("base", "stage"):
         return None if not m.kl_coef else run.base() if m.kl_reference == "base" else start
     other = merge_config(run.config, {"model": {"path": m.kl_reference, "lora": {"rank": 0}}})
-    return run.compared(model_context.create_params(other.model, run.model_ctx, run.config.seed))
+    ctx = run.model_ctx
+    return run.compared(
+        load.create_params(other.model, ctx.cfg, ctx.mesh, ctx.dtype, run.config.seed)
+    )
 
 
 def make_penalty(run: Run, stage: Stage, start: Params | None) -> tuple[Any, Any]:

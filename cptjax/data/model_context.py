@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cptjax import sharding
@@ -13,9 +12,8 @@ from cptjax.common import distributed
 from cptjax.data import collate
 from cptjax.data.collate import BatchShape, EncodedConversation, widest_shape
 from cptjax.data.processor import Processor, load_processor
-from cptjax.models import hf_checkpoint, trainable
-from cptjax.models.config import ModelConfig, read_model_config
-from cptjax.models.load import MODEL_DTYPES, declare_model_params, find_preset, fit_config
+from cptjax.models.config import ModelConfig
+from cptjax.models.load import MODEL_DTYPES, create_params, find_model_config, fit_config
 from cptjax.sharding import check_batch_shards, place_prompts
 from cptjax.types import Params
 
@@ -69,49 +67,16 @@ def load_model(
             )
     mesh = sharding.make_mesh(**mesh_settings)
     check_batch_shards(sharding.batch_shards(mesh), jax.process_count())
-    cfg = read_model_config(settings.path) if settings.path else find_preset(settings.preset)
-    cfg = fit_config(cfg, settings, mesh)
+    cfg = fit_config(find_model_config(settings), settings, mesh)
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
-    runtime = ModelContext(
-        cfg, processor, mesh, MODEL_DTYPES[settings.compute_dtype], tuple(ladder)
-    )
-    return runtime, create_params(settings, runtime, seed)
+    dtype = MODEL_DTYPES[settings.compute_dtype]
+    params = create_params(settings, cfg, mesh, dtype, seed)
+    return ModelContext(cfg, processor, mesh, dtype, tuple(ladder)), params
 
 
 def gather_batch_shape(shape: BatchShape) -> BatchShape:
     """The shape that holds every process's part of a batch."""
     return widest_shape(distributed.gather_objects(shape))
-
-
-def create_params(settings: Any, runtime: ModelContext, seed: int) -> Params:
-    """Parameters on the mesh: trained leaves in param_dtype, frozen leaves in compute_dtype."""
-    cfg, mesh = runtime.cfg, runtime.mesh
-    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
-    declared = declare_model_params(settings, cfg)
-    if not settings.path:
-        params = sharding.init_params(declared, jax.random.key(seed), jnp.float32, mesh, rules)
-    else:
-        params = hf_checkpoint.load_hf_checkpoint(settings.path, cfg, mesh, None, rules)
-        extra = {
-            k: v
-            for k, v in trainable.flatten_params(declared).items()
-            if k[-1] in trainable.ADAPTER_LEAVES
-        }
-        if extra:
-            adapters = sharding.init_params(
-                trainable.unflatten_params(extra), jax.random.key(seed), jnp.float32, mesh, rules
-            )
-            params = trainable.join_params(adapters, params)
-    chosen = trainable.is_trained(settings.freeze, settings.lora.rank)
-    trained, frozen = trainable.split_params(params, chosen)
-    return trainable.join_params(
-        _cast_params(trained, MODEL_DTYPES[settings.param_dtype]),
-        _cast_params(frozen, runtime.dtype),
-    )
-
-
-def _cast_params(tree: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), tree)
 
 
 def describe_pixel_limits(runtime: ModelContext) -> str:

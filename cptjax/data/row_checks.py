@@ -151,7 +151,7 @@ def check_split(
     )
     words = processor.load_processor(
         config.model.path or None,
-        find_model_config(config),
+        find_model_config(config.model),
         config.model.min_pixels,
         config.model.max_pixels,
     )

@@ -13,7 +13,7 @@ from cptjax.common import distributed, run_log
 from cptjax.config import eval_templates
 from cptjax.data.device_batches import batch_slices, group_batch, response_bucket
 from cptjax.generation import generate
-from cptjax.models import decoder, logprobs
+from cptjax.models import decoder, logprobs, trainable
 from cptjax.models.logprobs import distill_kl
 from cptjax.tasks.scoring import summaries
 from cptjax.types import Batch, Params
@@ -22,7 +22,7 @@ from cptjax.types import Batch, Params
 @functools.lru_cache(maxsize=8)
 def _kl_program(cfg: Any, dtype: Any, chunk: int) -> Callable:
     def run(base: Params, now: Params, batch: Batch) -> jax.Array:
-        base, now = logprobs.cast_params(base, dtype), logprobs.cast_params(now, dtype)
+        base, now = trainable.cast_params(base, dtype), trainable.cast_params(now, dtype)
         flat = lambda params: (h := logprobs.predicting_states(params, batch, cfg, dtype)).reshape(
             -1, h.shape[-1]
         )

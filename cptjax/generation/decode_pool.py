@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from cptjax.generation import token_sampling
-from cptjax.models import decoder, qwen2_5_vl, unrolled
+from cptjax.models import decoder, qwen2_5_vl, trainable, unrolled
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
@@ -88,8 +88,7 @@ class SamplingInputs:
 
 def cast_weights(params: Params, cfg: ModelConfig, plan: SamplerConfig) -> Params:
     """Weights in the type of the arithmetic, once, before any loop; integers stay."""
-    cast = lambda x: x.astype(plan.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return unrolled.unstack_layers(jax.tree.map(cast, params), cfg)
+    return unrolled.unstack_layers(trainable.cast_params(params, plan.dtype), cfg)
 
 
 def make_queue(

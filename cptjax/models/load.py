@@ -1,4 +1,4 @@
-"""What `config.model` says of the model: its shape, number formats, and the tree of its parameters."""
+"""Create the model of `config.model`: its shape on a mesh, and its parameters, random or loaded."""
 
 import dataclasses
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from cptjax.models import attention, qwen2_5_vl
+from cptjax import sharding
+from cptjax.models import attention, hf_checkpoint, lora, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
-from cptjax.models.lora import add_lora
 from cptjax.types import Params
 
 MAX_UNROLLED_LAYERS = (
@@ -43,19 +42,40 @@ def find_preset(name: str) -> ModelConfig:
 def declare_model_params(settings: Any, cfg: ModelConfig) -> Params:
     """The tree of Param of `config.model`, adapters included."""
     tree = qwen2_5_vl.declare_params(cfg)
-    lora = settings.lora
-    return add_lora(tree, lora.rank, lora.targets, lora.vision) if lora.rank else tree
+    if not settings.lora.rank:
+        return tree
+    return lora.add_lora(tree, settings.lora.rank, settings.lora.targets, settings.lora.vision)
 
 
 def describe_model_source(settings: Any) -> str:
     return settings.path and str(Path(settings.path)) or f"random {settings.preset}"
 
 
-def find_model_config(config: ConfigDict) -> ModelConfig:
-    return (
-        read_model_config(config.model.path)
-        if config.model.path
-        else find_preset(config.model.preset)
+def find_model_config(settings: Any) -> ModelConfig:
+    """Return the shape of the model that `config.model` names by folder, hub id or preset."""
+    return read_model_config(settings.path) if settings.path else find_preset(settings.preset)
+
+
+def create_params(settings: Any, cfg: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
+    """Create the parameters of `config.model` on the mesh, adapters included.
+
+    Trained leaves are in `settings.param_dtype`, frozen leaves in `dtype`, the type of the arithmetic.
+    """
+    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+    declared = declare_model_params(settings, cfg)
+    if not settings.path:
+        params = sharding.init_params(declared, jax.random.key(seed), jnp.float32, mesh, rules)
+    else:
+        params = hf_checkpoint.load_hf_checkpoint(settings.path, cfg, mesh, None, rules)
+        adapters, _ = trainable.split_params(declared, lora.is_adapter)
+        if adapters:
+            new = sharding.init_params(adapters, jax.random.key(seed), jnp.float32, mesh, rules)
+            params = trainable.join_params(new, params)
+    chosen = trainable.is_trained(settings.freeze, settings.lora.rank)
+    trained, frozen = trainable.split_params(params, chosen)
+    return trainable.join_params(
+        trainable.cast_params(trained, MODEL_DTYPES[settings.param_dtype]),
+        trainable.cast_params(frozen, dtype),
     )
 
 

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from cptjax.models import decoder, qwen2_5_vl
 from cptjax.models.config import ModelConfig
+from cptjax.models.trainable import cast_params
 from cptjax.sharding import RULES
 from cptjax.types import Array, Batch, Params
 
@@ -203,11 +204,6 @@ def target_logps(
         temperature=temperature,
     )
     return jnp.where(batch.mask, found.reshape(batch.targets.shape), 0)
-
-
-def cast_params(params: Params, dtype: jnp.dtype) -> Params:
-    """Parameters in the type of the arithmetic; done once, before the layers are scanned."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def predicting_states(params: Params, batch: Batch, cfg: ModelConfig, dtype: jnp.dtype) -> Array:

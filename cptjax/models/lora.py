@@ -21,6 +21,11 @@ VISION_TARGETS = {
 }  # the tower's names of the same roles
 
 
+def is_adapter(path: tuple[str, ...]) -> bool:
+    """Return whether a leaf path is that of an adapter."""
+    return path[-1] in ADAPTER_LEAVES
+
+
 def check_lora(freeze: Sequence[str], rank: int, vision: bool) -> None:
     """Refuse adapters (`model.lora`) that `model.freeze` leaves untrained."""
     is_trained(freeze, rank)
@@ -67,7 +72,7 @@ def add_lora(
 def merge_lora(params: Params, scale: float) -> Params:
     """Adapters folded into their weights; the result has no adapters and the same outputs."""
     flat = flatten_params(params)
-    out = {path: leaf for path, leaf in flat.items() if path[-1] not in ADAPTER_LEAVES}
+    out = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
     for path, a in flat.items():
         if path[-1] == "lora_a":
             out[path[:-1] + ("w",)] = _merge_weight(

@@ -1,8 +1,10 @@
-"""What is trained: freezing by part, and low-rank adapters on plain trees."""
+"""Parameter trees: choose the trained leaves, split, join, cast and count."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 from cptjax.sharding import Param, is_param
@@ -50,6 +52,16 @@ def split_params(
 
 def join_params(trained: Params, rest: Params) -> Params:
     return unflatten_params({**flatten_params(rest), **flatten_params(trained)})
+
+
+def cast_params(params: Params, dtype: Any) -> Params:
+    """Return the tree with its floating-point leaves in `dtype`; integer leaves (int8 weights) stay."""
+
+    def cast(x: Any) -> Any:
+        keep = x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if keep else x.astype(dtype)
+
+    return jax.tree.map(cast, params)
 
 
 def count_params(params: Params) -> int:

@@ -190,7 +190,7 @@ def show_stage(name: str, config: ConfigDict, each: Stage, found: Sequence[Split
 
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
     """Prints the expected memory per device for the mesh, or for several numbers of devices where it leaves them open."""
-    cfg = load.find_model_config(config)
+    cfg = load.find_model_config(config.model)
     declared = declare_model_params(config.model, cfg)
     numbers = memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch)
     metrics = {n: memory.expected_bytes(cfg, declared, config, prompt, patches, n) for n in numbers}

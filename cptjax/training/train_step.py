@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cptjax import sharding
 from cptjax.models import decoder, trainable
 from cptjax.models.config import ModelConfig
-from cptjax.models.logprobs import cast_params, predicting_states
+from cptjax.models.logprobs import predicting_states
 from cptjax.training.algorithms import losses, optimizers
 from cptjax.training.algorithms.losses import Loss
 from cptjax.types import Array, Batch, Mean, Params, TrainState
@@ -109,7 +109,7 @@ def make_step_programs(
 
     def begin(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
         def value(trained):
-            params = cast_params(trainable.join_params(trained, frozen), dtype)
+            params = trainable.cast_params(trainable.join_params(trained, frozen), dtype)
             loss = objective(
                 predicting_states(params, batch, cfg, dtype),
                 decoder.unembedding(params["text"]),

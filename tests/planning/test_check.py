@@ -232,7 +232,7 @@ def test_questions_without_a_demonstration_are_told():
         where = drawn.where
 
     blank = Blank([dataclasses.replace(drawn[0], target="")])
-    words = processor.load_processor(None, load.find_model_config(c), 1024, 4096)
+    words = processor.load_processor(None, load.find_model_config(c.model), 1024, 4096)
     prompted = prompted_task.make_prompted_task(task, "direct", c.rewards, None)
     assert (
         "no gold answers to demonstrate"

@@ -7,8 +7,7 @@ import stage_fixtures
 
 from configs import base
 from cptjax import sharding
-from cptjax.data import model_context
-from cptjax.models import trainable
+from cptjax.models import load, trainable
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_loop import next_step_batch
 
@@ -106,7 +105,9 @@ def test_what_is_not_trained_keeps_its_bits(name, tmp_path):
     c = config(model=PARTS[name], train=dict(lr=1e-2, eps=1e-8))
     run, _ = stage_fixtures.learned(c, tmp_path)
     start = trainable.flatten_params(
-        model_context.create_params(run.config.model, run.model_ctx, c.seed)
+        load.create_params(
+            run.config.model, run.model_ctx.cfg, run.model_ctx.mesh, run.model_ctx.dtype, c.seed
+        )
     )
     same = lambda path: np.array_equal(start[path], trainable.flatten_params(run.params)[path])
     assert {path for path in start if not same(path)} == {

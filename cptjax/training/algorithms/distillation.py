@@ -34,7 +34,7 @@ def make_teacher_program(cfg: Any, dtype: Any) -> Callable:
     """A program for the teacher's predicting states [B A D] and its unembedding [D V]."""
 
     def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        params = logprobs.cast_params(params, dtype)
+        params = trainable.cast_params(params, dtype)
         return logprobs.predicting_states(params, batch, cfg, dtype), decoder.unembedding(
             params["text"]
         )
