@@ -1,4 +1,4 @@
-"""The finding in minutes on a CPU: what you train on decides what is forgotten. Drawn tasks, a tiny model, no downloads.
+"""The finding in minutes on a CPU: what you train on decides what is forgotten. Synthetic tasks, a tiny model, no downloads.
 
     bash launch/quickstart.sh                                                          # or
     python launch/train.py --config=configs/demo.py --workdir=runs/demo
@@ -55,7 +55,7 @@ TEST = 192
 
 def _tasks(styles, bias):
     make = lambda f: dict(
-        task="drawn", family=f, styles=styles, bias=0.0 if f in TEXT else bias, world=None
+        task="synthetic", family=f, styles=styles, bias=0.0 if f in TEXT else bias, world=None
     )
     return {f: make(f) for f in (*TARGETS, *HELD_APART)}
 

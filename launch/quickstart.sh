@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fresh machine -> virtual environment, install, the demo (a tiny model, drawn tasks, no downloads), and where its report is.
+# Fresh machine -> virtual environment, install, the demo (a tiny model, synthetic tasks, no downloads), and where its report is.
 #   bash launch/quickstart.sh [DIR]        DIR: the workdir, runs/demo by default
 set -euo pipefail
 source "$(dirname "$0")/env.sh" ""  # without an argument it would see this script's

@@ -1,4 +1,4 @@
-"""Runs that take seconds: the tiny model, drawn tasks, a few steps; and what two of them must have in common."""
+"""Runs that take seconds: the tiny model, synthetic tasks, a few steps; and what two of them must have in common."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDic
         preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none"
     )
     c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=48, prefetch=1)
-    c.tasks = ConfigDict({t: dict(task="drawn", family=t, side=32) for t in (*TASKS, "facts")})
+    c.tasks = ConfigDict({t: dict(task="synthetic", family=t, side=32) for t in (*TASKS, "facts")})
     c.stages = tuple(dict(task=t, steps=steps) for t in TASKS)
     c.train.update(batch=4, lr=1e-2, b2=0.99)
     c.rollout.update(group=2, max_new_tokens=4, check_every=4)

@@ -68,7 +68,7 @@ def tiny(
             t for s in c.stages for t in ((s["task"],) if isinstance(s["task"], str) else s["task"])
         )
         c.tasks = ConfigDict(
-            {n: dict(task="drawn", family=family, scorer=coin) | tasks for n in names}
+            {n: dict(task="synthetic", family=family, scorer=coin) | tasks for n in names}
         )
         c.stages = tuple(
             {k: v for k, v in s.items() if k != "epochs"} | {"steps": steps}

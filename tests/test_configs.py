@@ -255,7 +255,7 @@ def test_methods_resolve(name):
     config = base.get_config()
     corpus = "a.jsonl" if base.METHODS[name].get("source") == "corpus" else ""
     config.stages = (
-        dict(task="drawn_colour", steps=1, method={**base.METHODS[name], "corpus": corpus}),
+        dict(task="synthetic_colour", steps=1, method={**base.METHODS[name], "corpus": corpus}),
     )
     (one,) = resolve_stages(config)
     train_loop.check(one)
@@ -390,7 +390,7 @@ WRONG = {
 def test_what_has_no_meaning_is_refused_in_one_line(name):
     method, more, expected = WRONG[name]
     config = base.get_config()
-    config.stages = (dict(task="drawn_colour", steps=1, method=method, **more),)
+    config.stages = (dict(task="synthetic_colour", steps=1, method=method, **more),)
     with pytest.raises(ValueError) as error:
         train_loop.check(resolve_stages(config)[0])
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -406,7 +406,7 @@ def test_what_has_no_meaning_is_refused_in_one_line(name):
 )
 def test_what_has_a_meaning_passes(method):
     config = base.get_config()
-    config.stages = (dict(task="drawn_colour", steps=1, method=method),)
+    config.stages = (dict(task="synthetic_colour", steps=1, method=method),)
     train_loop.check(resolve_stages(config)[0])
 
 

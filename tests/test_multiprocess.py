@@ -50,7 +50,7 @@ def sections(folder) -> dict:
     (folder / "mixed.jsonl").write_text(
         "".join(json.dumps(ask(i) | {"answer": "red"}) + "\n" for i in range(ROWS))
     )
-    drawn = {"task": "drawn", "family": "facts", "side": 32}
+    drawn = {"task": "synthetic", "family": "facts", "side": 32}
     mixed = {
         "train": str(folder / "mixed.jsonl"),
         "test": str(folder / "mixed.jsonl"),

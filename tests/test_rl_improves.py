@@ -61,7 +61,7 @@ def config():
         *(arm("true", name) for name in ARMS),
         arm("negated", "grpo"),
     )
-    drawn = dict(task="drawn", family="count")
+    drawn = dict(task="synthetic", family="count")
     c.tasks.update(
         dict(biased=dict(drawn, bias=0.55), true=drawn, negated=dict(drawn, scorer=wrong))
     )

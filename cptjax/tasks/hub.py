@@ -91,7 +91,7 @@ class ArrowRows(Sequence[dict[str, Any]]):
 
 def load_rows(source: HubSource, root: str = "") -> ArrowRows:
     """Loads the rows of a split from the copy under `root`, or where there is none from the hub."""
-    import datasets  # slow to import, and drawn tasks never need it
+    import datasets  # slow to import, and synthetic tasks never need it
 
     if folder := find_local_copy(source.dataset, root):
         return ArrowRows(_from_folder(folder, source))

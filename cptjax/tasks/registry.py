@@ -25,7 +25,7 @@ from cptjax.tasks.datasets import (
     vizwiz,
 )
 from cptjax.tasks.synthetic import dataset, families
-from cptjax.tasks.task import Task, did_you_mean
+from cptjax.tasks.task import Task, did_you_mean, refuse_old_name
 from cptjax.tasks.user_data import task
 
 
@@ -53,7 +53,7 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
     "math": competition_math.make_task,
     "refcoco": refcoco.make_task,
     "docvqa": docvqa.make_task,
-    "drawn": dataset.make_synthetic_task,
+    "synthetic": dataset.make_synthetic_task,
 }
 
 _PARITY = {"scorer": "mathruler_parity"}
@@ -73,14 +73,14 @@ _VARIANTS = [
     # Paper C (arXiv 2510.18874): its own splits of public data.
     ifeval.make_task("retain_ifeval", paper_c=True),
     mmlu.make_task("retain_mmlu", paper_c=True, template="letter"),
-    countdown.make_task("drawn_countdown", drawn=True),
+    countdown.make_task("synthetic_countdown", synthetic=True),
     *(
-        dataset.make_synthetic_task(f"drawn_{family}", family)
+        dataset.make_synthetic_task(f"synthetic_{family}", family)
         for family in families.SYNTHETIC_FAMILIES
     ),
 ]
 BUILT_IN_TASKS: dict[str, Task] = {
-    name: make(name) for name, make in TASK_MAKERS.items() if name != "drawn"
+    name: make(name) for name, make in TASK_MAKERS.items() if name != "synthetic"
 } | {task.name: task for task in _VARIANTS}
 PAPER_A_TASKS = tuple(
     f"cpt7_{name}"
@@ -112,6 +112,7 @@ def resolve_task(
 def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
     if name not in user_tasks:
         if name not in BUILT_IN_TASKS:
+            refuse_old_name("task", name)
             known = {**BUILT_IN_TASKS, **user_tasks}
             raise ValueError(
                 f"no task {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
@@ -122,6 +123,7 @@ def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
     if base is None:
         return task.make_user_task(name, **settings)
     if base not in TASK_MAKERS:
+        refuse_old_name(f"tasks.{name}.task", base)
         raise ValueError(
             f"tasks.{name}.task: no task {base!r}{did_you_mean(base, TASK_MAKERS)}; there are {', '.join(TASK_MAKERS)}"
         )
@@ -139,6 +141,7 @@ def _check_task_settings(name: str, make: Callable[..., Task], settings: Mapping
     }
     for key in settings:
         if key not in known:
+            refuse_old_name(f"tasks.{name}", key)
             raise ValueError(
                 f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; there are {', '.join(sorted(known))}"
             )

@@ -146,6 +146,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def refuse_old_name(setting: str, name: str) -> None:
+    """Raise a ValueError that gives the new name of what was called "drawn" before."""
+    if re.fullmatch(r"drawn(_\w+)?", name):
+        new = name.replace("drawn", "synthetic", 1)
+        raise ValueError(f"{setting}: {name!r} was renamed; write {new!r}")
+
+
 def select_columns(row: dict[str, Any], *columns: str) -> dict[str, Any]:
     """Returns the named columns that are not None, for an example's meta."""
     return {name: row[name] for name in columns if row.get(name) is not None}

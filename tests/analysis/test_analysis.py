@@ -218,7 +218,7 @@ def workdir(tmp_path_factory):
         "import zlib\n\n\ndef score(prediction, answer, **meta):\n    return float(zlib.crc32(prediction.encode()) % 2)\n"
     )
     drawn = lambda family: dict(
-        task="drawn", family=family, side=32, scorer=f"{folder / 'coin.py'}:score"
+        task="synthetic", family=family, side=32, scorer=f"{folder / 'coin.py'}:score"
     )
     tasks = {family: drawn(family) for family in (*run_helpers.TASKS, "facts")}
     c = run_helpers.config(

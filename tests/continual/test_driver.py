@@ -305,8 +305,14 @@ def test_what_an_evaluation_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         console._PlainBar, "_show", lambda bar: shown.append(bar.shown.get("accuracy"))
     )
-    digit = {"task": "drawn", "family": "digit", "side": 32, "also": ("contains",), "template": ""}
-    tasks = {"digit": digit, "facts": {"task": "drawn", "family": "facts"}}
+    digit = {
+        "task": "synthetic",
+        "family": "digit",
+        "side": 32,
+        "also": ("contains",),
+        "template": "",
+    }
+    tasks = {"digit": digit, "facts": {"task": "synthetic", "family": "facts"}}
     wanted = {
         "before": False,
         "general": ("facts",),

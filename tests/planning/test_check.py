@@ -38,7 +38,7 @@ def _silent():
 def config(**tasks):
     c = base()
     c.stages = tuple({"task": name, "steps": 2} for name in tasks) or (
-        {"task": "drawn_colour", "steps": 2},
+        {"task": "synthetic_colour", "steps": 2},
     )
     c.model.update(min_pixels=1024, max_pixels=4096, compute_dtype="float32")
     c.data.update(template="direct", prompt_limit=128, limit=40)
@@ -70,7 +70,7 @@ def row(prompt="<image>what colour?", images=("good.png",), answer="red"):
 
 def test_counts_tokens_and_pictures():
     found = check.run_preflight(config())
-    assert [f.name for f in found] == ["drawn_colour train", "drawn_colour test"]
+    assert [f.name for f in found] == ["synthetic_colour train", "synthetic_colour test"]
     assert [(f.read, f.total, len(f.bad)) for f in found] == [(40, 40, 0), (10, 10, 0)]
     assert {r.seen for r in found[0].rows} == {
         4
@@ -188,9 +188,9 @@ def test_replayed_rows_are_in_the_order(monkeypatch):
     )
     c = config()
     c.stages = (
-        {"task": "drawn_colour", "steps": 2},
+        {"task": "synthetic_colour", "steps": 2},
         {
-            "task": "drawn_shape",
+            "task": "synthetic_shape",
             "steps": 2,
             "method": {"replay": {"fraction": 0.25, "kind": "prompts"}},
         },
@@ -225,7 +225,7 @@ def test_questions_without_a_demonstration_are_told():
     c = config()
     c.method.update(METHODS["sdft"])
     (reading,) = row_checks.training_splits(resolve_stages(c)[0], resolve_stages(c))
-    task = registry.resolve_task("drawn_colour", {})
+    task = registry.resolve_task("synthetic_colour", {})
     drawn = task.load("train", root="", limit=1, seed=0)
 
     class Blank(list):
@@ -248,7 +248,7 @@ def test_several_runs_read_what_they_share_once():
         c.arms.cot = {"data": {"template": "cot"}}
     names = [(f.name, f.reading.template) for f in check.run_preflight(c)]
     assert sorted(names) == sorted(
-        (f"drawn_colour {split}", template)
+        (f"synthetic_colour {split}", template)
         for template in ("direct", "cot")
         for split in ("train", "test")
     )
@@ -341,7 +341,7 @@ def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):
     write(tmp_path, [row(), row(images=["none.png"])])
     (tmp_path / "c.py").write_text(
         "from configs.base import get_config as base\n"
-        "def get_config(arg='drawn_colour'):\n"
+        "def get_config(arg='synthetic_colour'):\n"
         "    c = base()\n"
         f"    c.tasks.mine = dict(train={str(tmp_path / 'rows.jsonl')!r}, test={str(tmp_path / 'rows.jsonl')!r})\n"
         "    c.stages = (dict(task=arg, steps=1),)\n"
@@ -353,8 +353,8 @@ def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):
     assert good.returncode == 0 and "ok: 10 rows of 2 splits" in good.stdout, good.stderr
     parts = (
         "tokens of the prompt: median",
-        "prompt 1 of drawn_colour train",
-        "stage 1 drawn_colour (grpo): 5 rows, batch 128, 1 steps",
+        "prompt 1 of synthetic_colour train",
+        "stage 1 synthetic_colour (grpo): 5 rows, batch 128, 1 steps",
         "batches by row length",
         "expected GB per device, by arithmetic",
     )

@@ -1,6 +1,6 @@
 """Countdown: reach a target from given numbers with + - * /, each number used exactly once.
 
-Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `make(drawn=True)` draws its own: no download.
+Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `make(synthetic=True)` draws its own: no download.
 """
 
 import functools
@@ -87,12 +87,16 @@ def _build_generated(split: str, seed: int, count: int, largest: int, index: int
 
 
 def make_task(
-    name: str = "countdown", drawn: bool = False, count: int = 3, largest: int = 20, **fields: Any
+    name: str = "countdown",
+    synthetic: bool = False,
+    count: int = 3,
+    largest: int = 20,
+    **fields: Any,
 ) -> Task:
     """Makes the task; drawn puzzles have `count` numbers from 1 to `largest` and come with one solution as SFT target."""
     load = (
         functools.partial(load_generated_split, name, count, largest)
-        if drawn
+        if synthetic
         else functools.partial(hub.load_hub_split, name, SOURCES, build_example)
     )
     own = {"scorer": "countdown", "direct_suffix": "Give only the expression."}

@@ -22,7 +22,7 @@ from PIL import Image
 
 from cptjax.common.images import open_image
 from cptjax.tasks.synthetic import dataset
-from cptjax.tasks.task import Examples, Task, limit_rows, user_turn
+from cptjax.tasks.task import Examples, Task, limit_rows, refuse_old_name, user_turn
 from cptjax.types import Example
 
 IMAGE_FILE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -121,7 +121,7 @@ def list_folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
     """Lists a folder's images; its subfolders train/ and test/ are the splits, without them one file in ten, by name, is a test."""
     if not folder.is_dir():
         raise ValueError(
-            f'jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor "drawn"'
+            f'jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor "synthetic"'
         )
     own = (folder / split).is_dir()
     if not own and (
@@ -159,7 +159,7 @@ def load_split(
     limit: int | None = None,
     seed: int = 0,
 ) -> Examples:
-    if images == "drawn":
+    if images == "synthetic":
         source = dataset.PuzzleImages(split, seed, side, limit)
         order = np.arange(len(source))
     else:
@@ -187,7 +187,7 @@ def make_task(
     name: str = "jigsaw",
     rows: int = 3,
     cols: int = 3,
-    images: str = "drawn",
+    images: str = "synthetic",
     side: int = 224,
     *,
     find_task: Callable[[str], Task | None] = no_task,
@@ -198,6 +198,8 @@ def make_task(
         raise ValueError(
             f"jigsaw: a grid of at least two tiles is expected, rows={rows} cols={cols} came"
         )
+    if not Path(images).is_dir():
+        refuse_old_name(f"tasks.{name}.images", images)
     own = {"scorer": "jigsaw", "reward": "jigsaw", "direct_suffix": "Give only the numbers."}
     return Task(
         name,

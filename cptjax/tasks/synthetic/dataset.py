@@ -1,8 +1,8 @@
-"""Drawn tasks: images with questions made from a seed, unlimited and without any download.
+"""Synthetic tasks: images with questions made from a seed, unlimited and without any download.
 
 Ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images), facts and arithmetic (text alone).
 Levels 1-3 add distractors, cells or digits, or weaken the cue; facts have one level. Example i of (seed, split, family) depends
-on nothing else. No image is in two splits (`drawing.add_noise`), nor is a sum of arithmetic from level 2 on; facts and
+on nothing else. No image is in two splits (`painting.add_noise`), nor is a sum of arithmetic from level 2 on; facts and
 single-digit sums are *knowledge*, one table that every split asks about.
 
 Three settings make a base model to post-train on, as a real one is: it answers in its own words and is wrong in a steady way.
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cptjax.tasks.synthetic import drawing, random_streams
+from cptjax.tasks.synthetic import painting, random_streams
 from cptjax.tasks.synthetic.families import SYNTHETIC_FAMILIES, SyntheticSpec, answer_classes
 from cptjax.tasks.synthetic.random_streams import RandomStreams
 from cptjax.tasks.task import Task, did_you_mean, user_turn
@@ -35,7 +35,9 @@ SYNTHETIC_SIZES = {
     "test": 500,
 }  # a limit asks for any other number
 ANSWER_STYLES = ("it is", "answer :", "i think", "the answer is")
-BLOCK_SIZE = 64  # images drawn at a time
+BLOCK_SIZE = 64  # examples generated at a time
+# Part of every hash: another text would generate other rows.
+ROWS_KEY, PUZZLES_KEY = "drawn", "pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +56,18 @@ def generate_block(
 ) -> ExampleBlock:
     """Draws examples start..stop of a split."""
     number = SYNTHETIC_SPLITS.index(split)
-    draws = RandomStreams.of(
-        random_streams.hash_key("drawn", spec.family, spec.level, seed, split),
+    streams = RandomStreams.of(
+        random_streams.hash_key(ROWS_KEY, spec.family, spec.level, seed, split),
         np.arange(start, stop),
     )
-    canvas, questions, answers = SYNTHETIC_FAMILIES[spec.family](spec, draws, number)
-    images = None if canvas is None else drawing.add_noise(canvas, draws, spec.noise, number)
+    canvas, questions, answers = SYNTHETIC_FAMILIES[spec.family](spec, streams, number)
+    images = None if canvas is None else painting.add_noise(canvas, streams, spec.noise, number)
     names, weights = zip(*spec.styles, strict=True)
     chosen = np.searchsorted(
-        np.cumsum(weights) / np.sum(weights), draws.uniform("style")[:, 0], side="right"
+        np.cumsum(weights) / np.sum(weights), streams.uniform("style")[:, 0], side="right"
     )
     wrong = biased_classes(spec) if spec.bias else {}
-    replaced = draws.uniform("bias")[:, 0] < spec.bias
+    replaced = streams.uniform("bias")[:, 0] < spec.bias
     labels = [
         wrong.get(answer, answer) if hit else answer
         for answer, hit in zip(answers, replaced, strict=True)
@@ -149,11 +151,13 @@ class PuzzleImages(Sequence[tuple[str, Image.Image]]):
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
         index = range(len(self))[index]
         number = SYNTHETIC_SPLITS.index(self.split)
-        draws = RandomStreams.of(
-            random_streams.hash_key("pictures", self.seed, self.split), np.array([index])
+        streams = RandomStreams.of(
+            random_streams.hash_key(PUZZLES_KEY, self.seed, self.split), np.array([index])
         )
         return str(index), Image.fromarray(
-            drawing.add_noise(drawing.paint_puzzle_images(draws, self.side), draws, 6.0, number)[0]
+            painting.add_noise(
+                painting.paint_puzzle_images(streams, self.side), streams, 6.0, number
+            )[0]
         )
 
 
@@ -186,7 +190,7 @@ def styled_exact(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def make_synthetic_task(
-    name: str = "drawn",
+    name: str = "synthetic",
     family: str = "colour",
     level: int = 1,
     side: int = 32,
@@ -199,16 +203,16 @@ def make_synthetic_task(
     """Makes a drawn task; see the module's docstring for `styles`, `bias` and `world`."""
     if family not in SYNTHETIC_FAMILIES:
         raise ValueError(
-            f"drawn task: no family {family!r}; there are {', '.join(SYNTHETIC_FAMILIES)}{did_you_mean(family, SYNTHETIC_FAMILIES)}"
+            f"synthetic task: no family {family!r}; there are {', '.join(SYNTHETIC_FAMILIES)}{did_you_mean(family, SYNTHETIC_FAMILIES)}"
         )
     if level not in ((1,) if family == "facts" else (1, 2, 3)) or not 0 <= bias <= 1:
         raise ValueError(
-            f"drawn task: level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1 are expected; level={level} and bias={bias} came"
+            f"synthetic task: level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1 are expected; level={level} and bias={bias} came"
         )
     unknown = [style for style in styles or () if style and style not in ANSWER_STYLES]
     if unknown or (styles is not None and not sum(styles.values()) > 0):
         raise ValueError(
-            f"drawn task: styles give a weight to any of '', {', '.join(map(repr, ANSWER_STYLES))}; {dict(styles)} came"
+            f"synthetic task: styles give a weight to any of '', {', '.join(map(repr, ANSWER_STYLES))}; {dict(styles)} came"
         )
     spec = SyntheticSpec(
         family, level, side, noise, tuple(styles.items()) if styles else (("", 1.0),), bias, world

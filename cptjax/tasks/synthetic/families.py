@@ -1,6 +1,6 @@
-"""The families of drawn tasks: what each draws, asks and takes as the answer.
+"""The families of synthetic tasks: what each streams, asks and takes as the answer.
 
-A family is a function (spec, draws, split number) -> (canvas [n side side 3] or None, questions, answers).
+A family is a function (spec, streams, split number) -> (canvas [n side side 3] or None, questions, answers).
 """
 
 import dataclasses
@@ -8,8 +8,8 @@ import functools
 
 import numpy as np
 
-from cptjax.tasks.synthetic import drawing, random_streams
-from cptjax.tasks.synthetic.drawing import COLOURS, SHAPES
+from cptjax.tasks.synthetic import painting, random_streams
+from cptjax.tasks.synthetic.painting import COLOURS, SHAPES
 from cptjax.tasks.synthetic.random_streams import RandomStreams
 
 ROW_NAMES, COLUMN_NAMES = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -71,8 +71,8 @@ def answer_classes(spec: SyntheticSpec) -> list[str]:
             return []
 
 
-def _colour(spec: SyntheticSpec, draws: RandomStreams, split: int):
-    canvas, shapes, colours = _scene(spec, draws)
+def _colour(spec: SyntheticSpec, streams: RandomStreams, split: int):
+    canvas, shapes, colours = _scene(spec, streams)
     names = np.array(SHAPES)[shapes]
     asked = [
         "what colour is the shape?" if spec.level == 1 else f"what colour is the {name}?"
@@ -81,8 +81,8 @@ def _colour(spec: SyntheticSpec, draws: RandomStreams, split: int):
     return canvas, asked, [list(COLOURS)[c] for c in colours]
 
 
-def _shape(spec: SyntheticSpec, draws: RandomStreams, split: int):
-    canvas, shapes, colours = _scene(spec, draws)
+def _shape(spec: SyntheticSpec, streams: RandomStreams, split: int):
+    canvas, shapes, colours = _scene(spec, streams)
     names = np.array(list(COLOURS))[colours]
     asked = [
         "what shape is it?" if spec.level == 1 else f"what shape is the {name} one?"
@@ -91,48 +91,48 @@ def _shape(spec: SyntheticSpec, draws: RandomStreams, split: int):
     return canvas, asked, [SHAPES[s] for s in shapes]
 
 
-def _scene(spec: SyntheticSpec, draws: RandomStreams):
+def _scene(spec: SyntheticSpec, streams: RandomStreams):
     """Draws 1, 3 or 5 shapes, no two alike in shape or colour; returns those of the one asked about."""
-    canvas = drawing.paint_background(draws, spec.side)
+    canvas = painting.paint_background(streams, spec.side)
     grid = 3 if spec.level == 3 else 2
     cells, shapes, colours = (
-        draws.order("cells", grid * grid),
-        draws.order("shapes", 6),
-        draws.order("colours", 6),
+        streams.order("cells", grid * grid),
+        streams.order("shapes", 6),
+        streams.order("colours", 6),
     )
     for slot in range(2 * spec.level - 1):
-        drawing.paint_shape(
-            canvas, draws, slot, grid, cells[:, slot], shapes[:, slot], colours[:, slot]
+        painting.paint_shape(
+            canvas, streams, slot, grid, cells[:, slot], shapes[:, slot], colours[:, slot]
         )
     return canvas, shapes[:, 0], colours[:, 0]
 
 
-def _count(spec: SyntheticSpec, draws: RandomStreams, split: int):
-    canvas = drawing.paint_background(draws, spec.side)
+def _count(spec: SyntheticSpec, streams: RandomStreams, split: int):
+    canvas = painting.paint_background(streams, spec.side)
     grid = spec.level + 1
-    count = draws.integer("count", grid * grid) + 1
-    cells = draws.order("cells", grid * grid)
+    count = streams.integer("count", grid * grid) + 1
+    cells = streams.order("cells", grid * grid)
     for slot in range(grid * grid):
-        shape, colour = draws.integer(f"shape{slot}", 6), draws.integer(f"colour{slot}", 6)
-        drawing.paint_shape(
-            canvas, draws, slot, grid, cells[:, slot], shape, colour, present=slot < count
+        shape, colour = streams.integer(f"shape{slot}", 6), streams.integer(f"colour{slot}", 6)
+        painting.paint_shape(
+            canvas, streams, slot, grid, cells[:, slot], shape, colour, present=slot < count
         )
     return canvas, ["how many shapes are there?"] * len(count), [str(n) for n in count]
 
 
-def _position(spec: SyntheticSpec, draws: RandomStreams, split: int):
+def _position(spec: SyntheticSpec, streams: RandomStreams, split: int):
     """Draws 2, 3 or 5 shapes of different colours and asks where one is."""
-    canvas = drawing.paint_background(draws, spec.side)
+    canvas = painting.paint_background(streams, spec.side)
     grid = min(spec.level + 1, 3)
-    cells, colours = draws.order("cells", grid * grid), draws.order("colours", 6)
+    cells, colours = streams.order("cells", grid * grid), streams.order("colours", 6)
     for slot in range((2, 3, 5)[spec.level - 1]):
-        drawing.paint_shape(
+        painting.paint_shape(
             canvas,
-            draws,
+            streams,
             slot,
             grid,
             cells[:, slot],
-            draws.integer(f"shape{slot}", 6),
+            streams.integer(f"shape{slot}", 6),
             colours[:, slot],
         )
     asked = [f"where is the {list(COLOURS)[c]} shape?" for c in colours[:, 0]]
@@ -144,28 +144,28 @@ def _cell_name(cell: int, grid: int) -> str:
     return f"{ROW_NAMES[:: 4 - grid][row]} {COLUMN_NAMES[:: 4 - grid][column]}"
 
 
-def _digit(spec: SyntheticSpec, draws: RandomStreams, split: int):
-    canvas = drawing.paint_background(draws, spec.side)
-    digits = np.stack([draws.integer(f"digit{place}", 10) for place in range(spec.level)], axis=1)
-    drawing.paint_digits(canvas, draws, digits)
+def _digit(spec: SyntheticSpec, streams: RandomStreams, split: int):
+    canvas = painting.paint_background(streams, spec.side)
+    digits = np.stack([streams.integer(f"digit{place}", 10) for place in range(spec.level)], axis=1)
+    painting.paint_digits(canvas, streams, digits)
     asked = "which digit is it?" if spec.level == 1 else "which number is it?"
     return canvas, [asked] * len(digits), ["".join(map(str, row)) for row in digits]
 
 
-def _compare(spec: SyntheticSpec, draws: RandomStreams, split: int):
+def _compare(spec: SyntheticSpec, streams: RandomStreams, split: int):
     """Draws a shape on either side; one is larger by a factor that shrinks with the level."""
-    canvas = drawing.paint_background(draws, spec.side)
-    larger = draws.uniform("size", 0.36, 0.46)[:, 0]
+    canvas = painting.paint_background(streams, spec.side)
+    larger = streams.uniform("size", 0.36, 0.46)[:, 0]
     smaller = (
         larger
-        / draws.uniform("factor", *((1.7, 2.2), (1.35, 1.6), (1.15, 1.3))[spec.level - 1])[:, 0]
+        / streams.uniform("factor", *((1.7, 2.2), (1.35, 1.6), (1.15, 1.3))[spec.level - 1])[:, 0]
     )
-    left = draws.integer("left", 2) == 1
+    left = streams.integer("left", 2) == 1
     for slot, big in ((0, left), (1, ~left)):
-        cell = 2 * draws.integer(f"row{slot}", 2) + slot
-        shape, colour = draws.integer("shape", 6), draws.integer(f"colour{slot}", 6)
-        drawing.paint_shape(
-            canvas, draws, slot, 2, cell, shape, colour, radius=np.where(big, larger, smaller)
+        cell = 2 * streams.integer(f"row{slot}", 2) + slot
+        shape, colour = streams.integer("shape", 6), streams.integer(f"colour{slot}", 6)
+        painting.paint_shape(
+            canvas, streams, slot, 2, cell, shape, colour, radius=np.where(big, larger, smaller)
         )
     return (
         canvas,
@@ -174,14 +174,14 @@ def _compare(spec: SyntheticSpec, draws: RandomStreams, split: int):
     )
 
 
-def _jigsaw(spec: SyntheticSpec, draws: RandomStreams, split: int):
+def _jigsaw(spec: SyntheticSpec, streams: RandomStreams, split: int):
     """Shuffles the tiles of a picture; the answer is in the convention of tasks/jigsaw.py."""
     grid = int(spec.family[-1])
     tile = spec.side // grid
-    picture = drawing.paint_puzzle_images(
-        draws, tile * grid, contrast=160.0 / 2 ** (spec.level - 1)
+    picture = painting.paint_puzzle_images(
+        streams, tile * grid, contrast=160.0 / 2 ** (spec.level - 1)
     )
-    order = draws.order("tiles", grid * grid)
+    order = streams.order("tiles", grid * grid)
     tiles = (
         picture.reshape(-1, grid, tile, grid, tile, 3)
         .swapaxes(2, 3)
@@ -192,7 +192,7 @@ def _jigsaw(spec: SyntheticSpec, draws: RandomStreams, split: int):
         .reshape(-1, grid, grid, tile, tile, 3)
         .swapaxes(2, 3)
     )
-    canvas = drawing.paint_background(draws, spec.side)
+    canvas = painting.paint_background(streams, spec.side)
     canvas[:, : tile * grid, : tile * grid] = shown.reshape(picture.shape)
     return (
         canvas,
@@ -205,9 +205,9 @@ def _format_tiles(tiles: np.ndarray) -> str:
     return " ".join(str(tile + 1) for tile in tiles)
 
 
-def _facts(spec: SyntheticSpec, draws: RandomStreams, split: int):
+def _facts(spec: SyntheticSpec, streams: RandomStreams, split: int):
     known = world_facts(spec.world)
-    keys = [CREATURES[k] for k in draws.integer("key", len(CREATURES))]
+    keys = [CREATURES[k] for k in streams.integer("key", len(CREATURES))]
     return None, [f"what does {key} eat?" for key in keys], [known[key] for key in keys]
 
 
@@ -219,9 +219,9 @@ def world_facts(world: int = 0) -> dict[str, str]:
     return {key: FOODS[place // 2] for key, place in zip(CREATURES, order, strict=True)}
 
 
-def _arithmetic(spec: SyntheticSpec, draws: RandomStreams, split: int):
+def _arithmetic(spec: SyntheticSpec, streams: RandomStreams, split: int):
     sums = _list_sums(spec.level, split)
-    chosen = [sums[i] for i in draws.integer("sum", len(sums))]
+    chosen = [sums[i] for i in streams.integer("sum", len(sums))]
     return (
         None,
         [f"what is {x} {sign} {y}?" for x, sign, y, _ in chosen],

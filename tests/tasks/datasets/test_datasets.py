@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from cptjax.common import console
 from cptjax.common.images import ImageSettings
-from cptjax.tasks import bad_rows, prompted_task
+from cptjax.tasks import prompted_task
+from cptjax.tasks.bad_rows import collect_bad_rows
 from cptjax.tasks.datasets import countdown, ifeval, jigsaw
 from cptjax.tasks.hub import HubSource, find_split_files
 from cptjax.tasks.registry import BUILT_IN_TASKS, PAPER_A_TASKS, TASK_MAKERS, resolve_task
@@ -588,7 +589,7 @@ def write(root, files):
 
 
 def test_every_dataset_has_a_fixture():
-    drawn = {name for name in BUILT_IN_TASKS if name.startswith("drawn_")}
+    drawn = {name for name in BUILT_IN_TASKS if name.startswith("synthetic_")}
     assert set(BUILT_IN_TASKS) - {"jigsaw"} - drawn == set(FIXTURES) == set(SUFFIXES)
 
 
@@ -783,7 +784,7 @@ def test_an_image_is_decoded_only_when_its_example_is_asked_for(tmp_path):
     assert len(examples) == 2 and examples[0].answer == "yes"
     with pytest.raises(ValueError, match="pathvqa/test, row 1: image: not an image"):
         examples[1]
-    assert [str(bad).partition(" (")[0] for bad in bad_rows(examples)] == [
+    assert [str(bad).partition(" (")[0] for bad in collect_bad_rows(examples)] == [
         "pathvqa/test:1: image: not an image that can be read"
     ]
 
@@ -996,7 +997,7 @@ def test_jigsaws_from_a_folder_another_task_and_drawings(tmp_path):
 def test_drawn_countdown_puzzles_have_the_solution_that_they_claim():
     seen = {}
     for split in ("train", "test"):
-        for example in TASK_MAKERS["countdown"]("c", drawn=True, count=4).load(split, limit=60):
+        for example in TASK_MAKERS["countdown"]("c", synthetic=True, count=4).load(split, limit=60):
             assert evaluate_arithmetic(example.target) is not None, example.target
             assert (
                 scorers.find_scorer("countdown").score(example.target, example.answer, example.meta)

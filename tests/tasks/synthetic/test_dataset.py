@@ -1,4 +1,4 @@
-"""Drawn tasks: what is drawn is what is asked, nothing depends on its neighbours, and no image is in two splits."""
+"""Synthetic tasks: what is drawn is what is asked, nothing depends on its neighbours, and no image is in two splits."""
 
 import re
 import time
@@ -9,7 +9,7 @@ import pytest
 
 from cptjax.tasks.datasets import jigsaw
 from cptjax.tasks.registry import BUILT_IN_TASKS, resolve_task
-from cptjax.tasks.synthetic import drawing
+from cptjax.tasks.synthetic import painting
 from cptjax.tasks.synthetic.dataset import (
     ANSWER_STYLES,
     SyntheticExamples,
@@ -89,7 +89,7 @@ def test_the_colour_asked_for_is_the_colour_drawn():
     block = generate_block(SyntheticSpec("colour", noise=0.0), "train", 0, 0, 100)
     for image, answer in zip(block.images, block.answers, strict=True):
         brightest = image.reshape(-1, 3)[image.reshape(-1, 3).max(1).argmax()].astype(float)
-        distance = {name: np.abs(brightest - rgb).sum() for name, rgb in drawing.COLOURS.items()}
+        distance = {name: np.abs(brightest - rgb).sum() for name, rgb in painting.COLOURS.items()}
         assert min(distance, key=distance.get) == answer
 
 
@@ -97,7 +97,7 @@ def test_the_place_asked_for_holds_that_colour():
     block = generate_block(SyntheticSpec("position", noise=0.0), "train", 0, 0, 100)
     places = ["top left", "top right", "bottom left", "bottom right"]
     for image, question, answer in zip(block.images, block.questions, block.answers, strict=True):
-        rgb = drawing.COLOURS[question.split()[3]]
+        rgb = painting.COLOURS[question.split()[3]]
         nearest = [np.abs(centre_colour(image, cell) - rgb).sum(1).min() for cell in range(4)]
         assert places[int(np.argmin(nearest))] == answer
 
@@ -125,8 +125,8 @@ def test_shapes_have_the_outline_that_they_are_named_after():
     """At a right angle from the centre, half-way out, and in the corner of the square around it."""
     u, v, r = np.array([0.0, 0.0, 6.0, 7.5]), np.array([0.0, -7.0, 0.0, 7.5]), np.full(4, 10.0)
     inside = {
-        shape: tuple(drawing.outline_distance(kind, u, v, r) < 0)
-        for kind, shape in enumerate(drawing.SHAPES)
+        shape: tuple(painting.outline_distance(kind, u, v, r) < 0)
+        for kind, shape in enumerate(painting.SHAPES)
     }
     assert inside == {
         "circle": (True, True, True, False),
@@ -149,7 +149,7 @@ def test_digits_are_those_of_the_answer():
         y = ((np.arange(5) + 0.5) / 5 * crop.shape[0]).astype(int)
         x = ((np.arange(width) + 0.5) / width * crop.shape[1]).astype(int)
         assert np.array_equal(
-            crop[np.ix_(y, x)], drawing.DIGIT_FONT[int(answer)].astype(bool)[:, :width]
+            crop[np.ix_(y, x)], painting.DIGIT_FONT[int(answer)].astype(bool)[:, :width]
         )
 
 
@@ -218,7 +218,7 @@ def test_styles_word_the_target_in_their_shares_and_leave_the_answer_bare():
         "base",
         {
             "base": {
-                "task": "drawn",
+                "task": "synthetic",
                 "family": "shape",
                 "styles": {"it is": 0.4, "answer :": 0.3, "i think": 0.3},
             }
@@ -235,8 +235,8 @@ def test_styles_word_the_target_in_their_shares_and_leave_the_answer_bare():
     )
     assert task.forced_prefix == "it is" and task.template == "none"
     assert (
-        BUILT_IN_TASKS["drawn_shape"].load("train")[0].target
-        == BUILT_IN_TASKS["drawn_shape"].load("train")[0].answer
+        BUILT_IN_TASKS["synthetic_shape"].load("train")[0].target
+        == BUILT_IN_TASKS["synthetic_shape"].load("train")[0].answer
     )
 
 
@@ -264,12 +264,12 @@ def test_the_verifier_is_lenient_on_style_and_strict_on_the_rest():
 
 
 def test_a_limit_asks_for_any_number_and_the_first_stay_the_same():
-    task = BUILT_IN_TASKS["drawn_count"]
+    task = BUILT_IN_TASKS["synthetic_count"]
     assert len(task.load("train", limit=25_000)) == 25_000
     short, long = task.load("test", limit=10), task.load("test", limit=200)
     assert [e.answer for e in short] == [e.answer for e in long][:10] and long[
         7
-    ].id == "drawn_count/test/7"
+    ].id == "synthetic_count/test/7"
     assert (
         cloudpickle.loads(cloudpickle.dumps(long))[199].answer
         == long[199].answer
@@ -292,7 +292,7 @@ def test_sides_and_settings():
         with pytest.raises(ValueError, match=message):
             make_synthetic_task(**wrong)
     with pytest.raises(ValueError, match="no split 'dev'"):
-        BUILT_IN_TASKS["drawn_shape"].load("dev")
+        BUILT_IN_TASKS["synthetic_shape"].load("dev")
 
 
 def test_drawing_is_fast_enough_to_draw_while_training():

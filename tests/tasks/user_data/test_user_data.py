@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from cptjax.common.images import MAX_FILE_PIXELS, open_image
-from cptjax.tasks import bad_rows
-from cptjax.tasks.bad_rows import BadRow, check_and_drop_rows
+from cptjax.tasks.bad_rows import BadRow, check_and_drop_rows, collect_bad_rows
 from cptjax.tasks.registry import resolve_task
 from cptjax.tasks.task import example_text
 
@@ -55,7 +54,7 @@ def load(source, split="train", seed=0, limit=None, **settings):
 
 
 def only_bad(examples):
-    (bad,) = bad_rows(examples)
+    (bad,) = collect_bad_rows(examples)
     return bad
 
 
@@ -128,7 +127,7 @@ def as_json_lines_named_json(folder):
 )
 def test_every_container_gives_the_same_examples(folder, container):
     examples = load(str(folder / container(folder)))
-    assert bad_rows(examples) == []
+    assert collect_bad_rows(examples) == []
     assert [(example_text(e), e.answer, e.target) for e in examples] == [
         ("<image>What colour?", "red", "red"),
         ("<image>What colour?", "blue", "blue"),
@@ -310,7 +309,7 @@ def test_cmyk_palette_grey_and_transparent_images_keep_their_colours(folder):
     assert open_image("clear.png", folder).getpixel((2, 2)) == (255, 255, 255)
     assert open_image("la.png", folder).getpixel((2, 2)) == (90, 90, 90)
     assert (
-        bad_rows(
+        collect_bad_rows(
             load(
                 write(
                     folder,
@@ -362,7 +361,7 @@ def test_placeholders_that_do_not_match_the_images(folder):
             row(prompt="<video>", images=None),
         )
     )
-    assert [(bad.row, bad.reason.partition(";")[0]) for bad in bad_rows(examples)] == [
+    assert [(bad.row, bad.reason.partition(";")[0]) for bad in collect_bad_rows(examples)] == [
         (1, "0 <image> in the prompt but 1 image(s) in the row"),
         (2, "2 <image> in the prompt but 1 image(s) in the row"),
         (3, "1 <image> in the prompt but 0 image(s) in the row"),
@@ -379,7 +378,7 @@ def test_empty_answers(folder):
             '{"prompt": "a"}',
         )
     )
-    assert [(bad.row, bad.reason) for bad in bad_rows(examples)] == [
+    assert [(bad.row, bad.reason) for bad in collect_bad_rows(examples)] == [
         (number, "the answer is empty") for number in range(2, 9)
     ]
 
@@ -505,7 +504,7 @@ def test_decompression_bombs_are_refused_before_decoding(folder, warned):
             + chunk(b"IDAT", b"")
             + chunk(b"IEND", b"")
         )
-    bad = bad_rows(load(write(folder, row(images=["bomb.png"]), row(images=["huge.png"]))))
+    bad = collect_bad_rows(load(write(folder, row(images=["bomb.png"]), row(images=["huge.png"]))))
     assert [problem.row for problem in bad] == [1, 2] and all(
         "pixels allowed; shrink the image" in problem.reason for problem in bad
     )

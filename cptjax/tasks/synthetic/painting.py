@@ -1,4 +1,4 @@
-"""Numpy drawing for the drawn tasks: counter-based random numbers, shapes, digits and pictures, many images at a time.
+"""Numpy painting for the synthetic tasks: counter-based random numbers, shapes, digits and pictures, many images at a time.
 
 Every random number is a hash of (key, example, stream), so example i never depends on how many are drawn with it.
 """
@@ -33,15 +33,15 @@ DIGIT_FONT = np.array([[int(bit) for bit in glyph] for glyph in DIGIT_GLYPHS], n
 )
 
 
-def paint_background(draws: RandomStreams, side: int) -> FloatArray:
+def paint_background(streams: RandomStreams, side: int) -> FloatArray:
     """Returns dark canvases of slightly different greys."""
-    grey = draws.uniform("background", 20, 60).astype(np.float32)[:, None, None]
+    grey = streams.uniform("background", 20, 60).astype(np.float32)[:, None, None]
     return np.broadcast_to(grey, (len(grey), side, side, 3)).copy()
 
 
 def paint_shape(
     canvas: FloatArray,
-    draws: RandomStreams,
+    streams: RandomStreams,
     slot: int,
     grid: int,
     cell,
@@ -52,12 +52,14 @@ def paint_shape(
 ) -> None:
     """Paints one shape per image into its cell of a grid x grid layout; radius is a share of the cell."""
     size = canvas.shape[1] // grid
-    r = (draws.uniform(f"radius{slot}", 0.30, 0.42)[:, 0] if radius is None else radius) * size
+    r = (streams.uniform(f"radius{slot}", 0.30, 0.42)[:, 0] if radius is None else radius) * size
     centre = (
         size / 2
-        + draws.uniform(f"centre{slot}", -1, 1, size=2) * np.maximum(size / 2 - r, 0)[:, None] * 0.7
+        + streams.uniform(f"centre{slot}", -1, 1, size=2)
+        * np.maximum(size / 2 - r, 0)[:, None]
+        * 0.7
     )
-    hue = np.array(list(COLOURS.values()), np.float32)[colour] + draws.uniform(
+    hue = np.array(list(COLOURS.values()), np.float32)[colour] + streams.uniform(
         f"hue{slot}", -22, 22, size=3
     ).astype(np.float32)
     pixel = np.arange(size, dtype=np.float32) + 0.5
@@ -106,7 +108,7 @@ def outline_distance(kind: int, u: FloatArray, v: FloatArray, r: FloatArray) -> 
             return np.abs(np.hypot(u, v) - 0.72 * r) - 0.25 * r
 
 
-def paint_digits(canvas: FloatArray, draws: RandomStreams, digits: np.ndarray) -> None:
+def paint_digits(canvas: FloatArray, streams: RandomStreams, digits: np.ndarray) -> None:
     """Paints each row of digits [n, length] as one number, at a random scale and place."""
     side, length = canvas.shape[1], digits.shape[1]
     text = np.zeros((len(digits), 5, 4 * length), np.float32)
@@ -114,8 +116,8 @@ def paint_digits(canvas: FloatArray, draws: RandomStreams, digits: np.ndarray) -
         text[:, :, 4 * position : 4 * position + 3] = DIGIT_FONT[digits[:, position]]
     text = text[:, :, :-1]
     height, width = text.shape[1:]
-    scale = draws.uniform("scale", 0.6, 0.9)[:, 0] * side / max(height, width)
-    corner = draws.uniform("corner", size=2) * (side - scale[:, None] * (width, height))
+    scale = streams.uniform("scale", 0.6, 0.9)[:, 0] * side / max(height, width)
+    corner = streams.uniform("corner", size=2) * (side - scale[:, None] * (width, height))
     pixel = np.arange(side) + 0.5
     column = np.floor((pixel[None] - corner[:, :1]) / scale[:, None]).astype(int)
     row = np.floor((pixel[None] - corner[:, 1:]) / scale[:, None]).astype(int)
@@ -125,32 +127,34 @@ def paint_digits(canvas: FloatArray, draws: RandomStreams, digits: np.ndarray) -
         inside
         * text[image, row.clip(0, height - 1)[:, :, None], column.clip(0, width - 1)[:, None]]
     )
-    hue = np.array(list(COLOURS.values()), np.float32)[draws.integer("ink", len(COLOURS))]
+    hue = np.array(list(COLOURS.values()), np.float32)[streams.integer("ink", len(COLOURS))]
     canvas += cover[..., None] * (hue[:, None, None] - canvas)
 
 
-def paint_puzzle_images(draws: RandomStreams, side: int, contrast: float = 160.0) -> FloatArray:
+def paint_puzzle_images(streams: RandomStreams, side: int, contrast: float = 160.0) -> FloatArray:
     """Returns pictures whose every part tells where it belongs: red grows to the right, green downwards, over it three shapes."""
-    n = len(draws.examples)
+    n = len(streams.examples)
     slope = 110 + contrast * np.linspace(-0.5, 0.5, side, dtype=np.float32)
     canvas = np.empty((n, side, side, 3), np.float32)
     canvas[..., 0], canvas[..., 1] = slope[None, None], slope[None, :, None]
-    canvas[..., 2] = draws.uniform("blue", 30, 190)[:, :, None]
+    canvas[..., 2] = streams.uniform("blue", 30, 190)[:, :, None]
     for slot in range(3):
         shape, colour = (
-            draws.integer(f"shape{slot}", len(SHAPES)),
-            draws.integer(f"colour{slot}", len(COLOURS)),
+            streams.integer(f"shape{slot}", len(SHAPES)),
+            streams.integer(f"colour{slot}", len(COLOURS)),
         )
-        paint_shape(canvas, draws, slot, 3, draws.order("cells", 9)[:, slot], shape, colour)
+        paint_shape(canvas, streams, slot, 3, streams.order("cells", 9)[:, slot], shape, colour)
     return canvas
 
 
-def add_noise(canvas: FloatArray, draws: RandomStreams, strength: float, split: int) -> np.ndarray:
+def add_noise(
+    canvas: FloatArray, streams: RandomStreams, strength: float, split: int
+) -> np.ndarray:
     """Adds pixel noise and returns uint8 images, in which the first red value modulo 4 is the split: no image is in two splits."""
     n, side = canvas.shape[:2]
     # The number of ones among 32 random bits is normal enough: mean 16, variance 8; a 64-bit hash serves two values.
     values = side * side * 3
-    halves = draws.bits("noise", (values + 1) // 2).view(np.uint32)[:, :values]
+    halves = streams.bits("noise", (values + 1) // 2).view(np.uint32)[:, :values]
     canvas += (np.bitwise_count(halves).astype(np.float32).reshape(canvas.shape) - 16) * np.float32(
         strength / 8**0.5
     )
