@@ -101,16 +101,41 @@ def evaluate_and_record(run: Run, number: int, task: str, about: dict[str, Any])
         result = evaluate_current_model(
             run, number, task, template, e.forced_prefix, describe_stage(number)
         )
-        spent += result.spent
+        spent += result.cost
         if run.log:
             run.log.evals(evaluate.eval_rows(result, about))
             if i == 0:
                 run.log.predictions(number, evaluate.prediction_rows(result, about["step"]))
-    moved = base_kl.base_kl_rows(run, number, task, about) if e.drift else []
+    base_kl_rows = [measure_base_kl(run, task, about)] if e.drift else []
     if run.log:
-        run.log.evals(moved)
+        run.log.evals(base_kl_rows)
         cost = spent.logged() | {"seconds": time.perf_counter() - began}
         run.log.step(number, about["step"], {"event": "evaluate", "task": task, **cost})
+
+
+def measure_base_kl(run: Run, task: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of evals.csv with the KL from the base model to the current one on a task."""
+    c, model_ctx = run.config, run.model_ctx
+    template = eval_templates(c, run.stages, task)[0]
+    prompted = run.prompted(task, c, template)
+    sampling = generate.SamplingConfig(
+        1, 1.0, max_new_tokens=c.eval.max_new_tokens, check_every=c.rollout.check_every
+    )
+    responses = run.cached(
+        ("drift", task),
+        lambda: base_kl.sample_base_responses(
+            model_ctx,
+            run.base(),
+            prompted,
+            run.examples(task, "test", c, template),
+            sampling,
+            count=c.eval.drift,
+            batch=c.eval.batch,
+            seed=c.seed,
+        ),
+    )
+    metric = base_kl.measure_base_kl(model_ctx, run.base(), run.params, responses, c.train.chunk)
+    return base_kl.base_kl_row(prompted, metric, c.eval.max_new_tokens, about)
 
 
 def templates_of_task(run: Run, task: str) -> list[str]:
@@ -173,7 +198,7 @@ def evaluate_within_stage(
         result = evaluate_current_model(
             run, which.number, task, template, False, f"at step {step}", which.config.eval.mini
         )
-        spent += result.spent
+        spent += result.cost
         rows = evaluate.eval_rows(result, shared_eval_columns(run, which.number, step), mini=True)
         found["accuracy" if task in which.tasks else "others"] += [row["value"] for row in rows]
         if run.log:

@@ -1,109 +1,115 @@
-"""How far a model has moved from its base: KL(base || now) per token, on the base's own answers to each task's prompts."""
+"""KL(base || current model) per token, on the base model's own responses to each task's prompts."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from cptjax import sharding
 from cptjax.common import distributed, run_log
-from cptjax.config import eval_templates
 from cptjax.data.device_batches import batch_slices, group_batch, response_bucket
+from cptjax.data.model_context import ModelContext
 from cptjax.generation import generate
+from cptjax.generation.generate import SamplingConfig
 from cptjax.models import decoder, logprobs, trainable
+from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import distill_kl
+from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import summaries
-from cptjax.types import Batch, Params
+from cptjax.types import Batch, Example, Params
+
+# A batch with the base model's responses, and the length of each; a length of 0 marks a row that only fills the batch
+BaseResponses = list[tuple[Batch, np.ndarray]]
 
 
 @functools.lru_cache(maxsize=8)
-def _kl_program(cfg: Any, dtype: Any, chunk: int) -> Callable:
-    def run(base: Params, now: Params, batch: Batch) -> jax.Array:
-        base, now = trainable.cast_params(base, dtype), trainable.cast_params(now, dtype)
-        flat = lambda params: (h := logprobs.predicting_states(params, batch, cfg, dtype)).reshape(
-            -1, h.shape[-1]
-        )
+def _kl_program(cfg: ModelConfig, dtype: DTypeLike, chunk: int) -> Callable:
+    def kl_by_token(base: Params, params: Params, batch: Batch) -> jax.Array:
+        base, params = trainable.cast_params(base, dtype), trainable.cast_params(params, dtype)
+
+        def flat_states(p: Params) -> jax.Array:
+            hidden = logprobs.predicting_states(p, batch, cfg, dtype)
+            return hidden.reshape(-1, hidden.shape[-1])
+
         kl = distill_kl(
-            flat(now),
-            flat(base),
-            decoder.unembedding(now["text"]),
+            flat_states(params),
+            flat_states(base),
+            decoder.unembedding(params["text"]),
             decoder.unembedding(base["text"]),
             chunk=chunk,
         )
         return jnp.where(batch.mask, kl.reshape(batch.mask.shape), 0)
 
-    return jax.jit(run)
+    return jax.jit(kl_by_token)
 
 
-def first_eval_template(current: Any, task: str) -> str:
-    return eval_templates(current.config, current.stages, task)[0]
+def sample_base_responses(
+    model_ctx: ModelContext,
+    base: Params,
+    prompted: PromptedTask,
+    examples: Sequence[Example],
+    sampling: SamplingConfig,
+    *,
+    count: int,
+    batch: int,
+    seed: int,
+) -> BaseResponses:
+    """Sample the base model's responses to a task's first `count` prompts.
 
-
-def sample_base_responses(current: Any, task: str) -> list[tuple[Batch, np.ndarray]]:
-    """The base model's answers to a task's first prompts, and their lengths, 0 for rows that only fill the shards.
-
-    They are the same at every stage, so drawn once a run.
+    They are the same at every stage, so the caller keeps them for the whole run.
     """
-    c, model_ctx = current.config, current.model_ctx
-    template = first_eval_template(current, task)
-    prompted, examples = (
-        current.prompted(task, c, template),
-        current.examples(task, "test", c, template),
-    )
-    wanted = min(c.eval.drift, len(examples))
-    share = -(-wanted // (jax.process_count() * model_ctx.shards)) * model_ctx.shards
-    places = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
-    mine, counted = np.minimum(places, wanted - 1).tolist(), places < wanted
+    count, shards = min(count, len(examples)), model_ctx.shards
+    share = -(-count // (jax.process_count() * shards)) * shards  # rows of each process
+    positions = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
+    rows, is_counted = np.minimum(positions, count - 1).tolist(), positions < count
     encoded = [
-        model_ctx.processor.encode(prompted.messages(examples[i]), generation=True) for i in mine
+        model_ctx.processor.encode(prompted.messages(examples[i]), generation=True) for i in rows
     ]
-    sampling = generate.SamplingConfig(
-        1, 1.0, max_new_tokens=c.eval.max_new_tokens, check_every=c.rollout.check_every
-    )
-    key = jax.random.fold_in(jax.random.key(c.seed), 20_000)
-    out = []
-    for p in batch_slices(
-        len(mine), max(model_ctx.shards, c.eval.batch // model_ctx.shards * model_ctx.shards)
-    ):
-        said = generate.sample_responses(
-            model_ctx, current.base(), encoded[p], key, np.asarray(mine[p]), sampling
+    key = jax.random.fold_in(jax.random.key(seed), 20_000)
+    responses = []
+    for part in batch_slices(len(rows), max(shards, batch // shards * shards)):
+        samples = generate.sample_responses(
+            model_ctx, base, encoded[part], key, np.asarray(rows[part]), sampling
         )
-        length = response_bucket(said.mask, sampling.max_new_tokens)
-        out.append(
-            (
-                group_batch(model_ctx, encoded[p], said.tokens, said.mask, length=length, extra={}),
-                said.mask.sum(1) * counted[p],
-            )
+        length = response_bucket(samples.mask, sampling.max_new_tokens)
+        device_batch = group_batch(
+            model_ctx, encoded[part], samples.tokens, samples.mask, length=length, extra={}
         )
-    return out
+        responses.append((device_batch, samples.mask.sum(1) * is_counted[part]))
+    return responses
 
 
-def base_kl_rows(
-    current: Any, number: int, task: str, common: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The line of evals.csv for one task."""
-    model_ctx, chunk = current.model_ctx, current.config.train.chunk
-    answers = current.cached(("drift", task), lambda: sample_base_responses(current, task))
+def measure_base_kl(
+    model_ctx: ModelContext, base: Params, params: Params, responses: BaseResponses, chunk: int
+) -> summaries.Metric:
+    """Return the KL per token from the base model to `params`, over the responses of all processes."""
+    program = _kl_program(model_ctx.cfg, model_ctx.dtype, chunk)
     sums: list[tuple[float, int]] = []
-    for batch, lengths in answers:
+    for batch, lengths in responses:
         with jax.set_mesh(model_ctx.mesh):
-            kl = sharding.local_rows(
-                _kl_program(model_ctx.cfg, model_ctx.dtype, chunk)(
-                    current.base(), current.params, batch
-                )
-            )
+            kl = sharding.local_rows(program(base, params, batch))
         sums += [(s, n) for s, n in zip(kl.sum(1).tolist(), lengths.tolist(), strict=True) if n]
-    every = distributed.concat_lists(distributed.gather_objects(sums))
-    own = {
-        "task": task,
+    gathered = distributed.concat_lists(distributed.gather_objects(sums))
+    return summaries.ratio_metric(*zip(*gathered, strict=True))
+
+
+def base_kl_row(
+    prompted: PromptedTask,
+    metric: summaries.Metric,
+    max_new_tokens: int,
+    columns: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the line of evals.csv for one task."""
+    return {
+        "task": prompted.name,
         "metric": run_log.KL_BASE,
-        **summaries.ratio_metric(*zip(*every, strict=True))._asdict(),
+        **metric._asdict(),
+        "scorer": "kl@1",
+        "template": prompted.template.name,
+        **columns,
+        "decoding": f"the base's own, T=1, {max_new_tokens} tokens",
     }
-    template = current.prompted(
-        task, current.config, first_eval_template(current, task)
-    ).template.name
-    decoding = f"the base's own, T=1, {current.config.eval.max_new_tokens} tokens"
-    return [{**own, "scorer": "kl@1", "template": template, **common, "decoding": decoding}]

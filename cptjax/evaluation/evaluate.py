@@ -1,11 +1,11 @@
-"""One task, one model -> scored answers: the same decoding for every method, never teacher-forced."""
+"""Evaluate a model on one task: generate responses to the test rows and score them."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,23 +22,28 @@ from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import scorers, summaries
 from cptjax.types import Example, Params
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """The answers of a model to one task's test rows."""
+    """The scored responses of a model to test rows of one task."""
 
     prompted: PromptedTask
     records: list[scorers.ScoreRecord]
-    forced: list[scorers.ScoreRecord]  # after the forced prefix; empty where that was not asked for
-    texts: list[str]
-    spent: WorkCost  # by all processes, the forced answers included
-    also: dict[scorers.Scorer, list[scorers.ScoreRecord]] = dataclasses.field(
+    forced_records: list[scorers.ScoreRecord]  # of responses after the forced prefix, if requested
+    responses: list[str]
+    cost: WorkCost  # of all processes, the responses after the forced prefix included
+    extra_records: dict[scorers.Scorer, list[scorers.ScoreRecord]] = dataclasses.field(
         default_factory=dict
     )  # by the task's further scorers
 
 
 class EvalPrompts:
-    """A task's test rows as prompts, over all evaluations: measured once, encoded just ahead of the device, kept where all fit."""
+    """The test rows of a task as encoded prompts, for all evaluations of a run.
+
+    Rows are measured once and encoded one batch ahead of the device. Encoded rows are kept in memory if all of them fit.
+    """
 
     def __init__(
         self,
@@ -47,15 +52,13 @@ class EvalPrompts:
         examples: Sequence[Example],
         workers: int = 0,
     ):
-        self.model_ctx, self.prompted, self.examples, self.workers = (
-            model_ctx,
-            prompted,
-            examples,
-            workers,
-        )
+        self.model_ctx = model_ctx
+        self.prompted = prompted
+        self.examples = examples
+        self.workers = workers
         self.lengths: dict[int, int] = {}  # tokens, by row
         self.asked: dict[int, Example] = {}  # without their pictures, by row
-        self.shelf = loader.RowCache(len(examples))
+        self.cache = loader.RowCache(len(examples))
 
     def order(self, rows: Sequence[int]) -> list[int]:
         """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
@@ -73,18 +76,21 @@ class EvalPrompts:
         return sorted(rows, key=lambda i: (-self.lengths[i], i))
 
     def encoded(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, EncodedConversation]]:
-        """The prompts of each batch by row, made while the device answers the batch before."""
-        form, words = (
-            dataclasses.replace(self.prompted, pool=None),
-            self.model_ctx.processor,
-        )  # a pool does not pickle
-        encode = lambda example: words.encode(form.messages(example), generation=True)
-        workers = 0 if all(i in self.shelf.kept for rows in batches for i in rows) else self.workers
-        with loader.open_reader([self.examples], encode, workers) as read:
-            shelved = lambda rows: self.shelf.get(
-                rows, lambda new: read([RowRef(0, i, 0) for i in new])
-            )
-            for rows, values in zip(batches, loader.prefetch_map(shelved, batches), strict=True):
+        """Yield the encoded prompts of each batch by row; the next batch is encoded while the device works."""
+        prompted = dataclasses.replace(self.prompted, pool=None)  # a pool can not be pickled
+        processor = self.model_ctx.processor
+
+        def encode(example: Example) -> EncodedConversation:
+            return processor.encode(prompted.messages(example), generation=True)
+
+        all_kept = all(i in self.cache.kept for rows in batches for i in rows)
+        with loader.open_reader([self.examples], encode, 0 if all_kept else self.workers) as read:
+
+            def encode_rows(rows: Sequence[int]) -> list[EncodedConversation]:
+                return self.cache.get(rows, lambda new: read([RowRef(0, i, 0) for i in new]))
+
+            batches_encoded = loader.prefetch_map(encode_rows, batches)
+            for rows, values in zip(batches, batches_encoded, strict=True):
                 yield dict(zip(rows, values, strict=True))
 
 
@@ -99,23 +105,24 @@ def generate_responses(
     bar: console.ProgressBar,
     prefix: Sequence[int] = (),
 ) -> tuple[list[str], WorkCost]:
-    """Texts of all rows in their order; `prefix`: the tokens that each answer is made to begin with."""
+    """Generate responses to some rows, in their order; each response continues the tokens of `prefix`."""
     order = eval_prompts.order(rows)
     batch = max(
         model_ctx.shards, batch // jax.process_count() // model_ctx.shards * model_ctx.shards
     )
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
-    found: dict[int, str] = {}
-    spent = WorkCost()
-    with contextlib.closing(eval_prompts.encoded(batches)) as coming:
-        for mine, prompts in zip(batches, coming, strict=True):
+    responses: dict[int, str] = {}
+    cost = WorkCost()
+    with contextlib.closing(eval_prompts.encoded(batches)) as encoded_batches:
+        for batch_rows, prompts in zip(batches, encoded_batches, strict=True):
             encoded = {
                 i: append_response_prefix(prompt, prefix) if prefix else prompt
                 for i, prompt in prompts.items()
             }
-            filled = mine + [mine[-1]] * (batch - len(mine))  # a full batch has the compiled shape
-            limits = np.where(np.arange(batch) < len(mine), sampling.max_new_tokens, 0)
-            out = generate.sample_responses(
+            count = len(batch_rows)
+            filled = batch_rows + [batch_rows[-1]] * (batch - count)  # the compiled shape
+            limits = np.where(np.arange(batch) < count, sampling.max_new_tokens, 0)
+            samples = generate.sample_responses(
                 model_ctx,
                 params,
                 [encoded[i] for i in filled],
@@ -124,31 +131,28 @@ def generate_responses(
                 sampling,
                 limits=limits,
             )
-            for i, text in zip(mine, out.texts, strict=False):
-                found[i] = text
-            spent += sampling_cost(
-                model_ctx.cfg, [encoded[i] for i in mine], out.mask[: len(mine)].sum(1)[:, None]
-            )
-            bar.advance(len(mine))
-    return [found[i] for i in rows], spent
+            responses |= zip(batch_rows, samples.texts[:count], strict=True)
+            lengths = samples.mask[:count].sum(1)[:, None]
+            cost += sampling_cost(model_ctx.cfg, [encoded[i] for i in batch_rows], lengths)
+            bar.advance(count)
+    return [responses[i] for i in rows], cost
 
 
 def append_response_prefix(encoded: EncodedConversation, ids: Sequence[int]) -> EncodedConversation:
-    """A prompt whose answer begins with these tokens."""
+    """Append tokens to a prompt, with which the response is to begin."""
     n, start = len(ids), int(encoded.positions.max()) + 1
     text = np.broadcast_to(np.arange(start, start + n, dtype=encoded.positions.dtype), (3, n))
-    more = dict(tokens=np.asarray(ids), types=np.zeros(n), loss_mask=np.zeros(n, bool))
-    joined = {
-        k: np.concatenate([getattr(encoded, k), v.astype(getattr(encoded, k).dtype)])
-        for k, v in more.items()
+    added = dict(tokens=np.asarray(ids), types=np.zeros(n), loss_mask=np.zeros(n, bool))
+    fields = {
+        name: np.concatenate([getattr(encoded, name), v.astype(getattr(encoded, name).dtype)])
+        for name, v in added.items()
     }
-    return dataclasses.replace(
-        encoded, positions=np.concatenate([encoded.positions, text], 1), **joined
-    )
+    positions = np.concatenate([encoded.positions, text], 1)
+    return dataclasses.replace(encoded, positions=positions, **fields)
 
 
 def rows_of_process(rows: Sequence[int]) -> list[int]:
-    """The rows that this process answers; the last is answered again where the processes' shares would differ."""
+    """Return the rows of this process; the last row is repeated so that all processes have equally many."""
     count, index = jax.process_count(), jax.process_index()
     share = -(-len(rows) // count)
     return [rows[min(i, len(rows) - 1)] for i in range(index * share, (index + 1) * share)]
@@ -166,93 +170,82 @@ def evaluate_task(
     forced: bool = False,
     title: str = "",
 ) -> TaskResult:
-    """Some rows of a task answered and scored."""
-    prompted, mine = eval_prompts.prompted, rows_of_process(rows)
+    """Generate and score responses to some rows of a task; `forced` adds responses after the forced prefix."""
+    prompted, own_rows = eval_prompts.prompted, rows_of_process(rows)
     params, sampling = generate.prepare_sampling(model_ctx, params, sampling)
-    with console.progress_bar(
-        title or f"evaluate {prompted.name}", total=len(mine) * (1 + forced)
-    ) as bar:
-        texts, spent = generate_responses(
-            model_ctx, params, eval_prompts, mine, sampling, batch, key, bar
-        )
-        again: list[str] = []
-        if forced:
-            again, more = generate_responses(
-                model_ctx,
-                params,
-                eval_prompts,
-                mine,
-                sampling,
-                batch,
-                key,
-                bar,
-                model_ctx.processor.opening(prompted.forced_prefix),
+    total = len(own_rows) * (1 + forced)
+    with console.progress_bar(title or f"evaluate {prompted.name}", total=total) as bar:
+
+        def respond(prefix: Sequence[int] = ()) -> tuple[list[str], WorkCost]:
+            return generate_responses(
+                model_ctx, params, eval_prompts, own_rows, sampling, batch, key, bar, prefix
             )
-            spent += more
-    asked = [eval_prompts.asked[i] for i in mine]
-    everyone = lambda found: _gather_by_row(rows, mine, found)
-    further = {
-        scorer: everyone(dataclasses.replace(prompted, scorer=scorer).score(texts, asked))
+
+        responses, cost = respond()
+        forced_responses: list[str] = []
+        if forced:
+            prefix = model_ctx.processor.opening(prompted.forced_prefix)
+            forced_responses, forced_cost = respond(prefix)
+            cost += forced_cost
+    examples = [eval_prompts.asked[i] for i in own_rows]
+
+    def gather(values: Sequence[T]) -> list[T]:
+        """The values of all processes, in the order of `rows`."""
+        pairs = list(zip(own_rows, values, strict=True))
+        by_row = dict(distributed.concat_lists(distributed.gather_objects(pairs)))
+        return [by_row[i] for i in rows]
+
+    extra_records = {
+        scorer: gather(dataclasses.replace(prompted, scorer=scorer).score(responses, examples))
         for scorer in prompted.also
     }
-    after = everyone(prompted.score(again, asked, forced=True)) if forced else []
-    total = sum(distributed.gather_objects(spent), WorkCost())
+    forced_records = (
+        gather(prompted.score(forced_responses, examples, forced=True)) if forced else []
+    )
     return TaskResult(
-        prompted, everyone(prompted.score(texts, asked)), after, everyone(texts), total, further
+        prompted,
+        records=gather(prompted.score(responses, examples)),
+        forced_records=forced_records,
+        responses=gather(responses),
+        cost=sum(distributed.gather_objects(cost), WorkCost()),
+        extra_records=extra_records,
     )
-
-
-def _gather_by_row(rows: Sequence[int], mine: Sequence[int], found: Sequence[Any]) -> list[Any]:
-    """What every process found, by row."""
-    by_row = dict(
-        distributed.concat_lists(distributed.gather_objects(list(zip(mine, found, strict=True))))
-    )
-    return [by_row[i] for i in rows]
 
 
 def eval_rows(
-    result: TaskResult, common: Mapping[str, Any], mini: bool = False
+    result: TaskResult, columns: Mapping[str, Any], mini: bool = False
 ) -> list[dict[str, Any]]:
-    """The lines of evals.csv."""
-    own = {"task": result.prompted.name, "template": result.prompted.template.name, **common}
-    line = lambda scorer, name, metric: {
-        **own,
-        "metric": name,
-        "scorer": scorer.id,
-        **metric._asdict(),
-    }
-    main = result.prompted.scorer
-    summary = scorers.summarise_records(main, result.records)
+    """Return the lines of evals.csv; `columns` are those that all lines of an evaluation share."""
+    task, main = result.prompted.name, result.prompted.scorer
+    shared = {"task": task, "template": result.prompted.template.name, **columns}
+
+    def row(scorer: scorers.Scorer, name: str, metric: summaries.Metric) -> dict[str, Any]:
+        return {**shared, "metric": name, "scorer": scorer.id, **metric._asdict()}
+
+    metrics = scorers.summarise_records(main, result.records)
     if mini:
-        return [line(main, run_log.ACCURACY_MINI, summary[run_log.ACCURACY])]
-    out = [line(main, name, metric) for name, metric in summary.items()]
-    for scorer, records in result.also.items():
-        out += [
-            line(scorer, f"{scorer.name}/{name}", metric)
-            for name, metric in scorers.summarise_records(scorer, records).items()
-        ]
-    if result.forced:
-        out.append(
-            line(
-                main,
-                run_log.ACCURACY_FORCED,
-                summaries.mean_metric([r.score for r in result.forced]),
-            )
-        )
-    return out
+        return [row(main, run_log.ACCURACY_MINI, metrics[run_log.ACCURACY])]
+    rows = [row(main, name, metric) for name, metric in metrics.items()]
+    for scorer, records in result.extra_records.items():
+        for name, metric in scorers.summarise_records(scorer, records).items():
+            rows.append(row(scorer, f"{scorer.name}/{name}", metric))
+    if result.forced_records:
+        metric = summaries.mean_metric([r.score for r in result.forced_records])
+        rows.append(row(main, run_log.ACCURACY_FORCED, metric))
+    return rows
 
 
 def prediction_rows(result: TaskResult, step: int) -> list[dict[str, Any]]:
-    """The lines of predictions/stage{K}.jsonl."""
+    """Return the lines of predictions/stage{K}.jsonl."""
     return [
         {
             "task": result.prompted.name,
             "step": step,
-            "id": r.id,
-            "score": r.score,
-            "prediction": r.prediction,
-            "response": t,
-            "answer": r.answer,
+            "id": record.id,
+            "score": record.score,
+            "prediction": record.prediction,
+            "response": response,
+            "answer": record.answer,
         }
-        for r, t in zip(result.records, result.texts, strict=True)
+        for record, response in zip(result.records, result.responses, strict=True)
     ]

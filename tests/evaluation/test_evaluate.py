@@ -56,7 +56,7 @@ def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1)
         eval_prompts = evaluate.EvalPrompts(
             model_ctx, prompted, Examples("digits", "test", range(ROWS), build), workers
         )
-        eval_prompts.shelf.ctx = ctx
+        eval_prompts.cache.ctx = ctx
         key, sampling = jax.random.key(0), generate.SamplingConfig(1, 0.0, max_new_tokens=4)
         for _ in range(times):
             result = evaluate.evaluate_task(
@@ -79,9 +79,9 @@ def test_answers_are_the_same_kept_or_made_again_and_memory_is_bounded(desk):
     passes, size = 2 * 2, -(-ROWS // 4)  # two evaluations, free and forced; batches of each
     assert len(metrics) == 2 * passes * size and len(made) == ROWS + passes * ROWS
     assert (
-        exams[0].texts == exams[1].texts
+        exams[0].responses == exams[1].responses
         and exams[0].records == exams[1].records
-        and exams[0].forced == exams[1].forced
+        and exams[0].forced_records == exams[1].forced_records
     )
     assert [r.id for r in exams[0].records] == [f"digits/test/{i}" for i in range(ROWS)]
     for number, (rows, lengths, count) in enumerate(metrics[passes * size :]):
@@ -92,7 +92,7 @@ def test_answers_are_the_same_kept_or_made_again_and_memory_is_bounded(desk):
         assert count - ROWS * (1 + before) <= 4 * (
             batch + 2
         )  # up to this batch and the one after it
-    assert {scorer.name: len(records) for scorer, records in exams[0].also.items()} == {
+    assert {scorer.name: len(records) for scorer, records in exams[0].extra_records.items()} == {
         "contains": ROWS
     }
 
@@ -101,7 +101,7 @@ def test_some_rows_are_asked_as_they_are_among_all(desk):
     console.set_console_mode("silent")
     model_ctx, metrics, _ = desk
     every, some = examined(model_ctx, 0), examined(model_ctx, 0, rows=[3, 17, 9])
-    assert some.texts == [every.texts[i] for i in (3, 17, 9)] and {
+    assert some.responses == [every.responses[i] for i in (3, 17, 9)] and {
         row for rows, *_ in metrics[-1:] for row in rows
     } == {3, 9, 17}
 

@@ -250,7 +250,6 @@ def test_arms_stand_side_by_side_in_the_papers_order(tmp_path):
     assert re.search(
         r"On <b>text</b>, <b>grpo</b> changed by <b>[^<]*</b> and <b>sft_bare</b> by", text
     )  # joint lost more: no rival
-    assert "[S3]" in text and "Not reproduced here" in text
     assert all(
         f">{column}</th>" in text
         for column in ("Learned gain", "text Δ", "text Δ, forced", "Intransigence")

@@ -10,7 +10,7 @@ import jinja2
 
 from cptjax.common import console, run_log
 from cptjax.evaluation import matrix, summary
-from cptjax.evaluation.report import charts, expect, published, words
+from cptjax.evaluation.report import charts, expect, words
 from cptjax.evaluation.report.read import (
     Arm,
     ReportRun,
@@ -61,7 +61,6 @@ def jinja_environment() -> jinja2.Environment:
     }
     made.globals |= {
         "title_of": words.metric_title,
-        "published": published,
         "pretty": pretty_json,
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
