@@ -19,7 +19,7 @@ from cptjax.config import resolve_stages
 from cptjax.continual import open_run, reference_models, train_stage
 from cptjax.models import load, trainable
 from cptjax.models.config import PRESETS
-from cptjax.training import build, train_loop, train_step
+from cptjax.training import build, train_step, validate_config
 
 MAKE_MESH = sharding.make_mesh
 SMALL = dataclasses.replace(
@@ -134,7 +134,7 @@ def learned(
 ) -> tuple[open_run.Run, list[dict]]:
     """Every stage learned in turn; the lines of metrics.jsonl."""
     for each in resolve_stages(config):
-        train_loop.check(each)
+        validate_config.validate_stage(each)
     with opened(config, workdir, model) as run:
         for each in run.stages:
             train_stage.train_stage(run, each, None)
@@ -170,7 +170,7 @@ def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL)
     """Stage `number` of a tiny config, about to start."""
     with opened(config, workdir, model) as run:
         stage = run.stages[number - 1]
-        train_loop.check(stage)
+        validate_config.validate_stage(stage)
         trained, frozen = run.split()
         start = run.compared(run.params)
         ctx = train_stage.make_stage_context(run, stage, start)

@@ -15,7 +15,7 @@ from cptjax.config import (
 )
 from cptjax.evaluation.report import expect
 from cptjax.tasks import prompted_task, registry
-from cptjax.training import build, train_loop
+from cptjax.training import build, validate_config
 from cptjax.training.algorithms import prompt_filters
 from cptjax.types import Example
 
@@ -51,13 +51,13 @@ def test_every_arm_resolves(module, arg):
         config.method.advantag = "grpo"  # locked: a misspelt knob is no new knob
     if config.method.source == "corpus":
         with pytest.raises(ValueError, match="needs method.corpus"):
-            train_loop.check(resolve_stages(config)[0])
+            validate_config.validate_stage(resolve_stages(config)[0])
         config = merge_config(config, CORPUS)
     expect.check_expectations(config)
     for one in (*prestage_runs(config).values(), *(one for _, one in expand_runs(config))):
         check_config_values(one)
         for each in resolve_stages(one):
-            train_loop.check(each)
+            validate_config.validate_stage(each)
             for name in (*each.tasks, *each.config.eval.general):
                 registry.resolve_task(name, one.tasks.to_dict())
 
@@ -141,7 +141,7 @@ def test_every_stage_of_a_corpus_arm_has_its_own_file():
         f"runs/grpo/rollouts/stage{k}.jsonl" for k in range(1, 8)
     ]
     for each in stages:
-        train_loop.check(each)
+        validate_config.validate_stage(each)
     with pytest.raises(ValueError, match="not to grpo"):
         cpt7.get_config("grpo,corpus=runs")
 
@@ -258,7 +258,7 @@ def test_methods_resolve(name):
         dict(task="synthetic_colour", steps=1, method={**base.METHODS[name], "corpus": corpus}),
     )
     (one,) = resolve_stages(config)
-    train_loop.check(one)
+    validate_config.validate_stage(one)
     assert build.objective_from_config(one.config) == build.objective_from_config(
         one.config
     )  # equal settings share programs
@@ -392,7 +392,7 @@ def test_what_has_no_meaning_is_refused_in_one_line(name):
     config = base.get_config()
     config.stages = (dict(task="synthetic_colour", steps=1, method=method, **more),)
     with pytest.raises(ValueError) as error:
-        train_loop.check(resolve_stages(config)[0])
+        validate_config.validate_stage(resolve_stages(config)[0])
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
@@ -407,7 +407,7 @@ def test_what_has_no_meaning_is_refused_in_one_line(name):
 def test_what_has_a_meaning_passes(method):
     config = base.get_config()
     config.stages = (dict(task="synthetic_colour", steps=1, method=method),)
-    train_loop.check(resolve_stages(config)[0])
+    validate_config.validate_stage(resolve_stages(config)[0])
 
 
 def test_configs_name_no_knob_that_base_lacks():

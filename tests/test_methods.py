@@ -50,7 +50,7 @@ ALWAYS = (
     "skipped",
     "seconds",
     "seconds/data",
-    "seconds/lesson",
+    "seconds/batch",
     "seconds/update",
     "tokens",
     "rollouts",

@@ -150,7 +150,7 @@ def own_correct_responses(it: Probe, rows: int, samples: int) -> list[EncodedCon
             right = [
                 r
                 for r in range(q * samples, (q + 1) * samples)
-                if rewards.is_correct(graded.parts[r]) and graded.samples.finished[r]
+                if rewards.is_correct(graded.reward_parts[r]) and graded.samples.finished[r]
             ]
             found += [it.answered(item, graded.samples.texts[right[0]])] if right else []
     if not found:

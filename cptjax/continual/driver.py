@@ -19,7 +19,7 @@ from cptjax.continual.workdir import changes_since_start, format_changes, local_
 from cptjax.evaluation import report, summary
 from cptjax.evaluation.report import expect
 from cptjax.models import hf_checkpoint
-from cptjax.training import train_loop
+from cptjax.training import validate_config
 
 
 def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
@@ -47,7 +47,7 @@ def check_all_runs(config: ConfigDict) -> None:
     for _, single in all_runs(config):
         check_config_values(single)
         for each in resolve_stages(single):
-            train_loop.check(each)
+            validate_config.validate_stage(each)
 
 
 def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:

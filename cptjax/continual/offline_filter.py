@@ -136,7 +136,7 @@ def count_correct(
     found: list[int] = []
     spent = WorkCost()
     with console.progress_bar(f"filter {name}: {samples} answers a prompt", total=len(mine)) as bar:
-        for p in batch_slices(len(mine), builder.batch // jax.process_count()):
+        for p in batch_slices(len(mine), builder.batch_size // jax.process_count()):
             items = [build(examples[i]) for i in mine[p]]
             right, cost = self_training.sample_correct_responses(
                 builder, run.params, items, samples, key, bar, cache, unfinished=True

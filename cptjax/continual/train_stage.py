@@ -107,7 +107,7 @@ def make_stage_context(run: Run, stage: Stage, start: Params | None) -> StageCon
     builder = build.batch_builder_from_config(model_ctx, prompted_tasks, c)
     if c.method.source == "rollouts":
         rows_per_process(
-            model_ctx, builder.batch // c.method.updates_per_batch, builder.micro
+            model_ctx, builder.batch_size // c.method.updates_per_batch, builder.micro_batch
         )  # refuses what the mesh can not cut before answers are drawn
     n = len(stage.tasks)
     if c.method.filter:

@@ -62,13 +62,13 @@ def load_corpus(ctx: StageContext) -> list[RowResponse]:
 
 def _check_lengths(ctx: StageContext, pairs: Sequence[RowResponse]) -> None:
     """Refuse answers that are too long, before the first step."""
-    model_ctx, t = ctx.builder.learned, ctx.builder
+    model_ctx, t = ctx.builder.training_ctx, ctx.builder
     with console.progress_bar("measure the corpus", total=len(pairs)) as bar:
         for pair in pairs:
             tokens = model_ctx.processor.measure(_conversation(ctx, *pair))[0]
             if tokens > max(model_ctx.ladder):
                 raise ValueError(
-                    f"method.corpus={t.settings.corpus!r}: {ctx.sources[pair[0]][pair[1]].id} with its answer has {tokens} tokens, over "
+                    f"method.corpus={t.method.corpus!r}: {ctx.sources[pair[0]][pair[1]].id} with its answer has {tokens} tokens, over "
                     f"the {max(model_ctx.ladder)} of a prompt and rollout.max_new_tokens={t.sampling.max_new_tokens}: raise that, or drop the row"
                 )
             bar.advance()

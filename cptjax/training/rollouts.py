@@ -57,23 +57,26 @@ class GradedRollouts:
 
     items: list[EncodedExample]
     samples: Samples
-    parts: list[dict[str, float]]  # a dict per answer
-    greedy: np.ndarray | None  # [Q] rewards of the greedy answers after the length rules (ReMax)
-    spent: WorkCost
+    reward_parts: list[dict[str, float]]  # a dict per response
+    greedy_rewards: (
+        np.ndarray | None
+    )  # [Q] rewards of the greedy answers after the length rules (ReMax)
+    cost: WorkCost
     seconds: dict[str, float]
 
-    def column(self, name: str, default: float = 0.0) -> np.ndarray:
+    @property
+    def rewards(self) -> np.ndarray:
         """[Q G]."""
-        return np.array([p.get(name, default) for p in self.parts], np.float32).reshape(
+        return np.array([p.get("reward", 0.0) for p in self.reward_parts], np.float32).reshape(
             len(self.items), -1
         )
 
     @property
     def accuracy(self) -> np.ndarray:
         """[Q G]; the reward where an answer's parts have no accuracy."""
-        return np.array([p.get("accuracy", p["reward"]) for p in self.parts], np.float32).reshape(
-            len(self.items), -1
-        )
+        return np.array(
+            [p.get("accuracy", p["reward"]) for p in self.reward_parts], np.float32
+        ).reshape(len(self.items), -1)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -99,7 +102,7 @@ def sample_rollouts(
     spent = sampling_cost(builder.model_ctx.cfg, encoded, samples.mask.sum(1).reshape(share, -1))
     best = (
         draw(dataclasses.replace(sampling, group=1, temperature=0.0))
-        if builder.settings.advantage == "remax"
+        if builder.method.advantage == "remax"
         else None
     )
     drawn = time.perf_counter()
@@ -122,7 +125,7 @@ def _shape_rewards(
     builder: BatchBuilder, rewards: np.ndarray, samples: Samples
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards [Q G] after the length rules, and which answers may be learned from."""
-    s, limit = builder.settings, builder.sampling.max_new_tokens
+    s, limit = builder.method, builder.sampling.max_new_tokens
     lengths, finished = (
         samples.mask.sum(1).reshape(rewards.shape),
         samples.finished.reshape(rewards.shape),
@@ -139,7 +142,7 @@ def join_groups(
     chosen = [(g, q) for g, mask in zip(graded, keep, strict=True) for q in np.flatnonzero(mask)][
         :count
     ]
-    size = len(graded[0].parts) // len(graded[0].items)
+    size = len(graded[0].reward_parts) // len(graded[0].items)
     rows = lambda q: range(q * size, (q + 1) * size)
     stack = lambda name: np.concatenate(
         [getattr(g.samples, name)[list(rows(q))] for g, q in chosen]
@@ -149,16 +152,18 @@ def join_groups(
         texts, *(stack(f.name) for f in dataclasses.fields(Samples) if f.name != "texts")
     )
     greedy = (
-        None if graded[0].greedy is None else np.array([g.greedy[q] for g, q in chosen], np.float32)
+        None
+        if graded[0].greedy_rewards is None
+        else np.array([g.greedy_rewards[q] for g, q in chosen], np.float32)
     )
     seconds = {k: sum(g.seconds[k] for g in graded) for k in graded[0].seconds}
-    parts = [g.parts[r] for g, q in chosen for r in rows(q)]
+    parts = [g.reward_parts[r] for g, q in chosen for r in rows(q)]
     return GradedRollouts(
         [g.items[q] for g, q in chosen],
         samples,
         parts,
         greedy,
-        sum((g.spent for g in graded), WorkCost()),
+        sum((g.cost for g in graded), WorkCost()),
         seconds,
     )
 
@@ -171,7 +176,7 @@ def sample_filtered_rollouts(
     first: int,
 ) -> tuple[GradedRollouts, dict[str, float], int]:
     """A batch of groups with mixed rewards (DAPO): more prompts are drawn until it is full; also how many batches that took."""
-    window, share = builder.settings.online_filter, builder.batch // jax.process_count()
+    window, share = builder.method.online_filter, builder.batch_size // jax.process_count()
     drawn: list[GradedRollouts] = []
     keep: list[np.ndarray] = []
     for turn in itertools.count():
@@ -184,13 +189,13 @@ def sample_filtered_rollouts(
         kept = min(counts)
         if kept >= share:
             info = {
-                "filter/kept": sum(counts) / (builder.batch * (turn + 1)),
-                "filter/draws": float(turn + 1),
+                "filter/kept": sum(counts) / (builder.batch_size * (turn + 1)),
+                "filter/batches": float(turn + 1),
             }
             return join_groups(drawn, keep, share), info, turn + 1
         if turn >= window["max_refills"]:
             raise ValueError(
-                f"online filter: after {turn + 1} batches of {builder.batch} prompts only {kept} of {share} groups have a mean accuracy "
+                f"online filter: after {turn + 1} batches of {builder.batch_size} prompts only {kept} of {share} groups have a mean accuracy "
                 f"in ({window['lo']}, {window['hi']}); widen method.online_filter, raise max_refills or choose easier data"
             )
     raise AssertionError
@@ -209,7 +214,10 @@ class RolloutBatch:
 
     def batches(self, extra: dict[str, np.ndarray]) -> list[tuple[Batch, slice]]:
         """Micro-batches of whole groups, each with the slice of prompts that it holds."""
-        samples, group = self.graded.samples, len(self.graded.parts) // len(self.graded.items)
+        samples, group = (
+            self.graded.samples,
+            len(self.graded.reward_parts) // len(self.graded.items),
+        )
         out = []
         for p in batch_slices(len(self.graded.items), self.rows):
             r = slice(p.start * group, p.stop * group)
@@ -233,7 +241,7 @@ class RolloutBatch:
     def scored(self, params: Params) -> np.ndarray:
         """Log-probabilities [B R] of the answers under `params`."""
         found = np.concatenate(
-            [sharding.local_rows(self.builder.logps(params, b)) for b, _ in self.batches({})]
+            [sharding.local_rows(self.builder.score(params, b)) for b, _ in self.batches({})]
         )
         out = np.zeros(self.mask.shape, np.float32)
         out[:, : self.length] = found[:, : self.mask.shape[1]]
@@ -250,15 +258,15 @@ def rollout_step_batch(
     teach: Callable | None = None,
 ) -> StepBatch:
     """Rewards -> advantages -> the updates on this batch. A divergence in the reward is not taken off ReMax's baseline."""
-    s = builder.settings
-    earned = graded.accuracy if s.advantage == "reinforce01" else graded.column("reward")
+    s = builder.method
+    earned = graded.accuracy if s.advantage == "reinforce01" else graded.rewards
     shaped, keep = _shape_rewards(builder, earned, graded.samples)
     drawn = _rollout_batch(builder, graded, keep)
     began = time.perf_counter()
     shaped, info, forwards = _add_logprobs(drawn, params, reference, shaped)
     policy = s.objective == "policy"  # a distillation looks at no reward
     advantage = (
-        _batch_advantages(s.advantage, shaped, graded.greedy, keep)
+        _batch_advantages(s.advantage, shaped, graded.greedy_rewards, keep)
         if policy
         else np.zeros_like(shaped)
     )
@@ -278,12 +286,12 @@ def rollout_step_batch(
         trained=tokens,
     )
     return StepBatch(
-        ready, info, rollout_rows(graded, advantage.reshape(-1), step, stage), graded.spent + work
+        ready, info, rollout_rows(graded, advantage.reshape(-1), step, stage), graded.cost + work
     )
 
 
 def _rollout_batch(builder: BatchBuilder, graded: GradedRollouts, keep: np.ndarray) -> RolloutBatch:
-    samples, s = graded.samples, builder.settings
+    samples, s = graded.samples, builder.method
     extra = {
         "sampler_logps": samples.policy_logps
         if builder.sampling.temperature == 1
@@ -291,7 +299,9 @@ def _rollout_batch(builder: BatchBuilder, graded: GradedRollouts, keep: np.ndarr
     }
     if s.tis_cap is not None:
         extra["behaviour_logps"] = samples.logps
-    rows = rows_per_process(builder.model_ctx, builder.batch // s.updates_per_batch, builder.micro)
+    rows = rows_per_process(
+        builder.model_ctx, builder.batch_size // s.updates_per_batch, builder.micro_batch
+    )
     mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
     return RolloutBatch(
         builder,
@@ -307,7 +317,7 @@ def _add_logprobs(
     drawn: RolloutBatch, params: Params, reference: Params | None, shaped: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float], int]:
     """Adds the log-probabilities that the loss needs; rewards less their KL, what to log, and forward passes made."""
-    s, extra = drawn.builder.settings, drawn.extra
+    s, extra = drawn.builder.method, drawn.extra
     pulled = reference is not None and s.kl_coef > 0
     ref = drawn.scored(reference) if pulled else None
     several = s.updates_per_batch * s.passes > 1
@@ -363,20 +373,20 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What a step logs about its rollouts, those of all processes."""
     mine = (
-        graded.column("reward"),
+        graded.rewards,
         graded.accuracy,
         graded.lengths,
         graded.samples.finished,
         shaped,
         advantage,
-        graded.greedy,
+        graded.greedy_rewards,
     )
     arrays = [
         None if parts[0] is None else np.concatenate(parts)
         for parts in zip(*distributed.gather_objects(mine), strict=True)
     ]
     reward, accuracy, lengths, finished, shaped, advantage, greedy = arrays
-    parts = distributed.concat_lists(distributed.gather_objects(graded.parts))
+    parts = distributed.concat_lists(distributed.gather_objects(graded.reward_parts))
     names = dict.fromkeys(name for p in parts for name in p if name != "reward")
     info = {"reward": float(reward.mean()), "reward/shaped": float(shaped.mean())}
     info |= {
@@ -400,7 +410,7 @@ def rollout_rows(
     graded: GradedRollouts, advantage: np.ndarray, step: int, stage: int
 ) -> list[dict[str, Any]]:
     """The lines of the rollouts file; `step` counts from 1, as in metrics.jsonl."""
-    group = len(graded.parts) // len(graded.items)
+    group = len(graded.reward_parts) // len(graded.items)
     return [
         {
             "stage": stage,
@@ -411,8 +421,8 @@ def rollout_rows(
             "row": item.row,
             "response": graded.samples.texts[r],
             "answer": item.example.answer,
-            "reward": graded.parts[r].get("reward"),
-            "rewards": graded.parts[r],
+            "reward": graded.reward_parts[r].get("reward"),
+            "rewards": graded.reward_parts[r],
             "advantage": float(advantage[r]),
             "finished": bool(graded.samples.finished[r]),
         }

@@ -46,7 +46,7 @@ def sample_correct_responses(
 
     unfinished: also those that met the length limit.
     """
-    share = rows_per_process(builder.model_ctx, builder.batch, 0, fill=True)
+    share = rows_per_process(builder.model_ctx, builder.batch_size, 0, fill=True)
     params, sampling = generate.prepare_sampling(
         builder.model_ctx, params, dataclasses.replace(builder.sampling, group=samples)
     )
@@ -84,7 +84,7 @@ def response_examples(
     pairs, spent = _window_responses(ctx, params, start, min(window, ctx.steps - start))
     spent = spent if step == start else WorkCost()
     rows = _step_responses(ctx, pairs, start, step)
-    mine = rows[batch_slices(len(rows), t.batch // jax.process_count())[jax.process_index()]]
+    mine = rows[batch_slices(len(rows), t.batch_size // jax.process_count())[jax.process_index()]]
     return _encode_responses(ctx, mine), spent
 
 
@@ -92,7 +92,7 @@ def _step_responses(
     ctx: StageContext, pairs: list[RowResponse], start: int, step: int
 ) -> list[RowResponse]:
     """The step's answers: every position takes the next one of its lane, lap after lap in an order of the seed, so shares stay exact."""
-    order, batch = ctx.order, ctx.builder.batch
+    order, batch = ctx.mixture, ctx.builder.batch_size
     lists = [[p for p in pairs if p[0] in lane.sources] for lane in order.lanes]
     if step == start and not all(lists):
         empty = [
@@ -121,7 +121,7 @@ def _window_steps(ctx: StageContext) -> int:
     """Steps that learn from the same answers."""
     m = ctx.config.method
     return (
-        {"never": ctx.steps, "epoch": ctx.order.steps(1)}.get(m.refresh) or int(m.refresh)
+        {"never": ctx.steps, "epoch": ctx.mixture.steps(1)}.get(m.refresh) or int(m.refresh)
         if m.source == "self"
         else ctx.steps
     )
@@ -133,8 +133,8 @@ def needs_sampling(ctx: StageContext, step: int) -> bool:
 
 
 def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
-    model_ctx = ctx.builder.learned
-    prompts = ctx.prompts([RowRef(source, row, 0) for source, row, _ in pairs])
+    model_ctx = ctx.builder.training_ctx
+    prompts = ctx.prompt_reader([RowRef(source, row, 0) for source, row, _ in pairs])
     answered = lambda prompt, text: model_ctx.processor.answered(
         prompt.encoded, text, limit=max(model_ctx.ladder)
     )
@@ -202,14 +202,14 @@ def _sample_window(
 ) -> tuple[list[RowResponse], WorkCost]:
     t, count = ctx.builder, jax.process_count()
     places = dict.fromkeys(
-        (p.source, p.index) for step in range(start, start + steps) for p in ctx.order.rows(step)
+        (p.source, p.index) for step in range(start, start + steps) for p in ctx.mixture.rows(step)
     )
     mine = list(places)[jax.process_index() :: count]
     mine += mine[-1:] * (-(-len(places) // count) - len(mine))
     with console.progress_bar(f"own answers, stage {ctx.stage.number}", total=len(mine)) as bar:
-        items = ctx.prompts([RowRef(*at, 0) for at in mine])
+        items = ctx.prompt_reader([RowRef(*at, 0) for at in mine])
         right, spent = sample_correct_responses(
-            t, params, items, ctx.config.method.self_samples, ctx.key(start), bar, cache
+            t, params, items, ctx.config.method.self_samples, ctx.step_key(start), bar, cache
         )
     ends = lambda i, text: (
         len(items[i].encoded) + len(t.model_ctx.processor.ids(text)) + 2
@@ -217,13 +217,13 @@ def _sample_window(
     found = distributed.concat_lists(
         distributed.gather_objects([(*mine[i], text, ends(i, text)) for i, text in right])
     )
-    pairs = sorted({(*at, text) for *at, text, end in found if end <= max(t.learned.ladder)})
+    pairs = sorted({(*at, text) for *at, text, end in found if end <= max(t.training_ctx.ladder)})
     if not pairs:
         raise ValueError(
             f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from"
         )
     lost = sum(
-        end > max(t.learned.ladder) for *_, end in found
+        end > max(t.training_ctx.ladder) for *_, end in found
     )  # read again, a text may have other tokens than when it was sampled
     more = f"; {lost} more were too long when read again" if lost else ""
     console.print_message(

@@ -23,7 +23,7 @@ class StageProgress:
     """How far a stage has come: what a checkpoint stores beside the arrays."""
 
     step: int = 0  # steps taken
-    drawn: int = 0  # batches taken from the stream (an online filter takes several a step)
+    batches_taken: int = 0  # from the stream; an online filter takes several a step
     updates: int = 0  # optimiser updates
 
 
@@ -33,7 +33,7 @@ class StageContext:
 
     stage: Stage
     builder: BatchBuilder
-    order: Mixture
+    mixture: Mixture
     sources: list[Sequence[Example]]
     steps: int
     seed: int
@@ -46,14 +46,14 @@ class StageContext:
     def config(self) -> Any:
         return self.stage.config
 
-    def key(self, step: int) -> jax.Array:
+    def step_key(self, step: int) -> jax.Array:
         """Randomness is a function of (seed, stage, step)."""
         return jax.random.fold_in(
             jax.random.fold_in(jax.random.key(self.seed), self.stage.number), step
         )
 
     @functools.cached_property
-    def prompts(self) -> LocalReader:
+    def prompt_reader(self) -> LocalReader:
         """Prepares the prompts at some places: the answers drawn to them are learned from with the same pictures."""
         model_ctx = self.builder.model_ctx
         return LocalReader(
@@ -63,12 +63,12 @@ class StageContext:
             ),
         )
 
-    def stream(self, drawn: int) -> BatchStream:
+    def open_stream(self, batches_taken: int) -> BatchStream:
         d, model_ctx = self.config.data, self.builder.model_ctx
         answered = self.config.method.source == "gold"
         shard = (jax.process_index(), jax.process_count())
         build = make_example_encoder(
             model_ctx, self.builder.prompted_tasks, answered, max(model_ctx.ladder)
         )
-        more = dict(shard=shard, step=drawn, workers=d.workers, prefetch=d.prefetch)
-        return BatchStream(self.order, self.sources, build, collate=prompts.unwrap_rows, **more)
+        more = dict(shard=shard, step=batches_taken, workers=d.workers, prefetch=d.prefetch)
+        return BatchStream(self.mixture, self.sources, build, collate=prompts.unwrap_rows, **more)

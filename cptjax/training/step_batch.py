@@ -26,10 +26,10 @@ class StepBatch:
     """One step's learning: optimiser updates, each of some micro-batches; what to log; rows for the rollouts file."""
 
     updates: Iterator[list[Batch]]
-    info: dict[str, float] = dataclasses.field(default_factory=dict)
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    spent: WorkCost = WorkCost()
-    batches: int = 1  # taken from the stream
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    rollout_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    cost: WorkCost = WorkCost()
+    batches_taken: int = 1  # from the stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,30 +39,32 @@ class BatchBuilder:
     model_ctx: ModelContext
     prompted_tasks: dict[str, PromptedTask]
     sampling: SamplingConfig
-    settings: Any  # config.method of the stage
-    batch: int  # prompts or conversations of a step, over all processes
-    micro: int
+    method: Any  # config.method of the stage
+    batch_size: int  # prompts or conversations of a step, over all processes
+    micro_batch: int
     pack: bool
-    logps: Callable[[Params, Batch], jax.Array]  # [B A] of a batch's targets
+    score: Callable[[Params, Batch], jax.Array]  # [B A] of a batch's targets
 
     @property
-    def learned(self) -> ModelContext:
+    def training_ctx(self) -> ModelContext:
         """The runtime of rows to learn from."""
         return self.model_ctx.longer(
-            extra_response_tokens(self.settings, self.sampling.max_new_tokens)
+            extra_response_tokens(self.method, self.sampling.max_new_tokens)
         )
 
-    def written(self, items: Sequence[EncodedExample]) -> list[list[Batch]]:
+    def conversation_batches(self, items: Sequence[EncodedExample]) -> list[list[Batch]]:
         """Conversations with their answers -> the micro-batches of one update."""
-        rows = rows_per_process(self.model_ctx, self.batch, self.micro, fill=True)
+        rows = rows_per_process(self.model_ctx, self.batch_size, self.micro_batch, fill=True)
         parts = [
             items[p]
-            for p in batch_slices(len(items), -(-(self.micro or self.batch) // jax.process_count()))
+            for p in batch_slices(
+                len(items), -(-(self.micro_batch or self.batch_size) // jax.process_count())
+            )
         ]
         return [
             [
                 conversation_batch(
-                    self.learned, [i.encoded for i in part], rows=rows, pack=self.pack
+                    self.training_ctx, [i.encoded for i in part], rows=rows, pack=self.pack
                 )
                 for part in parts
             ]
@@ -70,7 +72,7 @@ class BatchBuilder:
 
 
 def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
-    """Tokens by which a row to learn from may be longer than a prompt: a drawn answer and the end of its line."""
+    """Tokens by which a row to learn from may be longer than a prompt: a sampled response and the end of its line."""
     return max_new_tokens + 1 if method.source in ("self", "corpus") else 0
 
 
@@ -81,6 +83,6 @@ def sft_batch(
     work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)
     tokens = sum(len(i.encoded) for i in items)
     return StepBatch(
-        iter(builder.written(items)),
-        spent=WorkCost(flops=(3 + forwards) * work, seen=tokens, trained=tokens),
+        iter(builder.conversation_batches(items)),
+        cost=WorkCost(flops=(3 + forwards) * work, seen=tokens, trained=tokens),
     )

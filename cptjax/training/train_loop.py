@@ -15,7 +15,7 @@ from cptjax.data import cost
 from cptjax.data.cost import WorkCost
 from cptjax.data.loader import BatchStream
 from cptjax.models import trainable
-from cptjax.training import rollouts, self_training, step_batch, train_step, validate_config
+from cptjax.training import rollouts, self_training, step_batch, train_step
 from cptjax.training.algorithms import optimizers
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.step_batch import BatchBuilder, StepBatch
@@ -25,7 +25,6 @@ MAX_MISMATCH = {
     "float32": 1e-3,
     "bfloat16": 0.05,
 }  # nats a token, between sampler and trainer, that rounding explains
-check = validate_config.validate_stage  # a stage that it lets pass can be run
 
 
 def next_step_batch(
@@ -45,7 +44,7 @@ def next_step_batch(
         found = step_batch.sft_batch(
             t, items, int(ctx.reference is not None) + int(ctx.teacher is not None)
         )
-        found.spent += spent
+        found.cost += spent
     if m.penalty.name == "lwf":
         found.updates = ([ctx.teacher.previous(b) for b in update] for update in found.updates)
     if ctx.reference is not None and m.source != "rollouts":
@@ -53,7 +52,7 @@ def next_step_batch(
             [_add_reference_logps(t, ctx.reference, b) for b in update] for update in found.updates
         )
     samples = m.source == "rollouts" or self_training.needs_sampling(ctx, progress.step)
-    found.info["seconds/data"] = (
+    found.metrics["seconds/data"] = (
         (stream.waited if stream else 0.0) - waited if samples else time.perf_counter() - began
     )
     return found
@@ -65,12 +64,12 @@ def _next_rollout_batch(
     t, step = ctx.builder, progress.step
     if ctx.config.method.online_filter:
         graded, info, turns = rollouts.sample_filtered_rollouts(
-            t, params, stream, ctx.key(step), progress.drawn * t.batch
+            t, params, stream, ctx.step_key(step), progress.batches_taken * t.batch_size
         )
     else:
         graded, info, turns = (
             rollouts.sample_rollouts(
-                t, params, next(stream), ctx.key(step), progress.drawn * t.batch
+                t, params, next(stream), ctx.step_key(step), progress.batches_taken * t.batch_size
             ),
             {},
             1,
@@ -79,13 +78,13 @@ def _next_rollout_batch(
     found = rollouts.rollout_step_batch(
         t, params, graded, ctx.reference, step + 1, ctx.stage.number, attach
     )
-    found.info |= info
-    found.batches = turns
+    found.metrics |= info
+    found.batches_taken = turns
     return found
 
 
 def _add_reference_logps(t: BatchBuilder, reference: Params, batch: Batch) -> Batch:
-    return batch.replace(extra=batch.extra | {"ref_logps": t.logps(reference, batch)})
+    return batch.replace(extra=batch.extra | {"ref_logps": t.score(reference, batch)})
 
 
 def train_loop(
@@ -99,7 +98,9 @@ def train_loop(
 ) -> TrainState:
     """The one training loop; `on_step` logs, saves, and says whether to go on. It ends early where drawing answers was stopped."""
     c = ctx.config
-    stream = None if c.method.source in ("self", "corpus") else ctx.stream(progress.drawn)
+    stream = (
+        None if c.method.source in ("self", "corpus") else ctx.open_stream(progress.batches_taken)
+    )
     watcher = concurrent.futures.ThreadPoolExecutor(1)
     ahead: StepBatch | None = None
     try:
@@ -111,7 +112,7 @@ def train_loop(
                 )
             except SamplingStopped:
                 break
-            progress.drawn += found.batches
+            progress.batches_taken += found.batches_taken
             learning = time.perf_counter()
             state, numbers = _run_updates(ctx, state, frozen, steps, progress, extra, found)
             progress.step += 1
@@ -125,7 +126,7 @@ def train_loop(
                 finished = watcher.submit(wait_until_ready, numbers)
                 ahead = next_step_batch(ctx, None, stream, progress)  # made while the device works
                 made = time.perf_counter()
-                ahead.info["seconds/data"] = max(
+                ahead.metrics["seconds/data"] = max(
                     0.0, made - finished.result()
                 )  # as long as the device waited for it
             metrics = fetch_metrics(numbers)
@@ -137,16 +138,16 @@ def train_loop(
             ended = time.perf_counter()
             seconds = {
                 "seconds": ended - began,
-                "seconds/lesson": learning - began,
+                "seconds/batch": learning - began,
                 "seconds/update": ended - learning,
             }
             info = (
-                found.info
+                found.metrics
                 | merge_update_metrics(metrics)
                 | seconds
-                | cost_metrics(found.spent, ended - began)
+                | cost_metrics(found.cost, ended - began)
             )
-            if not on_step(state, progress, info, found.rows):
+            if not on_step(state, progress, info, found.rollout_rows):
                 break
     finally:
         watcher.shutdown(wait=False)

@@ -90,7 +90,7 @@ def test_the_share_of_steps_that_waited_for_data():
     line = lambda stage, waited: {
         "stage": stage,
         "seconds/data": waited,
-        "seconds/lesson": 0.5,
+        "seconds/batch": 0.5,
         "seconds/update": 1.5,
     }
     lines = [

@@ -23,7 +23,7 @@ def config(name: str, **sections):
 
 def first_update(settings, folder):
     """The first update's new parameters and numbers."""
-    with stage_fixtures.desk(settings, folder) as desk, desk.ctx.stream(0) as stream:
+    with stage_fixtures.desk(settings, folder) as desk, desk.ctx.open_stream(0) as stream:
         found = next_step_batch(desk.ctx, desk.params, stream, StageProgress())
         update = next(found.updates)
         state, metrics = desk.update(update)

@@ -38,13 +38,13 @@ def desk(tmp_path_factory):
 def builder(desk, **changes):
     """The desk's with other settings of the method."""
     return dataclasses.replace(
-        desk.ctx.builder, settings=merge_config(desk.ctx.builder.settings, changes)
+        desk.ctx.builder, method=merge_config(desk.ctx.builder.method, changes)
     )
 
 
 def rolled(desk, builder) -> GradedRollouts:
-    with desk.ctx.stream(0) as stream:
-        return rollouts.sample_rollouts(builder, desk.params, next(stream), desk.ctx.key(0), 0)
+    with desk.ctx.open_stream(0) as stream:
+        return rollouts.sample_rollouts(builder, desk.params, next(stream), desk.ctx.step_key(0), 0)
 
 
 def advantages(found):
@@ -75,11 +75,13 @@ def test_only_right_answers_are_pushed_whatever_else_earns_a_reward(desk):
     parts = [{"reward": 1.0 + i % 2, "accuracy": float(i % 3 == 0)} for i in range(8)]
     t = builder(desk, advantage="reinforce01")
     found = rollouts.rollout_step_batch(
-        t, desk.params, dataclasses.replace(graded, parts=parts), None, 1, 1
+        t, desk.params, dataclasses.replace(graded, reward_parts=parts), None, 1, 1
     )
     np.testing.assert_array_equal(advantages(found), [p["accuracy"] for p in parts])
     cut = dataclasses.replace(
-        graded, parts=parts, samples=dataclasses.replace(graded.samples, finished=np.arange(8) > 3)
+        graded,
+        reward_parts=parts,
+        samples=dataclasses.replace(graded.samples, finished=np.arange(8) > 3),
     )
     found = rollouts.rollout_step_batch(
         builder(desk, advantage="reinforce01", truncated="zero"), desk.params, cut, None, 1, 1
@@ -99,9 +101,9 @@ def test_the_greedy_baseline_follows_the_length_rules(desk):
     encoded = [i.encoded for i in graded.items]
     once = dataclasses.replace(t.sampling, group=1, temperature=0.0)
     best = generate.sample_responses(
-        t.model_ctx, desk.params, encoded, desk.ctx.key(0), np.arange(4), once
+        t.model_ctx, desk.params, encoded, desk.ctx.step_key(0), np.arange(4), once
     )
-    np.testing.assert_array_equal(graded.greedy, best.finished)
+    np.testing.assert_array_equal(graded.greedy_rewards, best.finished)
     assert 0 < best.finished.sum() < 4  # both kinds are there
     found = rollouts.rollout_step_batch(t, desk.params, graded, None, 1, 1)
     want = graded.samples.finished.reshape(4, 2) * 1.0 - best.finished[:, None]
@@ -111,7 +113,10 @@ def test_the_greedy_baseline_follows_the_length_rules(desk):
 def half(graded: GradedRollouts, items: slice, rows: slice) -> GradedRollouts:
     fields = {f.name: getattr(graded.samples, f.name)[rows] for f in dataclasses.fields(Samples)}
     return dataclasses.replace(
-        graded, items=graded.items[items], samples=Samples(**fields), parts=graded.parts[rows]
+        graded,
+        items=graded.items[items],
+        samples=Samples(**fields),
+        reward_parts=graded.reward_parts[rows],
     )
 
 
@@ -119,7 +124,9 @@ def test_what_is_logged_is_of_all_processes(desk, monkeypatch):
     graded = rolled(desk, desk.ctx.builder)
     graded = dataclasses.replace(
         graded,
-        parts=[{"reward": i / 8, "accuracy": float(i > 2), f"only {i // 4}": i} for i in range(8)],
+        reward_parts=[
+            {"reward": i / 8, "accuracy": float(i > 2), f"only {i // 4}": i} for i in range(8)
+        ],
     )
     values = np.arange(16.0).reshape(2, 4, 2)
     whole = rollouts.rollout_metrics(graded, *values)

@@ -34,8 +34,8 @@ def config(name: str, steps=2, stages=1, batch=4, **sections):
 
 def rolled(desk, key=None, **changes) -> rollouts.GradedRollouts:
     """Answers of the desk's policy to the first batch."""
-    key = desk.ctx.key(0) if key is None else key
-    with desk.ctx.stream(0) as stream:
+    key = desk.ctx.step_key(0) if key is None else key
+    with desk.ctx.open_stream(0) as stream:
         return rollouts.sample_rollouts(
             dataclasses.replace(desk.ctx.builder, **changes), desk.params, next(stream), key, 0
         )
@@ -78,13 +78,13 @@ def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(desk):
 def test_rollout_rows_hold_what_another_run_needs(desk):
     graded = rolled(desk)
     found = rollouts.rollout_step_batch(desk.ctx.builder, desk.params, graded, None, 3, 1)
-    row = found.rows[0]
+    row = found.rollout_rows[0]
     assert (row["step"], row["stage"], row["task"]) == (3, 1, "first") and row["id"].startswith(
         "first/train/"
     )
-    assert len(found.rows) == 8 == found.spent.rollouts and 8 <= found.spent.tokens <= 32
-    assert found.spent.trained == 2 * (
-        sum(len(i.encoded) for i in graded.items) + found.spent.tokens
+    assert len(found.rollout_rows) == 8 == found.cost.rollouts and 8 <= found.cost.tokens <= 32
+    assert found.cost.trained == 2 * (
+        sum(len(i.encoded) for i in graded.items) + found.cost.tokens
     )  # two passes
     assert json.loads(json.dumps(row)) == row
 
@@ -100,15 +100,15 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
     with stage_fixtures.desk(config("grpo", method=method), tmp_path) as desk:
         t, graded = desk.ctx.builder, rolled(desk)
         found = rollouts.rollout_step_batch(t, desk.params, graded, desk.ctx.reference, 0, 1)
-        assert found.info["kl"] == pytest.approx(0, abs=1e-6)
-        assert found.info["reward/shaped"] == pytest.approx(found.info["reward"], abs=1e-5)
+        assert found.metrics["kl"] == pytest.approx(0, abs=1e-6)
+        assert found.metrics["reward/shaped"] == pytest.approx(found.metrics["reward"], abs=1e-5)
         moved = jax.tree.map(lambda x: x * 1.5, desk.params)
         found = rollouts.rollout_step_batch(t, desk.params, graded, moved, 0, 1)
         (batch,) = next(found.updates)
-        own, ref = np.asarray(t.logps(desk.params, batch)), np.asarray(t.logps(moved, batch))
-        want = graded.column("reward").reshape(-1) - 0.5 * np.where(batch.mask, own - ref, 0).sum(1)
+        own, ref = np.asarray(t.score(desk.params, batch)), np.asarray(t.score(moved, batch))
+        want = graded.rewards.reshape(-1) - 0.5 * np.where(batch.mask, own - ref, 0).sum(1)
         np.testing.assert_allclose(batch.extra["advantages"], want, atol=1e-4)
-        assert abs(found.info["kl"]) > 1e-4 and "ref_logps" not in batch.extra
+        assert abs(found.metrics["kl"]) > 1e-4 and "ref_logps" not in batch.extra
 
 
 def test_cut_distribution_is_weighed_back(tmp_path):
@@ -135,11 +135,11 @@ def test_cut_distribution_is_weighed_back(tmp_path):
 def test_remax_compares_with_one_greedy_answer(tmp_path):
     with stage_fixtures.desk(config("remax", method=dict(kl_coef=0.0)), tmp_path) as desk:
         graded = rolled(desk)
-        assert graded.greedy.shape == (4,) and graded.spent.rollouts == 8 + 4
+        assert graded.greedy_rewards.shape == (4,) and graded.cost.rollouts == 8 + 4
         (batch,) = next(
             rollouts.rollout_step_batch(desk.ctx.builder, desk.params, graded, None, 0, 1).updates
         )
-        want = graded.column("reward") - graded.greedy[:, None]
+        want = graded.rewards - graded.greedy_rewards[:, None]
         np.testing.assert_allclose(
             np.asarray(batch.extra["advantages"]).reshape(4, 2), want, atol=1e-6
         )
@@ -191,18 +191,18 @@ def test_sampler_that_is_not_the_trainer_is_told(desk, capsys, gap, warned):
 
 def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
-    with stage_fixtures.desk(c, tmp_path) as desk, desk.ctx.stream(0) as stream:
+    with stage_fixtures.desk(c, tmp_path) as desk, desk.ctx.open_stream(0) as stream:
         graded, info, turns = rollouts.sample_filtered_rollouts(
-            desk.ctx.builder, desk.params, stream, desk.ctx.key(0), 0
+            desk.ctx.builder, desk.params, stream, desk.ctx.step_key(0), 0
         )
         assert (
             len(graded.items) == 4
             and graded.samples.tokens.shape[0] == 8
-            and turns == info["filter/draws"] == stream.step
+            and turns == info["filter/batches"] == stream.step
         )
         assert (np.ptp(graded.accuracy, 1) == 1).all()
-        assert graded.spent.rollouts == 8 * turns  # answers thrown away were paid for
-        again = rolled(desk, jax.random.fold_in(desk.ctx.key(0), 0))
+        assert graded.cost.rollouts == 8 * turns  # answers thrown away were paid for
+        again = rolled(desk, jax.random.fold_in(desk.ctx.step_key(0), 0))
         keep = [r for q in np.flatnonzero(np.ptp(again.accuracy, 1)) for r in (2 * q, 2 * q + 1)]
         assert graded.samples.texts[: len(keep)] == [again.samples.texts[r] for r in keep]
 
@@ -210,24 +210,24 @@ def test_online_filter_refills_with_mixed_groups_and_says_how_far_it_read(tmp_pa
 def test_online_filter_stops_when_nothing_is_left(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=2), overlong=0))
     c.tasks["first"].scorer = lambda prediction, answer, meta=None: 0.0
-    with stage_fixtures.desk(c, tmp_path) as desk, desk.ctx.stream(0) as stream:
+    with stage_fixtures.desk(c, tmp_path) as desk, desk.ctx.open_stream(0) as stream:
         with pytest.raises(ValueError, match="after 3 batches of 4 prompts only 0 of 4 groups"):
             rollouts.sample_filtered_rollouts(
-                desk.ctx.builder, desk.params, stream, desk.ctx.key(0), 0
+                desk.ctx.builder, desk.params, stream, desk.ctx.step_key(0), 0
             )
 
 
 def test_a_lesson_tells_how_many_batches_it_took(tmp_path):
     c = config("dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0))
     with stage_fixtures.desk(c, tmp_path) as desk:
-        with desk.ctx.stream(0) as stream:
+        with desk.ctx.open_stream(0) as stream:
             found = [
                 train_loop.next_step_batch(desk.ctx, desk.params, stream, StageProgress())
                 for _ in range(2)
             ]
-            assert stream.step == sum(f.batches for f in found) and [f.batches for f in found] == [
-                f.info["filter/draws"] for f in found
-            ]
+            assert stream.step == sum(f.batches_taken for f in found) and [
+                f.batches_taken for f in found
+            ] == [f.metrics["filter/batches"] for f in found]
 
 
 # ---- offline filter ------------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
             "answers": len(files["stage1_step2.jsonl"]),
         }
         for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
-            seen = {p.index for step in (start, start + 1) for p in ctx.order.rows(step)}
+            seen = {p.index for step in (start, start + 1) for p in ctx.mixture.rows(step)}
             assert {r["row"] for r in rows} <= seen
             graded = ctx.builder.prompted_tasks["first"].rewards(
                 [r["response"] for r in rows], [ctx.sources[0][r["row"]] for r in rows]
@@ -416,7 +416,7 @@ def test_answers_have_room_beside_the_prompt_limit(tmp_path):
     with stage_fixtures.desk(c, tmp_path / "run") as desk:
         items, _ = self_training.response_examples(desk.ctx, desk.params, 0)
         assert all(32 < len(i.encoded) < 64 for i in items)
-        ((batch,),) = desk.ctx.builder.written(items)
+        ((batch,),) = desk.ctx.builder.conversation_batches(items)
         assert batch.prompts.tokens.shape[1] == 64 and desk.ctx.builder.model_ctx.ladder == (16, 32)
     c.rollout.max_new_tokens = 4
     with pytest.raises(
@@ -489,7 +489,7 @@ def test_replay_is_counted(method, kind, tmp_path):
     with stage_fixtures.desk(c, tmp_path, number=2) as desk:
         assert list(desk.ctx.builder.prompted_tasks) == ["second", "first"]
         tasks = []
-        with desk.ctx.stream(0) as stream:
+        with desk.ctx.open_stream(0) as stream:
             for step in range(4):
                 items = (
                     next(stream)
@@ -505,7 +505,7 @@ def test_replay_is_counted(method, kind, tmp_path):
 def test_first_stage_has_nothing_to_replay(tmp_path):
     c = config("sft", stages=2, method=dict(replay=dict(fraction=0.25, kind="gold")))
     with stage_fixtures.desk(c, tmp_path) as desk:
-        assert list(desk.ctx.builder.prompted_tasks) == ["first"] and desk.ctx.order.kept == 1
+        assert list(desk.ctx.builder.prompted_tasks) == ["first"] and desk.ctx.mixture.kept == 1
 
 
 def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):

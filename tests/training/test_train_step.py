@@ -49,7 +49,7 @@ def trained(settings, folder):
     metrics, shapes = [], []
     with (
         stage_fixtures.desk(settings, folder) as desk,
-        desk.ctx.stream(0) as stream,
+        desk.ctx.open_stream(0) as stream,
         jax.set_mesh(desk.run.model_ctx.mesh),
     ):
         state, places = desk.state, jax.tree.map(lambda x: x.sharding, desk.state)

@@ -31,7 +31,7 @@ def desk(tmp_path_factory):
 
 
 def _lesson(desk):
-    with desk.ctx.stream(0) as stream:
+    with desk.ctx.open_stream(0) as stream:
         return list(next_step_batch(desk.ctx, desk.params, stream, StageProgress()).updates)
 
 
@@ -121,7 +121,7 @@ def test_previous_stage_pulls_only_once_the_model_has_moved(tmp_path):
         stage_fixtures.desk(
             config("sft", penalty=dict(name="lwf", coef=1.0, samples=0)), tmp_path
         ) as desk,
-        desk.ctx.stream(0) as stream,
+        desk.ctx.open_stream(0) as stream,
     ):
         update = next(next_step_batch(desk.ctx, desk.params, stream, StageProgress()).updates)
         state, metrics = desk.update(update, lr=1e-2)
