@@ -1,4 +1,4 @@
-"""From a ConfigDict to checked, resolved stages: unknown keys and wrong types are refused with the nearest name."""
+"""Resolve a config into checked stages and runs; refuse unknown keys and wrong types."""
 
 import copy
 import dataclasses
@@ -6,38 +6,34 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections.config_dict import ConfigDict, FieldReference
 
-FREE_SECTIONS = ("tasks", "arms", "prestage", "groups")  # sections whose keys are the user's own
-MULTI_RUN_SECTIONS = (
-    "arms",
-    "seeds",
-    "orders",
-    "prestage",
-)  # what makes several runs of a config; neither an arm nor the pre-stage may set it
-UNTYPED_KEYS = ("filter", "online_filter")  # None or a small dict
-NUMBER_TYPES = (int, float)
-UNHASHED_SECTIONS = (
-    "allow_change",
-    "log",
-    "checkpoint",
-    "mesh",
-    "expect",
-)  # may differ when a run is continued
-OPTIONAL_TYPES: dict[str, type] = {  # what may be None, and its type where it is not
-    "data.limit": int,
-    "eval.limit": int,
-    "eval.every": int,
-    "method.tis_cap": float,
-    "method.clip_dual": float,
-    "method.kl_limit": float,
-    "train.clip": float,
-}
-MINIMUM_VALUES = {  # smallest sensible value of what nothing else checks
+# Sections whose keys the user chooses.
+FREE_SECTIONS = ("tasks", "arms", "prestage", "groups")
+
+# Sections that make several runs of one config; an arm or the pre-stage can not set them.
+MULTI_RUN_SECTIONS = ("arms", "seeds", "orders", "prestage")
+
+# Sections that may change when a run is resumed: they do not change its results.
+RESUME_SECTIONS = ("allow_change", "log", "checkpoint", "mesh", "expect")
+
+# What a stage may override, and what of it belongs to the run: one model, one mesh, one evaluation.
+STAGE_SECTIONS = ("data", "method", "rewards", "rollout", "train", "eval.every", "eval.mini", "log")
+RUN_ONLY_KEYS = (
+    "data.prompt_limit",
+    "data.buckets",
+    "rewards.timeout",
+    "rewards.processes",
+    "log.tensorboard",
+    "log.wandb",
+)
+
+# The smallest value of numbers that no other code checks; a float minimum allows fractions.
+MINIMUM_VALUES = {
     "data.prompt_limit": 1,
     "data.bad_rows": 0,
     "data.limit": 1,
@@ -56,28 +52,27 @@ MINIMUM_VALUES = {  # smallest sensible value of what nothing else checks
     "eval.mini": 1,
     "eval.batch": 1,
     "eval.max_new_tokens": 1,
-    "eval.temperature": 0,
+    "eval.temperature": 0.0,
     "eval.drift": 0,
     "method.self_samples": 1,
     "log.every": 1,
     "log.gallery": 0,
     "mesh.slices": 1,
 }
-# What a stage may override. The rest belongs to the run: one model, one mesh, one way to evaluate.
-STAGE_SECTIONS = ("data", "method", "rewards", "rollout", "train", "eval.every", "eval.mini", "log")
-RUN_ONLY_KEYS = (
-    "data.prompt_limit",
-    "data.buckets",
-    "rewards.timeout",
-    "rewards.processes",
-    "log.tensorboard",
-    "log.wandb",
-)
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    tuple: "a tuple",
+    ConfigDict: "a section (dict)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: what is trained on, for how long, with which settings."""
+    """One stage: the tasks to train on, for how long, with which settings."""
 
     number: int  # from 1; 0 is the base model
     tasks: tuple[str, ...]
@@ -93,310 +88,284 @@ class Stage:
 def merge_config(
     config: ConfigDict, overrides: Mapping[str, Any], where: str = "config"
 ) -> ConfigDict:
-    """A copy of the config with nested overrides; what the config does not know is refused."""
-    out = ConfigDict(copy.deepcopy(config.to_dict()))
-    with out.unlocked(), out.ignore_type():
-        _merge_into(out, overrides, where)
-    return out
+    """Return a copy of the config with nested overrides; refuse keys that it does not have."""
+    merged = copy.deepcopy(config).unlock()
+    _merge_into(merged, overrides, where)
+    return merged
 
 
-def _merge_into(target: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
+def _merge_into(section: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
     for key, value in overrides.items():
-        place = f"{where}.{key}"
-        if key not in target:
-            close = difflib.get_close_matches(key, list(target), 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(target))}"
-            raise ValueError(f"{place} does not exist; {hint}")
-        if key in FREE_SECTIONS and isinstance(target[key], ConfigDict):
-            target[key] = ConfigDict(value)
-        elif isinstance(target[key], ConfigDict) and isinstance(value, Mapping | ConfigDict):
-            _merge_into(target[key], value, place)
+        name = f"{where}.{key}"
+        if key not in section:
+            raise ValueError(f"{name} does not exist; {nearest_names(key, section)}")
+        if key in FREE_SECTIONS and isinstance(section[key], ConfigDict):
+            section[key] = ConfigDict(value)
+        elif section.get_type(key) is ConfigDict and isinstance(value, Mapping | ConfigDict):
+            _merge_into(section[key], value, name)
         else:
-            target[key] = _check_type(target[key], value, place, key in UNTYPED_KEYS)
+            section[key] = _cast_value(section, key, value, name)
 
 
-def _check_type(old: Any, new: Any, place: str, loose: bool) -> Any:
-    """The new value if its type fits the old one's."""
-    if loose:
-        return new
-    optional = next(
-        (kind for name, kind in OPTIONAL_TYPES.items() if place.endswith(f".{name}")), None
-    )
-    if new is None or old is None:
-        return _check_optional(new, optional, place)
-    if isinstance(old, bool) != isinstance(new, bool):
-        raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
-    if isinstance(old, NUMBER_TYPES) and isinstance(new, NUMBER_TYPES):
-        if isinstance(old, int) and not isinstance(new, int):
-            raise ValueError(f"{place} is {new!r}; expected a whole number like {old!r}")
-        return float(new) if isinstance(old, float) else new
-    if isinstance(old, tuple) and isinstance(new, list | tuple):
-        return tuple(new)
-    if isinstance(old, str) and place.endswith(".refresh") and isinstance(new, int):
-        return new
-    if isinstance(old, str) and place.endswith("eval.tasks") and isinstance(new, list | tuple):
-        return ",".join(new)
-    if not isinstance(new, type(old)):
-        raise ValueError(f"{place} is {new!r}; expected {type(old).__name__} like {old!r}")
-    return new
+def nearest_names(name: str, names: Iterable[str]) -> str:
+    """Return the hint of an error about an unknown name: the nearest known one, or all of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _check_optional(new: Any, kind: type | None, place: str) -> Any:
-    """A value where the old or the new one is None."""
-    if new is None and kind is None:
-        raise ValueError(f"{place} is None; expected a value, see configs/base.py")
-    fits = isinstance(new, NUMBER_TYPES if kind is float else kind or object) and not (
-        kind and isinstance(new, bool)
-    )
-    if new is not None and not fits:
+def _is_optional(section: ConfigDict, key: str) -> bool:
+    """Whether a setting may be None: configs/base.py declares it with `optional`."""
+    fields = dict(section.items(preserve_field_references=True))
+    return isinstance(fields[key], FieldReference)
+
+
+def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
+    """Return the value in the type that the config declares for the setting, or refuse it."""
+    kind, optional = section.get_type(key), _is_optional(section, key)
+    if kind in (object, type(None)) or (value is None and optional):
+        return value
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if kind is str and isinstance(value, list | tuple):  # eval.tasks=("a", "b")
+        return ",".join(value)
+    is_bool = isinstance(value, bool)
+    if kind is float and isinstance(value, int) and not is_bool:
+        return float(value)
+    if not isinstance(value, kind) or is_bool != (kind is bool):
+        expected = _TYPE_NAMES.get(kind, kind.__name__)
+        default = section[key]
+        example = f" like {default!r}" if kind is not ConfigDict and default is not None else ""
         raise ValueError(
-            f"{place} is {new!r}; expected None or {'a number' if kind is float else 'a whole number'}"
+            f"{name}: expected {'None or ' * optional}{expected}{example}, got {value!r}"
         )
-    return new
+    return value
 
 
 def check_config_values(config: ConfigDict) -> None:
-    """Numbers below what makes sense, groups of what is not evaluated, and values of a wrong type that a config file set itself."""
-    for name, least in MINIMUM_VALUES.items():
+    """Refuse numbers that are too small, and groups of tasks that are not evaluated."""
+    for name, minimum in MINIMUM_VALUES.items():
         section, key = name.split(".")
         value = config[section][key]
-        if value is None and name in OPTIONAL_TYPES:
+        if value is None and _is_optional(config[section], key):
             continue
-        whole = name != "eval.temperature"
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int if whole else NUMBER_TYPES)
-            or value < least
-        ):
-            raise ValueError(
-                f"config.{name} is {value!r}; expected {'a whole' if whole else 'a'} number of at least {least}"
-            )
+        kinds = int if isinstance(minimum, int) else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or value < minimum:
+            expected = f"{_TYPE_NAMES[type(minimum)]} of at least {minimum}"
+            raise ValueError(f"config.{name}: expected {expected}, got {value!r}")
+    general = config.eval.general
     for name, tasks in config.eval.groups.items():
-        if (
-            not isinstance(tasks, list | tuple)
-            or not tasks
-            or not set(tasks) <= set(config.eval.general)
-        ):
-            known = ", ".join(config.eval.general) or "(), which is empty"
+        if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(general):
+            known = ", ".join(general) or "(), which is empty"
             raise ValueError(
-                f"config.eval.groups.{name} is {tasks!r}; expected a tuple of tasks of config.eval.general: {known}"
+                f"config.eval.groups.{name}: expected a tuple of tasks of config.eval.general "
+                f"({known}), got {tasks!r}"
             )
 
 
 def replayed_tasks(stages: Sequence[Stage], stage: Stage) -> list[str]:
-    """Earlier stages' tasks whose rows are mixed into a stage, each once."""
-    earlier = [t for s in stages[: stage.number - 1] for t in s.tasks]
-    return (
-        list(dict.fromkeys(t for t in earlier if t not in stage.tasks))
-        if stage.config.method.replay.fraction
-        else []
-    )
+    """Return the tasks of earlier stages whose rows are mixed into a stage, each once."""
+    if not stage.config.method.replay.fraction:
+        return []
+    earlier = [task for other in stages[: stage.number - 1] for task in other.tasks]
+    return [task for task in dict.fromkeys(earlier) if task not in stage.tasks]
 
 
-def evaluated_tasks(config: ConfigDict, run: Sequence[Stage]) -> list[str]:
-    """The tasks of `eval.tasks`, each once: those of the stages, or the ones that are named."""
-    names = (
-        [task for each in run for task in each.tasks]
-        if config.eval.tasks == "all"
-        else config.eval.tasks.split(",")
-    )
+def evaluated_tasks(config: ConfigDict, stages: Sequence[Stage]) -> list[str]:
+    """Return the tasks of `eval.tasks`, each once: those of the stages, or the named ones."""
+    if config.eval.tasks == "all":
+        names = [task for stage in stages for task in stage.tasks]
+    else:
+        names = config.eval.tasks.split(",")
     return list(dict.fromkeys(names))
 
 
-def eval_templates(config: ConfigDict, run: Sequence[Stage], task: str) -> tuple[str, ...]:
-    """The templates that a task is evaluated under: `eval.templates`, else the one that it was last trained with, else the run's."""
-    trained = [each.config.data.template for each in run if task in each.tasks]
-    return tuple(config.eval.templates) or tuple([config.data.template, *trained][-1:])
+def eval_templates(config: ConfigDict, stages: Sequence[Stage], task: str) -> tuple[str, ...]:
+    """Return the templates under which a task is evaluated.
+
+    These are `eval.templates`; without them the template that the task was last trained with; for a
+    task that no stage trains, the run's.
+    """
+    if config.eval.templates:
+        return tuple(config.eval.templates)
+    trained = [stage.config.data.template for stage in stages if task in stage.tasks]
+    return (trained[-1] if trained else config.data.template,)
 
 
 def resolve_stages(config: ConfigDict) -> list[Stage]:
-    """The run's stages, each with its own resolved config."""
+    """Return the run's stages, each with its own complete config."""
     if not config.stages:
         raise ValueError(
             "config.stages is empty; expected something like (dict(task='scienceqa', epochs=1), ...)"
         )
-    return [_resolve_stage(config, i, dict(raw)) for i, raw in enumerate(config.stages, 1)]
+    return [
+        _resolve_stage(config, number, dict(stage)) for number, stage in enumerate(config.stages, 1)
+    ]
 
 
-def _resolve_stage(config: ConfigDict, number: int, raw: dict[str, Any]) -> Stage:
+def _resolve_stage(config: ConfigDict, number: int, overrides: dict[str, Any]) -> Stage:
     where = f"config.stages[{number - 1}]"
-    tasks = raw.pop("task", None)
-    steps, epochs = raw.pop("steps", None), raw.pop("epochs", None)
+    tasks = overrides.pop("task", None)
+    steps, epochs = overrides.pop("steps", None), overrides.pop("epochs", None)
     if not tasks:
-        raise ValueError(f"{where} names no task; expected task='name' or task=('a', 'b')")
+        raise ValueError(f"{where}: expected task='name' or task=('a', 'b'), got no task")
     if (steps is None) == (epochs is None):
         raise ValueError(
             f"{where}: expected one of steps=N and epochs=N, got steps={steps} epochs={epochs}"
         )
-    amount = epochs if steps is None else steps
-    if (
-        isinstance(amount, bool)
-        or not isinstance(amount, int if epochs is None else NUMBER_TYPES)
-        or amount <= 0
-    ):
-        raise ValueError(
-            f"{where}: expected {'a whole number of steps' if epochs is None else 'epochs'} above 0, got {amount!r}"
-        )
-    merged = merge_config(config, raw, where)
-    for name in _set_keys(raw):
-        if (
-            not any(name == own or name.startswith(f"{own}.") for own in STAGE_SECTIONS)
-            or name in RUN_ONLY_KEYS
-        ):
+    if epochs is None:
+        length, kinds, expected = steps, int, "a whole number of steps"
+    else:
+        length, kinds, expected = epochs, int | float, "epochs"
+    if isinstance(length, bool) or not isinstance(length, kinds) or length <= 0:
+        raise ValueError(f"{where}: expected {expected} above 0, got {length!r}")
+    merged = merge_config(config, overrides, where)
+    for name in _overridden_names(overrides):
+        allowed = any(name == s or name.startswith(f"{s}.") for s in STAGE_SECTIONS)
+        if not allowed or name in RUN_ONLY_KEYS:
             raise ValueError(
-                f"{where} sets {name}, which belongs to the whole run; a stage may set {', '.join(STAGE_SECTIONS)}"
+                f"{where} sets {name}, which belongs to the whole run; a stage may set "
+                f"{', '.join(STAGE_SECTIONS)}"
             )
-    return Stage(
-        number, (tasks,) if isinstance(tasks, str) else tuple(tasks), steps, epochs, merged
-    )
+    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    return Stage(number, tasks, steps, epochs, merged)
 
 
-def _set_keys(tree: Mapping, before: str = "") -> list[str]:
-    """Dotted names of what a nested mapping sets, two levels deep."""
-    deeper = lambda value: isinstance(value, Mapping | ConfigDict) and not before
-    return [
-        n
-        for key, v in tree.items()
-        for n in (_set_keys(v, f"{key}.") if deeper(v) else [f"{before}{key}"])
-    ]
-
-
-def expand_runs(config: ConfigDict, root: Path | None = None) -> list[tuple[str, ConfigDict]]:
-    """(sub-folder, config) of every run that a config describes: arms x seeds x orders; one run has no sub-folder.
-
-    With the workdir as `root` each stands on the base model that its pre-stage makes there.
-    """
-    arms = config.arms.to_dict()
-    runs = (
-        [(name, _arm_config(config, name, changes)) for name, changes in arms.items()]
-        if arms
-        else [("", config)]
-    )
-    own = {
-        name
-        for name, changes in arms.items()
-        if {"path", "preset"} & changes.get("model", {}).keys()
-    }
-    return [
-        (f"{arm}/{sub}".strip("/"), _put_on_base(one, root, config, arm in own))
-        for arm, c in runs
-        for sub, one in _seeds_and_orders(c)
-    ]
-
-
-def _arm_config(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> ConfigDict:
-    """An arm's config; a schedule of its own that is longer or shorter than the others' has no other order."""
-    _refuse_multi_run_sections(changes, f"config.arms.{name}")
-    arm = merge_config(config, changes, f"config.arms.{name}")
-    return arm if len(arm.stages) == len(config.stages) else merge_config(arm, {"orders": ()})
-
-
-def _refuse_multi_run_sections(changes: Mapping[str, Any], where: str) -> None:
-    found = [name for name in MULTI_RUN_SECTIONS if name in changes]
-    if found:
-        raise ValueError(
-            f"{where} sets {found[0]}, which belongs to the whole config: set config.{found[0]}"
-        )
+def _overridden_names(overrides: Mapping[str, Any]) -> list[str]:
+    """Return the names "section" or "section.key" of what the overrides set."""
+    names = []
+    for section, value in overrides.items():
+        if isinstance(value, Mapping | ConfigDict):
+            names += [f"{section}.{key}" for key in value]
+        else:
+            names.append(section)
+    return names
 
 
 def all_runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """(sub-folder, config) of every run that a config asks for: those that make base models, then the others."""
+    """List the (sub-folder, config) of every run: those that make base models, then the others."""
     return [*prestage_runs(config).items(), *expand_runs(config)]
 
 
-def prestage_runs(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Sub-folder -> config of the runs that make the base models: none without a pre-stage, else one, or one a seed."""
-    if not len(config.prestage):
-        return {}
-    _refuse_multi_run_sections(config.prestage, "config.prestage")
-    plain = merge_config(config, {"prestage": {}, "arms": {}, "seeds": (), "orders": ()})
-    seeds = config.seeds or (config.seed,)
-    return {
-        _base_folder(config, s): merge_config(
-            merge_config(plain, {"seed": s}), config.prestage.to_dict(), "config.prestage"
-        )
-        for s in seeds
-    }
+def expand_runs(config: ConfigDict, workdir: Path | None = None) -> list[tuple[str, ConfigDict]]:
+    """List the (sub-folder, config) of arms x seeds x orders; a single run has the sub-folder "".
+
+    With the workdir, each run starts from the base model that the pre-stage exports there.
+    """
+    arms = config.arms.to_dict() or {"": {}}
+    runs = []
+    for arm, changes in arms.items():
+        has_own_model = not {"path", "preset"}.isdisjoint(changes.get("model", {}))
+        for folder, run_config in _seeds_and_orders(_arm_config(config, arm, changes)):
+            if has_own_model:
+                run_config = merge_config(run_config, {"prestage": {}})
+            elif workdir is not None and len(config.prestage):
+                model = workdir.absolute() / _prestage_folder(config, run_config.seed) / "hf"
+                run_config = merge_config(run_config, {"model": {"path": str(model)}})
+            runs.append((f"{arm}/{folder}".strip("/"), run_config))
+    return runs
 
 
-def _base_folder(config: ConfigDict, seed: int) -> str:
-    return f"base/seed{seed}" if config.seeds else "base"
-
-
-def _put_on_base(
-    single: ConfigDict, root: Path | None, config: ConfigDict, own: bool
-) -> ConfigDict:
-    """The run on the model that its pre-stage makes under `root`, or on its arm's own; only the former keeps its pre-stage."""
-    if own:
-        return merge_config(single, {"prestage": {}})
-    if root is None or not len(config.prestage):
-        return single
-    return merge_config(
-        single, {"model": {"path": str(root.absolute() / _base_folder(config, single.seed) / "hf")}}
-    )
+def _arm_config(config: ConfigDict, arm: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """Return the config of one arm."""
+    _refuse_multi_run_sections(changes, f"config.arms.{arm}")
+    merged = merge_config(config, changes, f"config.arms.{arm}")
+    if len(merged.stages) != len(config.stages):
+        merged.orders = ()  # the orders index the stages of the config, not those of this arm
+    return merged
 
 
 def _seeds_and_orders(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    out = []
-    seeds, orders = config.seeds or (config.seed,), config.orders or (None,)
-    for seed in seeds:
-        for i, order in enumerate(orders):
-            parts = [f"seed{seed}"] * bool(config.seeds) + [f"order{i}"] * bool(config.orders)
-            changes: dict[str, Any] = {"seed": seed, "seeds": (), "orders": ()}
-            if order is not None:
-                changes["stages"] = _reorder_stages(config.stages, order)
-            single = merge_config(config, changes)
-            with single.unlocked():
-                single.arms = ConfigDict()
-            out.append(("_".join(parts), single))
-    return out
+    """List the (sub-folder, config) of every seed and order of one arm."""
+    runs = []
+    for seed in config.seeds or (config.seed,):
+        for i, order in enumerate(config.orders or (range(len(config.stages)),)):
+            seed_part = [f"seed{seed}"] if config.seeds else []
+            order_part = [f"order{i}"] if config.orders else []
+            changes = {
+                "seed": seed,
+                "stages": _reorder_stages(config.stages, order),
+                **{"seeds": (), "orders": (), "arms": {}},
+            }
+            runs.append(("_".join(seed_part + order_part), merge_config(config, changes)))
+    return runs
 
 
-def _reorder_stages(stages: tuple, order: tuple[int, ...]) -> tuple:
+def _reorder_stages(stages: Sequence[Mapping], order: Sequence[int]) -> tuple[Mapping, ...]:
     if sorted(order) != list(range(len(stages))):
         raise ValueError(
-            f"config.orders has {tuple(order)}; expected each of 0..{len(stages) - 1} once"
+            f"config.orders: expected each of 0..{len(stages) - 1} once, got {tuple(order)}"
         )
     return tuple(stages[i] for i in order)
 
 
+def prestage_runs(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Return sub-folder -> config of the runs that make the base models.
+
+    Without a pre-stage there is none; with seeds there is one per seed.
+    """
+    if not len(config.prestage):
+        return {}
+    _refuse_multi_run_sections(config.prestage, "config.prestage")
+    single = {"prestage": {}, "arms": {}, "seeds": (), "orders": ()}
+    runs = {}
+    for seed in config.seeds or (config.seed,):
+        run_config = merge_config(config, {**single, "seed": seed})
+        run_config = merge_config(run_config, config.prestage.to_dict(), "config.prestage")
+        runs[_prestage_folder(config, seed)] = run_config
+    return runs
+
+
+def _prestage_folder(config: ConfigDict, seed: int) -> str:
+    return f"base/seed{seed}" if config.seeds else "base"
+
+
+def _refuse_multi_run_sections(changes: Mapping[str, Any], where: str) -> None:
+    for name in MULTI_RUN_SECTIONS:
+        if name in changes:
+            raise ValueError(
+                f"{where} sets {name}, which belongs to the whole config; set config.{name}"
+            )
+
+
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON holds it."""
+    """Return the config as nested dicts of JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
 def recorded_config(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """The config as config.json holds it: the base model of a pre-stage by its place beside the workdir, so that both may move."""
-    out = config_to_dict(config)
+    """Return the content of config.json.
+
+    The path of a pre-stage's model is relative to the workdir, so that both folders may be moved.
+    """
+    recorded = config_to_dict(config)
     if len(config.prestage):
-        out["model"]["path"] = os.path.relpath(config.model.path, workdir)
-    return out
+        recorded["model"]["path"] = os.path.relpath(config.model.path, workdir)
+    return recorded
 
 
 def config_fingerprint(config: ConfigDict, sections: Sequence[str] = ()) -> str:
-    """A hash of what decides a run's results, or of some sections; a pre-stage stands for the path of the model that it made."""
-    whole = config_to_dict(config)
-    if whole["prestage"]:
-        whole["model"]["path"] = ""
-    kept = {
-        k: v
-        for k, v in whole.items()
-        if (k in sections if sections else k not in UNHASHED_SECTIONS)
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a hash of the settings that decide a run's results, or of some sections.
+
+    Of a pre-stage's model the settings are hashed, not the path.
+    """
+    settings = config_to_dict(config)
+    if settings["prestage"]:
+        settings["model"]["path"] = ""
+    names = sections or settings.keys() - set(RESUME_SECTIONS)
+    hashed = {name: settings[name] for name in names}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def config_differences(old: Mapping, new: Mapping, where: str = "") -> list[str]:
-    """Lines "section.key: old -> new" for everything that differs and matters."""
+    """List "section.key: old -> new" for every difference that may change a run's results."""
     lines = []
     for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if a == b or (not where and key in UNHASHED_SECTIONS):
+        before, after = old.get(key), new.get(key)
+        if before == after or (not where and key in RESUME_SECTIONS):
             continue
-        both = isinstance(a, Mapping) and isinstance(b, Mapping)
-        lines += (
-            config_differences(a, b, f"{where}{key}.")
-            if both
-            else [f"{where}{key}: {a!r} -> {b!r}"]
-        )
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += config_differences(before, after, f"{where}{key}.")
+        else:
+            lines.append(f"{where}{key}: {before!r} -> {after!r}")
     return lines

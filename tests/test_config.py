@@ -54,20 +54,20 @@ def test_stages_are_resolved(c):
             "config.method.kl_coeff does not exist; did you mean 'kl_coef'",
         ),
         ({"train": {"zzz": 1}}, "config.train.zzz does not exist; known: b1"),
-        ({"train": {"lr": "1e-3"}}, "config.train.lr is '1e-3'; expected float like 1e-06"),
-        ({"train": {"lr": None}}, "config.train.lr is None; expected a value"),
-        ({"train": {"batch": 1.5}}, "config.train.batch is 1.5; expected a whole number like 128"),
-        ({"train": {"batch": True}}, "config.train.batch is True; expected int"),
-        ({"data": {"pack": 1}}, "config.data.pack is 1; expected bool"),
-        ({"data": {"limit": 0.5}}, "config.data.limit is 0.5; expected None or a whole number"),
-        ({"eval": {"every": True}}, "config.eval.every is True; expected None or a whole number"),
-        ({"method": {"tis_cap": "2"}}, "config.method.tis_cap is '2'; expected None or a number"),
+        ({"train": {"lr": "1e-3"}}, "config.train.lr: expected a number like 1e-06, got '1e-3'"),
+        ({"train": {"lr": None}}, "config.train.lr: expected a number like 1e-06, got None"),
+        ({"train": {"batch": 1.5}}, "config.train.batch: expected a whole number like 128, got 1.5"),
+        ({"train": {"batch": True}}, "config.train.batch: expected a whole number like 128, got True"),
+        ({"data": {"pack": 1}}, "config.data.pack: expected True or False like False, got 1"),
+        ({"data": {"limit": 0.5}}, "config.data.limit: expected None or a whole number, got 0.5"),
+        ({"eval": {"every": True}}, "config.eval.every: expected None or a whole number, got True"),
+        ({"method": {"tis_cap": "2"}}, "config.method.tis_cap: expected None or a number, got '2'"),
         (
             {"model": {"freeze": "vision"}},
-            r"config.model.freeze is 'vision'; expected tuple like \(\)",
+            r"config.model.freeze: expected a tuple like \(\), got 'vision'",
         ),
-        ({"eval": {"general": "mmmu"}}, "config.eval.general is 'mmmu'; expected tuple"),
-        ({"method": 3}, "config.method is 3; expected ConfigDict"),
+        ({"eval": {"general": "mmmu"}}, "config.eval.general: expected a tuple like \\(\\), got 'mmmu'"),
+        ({"method": 3}, "config.method: expected a section \\(dict\\), got 3"),
     ],
 )
 def test_refused(c, override, message):
@@ -167,7 +167,7 @@ def test_numbers_too_small(c, name, value):
     section, key = name.split(".")
     c[section][key] = value
     with pytest.raises(
-        ValueError, match=f"config.{name} is {value}; expected a whole number of at least"
+        ValueError, match=f"config.{name}: expected a whole number of at least ., got {value}"
     ):
         check_config_values(c)
 
@@ -178,7 +178,7 @@ def test_groups_hold_general_tasks(c):
     for wrong in ("facts", (), ("facts", "mmlu")):
         with pytest.raises(
             ValueError,
-            match="config.eval.groups.text is .*; expected a tuple of tasks of config.eval.general: facts",
+            match="config.eval.groups.text: expected a tuple of tasks of config.eval.general \\(facts, pope\\), got",
         ):
             check_config_values(merge_config(c, {"eval": {"groups": {"text": wrong}}}))
 
@@ -275,7 +275,7 @@ def test_the_template_of_an_evaluation(c):
 
 def test_orders_refused(c):
     c.orders = ((0, 0),)
-    with pytest.raises(ValueError, match=r"config.orders has \(0, 0\); expected each of 0..1 once"):
+    with pytest.raises(ValueError, match=r"config.orders: expected each of 0..1 once, got \(0, 0\)"):
         expand_runs(c)
 
 
