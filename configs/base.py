@@ -152,7 +152,8 @@ def _method(**changes: Any) -> dict[str, Any]:
 # Complete methods. `dict(task=..., method=METHODS["rloo"])` in a stage, `config.method.update(METHODS["rloo"])` in a config: every setting of
 # `method` is set, so nothing of an earlier method stays. Own changes are written after it: `{**METHODS["grpo"], "kl_coef": 0.0}`.
 _SFT = dict(objective="sft", kl_coef=0.0)
-_FOUR_UPDATES = dict(updates_per_batch=4)  # the ratios of a batch's first update are 1: clips act from the second on
+# The ratios of the first update on a batch are 1, so clips act from the second update on.
+_FOUR_UPDATES = dict(updates_per_batch=4)
 METHODS = dict(
     sft=_method(name="sft", source="gold", **_SFT),
     eaft=_method(name="eaft", source="gold", objective="eaft", kl_coef=0.0),  # cross-entropy weighted by entropy

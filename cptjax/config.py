@@ -135,7 +135,8 @@ def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
     if not isinstance(value, kind) or is_bool != (kind is bool):
         expected = _TYPE_NAMES.get(kind, kind.__name__)
         default = section[key]
-        example = f" like {default!r}" if kind is not ConfigDict and default is not None else ""
+        has_example = kind not in (ConfigDict, bool) and default is not None
+        example = f" like {default!r}" if has_example else ""
         raise ValueError(
             f"{name}: expected {'None or ' * optional}{expected}{example}, got {value!r}"
         )

@@ -56,9 +56,15 @@ def test_stages_are_resolved(c):
         ({"train": {"zzz": 1}}, "config.train.zzz does not exist; known: b1"),
         ({"train": {"lr": "1e-3"}}, "config.train.lr: expected a number like 1e-06, got '1e-3'"),
         ({"train": {"lr": None}}, "config.train.lr: expected a number like 1e-06, got None"),
-        ({"train": {"batch": 1.5}}, "config.train.batch: expected a whole number like 128, got 1.5"),
-        ({"train": {"batch": True}}, "config.train.batch: expected a whole number like 128, got True"),
-        ({"data": {"pack": 1}}, "config.data.pack: expected True or False like False, got 1"),
+        (
+            {"train": {"batch": 1.5}},
+            "config.train.batch: expected a whole number like 128, got 1.5",
+        ),
+        (
+            {"train": {"batch": True}},
+            "config.train.batch: expected a whole number like 128, got True",
+        ),
+        ({"data": {"pack": 1}}, "config.data.pack: expected True or False, got 1"),
         ({"data": {"limit": 0.5}}, "config.data.limit: expected None or a whole number, got 0.5"),
         ({"eval": {"every": True}}, "config.eval.every: expected None or a whole number, got True"),
         ({"method": {"tis_cap": "2"}}, "config.method.tis_cap: expected None or a number, got '2'"),
@@ -66,7 +72,10 @@ def test_stages_are_resolved(c):
             {"model": {"freeze": "vision"}},
             r"config.model.freeze: expected a tuple like \(\), got 'vision'",
         ),
-        ({"eval": {"general": "mmmu"}}, "config.eval.general: expected a tuple like \\(\\), got 'mmmu'"),
+        (
+            {"eval": {"general": "mmmu"}},
+            "config.eval.general: expected a tuple like \\(\\), got 'mmmu'",
+        ),
         ({"method": 3}, "config.method: expected a section \\(dict\\), got 3"),
     ],
 )
@@ -108,7 +117,10 @@ def test_accepted(c):
     "stages, message",
     [
         ((), "config.stages is empty"),
-        ((dict(steps=1),), r"config.stages\[0\] names no task"),
+        (
+            (dict(steps=1),),
+            r"config.stages\[0\]: expected task='name' or task=\('a', 'b'\), got no task",
+        ),
         ((dict(task="a"),), "expected one of steps=N and epochs=N"),
         ((dict(task="a", steps=1, epochs=1),), "expected one of steps=N and epochs=N"),
         ((dict(task="a", steps=0),), "above 0, got 0"),
@@ -275,7 +287,9 @@ def test_the_template_of_an_evaluation(c):
 
 def test_orders_refused(c):
     c.orders = ((0, 0),)
-    with pytest.raises(ValueError, match=r"config.orders: expected each of 0..1 once, got \(0, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"config.orders: expected each of 0..1 once, got \(0, 0\)"
+    ):
         expand_runs(c)
 
 

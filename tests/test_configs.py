@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from configs import base, cpt7, demo, jigsaw, retain
 from cptjax.config import (
     check_config_values,
+    config_to_dict,
     expand_runs,
     merge_config,
     prestage_runs,
@@ -262,6 +263,44 @@ def test_methods_resolve(name):
     assert build.objective_from_config(one.config) == build.objective_from_config(
         one.config
     )  # equal settings share programs
+
+
+@pytest.mark.parametrize("name", base.METHODS)
+def test_a_preset_replaces_every_setting_of_any_other_method(name):
+    """Nothing of an earlier method stays: neither in a stage nor in a config that is updated."""
+
+    def resolved(*presets):
+        config = base.get_config()
+        config.method.update({"filter": {"name": "window", "samples": 8}, "tis_cap": 2.0})
+        config.method.replay.fraction = 0.5
+        for preset in presets[:-1]:
+            config.method.update(base.METHODS[preset])
+        config.stages = (dict(task="a", steps=1, method=base.METHODS[presets[-1]]),)
+        return config_to_dict(resolve_stages(config)[0].config)["method"]
+
+    plain = base.get_config()
+    plain.stages = (dict(task="a", steps=1, method=base.METHODS[name]),)
+    alone = config_to_dict(resolve_stages(plain)[0].config)["method"]
+    assert resolved(name) == alone and alone["name"] == base.METHODS[name]["name"]
+    for other in base.METHODS:
+        assert resolved(other, name) == alone, other
+
+
+def test_a_stage_with_the_grpo_preset_trains_a_policy_loss_after_sft():
+    config = base.get_config()
+    config.method.update(base.METHODS["sft"])
+    config.stages = (
+        dict(task="a", steps=1),
+        dict(task="b", steps=1, method={**base.METHODS["grpo"], "kl_coef": 0.5}),
+    )
+    sft, grpo = (stage.config.method for stage in resolve_stages(config))
+    assert (sft.objective, sft.source) == ("sft", "gold")
+    assert (grpo.objective, grpo.source, grpo.kl_coef) == ("policy", "rollouts", 0.5)
+
+
+def test_no_two_presets_share_a_value_that_can_be_changed():
+    one = base.METHODS["grpo"]["replay"]
+    assert all(one is not base.METHODS[name]["replay"] for name in base.METHODS if name != "grpo")
 
 
 WRONG = {

@@ -258,7 +258,10 @@ def test_settings_are_refused_before_any_row_is_read(monkeypatch):
     monkeypatch.setattr(row_checks, "check_split", lambda *_: pytest.fail("rows were read"))
     wrong = {
         "does not learn from": ("method", dict(source="gold")),
-        "config.mesh.slices: expected a whole number of at least 1, got 0": ("mesh", dict(slices=0)),
+        "config.mesh.slices: expected a whole number of at least 1, got 0": (
+            "mesh",
+            dict(slices=0),
+        ),
         "model.remat='all'; expected one of none, dots, block, offload": (
             "model",
             dict(remat="all"),
