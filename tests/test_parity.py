@@ -92,7 +92,7 @@ def _layers(params, prompts, cfg):
         rows = lambda x: x.reshape(-1, *x.shape[2:])
         x = rows(v.patches) @ params["vision"]["patch"]["w"]
         rope, frames = vision.vision_cos_sin(rows(v.positions), cfg.vision), rows(v.frames)
-        blocks = vision.group_mlp(params["vision"]["blocks"])
+        blocks = params["vision"]["blocks"]
         for i in range(cfg.vision.depth):
             x = vision.vision_block(
                 take(blocks, i), x, rope, frames, jnp.asarray(i in cfg.vision.full_blocks), cfg

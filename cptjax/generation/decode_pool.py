@@ -125,7 +125,7 @@ def admit_prompts(
     plan: SamplerConfig,
 ) -> DecodePool:
     """Read every prompt of `queue` and draw the first token of its responses."""
-    hidden, keys, values = qwen2_5_vl.prefill_embedded(
+    hidden, keys, values = qwen2_5_vl.prefill(
         weights, queue.embedded, queue.positions, queue.segments, cfg
     )
     cache = qwen2_5_vl.new_kv_cache(keys, values, queue.segments, plan.group, plan.max_new, cfg)
@@ -269,15 +269,11 @@ def refill_pool(
     """New prompts in idle places; their own columns need no clearing, a group sees none older than itself."""
     fresh = admit_prompts(weights, take_prompts(queue, entries), pool.step, draws, cfg, plan)
     first = lambda old, new: old.at[places].set(new)
-    second = (
-        (lambda old, new: old.at[:, places].set(new))
-        if not isinstance(pool.cache.prompt_k, tuple)
-        else first
-    )
+    slot = lambda old, new: old.at[..., places, :, :, :].set(new)  # [(L) S K . .]
     put = lambda where, old, new: jax.tree.map(where, old, new)
     cache = pool.cache.replace(
-        prompt_k=put(second, pool.cache.prompt_k, fresh.cache.prompt_k),
-        prompt_v=put(second, pool.cache.prompt_v, fresh.cache.prompt_v),
+        prompt_k=put(slot, pool.cache.prompt_k, fresh.cache.prompt_k),
+        prompt_v=put(slot, pool.cache.prompt_v, fresh.cache.prompt_v),
         prompt_mask=first(pool.cache.prompt_mask, fresh.cache.prompt_mask),
     )
     aside = {"cache": None, "step": None}

@@ -38,6 +38,11 @@ from cptjax.types import Array
 BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
 
 
+def short_row_backend(backend: str) -> str:
+    """Return the back end for rows too short for a flash kernel, such as windows of an image."""
+    return "tiled" if backend == "tiled" else "xla"
+
+
 def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
     """The kernel that runs: what the user names, or the best of the mesh's platform for such arrays."""
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):

@@ -1,4 +1,4 @@
-"""Pieces that both towers share: linear maps, RMS norm, rotary embedding, gated MLP."""
+"""Layers that both towers share: linear maps, RMS norm, rotary embedding, gated MLP, remat."""
 
 import functools
 import math
@@ -12,17 +12,41 @@ from cptjax.types import Array, Params
 
 zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
+MLP_LINEARS = ("gate", "up", "down")
+DECODER_LINEARS = ("q", "k", "v", "o", *MLP_LINEARS)
+
+_policies = jax.checkpoint_policies
+
+# What the backward pass finds in memory, by the name in `model.remat`.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    # Keep everything: fastest, largest.
+    "none": None,
+    # Keep the products with weights; recompute attention and elementwise functions.
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    # Keep the input of each layer only: slowest, smallest.
+    "block": _policies.nothing_saveable,
+    # As "dots", kept in host memory.
+    "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
 
 @functools.cache
 def weight_init(inputs: int) -> Initializer:
-    """Weights that keep a signal's size: 0.02 at a width of 2,000, and six times that at 64, where 0.02 would learn next to nothing."""
+    """Return an initializer that keeps the size of a signal: standard deviation inputs ** -0.5.
+
+    At a width of 2,000 that is 0.02; at 64 it is six times as much, where 0.02 would learn
+    next to nothing.
+    """
     return jax.nn.initializers.normal(inputs**-0.5)
 
 
 def linear_params(
     depth: int, inputs: dict[str, int], outputs: dict[str, int], bias: bool
 ) -> Params:
-    """A stacked linear map from named input axes to named output axes (depth 0: not stacked)."""
+    """Declare a linear map from named input axes to named output axes, stacked `depth` times.
+
+    Depth 0 declares one map without a layer axis. A prime marks an axis without a sharding rule.
+    """
     layer, axis = ((depth,), ("layer",)) if depth else ((), ())
     axes = tuple(name.rstrip("'") or None for name in (*inputs, *outputs))
     w = Param(
@@ -36,13 +60,18 @@ def linear_params(
 
 
 def norm_params(depth: int, width: int) -> Param:
+    """Declare the scales of an RMS norm, stacked `depth` times (0: not stacked)."""
     return Param((depth, width), ("layer", None), ones) if depth else Param((width,), (None,), ones)
 
 
 def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Array:
-    """x [..., *in] -> [..., *out]; low-rank adapters are added where they are present; integer weights carry a scale per output."""
+    """Map x [..., *in] to [..., *out].
+
+    Low-rank adapters are added where present; int8 weights carry one scale per output.
+    """
     lead = x.shape[: x.ndim - inputs]
-    # One row axis: with several, the weight's gradient contracts them all and the CPU compiler transposes x and y in memory for it.
+    # With several row axes the gradient of the weight contracts them all, for which XLA:CPU
+    # transposes x and y in memory; so the rows become one axis.
     x = x.reshape(-1, *x.shape[x.ndim - inputs :])
     axes = (tuple(range(1, 1 + inputs)), tuple(range(inputs)))
     if "int8" in p:
@@ -52,92 +81,62 @@ def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Arr
     if "lora_a" in p:
         low = jnp.tensordot(x, p["lora_a"].astype(x.dtype), axes)
         y = y + jnp.tensordot(low, p["lora_b"].astype(x.dtype), 1) * lora_scale
-    y = y + p["b"].astype(x.dtype) if "b" in p else y
+    if "b" in p:
+        y = y + p["b"].astype(x.dtype)
     return y.reshape(*lead, *y.shape[1:])
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Normalised in float32, scaled in x's type."""
+    """Normalise in float32 and scale in the type of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotary embedding of x [..., heads, H] by the cos and sin [..., H / 2] of its angles; pair i is (x[i], x[i + H / 2])."""
+    """Rotate x [..., heads, H] by the cos and sin [..., H / 2] of its angles.
+
+    Pair i is (x[i], x[i + H / 2]).
+    """
     cos, sin = (y[..., None, :] for y in rope)
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def mlp(p: Params, x: Array, lora_scale: float = 1.0) -> Array:
-    """down(silu(gate(x)) * up(x))."""
-    if "gate_up" in p:
-        return linear(p["down"], gated_silu_pair(linear(p["gate_up"], x)))
-    return linear(
-        p["down"],
-        gated_silu(linear(p["gate"], x, 1, lora_scale), linear(p["up"], x, 1, lora_scale)),
-        1,
-        lora_scale,
-    )
+    """Return down(silu(gate(x)) * up(x))."""
+    gate = linear(p["gate"], x, 1, lora_scale)
+    up = linear(p["up"], x, 1, lora_scale)
+    return linear(p["down"], gated_silu(gate, up), 1, lora_scale)
 
 
 @jax.custom_vjp
 def gated_silu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up; for gradients the two are kept and nothing else, and both gradients are made in one pass."""
+    """Return silu(gate) * up; the backward pass needs `gate` and `up` and nothing else."""
     return jax.nn.silu(gate) * up
 
 
-def _gated_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
-    gate, up = kept
+def gated_silu_gradients(gate: Array, up: Array, slope: Array) -> tuple[Array, Array]:
+    """Return the gradients by `gate` and `up`, given that of the output."""
     share = jax.nn.sigmoid(gate)
     return slope * up * share * (1 + gate * (1 - share)), slope * gate * share
 
 
-gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_backward)
-
-
-@jax.custom_vjp
-def gated_silu_pair(both: Array) -> Array:
-    """`gated` of the two halves of [... 2F]."""
-    return gated_silu(*jnp.split(both, 2, -1))
-
-
-gated_silu_pair.defvjp(
-    lambda both: (gated_silu_pair(both), both),
-    lambda both, slope: (jnp.concatenate(_gated_backward(jnp.split(both, 2, -1), slope), -1),),
+gated_silu.defvjp(
+    lambda gate, up: (gated_silu(gate, up), (gate, up)),
+    lambda kept, slope: gated_silu_gradients(*kept, slope),
 )
 
 
-MLP_LINEARS = ("gate", "up", "down")
-
-
-DECODER_LINEARS = ("q", "k", "v", "o", *MLP_LINEARS)
-
-
-_policies = jax.checkpoint_policies
-
-
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,  # keep everything: fastest, largest
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # keep products with weights; recompute attention and elementwise
-    "block": _policies.nothing_saveable,  # keep each layer's input only: slowest, smallest
-    "offload": _policies.offload_dot_with_no_batch_dims(
-        "device", "pinned_host"
-    ),  # "dots", kept in host memory
-}
-
-
 def check_remat(name: str) -> None:
+    """Refuse an unknown `model.remat`."""
     if name not in REMAT_POLICIES:
         raise ValueError(f"model.remat={name!r}; expected one of {', '.join(REMAT_POLICIES)}")
 
 
 def apply_remat(step: Callable, name: str) -> Callable:
-    """The scan body with the named policy."""
+    """Wrap a layer in `jax.checkpoint` with the named policy."""
     check_remat(name)
-    return (
-        step
-        if name == "none"
-        else jax.checkpoint(step, policy=REMAT_POLICIES[name], prevent_cse=False)
-    )
+    if name == "none":
+        return step
+    return jax.checkpoint(step, policy=REMAT_POLICIES[name], prevent_cse=False)

@@ -1,47 +1,144 @@
-"""Text layers outside a loop: weights as a tuple of layers with fused products, faster where a loop copies them (CPU, GPU)."""
+"""The decoder's layers without a loop and with fused products: faster on CPUs, and to decode on GPUs.
+
+A loop over stacked weights copies the weights of each layer before use, and many narrow products
+run slower than few wide ones. `ModelConfig.unroll` asks for another form of the same weights:
+
+    stacked    blocks = {"q": {"w": [L D N H]}, ...}, run by jax.lax.scan
+    unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers
+
+Everything that knows of the second form is in this file. The decoder calls `scan_layers` for its
+loop, `fused_heads` and `fused_mlp` for fused layers, `read_layer` and `write_column` for caches.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cptjax.models.config import ModelConfig
-from cptjax.models.layers import DECODER_LINEARS
+from cptjax.models.layers import (
+    DECODER_LINEARS,
+    gated_silu,
+    gated_silu_gradients,
+    linear,
+)
 from cptjax.types import Array, Params
 
-
-def materialise(x: Array) -> Array:
-    """x, by way of a product with one: a compiler that sees sines made from positions makes them again in every layer and head."""
-    one = jnp.eye(x.shape[-1], dtype=x.dtype)
-    return jnp.dot(x.reshape(-1, x.shape[-1]), one, precision="highest").reshape(x.shape)
-
-
-def fuse_linears(layer: Params) -> Params:
-    """A layer with one map to q, k and v and one to gate and up: a few wide products instead of many narrow ones."""
-    if any(
-        layer[name].keys() - {"w", "b"} for name in DECODER_LINEARS
-    ):  # adapters, or integers with their scales
-        return layer
-    qkv = jax.tree.map(lambda *x: jnp.concatenate(x, -2), *(layer[name] for name in "qkv"))
-    both = {"w": jnp.concatenate([layer["gate"]["w"], layer["up"]["w"]], -1)}
-    return {k: v for k, v in layer.items() if k not in ("q", "k", "v", "gate", "up")} | {
-        "qkv": qkv,
-        "gate_up": both,
-    }
+Blocks = Params | tuple[Params, ...]  # stacked | unrolled
+LayerArrays = Array | tuple[Array, ...]  # [L ...] | L x [...]
 
 
 def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
-    """The text blocks as a tuple of layers where `cfg.unroll` asks for it: a loop over stacked weights copies each layer's before use."""
+    """Return the parameters with their text blocks unrolled, where `cfg.unroll` asks for it."""
     blocks = p["text"]["blocks"]
     if not cfg.unroll or isinstance(blocks, tuple):
         return p
     mesh = jax.sharding.get_abstract_mesh()
-    cut = (
-        not mesh.empty and mesh.shape["model"] > 1
-    )  # q, k and v are then cut each by its own heads
+    # Tensor parallelism cuts q, k and v each by its own heads, so they stay apart.
+    separate = not mesh.empty and mesh.shape["model"] > 1
     layers = (jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
-    layers = tuple(layer if cut else fuse_linears(layer) for layer in layers)
+    layers = tuple(layer if separate else _fuse_linears(layer) for layer in layers)
     return p | {"text": p["text"] | {"blocks": layers}}
 
 
 def unstack_for_forward(p: Params, cfg: ModelConfig) -> Params:
-    """`unstack`, but not under remat="block": a CPU's compiler orders what is not in a loop for speed, and keeps every layer's arrays."""
+    """As `unstack_layers`, but not under remat="block".
+
+    XLA:CPU orders what is not in a loop for speed, and would keep the arrays of every layer.
+    """
     return p if cfg.remat == "block" else unstack_layers(p, cfg)
+
+
+def _fuse_linears(layer: Params) -> Params:
+    """Return the layer with one map to q, k and v, and one to gate and up."""
+    if any(layer[name].keys() - {"w", "b"} for name in DECODER_LINEARS):
+        return layer  # adapters, or integers with their scales
+    qkv = jax.tree.map(lambda *x: jnp.concatenate(x, -2), *(layer[name] for name in "qkv"))
+    gate_up = {"w": jnp.concatenate([layer["gate"]["w"], layer["up"]["w"]], -1)}
+    separate = ("q", "k", "v", "gate", "up")
+    rest = {name: p for name, p in layer.items() if name not in separate}
+    return rest | {"qkv": qkv, "gate_up": gate_up}
+
+
+def is_fused(layer: Params) -> bool:
+    """Return whether the maps of a layer are fused."""
+    return "qkv" in layer
+
+
+def fused_heads(p: Params, y: Array, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+    """`decoder.project_heads` by one product."""
+    n, k = cfg.text.heads, cfg.text.kv_heads
+    return tuple(jnp.split(linear(p["qkv"], y), (n, n + k), -2))
+
+
+def fused_mlp(p: Params, x: Array) -> Array:
+    """`layers.mlp` by two products instead of three."""
+    return linear(p["down"], _gated_silu_of_halves(linear(p["gate_up"], x)))
+
+
+@jax.custom_vjp
+def _gated_silu_of_halves(both: Array) -> Array:
+    """`gated_silu` of the two halves of [... 2F]; its gradient is written in one piece."""
+    return gated_silu(*jnp.split(both, 2, -1))
+
+
+def _gradient_of_halves(both: Array, slope: Array) -> tuple[Array]:
+    gate, up = jnp.split(both, 2, -1)
+    return (jnp.concatenate(gated_silu_gradients(gate, up, slope), -1),)
+
+
+_gated_silu_of_halves.defvjp(lambda both: (_gated_silu_of_halves(both), both), _gradient_of_halves)
+
+
+def scan_layers(step: Callable, carry: Any, *layers: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `step(carry, *layer)` over stacked layers; a Python loop over unrolled ones.
+
+    Each output of the loop is then a tuple of one array per layer.
+    """
+    if not isinstance(layers[0], tuple):
+        return jax.lax.scan(lambda carry, layer: step(carry, *layer), carry, layers)
+    outputs = []
+    for layer in zip(*layers, strict=True):
+        carry, output = step(carry, *layer)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *x: x, *outputs)
+
+
+def layer_numbers(blocks: Blocks, depth: int) -> Any:
+    """Return the numbers of the layers, for `scan_layers` to walk beside the blocks."""
+    return range(depth) if isinstance(blocks, tuple) else jnp.arange(depth)
+
+
+def read_layer(cache: LayerArrays, layer: Any) -> Array:
+    """Return a layer's part of a cache."""
+    if isinstance(cache, tuple):
+        return cache[layer]
+    return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+
+
+def write_column(cache: LayerArrays, layer: Any, new: Array, column: Array, axis: int) -> Any:
+    """Write new [Q G K H] into a layer of a cache, at `column` of the negative axis `axis`."""
+    unrolled = isinstance(cache, tuple)
+    old = cache[layer] if unrolled else cache
+    new = jnp.expand_dims(new, axis).astype(old.dtype)
+    start = [0] * old.ndim
+    start[axis] = column
+    if unrolled:
+        written = jax.lax.dynamic_update_slice(old, new, start)
+        return (*cache[:layer], written, *cache[layer + 1 :])
+    start[0] = layer
+    return jax.lax.dynamic_update_slice(old, new[None], start)
+
+
+def compute_rope_once(rope: tuple[Array, Array], blocks: Blocks) -> tuple[Array, Array]:
+    """Multiply cos and sin by the identity, where the layers are unrolled.
+
+    XLA:CPU would compute the sines again in every layer and head, but not a matrix product.
+    """
+    return jax.tree.map(_times_identity, rope) if isinstance(blocks, tuple) else rope
+
+
+def _times_identity(x: Array) -> Array:
+    one = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.dot(x.reshape(-1, x.shape[-1]), one, precision="highest").reshape(x.shape)

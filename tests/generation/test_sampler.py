@@ -229,7 +229,8 @@ def test_cache_is_small_and_as_large_as_computed(cfg, params):
     ]
     assert sizes[1] > 5 * sizes[0]
     batch = prompts(cfg)
-    _, k, v = qwen2_5_vl.prefill(params, batch, cfg)
+    x = qwen2_5_vl.embed_inputs(params, batch, cfg, jnp.float32)
+    _, k, v = qwen2_5_vl.prefill(params, x, batch.positions, batch.segments, cfg)
     cache = qwen2_5_vl.new_kv_cache(k, v, batch.segments, 3, 12, cfg)
     held = sum(x.nbytes for x in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v))
     assert held == sampler.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
