@@ -124,7 +124,7 @@ def gated_silu_gradients(gate: Array, up: Array, slope: Array) -> tuple[Array, A
 
 gated_silu.defvjp(
     lambda gate, up: (gated_silu(gate, up), (gate, up)),
-    lambda kept, slope: gated_silu_gradients(*kept, slope),
+    lambda kept, slope: gated_silu_gradients(kept[0], kept[1], slope),
 )
 
 
