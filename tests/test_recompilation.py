@@ -146,7 +146,7 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
 def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """Rollouts, scores and updates on groups of other pictures."""
     rng, heard, opt = np.random.default_rng(1), CompilationCounter(), optimizers.make_optimizer()
-    short = dataclasses.replace(model_ctx, ladder=(32,))
+    short = dataclasses.replace(model_ctx, buckets=(32,))
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
         model_ctx.cfg,

@@ -89,7 +89,7 @@ class Probe:
 
     def prompts(self, rows: Sequence[tuple[str, int]]) -> list[EncodedExample]:
         build = make_example_encoder(
-            self.model_ctx, self.prompted_tasks, False, max(self.model_ctx.ladder)
+            self.model_ctx, self.prompted_tasks, False, max(self.model_ctx.buckets)
         )
         return [dataclasses.replace(build(self.source(name)[i]), row=i) for name, i in rows]
 
@@ -106,7 +106,7 @@ class Probe:
             self.run.examples(task, "test", c, template),
         )
         build = make_example_encoder(
-            self.model_ctx, {task: prompted}, True, max(self.model_ctx.ladder)
+            self.model_ctx, {task: prompted}, True, max(self.model_ctx.buckets)
         )
         return [build(examples[i]).encoded for i in self._chosen(len(examples), count)]
 
@@ -141,7 +141,7 @@ class Probe:
 
     def answered(self, item: EncodedExample, response: str) -> EncodedConversation:
         return self.model_ctx.processor.answered(
-            item.encoded, response, limit=max(self.model_ctx.ladder)
+            item.encoded, response, limit=max(self.model_ctx.buckets)
         )
 
     @functools.cached_property

@@ -29,7 +29,7 @@ def measure_data_pipeline(
         processor.load_processor(None, cfg, side * side, side * side)
         for cfg, side in ((tiny, 64), (large, 448))
     ]
-    collate = lambda batch: collate_rows([row.value for row in batch], buckets=(64, 512))
+    collate = lambda batch: collate_rows(batch, buckets=(64, 512))
     count, wall, cpu = time_epoch(drawn, functools.partial(_encode, words[0]), collate, workers)
     photos, _, jpeg = time_epoch(_photos(jpegs), functools.partial(_encode, words[1]), collate, 0)
     return {
@@ -42,7 +42,10 @@ def measure_data_pipeline(
 
 
 def time_epoch(
-    examples: Sequence[Example], prepare: Callable[[Example], Any], collate: Callable, workers: int
+    examples: Sequence[Example],
+    prepare: Callable[[Example, int], Any],
+    collate: Callable,
+    workers: int,
 ) -> tuple[int, float, float]:
     """(rows, seconds, processor seconds of this process) of the whole batches of an epoch after the first; each row is read once."""
     batch = min(32, len(examples) // 2)
@@ -64,7 +67,7 @@ def time_epoch(
         return steps * batch, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _encode(words: Any, example: Example) -> Any:
+def _encode(words: Any, example: Example, index: int) -> Any:
     return words.encode(example.messages)
 
 

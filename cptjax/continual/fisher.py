@@ -44,7 +44,7 @@ def update_fisher(run: Any, stage: Stage, before: Params | None) -> tuple[Params
     model_ctx, c = run.model_ctx, stage.config
     trained, frozen = run.split()
     prompted_tasks = {name: run.prompted(name, c) for name in stage.tasks}
-    build = make_example_encoder(model_ctx, prompted_tasks, True, max(model_ctx.ladder))
+    build = make_example_encoder(model_ctx, prompted_tasks, True, max(model_ctx.buckets))
     sources = [run.examples(name, "train", c) for name in stage.tasks]
     each = -(-c.method.penalty.samples // len(sources))
     seed = lambda number: (run.config.seed, stage.number, number)

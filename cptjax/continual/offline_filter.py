@@ -123,7 +123,7 @@ def count_correct(
 ) -> tuple[np.ndarray, WorkCost]:
     """How many of K answers of the current model are right, for every example; each process answers its share."""
     build = make_example_encoder(
-        builder.model_ctx, builder.prompted_tasks, False, max(builder.model_ctx.ladder)
+        builder.model_ctx, builder.prompted_tasks, False, max(builder.model_ctx.buckets)
     )
     share = -(-len(examples) // jax.process_count())
     mine = [

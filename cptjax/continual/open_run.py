@@ -89,7 +89,7 @@ class Run:
         if not len(found) and not getattr(found, "bad", ()):
             raise ValueError(f"task {reading.task}: its {reading.split} split has no rows")
         look = lambda: row_checks.find_bad_rows(
-            found, prompted, self.model_ctx.processor, reading, max(self.model_ctx.ladder)
+            found, prompted, self.model_ctx.processor, reading, max(self.model_ctx.buckets)
         )
         # A user's files may change between two starts; public ones do not, and reading them all takes long.
         bad = self._once(reading, look) if isinstance(found, Examples) else look()

@@ -49,7 +49,7 @@ class EncodedConversation:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """What the compiler sees of a batch; every size is from a ladder, so there are few."""
+    """What the compiler sees of a batch; every size is one of a few buckets."""
 
     rows: int
     length: int

@@ -62,7 +62,7 @@ def conversation_batch(
     """Conversations whose assistant turns are learned: plain rows, or several in a row with `pack`."""
     prompts, mask = collate_rows(
         list(encoded),
-        buckets=model_ctx.ladder,
+        buckets=model_ctx.buckets,
         side="right",
         shards=model_ctx.shards,
         pack=pack,
@@ -115,7 +115,7 @@ def group_batch(
     """Q prompts and their Q * G answers, cut to `length` tokens; `extra` arrays of tokens are cut as well."""
     prompts, _ = collate_rows(
         list(encoded),
-        buckets=model_ctx.ladder,
+        buckets=model_ctx.buckets,
         side="left",
         shards=model_ctx.shards,
         rows=len(encoded),

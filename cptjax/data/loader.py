@@ -1,12 +1,10 @@
-"""Batches for a stage: rows are read, decoded and prepared ahead of the step that needs them, in threads or processes.
+"""The batches of a stage: rows are read, decoded and encoded ahead of the step that needs them.
 
-The order is `cptjax.order`'s and does not depend on who reads: any number of workers gives the same batches.
+The order is a function of (seed, stage, position), see `mixture.py`; any number of worker processes gives the same batches.
 """
 
-import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import math
 import multiprocessing
 import os
@@ -14,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -25,47 +23,48 @@ from cptjax.data.mixture import Mixture, RowRef
 from cptjax.types import Example
 
 ROWS_PER_TASK = 8  # rows that a worker takes at a time at most
-NAME_BYTES = 160  # bytes kept of the name of the row that a worker is busy with
+ROW_NAME_BYTES = 160  # bytes kept of the name of the row that a worker is busy with
+ROW_CACHE_BYTES = 1 << 29
 
-
-@dataclasses.dataclass(frozen=True)
-class LoadedRow:
-    """One example as `prepare` left it, and where it came from."""
-
-    place: RowRef
-    value: Any
+Sources = Sequence[Sequence[Example]]
+PrepareRow = Callable[[Example, int], Any]  # (example, its index in its list) -> what a batch holds
 
 
 class BatchStream:
-    """An endless iterator over a stage's batches from `step` on; reads and prepares rows ahead in threads or processes.
+    """An endless iterator over a stage's batches from `step` on, read ahead in threads or processes.
 
-    `prepare` turns an example into anything that pickles, `collate` a list of `Row` into a batch; both must be functions of
-    their arguments alone. `waited` is the time, in seconds, that all batches so far kept their caller waiting.
+    `prepare` turns an example and its index into anything that pickles, `collate` turns a list of these into a batch; both
+    must be functions of their arguments alone. `waited` is the time in seconds that the caller has waited for all batches so far.
     """
 
     def __init__(
         self,
-        order: Mixture,
-        sources: Sequence[Sequence[Example]],
-        prepare: Callable[[Example], Any],
+        mixture: Mixture,
+        sources: Sources,
+        prepare: PrepareRow,
         *,
-        collate: Callable[[list[LoadedRow]], Any] = list,
+        collate: Callable[[list[Any]], Any] = list,
         shard: tuple[int, int] = (0, 1),
         step: int = 0,
         workers: int = 0,
         prefetch: int = 2,
     ):
-        came = tuple(map(len, sources))
-        if came != order.sizes + order.replay:
+        sizes = tuple(map(len, sources))
+        if sizes != mixture.sizes + mixture.replay:
             raise ValueError(
-                f"the order is for lists of {order.sizes + order.replay} examples, but lists of {came} came"
+                f"the mixture is of lists of {mixture.sizes + mixture.replay} examples, got lists of {sizes}"
             )
         self.step, self.waited = step, 0.0
         self._reader = (
             _WorkerPool(sources, prepare, workers) if workers else LocalReader(sources, prepare)
         )
-        batches = grain.MapDataset.source(_BatchSource(order, shard, step, self._reader, collate))
-        # One thread where rows are prepared in this process: a second would only fight it for the interpreter.
+        batches = (
+            grain.MapDataset.range(step, sys.maxsize)
+            .map(lambda n: mixture.rows(n, shard))
+            .map(self._reader)
+            .map(collate)
+        )
+        # One thread where rows are prepared in this process: a second thread would compete for the interpreter lock.
         threads = grain.ReadOptions(
             num_threads=min(prefetch, prefetch if workers else 1), prefetch_buffer_size=prefetch
         )
@@ -83,7 +82,7 @@ class BatchStream:
         return batch
 
     def close(self) -> None:
-        """Stops reading ahead and ends the worker processes."""
+        """Stop reading ahead and end the worker processes."""
         self._batches.close()
         self._reader.close()
 
@@ -95,170 +94,144 @@ class BatchStream:
 
 
 class RowCache:
-    """Keeps prepared rows where all of them fit into `room` bytes, judged by the first: small sets are passed many times."""
+    """Keeps prepared rows if all of them fit into `max_bytes`, judged by the first; small datasets are read many times."""
 
-    def __init__(self, rows: int, ctx: int = 1 << 29):
-        self.rows, self.ctx, self.kept = rows, ctx, {}
-        self.open: bool | None = None
+    def __init__(self, rows: int, max_bytes: int = ROW_CACHE_BYTES):
+        self.rows, self.max_bytes = rows, max_bytes
+        self.values: dict[Hashable, Any] = {}
+        self.fits: bool | None = None  # unknown before the first row
 
-    def get(self, keys: Sequence[Any], make: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """The values of keys; those that are not here are made in one call."""
-        new = [key for key in dict.fromkeys(keys) if key not in self.kept]
-        made = dict(zip(new, make(new), strict=True)) if new else {}
-        if new and self.open is None:
-            self.open = len(cloudpickle.dumps(made[new[0]])) * self.rows <= self.ctx
-        if self.open:
-            self.kept |= made
-        return [made[key] if key in made else self.kept[key] for key in keys]
+    def get(self, keys: Sequence[Hashable], make: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Return the values of keys; the missing ones are made in one call."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self.values]
+        made = dict(zip(missing, make(missing), strict=True)) if missing else {}
+        if missing and self.fits is None:
+            self.fits = len(cloudpickle.dumps(made[missing[0]])) * self.rows <= self.max_bytes
+        if self.fits:
+            self.values |= made
+        return [made[key] if key in made else self.values[key] for key in keys]
 
 
 @contextlib.contextmanager
 def open_reader(
-    sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any], workers: int = 0
+    sources: Sources, prepare: PrepareRow, workers: int = 0
 ) -> Iterator[Callable[[Sequence[RowRef]], list[Any]]]:
-    """A function that prepares the rows at some places: in this process, or in others that live as long as the context."""
+    """A function that prepares rows, in this process or in worker processes that live as long as the context."""
     if not workers:
-        yield lambda places: [prepare_row(sources, prepare, place) for place in places]
+        yield lambda refs: [prepare_row(sources, prepare, ref) for ref in refs]
         return
     with contextlib.closing(_WorkerPool(sources, prepare, workers)) as pool:
         yield pool
 
 
 def prefetch_map(
-    make: Callable[[Any], Any], batches: Iterable[Any], prefetch: int = 1
+    make: Callable[[Any], Any], batches: Sequence[Any], prefetch: int = 1
 ) -> Iterator[Any]:
-    """`make` of each batch in order, `prefetch` of them made in a thread while the caller works on the one before."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        coming: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
-            for batch in batches:
-                coming.append(thread.submit(make, batch))
-                if len(coming) > prefetch:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            for future in coming:
-                future.cancel()
-
-
-@dataclasses.dataclass
-class _BatchSource:
-    """The batches of a stage by number, from `first` on."""
-
-    order: Mixture
-    shard: tuple[int, int]
-    first: int
-    reader: "LocalReader | _WorkerPool"
-    collate: Callable[[list[LoadedRow]], Any]
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, i: int) -> Any:
-        places = self.order.rows(self.first + i, self.shard)
-        return self.collate(
-            [LoadedRow(p, v) for p, v in zip(places, self.reader(places), strict=True)]
-        )
+    """Yield `make(batch)` in order; a thread makes the next `prefetch` of them while the caller works."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    made = iter(grain.MapDataset.source(batches).map(make).to_iter_dataset(options))
+    try:
+        yield from made
+    finally:
+        made.close()
 
 
 class LocalReader:
-    """Prepares rows in this process, and keeps them where they fit."""
+    """Prepares rows in this process, and keeps them if they fit."""
 
-    def __init__(self, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any]):
+    def __init__(self, sources: Sources, prepare: PrepareRow):
         self.sources, self.prepare = sources, prepare
-        self.shelf = RowCache(sum(map(len, sources)))
+        self.row_cache = RowCache(sum(map(len, sources)))
 
-    def __call__(self, places: Sequence[RowRef]) -> list[Any]:
-        make = lambda rows: [
-            prepare_row(self.sources, self.prepare, RowRef(*row, 0)) for row in rows
-        ]
-        return self.shelf.get([(p.source, p.index) for p in places], make)
+    def __call__(self, refs: Sequence[RowRef]) -> list[Any]:
+        return self.row_cache.get(
+            refs, lambda refs: [prepare_row(self.sources, self.prepare, ref) for ref in refs]
+        )
 
     def close(self) -> None:
-        """Has nothing to end."""
+        """Nothing to close; worker pools have the same method."""
 
 
 def prepare_row(
-    sources: Sequence[Sequence[Example]],
-    prepare: Callable[[Example], Any],
-    place: RowRef,
-    busy: Callable = str,
+    sources: Sources,
+    prepare: PrepareRow,
+    ref: RowRef,
+    report_row: Callable[[str], Any] | None = None,
 ) -> Any:
-    """Reads and prepares one example; what goes wrong is told with the row's id."""
-    name = f"row {place.index} of list {place.source}"
-    busy(name)
+    """Read and prepare one example; an error names the row by its id."""
+    name = f"row {ref.index} of list {ref.source}"
+    if report_row:
+        report_row(name)
     try:
-        example = sources[place.source][place.index]
+        example = sources[ref.source][ref.index]
         name = example.id
-        busy(name)
-        return prepare(example)
+        if report_row:
+            report_row(name)
+        return prepare(example, ref.index)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{name}: {_one_line(error)}") from None
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     except Exception as error:
-        raise RuntimeError(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        message = " ".join(str(error).split())
+        raise RuntimeError(f"{name}: {type(error).__name__}: {message}") from error
 
 
 class _WorkerPool:
-    """Prepares rows in processes that are started afresh, since a fork of a process with JAX's threads may hang."""
+    """Prepares rows in spawned processes; a fork of a process with JAX's threads may hang."""
 
-    def __init__(
-        self, sources: Sequence[Sequence[Example]], prepare: Callable[[Example], Any], workers: int
-    ):
+    def __init__(self, sources: Sources, prepare: PrepareRow, workers: int):
         context = multiprocessing.get_context("spawn")
-        self.workers, self.names = workers, context.RawArray("c", workers * NAME_BYTES)
+        self.workers = workers
+        self.row_names = context.RawArray("c", workers * ROW_NAME_BYTES)
         job = cloudpickle.dumps((sources, prepare))  # plain pickle refuses closures
         self.pool = concurrent.futures.ProcessPoolExecutor(
-            workers, context, _start_worker, (job, context.Value("i", 0), self.names)
+            workers, context, _start_worker, (job, context.Value("i", 0), self.row_names)
         )
 
-    def __call__(self, places: Sequence[RowRef]) -> list[Any]:
-        size = min(ROWS_PER_TASK, math.ceil(len(places) / self.workers))
-        chunks = [places[i : i + size] for i in range(0, len(places), size)]
+    def __call__(self, refs: Sequence[RowRef]) -> list[Any]:
+        size = min(ROWS_PER_TASK, math.ceil(len(refs) / self.workers))
+        chunks = [refs[i : i + size] for i in range(0, len(refs), size)]
         try:
             return [value for values in self.pool.map(_prepare_rows, chunks) for value in values]
         except BrokenProcessPool:
             raise OSError(
-                f"a data worker died (out of memory, or a crash in a decoder) at {self.busy()}; lower data.workers "
+                f"a data worker died (out of memory, or a crash in a decoder) at {self.current_rows()}; lower data.workers "
                 "or look at that row"
             ) from None
 
-    def busy(self) -> str:
-        """Names the rows that the workers were at."""
-        slots = [
-            self.names[i * NAME_BYTES : (i + 1) * NAME_BYTES].rstrip(b"\0").decode(errors="replace")
+    def current_rows(self) -> str:
+        """The names of the rows that the workers are busy with."""
+        names = [
+            self.row_names[i * ROW_NAME_BYTES : (i + 1) * ROW_NAME_BYTES]
+            .rstrip(b"\0")
+            .decode(errors="replace")
             for i in range(self.workers)
         ]
-        return " or ".join(filter(None, slots)) or "its start"
+        return " or ".join(filter(None, names)) or "its start"
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
 
-_prepare: Callable[[RowRef], Any]  # of a worker process, set once by _start
+_prepare: Callable[[RowRef], Any]  # of a worker process, set once by _start_worker
 
 
-def _start_worker(job: bytes, started: Any, names: Any) -> None:
-    """Readies a worker: it never touches an accelerator, leaves Ctrl-C to its parent, and ends when the parent is gone."""
+def _start_worker(job: bytes, started: Any, row_names: Any) -> None:
+    """Set up a worker: it never uses an accelerator, leaves Ctrl-C to its parent, and exits with its parent."""
     global _prepare
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:  # the launcher's own imports were repeated here, before this line
+    if "jax" in sys.modules:  # spawning repeats the launcher's imports before this line
         sys.modules["jax"].config.update("jax_platforms", "cpu")
     with started.get_lock():
-        slot = slice(started.value * NAME_BYTES, (started.value + 1) * NAME_BYTES)
+        slot = slice(started.value * ROW_NAME_BYTES, (started.value + 1) * ROW_NAME_BYTES)
         started.value += 1
 
-    def busy(name: str) -> None:
-        names[slot] = name.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
+    def report_row(name: str) -> None:
+        row_names[slot] = name.encode()[:ROW_NAME_BYTES].ljust(ROW_NAME_BYTES, b"\0")
 
     sources, prepare = cloudpickle.loads(job)
-    _prepare = lambda place: prepare_row(sources, prepare, place, busy)
+    _prepare = lambda ref: prepare_row(sources, prepare, ref, report_row)
 
 
 def _exit_with_parent() -> None:
@@ -266,5 +239,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare_rows(places: list[RowRef]) -> list[Any]:
-    return [_prepare(p) for p in places]
+def _prepare_rows(refs: list[RowRef]) -> list[Any]:
+    return [_prepare(ref) for ref in refs]

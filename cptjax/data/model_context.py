@@ -26,7 +26,7 @@ class ModelContext:
     processor: Processor
     mesh: Mesh
     dtype: Any  # of the arithmetic
-    ladder: tuple[int, ...]  # lengths that prompts are padded to
+    buckets: tuple[int, ...]  # lengths that prompts are padded to
 
     @property
     def shards(self) -> int:
@@ -35,10 +35,10 @@ class ModelContext:
 
     def longer(self, more: int) -> "ModelContext":
         """The same for rows that may be `more` tokens longer than prompts."""
-        top = max(self.ladder)
+        top = max(self.buckets)
         return (
             dataclasses.replace(
-                self, ladder=(*self.ladder, *collate.length_buckets(top + more, 2 * top))
+                self, buckets=(*self.buckets, *collate.length_buckets(top + more, 2 * top))
             )
             if more
             else self
@@ -48,7 +48,7 @@ class ModelContext:
         """Left-padded prompts on the mesh; the row count is this process's part of the batch."""
         prompts, _ = collate.collate_rows(
             list(encoded),
-            buckets=self.ladder,
+            buckets=self.buckets,
             side="left",
             shards=self.shards,
             agree=gather_batch_shape,
@@ -57,7 +57,7 @@ class ModelContext:
 
 
 def load_model(
-    settings: Any, mesh_settings: Any, seed: int, ladder: Sequence[int]
+    settings: Any, mesh_settings: Any, seed: int, buckets: Sequence[int]
 ) -> tuple[ModelContext, Params]:
     """The model that `config.model` names, on the mesh that `config.mesh` describes; adapters are added where asked for."""
     for name in ("param_dtype", "compute_dtype"):
@@ -71,7 +71,7 @@ def load_model(
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     dtype = MODEL_DTYPES[settings.compute_dtype]
     params = create_params(settings, cfg, mesh, dtype, seed)
-    return ModelContext(cfg, processor, mesh, dtype, tuple(ladder)), params
+    return ModelContext(cfg, processor, mesh, dtype, tuple(buckets)), params
 
 
 def gather_batch_shape(shape: BatchShape) -> BatchShape:

@@ -1,11 +1,10 @@
 """Training examples as encoded prompts: alone, with their gold answer, or with a demonstration of it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.loader import LoadedRow
 from cptjax.data.model_context import ModelContext
 from cptjax.data.processor import Processor
 from cptjax.tasks.prompted_task import PromptedTask
@@ -65,15 +64,11 @@ def make_example_encoder(
     }
     processor = model_ctx.processor
 
-    def run(example: Example) -> EncodedExample:
+    def encode_example(example: Example, row: int = -1) -> EncodedExample:
         form = forms[example.task]
         messages = form.messages(example)
         if answered:
             messages = [*messages, {"role": "assistant", "content": form.gold(example)}]
-        return EncodedExample(example, processor.encode(messages, limit=limit))
+        return EncodedExample(example, processor.encode(messages, limit=limit), row)
 
-    return run
-
-
-def unwrap_rows(rows: Sequence[LoadedRow]) -> list[EncodedExample]:
-    return [dataclasses.replace(row.value, row=row.place.index) for row in rows]
+    return encode_example

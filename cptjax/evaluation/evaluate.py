@@ -58,18 +58,18 @@ class EvalPrompts:
         self.workers = workers
         self.lengths: dict[int, int] = {}  # tokens, by row
         self.asked: dict[int, Example] = {}  # without their pictures, by row
-        self.cache = loader.RowCache(len(examples))
+        self.row_cache = loader.RowCache(len(examples))
 
     def order(self, rows: Sequence[int]) -> list[int]:
         """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
-        look = lambda example: (
+        look = lambda example, _: (
             self.model_ctx.processor.measure(self.prompted.messages(example))[0],
             dataclasses.replace(example, messages=[]),
         )
         new = list(dict.fromkeys(i for i in rows if i not in self.lengths))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             found = threads.map(
-                lambda i: loader.prepare_row([self.examples], look, RowRef(0, i, 0)), new
+                lambda i: loader.prepare_row([self.examples], look, RowRef(0, i)), new
             )
             for i, (tokens, asked) in zip(new, found, strict=True):
                 self.lengths[i], self.asked[i] = tokens, asked
@@ -80,14 +80,14 @@ class EvalPrompts:
         prompted = dataclasses.replace(self.prompted, pool=None)  # a pool can not be pickled
         processor = self.model_ctx.processor
 
-        def encode(example: Example) -> EncodedConversation:
+        def encode(example: Example, _: int) -> EncodedConversation:
             return processor.encode(prompted.messages(example), generation=True)
 
-        all_kept = all(i in self.cache.kept for rows in batches for i in rows)
+        all_kept = all(i in self.row_cache.values for rows in batches for i in rows)
         with loader.open_reader([self.examples], encode, 0 if all_kept else self.workers) as read:
 
             def encode_rows(rows: Sequence[int]) -> list[EncodedConversation]:
-                return self.cache.get(rows, lambda new: read([RowRef(0, i, 0) for i in new]))
+                return self.row_cache.get(rows, lambda new: read([RowRef(0, i) for i in new]))
 
             batches_encoded = loader.prefetch_map(encode_rows, batches)
             for rows, values in zip(batches, batches_encoded, strict=True):

@@ -66,10 +66,10 @@ def _check_lengths(ctx: StageContext, pairs: Sequence[RowResponse]) -> None:
     with console.progress_bar("measure the corpus", total=len(pairs)) as bar:
         for pair in pairs:
             tokens = model_ctx.processor.measure(_conversation(ctx, *pair))[0]
-            if tokens > max(model_ctx.ladder):
+            if tokens > max(model_ctx.buckets):
                 raise ValueError(
                     f"method.corpus={t.method.corpus!r}: {ctx.sources[pair[0]][pair[1]].id} with its answer has {tokens} tokens, over "
-                    f"the {max(model_ctx.ladder)} of a prompt and rollout.max_new_tokens={t.sampling.max_new_tokens}: raise that, or drop the row"
+                    f"the {max(model_ctx.buckets)} of a prompt and rollout.max_new_tokens={t.sampling.max_new_tokens}: raise that, or drop the row"
                 )
             bar.advance()
 

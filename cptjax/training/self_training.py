@@ -93,21 +93,24 @@ def _step_responses(
 ) -> list[RowResponse]:
     """The step's answers: every position takes the next one of its lane, lap after lap in an order of the seed, so shares stay exact."""
     order, batch = ctx.mixture, ctx.builder.batch_size
-    lists = [[p for p in pairs if p[0] in lane.sources] for lane in order.lanes]
+    lists = [[p for p in pairs if p[0] in lane.sources] for lane in order.components]
     if step == start and not all(lists):
         empty = [
             ctx.sources[lane.sources[0]][0].task
-            for lane, own in zip(order.lanes, lists, strict=True)
+            for lane, own in zip(order.components, lists, strict=True)
             if not own
         ]
         console.print_warning(
             f"stage {ctx.stage.number}: no correct answer in the lane of {', '.join(empty)}; until step {start + _window_steps(ctx)} "
             "others take its rows: raise method.self_samples, or the steps of method.refresh"
         )
-    lists, before = [own or pairs for own in lists], component_counts(start * batch, order.parts)
+    lists, before = (
+        [own or pairs for own in lists],
+        component_counts(start * batch, order.remaining_shares),
+    )
     found = []
     for n in range(step * batch, (step + 1) * batch):
-        lane, k = component_at(n, order.parts)
+        lane, k = component_at(n, order.remaining_shares)
         lap, at = divmod(k - before[lane], len(lists[lane]))
         found.append(
             lists[lane][
@@ -134,9 +137,9 @@ def needs_sampling(ctx: StageContext, step: int) -> bool:
 
 def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
     model_ctx = ctx.builder.training_ctx
-    prompts = ctx.prompt_reader([RowRef(source, row, 0) for source, row, _ in pairs])
+    prompts = ctx.prompt_reader([RowRef(source, row) for source, row, _ in pairs])
     answered = lambda prompt, text: model_ctx.processor.answered(
-        prompt.encoded, text, limit=max(model_ctx.ladder)
+        prompt.encoded, text, limit=max(model_ctx.buckets)
     )
     return [
         EncodedExample(p.example, answered(p, text), row)
@@ -207,7 +210,7 @@ def _sample_window(
     mine = list(places)[jax.process_index() :: count]
     mine += mine[-1:] * (-(-len(places) // count) - len(mine))
     with console.progress_bar(f"own answers, stage {ctx.stage.number}", total=len(mine)) as bar:
-        items = ctx.prompt_reader([RowRef(*at, 0) for at in mine])
+        items = ctx.prompt_reader([RowRef(*at) for at in mine])
         right, spent = sample_correct_responses(
             t, params, items, ctx.config.method.self_samples, ctx.step_key(start), bar, cache
         )
@@ -217,13 +220,13 @@ def _sample_window(
     found = distributed.concat_lists(
         distributed.gather_objects([(*mine[i], text, ends(i, text)) for i, text in right])
     )
-    pairs = sorted({(*at, text) for *at, text, end in found if end <= max(t.training_ctx.ladder)})
+    pairs = sorted({(*at, text) for *at, text, end in found if end <= max(t.training_ctx.buckets)})
     if not pairs:
         raise ValueError(
             f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from"
         )
     lost = sum(
-        end > max(t.training_ctx.ladder) for *_, end in found
+        end > max(t.training_ctx.buckets) for *_, end in found
     )  # read again, a text may have other tokens than when it was sampled
     more = f"; {lost} more were too long when read again" if lost else ""
     console.print_message(

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from cptjax.config import Stage
-from cptjax.data import prompts
 from cptjax.data.loader import BatchStream, LocalReader
 from cptjax.data.mixture import Mixture
 from cptjax.data.prompts import make_example_encoder
@@ -59,7 +58,7 @@ class StageContext:
         return LocalReader(
             self.sources,
             make_example_encoder(
-                model_ctx, self.builder.prompted_tasks, False, max(model_ctx.ladder)
+                model_ctx, self.builder.prompted_tasks, False, max(model_ctx.buckets)
             ),
         )
 
@@ -68,7 +67,7 @@ class StageContext:
         answered = self.config.method.source == "gold"
         shard = (jax.process_index(), jax.process_count())
         build = make_example_encoder(
-            model_ctx, self.builder.prompted_tasks, answered, max(model_ctx.ladder)
+            model_ctx, self.builder.prompted_tasks, answered, max(model_ctx.buckets)
         )
         more = dict(shard=shard, step=batches_taken, workers=d.workers, prefetch=d.prefetch)
-        return BatchStream(self.mixture, self.sources, build, collate=prompts.unwrap_rows, **more)
+        return BatchStream(self.mixture, self.sources, build, **more)

@@ -56,7 +56,7 @@ def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1)
         eval_prompts = evaluate.EvalPrompts(
             model_ctx, prompted, Examples("digits", "test", range(ROWS), build), workers
         )
-        eval_prompts.cache.ctx = ctx
+        eval_prompts.row_cache.max_bytes = ctx
         key, sampling = jax.random.key(0), generate.SamplingConfig(1, 0.0, max_new_tokens=4)
         for _ in range(times):
             result = evaluate.evaluate_task(

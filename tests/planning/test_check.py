@@ -113,7 +113,7 @@ def opened(c, folder):
     """A run as far as it reads its rows."""
     model_ctx = types.SimpleNamespace(
         processor=processor.load_processor(None, PRESETS["tiny"], 1024, 4096),
-        ladder=row_checks.prompt_buckets(c),
+        buckets=row_checks.prompt_buckets(c),
     )
     return open_run.Run(
         c,
@@ -196,7 +196,10 @@ def test_replayed_rows_are_in_the_order(monkeypatch):
         },
     )
     check.run_preflight(c)
-    assert [(o.sizes, o.replay, o.kept) for o in orders] == [((40,), (), 1), ((40,), (40,), 0.75)]
+    assert [(o.sizes, o.replay, o.own_share) for o in orders] == [
+        ((40,), (), 1),
+        ((40,), (40,), 0.75),
+    ]
 
 
 def test_gold_answers_count_where_they_are_learned(tmp_path):

@@ -403,7 +403,7 @@ def test_corpus_gives_its_correct_answers_and_grades_what_is_not(tmp_path):
 
 
 def test_answers_have_room_beside_the_prompt_limit(tmp_path):
-    """Rows of prompt and answer may be longer than prompts by an answer, and their lengths still come from a ladder."""
+    """Rows of prompt and answer may be longer than prompts by an answer, and their lengths are still one of a few buckets."""
     c = foreign(
         tmp_path,
         [
@@ -417,7 +417,10 @@ def test_answers_have_room_beside_the_prompt_limit(tmp_path):
         items, _ = self_training.response_examples(desk.ctx, desk.params, 0)
         assert all(32 < len(i.encoded) < 64 for i in items)
         ((batch,),) = desk.ctx.builder.conversation_batches(items)
-        assert batch.prompts.tokens.shape[1] == 64 and desk.ctx.builder.model_ctx.ladder == (16, 32)
+        assert batch.prompts.tokens.shape[1] == 64 and desk.ctx.builder.model_ctx.buckets == (
+            16,
+            32,
+        )
     c.rollout.max_new_tokens = 4
     with pytest.raises(
         ValueError,
@@ -505,7 +508,9 @@ def test_replay_is_counted(method, kind, tmp_path):
 def test_first_stage_has_nothing_to_replay(tmp_path):
     c = config("sft", stages=2, method=dict(replay=dict(fraction=0.25, kind="gold")))
     with stage_fixtures.desk(c, tmp_path) as desk:
-        assert list(desk.ctx.builder.prompted_tasks) == ["first"] and desk.ctx.mixture.kept == 1
+        assert (
+            list(desk.ctx.builder.prompted_tasks) == ["first"] and desk.ctx.mixture.own_share == 1
+        )
 
 
 def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):

@@ -84,7 +84,7 @@ class Teacher:
     def attach(self, batch: Batch, items: Sequence[Any]) -> Batch:
         """The batch with the states of the teacher that has seen the demonstrations."""
         encode = lambda e: self.model_ctx.processor.encode(
-            demonstration_prompt(self.prompted_tasks[e.task], e), limit=max(self.model_ctx.ladder)
+            demonstration_prompt(self.prompted_tasks[e.task], e), limit=max(self.model_ctx.buckets)
         )
         tokens, mask = sharding.local_rows(batch.targets), sharding.local_rows(batch.mask)
         shown = group_batch(

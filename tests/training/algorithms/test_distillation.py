@@ -60,14 +60,14 @@ def test_demonstration_stands_in_the_question(desk):
 
 def test_demonstrated_questions_have_room_beside_the_prompt_limit(desk):
     """A question as long as the limit and an answer as long as any fit together; the words around the answer are counted."""
-    processor, ctx = desk.run.model_ctx.processor, max(desk.ctx.teacher.model_ctx.ladder)
+    processor, ctx = desk.run.model_ctx.processor, max(desk.ctx.teacher.model_ctx.buckets)
     prompted, example = desk.ctx.builder.prompted_tasks["first"], desk.ctx.sources[0][0]
     long = dataclasses.replace(
         example, target="it is " * (desk.ctx.builder.sampling.max_new_tokens // 2)
     )
     size = lambda messages: len(processor.encode(messages))
     assert (
-        ctx - max(desk.run.model_ctx.ladder)
+        ctx - max(desk.run.model_ctx.buckets)
         == size(prompts.demonstration_prompt(prompted, long)) - size(prompted.messages(example))
         > 4
     )
