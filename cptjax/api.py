@@ -17,6 +17,7 @@ from cptjax.data import processor
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, round_up_size
 from cptjax.data.processor import Processor
 from cptjax.generation import sampler
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import attention, decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
 from cptjax.models.load import MODEL_DTYPES, create_params, find_model_config
@@ -24,6 +25,7 @@ from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
 
 Conversation = Sequence[dict[str, Any]]
+CHECK_EVERY = 16  # decode steps between two checks whether all responses are done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,15 @@ def generate(
         raise ValueError(f"batch={batch}: expected at least 1 conversation")
     # A stop string that is one token ends its row on the device; a longer one may be written in several ways and is found in the text.
     single = [ids[0] for ids in map(model.processor.ids, stops) if len(ids) == 1]
+    sampling = SamplingConfig(
+        group=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        check_every=CHECK_EVERY,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+    )
     encoded, out = _encode(model, conversations), []
     for start in range(0, len(encoded), batch):
         some = encoded[start : start + batch]
@@ -145,12 +156,7 @@ def generate(
                 _prompts(model, some),
                 jax.random.key(seed),
                 model.config,
-                group=n,
-                max_new=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
+                sampling,
                 stop=(*model.config.eos, *single),
                 rows=start + np.arange(len(some)),
                 dtype=MODEL_DTYPES[model.dtype],

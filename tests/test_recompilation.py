@@ -14,6 +14,7 @@ from cptjax import sharding
 from cptjax.benchmark.bench import CompilationCounter
 from cptjax.data import collate, device_batches, model_context, processor
 from cptjax.generation import generate
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import qwen2_5_vl
 from cptjax.training import train_step
 from cptjax.training.algorithms import optimizers
@@ -155,7 +156,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
         train_step.StateShardings.of(state),
         model_ctx.dtype,
     )
-    sampling = generate.SamplingConfig(group=2, max_new_tokens=4)
+    sampling = SamplingConfig(2, 4, temperature=1.0, check_every=16)
 
     def learn(state, rows):
         out = generate.sample_responses(

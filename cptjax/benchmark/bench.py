@@ -38,6 +38,7 @@ from cptjax.benchmark.workload import (
 )
 from cptjax.common import console
 from cptjax.generation import sampler
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import (
     attention,
     flops,
@@ -121,10 +122,12 @@ class BenchModel:
 
 def rollout_phase(s: BenchModel) -> Callable[[], Any]:
     """Every row runs to its last token: none may end it."""
-    draw = functools.partial(
-        sampler.generate_rollouts, group=s.work.group, max_new=s.work.new, stop=(-1,), dtype=s.dtype
+    sampling = SamplingConfig(
+        group=s.work.group, max_new_tokens=s.work.new, temperature=1.0, check_every=16
     )
-    return lambda: draw(s.params, s.prompts, s.key, s.cfg)
+    return lambda: sampler.generate_rollouts(
+        s.params, s.prompts, s.key, s.cfg, sampling, dtype=s.dtype, stop=(-1,)
+    )
 
 
 def logp_phase(s: BenchModel) -> Callable[[], Any]:

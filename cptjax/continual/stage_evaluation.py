@@ -1,5 +1,6 @@
 """The evaluations of a run: all tasks after each stage, small ones inside a stage, and how they are recorded."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from cptjax.common import console
 from cptjax.config import Stage, eval_templates, evaluated_tasks, replayed_tasks
@@ -18,7 +18,7 @@ from cptjax.data import model_context
 from cptjax.data.cost import WorkCost
 from cptjax.evaluation import base_kl, evaluate, report, summary
 from cptjax.evaluation.matrix import AccuracyTable
-from cptjax.generation import generate
+from cptjax.generation.sampling_config import eval_sampling
 from cptjax.models import trainable
 from cptjax.tasks.task import limit_rows
 from cptjax.types import Params
@@ -50,17 +50,6 @@ def check_remaining_splits(run: Run, place: ResumePoint) -> None:
     for which in coming:
         for task in (*which.tasks, *replayed_tasks(run.stages, which)):
             run.examples(task, "train", which.config)
-
-
-def eval_sampling(config: ConfigDict) -> generate.SamplingConfig:
-    e, r = config.eval, config.rollout
-    return generate.SamplingConfig(
-        1,
-        e.temperature,
-        max_new_tokens=e.max_new_tokens,
-        check_every=r.check_every,
-        gather=r.gather,
-    )
 
 
 def evaluate_stage(run: Run, number: int, place: ResumePoint) -> None:
@@ -118,9 +107,7 @@ def measure_base_kl(run: Run, task: str, about: dict[str, Any]) -> dict[str, Any
     c, model_ctx = run.config, run.model_ctx
     template = eval_templates(c, run.stages, task)[0]
     prompted = run.prompted(task, c, template)
-    sampling = generate.SamplingConfig(
-        1, 1.0, max_new_tokens=c.eval.max_new_tokens, check_every=c.rollout.check_every
-    )
+    sampling = dataclasses.replace(eval_sampling(c), temperature=1.0, gather=False)
     responses = run.cached(
         ("drift", task),
         lambda: base_kl.sample_base_responses(

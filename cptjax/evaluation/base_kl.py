@@ -14,7 +14,7 @@ from cptjax.common import distributed, run_log
 from cptjax.data.device_batches import batch_slices, group_batch, response_bucket
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import generate
-from cptjax.generation.generate import SamplingConfig
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import decoder, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import distill_kl

@@ -17,7 +17,7 @@ from cptjax.data.cost import WorkCost, sampling_cost
 from cptjax.data.mixture import RowRef
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import generate
-from cptjax.generation.generate import SamplingConfig
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import scorers, summaries
 from cptjax.types import Example, Params
@@ -96,7 +96,7 @@ class EvalPrompts:
 
 def generate_responses(
     model_ctx: ModelContext,
-    params: Params,
+    weights: Params,
     eval_prompts: EvalPrompts,
     rows: Sequence[int],
     sampling: SamplingConfig,
@@ -124,7 +124,7 @@ def generate_responses(
             limits = np.where(np.arange(batch) < count, sampling.max_new_tokens, 0)
             samples = generate.sample_responses(
                 model_ctx,
-                params,
+                weights,
                 [encoded[i] for i in filled],
                 key,
                 np.asarray(filled),
@@ -172,13 +172,13 @@ def evaluate_task(
 ) -> TaskResult:
     """Generate and score responses to some rows of a task; `forced` adds responses after the forced prefix."""
     prompted, own_rows = eval_prompts.prompted, rows_of_process(rows)
-    params, sampling = generate.prepare_sampling(model_ctx, params, sampling)
+    weights = generate.prepare_weights(model_ctx, params, sampling)
     total = len(own_rows) * (1 + forced)
     with console.progress_bar(title or f"evaluate {prompted.name}", total=total) as bar:
 
         def respond(prefix: Sequence[int] = ()) -> tuple[list[str], WorkCost]:
             return generate_responses(
-                model_ctx, params, eval_prompts, own_rows, sampling, batch, key, bar, prefix
+                model_ctx, weights, eval_prompts, own_rows, sampling, batch, key, bar, prefix
             )
 
         responses, cost = respond()

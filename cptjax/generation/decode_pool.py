@@ -1,14 +1,15 @@
-"""The groups being decoded, as one value that each step replaces.
+"""The slots in which groups are decoded, as one value: prefill, decode steps, refill.
 
-All rows write into one ring of R columns: step s feeds the token of column s % R and draws that of column s + 1, so keys, values and
-tokens are stored in place, without a scatter, whenever a group joined. A group born at step b has token i in column (b + i) % R and
-sees only the columns as old as itself:
+A slot holds one group: the keys and values of its prompt, and the G responses that are decoded for it. All slots write into one ring
+of R columns: decode step s reads the token of column s % R and writes that of column s + 1, so keys, values and tokens are updated
+in place, without a scatter, whenever a group started. A group that started at step b has its token i in column (b + i) % R and
+attends only to columns that are not older than itself:
 
-    R = 6       column  0 1 2 3 4 5
+    R = 6               column  0 1 2 3 4 5
     after step 7:
-    born at 0, done     a b c d e f      at its limit after step 5; nothing of it is written any more
-    born at 3           d e . a b c      its token e, in column 7 % 6, was drawn last
-    born at 7           . a . . . .
+    started at 0, done          a b c d e f      reached its limit after step 5; it is not written any more
+    started at 3                d e . a b c      its token e, in column 7 % 6, was sampled last
+    started at 7                . a . . . .
 """
 
 import dataclasses
@@ -26,16 +27,16 @@ from cptjax.types import Array, Params, Prompts, Rollouts
 
 
 @flax.struct.dataclass
-class PromptQueue:
-    """Prompts with their images in place, and what is asked of their responses."""
+class QueuedPrompts:
+    """Prompts with their images embedded, and the limits and ids of their responses."""
 
     embedded: Array | None  # [Q P D]
     positions: Array | None  # [3 Q P]
     segments: Array | None  # [Q P]
-    start: Array  # [Q] position id of the first response token
+    first_position: Array  # [Q] position id of the first response token
     limits: Array  # [Q G] response tokens at most; 0 = a padding row
-    rows: Array  # [Q G] the number on which a row's randomness depends
-    entry: Array  # [Q] place in the batch
+    row_ids: Array  # [Q G] the number from which a row's random key is derived
+    index: Array  # [Q] place in the batch
 
 
 @flax.struct.dataclass
@@ -43,15 +44,15 @@ class DecodePool:
     """The groups being decoded; S slots."""
 
     cache: qwen2_5_vl.KVCache | None
-    step: Array | None  # [] since the pool was opened
-    born: Array  # [S] the step at which a slot's group joined
-    queue: PromptQueue  # what the slots hold
-    rope: tuple[Array, Array]  # [S 1 H/2] cos and sin of the place of the tokens drawn last
-    token: Array  # [S G] drawn last
-    length: Array  # [S G] tokens drawn
+    step: Array | None  # [] decode steps since the pool was created
+    start_step: Array  # [S] the step at which a slot's group started
+    prompts: QueuedPrompts  # of the slots, without embeddings, positions and segments
+    rope: tuple[Array, Array]  # [S 1 H/2] cos and sin of the position of the tokens sampled last
+    token: Array  # [S G] sampled last
+    length: Array  # [S G] tokens sampled
     done: Array  # [S G]
     finished: Array  # [S G] done by a stop token
-    tokens: Array  # [S G R] ring, as are the next two
+    tokens: Array  # [S G R] a ring, as are the next two
     logps: Array
     policy_logps: Array
 
@@ -68,111 +69,120 @@ class GroupResults:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """What the programs are compiled for."""
+class StaticSettings:
+    """The sampling settings for which programs are compiled."""
 
     group: int
-    max_new: int
+    max_new_tokens: int
     check_every: int
     dtype: Any
 
 
 @flax.struct.dataclass
-class SamplingInputs:
-    """How tokens are drawn and where rows end; traced."""
+class TracedSettings:
+    """The sampling settings that programs take as arrays, so that another value compiles nothing."""
 
     key: Array
     controls: token_sampling.SamplingControls
-    stops: Array  # [n]
+    stops: Array  # [n] token ids
 
 
-def cast_weights(params: Params, cfg: ModelConfig, plan: SamplerConfig) -> Params:
-    """Weights in the type of the arithmetic, once, before any loop; integers stay."""
-    return unrolled.unstack_layers(trainable.cast_params(params, plan.dtype), cfg)
+def cast_weights(params: Params, cfg: ModelConfig, static: StaticSettings) -> Params:
+    """Cast the weights to the type of the arithmetic, once, before any loop; integers stay."""
+    return unrolled.unstack_layers(trainable.cast_params(params, static.dtype), cfg)
 
 
-def make_queue(
+def queue_prompts(
     weights: Params,
     prompts: Prompts,
     limits: Array,
-    rows: Array,
+    row_ids: Array,
     cfg: ModelConfig,
-    plan: SamplerConfig,
-) -> PromptQueue:
-    embedded = qwen2_5_vl.embed_inputs(weights, prompts, cfg, plan.dtype)
-    start = qwen2_5_vl.next_positions(prompts)
-    limits = jnp.where(
-        jnp.any(prompts.segments > 0, 1)[:, None], jnp.minimum(limits, plan.max_new), 0
+    static: StaticSettings,
+) -> QueuedPrompts:
+    """Embed the tokens and images of all prompts; an empty prompt gets a limit of 0."""
+    filled = jnp.any(prompts.segments > 0, 1)[:, None]
+    first_position = qwen2_5_vl.next_positions(prompts)
+    return QueuedPrompts(
+        embedded=qwen2_5_vl.embed_inputs(weights, prompts, cfg, static.dtype),
+        positions=prompts.positions,
+        segments=prompts.segments,
+        first_position=first_position,
+        limits=jnp.where(filled, jnp.minimum(limits, static.max_new_tokens), 0),
+        row_ids=row_ids,
+        index=jnp.arange(len(first_position)),
     )
-    return PromptQueue(
-        embedded, prompts.positions, prompts.segments, start, limits, rows, jnp.arange(len(start))
-    )
 
 
-def take_prompts(queue: PromptQueue, entries: Array) -> PromptQueue:
-    """Some of the queue, as a batch of its own."""
-    pick = lambda x: constrain(x[entries], "batch", *(None,) * (x.ndim - 1))
-    positions = constrain(queue.positions[:, entries], None, "batch", None)
-    return jax.tree.map(pick, queue.replace(positions=None)).replace(positions=positions)
+def select_prompts(queue: QueuedPrompts, index: Array) -> QueuedPrompts:
+    """Return some prompts of the queue as a batch."""
+
+    def select(x: Array) -> Array:
+        return constrain(x[index], "batch", *(None,) * (x.ndim - 1))
+
+    positions = constrain(queue.positions[:, index], None, "batch", None)
+    return jax.tree.map(select, queue.replace(positions=None)).replace(positions=positions)
 
 
-def admit_prompts(
+def prefill_slots(
     weights: Params,
-    queue: PromptQueue,
+    prompts: QueuedPrompts,
     step: Array,
-    draws: SamplingInputs,
+    traced: TracedSettings,
     cfg: ModelConfig,
-    plan: SamplerConfig,
+    static: StaticSettings,
 ) -> DecodePool:
-    """Read every prompt of `queue` and draw the first token of its responses."""
+    """Compute the keys and values of these prompts, and sample the first token of each response."""
     hidden, keys, values = qwen2_5_vl.prefill(
-        weights, queue.embedded, queue.positions, queue.segments, cfg
+        weights, prompts.embedded, prompts.positions, prompts.segments, cfg
     )
-    cache = qwen2_5_vl.new_kv_cache(keys, values, queue.segments, plan.group, plan.max_new, cfg)
-    s, g = queue.rows.shape
-    none, ring = jnp.zeros((s, g), jnp.int32), jnp.zeros((s, g, plan.max_new), jnp.float32)
+    cache = qwen2_5_vl.new_kv_cache(
+        keys, values, prompts.segments, static.group, static.max_new_tokens, cfg
+    )
+    s, g = prompts.row_ids.shape
+    zeros = jnp.zeros((s, g), jnp.int32)
+    ring = jnp.zeros((s, g, static.max_new_tokens), jnp.float32)
     pool = DecodePool(
         cache=cache,
         step=step,
-        born=jnp.full(s, step),
-        queue=queue.replace(embedded=None, positions=None, segments=None),
-        rope=qwen2_5_vl.response_cos_sin(queue.start, cfg),
-        token=none,
-        length=none,
-        done=queue.limits <= 0,
-        finished=none > 0,
+        start_step=jnp.full(s, step),
+        prompts=prompts.replace(embedded=None, positions=None, segments=None),
+        rope=qwen2_5_vl.response_cos_sin(prompts.first_position, cfg),
+        token=zeros,
+        length=zeros,
+        done=prompts.limits <= 0,
+        finished=zeros > 0,
         tokens=ring.astype(jnp.int32),
         logps=ring,
         policy_logps=ring,
     )
     logits = _logits(weights, hidden)
-    return _sample_next(pool, jnp.broadcast_to(logits[:, None], (s, g, logits.shape[-1])), draws)
+    logits = jnp.broadcast_to(logits[:, None], (s, g, logits.shape[-1]))
+    return _sample_and_store(pool, logits, traced)
 
 
-def advance_pool(
+def run_decode_steps(
     weights: Params,
     pool: DecodePool,
-    steps: Any,
-    draws: SamplingInputs,
+    steps: Array | int,
+    traced: TracedSettings,
     cfg: ModelConfig,
-    plan: SamplerConfig,
+    static: StaticSettings,
 ) -> DecodePool:
-    """`steps` tokens for every row that is not done; the others stand still."""
-    columns = jnp.arange(plan.max_new)
+    """Sample `steps` more tokens of every row that is not done; the other rows do not change."""
+    ring_size = static.max_new_tokens
+    columns = jnp.arange(ring_size)
 
-    def step(_, pool):
-        age = pool.step - pool.born  # which of its tokens a group's last one is
-        at = pool.step % plan.max_new
-        seen = (at - columns) % plan.max_new <= age[:, None]
+    def step(_: Any, pool: DecodePool) -> DecodePool:
+        age = pool.step - pool.start_step  # index of the token of each group that was sampled last
+        column = pool.step % ring_size
+        visible = (column - columns) % ring_size <= age[:, None]
         hidden, cache = qwen2_5_vl.decode_step(
-            weights, pool.token, pool.rope, at, seen, pool.cache, cfg, plan.dtype
+            weights, pool.token, pool.rope, column, visible, pool.cache, cfg, static.dtype
         )
-        rope = qwen2_5_vl.response_cos_sin(pool.queue.start + age + 1, cfg)
-        return _sample_next(
-            pool.replace(cache=cache, step=pool.step + 1, rope=rope),
-            _logits(weights, hidden),
-            draws,
-        )
+        rope = qwen2_5_vl.response_cos_sin(pool.prompts.first_position + age + 1, cfg)
+        pool = pool.replace(cache=cache, step=pool.step + 1, rope=rope)
+        return _sample_and_store(pool, _logits(weights, hidden), traced)
 
     return jax.lax.fori_loop(0, steps, step, pool)
 
@@ -181,102 +191,103 @@ def _logits(weights: Params, hidden: Array) -> Array:
     return jnp.dot(hidden, decoder.unembedding(weights["text"]), preferred_element_type=jnp.float32)
 
 
-def _sample_next(pool: DecodePool, logits: Array, draws: SamplingInputs) -> DecodePool:
-    """Draw from logits [S G V] and keep, of each row still running, what was drawn."""
-    shape = pool.token.shape
-    number = lambda row, t: jax.random.uniform(
-        jax.random.fold_in(jax.random.fold_in(draws.key, row), t)
-    )
-    uniform = jax.vmap(number)(pool.queue.rows.reshape(-1), pool.length.reshape(-1))
-    drawn = token_sampling.sample_tokens(
-        logits.reshape(-1, logits.shape[-1]), uniform, draws.controls
-    )
-    token, logps, policy_logps = (x.reshape(shape) for x in drawn)
-    alive, column = ~pool.done, pool.step % pool.tokens.shape[-1]
+def _sample_and_store(pool: DecodePool, logits: Array, traced: TracedSettings) -> DecodePool:
+    """Sample a token of each row from logits [S G V], and store it in the rows that are not done."""
 
-    def put(ring, new):
+    def random_number(row_id: Array, length: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(traced.key, row_id), length)
+        return jax.random.uniform(key)
+
+    uniform = jax.vmap(random_number)(pool.prompts.row_ids.reshape(-1), pool.length.reshape(-1))
+    sampled = token_sampling.sample_tokens(
+        logits.reshape(-1, logits.shape[-1]), uniform, traced.controls
+    )
+    token, logps, policy_logps = (x.reshape(pool.token.shape) for x in sampled)
+    active = ~pool.done
+    column = pool.step % pool.tokens.shape[-1]
+
+    def store(ring: Array, new: Array) -> Array:
         old = jax.lax.dynamic_index_in_dim(ring, column, 2)
-        return jax.lax.dynamic_update_slice_in_dim(
-            ring, jnp.where(alive[..., None], new[..., None], old), column, 2
-        )
+        kept = jnp.where(active[..., None], new[..., None], old)
+        return jax.lax.dynamic_update_slice_in_dim(ring, kept, column, 2)
 
-    length = pool.length + alive
-    stopped = alive & jnp.isin(token, draws.stops)
+    length = pool.length + active
+    stopped = active & jnp.isin(token, traced.stops)
     return pool.replace(
         token=token,
         length=length,
         finished=pool.finished | stopped,
-        done=pool.done | stopped | (length >= pool.queue.limits),
-        tokens=put(pool.tokens, token),
-        logps=put(pool.logps, logps),
-        policy_logps=put(pool.policy_logps, policy_logps),
+        done=pool.done | stopped | (length >= pool.prompts.limits),
+        tokens=store(pool.tokens, token),
+        logps=store(pool.logps, logps),
+        policy_logps=store(pool.policy_logps, policy_logps),
     )
 
 
-def pool_results(pool: DecodePool) -> GroupResults:
-    """What every slot has so far, first token first."""
-    r = pool.tokens.shape[-1]
-    columns = ((pool.born[:, None] + jnp.arange(r)) % r)[:, None]
-    unroll = lambda ring: jnp.take_along_axis(ring, columns, 2)
-    return GroupResults(
-        unroll(pool.tokens),
-        unroll(pool.logps),
-        unroll(pool.policy_logps),
-        pool.length,
-        pool.finished,
+def slot_results(pool: DecodePool) -> GroupResults:
+    """Return the responses of every slot so far, each with its first token first."""
+    ring_size = pool.tokens.shape[-1]
+    columns = ((pool.start_step[:, None] + jnp.arange(ring_size)) % ring_size)[:, None]
+    tokens, logps, policy_logps = (
+        jnp.take_along_axis(ring, columns, 2)
+        for ring in (pool.tokens, pool.logps, pool.policy_logps)
     )
+    return GroupResults(tokens, logps, policy_logps, pool.length, pool.finished)
+
+
+def store_results(pool: DecodePool, results: GroupResults | None, prompts: int) -> GroupResults:
+    """Write the responses of every slot at the index of its prompt; a group that goes on is written again later."""
+    new = slot_results(pool)
+    if results is None:
+        results = jax.tree.map(lambda x: jnp.zeros((prompts, *x.shape[1:]), x.dtype), new)
+
+    def store(old: Array, x: Array) -> Array:
+        return constrain(old.at[pool.prompts.index].set(x), "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(store, results, new)
 
 
 def to_rollouts(results: GroupResults, cfg: ModelConfig) -> Rollouts:
-    """[Q G ...] -> rows, with everything after the last token blank."""
-    rows = lambda x: constrain(x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
+    """Reshape [Q G ...] to rows, and blank everything after the last token."""
     mask = jnp.arange(results.tokens.shape[-1]) < results.length[..., None]
-    keep = lambda x, blank: rows(jnp.where(mask, x, blank))
+
+    def rows(x: Array) -> Array:
+        return constrain(x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
+
     return Rollouts(
-        keep(results.tokens, cfg.pad),
-        rows(mask),
-        keep(results.logps, 0.0),
-        keep(results.policy_logps, 0.0),
-        rows(results.finished),
+        tokens=rows(jnp.where(mask, results.tokens, cfg.pad)),
+        mask=rows(mask),
+        logps=rows(jnp.where(mask, results.logps, 0.0)),
+        policy_logps=rows(jnp.where(mask, results.policy_logps, 0.0)),
+        finished=rows(results.finished),
     )
 
 
-def collect_results(pool: DecodePool, out: GroupResults | None, count: int) -> GroupResults:
-    """Every slot's results at its prompt's place; a group that goes on hands in again later."""
-    new = pool_results(pool)
-    out = (
-        jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), new)
-        if out is None
-        else out
-    )
-    return jax.tree.map(
-        lambda old, x: constrain(old.at[pool.queue.entry].set(x), "batch", *(None,) * (x.ndim - 1)),
-        out,
-        new,
-    )
-
-
-def refill_pool(
+def refill_slots(
     weights: Params,
     pool: DecodePool,
-    queue: PromptQueue,
-    places: Array,
-    entries: Array,
-    draws: SamplingInputs,
+    queue: QueuedPrompts,
+    slots: Array,
+    index: Array,
+    traced: TracedSettings,
     cfg: ModelConfig,
-    plan: SamplerConfig,
+    static: StaticSettings,
 ) -> DecodePool:
-    """New prompts in idle places; their own columns need no clearing, a group sees none older than itself."""
-    fresh = admit_prompts(weights, take_prompts(queue, entries), pool.step, draws, cfg, plan)
-    first = lambda old, new: old.at[places].set(new)
-    slot = lambda old, new: old.at[..., places, :, :, :].set(new)  # [(L) S K . .]
-    put = lambda where, old, new: jax.tree.map(where, old, new)
+    """Start the queue's prompts `index` in `slots`; ring columns need no clearing, as a group sees none that is older than itself."""
+    new = prefill_slots(weights, select_prompts(queue, index), pool.step, traced, cfg, static)
+
+    def set_slots(old: Array, x: Array) -> Array:
+        return old.at[slots].set(x)
+
+    def set_prompt(old: Array, x: Array) -> Array:  # [(L) S K . .]
+        return old.at[..., slots, :, :, :].set(x)
+
     cache = pool.cache.replace(
-        prompt_k=put(slot, pool.cache.prompt_k, fresh.cache.prompt_k),
-        prompt_v=put(slot, pool.cache.prompt_v, fresh.cache.prompt_v),
-        prompt_mask=first(pool.cache.prompt_mask, fresh.cache.prompt_mask),
+        prompt_k=jax.tree.map(set_prompt, pool.cache.prompt_k, new.cache.prompt_k),
+        prompt_v=jax.tree.map(set_prompt, pool.cache.prompt_v, new.cache.prompt_v),
+        prompt_mask=set_slots(pool.cache.prompt_mask, new.cache.prompt_mask),
     )
-    aside = {"cache": None, "step": None}
-    return put(first, pool.replace(**aside), fresh.replace(**aside)).replace(
-        cache=cache, step=pool.step
+    per_slot = jax.tree.map(
+        set_slots, pool.replace(cache=None, step=None), new.replace(cache=None, step=None)
     )
+    return per_slot.replace(cache=cache, step=pool.step)

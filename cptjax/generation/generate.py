@@ -1,8 +1,7 @@
-"""Sample responses to encoded prompts: settings, prepared weights, and responses decoded on the host."""
+"""Sample responses to encoded prompts: prepare the weights, run the sampler, decode on the host."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,29 +10,13 @@ from cptjax import sharding
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import rollout_weights, sampler
-from cptjax.models.load import MODEL_DTYPES
-from cptjax.types import Params, Rollouts
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How answers are drawn."""
-
-    group: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_new_tokens: int = 64
-    slots: int = 0
-    check_every: int = 16
-    gather: bool = False  # weights copied over fsdp while decoding
-    dtype: str = ""  # of the arithmetic while decoding; "" = the runtime's, int8 = the runtime's with eight-bit weights
+from cptjax.generation.sampling_config import SamplingConfig
+from cptjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Answers on the host, this process's rows; row q * G + g answers prompt q."""
+    """Responses on the host, this process's rows; row q * G + g is response g to prompt q."""
 
     texts: list[str]
     tokens: np.ndarray  # [B R]
@@ -43,66 +26,42 @@ class Samples:
     finished: np.ndarray  # [B]
 
 
-def prepare_sampling(
-    runtime: ModelContext, params: Params, sampling: SamplingConfig
-) -> tuple[Params, SamplingConfig]:
-    """Weights as this sampling wants them, and the sampling that takes them as they are: once for several batches."""
-    int8, dtype = sampling.dtype == "int8", sampling_dtype(sampling.dtype, runtime.dtype)
-    if sampling.gather or int8:
-        with jax.set_mesh(runtime.mesh):
-            params = rollout_weights.prepare_rollout_weights(
-                params, runtime.cfg, dtype=dtype, gather=sampling.gather, int8=int8
-            )
-    return params, dataclasses.replace(sampling, gather=False, dtype="" if int8 else sampling.dtype)
-
-
-def sampling_dtype(name: str, own: Any) -> Any:
-    """The type in which answers are drawn where `rollout.dtype` says `name`."""
-    return own if name in ("", "int8") else MODEL_DTYPES[name]
+def prepare_weights(model_ctx: ModelContext, params: Params, sampling: SamplingConfig) -> Params:
+    """Return the weights that `sample_responses` takes: `params`, or a gathered or eight-bit copy. Call it once for several batches."""
+    with jax.set_mesh(model_ctx.mesh):
+        return rollout_weights.prepare_rollout_weights(
+            params, model_ctx.cfg, sampling, model_ctx.dtype
+        )
 
 
 def sample_responses(
-    runtime: ModelContext,
-    params: Params,
+    model_ctx: ModelContext,
+    weights: Params,
     encoded: Sequence[EncodedConversation],
     key: jax.Array,
     rows: np.ndarray,
     sampling: SamplingConfig,
-    **more: Any,
+    limits: np.ndarray | None = None,
 ) -> Samples:
-    """Answers to encoded prompts; `rows` are the prompts' numbers in the whole run, on which their randomness depends."""
-    with jax.set_mesh(runtime.mesh):
-        params, sampling = prepare_sampling(runtime, params, sampling)
+    """Sample responses to encoded prompts with the weights of `prepare_weights`.
+
+    rows: the number of each prompt in the whole run, from which its randomness is derived. limits: tokens at most, per prompt.
+    """
+    with jax.set_mesh(model_ctx.mesh):
         out = sampler.generate_rollouts(
-            params,
-            runtime.prompts(encoded),
+            weights,
+            model_ctx.prompts(encoded),
             key,
-            runtime.cfg,
+            model_ctx.cfg,
+            sampling,
+            dtype=model_ctx.dtype,
+            limits=limits,
             rows=rows,
-            group=sampling.group,
-            max_new=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            slots=sampling.slots,
-            check_every=sampling.check_every,
-            dtype=sampling_dtype(sampling.dtype, runtime.dtype),
-            **more,
         )
-    return read_samples(runtime, out)
-
-
-def read_samples(runtime: ModelContext, out: Rollouts) -> Samples:
     local = {f.name: sharding.local_rows(getattr(out, f.name)) for f in dataclasses.fields(out)}
-    return Samples(decode_responses(runtime, local["tokens"], local["mask"]), **local)
-
-
-def decode_responses(runtime: ModelContext, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Decoded answers without their stop token."""
-    stops = set(runtime.cfg.eos)
+    stops = set(model_ctx.cfg.eos)
     ids = [
         [int(t) for t in row[keep] if int(t) not in stops]
-        for row, keep in zip(tokens, mask.astype(bool), strict=True)
+        for row, keep in zip(local["tokens"], local["mask"].astype(bool), strict=True)
     ]
-    return runtime.processor.decode(ids)
+    return Samples(model_ctx.processor.decode(ids), **local)

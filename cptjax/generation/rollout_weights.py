@@ -1,13 +1,14 @@
-"""The weights as rollouts want them, by one jitted pass: in their own type, gathered over `fsdp`, or as eight-bit integers."""
+"""Cast the weights for sampling, gather them over the `fsdp` axis, or round them to eight-bit integers."""
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import unrolled
 from cptjax.models.config import ModelConfig
 from cptjax.models.layers import DECODER_LINEARS
@@ -15,53 +16,66 @@ from cptjax.types import Array, Params
 
 
 def prepare_rollout_weights(
-    params: Params,
-    cfg: ModelConfig,
-    *,
-    dtype: Any = jnp.bfloat16,
-    gather: bool = False,
-    int8: bool = False,
+    params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any
 ) -> Params:
-    """Weights for `sampler.sample`: cast; `gather` copies them to every member of `fsdp`; `int8` rounds the text blocks."""
+    """Return the weights that the sampler takes, for a model that computes in `dtype`.
+
+    `sampling.gather` copies them to every device of the `fsdp` axis; `sampling.dtype` int8 rounds the linear maps of the text blocks.
+    Without either, `params` is returned, and the sampler's own programs cast it.
+    """
+    program = weights_program(params, cfg, sampling, dtype)
+    return params if program is None else program(params)
+
+
+def weights_program(
+    params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any
+) -> Callable[[Params], Params] | None:
+    """Return the jitted program that prepares weights like `params` (arrays or shapes); None where nothing is to be done."""
+    int8 = sampling.dtype == "int8"
+    if not (int8 or sampling.gather):
+        return None
     if int8 and importlib.util.find_spec("qwix") is None:
         raise ValueError(
             "rollout.dtype='int8' needs the package qwix; install it with: pip install 'cptjax[int8]'"
         )
     leaves, tree = jax.tree.flatten(params)
-    where = tuple(without_fsdp(x.sharding) if gather else None for x in leaves)
-    return layout_program(cfg, jnp.dtype(dtype), int8, tree, where)(params)
+    shardings = tuple(without_fsdp(x.sharding) if sampling.gather else None for x in leaves)
+    return _jit_weights_program(cfg, sampling.compute_dtype(dtype), int8, tree, shardings)
 
 
 @functools.lru_cache(maxsize=32)
-def layout_program(cfg: ModelConfig, dtype: Any, int8: bool, tree: Any, where: tuple) -> Any:
-    """One compiled layout change per kind of tree."""
-    place = lambda x, s: x if s is None else jax.lax.with_sharding_constraint(x, s)
+def _jit_weights_program(
+    cfg: ModelConfig, dtype: Any, int8: bool, tree: Any, shardings: tuple
+) -> Callable[[Params], Params]:
+    """Return one jitted function per structure and layout of the weights."""
 
-    def run(params: Params) -> Params:
-        params = tree.unflatten(
-            [place(x.astype(dtype), s) for x, s in zip(jax.tree.leaves(params), where, strict=True)]
-        )
+    def prepare(params: Params) -> Params:
+        leaves = [x.astype(dtype) for x in jax.tree.leaves(params)]
+        leaves = [
+            x if s is None else jax.lax.with_sharding_constraint(x, s)
+            for x, s in zip(leaves, shardings, strict=True)
+        ]
+        params = tree.unflatten(leaves)
         return unrolled.unstack_layers(_quantise(params) if int8 else params, cfg)
 
-    return jax.jit(run)
+    return jax.jit(prepare)
 
 
-def without_fsdp(old: Any) -> Any:
-    """A leaf's sharding without its `fsdp` axis."""
+def without_fsdp(old: Any) -> NamedSharding | None:
+    """Return a sharding without its `fsdp` axis; None for an array that is on no mesh."""
     if not isinstance(old, NamedSharding):
         return None
-    keep = lambda axis: (
-        tuple(a for a in axis if a != "fsdp") or None
-        if isinstance(axis, tuple)
-        else None
-        if axis == "fsdp"
-        else axis
-    )
-    return NamedSharding(old.mesh, PartitionSpec(*map(keep, old.spec)))
+
+    def drop(axis: Any) -> Any:
+        if isinstance(axis, tuple):
+            return tuple(a for a in axis if a != "fsdp") or None
+        return None if axis == "fsdp" else axis
+
+    return NamedSharding(old.mesh, PartitionSpec(*map(drop, old.spec)))
 
 
 def _quantise(params: Params) -> Params:
-    """The linear maps of the text blocks as {int8, scale}: one scale per layer and output, so that it multiplies the product."""
+    """Replace the linear maps of the text blocks by {int8, scale}: one scale per layer and output, applied to the product."""
     blocks = {
         name: _quantise_linear(p, 2 if name == "o" else 1) if name in DECODER_LINEARS else p
         for name, p in params["text"]["blocks"].items()

@@ -1,8 +1,8 @@
-"""From logits to a token: one uniform number per row, no sort, every setting traced.
+"""Sample tokens from logits: temperature, top-k, top-p and min-p, without a sort.
 
-Temperature first, then top-k, then top-p among what top-k kept, then min-p, as transformers orders them. Each of the three is a
-lowest logit that still counts, so ties stay together, and that number is found by halving the range of float bits: 32 passes
-over the logits whatever the vocabulary, and none where the filter is off.
+Temperature is applied first, then top-k, then top-p among the tokens that top-k kept, then min-p: the order of transformers. Each
+of the three filters is a lowest logit that may still be sampled, so ties stay together. That logit is found by halving the range of
+float bits: 31 passes over the logits whatever the vocabulary, and none where the filter is off. Each row uses one uniform number.
 """
 
 import flax.struct
@@ -13,81 +13,70 @@ from jax import lax
 
 from cptjax.types import Array
 
-TOKEN_BLOCK = 128  # tokens whose weights are summed before one of them is looked for
+TOKEN_BLOCK = 128  # tokens whose weights are summed before one of them is searched
 LOWEST_LOGIT = -3e38  # a finite minus infinity
 
 
 @flax.struct.dataclass
 class SamplingControls:
-    """How a token is drawn; all traced, so another temperature is not another program."""
+    """How a token is sampled; all fields are traced, so another temperature compiles nothing."""
 
-    temperature: Array  # 0 = the likeliest token
+    temperature: Array  # 0 = greedy
     top_k: Array  # 0 = off
     top_p: Array  # 1 = off
     min_p: Array  # 0 = off
-    forbidden: Array  # [V] never drawn
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Refuse settings under which nothing can be drawn."""
-    checks = (
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-        ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "0 (off) or a number of tokens"),
-        ("top_p", top_p, 0 < top_p <= 1, "a share in (0, 1]; 1 is off"),
-        ("min_p", min_p, 0 <= min_p <= 1, "a share in [0, 1]; 0 is off"),
-    )
-    for name, came, ok, expected in checks:
-        if not ok:
-            raise ValueError(f"rollout.{name}={came}: expected {expected}")
+    forbidden: Array  # [V] never sampled
 
 
 def make_controls(
     temperature: float, top_k: int, top_p: float, min_p: float, forbidden: np.ndarray
 ) -> SamplingControls:
-    """Checked settings as arrays."""
-    check_sampling(temperature, top_k, top_p, min_p)
+    """Return the settings as arrays; `SamplingConfig` has checked their ranges."""
     if forbidden.all():
-        raise ValueError("every token of the vocabulary is forbidden; nothing can be drawn")
-    number = lambda x: jnp.asarray(x, jnp.float32)
+        raise ValueError(
+            "every token of the vocabulary is forbidden; expected at least one that may be sampled"
+        )
     return SamplingControls(
-        number(temperature),
-        jnp.asarray(top_k, jnp.int32),
-        number(top_p),
-        number(min_p),
-        jnp.asarray(forbidden),
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_k=jnp.asarray(top_k, jnp.int32),
+        top_p=jnp.asarray(top_p, jnp.float32),
+        min_p=jnp.asarray(min_p, jnp.float32),
+        forbidden=jnp.asarray(forbidden),
     )
 
 
-def sample_tokens(logits: Array, uniform: Array, c: SamplingControls) -> tuple[Array, Array, Array]:
-    """logits [B V] float32, uniform [B] in [0, 1) -> tokens [B], their log-probability as drawn, and under the raw policy.
+def sample_tokens(
+    logits: Array, uniform: Array, controls: SamplingControls
+) -> tuple[Array, Array, Array]:
+    """Sample from logits [B V] in float32 with uniform numbers [B] in [0, 1).
 
-    The raw policy is the plain softmax over all V, forbidden tokens included: what the trainer's forward computes.
-    A greedy token has log-probability 0 as drawn.
+    Return tokens [B], their log-probability under the distribution sampled from, and under the raw policy: the plain softmax over
+    all V, forbidden tokens included, which the trainer's forward computes. The first is 0 for a greedy token.
     """
-    allowed = jnp.where(c.forbidden, LOWEST_LOGIT, logits)
+    allowed = jnp.where(controls.forbidden, LOWEST_LOGIT, logits)
 
-    def likeliest():
+    def greedy():
         return jnp.argmax(allowed, -1).astype(jnp.int32), jnp.zeros(logits.shape[0])
 
     def random():
-        z = (allowed - jnp.max(allowed, -1, keepdims=True)) / c.temperature  # 0 at the likeliest
-        tokens, total = invert_cumulative(
-            jnp.where(z >= lowest_kept(z, c), jnp.exp(z), 0.0), uniform
-        )
-        return tokens, _pick(z, tokens) - jnp.log(total)
+        z = (allowed - jnp.max(allowed, -1, keepdims=True)) / controls.temperature
+        weights = jnp.where(z >= lowest_kept(z, controls), jnp.exp(z), 0.0)
+        tokens, total = invert_cumulative(weights, uniform)
+        return tokens, _select(z, tokens) - jnp.log(total)
 
-    tokens, logps = lax.cond(c.temperature == 0, likeliest, random)
-    return tokens, logps, _pick(logits, tokens) - jax.nn.logsumexp(logits, -1)
+    tokens, logps = lax.cond(controls.temperature == 0, greedy, random)
+    return tokens, logps, _select(logits, tokens) - jax.nn.logsumexp(logits, -1)
 
 
-def _pick(x: Array, tokens: Array) -> Array:
+def _select(x: Array, tokens: Array) -> Array:
     return jnp.take_along_axis(x, tokens[:, None], -1)[:, 0]
 
 
 def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
-    """The token at which the running sum of weights [B V] passes uniform * total, and the total: first its block, then it.
+    """Return the token at which the running sum of weights [B V] passes uniform * total, and the total.
 
-    A token of weight 0 adds nothing to the running sum, so it is never where the sum passes.
+    The token's block is searched first, then the token within it. A token of weight 0 does not raise the running sum, so it is
+    never the token at which the sum passes.
     """
     b, v = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -v % TOKEN_BLOCK))).reshape(b, -1, TOKEN_BLOCK)
@@ -100,35 +89,40 @@ def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
 
 
 def _first_above(sums: Array, goal: Array) -> tuple[Array, Array]:
-    """Where running sums [B n] first exceed goal [B], and how far into that step the goal lies."""
-    goal = jnp.minimum(goal, jnp.nextafter(sums[:, -1], jnp.zeros(())))[
-        :, None
-    ]  # rounding may lift it to the very end
-    below = sums <= goal
+    """Return where running sums [B n] first exceed goal [B], and by how much the goal exceeds the sum before."""
+    # Rounding may lift the goal to the last sum, which nothing exceeds.
+    goal = jnp.minimum(goal, jnp.nextafter(sums[:, -1], jnp.zeros(())))
+    below = sums <= goal[:, None]
     before = jnp.max(jnp.where(below, sums, 0.0), -1)
-    return jnp.sum(below, -1, dtype=jnp.int32), goal[:, 0] - before
+    return jnp.sum(below, -1, dtype=jnp.int32), goal - before
 
 
-def lowest_kept(z: Array, c: SamplingControls) -> Array:
-    """[B 1] the lowest z that may be drawn; z [B V] is 0 at the likeliest token."""
-    none = jnp.full((z.shape[0],), LOWEST_LOGIT / 2, jnp.float32)
-    cut = lax.cond(
-        c.top_k > 0,
-        lambda: highest_with_mass(z, jnp.ones_like(z), c.top_k.astype(jnp.float32)),
-        lambda: none,
-    )
-    cut = jnp.maximum(cut, none)
+def lowest_kept(z: Array, controls: SamplingControls) -> Array:
+    """Return [B 1] the lowest z that may be sampled; z [B V] is 0 at the likeliest token."""
+    lowest = jnp.full((z.shape[0],), LOWEST_LOGIT / 2, jnp.float32)
 
-    def nucleus():
+    def off():
+        return lowest
+
+    def top_k():
+        return highest_with_mass(z, jnp.ones_like(z), controls.top_k.astype(jnp.float32))
+
+    cut = jnp.maximum(lax.cond(controls.top_k > 0, top_k, off), lowest)
+
+    def top_p():
         mass = jnp.where(z >= cut[:, None], jnp.exp(z), 0.0)
-        return highest_with_mass(z, mass, c.top_p * jnp.sum(mass, -1))
+        return highest_with_mass(z, mass, controls.top_p * jnp.sum(mass, -1))
 
-    cut = jnp.maximum(cut, lax.cond(c.top_p < 1, nucleus, lambda: none))
-    return jnp.maximum(cut, jnp.where(c.min_p > 0, jnp.log(c.min_p), LOWEST_LOGIT / 2))[:, None]
+    cut = jnp.maximum(cut, lax.cond(controls.top_p < 1, top_p, off))
+    min_p = jnp.where(controls.min_p > 0, jnp.log(controls.min_p), LOWEST_LOGIT / 2)
+    return jnp.maximum(cut, min_p)[:, None]
 
 
 def highest_with_mass(z: Array, mass: Array, goal: Array) -> Array:
-    """[B] the highest value at or above which the entries of z <= 0 [B V] hold at least `goal` mass; the lowest float if none does."""
+    """Return [B] the highest value such that the entries of z [B V] at or above it hold at least `goal` mass; z <= 0.
+
+    It is the lowest float where all entries together hold less.
+    """
     # Of two floats <= 0 the higher has the smaller magnitude, and magnitudes order like their bits.
     bits = lax.bitcast_convert_type(jnp.abs(z), jnp.int32)
     goal = jnp.broadcast_to(goal, z.shape[:1])

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from cptjax.data import device_batches
 from cptjax.data.collate import max_image_slots
-from cptjax.generation import generate, rollout_weights, sampler
-from cptjax.generation.decode_pool import SamplerConfig
+from cptjax.generation import rollout_weights, sampler
+from cptjax.generation.decode_pool import StaticSettings
+from cptjax.generation.sampling_config import SamplingConfig, eval_sampling, rollout_sampling
 from cptjax.models import flops, logprobs
 from cptjax.planning.stage_shapes import (
     StageShapes,
@@ -248,12 +249,13 @@ class SamplingWeights:
 
 
 def training_rollout_programs(site: StageShapes) -> list[Program]:
-    """The offline filter's drawing before the stage, and the stage's own."""
+    """The offline filter's sampling before the stage, and the stage's own."""
     c, found = site.config, []
     m, filled = (
         c.method,
         device_batches.micro_batch_layout(c.train.batch, 0, site.shards, fill=True)[0],
     )
+    sampling = rollout_sampling(c)
     if m.filter and "samples" in m.filter:
         there = (
             *WEIGHT_PIECES,
@@ -261,20 +263,20 @@ def training_rollout_programs(site: StageShapes) -> list[Program]:
             *(() if c.train.reset_optimizer else ("optimiser",)),
         )
         later = tuple(name for name in site.pieces if name not in there)
-        drawn = rollout_programs(site, "filter", filled, m.filter["samples"], c.rollout, 0.0)
-        found += [dataclasses.replace(p, holds=p.holds + later) for p in drawn]
+        several = dataclasses.replace(sampling, group=m.filter["samples"])
+        sampled = rollout_programs(site, "filter", filled, several, 0.0)
+        found += [dataclasses.replace(p, holds=p.holds + later) for p in sampled]
     if m.source == "self":
-        found += rollout_programs(site, "rollouts", filled, m.self_samples, c.rollout, 0.0)
+        several = dataclasses.replace(sampling, group=m.self_samples)
+        found += rollout_programs(site, "rollouts", filled, several, 0.0)
     if m.source == "rollouts":
-        made, weights = weight_programs(site, "rollouts", c.rollout, 1.0)
-        found += made + sampling_programs(
-            site, "rollouts", weights, c.train.batch, c.rollout.group, c.rollout, 1.0
-        )
-        found += (
-            sampling_programs(site, "greedy answers", weights, c.train.batch, 1, c.rollout, 1.0)
-            if m.advantage == "remax"
-            else []
-        )
+        made, weights = weight_programs(site, "rollouts", sampling, 1.0)
+        found += made + sampling_programs(site, "rollouts", weights, c.train.batch, sampling, 1.0)
+        if m.advantage == "remax":
+            greedy = dataclasses.replace(sampling, group=1)
+            found += sampling_programs(
+                site, "greedy responses", weights, c.train.batch, greedy, 1.0
+            )
     return found
 
 
@@ -282,41 +284,35 @@ def evaluation_programs(site: StageShapes) -> list[Program]:
     """The evaluation's sampler."""
     e = site.config.eval
     rows = max(site.shards, e.batch // site.shards * site.shards)
-    return rollout_programs(
-        site, "evaluation", rows, 1, {**e, "gather": site.config.rollout.gather}, 0.0
-    )
+    return rollout_programs(site, "evaluation", rows, eval_sampling(site.config), 0.0)
 
 
 def rollout_programs(
-    site: StageShapes, name: str, rows: int, group: int, settings: Any, calls: float
+    site: StageShapes, name: str, rows: int, sampling: SamplingConfig, calls: float
 ) -> list[Program]:
-    made, weights = weight_programs(site, name, settings, calls)
-    return made + sampling_programs(site, name, weights, rows, group, settings, calls)
+    """Sampling of `rows` prompts, with the program that prepares the weights where there is one."""
+    made, weights = weight_programs(site, name, sampling, calls)
+    return made + sampling_programs(site, name, weights, rows, sampling, calls)
 
 
 def weight_programs(
-    site: StageShapes, name: str, settings: Any, calls: float
+    site: StageShapes, name: str, sampling: SamplingConfig, calls: float
 ) -> tuple[list[Program], SamplingWeights]:
-    """The weights as rollouts want them, and the program that makes them where they are a copy."""
-    gather, int8 = settings["gather"], settings.get("dtype", "") == "int8"
-    if not (gather or int8):
+    """The weights that rollouts take, and the program that makes them where they are a copy."""
+    change = rollout_weights.weights_program(site.params, site.cfg, sampling, site.dtype)
+    if change is None:
         return [], SamplingWeights(lambda made: site.params, WEIGHT_PIECES)
-    dtype, label = (
-        jnp.dtype(generate.sampling_dtype(settings.get("dtype", ""), site.dtype)),
-        f"{name}: weights",
-    )
-    leaves, tree = jax.tree.flatten(site.params)
-    where = tuple(rollout_weights.without_fsdp(x.sharding) if gather else None for x in leaves)
-    change = rollout_weights.layout_program(site.cfg, dtype, int8, tree, where)
+    label = f"{name}: weights"
     programs = [Program(label, lambda made: change.lower(site.params), calls, 0.0, WEIGHT_PIECES)]
-    if int8 or site.cfg.unroll:
+    if sampling.dtype == "int8" or site.cfg.unroll:
         return programs, SamplingWeights(lambda made: made[label], (), (label,), (label,))
     # its result is known without compiling it
-    moved = tree.unflatten(
-        [
-            jax.ShapeDtypeStruct(x.shape, dtype, sharding=s or x.sharding)
-            for x, s in zip(leaves, where, strict=True)
-        ]
+    dtype = sampling.compute_dtype(site.dtype)
+    moved = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, dtype, sharding=rollout_weights.without_fsdp(x.sharding)
+        ),
+        site.params,
     )
     return programs, SamplingWeights(lambda made: moved, (), (label,))
 
@@ -326,34 +322,31 @@ def sampling_programs(
     name: str,
     weights: SamplingWeights,
     rows: int,
-    group: int,
-    settings: Any,
+    sampling: SamplingConfig,
     calls: float,
 ) -> list[Program]:
-    """Reading prompts and drawing answers: one program, or with `slots` a queue, the pool's opening, its turns and its refilling."""
+    """Reading prompts and sampling responses: one program, or with `slots` a queue, the pool's opening, its turns and its refilling."""
     if rows % site.shards:
         raise ValueError(
             f"{name}: {rows} prompts; config.mesh cuts a batch into {site.shards} shards (data x fsdp): expected a multiple"
         )
-    new, prompt = settings["max_new_tokens"], site.config.data.prompt_limit
-    slots, every = settings.get("slots", 0), settings.get("check_every", 16)
-    sampler.check_rollout_sizes(group, new, every, slots, site.shards)
-    plan = SamplerConfig(
-        group, new, every, jnp.dtype(generate.sampling_dtype(settings.get("dtype", ""), site.dtype))
-    )
+    prompt, group, new = site.config.data.prompt_limit, sampling.group, sampling.max_new_tokens
+    sampling.check_batch_shards(site.shards)
+    static = sampler.static_settings(sampling, site.dtype)
     tops = jax.eval_shape(
-        lambda: sampler.make_sampling_inputs(jax.random.key(0), site.cfg, site.cfg.eos)
+        lambda: sampler.traced_settings(sampling, jax.random.key(0), site.cfg, site.cfg.eos)
     )
     draws = jax.tree.map(lambda x: replicated_shape(x.shape, x.dtype, site.mesh), tops)
     read = flops.text_forward_flops(site.cfg, rows, prompt, 1)
     drawn = flops.decode_flops(site.cfg, rows, prompt, group, new)
     asked = (batch_axis_shape(site, rows, group), batch_axis_shape(site, rows, group))
+    slots = sampling.slots
     if slots and slots < rows:
         return _pool_programs(
-            site, name, rows, slots, weights, asked, draws, plan, calls, (read, drawn)
+            site, name, rows, slots, weights, asked, draws, static, calls, (read, drawn)
         )
-    lower = lambda made: sampler.sample_at_once.lower(
-        weights.of(made), prompt_shapes(site, rows), *asked, draws, site.cfg, plan
+    lower = lambda made: sampler.sample_whole_batch.lower(
+        weights.of(made), prompt_shapes(site, rows), *asked, draws, site.cfg, static
     )
     useful = _vision_flops(site, rows) + read + drawn
     return [
@@ -371,23 +364,25 @@ def _pool_programs(
     weights: SamplingWeights,
     asked: tuple,
     draws: Any,
-    plan: SamplerConfig,
+    plan: StaticSettings,
     calls: float,
     useful: tuple[float, float],
 ) -> list[Program]:
-    """The programs of `sampler.in_turns`, without those that only move results."""
-    cast, queue, pool = f"{name}: cast", f"{name}: queue", f"{name}: read"
+    """The programs of `sampler.sample_with_refill`, without those that only move results."""
+    cast, queue, pool = f"{name}: cast", f"{name}: queue", f"{name}: prefill"
     fresh = sampler.refill_size(slots, site.shards)
     numbers = lambda n: replicated_shape((n,), jnp.int32, site.mesh)
     read, drawn = (n * slots / rows for n in useful)
-    length = plan.max_new / plan.check_every  # turns of a pool
+    length = plan.max_new_tokens / plan.check_every  # turns of a pool
     fixed, needs, keeps = (draws, site.cfg, plan), weights.needs, weights.keeps
     smaller = lambda made: sampler.cast_program.lower(weights.of(made), site.cfg, plan)
     see = lambda made: sampler.queue_program.lower(
         made[cast], prompt_shapes(site, rows), *asked, site.cfg, plan
     )
-    start = lambda made: sampler.open_program.lower(made[cast], made[queue], numbers(slots), *fixed)
-    turn = lambda made: sampler.advance_program.lower(made[cast], made[pool], *fixed)
+    start = lambda made: sampler.prefill_program.lower(
+        made[cast], made[queue], numbers(slots), *fixed
+    )
+    turn = lambda made: sampler.decode_program.lower(made[cast], made[pool], *fixed)
     refill = lambda made: sampler.refill_program.lower(
         made[cast], made[pool], made[queue], numbers(fresh), numbers(fresh), *fixed
     )
@@ -397,7 +392,7 @@ def _pool_programs(
         Program(queue, see, calls, _vision_flops(site, rows), (), keeps, used[:-2]),
         Program(pool, start, calls, read, (), keeps, used[:-1]),
         Program(
-            f"{name}: draw",
+            f"{name}: decode",
             turn,
             calls * rows / slots * length,
             drawn / length,

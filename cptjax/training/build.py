@@ -4,8 +4,7 @@ from typing import Any
 
 from cptjax import sharding
 from cptjax.data.model_context import ModelContext
-from cptjax.generation import sampler
-from cptjax.generation.generate import SamplingConfig
+from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models.logprobs import make_scoring_program
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms import optimizers
@@ -40,22 +39,6 @@ def objective_from_config(config: Any) -> Objective:
     )
 
 
-def sampling_from_config(config: Any) -> SamplingConfig:
-    r = config.rollout
-    return SamplingConfig(
-        r.group,
-        r.temperature,
-        r.top_p,
-        r.top_k,
-        r.min_p,
-        r.max_new_tokens,
-        r.slots,
-        r.check_every,
-        r.gather,
-        r.dtype,
-    )
-
-
 def optimizer_from_config(config: Any, declared: Params) -> optimizers.Optimizer:
     t = config.train
     return optimizers.make_optimizer(
@@ -73,17 +56,15 @@ def optimizer_from_config(config: Any, declared: Params) -> optimizers.Optimizer
 def batch_builder_from_config(
     model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: Any
 ) -> BatchBuilder:
-    r = config.rollout
-    sampler.check_rollout_sizes(
-        r.group, r.max_new_tokens, r.check_every, r.slots, sharding.batch_shards(model_ctx.mesh)
-    )
+    sampling = rollout_sampling(config)
+    sampling.check_batch_shards(sharding.batch_shards(model_ctx.mesh))
     temperature = config.rollout.temperature if config.method.objective == "policy" else 1.0
     logps = make_scoring_program(model_ctx.cfg, model_ctx.dtype, config.train.chunk, temperature)
     pack = config.data.pack and config.method.objective in ("sft", "eaft")
     return BatchBuilder(
         model_ctx,
         prompted_tasks,
-        sampling_from_config(config),
+        sampling,
         config.method,
         config.train.batch,
         config.train.micro_batch,

@@ -94,7 +94,8 @@ def sample_rollouts(
     share, began = len(items), time.perf_counter()
     numbers = first + jax.process_index() * share + np.arange(share)
     encoded = [i.encoded for i in items]
-    weights, sampling = generate.prepare_sampling(builder.model_ctx, params, builder.sampling)
+    sampling = builder.sampling
+    weights = generate.prepare_weights(builder.model_ctx, params, sampling)
     draw = lambda sampling: generate.sample_responses(
         builder.model_ctx, weights, encoded, key, numbers, sampling
     )

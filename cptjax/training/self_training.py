@@ -47,9 +47,8 @@ def sample_correct_responses(
     unfinished: also those that met the length limit.
     """
     share = rows_per_process(builder.model_ctx, builder.batch_size, 0, fill=True)
-    params, sampling = generate.prepare_sampling(
-        builder.model_ctx, params, dataclasses.replace(builder.sampling, group=samples)
-    )
+    sampling = dataclasses.replace(builder.sampling, group=samples)
+    weights = generate.prepare_weights(builder.model_ctx, params, sampling)
     found: list[tuple[int, str]] = []
     spent = WorkCost()
 
@@ -57,7 +56,7 @@ def sample_correct_responses(
         here = list(items[p]) + [items[p.stop - 1]] * (share - (p.stop - p.start))
         numbers = np.arange(p.start, p.start + share)
         encoded = [i.encoded for i in here]
-        out = generate.sample_responses(builder.model_ctx, params, encoded, key, numbers, sampling)
+        out = generate.sample_responses(builder.model_ctx, weights, encoded, key, numbers, sampling)
         parts = grade_responses(builder, here, out.texts)
         right = [
             r

@@ -16,7 +16,7 @@ from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import batch_slices, conversation_batch, rows_per_process
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
-from cptjax.generation.generate import SamplingConfig
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.types import Batch, Params
 

@@ -7,8 +7,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cptjax.config import Stage
-from cptjax.generation import sampler, token_sampling
-from cptjax.models import layers, load, logprobs, lora
+from cptjax.generation.sampling_config import rollout_sampling
+from cptjax.models import layers, logprobs, lora
 from cptjax.training import corpus
 from cptjax.training.algorithms import (
     advantages,
@@ -78,7 +78,7 @@ def validate_stage(stage: Stage) -> None:
             max_new_tokens=r.max_new_tokens,
         )
     _check_ignored_settings(m, stage.config.data)
-    _check_sampling(r)
+    rollout_sampling(stage.config)  # refuses settings that are out of range
     _check_own_samples(m, r)
     _check_batch_split(m, t)
 
@@ -157,17 +157,6 @@ def _check_ignored_settings(m: Any, data: Any) -> None:
         known = ", ".join(distillation.TEACHERS)
         raise ValueError(
             f"method.distill teacher={d.teacher!r}, ema={d.ema}: expected one of {known} and 0 < ema <= 1"
-        )
-
-
-def _check_sampling(r: Any) -> None:
-    """How answers are drawn, whoever learns from them."""
-    sampler.check_rollout_sizes(r.group, r.max_new_tokens, r.check_every, r.slots)
-    token_sampling.check_sampling(r.temperature, r.top_k, r.top_p, r.min_p)
-    known = ("", *load.MODEL_DTYPES, "int8")
-    if r.dtype not in known:
-        raise ValueError(
-            f"rollout.dtype={r.dtype!r}: expected one of {', '.join(map(repr, known))}; '' is model.compute_dtype"
         )
 
 

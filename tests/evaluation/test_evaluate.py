@@ -10,6 +10,7 @@ from cptjax.common import console
 from cptjax.data import processor
 from cptjax.evaluation import evaluate
 from cptjax.generation import generate
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models.config import PRESETS
 from cptjax.tasks import prompted_task
 from cptjax.tasks.scoring.sandbox import SandboxPool
@@ -39,9 +40,7 @@ def desk(monkeypatch):
     plain = processor.Processor.encode
     monkeypatch.setattr(processor.Processor, "encode", encode)
     monkeypatch.setattr(generate, "sample_responses", sample)
-    monkeypatch.setattr(
-        generate, "prepare_sampling", lambda model_ctx, params, sampling: (params, sampling)
-    )
+    monkeypatch.setattr(generate, "prepare_weights", lambda model_ctx, params, sampling: params)
     return model_ctx, metrics, made
 
 
@@ -57,7 +56,7 @@ def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1)
             model_ctx, prompted, Examples("digits", "test", range(ROWS), build), workers
         )
         eval_prompts.row_cache.max_bytes = ctx
-        key, sampling = jax.random.key(0), generate.SamplingConfig(1, 0.0, max_new_tokens=4)
+        key, sampling = jax.random.key(0), SamplingConfig(1, 4, 0.0, 1)
         for _ in range(times):
             result = evaluate.evaluate_task(
                 model_ctx,

@@ -12,7 +12,8 @@ import tiny
 from cptjax import sharding
 from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
-from cptjax.generation import decode_pool, generate, rollout_weights, sampler
+from cptjax.generation import generate, rollout_weights, sampler
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import decoder, logprobs, qwen2_5_vl
 from cptjax.models.config import PRESETS, ModelConfig
 from cptjax.training import validate_config
@@ -48,11 +49,24 @@ def prompts(cfg, rows=ROWS, shards=1):
     return tiny.prompts([tiny.draw(r, cfg, rng) for r in rows], cfg, shards=shards)
 
 
-def run(params, prompts, cfg, key=KEY, **kwargs):
-    settings = {"group": 3, "max_new": 12, "check_every": 4, "dtype": jnp.float32} | kwargs
-    return jax.tree.map(
-        np.asarray, sampler.generate_rollouts(params, prompts, key, cfg, **settings)
+def sampling(**changes):
+    settings = {"group": 3, "max_new_tokens": 12, "temperature": 1.0, "check_every": 4}
+    return SamplingConfig(**settings | changes)
+
+
+def run(params, prompts, cfg, key=KEY, stop=None, limits=None, rows=None, **changes):
+    out = sampler.generate_rollouts(
+        params,
+        prompts,
+        key,
+        cfg,
+        sampling(**changes),
+        dtype=jnp.float32,
+        stop=stop,
+        limits=limits,
+        rows=rows,
     )
+    return jax.tree.map(np.asarray, out)
 
 
 def same(a, b, atol=1e-4):
@@ -180,7 +194,7 @@ def test_meshes_do_not_change_rows(cfg, params, shape, slots):
     with jax.set_mesh(mesh):
         if shape == (2, 2, 2):
             placed = rollout_weights.prepare_rollout_weights(
-                placed, cfg, dtype=jnp.float32, gather=True
+                placed, cfg, sampling(gather=True), jnp.float32
             )
             assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(placed))
         same(whole, run(placed, batch, cfg, rows=np.arange(8) + 3, slots=slots))
@@ -196,13 +210,17 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
     batch = prompts(cfg, [[3]] * count)
     limits = np.random.default_rng(0).integers(1, n + 1, (count, group))
     limits[:, 0], limits[at, -1] = n, 10 * n
-    plan = decode_pool.SamplerConfig(group, 10 * n, every, jnp.dtype(jnp.float32))
-    draws = sampler.make_sampling_inputs(KEY, cfg, (-1,))
-    shaped, rows = (
-        sampler.place_per_response(limits, None, count, group, "limits"),
-        sampler.place_per_response(None, None, count, group, "rows"),
+    settings = sampling(group=group, max_new_tokens=10 * n, check_every=every)
+    out, steps = sampler.sample_with_refill(
+        params,
+        batch,
+        sampler.place_limits(limits, 10 * n, count, group),
+        sampler.place_row_ids(None, count, group),
+        sampler.traced_settings(settings, KEY, cfg, (-1,)),
+        cfg,
+        sampler.static_settings(settings, jnp.float32),
+        slots,
     )
-    out, steps = sampler.sample_in_turns(params, batch, shaped, rows, draws, cfg, plan, slots)
     longest = limits.max(1)
     ideal = max(longest.max(), -(-longest.sum() // slots))
     assert ideal <= steps + 1 < 1.5 * ideal, (steps, ideal)
@@ -211,7 +229,7 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
 
 def test_another_setting_does_not_compile_again(cfg, params):
     run(params, prompts(cfg), cfg)
-    before = sampler.sample_at_once._cache_size()
+    before = sampler.sample_whole_batch._cache_size()
     for settings in (
         {"temperature": 0.3},
         {"temperature": 0.0},
@@ -219,15 +237,14 @@ def test_another_setting_does_not_compile_again(cfg, params):
         {"stop": (9, 11)},
     ):
         run(params, prompts(cfg), cfg, jax.random.key(3), **settings)
-    assert sampler.sample_at_once._cache_size() == before
+    assert sampler.sample_whole_batch._cache_size() == before
 
 
 def test_cache_is_small_and_as_large_as_computed(cfg, params):
     """16 responses of 100 tokens to a prompt of 1,000: under a fifth of copied prompts."""
-    sizes = [
-        sampler.kv_cache_bytes(cfg, 64, 1000, 16, 100, shared=shared) for shared in (True, False)
-    ]
-    assert sizes[1] > 5 * sizes[0]
+    shared = sampler.kv_cache_bytes(cfg, 64, 1000, 16, 100, jnp.bfloat16)
+    copied = sampler.kv_cache_bytes(cfg, 64 * 16, 1000, 1, 100, jnp.bfloat16)
+    assert copied > 5 * shared
     batch = prompts(cfg)
     x = qwen2_5_vl.embed_inputs(params, batch, cfg, jnp.float32)
     _, k, v = qwen2_5_vl.prefill(params, x, batch.positions, batch.segments, cfg)
@@ -242,7 +259,7 @@ def test_integer_weights_stay_near_the_policy(cfg, params):
     for unroll in (False, True):
         c = dataclasses.replace(cfg, unroll=unroll)
         out = run(
-            rollout_weights.prepare_rollout_weights(gentle, c, dtype=jnp.float32, int8=True),
+            rollout_weights.prepare_rollout_weights(gentle, c, sampling(dtype="int8"), jnp.float32),
             prompts(cfg),
             c,
         )
@@ -254,22 +271,22 @@ def test_integer_weights_stay_near_the_policy(cfg, params):
 def test_integer_weights_name_the_missing_package(cfg, params, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package qwix"):
-        rollout_weights.prepare_rollout_weights(params, cfg, int8=True)
+        rollout_weights.prepare_rollout_weights(params, cfg, sampling(dtype="int8"), jnp.float32)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"max_new": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"group": 0}, "group=0"),
         ({"check_every": 0}, "check_every=0"),
         ({"stop": ()}, "no stop token"),
-        ({"max_new": 2000}, "2000 new ones exceed the model's 1024 positions"),
+        ({"max_new_tokens": 2000}, "2000 new ones exceed the model's 1024 positions"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"temperature": -1.0}, "temperature=-1"),
         ({"slots": -1}, "slots=-1"),
         ({"limits": np.ones(5)}, "limits or rows end before"),
-        ({"rows": np.ones(9)}, "rows came for 9 prompts, the batch has 8"),
+        ({"rows": np.ones(9)}, "got rows for 9 prompts, the batch has 8"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -317,13 +334,13 @@ def test_answers_are_drawn_in_the_type_that_is_asked_for(cfg, params):
         asked,
         KEY,
         np.arange(1),
-        generate.SamplingConfig(4, dtype=dtype, max_new_tokens=4),
+        sampling(group=4, dtype=dtype, max_new_tokens=4),
     )
     same, half = [draw(d) for d in ("", "float32")], draw("bfloat16")
     assert np.array_equal(same[0].policy_logps, same[1].policy_logps)
     first = np.abs(half.policy_logps - same[0].policy_logps)[:, 0]
     assert 1e-5 < first.max() < 0.2
-    assert generate.sampling_dtype("int8", jnp.float32) == jnp.float32
+    assert sampling(dtype="int8").compute_dtype(jnp.float32) == jnp.float32
 
 
 def test_empty_prompts_pad_a_batch(cfg, params):
@@ -357,7 +374,13 @@ def test_greedy_equals_transformers(tmp_path):
         params = hf_checkpoint.load_hf_checkpoint(tmp_path / str(tied), cfg)
         drawn = [tiny.draw(row(i), cfg, rng) for i in range(50)]
         ours = lambda *stop: run(
-            params, tiny.prompts(drawn, cfg), cfg, group=1, max_new=16, temperature=0.0, stop=stop
+            params,
+            tiny.prompts(drawn, cfg),
+            cfg,
+            group=1,
+            max_new_tokens=16,
+            temperature=0.0,
+            stop=stop,
         )  # noqa: B023
         stops = [
             int(t) for t in np.unique(ours(*[-1] * 6).tokens[:, 5])[:6]

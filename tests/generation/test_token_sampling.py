@@ -156,20 +156,6 @@ def test_a_vocabulary_of_152064_tokens():
     np.testing.assert_allclose(logps, np.log(p[tokens]), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        ((-0.1, 0, 1.0, 0.0), "temperature=-0.1"),
-        ((1.0, -1, 1.0, 0.0), "top_k=-1"),
-        ((1.0, 1.5, 1.0, 0.0), "top_k=1.5"),
-        ((1.0, 0, 0.0, 0.0), "top_p=0.0"),
-        ((1.0, 0, 1.2, 0.0), "top_p=1.2"),
-        ((1.0, 0, 1.0, 1.5), "min_p=1.5"),
-        ((float("nan"), 0, 1.0, 0.0), "temperature=nan"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        token_sampling.make_controls(*settings, np.zeros(V, bool))
+def test_a_vocabulary_without_an_allowed_token_is_refused():
     with pytest.raises(ValueError, match="every token"):
         token_sampling.make_controls(1.0, 0, 1.0, 0.0, np.ones(V, bool))

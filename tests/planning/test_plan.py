@@ -209,8 +209,8 @@ def test_programs_follow_the_method(mesh):
     turns = [
         "rollouts: cast",
         "rollouts: queue",
-        "rollouts: read",
-        "rollouts: draw",
+        "rollouts: prefill",
+        "rollouts: decode",
         "rollouts: refill",
     ]
     assert names(small(rollout={"slots": 8}), mesh)[:5] == turns
@@ -225,7 +225,11 @@ def test_programs_follow_the_method(mesh):
         "apply gradients",
         "evaluation",
     ]
-    assert names(small("remax"), mesh)[:3] == ["rollouts", "greedy answers", "reference log-probs"]
+    assert names(small("remax"), mesh)[:3] == [
+        "rollouts",
+        "greedy responses",
+        "reference log-probs",
+    ]
     assert names(small(method={"filter": {"name": "incompetent", "samples": 4}}), mesh)[:2] == [
         "filter",
         "rollouts",
@@ -244,7 +248,7 @@ def test_programs_follow_the_method(mesh):
     [
         (small("sdft"), "teacher states"),
         (penalised("lwf"), "teacher states"),
-        (small("remax"), "greedy answers"),
+        (small("remax"), "greedy responses"),
         (small(method={"filter": {"name": "incompetent", "samples": 4}}), "filter"),
         (penalised(), "Fisher: sum"),
         (penalised(method="grpo"), "Fisher: gradient"),
@@ -329,7 +333,7 @@ def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
 
     turns = beside(small(rollout={"slots": 8, "gather": True}))
     assert (
-        turns["rollouts: draw"] == 2000
+        turns["rollouts: decode"] == 2000
         and turns["rollouts: refill"] == turns["rollouts: queue"] == 1000
         and turns["evaluation"] == 0
     )
@@ -364,7 +368,7 @@ def test_the_largest_picture_and_prompt_are_within_the_config(mesh):
 
 
 CONFIG = """
-from tests.test_plan import small
+from tests.planning.test_plan import small
 
 def get_config():
     c = small("sft", mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 4, "micro_batch": 0})

@@ -1,0 +1,77 @@
+"""The settings of sampling, checked: number and length of responses, choice of tokens, schedule."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cptjax.models.load import MODEL_DTYPES
+
+SAMPLING_DTYPES = ("", *MODEL_DTYPES, "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled. The fields are those of `config.rollout`; a field with a default is off."""
+
+    group: int  # responses to each prompt
+    max_new_tokens: int
+    temperature: float  # 0 = greedy
+    check_every: int  # decode steps between two checks for finished groups
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    slots: int = 0  # groups decoded at a time; 0 = the whole batch
+    gather: bool = False  # copy the weights to every device of the fsdp axis while sampling
+    dtype: str = (
+        ""  # "" = the model's; int8 = weights of eight bits, arithmetic in the model's type
+    )
+
+    def __post_init__(self) -> None:
+        types = ", ".join(map(repr, SAMPLING_DTYPES))
+        checks = {
+            "group": (self.group >= 1, "at least 1"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "check_every": (self.check_every >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (
+                self.top_k >= 0 and int(self.top_k) == self.top_k,
+                "0 (off) or a number of tokens",
+            ),
+            "top_p": (0 < self.top_p <= 1, "a share in (0, 1]; 1 is off"),
+            "min_p": (0 <= self.min_p <= 1, "a share in [0, 1]; 0 is off"),
+            "slots": (self.slots >= 0, "0 (the whole batch) or a number of groups"),
+            "dtype": (self.dtype in SAMPLING_DTYPES, f"one of {types}; '' is model.compute_dtype"),
+        }
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise ValueError(f"rollout.{name}={getattr(self, name)!r}: expected {expected}")
+
+    def check_batch_shards(self, shards: int) -> None:
+        """Refuse a number of slots that the batch shards do not divide."""
+        if self.slots % shards:
+            raise ValueError(
+                f"rollout.slots={self.slots}: expected a multiple of the {shards} batch shards, or 0 for the whole batch"
+            )
+
+    def compute_dtype(self, model_dtype: Any) -> jnp.dtype:
+        """Return the type of the arithmetic for a model that computes in `model_dtype`."""
+        return jnp.dtype(MODEL_DTYPES.get(self.dtype, model_dtype))
+
+
+def rollout_sampling(config: ConfigDict) -> SamplingConfig:
+    """Return the sampling of training rollouts."""
+    return SamplingConfig(**config.rollout)
+
+
+def eval_sampling(config: ConfigDict) -> SamplingConfig:
+    """Return the sampling of evaluations: one response to each prompt, nothing cut, all rows at once."""
+    e, r = config.eval, config.rollout
+    return SamplingConfig(
+        group=1,
+        max_new_tokens=e.max_new_tokens,
+        temperature=e.temperature,
+        check_every=r.check_every,
+        gather=r.gather,
+    )

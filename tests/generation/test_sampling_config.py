@@ -1,0 +1,63 @@
+"""Sampling settings: every value out of range is refused in one line, and the config's sections give the settings."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from configs.base import get_config
+from cptjax.generation.sampling_config import SamplingConfig, eval_sampling, rollout_sampling
+
+VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.2}, "top_p=1.2"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"group": 0}, "group=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"check_every": 0}, "check_every=0"),
+        ({"slots": -1}, "slots=-1"),
+        ({"dtype": "fp8"}, "dtype='fp8': expected one of '', 'float32', 'bfloat16', 'int8'"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused(change, words):
+    with pytest.raises(ValueError, match="^rollout." + words) as error:
+        dataclasses.replace(VALID, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_slots_must_divide_into_the_batch_shards():
+    six = dataclasses.replace(VALID, slots=6)
+    six.check_batch_shards(3)
+    with pytest.raises(
+        ValueError, match="rollout.slots=6: expected a multiple of the 4 batch shards"
+    ):
+        six.check_batch_shards(4)
+
+
+def test_the_fields_are_those_of_the_config():
+    config = get_config()
+    config.rollout.update(top_k=5, slots=4, dtype="int8", gather=True)
+    assert dataclasses.asdict(rollout_sampling(config)) == config.rollout.to_dict()
+    config.eval.update(max_new_tokens=7, temperature=0.5)
+    evaluation = eval_sampling(config)
+    assert (evaluation.group, evaluation.max_new_tokens, evaluation.temperature) == (1, 7, 0.5)
+    assert evaluation.gather and (evaluation.top_k, evaluation.slots, evaluation.dtype) == (
+        0,
+        0,
+        "",
+    )
+
+
+def test_the_type_of_the_arithmetic_is_the_models_unless_named():
+    for name, expected in (("", jnp.float32), ("int8", jnp.float32), ("bfloat16", jnp.bfloat16)):
+        assert dataclasses.replace(VALID, dtype=name).compute_dtype(jnp.float32) == expected
