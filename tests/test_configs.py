@@ -156,26 +156,30 @@ def test_every_arm_is_asked_the_same_ways_and_its_own_comes_first():
             assert set(c.eval.templates) == ways and c.eval.templates[0] == c.data.template
 
 
+PAPER_A_TASKS = tuple(
+    f"cpt7_{name}"
+    for name in ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr")
+)
+
+
 def test_paper_a_trains_on_its_own_variants_unless_official():
     own, official = cpt7.get_config("sft,7b"), cpt7.get_config("official,sft,7b")
-    assert tuple(s["task"] for s in own.stages) == registry.PAPER_A_TASKS
+    assert tuple(s["task"] for s in own.stages) == PAPER_A_TASKS
     assert tuple(s["task"] for s in official.stages) == cpt7.ORDER
     assert (
         [s["epochs"] for s in own.stages]
         == [1, 1, 1, 1, 10, 1, 3]
         == [s["epochs"] for s in official.stages]
     )
-    assert {registry.BUILT_IN_TASKS[t].scorer for t in registry.PAPER_A_TASKS} == {
-        "mathruler_parity"
-    }
+    assert {registry.BUILT_IN_TASKS[t].scorer for t in PAPER_A_TASKS} == {"mathruler_parity"}
     assert own.eval.general == (
         "cpt7_mmmu",
         "cpt7_mmlu_pro",
         "cpt7_pope",
     ) and official.eval.general == ("mmmu", "mmlu_pro", "pope")
     joint = resolve_stages(cpt7.get_config("joint,7b"))
-    assert len(joint) == 1 and joint[0].tasks == registry.PAPER_A_TASKS
-    assert tuple(retain.TASKS.values()) == registry.PAPER_C_TASKS
+    assert len(joint) == 1 and joint[0].tasks == PAPER_A_TASKS
+    assert tuple(retain.TASKS.values()) == ("retain_ifeval", "retain_mmlu", "countdown")
 
 
 def test_paper_a_numbers_by_arm():
@@ -230,12 +234,14 @@ def test_prompts_and_rewards_with_and_without_reasoning():
         )
 
     cot, direct = prompted("grpo"), prompted("nocot")
-    said = lambda form: "".join(p["text"] for p in form.messages(example)[-1]["content"])
+    said = lambda form: "".join(p["text"] for p in form.build_prompt(example)[-1]["content"])
     assert "<think>" in said(cot) and "boxed" in said(cot) and "<think>" not in said(direct)
     assert (
         cot.reward.template.format == "think_boxed" and direct.reward.template.format == ""
     )  # 0.9 / 0.1 | the accuracy alone
-    assert prompted("sft").gold(example) == "3" and cot.gold(example).endswith("\\boxed{3}")
+    assert prompted("sft").gold_response(example) == "3" and cot.gold_response(example).endswith(
+        "\\boxed{3}"
+    )
 
 
 def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
@@ -246,9 +252,9 @@ def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
     example = Example(
         "0", [{"role": "user", "content": "Reach 14."}], 14, "", "countdown", {"nums": [2, 3, 4]}
     )
-    assert "\\boxed{}" in "".join(p["text"] for p in prompted.messages(example)[-1]["content"])
+    assert "\\boxed{}" in "".join(p["text"] for p in prompted.build_prompt(example)[-1]["content"])
     said = ["Not \\boxed{14}, but 3 * 4 is 12, so \\boxed{3 * 4 + 2}.", "\\boxed{14}", "3 * 4 + 2"]
-    assert [p["reward"] for p in prompted.rewards(said, [example] * 3)] == [1, 0, 0]
+    assert [p["reward"] for p in prompted.compute_rewards(said, [example] * 3)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", base.METHODS)

@@ -95,7 +95,9 @@ class Probe:
 
     def gold(self, item: EncodedExample) -> EncodedConversation:
         """A prompt with its gold answer."""
-        return self.answered(item, self.prompted_tasks[item.example.task].gold(item.example))
+        return self.answered(
+            item, self.prompted_tasks[item.example.task].gold_response(item.example)
+        )
 
     def known(self, task: str, count: int) -> list[EncodedConversation]:
         """Gold answers of another task's test rows, under the template that it is examined with."""

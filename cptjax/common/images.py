@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from cptjax.types import Example
-
 _log = logging.getLogger("cptjax")
 
 # Only formats that decode without an outside program: Pillow's EPS reader would start Ghostscript on a user's file.
@@ -224,18 +222,9 @@ def image_size(source: Any) -> tuple[int, int]:
     return image.size[::-1] if turned else image.size
 
 
-def example_thumbnail(example: Example, side: int = 160) -> str | None:
-    """The first picture of an example as a data URI; None without one."""
-    found = [
-        p["image"]
-        for m in example.messages
-        if not isinstance(m["content"], str)
-        for p in m["content"]
-        if p["type"] == "image"
-    ]
-    if not found:
-        return None
-    image = open_image(found[0])
+def thumbnail_uri(source: ImageSource, side: int = 160) -> str:
+    """Return an image, shrunk to at most `side` pixels, as a data URI."""
+    image = open_image(source)
     image.thumbnail((side, side))
     out = io.BytesIO()
     image.save(out, "PNG")

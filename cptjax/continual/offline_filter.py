@@ -13,7 +13,7 @@ from cptjax.config import Stage
 from cptjax.data.cost import WorkCost
 from cptjax.data.device_batches import batch_slices
 from cptjax.data.prompts import make_example_encoder
-from cptjax.tasks.bad_rows import Subset
+from cptjax.tasks.task import Subset
 from cptjax.training import sampling_cache, self_training
 from cptjax.training.algorithms import prompt_filters
 from cptjax.training.sampling_cache import SamplingCache

@@ -8,6 +8,7 @@ from cptjax.common.signals import Preempted
 from cptjax.config import Stage
 from cptjax.continual import stage_evaluation
 from cptjax.continual.open_run import Run
+from cptjax.tasks.task import conversation_images
 from cptjax.training.algorithms.distillation import has_ema_teacher
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.types import Params, TrainState
@@ -104,7 +105,8 @@ def add_thumbnails(rows: list[dict], ctx: StageContext, gallery: int, step: int)
     for row in rows:
         if row["id"] not in seen and len(seen) < gallery:
             source = ctx.sources[list(ctx.builder.prompted_tasks).index(row["task"])]
-            seen[row["id"]] = images.example_thumbnail(source[row["row"]])
+            image = next(conversation_images(source[row["row"]].messages), None)
+            seen[row["id"]] = None if image is None else images.thumbnail_uri(image)
         if seen.get(row["id"]):
             row["image"] = seen[row["id"]]
     return rows

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Only the template and the processor write these; in a row's own text they would be taken for turns and pictures.
@@ -80,16 +80,6 @@ def _separate_part(
         source = waiting[kind].pop(0)
     items.append(MediaSource(kind, source, float(part.get("fps", fps))))
     return {"type": kind}
-
-
-def conversation_images(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    for part in (
-        part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]
-    ):
-        if part["type"] == "image":
-            yield part["image"]
-        elif part["type"] == "video" and isinstance(part["video"], list):
-            yield from part["video"]
 
 
 def strip_media(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

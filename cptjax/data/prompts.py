@@ -32,7 +32,7 @@ def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[
         raise ValueError(
             f"{example.id}: task {prompted.name} has no gold answers to demonstrate, which method.objective='distill' needs"
         )
-    *before, last = prompted.messages(example)
+    *before, last = prompted.build_prompt(example)
     content = (
         [{"type": "text", "text": last["content"]}]
         if isinstance(last["content"], str)
@@ -44,7 +44,7 @@ def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[
             **last,
             "content": [
                 *content,
-                {"type": "text", "text": prompted.gold(example).join(DEMONSTRATION_HINT)},
+                {"type": "text", "text": prompted.gold_response(example).join(DEMONSTRATION_HINT)},
             ],
         },
     ]
@@ -60,15 +60,16 @@ def make_example_encoder(
 ) -> Callable[[Example], EncodedExample]:
     """What turns a training example into a row: its prompt, or its prompt and gold answer; safe to send to worker processes."""
     forms = {
-        name: dataclasses.replace(prompted, pool=None) for name, prompted in prompted_tasks.items()
+        name: dataclasses.replace(prompted, sandbox=None)
+        for name, prompted in prompted_tasks.items()
     }
     processor = model_ctx.processor
 
     def encode_example(example: Example, row: int = -1) -> EncodedExample:
         form = forms[example.task]
-        messages = form.messages(example)
+        messages = form.build_prompt(example)
         if answered:
-            messages = [*messages, {"role": "assistant", "content": form.gold(example)}]
+            messages = [*messages, {"role": "assistant", "content": form.gold_response(example)}]
         return EncodedExample(example, processor.encode(messages, limit=limit), row)
 
     return encode_example

@@ -16,15 +16,15 @@ from cptjax.common.images import open_image
 from cptjax.config import Stage, eval_templates, evaluated_tasks, replayed_tasks
 from cptjax.data import image_patches, processor, prompts
 from cptjax.data.collate import length_buckets
-from cptjax.data.conversation import conversation_images, strip_media
+from cptjax.data.conversation import strip_media
 from cptjax.data.processor import Processor
 from cptjax.models.load import find_model_config
 from cptjax.tasks import prompted_task, registry
-from cptjax.tasks.bad_rows import BadRow, Subset, collect_bad_rows
+from cptjax.tasks.bad_rows import BadRow, collect_bad_rows, make_bad_row
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import sandbox
 from cptjax.tasks.synthetic import dataset
-from cptjax.tasks.task import limit_rows
+from cptjax.tasks.task import Subset, conversation_images, limit_rows
 from cptjax.types import Example
 
 SHOWN_PROMPTS = 3  # shown of each split
@@ -181,9 +181,9 @@ def full_conversation(
     example: Example, prompted: PromptedTask, answered: bool
 ) -> list[dict[str, Any]]:
     """What is tokenised of an example."""
-    messages = prompted.messages(example)
+    messages = prompted.build_prompt(example)
     return (
-        [*messages, {"role": "assistant", "content": prompted.gold(example)}]
+        [*messages, {"role": "assistant", "content": prompted.gold_response(example)}]
         if answered
         else messages
     )
@@ -198,7 +198,6 @@ def measure_row(
     limit: int,
 ) -> RowSize | BadRow:
     """What a row takes, or what is wrong with it."""
-    file, number = examples.where(i)
     try:
         messages = full_conversation(examples[i], prompted, reading.answered)
         for source in conversation_images(messages):
@@ -220,12 +219,7 @@ def measure_row(
                 )
         return RowSize(tokens, seen, seen * words.cfg.vision.merge**2)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        return BadRow(
-            file,
-            number,
-            reason.removeprefix(f"{file}:{number}: ").removeprefix(f"{file}, row {number}: "),
-        )
+        return make_bad_row(examples, i, error)
 
 
 def find_bad_rows(

@@ -67,7 +67,8 @@ def sample_base_responses(
     positions = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
     rows, is_counted = np.minimum(positions, count - 1).tolist(), positions < count
     encoded = [
-        model_ctx.processor.encode(prompted.messages(examples[i]), generation=True) for i in rows
+        model_ctx.processor.encode(prompted.build_prompt(examples[i]), generation=True)
+        for i in rows
     ]
     key = jax.random.fold_in(jax.random.key(seed), 20_000)
     responses = []

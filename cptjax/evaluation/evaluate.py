@@ -63,7 +63,7 @@ class EvalPrompts:
     def order(self, rows: Sequence[int]) -> list[int]:
         """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
         look = lambda example, _: (
-            self.model_ctx.processor.measure(self.prompted.messages(example))[0],
+            self.model_ctx.processor.measure(self.prompted.build_prompt(example))[0],
             dataclasses.replace(example, messages=[]),
         )
         new = list(dict.fromkeys(i for i in rows if i not in self.lengths))
@@ -77,11 +77,11 @@ class EvalPrompts:
 
     def encoded(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, EncodedConversation]]:
         """Yield the encoded prompts of each batch by row; the next batch is encoded while the device works."""
-        prompted = dataclasses.replace(self.prompted, pool=None)  # a pool can not be pickled
+        prompted = dataclasses.replace(self.prompted, sandbox=None)  # a pool can not be pickled
         processor = self.model_ctx.processor
 
         def encode(example: Example, _: int) -> EncodedConversation:
-            return processor.encode(prompted.messages(example), generation=True)
+            return processor.encode(prompted.build_prompt(example), generation=True)
 
         all_kept = all(i in self.row_cache.values for rows in batches for i in rows)
         with loader.open_reader([self.examples], encode, 0 if all_kept else self.workers) as read:
@@ -197,7 +197,7 @@ def evaluate_task(
 
     extra_records = {
         scorer: gather(dataclasses.replace(prompted, scorer=scorer).score(responses, examples))
-        for scorer in prompted.also
+        for scorer in prompted.extra_scorers
     }
     forced_records = (
         gather(prompted.score(forced_responses, examples, forced=True)) if forced else []

@@ -64,10 +64,6 @@ class PromptTemplate:
         """The final answer of a response, None where the response does not have the form."""
         return extract_answer(response, self.extract)
 
-    def forced_answer(self, completion: str) -> str | None:
-        """The final answer of a completion that was made to follow `forced_prefix`."""
-        return extract_answer(self.forced_response(completion), self.forced_extract)
-
     def forced_response(self, completion: str) -> str:
         """The forced prefix with its completion; a box or answer tag that the completion left open is closed at the end of its line."""
         if (

@@ -82,11 +82,6 @@ _VARIANTS = [
 BUILT_IN_TASKS: dict[str, Task] = {
     name: make(name) for name, make in TASK_MAKERS.items() if name != "synthetic"
 } | {task.name: task for task in _VARIANTS}
-PAPER_A_TASKS = tuple(
-    f"cpt7_{name}"
-    for name in ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr")
-)
-PAPER_C_TASKS = ("retain_ifeval", "retain_mmlu", "countdown")
 
 
 def resolve_task(

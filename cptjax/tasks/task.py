@@ -80,6 +80,23 @@ class Examples(Sequence[Example]):
         )
 
 
+class Subset(Sequence[Example]):
+    """The examples of a sequence at the given indices."""
+
+    def __init__(self, examples: Sequence[Example], indices: Sequence[int]):
+        self.examples, self.indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[self.indices[index]]
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Return the file and row of an example."""
+        return self.examples.where(self.indices[index])
+
+
 def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
     """Returns `limit` of the indices, chosen by seed and kept in order; a smaller limit gives a subset of a larger one's."""
     order = np.asarray(order, dtype=np.int64)
@@ -93,39 +110,66 @@ def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray
 def user_turn(
     text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()
 ) -> list[dict[str, Any]]:
-    """Returns one user turn in which each <image> and <video> of the text is replaced by the next image or video."""
-    return [{"role": "user", "content": text_to_parts(text, list(images), list(videos))}]
+    """Return one user turn in which each <image> and <video> of the text is replaced by the next image or video."""
+    return place_media([{"role": "user", "content": text}], list(images), list(videos))
 
 
-def text_to_parts(text: str, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
-    """Splits a text at its placeholders and fills them; counts that differ are a ValueError."""
-    check_placeholder_counts(text, images, videos)
-    return fill_placeholders(text, {"image": iter(images), "video": iter(videos)})
+def place_media(
+    turns: Sequence[dict[str, Any]], images: Sequence[Any], videos: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Return the turns as lists of parts: each <image> and <video> of their texts becomes the next image or video.
 
+    The content of a turn is a text, or a list of texts and of finished parts, which stay as they are:
 
-def check_placeholder_counts(text: str, images: Sequence[Any], videos: Sequence[Any]) -> None:
-    """Raises a ValueError unless there is one placeholder for each image and video."""
+        [{"role": "user", "content": "a <image>?"}], ["cat.png"], []
+        -> [{"role": "user", "content": [text "a ", image "cat.png", text "?"]}]
+    """
+    contents = [[t["content"]] if isinstance(t["content"], str) else t["content"] for t in turns]
+    texts = "".join(piece for content in contents for piece in content if isinstance(piece, str))
     for kind, given in (("image", images), ("video", videos)):
-        wanted = text.count(f"<{kind}>")
-        if wanted != len(given):
-            hint = (
-                f"write <{kind}> where each belongs"
-                if wanted < len(given)
-                else "each placeholder needs its own"
-            )
-            raise ValueError(
-                f"{wanted} <{kind}> in the prompt but {len(given)} {kind}(s) in the row; {hint}"
-            )
-
-
-def fill_placeholders(text: str, queues: dict[str, Iterator[Any]]) -> list[dict[str, Any]]:
-    """Returns a text's parts, each placeholder replaced by the next of its queue."""
-    pieces = [piece for piece in re.split(r"(<image>|<video>)", text) if piece]
-    kinds = [piece[1:-1] if piece in ("<image>", "<video>") else "text" for piece in pieces]
+        count = texts.count(f"<{kind}>")
+        if count < len(given):
+            hint = f"write <{kind}> where each belongs"
+        elif count > len(given):
+            hint = "each placeholder needs its own"
+        else:
+            continue
+        raise ValueError(
+            f"{count} <{kind}> in the prompt but {len(given)} {kind}(s) in the row; {hint}"
+        )
+    queues = {"image": iter(images), "video": iter(videos)}
     return [
-        {"type": kind, kind: piece if kind == "text" else next(queues[kind])}
-        for kind, piece in zip(kinds, pieces, strict=True)
+        {
+            **turn,
+            "content": [part for piece in content for part in _fill_placeholders(piece, queues)],
+        }
+        for turn, content in zip(turns, contents, strict=True)
     ]
+
+
+def _fill_placeholders(
+    piece: str | dict[str, Any], queues: dict[str, Iterator[Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a text, or the part itself."""
+    if isinstance(piece, dict):
+        yield piece
+        return
+    for text in re.split(r"(<image>|<video>)", piece):
+        if text in ("<image>", "<video>"):
+            kind = text[1:-1]
+            yield {"type": kind, kind: next(queues[kind])}
+        elif text:
+            yield {"type": "text", "text": text}
+
+
+def conversation_images(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """Yield the images of a conversation in order, and the frames of videos that are lists of frames."""
+    for turn in messages:
+        for part in [] if isinstance(turn["content"], str) else turn["content"]:
+            if part["type"] == "image":
+                yield part["image"]
+            elif part["type"] == "video" and isinstance(part["video"], list):
+                yield from part["video"]
 
 
 def format_options(options: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ RowResponse = tuple[int, int, str]  # source, row, response
 def _conversation(ctx: StageContext, source: int, row: int, response: str) -> list[dict[str, Any]]:
     example = ctx.sources[source][row]
     return [
-        *ctx.builder.prompted_tasks[example.task].messages(example),
+        *ctx.builder.prompted_tasks[example.task].build_prompt(example),
         {"role": "assistant", "content": response},
     ]
 

@@ -43,7 +43,7 @@ def grade_responses(
             if item.example.task == name
             for g in range(group)
         ]
-        parts = builder.prompted_tasks[name].rewards(
+        parts = builder.prompted_tasks[name].compute_rewards(
             [texts[r] for r in rows], [items[r // group].example for r in rows]
         )
         for row, part in zip(rows, parts, strict=True):

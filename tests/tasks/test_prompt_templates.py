@@ -4,6 +4,7 @@ import pytest
 
 from cptjax.tasks import prompt_templates
 from cptjax.tasks.rewards import FORMAT_CHECKS
+from cptjax.tasks.scoring.extract import extract_answer
 
 GOOD = {  # a response in the form that each template asks for
     "cot": "<think>because</think> The result is \\boxed{blue}.",
@@ -23,11 +24,16 @@ FORCED = {  # a completion of the forced prefix
 }
 
 
+def forced_answer(template, completion):
+    return extract_answer(template.forced_response(completion), template.forced_extract)
+
+
 @pytest.mark.parametrize("name", prompt_templates.BUILT_IN_TEMPLATES)
 def test_built_in_templates_find_the_answer_they_ask_for(name):
     template = prompt_templates.load_template(name)
     answer = "B" if name == "letter" else "blue"
-    assert (template.answer(GOOD[name]), template.forced_answer(FORCED[name])) == (answer, answer)
+    assert template.answer(GOOD[name]) == answer
+    assert forced_answer(template, FORCED[name]) == answer
     assert not template.format or FORMAT_CHECKS[template.format](GOOD[name])
     prompt = template.render("<image>What colour?")
     assert prompt.startswith("<image>What colour?") and (name == "none") == (
@@ -71,7 +77,7 @@ def test_a_users_template_sees_columns_and_states_its_form(tmp_path):
         "",
         "answer_tag",
     )
-    assert template.name == "mine.jinja" and template.forced_answer("7</answer>") == "7"
+    assert template.name == "mine.jinja" and forced_answer(template, "7</answer>") == "7"
 
 
 def test_content_is_text_not_a_template():

@@ -238,7 +238,7 @@ def test_a_function_is_a_reward_without_a_file():
             Task("t", list, "exact", reward=mine, template="direct"), "", weights, None
         )
 
-    said = lambda prompted, *texts: prompted.rewards(
+    said = lambda prompted, *texts: prompted.compute_rewards(
         texts, [Example(f"t/{i}", [], "yes", meta={"hint": "abc"}) for i in range(len(texts))]
     )
     assert said(prompted(), "yes") == [{"reward": 5.0, "hint": 3.0}]

@@ -335,7 +335,7 @@ def test_windows_of_own_answers_follow_the_policy_and_are_read_back(tmp_path):
         for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
             seen = {p.index for step in (start, start + 1) for p in ctx.mixture.rows(step)}
             assert {r["row"] for r in rows} <= seen
-            graded = ctx.builder.prompted_tasks["first"].rewards(
+            graded = ctx.builder.prompted_tasks["first"].compute_rewards(
                 [r["response"] for r in rows], [ctx.sources[0][r["row"]] for r in rows]
             )
             assert all(rewards.is_correct(parts) for parts in graded)

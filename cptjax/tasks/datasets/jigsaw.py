@@ -22,7 +22,14 @@ from PIL import Image
 
 from cptjax.common.images import open_image
 from cptjax.tasks.synthetic import dataset
-from cptjax.tasks.task import Examples, Task, limit_rows, refuse_old_name, user_turn
+from cptjax.tasks.task import (
+    Examples,
+    Task,
+    conversation_images,
+    limit_rows,
+    refuse_old_name,
+    user_turn,
+)
 from cptjax.types import Example
 
 IMAGE_FILE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -106,15 +113,10 @@ class TaskImages(Sequence[tuple[str, Any]]):
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
         example = self.examples[index]
-        images = [
-            part["image"]
-            for turn in example.messages
-            for part in turn["content"]
-            if part["type"] == "image"
-        ]
-        if not images:
+        image = next(conversation_images(example.messages), None)
+        if image is None:
             raise ValueError(f"{example.id} has no image to make a puzzle of")
-        return example.id, images[0]
+        return example.id, image
 
 
 def list_folder_images(folder: Path, split: str) -> list[tuple[str, str]]:

@@ -36,10 +36,6 @@ class SyntheticSpec:
     bias: float = 0.0
     world: int | None = 0  # which facts are true and which classes are biased; None = the seed
 
-    @property
-    def has_image(self) -> bool:
-        return self.family not in ("facts", "arithmetic")
-
 
 def answer_classes(spec: SyntheticSpec) -> list[str]:
     """Returns every answer of a family, () where they are too many to list."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cptjax.common.images import find_file
-from cptjax.tasks.task import check_placeholder_counts, fill_placeholders
+from cptjax.tasks.task import place_media
 from cptjax.tasks.user_data.readers import IMAGE_SUFFIXES, DataTable
 from cptjax.types import Example
 
@@ -84,7 +84,7 @@ def build_user_example(
         )
     gold = answer if target is None else target
     gold = gold[0] if isinstance(gold, list) else gold
-    messages = place_media(turns, content, table.base, opened)
+    messages = place_row_media(turns, content, table.base, opened)
     name = row_id(table, row, content)
     return Example(
         name,
@@ -134,30 +134,14 @@ def _read_turn(turn: dict[str, Any]) -> dict[str, Any]:
     return {"role": CHAT_ROLES[role], "content": said}
 
 
-def place_media(
+def place_row_media(
     turns: list[dict[str, Any]], content: dict[str, Any], base: Path, opened: OpenMedia
 ) -> list[dict[str, Any]]:
     """Puts images and videos where the turns ask for them: at <image> in text, or at a part that brings none of its own."""
     images = [opened(image, base) for image in as_list(content.get("images"))]
     videos = [video_frames(video, base, opened) for video in row_videos(content.get("videos"))]
-    pieces = [_split_turn(turn["content"], base, opened) for turn in turns]
-    check_placeholder_counts(
-        "".join(piece for turn in pieces for piece in turn if isinstance(piece, str)),
-        images,
-        videos,
-    )
-    queues = {"image": iter(images), "video": iter(videos)}
-    filled = [
-        [
-            part
-            for piece in turn
-            for part in (fill_placeholders(piece, queues) if isinstance(piece, str) else [piece])
-        ]
-        for turn in pieces
-    ]
-    return [
-        {"role": turn["role"], "content": whole} for turn, whole in zip(turns, filled, strict=True)
-    ]
+    pieces = [{**turn, "content": _split_turn(turn["content"], base, opened)} for turn in turns]
+    return place_media(pieces, images, videos)
 
 
 def _split_turn(said: str | list[Any], base: Path, opened: OpenMedia) -> list[str | dict[str, Any]]:

@@ -12,18 +12,18 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
+from row_helpers import bad_rows
 
 from cptjax.common import console
 from cptjax.common.images import ImageSettings
 from cptjax.tasks import prompted_task
-from cptjax.tasks.bad_rows import collect_bad_rows
 from cptjax.tasks.datasets import countdown, ifeval, jigsaw
 from cptjax.tasks.hub import HubSource, find_split_files
-from cptjax.tasks.registry import BUILT_IN_TASKS, PAPER_A_TASKS, TASK_MAKERS, resolve_task
+from cptjax.tasks.registry import BUILT_IN_TASKS, TASK_MAKERS, resolve_task
 from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.instructions import follows_constraint
 from cptjax.tasks.scoring.puzzles import evaluate_arithmetic
-from cptjax.tasks.task import content_text, example_text, most_frequent, text_to_parts
+from cptjax.tasks.task import content_text, example_text, most_frequent, user_turn
 
 STRING, INT, IMAGE = Value("string"), Value("int64"), ImageFeature()
 
@@ -635,7 +635,7 @@ def test_the_prompt_is_the_question_with_the_template_around_it(name, tmp_path):
     for template, suffix in zip(("direct", "cot"), SUFFIXES[name], strict=True):
         turns = prompted_task.make_prompted_task(
             BUILT_IN_TASKS[name], template, weights, None
-        ).messages(example)
+        ).build_prompt(example)
         assert content_text(turns[-1]["content"]) == text + suffix and len(turns) == len(
             example.messages
         )
@@ -663,17 +663,9 @@ def test_every_scorer_and_reward_named_by_a_task_exists():
         assert set(task.also) <= set(scorers.SCORERS)
 
 
-def test_paper_a_names_its_seven_tasks_in_order_under_one_lenient_scorer():
-    assert [name.removeprefix("cpt7_") for name in PAPER_A_TASKS] == [
-        "scienceqa",
-        "textvqa",
-        "vizwiz",
-        "gqa",
-        "geometry3k",
-        "pathvqa",
-        "superclevr",
-    ]
-    every = [*PAPER_A_TASKS, "cpt7_mmmu", "cpt7_mmlu_pro", "cpt7_pope"]
+def test_the_tasks_of_paper_a_have_one_lenient_scorer_and_report_their_own():
+    every = [name for name in BUILT_IN_TASKS if name.startswith("cpt7_")]
+    assert len(every) == 10
     assert {BUILT_IN_TASKS[name].scorer for name in every} == {"mathruler_parity"}
     assert all(BUILT_IN_TASKS[name].also for name in every)
 
@@ -784,7 +776,7 @@ def test_an_image_is_decoded_only_when_its_example_is_asked_for(tmp_path):
     assert len(examples) == 2 and examples[0].answer == "yes"
     with pytest.raises(ValueError, match="pathvqa/test, row 1: image: not an image"):
         examples[1]
-    assert [str(bad).partition(" (")[0] for bad in collect_bad_rows(examples)] == [
+    assert [str(bad).partition(" (")[0] for bad in bad_rows(examples)] == [
         "pathvqa/test:1: image: not an image that can be read"
     ]
 
@@ -903,14 +895,15 @@ def test_modal_answer_is_the_most_frequent_and_first_of_equals():
 
 
 def test_placeholders_and_images_must_agree():
-    assert [part["type"] for part in text_to_parts("a<image>b<video>", ["x"], ["y"])] == [
+    (turn,) = user_turn("a<image>b<video>", ["x"], ["y"])
+    assert [part["type"] for part in turn["content"]] == [
         "text",
         "image",
         "text",
         "video",
     ]
     with pytest.raises(ValueError, match=r"2 <image> in the prompt but 1 image\(s\)"):
-        text_to_parts("<image><image>", ["x"], [])
+        user_turn("<image><image>", ["x"])
 
 
 def puzzle_image(width, height):

@@ -13,9 +13,10 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from row_helpers import bad_rows
 
 from cptjax.common.images import MAX_FILE_PIXELS, open_image
-from cptjax.tasks.bad_rows import BadRow, check_and_drop_rows, collect_bad_rows
+from cptjax.tasks.bad_rows import BadRow, drop_bad_rows
 from cptjax.tasks.registry import resolve_task
 from cptjax.tasks.task import example_text
 
@@ -54,7 +55,7 @@ def load(source, split="train", seed=0, limit=None, **settings):
 
 
 def only_bad(examples):
-    (bad,) = collect_bad_rows(examples)
+    (bad,) = bad_rows(examples)
     return bad
 
 
@@ -127,7 +128,7 @@ def as_json_lines_named_json(folder):
 )
 def test_every_container_gives_the_same_examples(folder, container):
     examples = load(str(folder / container(folder)))
-    assert collect_bad_rows(examples) == []
+    assert bad_rows(examples) == []
     assert [(example_text(e), e.answer, e.target) for e in examples] == [
         ("<image>What colour?", "red", "red"),
         ("<image>What colour?", "blue", "blue"),
@@ -309,7 +310,7 @@ def test_cmyk_palette_grey_and_transparent_images_keep_their_colours(folder):
     assert open_image("clear.png", folder).getpixel((2, 2)) == (255, 255, 255)
     assert open_image("la.png", folder).getpixel((2, 2)) == (90, 90, 90)
     assert (
-        collect_bad_rows(
+        bad_rows(
             load(
                 write(
                     folder,
@@ -339,7 +340,7 @@ def test_one_pixel_is_an_image_and_a_strip_too_long_for_the_processor_is_not(fol
     examples = load(write(folder, row(images=["dot.png"]), row(images=["strip.png"])))
     assert pixel(examples[0]) == RED
     assert str(only_bad(examples)).endswith(
-        "train.jsonl:2: an image of 500 x 1 pixels: one side is over 200 times the other"
+        "train.jsonl:2: an image of 500 x 1 pixels is too narrow; the sides may differ 200 times at most"
     )
 
 
@@ -361,7 +362,7 @@ def test_placeholders_that_do_not_match_the_images(folder):
             row(prompt="<video>", images=None),
         )
     )
-    assert [(bad.row, bad.reason.partition(";")[0]) for bad in collect_bad_rows(examples)] == [
+    assert [(bad.row, bad.reason.partition(";")[0]) for bad in bad_rows(examples)] == [
         (1, "0 <image> in the prompt but 1 image(s) in the row"),
         (2, "2 <image> in the prompt but 1 image(s) in the row"),
         (3, "1 <image> in the prompt but 0 image(s) in the row"),
@@ -378,7 +379,7 @@ def test_empty_answers(folder):
             '{"prompt": "a"}',
         )
     )
-    assert [(bad.row, bad.reason) for bad in collect_bad_rows(examples)] == [
+    assert [(bad.row, bad.reason) for bad in bad_rows(examples)] == [
         (number, "the answer is empty") for number in range(2, 9)
     ]
 
@@ -504,7 +505,7 @@ def test_decompression_bombs_are_refused_before_decoding(folder, warned):
             + chunk(b"IDAT", b"")
             + chunk(b"IEND", b"")
         )
-    bad = collect_bad_rows(load(write(folder, row(images=["bomb.png"]), row(images=["huge.png"]))))
+    bad = bad_rows(load(write(folder, row(images=["bomb.png"]), row(images=["huge.png"]))))
     assert [problem.row for problem in bad] == [1, 2] and all(
         "pixels allowed; shrink the image" in problem.reason for problem in bad
     )
@@ -548,31 +549,29 @@ def test_a_share_held_out_is_the_same_tenth_whatever_the_seed_and_the_bad_rows(f
 
 def test_check_prints_every_bad_row_and_stops_unless_so_many_are_allowed(folder):
     source = write(folder, row(), "nonsense", row(images=["no.png"]), row(answer=""), row())
-    said = []
+    said, examples = [], load(source)
     with pytest.raises(
         ValueError,
         match=r"3 bad row\(s\), 2 allowed by data.bad_rows; the first: .*train.jsonl:2: not JSON",
     ):
-        check_and_drop_rows(load(source), allowed=2, say=said.append)
+        drop_bad_rows(examples, bad_rows(examples), allowed=2, print_line=said.append)
     assert (
-        said[0] == "3 bad row(s) beside 2 good ones:"
+        said[0] == "3 bad row(s) and 2 good ones:"
         and len(said) == 4
         and "train.jsonl:4: the answer is empty" in said[3]
     )
     (folder / "a.png").write_bytes(b"")
+    examples = load(source)
     with pytest.raises(ValueError, match="5 bad"):
-        check_and_drop_rows(load(source), allowed=4, say=said.append)
+        drop_bad_rows(examples, bad_rows(examples), allowed=4, print_line=said.append)
     with pytest.raises(ValueError, match="no good row is left"):
-        check_and_drop_rows(load(source), allowed=5, say=said.append)
+        drop_bad_rows(examples, bad_rows(examples), allowed=5, print_line=said.append)
 
 
 def test_check_leaves_out_rows_whose_image_does_not_open(folder):
     (folder / "bad.png").write_bytes(b"x")
-    good = check_and_drop_rows(
-        load(write(folder, row(images=["bad.png"]), row(answer="kept"))),
-        allowed=1,
-        say=lambda line: None,
-    )
+    examples = load(write(folder, row(images=["bad.png"]), row(answer="kept")))
+    good = drop_bad_rows(examples, bad_rows(examples), allowed=1, print_line=lambda line: None)
     assert [e.answer for e in good] == ["kept"] and good.where(0) == (
         str(folder / "train.jsonl"),
         2,

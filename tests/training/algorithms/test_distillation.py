@@ -40,7 +40,7 @@ def test_demonstration_of_nothing_gives_zero_gradient(desk, monkeypatch):
     _, metrics = desk.update(update)
     assert metrics["kl_teacher"] > 1e-6 and metrics["grad_norm"] > 1e-3
     monkeypatch.setattr(
-        prompts, "demonstration_prompt", lambda prompted, example: prompted.messages(example)
+        prompts, "demonstration_prompt", lambda prompted, example: prompted.build_prompt(example)
     )
     (update,) = _lesson(desk)
     _, metrics = desk.update(update)
@@ -53,7 +53,7 @@ def test_demonstration_stands_in_the_question(desk):
     shown = prompts.demonstration_prompt(prompted, example)
     assert (
         example.target in said(shown)
-        and said(shown).startswith(said(prompted.messages(example)))
+        and said(shown).startswith(said(prompted.build_prompt(example)))
         and shown[-1]["role"] == "user"
     )
 
@@ -68,7 +68,7 @@ def test_demonstrated_questions_have_room_beside_the_prompt_limit(desk):
     size = lambda messages: len(processor.encode(messages))
     assert (
         ctx - max(desk.run.model_ctx.buckets)
-        == size(prompts.demonstration_prompt(prompted, long)) - size(prompted.messages(example))
+        == size(prompts.demonstration_prompt(prompted, long)) - size(prompted.build_prompt(example))
         > 4
     )
 
