@@ -11,8 +11,9 @@ from tiny import Image, Video
 
 from cptjax.models import attention, decoder, hf_checkpoint, qwen2_5_vl, vision
 from cptjax.training import train_step
-from cptjax.training.algorithms import optimizers
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
+from cptjax.training.algorithms.optimizers import OptimizerConfig, make_optimizer
 from cptjax.types import Batch
 
 torch = pytest.importorskip("torch")
@@ -211,10 +212,14 @@ def test_three_steps_of_training(tmp_path):
     batch = Batch(
         prompts, targets, mask, np.broadcast_to(np.arange(targets.shape[1]), targets.shape)
     )
-    optimizer = optimizers.make_optimizer(b1=betas[0], b2=betas[1], weight_decay=decay, clip=clip)
+    optimizer = make_optimizer(OptimizerConfig("adamw", *betas, 1e-8, decay, clip, "float32"))
     state, start = jax.jit(optimizer.init)(params), dict(_stored(params, cfg))
     steps = train_step.make_step_programs(
-        cfg, Objective("sft", chunk=32), optimizer, train_step.StateShardings.of(state), jnp.float32
+        cfg,
+        Objective(LossConfig.plain("sft", chunk=32)),
+        optimizer,
+        train_step.StateShardings.of(state),
+        jnp.float32,
     )
     vector = lambda name: name.endswith("bias") or "norm" in name or "ln_q" in name
     named = dict(model.named_parameters())

@@ -17,10 +17,12 @@ from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import qwen2_5_vl
 from cptjax.training import train_step
-from cptjax.training.algorithms import optimizers
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
+from cptjax.training.algorithms.optimizers import OptimizerConfig, make_optimizer
 from cptjax.types import Batch
 
+OPTIMIZER = OptimizerConfig("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0, "float32")
 ROWS, PIXELS, LADDER = 2, (16 * 16, 32 * 32), (24, 32)
 
 
@@ -95,11 +97,11 @@ def forced(monkeypatch, shape: collate.BatchShape, width: int) -> None:
 
 def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """200 steps of random batches after one step of each of 16 shapes."""
-    rng, heard, opt = np.random.default_rng(0), CompilationCounter(), optimizers.make_optimizer()
+    rng, heard, opt = np.random.default_rng(0), CompilationCounter(), make_optimizer(OPTIMIZER)
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
         model_ctx.cfg,
-        Objective("sft", 64),
+        Objective(LossConfig.plain("sft", 64)),
         opt,
         train_step.StateShardings.of(state),
         model_ctx.dtype,
@@ -146,12 +148,12 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
 @pytest.mark.slow
 def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """Rollouts, scores and updates on groups of other pictures."""
-    rng, heard, opt = np.random.default_rng(1), CompilationCounter(), optimizers.make_optimizer()
+    rng, heard, opt = np.random.default_rng(1), CompilationCounter(), make_optimizer(OPTIMIZER)
     short = dataclasses.replace(model_ctx, buckets=(32,))
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
         model_ctx.cfg,
-        Objective("policy", 64),
+        Objective(LossConfig.plain("policy", 64)),
         opt,
         train_step.StateShardings.of(state),
         model_ctx.dtype,

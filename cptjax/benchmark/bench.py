@@ -50,9 +50,12 @@ from cptjax.models import (
 )
 from cptjax.models.config import ModelConfig
 from cptjax.training import train_step
-from cptjax.training.algorithms import optimizers
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
+from cptjax.training.algorithms.optimizers import OptimizerConfig, make_optimizer
 from cptjax.types import Batch
+
+BENCH_OPTIMIZER = OptimizerConfig("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0, "float32")
 
 
 class BenchModel:
@@ -75,7 +78,7 @@ class BenchModel:
         self.count = trainable.count_params(declared)
         rules = sharding.rules_for(self.cfg.text.kv_heads, self.mesh)
         weights = sharding.init_params(declared, jax.random.key(0), self.dtype, self.mesh, rules)
-        self.optimizer = optimizers.make_optimizer()
+        self.optimizer = make_optimizer(BENCH_OPTIMIZER)
         self.state = train_step.init_state(self.optimizer, weights, self.mesh) if training else None
         self.weights = None if training else weights  # the state has taken them over
         self.inputs = random_inputs(work, self.cfg)
@@ -110,7 +113,9 @@ class BenchModel:
         return logprobs.make_scoring_program(self.cfg, self.dtype, self.work.chunk, 1.0)
 
     def steps(self, kind: str, **settings: Any) -> train_step.StepPrograms:
-        objective = Objective(kind, chunk=self.work.chunk, **settings)
+        objective = Objective(
+            dataclasses.replace(LossConfig.plain(kind, self.work.chunk), **settings)
+        )
         return train_step.make_step_programs(
             self.cfg,
             objective,
@@ -146,7 +151,11 @@ def sft_phase(s: BenchModel) -> Callable[[], Any]:
 
 def grpo_phase(s: BenchModel) -> Callable[[], Any]:
     """One step of a run, as `lessons` and `train` make it: what the sampler drew is scored and learned from where it lies."""
-    draw, steps, rows = rollout_phase(s), s.steps("policy", ratio="token"), s.work.rows
+    draw, steps, rows = (
+        rollout_phase(s),
+        s.steps("policy", ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0),
+        s.work.rows,
+    )
     advantages = sharding.place_rows(
         np.random.default_rng(2).standard_normal(rows, np.float32), s.mesh
     )

@@ -16,6 +16,7 @@ from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import make_example_encoder
 from cptjax.training import build, train_step
 from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.types import Params
 
@@ -27,7 +28,7 @@ def make_example_gradient(
     opt = build.optimizer_from_config(config, {})
     begin = train_step.make_step_programs(
         model_ctx.cfg,
-        Objective("sft", config.train.chunk),
+        Objective(LossConfig.plain("sft", config.train.chunk)),
         opt,
         train_step.StateShardings(None, ()),
         model_ctx.dtype,

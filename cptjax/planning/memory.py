@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from cptjax import sharding
 from cptjax.models import trainable
 from cptjax.models.config import ModelConfig
-from cptjax.training.algorithms import distillation, optimizers, regularizers
+from cptjax.training import build
+from cptjax.training.algorithms import distillation, regularizers
 from cptjax.types import Params
 
 
@@ -127,17 +128,7 @@ def activation_bytes(
 
 
 def _optimizer_bytes(trained: Params, settings: ConfigDict, declared: Params) -> float:
-    t = settings.train
-    opt = optimizers.make_optimizer(
-        optimizer=t.optimizer,
-        b1=t.b1,
-        b2=t.b2,
-        eps=t.eps,
-        weight_decay=t.weight_decay,
-        clip=t.clip,
-        moments_dtype=t.moments_dtype,
-        declared=declared,
-    )
+    opt = build.optimizer_from_config(settings, declared)
     state = jax.eval_shape(
         opt.init, sharding.abstract_params(trained, settings.model.param_dtype)
     ).opt_state

@@ -27,6 +27,7 @@ from cptjax.planning.stage_shapes import (
 )
 from cptjax.training import build, train_step
 from cptjax.training.algorithms import distillation, regularizers
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.types import Params
 
@@ -208,7 +209,7 @@ def fisher_programs(site: StageShapes) -> list[Program]:
         return []
     steps = train_step.make_step_programs(
         site.cfg,
-        Objective("sft", c.train.chunk),
+        Objective(LossConfig.plain("sft", c.train.chunk)),
         build.optimizer_from_config(c, {}),
         train_step.StateShardings(None, ()),
         site.dtype,

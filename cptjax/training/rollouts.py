@@ -329,9 +329,7 @@ def _add_logprobs(
         kl = np.asarray(losses.estimate_kl(own, ref, s.kl_estimator, None))[drawn.mask]
         total, count = np.sum(distributed.gather_objects((float(kl.sum()), kl.size)), 0)
         info["kl"] = float(total / max(count, 1))
-        flat = losses.subtract_kl(
-            shaped.reshape(-1), own, ref, drawn.mask, s.kl_coef, s.kl_estimator
-        )
+        flat = losses.subtract_kl(shaped.reshape(-1), own, ref, drawn.mask, drawn.builder.loss)
         shaped = np.asarray(flat).reshape(shaped.shape)
     elif pulled:
         extra["ref_logps"] = ref

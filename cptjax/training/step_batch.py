@@ -18,6 +18,7 @@ from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.types import Batch, Params
 
 
@@ -40,6 +41,7 @@ class BatchBuilder:
     prompted_tasks: dict[str, PromptedTask]
     sampling: SamplingConfig
     method: Any  # config.method of the stage
+    loss: LossConfig
     batch_size: int  # prompts or conversations of a step, over all processes
     micro_batch: int
     pack: bool

@@ -17,6 +17,7 @@ from cptjax.data.loader import BatchStream
 from cptjax.models import trainable
 from cptjax.training import rollouts, self_training, step_batch, train_step
 from cptjax.training.algorithms import optimizers
+from cptjax.training.algorithms.optimizers import ScheduleConfig
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.step_batch import BatchBuilder, StepBatch
 from cptjax.types import Batch, Mean, Params, TrainState
@@ -167,13 +168,12 @@ def _run_updates(
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """All optimiser updates of a lesson, and the numbers of each; they are on their way, nothing is waited for."""
     t, m = ctx.config.train, ctx.config.method
-    total = ctx.steps * m.updates_per_batch * m.passes
+    rates = optimizers.learning_rates(
+        ScheduleConfig.from_config(t), ctx.steps * m.updates_per_batch * m.passes
+    )
     metrics: list[dict] = []
     for update in found.updates:
-        lr = optimizers.learning_rate(
-            progress.updates, lr=t.lr, steps=total, schedule=t.schedule, warmup=t.warmup
-        )
-        state, numbers = steps.run(state, frozen, update, lr, extra)
+        state, numbers = steps.run(state, frozen, update, rates[progress.updates], extra)
         metrics.append(numbers)
         progress.updates += 1
     return state, metrics

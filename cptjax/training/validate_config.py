@@ -8,16 +8,11 @@ from ml_collections import ConfigDict
 
 from cptjax.config import Stage
 from cptjax.generation.sampling_config import rollout_sampling
-from cptjax.models import layers, logprobs, lora
+from cptjax.models import layers, lora
 from cptjax.training import corpus
-from cptjax.training.algorithms import (
-    advantages,
-    distillation,
-    losses,
-    optimizers,
-    prompt_filters,
-    regularizers,
-)
+from cptjax.training.algorithms import advantages, distillation, prompt_filters, regularizers
+from cptjax.training.algorithms.losses import LossConfig
+from cptjax.training.algorithms.optimizers import OptimizerConfig, ScheduleConfig
 
 METHOD_SOURCES = ("gold", "rollouts", "self", "corpus")
 
@@ -33,38 +28,10 @@ def validate_stage(stage: Stage) -> None:
     layers.check_remat(model.remat)
     lora.check_lora(model.freeze, model.lora.rank, model.lora.vision)
     _check_source(m)
-    losses.check_loss(
-        objective=m.objective,
-        ratio=m.ratio,
-        clip_low=m.clip_low,
-        clip_high=m.clip_high,
-        clip_dual=m.clip_dual,
-        normalise=m.normalise,
-        kl_coef=m.kl_coef,
-        kl_estimator=m.kl_estimator,
-        kl_place=m.kl_place,
-        tis_cap=m.tis_cap,
-        entropy_coef=m.entropy_coef,
-        skip_tokens=m.distill.skip_tokens,
-    )
-    logprobs.check_logprobs(chunk=t.chunk, direction=m.distill.direction, top_k=m.distill.top_k)
+    LossConfig.from_config(stage.config).validate()
+    OptimizerConfig.from_config(t).validate()
+    ScheduleConfig.from_config(t).validate()
     regularizers.check_penalty(m.penalty.name, m.penalty.coef, m.penalty.samples, m.average)
-    optimizers.check_optimizer(
-        optimizer=t.optimizer,
-        lr=t.lr,
-        schedule=t.schedule,
-        warmup=t.warmup,
-        b1=t.b1,
-        b2=t.b2,
-        eps=t.eps,
-        weight_decay=t.weight_decay,
-        clip=t.clip,
-        moments_dtype=t.moments_dtype,
-    )
-    if m.kl_limit is not None and m.kl_limit <= 0:
-        raise ValueError(
-            f"method.kl_limit={m.kl_limit}: expected a number of nats above 0, or None for no limit"
-        )
     if m.kl_reference not in ("base", "stage") and not Path(m.kl_reference).is_dir():
         raise ValueError(
             f"method.kl_reference={m.kl_reference!r}: expected base, stage or an existing folder with a model"

@@ -1,4 +1,4 @@
-"""From rewards [Q, G] to advantages [Q, G]: what each response's log-probability is multiplied by.
+"""Advantages [Q, G] from rewards [Q, G]: GRPO, RLOO, ReMax, REINFORCE and relatives; length rules.
 
 Two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]; batch mean 1/2, unbiased standard deviations sqrt(1/3) in both
 groups and sqrt(3/10) over the batch:
@@ -15,8 +15,8 @@ groups and sqrt(3/10) over the batch:
 Departures: 1. Excluded responses get advantage 0 and count in no mean. 2. A group whose rewards are all equal gets exactly 0, not rounding
 noise divided by 1e-6. `batch` and `reinforce++` need the rewards of the whole batch, all hosts included; `reinforce01` gets accuracies
 (the rewards where there are none), since a reward with a form's share, or the jigsaw's up to 3, passes 1/2 without a right answer.
-3. ReMax's greedy answer is subject to the same length rules, but its reward has no KL term where kl_place is "reward", and one that
-`mask` would leave out keeps its reward as the baseline. REINFORCE++ gives every token the KL of the whole answer, not of what follows it.
+3. ReMax's greedy response is subject to the same length rules, but its reward has no KL term where kl_place is "reward", and one that
+`mask` would leave out keeps its reward as the baseline. REINFORCE++ gives every token the KL of the whole response, not of what follows it.
 """
 
 from typing import Any
@@ -41,14 +41,9 @@ STD_EPS = 1e-6
 
 
 def check_advantage(
-    advantage: str,
-    group: int,
-    *,
-    truncated: str = "score",
-    overlong: int = 0,
-    max_new_tokens: int | None = None,
+    advantage: str, group: int, *, truncated: str, overlong: int, max_new_tokens: int
 ) -> None:
-    """Refuse settings that give no learning signal or have no meaning."""
+    """Refuse settings that give no training signal or have no meaning."""
     if advantage not in ADVANTAGES:
         raise ValueError(f"method.advantage={advantage!r}: choose one of {', '.join(ADVANTAGES)}")
     if group < 1:
@@ -62,7 +57,7 @@ def check_advantage(
         raise ValueError(
             f"method.truncated={truncated!r}: choose one of {', '.join(TRUNCATION_RULES)}"
         )
-    if overlong < 0 or (max_new_tokens is not None and overlong > max_new_tokens):
+    if not 0 <= overlong <= max_new_tokens:
         raise ValueError(
             f"method.overlong={overlong}: expected tokens between 0 and rollout.max_new_tokens={max_new_tokens}"
         )
@@ -71,8 +66,10 @@ def check_advantage(
 def compute_advantages(
     rewards: Array, name: str, *, greedy: Array | None = None, keep: Array | None = None
 ) -> Array:
-    """Advantages [Q, G] of rewards [Q, G]; `greedy` [Q] are ReMax's baseline, `keep` [Q, G] is False for responses to leave out."""
-    check_advantage(name, rewards.shape[1])
+    """Compute advantages [Q, G] of rewards [Q, G].
+
+    `greedy` [Q] are ReMax's baseline; `keep` [Q, G] is False for responses to leave out.
+    """
     if (name == "remax") != (greedy is not None):
         raise ValueError(
             f"method.advantage={name!r} {'needs' if greedy is None else 'takes no'} greedy rewards, one per prompt"
@@ -103,7 +100,7 @@ def _formula(xp: Any, rewards: Array, name: str, greedy: Array | None, keep: Arr
 
 
 def _centred(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
-    """Rewards minus the mean of the kept ones; measured from their largest first, so that equal rewards give exactly 0."""
+    """Return rewards minus the mean of the kept ones; the largest is subtracted first, so that equal rewards give exactly 0."""
     distance = rewards - xp.where(keep, rewards, -xp.inf).max(axis, keepdims=True)
     distance = xp.where(keep, distance, 0)
     return distance - distance.sum(axis, keepdims=True) / xp.maximum(
@@ -119,7 +116,7 @@ def _std(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
 
 
 def overlong_penalty(lengths: Array, limit: int, window: int) -> np.ndarray:
-    """DAPO's length penalty in [-1, 0], by tokens: 0 up to limit - window, then linear to -1 at the limit."""
+    """Return DAPO's length penalty in [-1, 0], by tokens: 0 up to limit - window, then linear to -1 at the limit."""
     over = np.asarray(lengths, np.float32) - (limit - window)
     return -np.clip(over / window, 0, 1) if window else np.zeros(np.shape(lengths), np.float32)
 
@@ -130,27 +127,23 @@ def shape_rewards(
     finished: np.ndarray,
     *,
     limit: int,
-    truncated: str = "score",
-    overlong: int = 0,
+    truncated: str,
+    overlong: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards [Q, G] after the length rules, and which responses [Q, G] may be learned from.
+    """Return rewards [Q, G] after the length rules, and a mask [Q, G] of the responses to train on.
 
     `lengths` are response tokens, `finished` is False where the length limit ended a response:
     score = rewarded like any other, zero = reward 0, mask = left out of baselines and loss.
     """
-    check_advantage(
-        "reinforce", rewards.shape[1], truncated=truncated, overlong=overlong, max_new_tokens=limit
-    )
     keep = finished if truncated == "mask" else np.ones_like(finished)
     scored = np.where(finished, rewards, 0) if truncated == "zero" else rewards
     return (scored + overlong_penalty(lengths, limit, overlong)).astype(np.float32), keep
 
 
-def group_metrics(accuracy: np.ndarray, tolerance: float = 1e-6) -> dict[str, float]:
-    """Shares of groups without signal: all rewards equal, of these all right (1) and all wrong (0) apart."""
-    equal = np.ptp(accuracy, axis=1) <= tolerance
+def group_metrics(accuracy: np.ndarray) -> dict[str, float]:
+    """Return the shares of groups whose accuracies [Q, G] are equal and all right (1) or all wrong (0)."""
+    equal = np.ptp(accuracy, axis=1) <= 1e-6
     return {
-        "zero_variance": float(equal.mean()),
-        "all_right": float((equal & (accuracy[:, 0] > 1 - tolerance)).mean()),
-        "all_wrong": float((equal & (accuracy[:, 0] < tolerance)).mean()),
+        "all_right": float((equal & (accuracy[:, 0] > 1 - 1e-6)).mean()),
+        "all_wrong": float((equal & (accuracy[:, 0] < 1e-6)).mean()),
     }

@@ -1,16 +1,16 @@
-"""Gradients to new weights: AdamW, Muon or Adafactor, one clip, one decay rule, one guard; the learning rate is an argument.
+"""Optimizers: AdamW, Muon or Adafactor, learning-rate schedules, clipping, weight decay, and the guard against non-finite updates.
 
-    gradient -> float32 -> clipped by global norm -> optimiser's direction u -> + weight_decay p (matrices only) -> p - lr u
+    gradient -> float32 -> clipped by global norm -> direction u of the optimizer -> + weight_decay p (matrices only) -> p - lr u
                               |
-                              +- norm or loss not finite: weights and moments stay as they are, `skipped` counts on
+                              +- norm or loss not finite: weights and moments stay as they are, `skipped` counts up
 
-Every optimiser's direction has about AdamW's size, so that one learning rate and one decay mean the same for all three:
+The direction of every optimizer has about AdamW's size, so that one learning rate and one decay mean the same for all three:
     adamw      b1, b2, eps
     muon       momentum .95 (Nesterov) orthogonalised per layer, rms .2; embeddings, vectors and patches by AdamW
     adafactor  factored second moments, no first; its own decay and epsilon (b1, b2, eps are not read), not scaled by the weights' size
 
-Departures: 1. Adafactor's step is not multiplied by each weight's size. 2. bfloat16 moments are a parity switch: with b2 = .999 a bfloat16
-second moment never shrinks, since .999 v rounds back to v.
+Departures: 1. Adafactor's step is not multiplied by each weight's size. 2. bfloat16 moments are for comparisons only: with b2 = .999 a
+bfloat16 second moment never shrinks, since .999 v rounds back to v.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -30,95 +31,120 @@ SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 
-def check_optimizer(
-    *,
-    optimizer: str = "adamw",
-    lr: float = 1e-6,
-    schedule: str = "constant",
-    warmup: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip: float | None = 1.0,
-    moments_dtype: str = "float32",
-) -> None:
-    """Refuse settings that can not train, in one line that names the allowed values."""
-    named = {
-        "optimizer": (optimizer, OPTIMIZERS),
-        "schedule": (schedule, SCHEDULES),
-        "moments_dtype": (moments_dtype, MOMENT_DTYPES),
-    }
-    for name, (value, allowed) in named.items():
-        if value not in allowed:
-            raise ValueError(f"train.{name}={value!r}: choose one of {', '.join(allowed)}")
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"train.lr={lr}: expected a learning rate above 0")
-    if not 0 <= warmup < 1:
-        raise ValueError(
-            f"train.warmup={warmup}: expected a share of the stage's steps, 0 <= warmup < 1"
-        )
-    if not (0 <= b1 < 1 and 0 < b2 < 1 and eps > 0):
-        raise ValueError(
-            f"train.b1={b1}, train.b2={b2}, train.eps={eps}: expected 0 <= b1 < 1, 0 < b2 < 1 and eps > 0"
-        )
-    if weight_decay < 0 or (clip is not None and clip <= 0):
-        raise ValueError(
-            f"train.weight_decay={weight_decay}, train.clip={clip}: expected decay >= 0, clip above 0 or None"
-        )
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The settings of an optimizer: those of `config.train` with the same names."""
+
+    optimizer: str  # adamw | muon | adafactor
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip: float | None  # largest global norm of a gradient
+    moments_dtype: str  # float32 | bfloat16
+
+    @classmethod
+    def from_config(cls, train: Any) -> "OptimizerConfig":
+        return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls)})
+
+    def validate(self) -> None:
+        """Refuse settings that cannot train, in one line that names the allowed values."""
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("moments_dtype", self.moments_dtype, MOMENT_DTYPES)
+        if not (0 <= self.b1 < 1 and 0 < self.b2 < 1 and self.eps > 0):
+            raise ValueError(
+                f"train.b1={self.b1}, train.b2={self.b2}, train.eps={self.eps}: expected 0 <= b1 < 1, 0 < b2 < 1 and eps > 0"
+            )
+        if self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
+            raise ValueError(
+                f"train.weight_decay={self.weight_decay}, train.clip={self.clip}: expected decay >= 0, clip above 0 or None"
+            )
 
 
-def learning_rate(
-    step: int, *, lr: float, steps: int, schedule: str = "constant", warmup: float = 0.0
-) -> float:
-    """The rate of step 0, 1, ... of a stage: a linear rise over the first `warmup` share, then constant or falling towards 0.
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The settings of the learning rate: those of `config.train` with the same names."""
+
+    lr: float
+    schedule: str  # constant | cosine | linear | wsd
+    warmup: float  # share of the stage's updates
+
+    @classmethod
+    def from_config(cls, train: Any) -> "ScheduleConfig":
+        return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls)})
+
+    def validate(self) -> None:
+        """Refuse rates and schedules that do not exist."""
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"train.lr={self.lr}: expected a learning rate above 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"train.warmup={self.warmup}: expected a share of the stage's steps, 0 <= warmup < 1"
+            )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"train.{name}={value!r}: choose one of {', '.join(allowed)}")
+
+
+def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
+    """Return the rate of updates 0, 1, ... of a stage: a linear rise over the first `warmup` share, then constant or falling to 0.
 
     wsd: constant, and linear to 0 over the last 40 % of what follows the rise.
     """
-    rise = round(warmup * steps)
-    if step < rise:
-        return lr * (step + 1) / (rise + 1)
-    done = min((step - rise) / max(steps - rise, 1), 1.0)
-    falls = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "wsd": min(1.0, (1 - done) / 0.4),
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }
-    return lr * falls[schedule]
+    lr, rise = config.lr, round(config.warmup * steps)
+    after = max(steps - rise, 1)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(lr, after)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(lr, 0.0, after)
+    elif config.schedule == "wsd":
+        fall = optax.linear_schedule(lr / 0.4, 0.0, after)
+        main = lambda step: jnp.minimum(lr, fall(step))
+    else:
+        main = optax.constant_schedule(lr)
+    if not rise:
+        return main
+    return optax.join_schedules([optax.linear_schedule(lr / (rise + 1), lr, rise), main], [rise])
+
+
+def learning_rates(config: ScheduleConfig, steps: int) -> np.ndarray:
+    """Return the rates of all updates of a stage.
+
+    They are computed once, in float64: a schedule evaluated at each update would round twice and wait for the device.
+    """
+    with jax.enable_x64(True):
+        rates = make_schedule(config, steps)(np.arange(steps))
+        return np.broadcast_to(np.asarray(rates, np.float64), (steps,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A hashable description; `init` and `update` are pure and work under jit."""
+    """A hashable optimizer; `init` and `update` are pure and work under jit."""
 
-    name: str = "adamw"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float | None = 1.0  # largest global norm of a gradient
-    moments_dtype: str = "float32"
-    matrices: tuple[
-        tuple[tuple[str, ...], MuonDimensionNumbers], ...
-    ] = ()  # by path: what Muon orthogonalises
+    config: OptimizerConfig
+    # By path: the matrices that Muon orthogonalises.
+    matrices: tuple[tuple[tuple[str, ...], MuonDimensionNumbers], ...] = ()
 
     @property
     def transform(self) -> optax.GradientTransformation:
         """The direction of an update, before the learning rate."""
-        adam = store_moments_as(optax.scale_by_adam(self.b1, self.b2, self.eps), self.moments_dtype)
-        if self.name == "adafactor":
+        c = self.config
+        adam = store_moments_as(optax.scale_by_adam(c.b1, c.b2, c.eps), c.moments_dtype)
+        if c.optimizer == "adafactor":
             # Clipping by block keeps the direction's rms at most 1, as AdamW's is.
             direction = store_moments_as(
                 optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
-                self.moments_dtype,
+                c.moments_dtype,
             )
-        elif self.name == "muon":
+        elif c.optimizer == "muon":
             known = dict(self.matrices)
             axes = lambda tree: jax.tree_util.tree_map_with_path(
                 lambda path, _: known[_path_names(path)], tree
             )
-            momentum = scale_by_muon(mu_dtype=self.moments_dtype, weight_dimension_numbers=axes)
+            momentum = scale_by_muon(mu_dtype=c.moments_dtype, weight_dimension_numbers=axes)
             muon = optax.chain(
                 momentum, optax.stateless(lambda u, _: jax.tree.map(scale_like_adam, u, axes(u)))
             )
@@ -127,10 +153,10 @@ class Optimizer:
             direction = optax.partition({"muon": muon, "adam": adam}, labels)
         else:
             direction = adam
-        return optax.chain(direction, optax.add_decayed_weights(self.weight_decay, decay_mask))
+        return optax.chain(direction, optax.add_decayed_weights(c.weight_decay, decay_mask))
 
     def init(self, params: Params) -> TrainState:
-        """A fresh state around the trained parameters."""
+        """Return a fresh state around the trained parameters."""
         zero = lambda: jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero(), params=params, opt_state=self.transform.init(params), skipped=zero()
@@ -139,17 +165,22 @@ class Optimizer:
     def update(
         self, state: TrainState, gradient: Params, loss: Array, lr: Array | float
     ) -> tuple[TrainState, dict[str, Mean]]:
-        """One step, or none where the gradient or the loss is not finite; `step` counts both, `skipped` the latter in a row."""
+        """Take one step, or none where the gradient or the loss is not finite.
+
+        `step` counts both, `skipped` the skipped ones in a row.
+        """
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
-        norm = global_norm(gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        if self.clip is not None:
-            shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-30))
+        norm = optax.tree.norm(gradient)
+        if self.config.clip is not None:
+            # One factor for all leaves; optax.clip_by_global_norm divides and multiplies each leaf, which rounds differently.
+            shrink = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
             gradient = jax.tree.map(lambda g: g * shrink, gradient)
         direction, opt_state = self.transform.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(
             lambda p, u: (p.astype(jnp.float32) - lr * u).astype(p.dtype), state.params, direction
         )
+        # optax.apply_if_finite looks at the gradient only, not at the loss, and its lax.cond keeps XLA from fusing the update.
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         new = TrainState(
             step=state.step + 1,
@@ -165,63 +196,44 @@ class Optimizer:
         return new, {name: Mean(value, jnp.ones(())) for name, value in metrics.items()}
 
 
-def make_optimizer(
-    *,
-    optimizer: str = "adamw",
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip: float | None = 1.0,
-    moments_dtype: str = "float32",
-    declared: Params | None = None,
-) -> Optimizer:
-    """An Optimizer from the settings of `train`; Muon needs the `declared` tree of Param to tell inputs from outputs."""
-    check_optimizer(
-        optimizer=optimizer,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        clip=clip,
-        moments_dtype=moments_dtype,
-    )
-    matrices = ()
-    if optimizer == "muon":
-        if declared is None:
-            raise ValueError("train.optimizer='muon' needs the declared parameters (tree of Param)")
-        matrices = muon_axes(declared)
-    return Optimizer(optimizer, b1, b2, eps, weight_decay, clip, moments_dtype, matrices)
+def make_optimizer(config: OptimizerConfig, declared: Params | None = None) -> Optimizer:
+    """Build an optimizer; Muon needs the `declared` tree of Param to tell inputs from outputs."""
+    if config.optimizer != "muon":
+        return Optimizer(config)
+    if declared is None:
+        raise ValueError("train.optimizer='muon' needs the declared parameters (tree of Param)")
+    return Optimizer(config, muon_axes(declared))
 
 
 def muon_axes(declared: Params) -> tuple[tuple[tuple[str, ...], MuonDimensionNumbers], ...]:
-    """Which declared parameters are hidden matrices, with the axes that each maps from and to; other axes are stacks of matrices."""
+    """Return the declared parameters that are hidden matrices, with the axes that each maps from and to.
+
+    Other axes are stacks of matrices.
+    """
 
     def axes(p: Param) -> MuonDimensionNumbers | None:
         if not p.inputs or {"vocab", "patch"} & set(p.axes):
             return None
         first = 1 if p.axes[0] == "layer" else 0
         inputs, outputs = range(first, first + p.inputs), range(first + p.inputs, len(p.shape))
-        # q, k and v of one fused weight lie along an axis of 3: three matrices, not one.
+        # q, k and v of one fused weight are stacked along an axis of 3: three matrices, not one.
         return MuonDimensionNumbers(
             tuple(inputs), tuple(i for i in outputs if not (p.shape[i] == 3 and p.axes[i] is None))
         )
 
-    found = (
-        (_path_names(path), axes(p))
-        for path, p in jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_param)
-    )
-    return tuple((names, a) for names, a in found if a is not None)
+    leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_param)
+    named = ((_path_names(path), axes(p)) for path, p in leaves)
+    return tuple((names, a) for names, a in named if a is not None)
 
 
 def scale_like_adam(u: Array, axes: MuonDimensionNumbers) -> Array:
-    """Scales an orthogonal direction to an rms of .2, the size that AdamW's usually has; any shape of matrix alike."""
+    """Scale an orthogonal direction of any shape to an rms of .2, the usual size of AdamW's."""
     fans = (math.prod(u.shape[i] for i in group) for group in axes)
     return u * (0.2 * math.sqrt(max(fans)))
 
 
 def store_moments_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """The same transformation with its moments computed in float32 and kept in `dtype`, whatever type the parameters have."""
+    """Return the same transformation with its moments computed in float32 and stored in `dtype`, whatever the parameters' type."""
     cast = lambda tree, to: jax.tree.map(
         lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
@@ -237,17 +249,11 @@ def store_moments_as(tx: optax.GradientTransformation, dtype: str) -> optax.Grad
 
 
 def decay_mask(params: Params) -> Any:
-    """True for weights that decay: all but biases and norms, by name, since stacking gives vectors an axis more."""
+    """Return True for weights that decay: all but biases and norms, by name, since stacked vectors have one axis more."""
     is_vector = lambda name: name == "b" or name.startswith("norm")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not is_vector(_path_names(path)[-1]), params
     )
-
-
-def global_norm(tree: Params) -> Array:
-    """Square root of the sum of all squares, in float32."""
-    squares = (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree))
-    return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
 def _path_names(path: tuple) -> tuple[str, ...]:

@@ -1,15 +1,17 @@
-"""What holds a stage's weights near those before it: quadratic penalties, averages. (LwF compares outputs: `objectives`.)
+"""Quadratic penalties (L2, EWC) and weight averages (WiSE-FT, EMA) that keep weights near those of the stage before.
 
     l2    1/2 sum (p - anchor)^2
     ewc   1/2 sum F (p - anchor)^2      F = mean over examples of (gradient of the log-likelihood)^2, the diagonal Fisher
 
-The coefficient is the caller's. Trees may have None where a parameter is frozen. All sums are float32.
+The caller multiplies by the coefficient. Trees may have None where a parameter is frozen. All sums are float32.
+LwF compares outputs instead of weights; see `objective`.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from cptjax.types import Array, Params
 
@@ -37,42 +39,48 @@ def check_penalty(name: str, coef: float = 0.0, samples: int = 1, average: float
 
 
 def needs_exact_start(method: Any) -> bool:
-    """Whether weights are compared with those of the stage's start: a copy that must not be rounded."""
+    """Return whether weights are compared with those of the stage's start, a copy that must not be rounded."""
     return bool(method.average) or method.penalty.name in ("l2", "ewc")
 
 
 def l2_distance(params: Params, anchor: Params) -> Array:
-    """Half the squared distance to the anchor."""
+    """Return half the squared distance to the anchor."""
     return _half_sum(jax.tree.map(lambda p, a: jnp.square(_float(p) - _float(a)), params, anchor))
 
 
 def fisher_distance(params: Params, anchor: Params, fisher: Params) -> Array:
-    """Half the squared distance to the anchor, each weight counted by its Fisher information."""
+    """Return half the squared distance to the anchor, each weight scaled by its Fisher information."""
     return _half_sum(
         jax.tree.map(lambda p, a, f: f * jnp.square(_float(p) - _float(a)), params, anchor, fisher)
     )
 
 
 def zero_fisher(params: Params) -> Params:
-    """Zeros to add to."""
+    """Return zeros in the shape of the parameters, to add squared gradients to."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
 
 
 def add_fisher(fisher: Params, gradient: Params, examples: int) -> Params:
-    """One of `examples` gradients of a single example's log-likelihood added to their mean of squares."""
+    """Add the gradient of one example's log-likelihood to the mean of squares over `examples` of them."""
     return jax.tree.map(lambda f, g: f + jnp.square(_float(g)) / examples, fisher, gradient)
 
 
-def merge_fisher(before: Params, new: Params, decay: float = 1.0) -> Params:
-    """The Fisher of all stages so far: the sum, older ones times `decay` at each stage (online EWC)."""
-    return jax.tree.map(lambda b, n: decay * b + n, before, new)
+def merge_fisher(before: Params, new: Params) -> Params:
+    """Return the Fisher information of all stages so far: the sum."""
+    return jax.tree.map(jnp.add, before, new)
 
 
 def interpolate(a: Params, b: Params, weight: float | Array) -> Params:
-    """(1 - weight) a + weight b in a's types: WiSE-FT with b the stage's start, an EMA teacher with b the student."""
-    return jax.tree.map(
-        lambda x, y: ((1 - weight) * _float(x) + weight * _float(y)).astype(x.dtype), a, b
-    )
+    """Return (1 - weight) a + weight b in a's types.
+
+    WiSE-FT with b the stage's start; an EMA teacher with b the student.
+    """
+    mean = optax.incremental_update(_float_tree(b), _float_tree(a), weight)
+    return jax.tree.map(lambda x, m: m.astype(x.dtype), a, mean)
+
+
+def _float_tree(tree: Params) -> Params:
+    return jax.tree.map(_float, tree)
 
 
 def _float(x: Array) -> Array:
@@ -84,8 +92,10 @@ def _half_sum(tree: Any) -> Array:
 
 
 def l2_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
+    """The L2 penalty as a step program takes it: its coefficient and anchor are arrays."""
     return arrays["coef"] * l2_distance(trained, arrays["anchor"])
 
 
 def ewc_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
+    """The EWC penalty as a step program takes it: its coefficient, anchor and Fisher information are arrays."""
     return arrays["coef"] * fisher_distance(trained, arrays["anchor"], arrays["fisher"])

@@ -150,7 +150,9 @@ def test_truncated_responses():
         np.array([[True, False]]),
     )
     shaped = {
-        how: advantages.shape_rewards(rewards, lengths, finished, limit=8, truncated=how)
+        how: advantages.shape_rewards(
+            rewards, lengths, finished, limit=8, truncated=how, overlong=0
+        )
         for how in advantages.TRUNCATION_RULES
     }
     np.testing.assert_array_equal(
@@ -160,24 +162,33 @@ def test_truncated_responses():
         [shaped[how][1][0] for how in advantages.TRUNCATION_RULES], [[1, 1], [1, 1], [1, 0]]
     )
     np.testing.assert_allclose(
-        advantages.shape_rewards(rewards, lengths, finished, limit=8, overlong=4)[0], [[1, 0]]
+        advantages.shape_rewards(
+            rewards, lengths, finished, limit=8, truncated="score", overlong=4
+        )[0],
+        [[1, 0]],
     )
 
 
 def test_shares_of_groups_without_signal():
     report = advantages.group_metrics(np.array([[1, 1], [0, 0], [0, 1], [0, 0]]))
-    assert report == {"zero_variance": 0.75, "all_right": 0.25, "all_wrong": 0.5}
+    assert report == {"all_right": 0.25, "all_wrong": 0.5}
+
+
+def check(name, group, truncated="score", overlong=0):
+    advantages.check_advantage(
+        name, group, truncated=truncated, overlong=overlong, max_new_tokens=64
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: advantages.check_advantage("ppo", 8), "grpo, dr_grpo, rloo"),
-        (lambda: advantages.check_advantage("rloo", 1), "rollout.group >= 2"),
-        (lambda: advantages.check_advantage("reinforce", 0), "at least 1"),
-        (lambda: advantages.check_advantage("grpo", 8, truncated="drop"), "score, zero, mask"),
+        (lambda: check("ppo", 8), "grpo, dr_grpo, rloo"),
+        (lambda: check("rloo", 1), "rollout.group >= 2"),
+        (lambda: check("reinforce", 0), "at least 1"),
+        (lambda: check("grpo", 8, truncated="drop"), "score, zero, mask"),
         (
-            lambda: advantages.check_advantage("grpo", 8, overlong=65, max_new_tokens=64),
+            lambda: check("grpo", 8, overlong=65),
             "max_new_tokens=64",
         ),
         (lambda: advantages.compute_advantages(REWARDS, "remax"), "needs greedy"),

@@ -1,5 +1,6 @@
 """Losses against plain loops, and the facts about their gradients that a researcher relies on."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,9 +11,45 @@ import pytest
 
 from cptjax.training.algorithms import losses
 from cptjax.training.algorithms.advantages import compute_advantages
+from cptjax.training.algorithms.losses import LossConfig
 
 B, R = 6, 5
 pytestmark = pytest.mark.usefixtures("no_broadcast")
+
+
+SETTINGS = dataclasses.replace(
+    LossConfig.plain("policy", chunk=4),
+    clip_low=0.2,
+    clip_high=0.3,
+    clip_dual=3.0,
+    kl_limit=10.0,
+    fixed_length=7,
+)
+
+
+def changed(**settings):
+    return dataclasses.replace(SETTINGS, **settings)
+
+
+def policy_loss(logps, old, ref, adv, mask, tis=None, entropy=None, **settings):
+    return losses.policy_loss(
+        logps, old, ref, adv, mask, changed(**settings), tis=tis, entropy=entropy
+    )
+
+
+def sft_loss(logps, mask, segments=None, weights=None, ref_logps=None, **settings):
+    return losses.sft_loss(
+        logps,
+        mask,
+        changed(objective="sft", **settings),
+        segments=segments,
+        weights=weights,
+        ref_logps=ref_logps,
+    )
+
+
+def estimate_kl(logps, ref, estimator="k3", limit=10.0):
+    return losses.estimate_kl(logps, ref, estimator, limit)
 
 
 def draw(seed=0, spread=0.4):
@@ -66,22 +103,20 @@ def loop(
 def test_policy_against_loops(ratio, normalise):
     for seed in range(10):
         arrays = draw(seed, spread=1.5)
-        got = losses.policy_loss(
+        got = policy_loss(
             *arrays,
             ratio=ratio,
             normalise=normalise,
-            fixed_length=7,
             kl_coef=0.1,
             kl_estimator="k3",
         )
         np.testing.assert_allclose(
             got[:2], loop(*arrays, ratio=ratio, normalise=normalise, kl_coef=0.1), rtol=1e-5
         )
-    got = losses.policy_loss(
+    got = policy_loss(
         *arrays,
         ratio=ratio,
         normalise=normalise,
-        fixed_length=7,
         kl_coef=0.1,
         kl_estimator="k2",
         clip_dual=None,
@@ -125,13 +160,13 @@ def test_the_literals_of_the_docstring():
             np.array([1, -1], np.float32),
             THERE,
         )
-        got = [losses.policy_loss(*arrays, ratio=ratio, tis=tis).sum for tis in only]
+        got = [policy_loss(*arrays, ratio=ratio, tis=tis).sum for tis in only]
         np.testing.assert_allclose(np.reshape(got, (2, 3)), want, atol=1e-5, err_msg=ratio)
     for kind, want in DIVERGENCES.items():
-        got = np.asarray(losses.estimate_kl(LOG_RATIOS, np.zeros((2, 3), np.float32), kind))
+        got = np.asarray(estimate_kl(LOG_RATIOS, np.zeros((2, 3), np.float32), kind))
         np.testing.assert_allclose(got[THERE], np.concatenate(want), atol=1e-5, err_msg=kind)
     for normalise, (want, count) in WEIGHTS.items():
-        weight, counted = losses.token_weights(THERE, normalise, fixed_length=4)
+        weight, counted = losses.token_weights(THERE, changed(normalise=normalise, fixed_length=4))
         np.testing.assert_allclose(np.where(THERE, weight, 0), want, rtol=1e-6, err_msg=normalise)
         assert counted == count
 
@@ -140,7 +175,7 @@ def test_a_group_by_hand():
     """Two responses of 2 and 1 tokens, advantages 1 and -1, ratios e^.5, 1 and e^-.5: clipped at 1.3 above and 0.8 below."""
     mask = jnp.array([[True, True], [True, False]])
     logps = jnp.array([[0.5, 0.0], [-0.5, 9.0]]) - 1
-    loss = losses.policy_loss(
+    loss = policy_loss(
         logps, jnp.full((2, 2), -1.0), None, jnp.array([1.0, -1.0]), mask, ratio="token"
     )
     np.testing.assert_allclose(loss.sum, -1.3 - 1.0 + 0.8, rtol=1e-6)
@@ -158,7 +193,7 @@ def test_a_group_by_hand():
 
 def test_dual_clip_bounds_a_bad_response_that_became_likely():
     one = jnp.ones((1, 1), bool)
-    loss = lambda dual: losses.policy_loss(
+    loss = lambda dual: policy_loss(
         jnp.full((1, 1), -1.0),
         jnp.full((1, 1), -3.0),
         None,
@@ -175,7 +210,7 @@ def test_dual_clip_bounds_a_bad_response_that_became_likely():
 def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(ratio):
     logps, _, _, adv, mask = draw()
     for old in (logps, None):
-        metrics = losses.policy_loss(logps, old, None, adv, mask, ratio=ratio).metrics
+        metrics = policy_loss(logps, old, None, adv, mask, ratio=ratio).metrics
         assert metrics["ratio_min"].value == metrics["ratio_max"].value == 1
         assert all(m.value == 0 for name, m in metrics.items() if name.startswith("clip"))
 
@@ -184,9 +219,7 @@ def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(ratio):
 def test_on_policy_all_ratios_have_the_gradient_of_reinforce(ratio):
     logps, _, _, adv, mask = draw()
     grad = jax.grad(
-        lambda x: (
-            losses.policy_loss(x, logps, None, adv, mask, ratio=ratio, normalise="sequence").sum
-        )
+        lambda x: policy_loss(x, logps, None, adv, mask, ratio=ratio, normalise="sequence").sum
     )(logps)
     np.testing.assert_allclose(
         grad, np.where(mask, -adv[:, None] / mask.sum(1, keepdims=True), 0), rtol=1e-5
@@ -196,7 +229,7 @@ def test_on_policy_all_ratios_have_the_gradient_of_reinforce(ratio):
 def test_cispo_keeps_a_gradient_where_clipping_ends_it():
     mask, old, adv = jnp.ones((1, 1), bool), jnp.full((1, 1), -2.0), jnp.ones(1)
     slope = lambda ratio: float(
-        jax.grad(lambda x: losses.policy_loss(x, old, None, adv, mask, ratio=ratio).sum)(
+        jax.grad(lambda x: policy_loss(x, old, None, adv, mask, ratio=ratio).sum)(
             jnp.full((1, 1), -1.0)
         ).item()
     )
@@ -210,7 +243,7 @@ def test_a_group_of_equal_rewards_has_exactly_no_policy_gradient(ratio, name):
     logps, old, ref, _, mask = draw()
     adv = compute_advantages(np.full((2, 3), 0.9, np.float32), name).reshape(-1)
     grad = lambda **kw: jax.grad(
-        lambda x: losses.policy_loss(x, old, ref, adv, mask, ratio=ratio, **kw).sum
+        lambda x: policy_loss(x, old, ref, adv, mask, ratio=ratio, **kw).sum
     )(logps)
     assert not np.any(grad())
     assert np.any(grad(kl_coef=0.1))  # the divergence still pulls
@@ -221,7 +254,7 @@ def test_remax_has_a_gradient_on_equal_rewards_when_greedy_differs():
     adv = compute_advantages(
         np.ones((2, 3), np.float32), "remax", greedy=np.zeros(2, np.float32)
     ).reshape(-1)
-    assert np.any(jax.grad(lambda x: losses.policy_loss(x, old, None, adv, mask).sum)(logps))
+    assert np.any(jax.grad(lambda x: policy_loss(x, old, None, adv, mask).sum)(logps))
 
 
 def test_grpo_on_policy_is_zero_in_value_but_not_in_gradient():
@@ -230,7 +263,7 @@ def test_grpo_on_policy_is_zero_in_value_but_not_in_gradient():
     for ratio in losses.RATIOS:
         value, grad = jax.value_and_grad(
             lambda x, r=ratio: (
-                losses.policy_loss(x, logps, None, adv, mask, ratio=r, normalise="sequence").sum
+                policy_loss(x, logps, None, adv, mask, ratio=r, normalise="sequence").sum
             )
         )(logps)
         assert abs(value) < 1e-6 and np.abs(grad).max() > 0.1
@@ -238,17 +271,17 @@ def test_grpo_on_policy_is_zero_in_value_but_not_in_gradient():
 
 def test_estimators_of_the_divergence():
     d = jnp.linspace(-3, 3, 61)
-    k1, k2, k3 = (losses.estimate_kl(d, jnp.zeros(61), k, None) for k in losses.KL_ESTIMATORS)
+    k1, k2, k3 = (estimate_kl(d, jnp.zeros(61), k, None) for k in losses.KL_ESTIMATORS)
     np.testing.assert_allclose(k1, d)
     np.testing.assert_allclose(k2, np.square(d) / 2, rtol=1e-6)
     np.testing.assert_allclose(k3, np.exp(-d) - 1 + d, rtol=1e-4, atol=1e-6)
     small = jnp.asarray(
         np.random.default_rng(0).normal(size=10000) * 10.0 ** np.linspace(-9, 1, 10000), jnp.float32
     )
-    assert np.all(losses.estimate_kl(small, jnp.zeros(10000), "k3", None) >= 0)
-    assert losses.estimate_kl(jnp.float32(0), jnp.float32(0)) == 0
-    assert losses.estimate_kl(jnp.array(-9.0), jnp.array(0.0)) == 10
-    assert jnp.isfinite(losses.estimate_kl(jnp.array(-900.0), jnp.array(0.0), "k3", None))
+    assert np.all(estimate_kl(small, jnp.zeros(10000), "k3", None) >= 0)
+    assert estimate_kl(jnp.float32(0), jnp.float32(0)) == 0
+    assert estimate_kl(jnp.array(-9.0), jnp.array(0.0)) == 10
+    assert jnp.isfinite(estimate_kl(jnp.array(-900.0), jnp.array(0.0), "k3", None))
 
 
 def test_expected_gradients_of_the_estimators():
@@ -256,7 +289,7 @@ def test_expected_gradients_of_the_estimators():
     z, ref = jnp.array([0.3, -0.2, 0.5]), jax.nn.log_softmax(jnp.array([0.0, 1.0, -1.0]))
     p = jax.nn.softmax(z)
     mean = lambda kind: jax.grad(
-        lambda z: jnp.sum(p * losses.estimate_kl(jax.nn.log_softmax(z), ref, kind, None))
+        lambda z: jnp.sum(p * estimate_kl(jax.nn.log_softmax(z), ref, kind, None))
     )(z)
     reverse = jax.grad(lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - ref)))(z)
     forward = jax.grad(lambda z: jnp.sum(jnp.exp(ref) * (ref - jax.nn.log_softmax(z))))(z)
@@ -265,7 +298,7 @@ def test_expected_gradients_of_the_estimators():
     np.testing.assert_allclose(mean("k3"), forward, rtol=1e-4, atol=1e-6)
 
 
-SETTINGS = [
+POLICY_SETTINGS = [
     {"ratio": r, "normalise": n} for r, n in itertools.product(losses.RATIOS, losses.NORMALISERS)
 ]
 
@@ -273,17 +306,14 @@ SETTINGS = [
 def gradient(arrays, **settings):
     logps, old, ref, adv, mask = arrays
     f = lambda x: (
-        (
-            loss := losses.policy_loss(
-                x, old, ref, adv, mask, fixed_length=7, kl_coef=0.1, **settings
-            )
-        ).sum
-        / loss.count
+        (loss := policy_loss(x, old, ref, adv, mask, kl_coef=0.1, **settings)).sum / loss.count
     )
     return np.asarray(jax.grad(f)(logps))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s['ratio']}-{s['normalise']}")
+@pytest.mark.parametrize(
+    "settings", POLICY_SETTINGS, ids=lambda s: f"{s['ratio']}-{s['normalise']}"
+)
 def test_padding_changes_nothing(settings):
     arrays = draw()
     wide = [
@@ -291,9 +321,7 @@ def test_padding_changes_nothing(settings):
         for x in (*arrays[:3], arrays[4])
     ]
     wide.insert(3, np.pad(arrays[3], (0, 2)))
-    want, got = (
-        losses.policy_loss(*x, fixed_length=7, kl_coef=0.1, **settings) for x in (arrays, wide)
-    )
+    want, got = (policy_loss(*x, kl_coef=0.1, **settings) for x in (arrays, wide))
     np.testing.assert_allclose(got[:2], want[:2], rtol=1e-6)
     assert all(np.allclose(got.metrics[k].value, m.value) for k, m in want.metrics.items())
     grad = gradient(wide, **settings)
@@ -301,12 +329,12 @@ def test_padding_changes_nothing(settings):
     assert not np.any(grad[B:]) and not np.any(grad[:, R:])
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s['ratio']}-{s['normalise']}")
+@pytest.mark.parametrize(
+    "settings", POLICY_SETTINGS, ids=lambda s: f"{s['ratio']}-{s['normalise']}"
+)
 def test_micro_batches_and_order_change_nothing(settings):
     arrays = draw()
-    run = lambda rows: losses.policy_loss(
-        *(x[rows] for x in arrays), fixed_length=7, kl_coef=0.1, **settings
-    )
+    run = lambda rows: policy_loss(*(x[rows] for x in arrays), kl_coef=0.1, **settings)
     whole, parts, mixed = (
         run(np.arange(B)),
         [run(np.arange(i, i + 2)) for i in (0, 2, 4)],
@@ -326,30 +354,30 @@ def test_packed_conversations_weigh_what_they_weigh_alone():
     segments = np.array([1, 1, 2, 2, 2, 2, 3, 0])  # the third has nothing to learn from
     rows = lambda x: np.stack([np.pad(x[:2], (0, 2)), x[2:6]])
     for normalise in losses.NORMALISERS:
-        packed = losses.sft_loss(
+        packed = sft_loss(
             logps[None], mask[None], normalise=normalise, fixed_length=5, segments=segments[None]
         )
-        alone = losses.sft_loss(rows(logps), rows(mask), normalise=normalise, fixed_length=5)
+        alone = sft_loss(rows(logps), rows(mask), normalise=normalise, fixed_length=5)
         np.testing.assert_allclose(packed[:2], alone[:2], rtol=1e-6)
     np.testing.assert_allclose(
-        losses.sft_loss(rows(logps), rows(mask), normalise="sequence").sum, 1.5 + 5.0
+        sft_loss(rows(logps), rows(mask), normalise="sequence").sum, 1.5 + 5.0
     )
 
 
 def test_eaft_scales_tokens_and_leaves_the_count_alone():
     logps, mask = jnp.full((1, 3), -2.0), jnp.array([[True, True, False]])
     weights = jnp.array([[0.5, 0.0, jnp.nan]])
-    loss, grad = jax.value_and_grad(lambda x: losses.sft_loss(x, mask, weights=weights).sum)(logps)
+    loss, grad = jax.value_and_grad(lambda x: sft_loss(x, mask, weights=weights).sum)(logps)
     np.testing.assert_allclose(loss, 1.0)
     np.testing.assert_allclose(grad, [[-0.5, 0, 0]])
-    assert losses.sft_loss(logps, mask, weights=weights).count == 2
+    assert sft_loss(logps, mask, weights=weights).count == 2
 
 
 def test_sft_with_a_reference():
     logps, _, ref, _, mask = draw()
     plain, pulled = (
-        losses.sft_loss(logps, mask),
-        losses.sft_loss(logps, mask, ref_logps=ref, kl_coef=0.5),
+        sft_loss(logps, mask),
+        sft_loss(logps, mask, ref_logps=ref, kl_coef=0.5, kl_estimator="k2"),
     )
     np.testing.assert_allclose(
         pulled.sum - plain.sum, 0.5 * np.sum(np.square(logps - ref)[mask] / 2), rtol=1e-4
@@ -359,22 +387,22 @@ def test_sft_with_a_reference():
 def test_distillation_leaves_out_the_first_tokens_of_each_response():
     kl = jnp.arange(8.0).reshape(2, 4)
     mask = jnp.array([[False, True, True, True], [True, True, False, False]])
-    loss = losses.distill_loss(kl, mask, skip_tokens=1)
+    loss = losses.distill_loss(kl, mask, changed(objective="distill", skip_tokens=1))
     assert (loss.sum, loss.count) == (2 + 3 + 5, 3)
 
 
 def test_entropy_bonus_and_importance_weights():
     logps, old, _, adv, mask = draw()
     entropy = jnp.asarray(np.where(mask, 2.0, np.nan))
-    plain = losses.policy_loss(logps, old, None, adv, mask, ratio="token")
-    bonus = losses.policy_loss(
+    plain = policy_loss(logps, old, None, adv, mask, ratio="token")
+    bonus = policy_loss(
         logps, old, None, adv, mask, ratio="token", entropy=entropy, entropy_coef=0.1
     )
     np.testing.assert_allclose(bonus.sum, plain.sum - 0.2 * mask.sum(), rtol=1e-5)
     tis = losses.tis_weights(old, old - np.float32(1.0), mask, cap=2.0)
     np.testing.assert_array_equal(tis, np.where(mask, 2.0, 0))
     np.testing.assert_allclose(
-        losses.policy_loss(logps, old, None, adv, mask, ratio="token", tis=tis).sum,
+        policy_loss(logps, old, None, adv, mask, ratio="token", tis=tis).sum,
         2 * plain.sum,
         rtol=1e-5,
     )
@@ -390,7 +418,10 @@ def test_mismatch_and_divergence_in_the_reward():
     assert metrics["mismatch_max"].value == pytest.approx(np.abs(logps - old)[mask].max(), rel=1e-5)
     want = adv - 0.1 * np.where(mask, logps - ref, 0).sum(1)
     np.testing.assert_allclose(
-        losses.subtract_kl(adv, logps, ref, mask, 0.1), want, rtol=1e-5, atol=1e-6
+        losses.subtract_kl(adv, logps, ref, mask, changed(kl_coef=0.1, kl_estimator="k1")),
+        want,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -422,7 +453,7 @@ def test_the_gradient_is_that_of_the_expected_reward_by_enumeration(ratio, basel
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-6)
     old = toy_logps(TOY, SEQUENCES)
     loss = lambda t: (
-        losses.policy_loss(
+        policy_loss(
             toy_logps(t, SEQUENCES), old, None, p * (TOY_REWARDS - baseline), MASKS, ratio=ratio
         ).sum
     )
@@ -442,9 +473,7 @@ def test_sampled_gradients_average_to_the_enumerated_one(name):
     adv = compute_advantages(TOY_REWARDS[drawn], name, greedy=baseline if name == "remax" else None)
 
     def one(tokens, mask, a):
-        grad = jax.grad(
-            lambda t: losses.policy_loss(toy_logps(t, tokens), None, None, a, mask).sum
-        )(TOY)
+        grad = jax.grad(lambda t: policy_loss(toy_logps(t, tokens), None, None, a, mask).sum)(TOY)
         return -grad / g
 
     with jax.numpy_rank_promotion("allow"):
@@ -470,11 +499,13 @@ def test_sampled_gradients_average_to_the_enumerated_one(name):
         ({"kl_coef": 0.01, "kl_estimator": "k1"}, "choose k2 or k3"),
         ({"tis_cap": 0.0}, "above 0, or None"),
         ({"entropy_coef": -1.0}, "0 or more"),
+        ({"normalise": "fixed", "fixed_length": 0}, "fixed_length=0: expected at least 1"),
+        ({"kl_limit": 0.0}, "kl_limit=0.0: expected a number of nats above 0"),
     ],
 )
 def test_bad_settings_are_one_clear_line(settings, words):
     with pytest.raises(ValueError, match=words) as error:
-        losses.check_loss(**settings)
+        changed(**settings).validate()
     assert "\n" not in str(error.value)
 
 
@@ -483,8 +514,7 @@ def test_what_a_loss_needs_it_asks_for():
     for settings, words in [
         ({"kl_coef": 0.1}, "reference"),
         ({"entropy_coef": 0.1}, "entropy of each token"),
-        ({"normalise": "fixed"}, "fixed_length"),
     ]:
         with pytest.raises(ValueError, match=words):
-            losses.policy_loss(logps, old, None, adv, mask, **settings)
-    losses.check_loss(kl_coef=0.1, kl_estimator="k1", kl_place="reward")
+            policy_loss(logps, old, None, adv, mask, **settings)
+    changed(kl_coef=0.1, kl_estimator="k1", kl_place="reward").validate()

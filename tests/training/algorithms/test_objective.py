@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cptjax.models.logprobs import target_logps
+from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.types import Batch
 
@@ -20,6 +21,19 @@ HIDDEN, UNEMBED = (
 TARGETS = RNG.integers(0, V, (B, A))
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool)
 ADVANTAGES = np.array([1.0, -0.5, 2.0], np.float32)
+
+
+CLIPS = dict(clip_low=0.2, clip_high=0.3, clip_dual=3.0, kl_limit=10.0)
+
+
+def objective_of(objective, **settings):
+    """The objective with this loss, by chunks of four tokens."""
+    plain = LossConfig.plain(objective, chunk=4)
+    return Objective(dataclasses.replace(plain, **(CLIPS | settings)))
+
+
+def changed(objective, **settings):
+    return Objective(dataclasses.replace(objective.config, **settings))
 
 
 def numbers(temperature=1.0, hidden=HIDDEN):
@@ -59,7 +73,7 @@ def direction(temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_policy_gradient_is_that_of_the_sampled_distribution(temperature):
-    objective = Objective("policy", chunk=4, temperature=temperature)
+    objective = objective_of("policy", temperature=temperature)
     _, gradient, told = run(objective, batch())
     want = -ADVANTAGES[:, None, None] * direction(temperature) * MASK[..., None] / MASK.sum()
     np.testing.assert_allclose(gradient, want, atol=1e-6)
@@ -69,42 +83,42 @@ def test_policy_gradient_is_that_of_the_sampled_distribution(temperature):
 
 @pytest.mark.parametrize("ratio", ["none", "token", "sequence", "cispo"])
 def test_on_policy_ratio_is_exactly_one_and_nothing_is_clipped(ratio):
-    objective = Objective("policy", ratio=ratio, chunk=4)
+    objective = objective_of("policy", ratio=ratio)
     old = target_logps(jnp.asarray(HIDDEN), jnp.asarray(UNEMBED), batch(), 4)
     _, gradient, told = run(objective, batch(old_logps=old))
     assert (
         told["ratio_min"] == told["ratio_max"] == 1
         and told.get("clip_low", 0) == told.get("clip_high", 0) == 0
     )
-    np.testing.assert_allclose(gradient, run(Objective("policy", chunk=4), batch())[1], atol=1e-6)
+    np.testing.assert_allclose(gradient, run(objective_of("policy"), batch())[1], atol=1e-6)
 
 
 def test_stale_answers_have_a_ratio_and_a_capped_weight():
     old, behaviour = numbers()[1] - 0.3, numbers()[1] - 0.3 - np.log(3)
-    wide = Objective("policy", ratio="token", clip_high=10.0, chunk=4)
+    wide = objective_of("policy", ratio="token", clip_high=10.0)
     stale = batch(old_logps=old, behaviour_logps=behaviour)
     _, plain, told = run(wide, stale)
     np.testing.assert_allclose(told["ratio_max"], np.exp(0.3), rtol=1e-5)
-    _, capped, _ = run(dataclasses.replace(wide, tis_cap=2.0), stale)
+    _, capped, _ = run(changed(wide, tis_cap=2.0), stale)
     np.testing.assert_allclose(capped, 2 * plain, atol=1e-6)  # policy / behaviour is 3, the cap 2
-    _, free, _ = run(dataclasses.replace(wide, tis_cap=9.0), stale)
+    _, free, _ = run(changed(wide, tis_cap=9.0), stale)
     np.testing.assert_allclose(free, 3 * plain, rtol=1e-4, atol=1e-6)
-    once = run(Objective("policy", chunk=4), batch())[
+    once = run(objective_of("policy"), batch())[
         1
     ]  # without a ratio the weight leads from the sampler to the policy of now
     for cap, weight in ((9.0, 3 * np.exp(0.3)), (2.0, 2.0)):
-        weighed = run(Objective("policy", ratio="none", tis_cap=cap, chunk=4), stale)[1]
+        weighed = run(objective_of("policy", ratio="none", tis_cap=cap), stale)[1]
         np.testing.assert_allclose(weighed, weight * once, rtol=1e-4, atol=1e-6)
 
 
 def test_entropy_bonus_pushes_entropy_up():
     coefficient = 0.1
     data = batch(advantages=np.zeros(B))
-    value, gradient, _ = run(Objective("policy", entropy_coef=coefficient, chunk=4), data)
+    value, gradient, _ = run(objective_of("policy", entropy_coef=coefficient), data)
     np.testing.assert_allclose(value, -coefficient * numbers()[2][MASK].mean(), rtol=1e-5)
     higher = numbers(hidden=HIDDEN - 0.1 * gradient.astype(np.float32))[2]
     assert higher[MASK].mean() > numbers()[2][MASK].mean()
-    assert not run(Objective("policy", chunk=4), data)[
+    assert not run(objective_of("policy"), data)[
         1
     ].any()  # without it an equal-reward batch moves nothing
 
@@ -112,8 +126,8 @@ def test_entropy_bonus_pushes_entropy_up():
 def test_limit_of_k3_is_a_setting():
     """Beyond the limit a token feels no pull back; without a limit it does."""
     data = batch(advantages=np.zeros(B), ref_logps=numbers()[1] + 4.0)  # e^4 - 1 - 4 > 10
-    base = dict(kind="policy", kl_coef=0.5, kl_estimator="k3", chunk=4)
-    cut, whole = run(Objective(**base), data), run(Objective(**base, kl_limit=None), data)
+    base = dict(objective="policy", kl_coef=0.5, kl_estimator="k3")
+    cut, whole = run(objective_of(**base), data), run(objective_of(**base, kl_limit=None), data)
     assert not cut[1].any() and cut[2]["kl"] == pytest.approx(10)
     np.testing.assert_allclose(whole[2]["kl"], np.exp(4) - 5, rtol=1e-4)
     np.testing.assert_allclose(
@@ -125,10 +139,10 @@ def test_limit_of_k3_is_a_setting():
 
 
 def test_sft_and_its_kl_term():
-    value, gradient, told = run(Objective("sft", chunk=4), batch())
+    value, gradient, told = run(objective_of("sft"), batch())
     np.testing.assert_allclose(value, -numbers()[1][MASK].mean(), rtol=1e-5)
     np.testing.assert_allclose(gradient, -direction() * MASK[..., None] / MASK.sum(), atol=1e-6)
-    held = Objective("sft", chunk=4, kl_coef=0.2, kl_estimator="k2")
+    held = objective_of("sft", kl_coef=0.2, kl_estimator="k2")
     _, pulled, told = run(held, batch(ref_logps=numbers()[1] - 0.5))
     np.testing.assert_allclose(told["kl"], 0.125, rtol=1e-4)
     np.testing.assert_allclose(
@@ -137,8 +151,8 @@ def test_sft_and_its_kl_term():
 
 
 def test_eaft_weighs_each_token_by_the_entropy_of_its_best():
-    _, gradient, told = run(Objective("eaft", chunk=4), batch())
-    plain = run(Objective("sft", chunk=4), batch())[1]
+    _, gradient, told = run(objective_of("eaft"), batch())
+    plain = run(objective_of("sft"), batch())[1]
     weight = (gradient * plain).sum(-1) / (plain * plain).sum(-1).clip(1e-12)
     np.testing.assert_allclose(
         gradient, weight[..., None] * plain, atol=1e-6
@@ -153,22 +167,22 @@ def test_eaft_weighs_each_token_by_the_entropy_of_its_best():
 def test_distillation_from_oneself_is_nothing():
     data = batch(teacher_hidden=HIDDEN, teacher_unembed=UNEMBED)
     for way in ("forward", "reverse"):
-        value, gradient, _ = run(Objective("distill", direction=way, chunk=4), data)
+        value, gradient, _ = run(objective_of("distill", direction=way), data)
         assert abs(value) < 1e-6 and np.abs(gradient).max() < 1e-6
     other = batch(teacher_hidden=HIDDEN[::-1].copy(), teacher_unembed=UNEMBED)
     ours, theirs = numbers()[0], numbers(hidden=HIDDEN[::-1])[0]
     for way, a, b in (("forward", theirs, ours), ("reverse", ours, theirs)):
-        value, gradient, _ = run(Objective("distill", direction=way, chunk=4), other)
+        value, gradient, _ = run(objective_of("distill", direction=way), other)
         np.testing.assert_allclose(value, (np.exp(a) * (a - b)).sum(-1)[MASK].mean(), rtol=1e-4)
         assert np.abs(gradient).max() > 1e-3
-    late = run(Objective("distill", chunk=4, skip_tokens=2), other)[1]
+    late = run(objective_of("distill", skip_tokens=2), other)[1]
     assert not late[:, :2].any() and late[:, 2:].any()
 
 
 @pytest.mark.parametrize("kind", ["sft", "policy"])
 def test_lwf_adds_a_divergence_that_starts_at_nothing(kind):
-    plain = Objective(kind, chunk=4)
-    held = dataclasses.replace(plain, lwf=0.7)
+    plain = objective_of(kind)
+    held = changed(plain, lwf_coef=0.7)
     same = batch(teacher_hidden=HIDDEN, teacher_unembed=UNEMBED)
     assert run(held, same)[0] == pytest.approx(run(plain, same)[0], abs=1e-5)
     np.testing.assert_allclose(run(held, same)[1], run(plain, same)[1], atol=1e-6)
@@ -191,8 +205,8 @@ def test_padding_changes_nothing():
         data.extra | {"sampler_logps": jnp.asarray(wide(np.asarray(data.extra["sampler_logps"])))},
     )
     for kind in ("sft", "policy", "eaft"):
-        value, gradient, _ = run(Objective(kind, chunk=4), data)
-        more, wider, _ = run(Objective(kind, chunk=4), padded, wide(HIDDEN))
+        value, gradient, _ = run(objective_of(kind), data)
+        more, wider, _ = run(objective_of(kind), padded, wide(HIDDEN))
         assert more == pytest.approx(value, rel=1e-5, abs=1e-6)
         np.testing.assert_allclose(wider[:, :A], gradient, atol=1e-6)
         assert not wider[:, A:].any()

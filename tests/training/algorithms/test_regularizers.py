@@ -67,9 +67,7 @@ def test_fisher_of_a_softmax_is_the_variance_of_its_score():
             fisher, jax.grad(lambda p, y=outcome: jax.nn.log_softmax(p["z"])[y])(params), 3
         )
     np.testing.assert_allclose(fisher["z"], 2 / 9, rtol=1e-6)
-    np.testing.assert_allclose(
-        regularizers.merge_fisher(fisher, fisher, 0.5)["z"], 3 / 9, rtol=1e-6
-    )
+    np.testing.assert_allclose(regularizers.merge_fisher(fisher, fisher)["z"], 4 / 9, rtol=1e-6)
 
 
 def test_interpolation():
