@@ -1,4 +1,6 @@
-"""Attention behind one function; the mesh's platform chooses the kernel, and each kernel equals `reference` in the tests.
+"""Attention behind one function, with a back end for each platform (CPU, TPU, NVIDIA GPU).
+
+Each back end equals `reference_attention` in the tests.
 
 A query sees a key of its own segment number (padding, number 0, sees padding only), at or before itself where `causal`:
 
@@ -35,7 +37,10 @@ from cptjax.models.attention_tiled import MASKED
 from cptjax.models.config import ModelConfig
 from cptjax.types import Array
 
+# By platform; "xla" is `reference_attention`, and runs everywhere.
 BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
+
+INTERPRET = False  # tests interpret the TPU kernel on a CPU
 
 
 def short_row_backend(backend: str) -> str:
@@ -44,7 +49,7 @@ def short_row_backend(backend: str) -> str:
 
 
 def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
-    """The kernel that runs: what the user names, or the best of the mesh's platform for such arrays."""
+    """Return the back end that the user names, or the best one for the mesh's platform and the model."""
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
@@ -56,9 +61,10 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
         and all(h % 8 == 0 and h <= 128 for h in widths)
     )
     if wanted == "cudnn" and not fits:
-        here = f"here: {platform}, {jnp.dtype(dtype).name}, heads of {widths[0]} and {widths[1]}"
         raise ValueError(
-            f"model.attention='cudnn' takes bfloat16 and heads of 8, 16, ... 128 on an NVIDIA GPU; {here}: set it to 'auto'"
+            "model.attention='cudnn': expected bfloat16 and heads of 8, 16, ... 128 on an NVIDIA GPU, "
+            f"got {jnp.dtype(dtype).name} and heads of {widths[0]} and {widths[1]} on {platform}; "
+            "set it to 'auto'"
         )
     if wanted != "auto":
         return wanted
@@ -66,24 +72,17 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
 
 
 def reference_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q [B T N H], k and v [B S K H], mask [B T S] -> [B T N H]: the definition that every kernel must equal."""
+    """q [B T N H], k and v [B S K H], mask [B T S] -> [B T N H]; the definition of attention."""
     b, t, n, h = q.shape
     kv = k.shape[2]
-    scores = (
-        jnp.einsum(
-            "btkgh,bskh->bkgts",
-            q.reshape(b, t, kv, n // kv, h),
-            k,
-            preferred_element_type=jnp.float32,
-        )
-        * h**-0.5
-    )
+    q = q.reshape(b, t, kv, n // kv, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
     probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), -1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(b, t, n, h)
 
 
 def segment_mask(q_segments: Array, kv_segments: Array, causal: bool, offset: int = 0) -> Array:
-    """[B T] and [B S] -> [B T S]; query i stands at key position i + offset."""
+    """[B T] and [B S] -> [B T S]; query i is at key position i + offset."""
     mask = q_segments[:, :, None] == kv_segments[:, None, :]
     if causal:
         t, s = mask.shape[1:]
@@ -122,25 +121,23 @@ def attend_shared(
     prompt_mask: Array,
     own_mask: Array,
 ) -> Array:
-    """Responses q [Q G R N H] over the shared prompt [Q P K H] and their own keys [Q G S K H]; the prompt is never copied.
+    """Attend with responses q [Q G R N H] to the prompt [Q P K H] and to their own keys [Q G S K H].
 
-    prompt_mask [Q P]; own_mask broadcasts to [Q G R S]. One softmax over both parts.
+    prompt_mask [Q P]; own_mask broadcasts to [Q G R S]. One softmax over both parts; the prompt is
+    never copied.
     """
     nq, g, r, n, h = q.shape
     kv, p = prompt_k.shape[2], prompt_k.shape[1]
     q = q.reshape(nq, g, r, kv, n // kv, h)
-    shared = (
-        jnp.einsum("qgrkmh,qpkh->qkmgrp", q, prompt_k, preferred_element_type=jnp.float32) * h**-0.5
-    )
-    own = jnp.einsum("qgrkmh,qgskh->qkmgrs", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    shared = scores("qgrkmh,qpkh->qkmgrp", q, prompt_k) * h**-0.5
+    own = scores("qgrkmh,qgskh->qkmgrs", q, own_k) * h**-0.5
+    own_mask = jnp.broadcast_to(own_mask, (nq, g, r, own.shape[-1]))
     shared = jnp.where(prompt_mask[:, None, None, None, None], shared, MASKED)
-    own = jnp.where(
-        jnp.broadcast_to(own_mask, (nq, g, r, own.shape[-1]))[:, None, None], own, MASKED
-    )
+    own = jnp.where(own_mask[:, None, None], own, MASKED)
     probs = jax.nn.softmax(jnp.concatenate([shared, own], -1), -1).astype(own_v.dtype)
-    out = jnp.einsum("qkmgrp,qpkh->qgrkmh", probs[..., :p], prompt_v) + jnp.einsum(
-        "qkmgrs,qgskh->qgrkmh", probs[..., p:], own_v
-    )
+    out = jnp.einsum("qkmgrp,qpkh->qgrkmh", probs[..., :p], prompt_v)
+    out = out + jnp.einsum("qkmgrs,qgskh->qgrkmh", probs[..., p:], own_v)
     return out.reshape(nq, g, r, n, h)
 
 
@@ -151,56 +148,57 @@ def attend_cached(
     own_k: Array,
     own_v: Array,
     prompt_mask: Array,
-    seen: Array,
+    visible: Array,
 ) -> Array:
-    """One query [Q G N H] of each response over the shared prompt and its own past; the prompt is never copied.
+    """Attend with one query [Q G N H] of each response to the prompt and to its own past.
 
-    Keys [Q K H P] and [Q G K H R], values [Q K P H] and [Q G K R H]: both products read a head in the order in which it lies.
-    prompt_mask [Q P], seen [Q R]. Two partial softmaxes under one common maximum.
+    Keys [Q K H P] and [Q G K H R], values [Q K P H] and [Q G K R H]: both products read the values
+    of a head in memory order. prompt_mask [Q P], visible [Q R]. Two partial softmaxes with one
+    common maximum; the prompt is never copied.
     """
     nq, g, n, h = q.shape
     kv, m = prompt_k.shape[1], n // prompt_k.shape[1]
     q = q.reshape(nq, g, kv, m, h)
-    # All of a group's queries of one head are one matrix: only queries, maxima, sums and results are turned, never scores.
-    together = lambda x: jnp.swapaxes(x, 1, 2).reshape(nq, kv, g * m, -1)
-    apart = lambda x: jnp.swapaxes(x.reshape(nq, kv, g, m, -1), 1, 2)
-    shared = (
-        jnp.einsum("qkxh,qkhp->qkxp", together(q), prompt_k, preferred_element_type=jnp.float32)
-        * h**-0.5
-    )
-    own = jnp.einsum("qgkmh,qgkhr->qgkmr", q, own_k, preferred_element_type=jnp.float32) * h**-0.5
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    # The queries of a group form one matrix per key/value head. Only queries, maxima, sums and
+    # results change between the two orders, never the scores.
+    def by_head(x):  # [Q G K M .] -> [Q K G*M .]
+        return jnp.swapaxes(x, 1, 2).reshape(nq, kv, g * m, -1)
+
+    def by_response(x):  # [Q K G*M .] -> [Q G K M .]
+        return jnp.swapaxes(x.reshape(nq, kv, g, m, -1), 1, 2)
+
+    shared = product("qkxh,qkhp->qkxp", by_head(q), prompt_k) * h**-0.5
+    own = product("qgkmh,qgkhr->qgkmr", q, own_k) * h**-0.5
     shared = jnp.where(prompt_mask[:, None, None], shared, MASKED)
-    own = jnp.where(seen[:, None, None, None], own, MASKED)
-    top = jnp.maximum(apart(jnp.max(shared, -1)), jnp.max(own, -1, keepdims=True))
-    shared, own = jnp.exp(shared - together(top)), jnp.exp(own - top)
-    total = apart(jnp.sum(shared, -1)) + jnp.sum(own, -1, keepdims=True)
-    shared, own = (x.astype(own_v.dtype) for x in (shared, own))
-    out = apart(jnp.einsum("qkxp,qkph->qkxh", shared, prompt_v, preferred_element_type=jnp.float32))
-    out = out + jnp.einsum("qgkmr,qgkrh->qgkmh", own, own_v, preferred_element_type=jnp.float32)
+    own = jnp.where(visible[:, None, None, None], own, MASKED)
+    top = jnp.maximum(by_response(jnp.max(shared, -1)), jnp.max(own, -1, keepdims=True))
+    shared = jnp.exp(shared - by_head(top))
+    own = jnp.exp(own - top)
+    total = by_response(jnp.sum(shared, -1)) + jnp.sum(own, -1, keepdims=True)
+    out = by_response(product("qkxp,qkph->qkxh", shared.astype(own_v.dtype), prompt_v))
+    out = out + product("qgkmr,qgkrh->qgkmh", own.astype(own_v.dtype), own_v)
     return (out / total).astype(q.dtype).reshape(nq, g, n, h)
 
 
 def attend_group(
     q: Array, k: Array, v: Array, segments: Array, prompt: int, group: int, backend: str
 ) -> Array:
-    """One row holds a prompt of `prompt` slots and `group` responses behind it: q [Q P+G*R N H], segments [Q P] of the prompt."""
+    """Attend in rows of a prompt of `prompt` tokens and `group` responses after it.
+
+    q [Q P+G*R N H]; segments [Q P] of the prompts.
+    """
     nq, total = q.shape[:2]
     r = (total - prompt) // group
-    head = attend(
-        q[:, :prompt],
-        k[:, :prompt],
-        v[:, :prompt],
-        segments,
-        segments,
-        causal=True,
-        backend=backend,
-    )
+    prompts = q[:, :prompt], k[:, :prompt], v[:, :prompt]
+    head = attend(*prompts, segments, segments, causal=True, backend=backend)
     split = lambda x: x[:, prompt:].reshape(nq, group, r, *x.shape[2:])
     arrays = split(q), k[:, :prompt], v[:, :prompt], split(k), split(v)
     if backend == "xla":
         tail = attend_shared(*arrays, segments > 0, jnp.tril(jnp.ones((r, r), bool)))
     elif backend == "tiled":
-        tail = _per_device(_tiled_group, arrays, (segments,))
+        tail = _per_device(attention_tiled.attend_group_tiled, arrays, (segments,))
     else:
         tail = _group_by_copy(*arrays, segments, backend)
     return jnp.concatenate([head, tail.reshape(nq, group * r, *q.shape[2:])], 1)
@@ -215,59 +213,33 @@ def _group_by_copy(
     segments: Array,
     backend: str,
 ) -> Array:
-    """Flash kernels want plain rows: each response gets [prompt keys, own keys]; only keys and values are copied, nothing else."""
+    """`attend_shared` for kernels that take plain rows: each response gets a copy of the prompt's keys."""
     nq, g, r = q.shape[:3]
     p = prompt_k.shape[1]
-    rows = lambda x: x.reshape(nq * g, *x.shape[2:])
-    join = lambda shared, own: rows(
-        jnp.concatenate([jnp.broadcast_to(shared[:, None], (nq, g, *shared.shape[1:])), own], 2)
-    )
+
+    def rows(x):
+        return x.reshape(nq * g, *x.shape[2:])
+
+    def join(shared, own):
+        copies = jnp.broadcast_to(shared[:, None], (nq, g, *shared.shape[1:]))
+        return rows(jnp.concatenate([copies, own], 2))
+
+    keys, values = join(prompt_k, own_k), join(prompt_v, own_v)
     ones = jnp.ones((nq * g, r), segments.dtype)
-    kv_segments = jnp.concatenate(
-        [jnp.repeat((segments > 0).astype(segments.dtype), g, 0), ones], 1
-    )
-    out = attend(
-        rows(q),
-        join(prompt_k, own_k),
-        join(prompt_v, own_v),
-        ones,
-        kv_segments,
-        causal=True,
-        backend=backend,
-        offset=p,
-    )
+    prompt_ids = jnp.repeat((segments > 0).astype(segments.dtype), g, 0)
+    ids = jnp.concatenate([prompt_ids, ones], 1)
+    out = attend(rows(q), keys, values, ones, ids, causal=True, backend=backend, offset=p)
     return out.reshape(q.shape)
 
 
 def _tiled(
     q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int
 ) -> Array:
-    few = (
-        math.prod(q.shape[:3]) * k.shape[1] <= attention_tiled.SCORES
-    )  # all at once, kept for gradients: one tile is nothing to save
-    return (reference_attention if few else attention_tiled.attend_tiled)(
-        q, k, v, segment_mask(q_segments, kv_segments, causal, offset)
-    )
-
-
-def _tiled_group(
-    q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array
-) -> Array:
-    """`attend_shared` in two parts: all responses of a group over the prompt as one row of queries, and each over its own past."""
-    nq, g, r, n, h = q.shape
-    flat = lambda x: x.reshape(nq, g * r, *x.shape[3:])
-    rows = lambda x: x.reshape(nq * g, *x.shape[2:])
-    shared = attention_tiled.attend_part(
-        flat(q),
-        prompt_k,
-        prompt_v,
-        jnp.broadcast_to((segments > 0)[:, None], (nq, g * r, segments.shape[1])),
-    )
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((r, r), bool)), (nq * g, r, r))
-    own = attention_tiled.attend_part(rows(q), rows(own_k), rows(own_v), causal)
-    return attention_tiled.merge_parts(
-        [tuple(x.reshape(nq, g, r, n, -1) for x in part) for part in (shared, own)]
-    )
+    """Attend by tiles; where one tile would hold everything, keep its scores for the gradient."""
+    mask = segment_mask(q_segments, kv_segments, causal, offset)
+    one_tile = math.prod(q.shape[:3]) * k.shape[1] <= attention_tiled.SCORES
+    attention = reference_attention if one_tile else attention_tiled.attend_tiled
+    return attention(q, k, v, mask)
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
@@ -276,13 +248,16 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 
 
 def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interpret: bool):
-    """Made anew in each trace: its mask tables are constants of the program, so no device is needed (ahead-of-time compilation)."""
+    """Build the kernel.
+
+    It is built again in each trace: its mask tables are constants of the program, so compiling
+    ahead of time needs no device.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mask = masks.CausalMask((t, s), offset=offset) if causal else masks.FullMask((t, s))
-    block = lambda n: next(b for b in (512, 384, 256, 128) if n % b == 0)
-    bq, bk = block(t), block(s)
+    bq, bk = (next(b for b in (512, 384, 256, 128) if n % b == 0) for n in (t, s))
     sizes = kernel.BlockSizes(
         block_q=bq,
         block_kv=bk,
@@ -301,7 +276,7 @@ def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interp
 def _splash(
     q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int
 ) -> Array:
-    """The TPU flash kernel, one call per row and key/value head."""
+    """Call the TPU flash kernel once per row and key/value head."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     b, t, n, h = q.shape
@@ -318,35 +293,36 @@ def _splash(
 def _cudnn(
     q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int
 ) -> Array:
-    """The CUDA flash kernel; it wants even lengths, and skips what lies in the future where it knows that rows are causal."""
+    """Call the cuDNN flash kernel, which takes even lengths only.
+
+    Told that rows are causal, it skips the tiles above the diagonal.
+    """
     t = q.shape[1]
     q, k, v, q_segments, kv_segments = (_pad(x, 1, 2) for x in (q, k, v, q_segments, kv_segments))
     mask = segment_mask(q_segments, kv_segments, causal, offset)[:, None]
     square = causal and offset == 0 and q.shape[1] == k.shape[1]
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=square, implementation="cudnn"
-    )[:, :t]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=square, implementation="cudnn")
+    return out[:, :t]
 
 
 def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Array]) -> Array:
-    """A kernel that the compiler cannot cut, each device on its own rows and heads: arrays [B .. heads H], queries first."""
+    """Run a kernel that the compiler cannot partition, each device on its own rows and heads.
+
+    arrays: [B .. heads H], queries first.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(*arrays, *segments)
-    ways, (q, *others) = mesh.shape["model"], arrays
+    ways = mesh.shape["model"]
+    q, *others = arrays
     heads = others[0].shape[-2]
-    if (
-        heads % ways
-    ):  # fewer key/value heads than members of `model`: each member gets a copy of the head it needs
+    if heads % ways:  # fewer key/value heads than devices on `model`: each gets the head it needs
         others = [jnp.repeat(x, math.lcm(heads, ways) // heads, -2) for x in others]
-    spec = lambda x: sharding.partition_spec(("batch", *(None,) * (x.ndim - 3), "heads", None))
-    places = (
-        *map(spec, (q, *others)),
-        *(sharding.partition_spec(("batch", None)) for _ in segments),
-    )
-    return jax.shard_map(kernel, in_specs=places, out_specs=spec(q), check_vma=False)(
-        q, *others, *segments
-    )
 
+    def spec(x):
+        return sharding.partition_spec(("batch", *(None,) * (x.ndim - 3), "heads", None))
 
-INTERPRET = False  # tests run the TPU kernel on the CPU by interpretation
+    specs = [spec(x) for x in (q, *others)]
+    specs += [sharding.partition_spec(("batch", None)) for _ in segments]
+    run = jax.shard_map(kernel, in_specs=tuple(specs), out_specs=spec(q), check_vma=False)
+    return run(q, *others, *segments)

@@ -1,4 +1,6 @@
-"""Attention a few rows at a time, so that scores stay in a processor's cache; they are made again for gradients, never kept.
+"""Attention for CPUs: a few rows at a time, so that the scores of a tile stay in the cache.
+
+Scores are computed again for gradients, never kept.
 
 queries [B T N H] --cut--> tiles of r rows: [r K G*T H] x keys [r K S H] -> scores [r K G*T S] -> values
 """
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 
 from cptjax.types import Array
 
-SCORES = 1 << 19  # of a tile: 2 MiB of float32, a core's second-level cache
+SCORES = 1 << 19  # scores of a tile: 2 MiB of float32, the second-level cache of a core
 MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
 
 
@@ -20,50 +22,75 @@ def attend_tiled(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return attend_part(q, k, v, mask)[0]
 
 
+def attend_group_tiled(
+    q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array
+) -> Array:
+    """`attention.attend_shared` in two parts.
+
+    All responses of a group attend to the prompt as one row of queries, and each to its own past.
+    """
+    nq, g, r, n, h = q.shape
+
+    def rows(x):
+        return x.reshape(nq * g, *x.shape[2:])
+
+    queries = q.reshape(nq, g * r, n, h)
+    prompt_mask = jnp.broadcast_to((segments > 0)[:, None], (nq, g * r, segments.shape[1]))
+    shared = attend_part(queries, prompt_k, prompt_v, prompt_mask)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((r, r), bool)), (nq * g, r, r))
+    own = attend_part(rows(q), rows(own_k), rows(own_v), causal)
+    return merge_parts([[x.reshape(nq, g, r, n, -1) for x in part] for part in (shared, own)])
+
+
 def attend_part(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """`attend`, and the logarithm [B T N 1] of each query's normaliser, by which parts over several sets of keys are put together."""
+    """Return the mixed values [B T N H] and the logarithm [B T N 1] of each query's normaliser.
+
+    `merge_parts` needs the second to join parts over several sets of keys.
+    """
     b, t, n, h = q.shape
     kv, s = k.shape[2], k.shape[1]
     most = max(1, SCORES // (n * t * s))
     rows = max(r for r in range(1, min(most, b) + 1) if b % r == 0)
-    turn = lambda x: (
-        x.reshape(b // rows, rows, x.shape[1], kv, -1, h)
-        .transpose(0, 1, 3, 4, 2, 5)
-        .reshape(b // rows, rows, kv, -1, h)
-    )
-    back = lambda x: x.reshape(b, kv, n // kv, t, -1).transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
-    out, norm = _tiles(turn(q * h**-0.5), turn(k), turn(v), mask.reshape(b // rows, rows, t, s))
-    return back(out), back(norm)
+
+    def to_tiles(x):  # [B T N H] -> [tiles r K G*T H]
+        x = x.reshape(b // rows, rows, x.shape[1], kv, -1, h)
+        return x.transpose(0, 1, 3, 4, 2, 5).reshape(b // rows, rows, kv, -1, h)
+
+    def from_tiles(x):
+        x = x.reshape(b, kv, n // kv, t, -1)
+        return x.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
+
+    tiles = to_tiles(q * h**-0.5), to_tiles(k), to_tiles(v)
+    out, norm = _tiles(*tiles, mask.reshape(b // rows, rows, t, s))
+    return from_tiles(out), from_tiles(norm)
 
 
 def merge_parts(parts: Sequence[tuple[Array, Array]]) -> Array:
-    """Attention over all keys from `part` over some of them."""
+    """Join the results of `attend_part` over several sets of keys."""
     top = functools.reduce(jnp.maximum, [norm for _, norm in parts])
     weights = [jnp.exp(norm - top) for _, norm in parts]
-    out = sum(
-        out.astype(jnp.float32) * weight for (out, _), weight in zip(parts, weights, strict=True)
-    )
-    return (out / sum(weights)).astype(parts[0][0].dtype)
+    pairs = zip(parts, weights, strict=True)
+    mixed = sum(out.astype(jnp.float32) * weight for (out, _), weight in pairs)
+    return (mixed / sum(weights)).astype(parts[0][0].dtype)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, k: Array, mask: Array) -> Array:
     r, kv, x, _ = q.shape
     t, s = mask.shape[1:]
-    scores = jnp.einsum("rkxh,rksh->rkxs", q, k, preferred_element_type=jnp.float32).reshape(
-        r, kv, x // t, t, s
-    )
+    scores = _product("rkxh,rksh->rkxs", q, k).reshape(r, kv, x // t, t, s)
     return (scores + jnp.where(mask, 0.0, MASKED)[:, None, None]).reshape(r, kv, x, s)
 
 
 def _tile(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """Mixed values, and the logarithm of each query's normaliser."""
+    """Return the mixed values of a tile and the logarithm of each query's normaliser."""
     scores = _scores(q, k, mask)
     top = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, -1, keepdims=True)
-    mixed = jnp.einsum(
-        "rkxs,rksh->rkxh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    mixed = _product("rkxs,rksh->rkxh", weights.astype(v.dtype), v)
     return (mixed / total).astype(q.dtype), top + jnp.log(total)
 
 
@@ -77,20 +104,15 @@ def _tile_gradient(
     slope: Array,
     norm_slope: Array,
 ) -> tuple[Array, Array, Array]:
+    """Return the gradients by queries, keys and values."""
     probs = jnp.exp(_scores(q, k, mask) - norm)
-    product = lambda how, a, b, like: jnp.einsum(
-        how, a.astype(b.dtype), b, preferred_element_type=jnp.float32
-    ).astype(like.dtype)
-    dot = (
-        jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), -1, keepdims=True) - norm_slope
-    )
-    back = probs * (
-        jnp.einsum("rkxh,rksh->rkxs", slope, v, preferred_element_type=jnp.float32) - dot
-    )
+    dot = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), -1, keepdims=True)
+    dot = dot - norm_slope
+    score_slope = probs * (_product("rkxh,rksh->rkxs", slope, v) - dot)
     return (
-        product("rkxs,rksh->rkxh", back, k, q),
-        product("rkxs,rkxh->rksh", back, q, k),
-        product("rkxs,rkxh->rksh", probs, slope, v),
+        _product("rkxs,rksh->rkxh", score_slope.astype(k.dtype), k).astype(q.dtype),
+        _product("rkxs,rkxh->rksh", score_slope.astype(q.dtype), q).astype(k.dtype),
+        _product("rkxs,rkxh->rksh", probs.astype(slope.dtype), slope).astype(v.dtype),
     )
 
 
