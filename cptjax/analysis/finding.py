@@ -28,9 +28,9 @@ class FindingChart:
 @dataclasses.dataclass(frozen=True)
 class Finding:
     title: str
-    said: Sequence[str]
+    sentences: Sequence[str]
     tables: Sequence[FindingTable]
-    pictures: Sequence[FindingChart]
+    charts: Sequence[FindingChart]
     numbers: dict[str, Any]
 
 
@@ -38,7 +38,7 @@ def print_finding(found: Finding) -> None:
     """On the console."""
     for table in found.tables:
         console.print_table(table.title, table.header, table.rows)
-    for sentence in found.said:
+    for sentence in found.sentences:
         console.print_message(sentence)
 
 
@@ -48,7 +48,7 @@ def write_finding(found: Finding, out: Path) -> Path:
         out,
         page.jinja_environment()
         .get_template("finding.html.jinja")
-        .render(title=found.title, found=found),
+        .render(title=found.title, finding=found),
     )
     files.write_json(out.with_suffix(".json"), files.to_jsonable(found.numbers))
     return out

@@ -110,11 +110,11 @@ class AccuracyTable:
     stages: tuple[tuple[str, ...], ...]
     cells: Cells
     forced: Cells = dataclasses.field(default_factory=dict)
-    drift: Cells = dataclasses.field(default_factory=dict)
-    inside: tuple[
+    base_kl: Cells = dataclasses.field(default_factory=dict)
+    within_stage: tuple[
         tuple[int, int, str, float], ...
     ] = ()  # (stage, step, task, accuracy) within stages, fixed small sets
-    examined: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
+    evaluated: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=dict
     )  # of general tasks, by the config's names
@@ -122,7 +122,7 @@ class AccuracyTable:
     @property
     def tasks(self) -> tuple[str, ...]:
         trained = dict.fromkeys(task for stage in self.stages for task in stage)
-        return tuple(task for task in trained if self.examined is None or task in self.examined)
+        return tuple(task for task in trained if self.evaluated is None or task in self.evaluated)
 
     @property
     def general(self) -> tuple[str, ...]:
@@ -266,9 +266,9 @@ def forgetting_metrics(
         for name in ("general_delta", *t.groups)
     }
     now = t.stages[t.final - 1] if t.final else ()
-    found["kl_new"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in now], t.drift)
+    found["kl_new"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in now], t.base_kl)
     found["kl_old"] = mean_of_sums(
-        [add_cell_weights((1, t.final, j)) for j in [*t.old(), *t.general]], t.drift
+        [add_cell_weights((1, t.final, j)) for j in [*t.old(), *t.general]], t.base_kl
     )
     return {
         name: {**found[name], "formula": f.text, "better": f.better}
@@ -312,10 +312,12 @@ def per_stage_metrics(t: AccuracyTable) -> list[dict[str, Any]]:
             )["value"],
             "drop": mean_of_sums([change(j, s - 1) for j in others], t.cells)["value"],
             "loss": mean_of_sums(lost, t.cells)["value"],
-            "kl_new": mean_of_sums([add_cell_weights((1, s, j)) for j in tasks], t.drift)["value"],
+            "kl_new": mean_of_sums([add_cell_weights((1, s, j)) for j in tasks], t.base_kl)[
+                "value"
+            ],
             "kl_old": mean_of_sums(
                 [add_cell_weights((1, s, j)) for j in others if before[j] or j in t.general],
-                t.drift,
+                t.base_kl,
             )["value"],
         }
         rows.append({"stage": s, "tasks": list(tasks), **values})

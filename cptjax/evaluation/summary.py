@@ -1,4 +1,4 @@
-"""What a workdir's evaluations amount to: matrix.csv and summary.json, for finished, running and crashed runs."""
+"""Load the result files of a run and write its matrix.csv and summary.json."""
 
 import dataclasses
 import json
@@ -24,12 +24,11 @@ from cptjax.evaluation.matrix import (
 def count_transitions(
     before: Mapping[tuple[str, str], float], after: Mapping[tuple[str, str], float]
 ) -> dict[str, dict[str, int]]:
-    """Counts per task the examples that went from right to wrong and back; right is a score of at least a half."""
+    """Count per task the examples that went from right to wrong and back; right is a score of at least a half."""
+    names = {(1, 0): "lost", (0, 1): "gained", (1, 1): "kept", (0, 0): "never"}
     counts: dict[str, dict[str, int]] = {}
     for key in before.keys() & after.keys():
-        name = {(1, 0): "lost", (0, 1): "gained", (1, 1): "kept", (0, 0): "never"}[
-            before[key] >= 0.5, after[key] >= 0.5
-        ]
+        name = names[before[key] >= 0.5, after[key] >= 0.5]
         row = counts.setdefault(key[0], dict.fromkeys(("lost", "gained", "kept", "never", "n"), 0))
         row[name] += 1
         row["n"] += 1
@@ -37,7 +36,7 @@ def count_transitions(
 
 
 def mean_and_sd(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Returns mean and sample standard deviation over seeds; None where no seed has the number."""
+    """Return mean and sample standard deviation over seeds; None if no seed has the number."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return None
@@ -49,63 +48,69 @@ def mean_and_sd(values: Iterable[float | None]) -> dict[str, Any] | None:
 
 
 def tasks_by_stage(config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Reads which tasks each stage trains from a run's config."""
+    """Return the tasks that each stage of a run trains."""
     tasks = [stage["task"] for stage in config["stages"]]
     return tuple((t,) if isinstance(t, str) else tuple(t) for t in tasks)
 
 
 def evaluation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads which tasks a run evaluates and which groups of general ones it names, as fields of a Table."""
-    asked = config.get("eval", {})
-    named = asked.get("tasks", "all")
-    tasks = None if named == "all" else (*named.split(","), *asked["general"])
+    """Return the tasks that a run evaluates and its groups of general tasks, as fields of AccuracyTable."""
+    settings = config.get("eval", {})
+    names = settings.get("tasks", "all")
     return {
-        "examined": tasks,
-        "groups": {name: tuple(tasks) for name, tasks in asked.get("groups", {}).items()},
+        "evaluated": None if names == "all" else (*names.split(","), *settings["general"]),
+        "groups": {name: tuple(tasks) for name, tasks in settings.get("groups", {}).items()},
     }
 
 
 def build_accuracy_table(
-    rows: Iterable[Mapping[str, Any]], stages: Sequence[Sequence[str]], **more: Any
+    rows: Iterable[Mapping[str, Any]],
+    stages: Sequence[Sequence[str]],
+    evaluated: tuple[str, ...] | None = None,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
 ) -> AccuracyTable:
-    """Sorts rows of evals.csv into a Table, with `more` fields; of several templates a task's first counts, of repeats the last."""
+    """Build the accuracy table from rows of evals.csv.
+
+    If a task has rows of several templates, the first template counts; of repeated rows, the last counts.
+    """
     rows = [row for row in rows if not math.isnan(row["value"])]
     template = {
         row["task"]: row.get("template")
         for row in reversed(rows)
         if row["metric"] == run_log.ACCURACY
     }
-    found: dict[str, Cells] = {
+    cells: dict[str, Cells] = {
         run_log.ACCURACY: {},
         run_log.ACCURACY_FORCED: {},
         run_log.KL_BASE: {},
     }
-    inside: dict[tuple[int, int, str], float] = {}
+    within_stage: dict[tuple[int, int, str], float] = {}
     for row in rows:
         stage, task, metric = row["stage"], row["task"], row["metric"]
-        if metric != run_log.KL_BASE and row.get("template") != template.get(
-            task, row.get("template")
-        ):
+        is_first_template = row.get("template") == template.get(task, row.get("template"))
+        if metric != run_log.KL_BASE and not is_first_template:
             continue
-        if metric in found:
-            found[metric][stage, task] = Cell(row["value"], _stderr(row), row["n"])
+        if metric in cells:
+            cells[metric][stage, task] = Cell(row["value"], _stderr(row), row["n"])
         elif metric == run_log.ACCURACY_MINI:
-            inside[stage, row["step"], task] = row["value"]
-    cells = (found[m] for m in (run_log.ACCURACY, run_log.ACCURACY_FORCED, run_log.KL_BASE))
+            within_stage[stage, row["step"], task] = row["value"]
     return AccuracyTable(
-        tuple(map(tuple, stages)), *cells, tuple((*k, v) for k, v in inside.items()), **more
+        tuple(map(tuple, stages)),
+        cells[run_log.ACCURACY],
+        forced=cells[run_log.ACCURACY_FORCED],
+        base_kl=cells[run_log.KL_BASE],
+        within_stage=tuple((*key, value) for key, value in within_stage.items()),
+        evaluated=evaluated,
+        groups=groups or {},
     )
 
 
 def _stderr(row: Mapping[str, Any]) -> float:
+    """The standard error of a row, that of a share of n where the row has none."""
+    if math.isfinite(row["stderr"]):
+        return row["stderr"]
     p, n = row["value"], row["n"]
-    return (
-        row["stderr"]
-        if math.isfinite(row["stderr"])
-        else math.sqrt(max(p * (1 - p), 0) / n)
-        if n
-        else math.nan
-    )
+    return math.sqrt(max(p * (1 - p), 0) / n) if n else math.nan
 
 
 def load_config(workdir: Path | str) -> dict[str, Any]:
@@ -177,60 +182,53 @@ def count_run_transitions(tables: RunTables) -> dict[str, Any]:
 
 
 def describe_coverage(t: AccuracyTable) -> str:
-    """Says in words which part of the schedule the numbers are about."""
-    based = any((0, task) in t.cells for task in t.tasks)
-    missing = ["the base model"] * (not based) + [
-        f"{task} at stage {i}" for i, task in t.missing(based) if i <= t.final
-    ]
-    whole = f"all {len(t.stages)} stages" if len(t.stages) > 1 else "its one stage"
-    text = whole if t.finished else f"{t.final} of {len(t.stages)} stages so far"
+    """Say in words which part of the schedule the numbers cover."""
+    has_base = any((0, task) in t.cells for task in t.tasks)
+    missing = [] if has_base else ["the base model"]
+    missing += [f"{task} at stage {i}" for i, task in t.missing(has_base) if i <= t.final]
+    text = f"{t.final} of {len(t.stages)} stages so far"
+    if t.finished:
+        text = f"all {len(t.stages)} stages" if len(t.stages) > 1 else "its one stage"
     return text + (f"; not measured: {', '.join(missing)}" if missing else "")
 
 
 def _summarise_task(t: AccuracyTable, task: str) -> dict[str, Any]:
-    value = lambda cells, row: cells.get((row, task), NO_CELL).value
-    S, learned = t.final, t.last(task)
-    free = {
-        "base": value(t.cells, 0),
-        "final": value(t.cells, S),
-        "stderr": t.cells.get((S, task), NO_CELL).stderr,
-    }
-    forced = {"base_forced": value(t.forced, 0), "forced": value(t.forced, S)}
+    def value(cells: Cells, row: int) -> float:
+        return cells.get((row, task), NO_CELL).value
+
+    learned = t.last(task)
     return {
         "learned_at": learned,
         "learned": value(t.cells, learned) if learned else None,
-        **free,
-        **forced,
+        "base": value(t.cells, 0),
+        "final": value(t.cells, t.final),
+        "stderr": t.cells.get((t.final, task), NO_CELL).stderr,
+        "base_forced": value(t.forced, 0),
+        "forced": value(t.forced, t.final),
     }
 
 
 def _summarise_group(t: AccuracyTable, tasks: tuple[str, ...]) -> dict[str, Any]:
-    mean = lambda row: float(np.mean([t.cells.get((row, j), NO_CELL).value for j in tasks]))
-    return {"tasks": list(tasks), "base": mean(0), "final": mean(t.final)}
+    base, final = (
+        float(np.mean([t.cells.get((row, task), NO_CELL).value for task in tasks]))
+        for row in (0, t.final)
+    )
+    return {"tasks": list(tasks), "base": base, "final": final}
 
 
 def summarise_table(t: AccuracyTable, joint: AccuracyTable | None = None) -> dict[str, Any]:
-    """Returns everything that follows from the evaluations alone."""
-    state = {
+    """Compute the part of the summary that follows from the evaluations alone; `joint` is the table of a joint run."""
+    return {
         "finished": t.finished,
         "covers": describe_coverage(t),
         "stage": t.final,
-        "stages": [list(a) for a in t.stages],
+        "stages": [list(tasks) for tasks in t.stages],
         "unit": "fraction of 1",
-    }
-    parts = {
         "metrics": forgetting_metrics(t, joint),
         "format_share": measure_format_share(t),
         "per_stage": per_stage_metrics(t),
-    }
-    columns = {
-        "tasks": {j: _summarise_task(t, j) for j in t.tasks},
-        "general": {j: _summarise_task(t, j) for j in t.general},
-    }
-    return {
-        **state,
-        **parts,
-        **columns,
+        "tasks": {task: _summarise_task(t, task) for task in t.tasks},
+        "general": {task: _summarise_task(t, task) for task in t.general},
         "groups": {name: _summarise_group(t, tasks) for name, tasks in t.groups.items()},
     }
 

@@ -74,7 +74,7 @@ def test_the_score_is_the_gradient_of_the_log_density():
 def test_the_finding_compares_at_equal_gain(tmp_path):
     found = mixture.analyze()
     page = finding.write_finding(found, tmp_path / "mixture.html")
-    assert "0.124" in found.said[0] and page.read_text().count("<svg") == 2
+    assert "0.124" in found.sentences[0] and page.read_text().count("<svg") == 2
     assert (
         len(json.loads((tmp_path / "mixture.json").read_text())["paths"])
         == len(found.tables[0].rows)
@@ -130,7 +130,10 @@ def test_a_planted_law_is_found_over_runs(tmp_path):
     )
     rows = found.numbers["stages"]
     points = np.array([(r["far"]["KL on the new task"], r["loss"]) for r in rows])
-    assert new["pearson"] == pytest.approx(np.corrcoef(points.T)[0, 1]) and "100 %" in found.said[0]
+    assert (
+        new["pearson"] == pytest.approx(np.corrcoef(points.T)[0, 1])
+        and "100 %" in found.sentences[0]
+    )
 
 
 def test_too_few_stages_for_a_fit_are_told(tmp_path):

@@ -256,8 +256,8 @@ def test_rows_sort_into_a_table():
     }  # sqrt(.25 / 25) where no stderr is given
     assert (
         t.forced[1, "a"].value == 0.6
-        and t.drift[1, "a"].value == 2.5
-        and t.inside == ((1, 4, "a", 0.7),)
+        and t.base_kl[1, "a"].value == 2.5
+        and t.within_stage == ((1, 4, "a", 0.7),)
     )
     assert matrix.forgetting_metrics(t)["kl_new"]["value"] == 2.5
 

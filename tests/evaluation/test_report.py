@@ -205,11 +205,11 @@ def test_a_finished_run_reads_back_its_numbers(tmp_path):
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings[:3] == ["Accuracy after each stage", "Learning and forgetting", "Training"]
     assert headings[3:] == [
-        "Answers the model drew",
+        "Sampled responses",
         "Which examples changed",
         "All numbers",
         "Cost",
-        "Setting",
+        "Settings",
     ]
 
 
@@ -302,7 +302,7 @@ def test_bases_that_differ_are_shown_as_such(tmp_path):
     text = written(tmp_path)
     assert (
         "do not start from the same base model" in text
-        and f"<td>{words.format_percent(low)} to {words.format_percent(high)}</td>" in text
+        and f">{words.format_percent(low)} to {words.format_percent(high)}</td>" in text
     )
 
 
@@ -377,8 +377,8 @@ def test_a_run_that_is_not_finished_is_not_judged(tmp_path):
     (verdict,) = expect.judge_expectations(read.read_arms([tmp_path]))
     assert (
         verdict.met is None
-        and verdict.found["seed1"] is None
-        and verdict.holds(verdict.found["seed0"])
+        and verdict.values["seed1"] is None
+        and verdict.holds(verdict.values["seed0"])
     )
     at_bound = expect.Verdict({"arm": "a", "metric": "text", "at_least": -0.03}, {})
     assert at_bound.holds(0.97 - 1.0) and not at_bound.holds(-0.031)
@@ -399,9 +399,9 @@ def test_a_run_that_is_not_finished_is_not_judged(tmp_path):
         ({"arm": "grpo", "metric": "text", "at_least": "0"}, "expected arm, metric, one of"),
         (
             {"arm": "grpo", "metric": "text", "within": 0.1},
-            "expected a tuple of arms beside within",
+            "expected a tuple of arms with within",
         ),
-        ({"arm": ("grpo", "sft_bare"), "metric": "text", "at_most": 0}, "else one arm"),
+        ({"arm": ("grpo", "sft_bare"), "metric": "text", "at_most": 0}, "otherwise one arm"),
         (
             {"arm": "gpro", "metric": "text", "at_most": 0},
             "names the arm 'gpro'; did you mean 'grpo'",
@@ -433,7 +433,7 @@ def test_seeds_of_an_arm_become_mean_and_deviation(tmp_path):
     make(tmp_path / "sft_bare" / "seed0_order1", "sft_bare")
     arms = read.read_arms([tmp_path])
     assert [(a.label, len(a.runs)) for a in arms] == [("sft_bare", 1), ("grpo", 3)]
-    values = [r.number("avg_acc")["value"] for r in arms[1].runs]
+    values = [r.metric("avg_acc")["value"] for r in arms[1].runs]
     assert (
         words.format_spread(arms[1].spread("avg_acc"))
         == f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
@@ -515,14 +515,14 @@ def test_arms_within_noise_are_not_ranked(tmp_path):
 def test_arms_apart_in_every_seed_are_ranked_though_seeds_differ_much():
     found = lambda value: {"value": value, "stderr": 0.0}
     metrics = lambda value: {
-        "number": lambda name: found(value),
+        "metric": lambda name: found(value),
         "summary": {"metrics": {"fm_diagonal": found(value)}},
     }
     run = lambda seed, value: types.SimpleNamespace(variant=f"seed{seed}", **metrics(value))
     arm = lambda label, values: read.Arm(
         label, tuple(run(seed, v) for seed, v in enumerate(values))
     )
-    said = lambda *values: words._best_and_worst(
+    said = lambda *values: words.best_and_worst_sentence(
         [arm("calm", (0.0, -0.01, 0.0)), arm("wild", values)],
         "fm_diagonal",
         "{best} {worst}",

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run, or about several runs side by side, and their numbers as JSON."""
+"""Write the HTML report of one run, or of several runs compared, with their numbers as JSON."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +11,25 @@ from cptjax.evaluation.summary import RunTables
 
 
 def write_report(folders: Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Writes the report on the runs under `folders`; without `out`, as report.html into the first of them."""
-    return _write_page(
-        read.read_arms(folders), folders, Path(out) if out else Path(folders[0]) / "report.html"
-    )
+    """Write the report on the runs under `folders`; without `out`, as report.html into the first folder."""
+    out = Path(out) if out else Path(folders[0]) / "report.html"
+    return _write_page(read.read_arms(folders), folders, out)
 
 
-def write_run_report(tables: RunTables, totals: dict[str, Any]) -> Path:
-    """Write report.html into the workdir of one run whose files are already parsed; `totals` is its summary."""
+def write_run_report(tables: RunTables, summary: dict[str, Any]) -> Path:
+    """Write report.html into the workdir of one run whose result files are already parsed."""
     label = tables.workdir.resolve().name
     out = tables.workdir / "report.html"
-    files.write_text(out, page.render_run_page(read.report_run(tables, totals, label)))
+    files.write_text(out, page.render_run_page(read.ReportRun(label, tables, summary)))
     return out
 
 
 def write_comparison(folder: Path) -> Path:
-    """Writes the report on the runs of one config, and their summaries again: each now knows the joint run beside it."""
+    """Write the report on all runs of one config, and their summaries again: they now include the joint run."""
     arms = read.read_arms([folder])
-    for run in (run for arm in arms for run in arm.runs):
-        files.write_json(run.path / "summary.json", run.summary)
+    for arm in arms:
+        for run in arm.runs:
+            files.write_json(run.path / "summary.json", run.summary)
     return _write_page(arms, [folder], folder / "report.html")
 
 
@@ -37,9 +37,9 @@ def _write_page(arms: Sequence[Arm], folders: Sequence[Path | str], out: Path) -
     if len(arms) == 1 and len(arms[0].runs) == 1:
         files.write_text(out, page.render_run_page(arms[0].runs[0]))
         return out
-    title = (
-        Path(folders[0]).resolve().name if len(folders) == 1 else " · ".join(a.label for a in arms)
-    )
+    title = Path(folders[0]).resolve().name
+    if len(folders) > 1:
+        title = " · ".join(arm.label for arm in arms)
     verdicts = expect.judge_expectations(arms)
     files.write_text(out, page.render_comparison_page(arms, title, verdicts))
     files.write_json(out.with_suffix(".json"), comparison_numbers(arms, verdicts))
@@ -47,12 +47,13 @@ def _write_page(arms: Sequence[Arm], folders: Sequence[Path | str], out: Path) -
 
 
 def comparison_numbers(arms: Sequence[Arm], verdicts: Sequence[expect.Verdict]) -> dict[str, Any]:
-    """What a comparison amounts to: mean, deviation and count over seeds of every number, and what of the expected was found."""
-    names = {
-        arm.label: dict.fromkeys(name for run in arm.runs for name in run.summary["metrics"])
-        for arm in arms
+    """Return mean, deviation and count over seeds of every metric, and the verdicts on the expectations."""
+    spreads: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        names = dict.fromkeys(name for run in arm.runs for name in run.summary["metrics"])
+        spreads[arm.label] = {name: spread for name in names if (spread := arm.spread(name))}
+    return {
+        "unit": "fraction of 1",
+        "arms": spreads,
+        "expected": [verdict.to_dict() for verdict in verdicts],
     }
-    spreads = {
-        arm.label: {name: s for name in names[arm.label] if (s := arm.spread(name))} for arm in arms
-    }
-    return {"unit": "fraction of 1", "arms": spreads, "expected": [v.plain() for v in verdicts]}

@@ -1,4 +1,6 @@
-"""Whether the arms of a comparison show what `config.expect` says they must; only finished runs are judged, by their own numbers.
+"""Judge whether the arms of a comparison show what `config.expect` says they must.
+
+Only finished runs are judged, by their own numbers.
 
     dict(arm="grpo", metric="text", at_least=-0.03)                     in each seed or order; likewise at_most
     dict(arm="grpo", metric="fm_diagonal", above="sft")                 more than another arm
@@ -28,75 +30,70 @@ MISSED_IN_HEADLINE = 3  # missed expectations that the headline names
 
 
 def check_expectations(config: ConfigDict) -> None:
-    """Refuses group names that are taken, and expectations that no report could judge."""
+    """Refuse group names that are already metrics, and expectations that no report can judge."""
     groups = [name for group in config.eval.groups for name in (group, f"{group}_forced")]
     if taken := [name for name in groups if name in FORMULAS or groups.count(name) > 1]:
         raise ValueError(
             f"config.eval.groups: {taken[0]} already names a number; choose another name"
         )
     for i, entry in enumerate(config.expect):
-        where = f"config.expect[{i}]"
+        setting = f"config.expect[{i}]"
         relations = [key for key in EXPECT_RELATIONS if key in entry]
-        fits = all(
+        types_fit = all(
             isinstance(entry[key], str if key == "above" else int | float) for key in relations
         )
-        if (
-            set(entry) - {"mean"} != {"arm", "metric", *relations}
-            or len(relations) != 1
-            or not fits
-        ):
+        keys_fit = set(entry) - {"mean"} == {"arm", "metric", *relations}
+        if not keys_fit or len(relations) != 1 or not types_fit:
             raise ValueError(
-                f"{where} is {dict(entry)}; expected arm, metric, one of {', '.join(EXPECT_RELATIONS)}, perhaps mean=True"
+                f"{setting}: expected arm, metric, one of {', '.join(EXPECT_RELATIONS)}, "
+                f"and optionally mean=True; got {dict(entry)}"
             )
         if isinstance(entry["arm"], str) == ("within" in entry):
             raise ValueError(
-                f"{where} has arm={entry['arm']!r}; expected a tuple of arms beside within, else one arm"
+                f"{setting}: expected a tuple of arms with within and otherwise one arm; got arm={entry['arm']!r}"
             )
-        for arm in (
-            expected_arms(entry) if len(config.arms) else ()
-        ):  # without arms, runs beside this one are meant, named by their folders
-            _refuse_unknown(arm, list(config.arms), f"{where} names the arm")
-        _refuse_unknown(entry["metric"], [*FORMULAS, *groups], f"{where} names the metric")
+        # without arms in the config, an expectation names the folders of other runs
+        for arm in expected_arms(entry) if len(config.arms) else ():
+            _refuse_unknown(arm, list(config.arms), f"{setting} names the arm")
+        _refuse_unknown(entry["metric"], [*FORMULAS, *groups], f"{setting} names the metric")
 
 
-def _refuse_unknown(name: str, names: Sequence[str], where: str) -> None:
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        raise ValueError(
-            f"{where} {name!r}; "
-            + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}")
-        )
+def _refuse_unknown(name: str, known: Sequence[str], subject: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+        raise ValueError(f"{subject} {name!r}; {hint}")
 
 
 def expected_arms(entry: Mapping[str, Any]) -> list[str]:
-    """The arms that an expectation is about, those it is compared with last."""
+    """Return the arms of an expectation; the arm that it compares with is last."""
     arms = [entry["arm"]] if isinstance(entry["arm"], str) else list(entry["arm"])
     return arms + ([entry["above"]] if "above" in entry else [])
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
+    """An expectation and the numbers that decide it."""
+
     entry: Mapping[str, Any]
-    found: dict[
-        str, float | None
-    ]  # by seed or order, or of "mean"; None = not measured, or its run is not finished
+    values: dict[str, float | None]  # by seed or order, or of "mean"; None = no finished run
 
     def holds(self, value: float | None) -> bool | None:
-        """Whether a number meets the expectation; None where there is no number."""
-        e = self.entry
+        """Return whether a number meets the expectation; None if there is no number."""
         if value is None:
             return None
-        low = e.get("at_least", 2 * ROUNDING_TOLERANCE if "above" in e else -np.inf)
-        return bool(
-            low - ROUNDING_TOLERANCE
-            <= value
-            <= e.get("at_most", e.get("within", np.inf)) + ROUNDING_TOLERANCE
-        )
+        entry = self.entry
+        low = entry.get("at_least", 2 * ROUNDING_TOLERANCE if "above" in entry else -np.inf)
+        high = entry.get("at_most", entry.get("within", np.inf))
+        return bool(low - ROUNDING_TOLERANCE <= value <= high + ROUNDING_TOLERANCE)
 
     @property
     def met(self) -> bool | None:
-        every = [self.holds(value) for value in self.found.values()]
-        return False if False in every else None if None in every or not every else True
+        """Whether all numbers meet the expectation; None if one is missing and none misses it."""
+        results = [self.holds(value) for value in self.values.values()]
+        if False in results:
+            return False
+        return None if None in results or not results else True
 
     @property
     def word(self) -> str:
@@ -110,57 +107,55 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        e, title = self.entry, words.metric_title(self.entry["metric"])
-        arms = expected_arms(e)
-        if "within" in e:
-            said = f"{title} of {', '.join(arms)} within {self.shown(e['within'])}"
-        elif "above" in e:
-            said = f"{title} of {arms[0]} above that of {arms[1]}"
+        entry, title = self.entry, words.metric_title(self.entry["metric"])
+        arms = expected_arms(entry)
+        if "within" in entry:
+            text = f"{title} of {', '.join(arms)} within {self.shown(entry['within'])}"
+        elif "above" in entry:
+            text = f"{title} of {arms[0]} above that of {arms[1]}"
+        elif "at_least" in entry:
+            text = f"{title} of {arms[0]} at least {self.shown(entry['at_least'])}"
         else:
-            least = "at_least" in e
-            said = f"{title} of {arms[0]} at {'least' if least else 'most'} {self.shown(e['at_least' if least else 'at_most'])}"
-        return said + ", mean over seeds" * bool(e.get("mean"))
+            text = f"{title} of {arms[0]} at most {self.shown(entry['at_most'])}"
+        return text + ", mean over seeds" * bool(entry.get("mean"))
 
-    def plain(self) -> dict[str, Any]:
-        """As the JSON beside the report holds it."""
-        found = {
-            key: {"value": value, "met": self.holds(value)} for key, value in self.found.items()
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of the report's JSON."""
+        values = {
+            variant: {"value": value, "met": self.holds(value)}
+            for variant, value in self.values.items()
         }
-        return {"says": self.text, "met": self.met, "found": found, "expect": self.entry}
+        return {"says": self.text, "met": self.met, "found": values, "expect": self.entry}
 
 
 def judge_expectations(arms: Sequence[Arm]) -> list[Verdict]:
-    """Every expectation of the runs' configs, each once: the missed ones first, then those without a number."""
-    asked = {
-        json.dumps(e, sort_keys=True): e
-        for arm in arms
-        for run in arm.runs
-        for e in run.config.get("expect", ())
-    }
-    verdicts = [Verdict(entry, _measure_by_variant(entry, arms)) for entry in asked.values()]
-    return sorted(verdicts, key=lambda v: (False, None, True).index(v.met))
+    """Judge each distinct expectation of the runs' configs; missed ones first, then those without a number."""
+    entries: dict[str, Mapping[str, Any]] = {}
+    for arm in arms:
+        for run in arm.runs:
+            for entry in run.config.get("expect", ()):
+                entries[json.dumps(entry, sort_keys=True)] = entry
+    verdicts = [Verdict(entry, _measure_by_variant(entry, arms)) for entry in entries.values()]
+    return sorted(verdicts, key=lambda verdict: (False, None, True).index(verdict.met))
 
 
 def _measure_by_variant(entry: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, float | None]:
+    """The bounded number by seed or order, or that of the mean over seeds."""
     by_arm = {
-        arm.label: {run.variant: _finished_number(run, entry["metric"]) for run in arm.runs}
+        arm.label: {run.variant: _finished_value(run, entry["metric"]) for run in arm.runs}
         for arm in arms
     }
-    each = [by_arm.get(name, {}) for name in expected_arms(entry)]
+    values = [by_arm.get(name, {}) for name in expected_arms(entry)]
     if entry.get("mean"):
-        return {
-            "mean": _bounded_number(
-                entry, [_mean_if_complete(numbers.values()) for numbers in each]
-            )
-        }
+        return {"mean": _bounded_number(entry, [_mean_if_complete(v.values()) for v in values])}
+    variants = dict.fromkeys(variant for v in values for variant in v)
     return {
-        variant: _bounded_number(entry, [numbers.get(variant) for numbers in each])
-        for variant in dict.fromkeys(v for n in each for v in n)
+        variant: _bounded_number(entry, [v.get(variant) for v in values]) for variant in variants
     }
 
 
-def _finished_number(run: ReportRun, metric: str) -> float | None:
-    return run.number(metric)["value"] if run.table.finished else None
+def _finished_value(run: ReportRun, metric: str) -> float | None:
+    return run.metric(metric)["value"] if run.table.finished else None
 
 
 def _mean_if_complete(values: Iterable[float | None]) -> float | None:
@@ -169,40 +164,29 @@ def _mean_if_complete(values: Iterable[float | None]) -> float | None:
 
 
 def _bounded_number(entry: Mapping[str, Any], values: Sequence[float | None]) -> float | None:
-    """The one number that an expectation bounds."""
+    """The one number that an expectation bounds, from the values of its arms."""
     if None in values:
         return None
-    return (
-        max(values) - min(values)
-        if "within" in entry
-        else values[0] - values[1]
-        if "above" in entry
-        else values[0]
-    )
+    if "within" in entry:
+        return max(values) - min(values)
+    return values[0] - values[1] if "above" in entry else values[0]
 
 
 def verdict_sentences(verdicts: Sequence[Verdict]) -> list[Markup]:
-    """What was expected and came, and what did not."""
+    """Say how many expectations are met, and name some that are missed."""
     if not verdicts:
         return []
-    missed = [v for v in verdicts if v.met is False]
-    open_ = sum(v.met is None for v in verdicts)
-    metrics = {"m": f"{sum(bool(v.met) for v in verdicts)} of {len(verdicts)}"}
-    said = [
-        words.html_sentence(
-            "{m} expectations are met"
-            + f", {open_} not judged: a number is missing" * bool(open_)
-            + ".",
-            **metrics,
-        )
-    ]
+    met = sum(bool(verdict.met) for verdict in verdicts)
+    not_judged = sum(verdict.met is None for verdict in verdicts)
+    note = f", {not_judged} not judged: a number is missing" * bool(not_judged)
+    text = "{m} expectations are met" + note + "."
+    sentences = [words.html_sentence(text, m=f"{met} of {len(verdicts)}")]
+    missed = [verdict for verdict in verdicts if verdict.met is False]
     for verdict in missed[:MISSED_IN_HEADLINE]:
-        found = [
-            f"{verdict.shown(value)} ({where})"
-            for where, value in verdict.found.items()
+        values = ", ".join(
+            f"{verdict.shown(value)} ({variant})"
+            for variant, value in verdict.values.items()
             if verdict.holds(value) is False
-        ]
-        said.append(
-            words.html_sentence("Missed: {t}; found {f}.", t=verdict.text, f=", ".join(found))
         )
-    return said
+        sentences.append(words.html_sentence("Missed: {t}; found {f}.", t=verdict.text, f=values))
+    return sentences

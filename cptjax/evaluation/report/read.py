@@ -1,4 +1,4 @@
-"""Finds the runs under the folders a reader names, and reads what a report needs of them."""
+"""Find the runs under the given folders and read what the report shows of them."""
 
 import base64
 import dataclasses
@@ -9,58 +9,68 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from cptjax.common import files
 from cptjax.evaluation import summary
 from cptjax.evaluation.matrix import AccuracyTable
+from cptjax.evaluation.summary import RunTables
 
 SEED_FOLDER = re.compile(r"(seed|order)\d+(_(seed|order)\d+)?")
 IGNORED_FOLDERS = {
-    "base",
+    "base",  # the pre-stage that made the base model
     "hf",
     "checkpoints",
     "rollouts",
     "predictions",
     "tensorboard",
     "wandb",
-}  # "base": the pre-stage that made the base model
-STOPPED_AFTER_SECONDS = (
-    300  # seconds without a write after which an unfinished run counts as stopped
-)
-ROLLOUT_BYTES = 400_000  # bytes of a rollouts file that are read at its start and at its end
+}
+STOPPED_AFTER_SECONDS = 300  # an unfinished run without a write for so long counts as stopped
+ROLLOUT_BYTES = 400_000  # read at the start and at the end of a rollouts file
+THUMBNAIL_PIXELS = 320  # longest side
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportRun:
-    path: Path
+    """One run: its parsed result files and its summary."""
+
     label: str
-    config: dict[str, Any]
-    table: AccuracyTable
+    tables: RunTables
     summary: dict[str, Any]
-    log: list[dict[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        return self.tables.workdir
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.tables.config
+
+    @property
+    def table(self) -> AccuracyTable:
+        return self.tables.accuracy
 
     @property
     def state(self) -> str:
         if self.table.finished:
             return "finished"
-        return (
-            "running"
-            if time.time() - last_write_time(self.path) < STOPPED_AFTER_SECONDS
-            else "stopped"
-        )
+        seconds = time.time() - last_write_time(self.path)
+        return "running" if seconds < STOPPED_AFTER_SECONDS else "stopped"
 
     @property
-    def joint(self) -> bool:
-        """True where one stage trains everything: such a run has no order and forgets nothing it was trained on."""
+    def is_joint(self) -> bool:
+        """True if one stage trains all tasks: such a run has no order and no forgetting of trained tasks."""
         return len(self.table.stages) == 1 and len(self.table.tasks) > 1
 
     @property
     def variant(self) -> str:
-        """What tells it from the other runs of its arm: seed or order."""
+        """The seed or order that distinguishes the run from the other runs of its arm."""
         name = self.path.resolve().name
         return name if SEED_FOLDER.fullmatch(name) else f"seed{self.config.get('seed', 0)}"
 
-    def number(self, name: str) -> dict[str, Any]:
-        """A number of the summary; empty where it is of a group that another run's config names."""
+    def metric(self, name: str) -> dict[str, Any]:
+        """Return a metric of the summary; its value is None if only another run's config names its group."""
         return self.summary["metrics"].get(name, {"value": None, "stderr": None})
 
 
@@ -71,127 +81,108 @@ class Arm:
     label: str
     runs: tuple[ReportRun, ...]
 
-    def spread(self, name: str) -> dict[str, Any] | None:
-        return self.over("metrics", name, "value")
+    def spread(self, metric: str) -> dict[str, Any] | None:
+        """Return mean, deviation and count of a metric over the runs."""
+        return self.spread_of("metrics", metric, "value")
 
-    def over(self, *keys: str) -> dict[str, Any] | None:
-        """Returns the spread of a summary entry, as in over("tasks", "colour", "final")."""
+    def spread_of(self, *keys: str) -> dict[str, Any] | None:
+        """Return the spread of a summary entry, as in spread_of("tasks", "colour", "final")."""
         return summary.mean_and_sd(nested_value(run.summary, keys) for run in self.runs)
 
     @property
-    def joint(self) -> bool:
-        return self.runs[0].joint
+    def is_joint(self) -> bool:
+        return self.runs[0].is_joint
 
 
 def nested_value(value: Any, keys: Sequence[str]) -> Any:
+    """Return the value under nested keys, None if a key is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
 def last_write_time(folder: Path) -> float:
-    return max(
-        (
-            p.stat().st_mtime
-            for p in [*folder.glob("*"), *folder.glob("rollouts/*")]
-            if p.name != "report.html"
-        ),
-        default=0.0,
-    )
-
-
-def run_subfolders(folder: Path) -> list[Path]:
-    return [
-        p
-        for p in sorted(folder.iterdir())
-        if p.is_dir()
-        and p.name not in IGNORED_FOLDERS
-        and p.name[0] not in "._"
-        and find_arm_folders(p)
-    ]
+    """Return when a file of the run other than the report was last written."""
+    paths = [*folder.glob("*"), *folder.glob("rollouts/*")]
+    return max((p.stat().st_mtime for p in paths if p.name != "report.html"), default=0.0)
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run was started in a folder; an exported model has a config.json too, but no stages."""
+    """Return whether a run was started in a folder; an exported model has a config.json too, but no stages."""
     path = folder / "config.json"
     return path.is_file() and '"stages"' in path.read_text(encoding="utf-8")
 
 
 def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
-    """Returns (label, workdirs) for each arm in a folder: a run, its seeds side by side, or arms side by side."""
+    """Return (label, workdirs) of each arm in a folder that holds a run, the seeds of an arm, or arms."""
     if not folder.is_dir():
         return []
-    inner, label = run_subfolders(folder), folder.resolve().name
-    own = [(label, [folder])] if is_run_folder(folder) else []
-    if inner and all(SEED_FOLDER.fullmatch(p.name) for p in inner):
-        return [
-            *own,
-            (label, [path for p in inner for _, paths in find_arm_folders(p) for path in paths]),
-        ]
-    return own + [group for p in inner for group in find_arm_folders(p)]
+    label = folder.resolve().name
+    arms = [(label, [folder])] if is_run_folder(folder) else []
+    inner: dict[Path, list[tuple[str, list[Path]]]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in IGNORED_FOLDERS and path.name[0] not in "._":
+            if found := find_arm_folders(path):
+                inner[path] = found
+    inner_arms = [arm for found in inner.values() for arm in found]
+    if inner and all(SEED_FOLDER.fullmatch(path.name) for path in inner):
+        return [*arms, (label, [path for _, paths in inner_arms for path in paths])]
+    return arms + inner_arms
 
 
 def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
-    """Reads all arms under the named folders, in the paper's order: SFT, the others, joint; joint serves as the others' reference."""
+    """Read all arms under the given folders, in the paper's order: SFT, the others, joint training.
+
+    Joint training is the reference for the intransigence of the others.
+    """
     found: list[tuple[str, list[Path]]] = []
     for folder in map(Path, folders):
-        here = find_arm_folders(folder)
-        if not here:
+        arms_of_folder = find_arm_folders(folder)
+        if not arms_of_folder:
             raise ValueError(
                 f"{folder} is no run: expected a workdir with config.json, or a folder of such workdirs"
             )
-        found += here
+        found += arms_of_folder
     labels = _distinct_labels(found)
-    read = [
-        Arm(label, tuple(read_run(p, label) for p in paths))
+    arms = [
+        Arm(label, tuple(read_run(path, label) for path in paths))
         for label, (_, paths) in zip(labels, found, strict=True)
     ]
-    read = [add_joint_reference(arm, read) for arm in read]
-    return sorted(read, key=lambda a: (a.joint, not a.label.startswith("sft")))
+    arms = [add_joint_reference(arm, arms) for arm in arms]
+    return sorted(arms, key=lambda arm: (arm.is_joint, not arm.label.startswith("sft")))
 
 
 def _distinct_labels(found: Sequence[tuple[str, list[Path]]]) -> list[str]:
+    """The folder names of the arms, with the parent's name where several arms have the same."""
     names = [name for name, _ in found]
-    parent = lambda paths: paths[0].resolve().parent.name
-    return [name if names.count(name) == 1 else f"{parent(paths)}/{name}" for name, paths in found]
+    return [
+        name if names.count(name) == 1 else f"{paths[0].resolve().parent.name}/{name}"
+        for name, paths in found
+    ]
 
 
 def read_run(path: Path, label: str) -> ReportRun:
     tables = summary.load_run_tables(path)
-    return report_run(tables, summary.summarise_run(tables), label)
-
-
-def report_run(tables: summary.RunTables, totals: dict[str, Any], label: str) -> ReportRun:
-    """What a page needs of a run whose files are already parsed; `totals` is its summary."""
-    return ReportRun(
-        tables.workdir, label, tables.config, tables.accuracy, totals, tables.metrics_lines
-    )
+    return ReportRun(label, tables, summary.summarise_run(tables))
 
 
 def add_joint_reference(arm: Arm, others: Sequence[Arm]) -> Arm:
-    """Adds intransigence to an arm's runs where a joint run of the same seed over the same tasks lies beside them."""
-    joint = next(
-        (
-            o
-            for o in others
-            if o.joint and set(o.runs[0].table.tasks) == set(arm.runs[0].table.tasks)
-        ),
-        None,
-    )
-    if joint is None or arm.joint:
+    """Add intransigence to an arm's runs if there is a joint run of the same seed over the same tasks."""
+    tasks = set(arm.runs[0].table.tasks)
+    joint = next((o for o in others if o.is_joint and set(o.runs[0].table.tasks) == tasks), None)
+    if joint is None or arm.is_joint:
         return arm
-    of_seed = {run.config.get("seed"): run.table for run in joint.runs}
-    about = lambda run: files.to_jsonable(
-        summary.summarise_table(run.table, of_seed.get(run.config.get("seed")))
-    )
-    return Arm(
-        arm.label,
-        tuple(dataclasses.replace(run, summary=run.summary | about(run)) for run in arm.runs),
-    )
+    joint_tables = {run.config.get("seed"): run.table for run in joint.runs}
+    runs = []
+    for run in arm.runs:
+        totals = summary.summarise_table(run.table, joint_tables.get(run.config.get("seed")))
+        totals = files.to_jsonable(totals)
+        runs.append(dataclasses.replace(run, summary=run.summary | totals))
+    return Arm(arm.label, tuple(runs))
 
 
 def read_rollouts(run: ReportRun, stage: int) -> list[dict[str, Any]]:
-    """Reads the first and the last responses of a stage, without reading the middle of a large file."""
+    """Read the first and the last responses of a stage; the middle of a large file is not read."""
     path = run.path / "rollouts" / f"stage{stage}.jsonl"
     if not path.exists():
         return []
@@ -205,7 +196,7 @@ def read_rollouts(run: ReportRun, stage: int) -> list[dict[str, Any]]:
 
 
 def prompt_text(prompt: Any) -> str:
-    """Returns the text of a prompt, be it a string or a conversation in the chat form."""
+    """Return the text of a prompt: a string, or a conversation in the chat form."""
     if not isinstance(prompt, list):
         return str(prompt or "")
     contents = [m.get("content", "") for m in prompt if isinstance(m, Mapping)]
@@ -214,19 +205,17 @@ def prompt_text(prompt: Any) -> str:
 
 
 def rollout_thumbnail(run: ReportRun, source: str | None) -> str | None:
-    """Returns a thumbnail as a data URI; files outside the workdir are not embedded."""
+    """Return a thumbnail as a data URI; files outside the workdir are not embedded."""
     if not source or source.startswith("data:image/"):
         return source
     path = (run.path / source).resolve()
     if not path.is_relative_to(run.path.resolve()) or not path.is_file():
         return None
-    from PIL import Image
-
     with Image.open(path) as image:
         image = image.convert("RGB")
-    if max(image.size) > 320:
-        image.thumbnail((320, 320))
-    out = io.BytesIO()
-    image.save(out, "PNG" if max(image.size) <= 160 else "JPEG")
+    if max(image.size) > THUMBNAIL_PIXELS:
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     kind = "png" if max(image.size) <= 160 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    encoded = io.BytesIO()
+    image.save(encoded, kind.upper())
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"

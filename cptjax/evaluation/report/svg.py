@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, no network, colours from the page's style, so dark and light come for free."""
+"""Plot line charts and dumbbell charts as inline SVG."""
 
 import dataclasses
 import math
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 400, 270  # of a large chart; text is 11 units high, so that a phone still shows it
+# Colours are classes of the page's style sheet, so a chart follows its light and dark scheme.
+WIDTH, HEIGHT = 400, 270  # of a large chart; text is 11 units high, readable on a phone
 SMALL_CHART = (290, 170)
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
-DUMBBELL_HEIGHT = 34  # height of a dumbbell row
+DUMBBELL_HEIGHT = 34  # of one row
+LABEL_CHARS = 24  # a longer label of a dumbbell row is cut; its tooltip has all of it
+CHAR_WIDTH = 6.6  # of a label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Point:
     y: float
     tip: str = ""
     error: float | None = None  # half the length of the error bar
-    ring: bool = False  # drawn hollow and larger
+    ring: bool = False  # hollow and larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +32,18 @@ class Series:
     line: bool = True
     dots: bool = True
     faint: bool = False
-    named: bool = False  # the label is written beside the last point
+    named: bool = False  # the label is written next to the last point
 
 
 def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns round numbers from at most `low` to at least `high`."""
+    """Return round numbers from at most `low` to at least `high`."""
     span = (high - low) or abs(high) or 1.0
     rough = span / count
     exponent = math.floor(math.log10(rough))
     power = 10**exponent
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [round(i * step, max(12, 3 - exponent)) for i in range(first, max(last, first + 1) + 1)]
 
 
@@ -50,7 +54,7 @@ def format_tick(value: float) -> str:
 
 
 def widen_range(values: Sequence[float], span: float, most: float = math.inf) -> list[float]:
-    """Returns ends that lie at least `span` apart, so that noise does not fill an axis, and where possible not above `most`."""
+    """Return the range of values, widened to at least `span` so that noise does not fill an axis, and at most up to `most`."""
     low, high = min(values), max(values)
     spare = max(0.0, span - (high - low)) / 2
     over = max(0.0, min(high + spare - most, spare))
@@ -58,7 +62,7 @@ def widen_range(values: Sequence[float], span: float, most: float = math.inf) ->
 
 
 class ChartFrame:
-    """A plot's scales and axes."""
+    """The scales and axes of a plot."""
 
     def __init__(
         self,
@@ -69,18 +73,15 @@ class ChartFrame:
     ):
         self.width, self.height = size
         self.y_ticks = axis_ticks(min(ys), max(ys), 5 if self.height > 200 else 4)
-        marks = axis_ticks(min(xs), max(xs), 4)
-        inner = [v for v in marks if min(xs) <= v <= max(xs)]
-        self.x_ticks = (
-            list(x_ticks)
-            if x_ticks
-            else [(v, format_tick(v)) for v in (inner if len(inner) > 2 else marks)]
-        )
-        places = [v for v, _ in self.x_ticks] + list(xs)
-        self.x0, self.x1 = (
-            min(places),
-            max(places) if max(places) > min(places) else min(places) + 1,
-        )
+        if not x_ticks:
+            ticks = axis_ticks(min(xs), max(xs), 4)
+            inner = [v for v in ticks if min(xs) <= v <= max(xs)]
+            x_ticks = [(v, format_tick(v)) for v in (inner if len(inner) > 2 else ticks)]
+        self.x_ticks = list(x_ticks)
+        values = [v for v, _ in self.x_ticks] + list(xs)
+        self.x0, self.x1 = min(values), max(values)
+        if self.x1 == self.x0:
+            self.x1 = self.x0 + 1
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.width - LEFT - RIGHT)
@@ -90,19 +91,17 @@ class ChartFrame:
         return TOP + (high - value) / (high - low) * (self.height - TOP - BOTTOM)
 
     def axes(self, x_label: str, y_label: str) -> list[str]:
-        bottom, middle = self.height - BOTTOM, (TOP + self.height - BOTTOM) / 2
-        out = [
-            svg_line(
-                "grid zero" if v == 0 else "grid", LEFT, self.y(v), self.width - RIGHT, self.y(v)
-            )
-            for v in self.y_ticks
-        ]
-        out += [
-            svg_text("tick", LEFT - 6, self.y(v) + 3.5, format_tick(v), "end") for v in self.y_ticks
-        ]
-        out += [svg_text("tick", self.x(v), bottom + 15, name) for v, name in self.x_ticks]
-        out += [svg_text("axis", (LEFT + self.width - RIGHT) / 2, self.height - 6, x_label)]
-        return out + [svg_text("axis", 11, middle, y_label, turn=True)]
+        bottom, right = self.height - BOTTOM, self.width - RIGHT
+        elements = []
+        for v in self.y_ticks:
+            style = "grid zero" if v == 0 else "grid"
+            elements.append(svg_line(style, LEFT, self.y(v), right, self.y(v)))
+            elements.append(svg_text("tick", LEFT - 6, self.y(v) + 3.5, format_tick(v), "end"))
+        for v, name in self.x_ticks:
+            elements.append(svg_text("tick", self.x(v), bottom + 15, name))
+        elements.append(svg_text("axis", (LEFT + right) / 2, self.height - 6, x_label))
+        elements.append(svg_text("axis", 11, (TOP + bottom) / 2, y_label, turn=True))
+        return elements
 
 
 def svg_line(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
@@ -110,10 +109,11 @@ def svg_line(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def svg_text(
-    style: str, x: float, y: float, words: str, anchor: str = "middle", turn: bool = False
+    style: str, x: float, y: float, text: str, anchor: str = "middle", turn: bool = False
 ) -> str:
     rotate = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{rotate}>{escape(words)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{rotate}'
+    return f'<text class="{style}" {place}>{escape(text)}</text>'
 
 
 def svg_circle(style: str, x: float, y: float, r: float, tip: str = "") -> str:
@@ -122,9 +122,8 @@ def svg_circle(style: str, x: float, y: float, r: float, tip: str = "") -> str:
 
 
 def svg_figure(body: Sequence[str], title: str, width: int, height: int) -> Markup:
-    return Markup(
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
-    )
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+    return Markup(f"{head}{''.join(body)}</svg>")
 
 
 def line_chart(
@@ -139,8 +138,10 @@ def line_chart(
     most: float = math.inf,
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Markup | None:
-    """Draws lines and dots; `borders` are dashed vertical lines, `include` y values to reach, `span` the least width of each axis,
-    `most` where x should end."""
+    """Plot lines and dots, None without a point.
+
+    `borders` are dashed vertical lines, `include` y values to reach, `span` the least range of each axis, `most` the end of x.
+    """
     points = [p for s in series for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not points:
         return None
@@ -151,57 +152,55 @@ def line_chart(
         x_ticks,
         size,
     )
-    out = frame.axes(x_label, y_label)
-    out += [svg_line("border", frame.x(b), TOP, frame.x(b), frame.height - BOTTOM) for b in borders]
+    elements = frame.axes(x_label, y_label)
+    bottom = frame.height - BOTTOM
+    elements += [svg_line("border", frame.x(b), TOP, frame.x(b), bottom) for b in borders]
     for s in series:
-        out += series_elements(frame, s)
-    return svg_figure(out + series_labels(frame, series), title, *size)
+        elements += series_elements(frame, s)
+    return svg_figure(elements + series_labels(frame, series), title, *size)
 
 
-def series_elements(frame: ChartFrame, s: Series) -> list[str]:
-    points = [p for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]
-    style = f"c{s.color % 8}{' faint' * s.faint}"
-    path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in points)
-    out = (
-        [f'<polyline class="line {style}" points="{path}"/>'] if s.line and len(points) > 1 else []
-    )
+def series_elements(frame: ChartFrame, series: Series) -> list[str]:
+    points = [p for p in series.points if math.isfinite(p.x) and math.isfinite(p.y)]
+    style = f"c{series.color % 8}{' faint' * series.faint}"
+    elements = []
+    if series.line and len(points) > 1:
+        path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in points)
+        elements.append(f'<polyline class="line {style}" points="{path}"/>')
     for p in points:
         x, y = frame.x(p.x), frame.y(p.y)
         if p.error:
-            out.append(
-                svg_line(f"error {style}", x, frame.y(p.y - p.error), x, frame.y(p.y + p.error))
-            )
-        if s.dots:
-            out.append(
-                svg_circle(
-                    f"{'ring' if p.ring else 'dot'} {style}", x, y, 5 if p.ring else 3.5, p.tip
-                )
-            )
-    return out
+            low, high = frame.y(p.y - p.error), frame.y(p.y + p.error)
+            elements.append(svg_line(f"error {style}", x, low, x, high))
+        if series.dots and p.ring:
+            elements.append(svg_circle(f"ring {style}", x, y, 5, p.tip))
+        elif series.dots:
+            elements.append(svg_circle(f"dot {style}", x, y, 3.5, p.tip))
+    return elements
 
 
 def series_labels(frame: ChartFrame, series: Sequence[Series]) -> list[str]:
-    """Writes labels beside points, moved down where two would meet."""
-    wanted = [
+    """Write labels next to points, moved down where two would overlap."""
+    labelled = [
         (frame.x(s.points[-1].x), frame.y(s.points[-1].y), s)
         for s in series
         if s.named and s.points
     ]
-    taken = [(x - 5, x + 5, y) for x, y, _ in wanted]
-    out = []
-    for x, y, s in sorted(wanted, key=lambda w: w[1]):
+    occupied = [(x - 5, x + 5, y) for x, y, _ in labelled]  # left, right, y
+    elements = []
+    for x, y, s in sorted(labelled, key=lambda label: label[1]):
         width = 6.2 * len(s.label) + 10
-        left = x + 9 if x + 9 + width < frame.width else x - 9 - width + 10
-        while any(abs(y - t) < 13 and left < r and left + width > l for l, r, t in taken):
+        left = x + 9 if x + 9 + width < frame.width else max(2, x - 9 - width + 10)
+        while any(abs(y - oy) < 13 and left < r and left + width > l for l, r, oy in occupied):
             y += 4
-        taken.append((left, left + width, y))
-        out.append(svg_text(f"name t{s.color % 8}", left, y + 4, s.label, "start"))
-    return out
+        occupied.append((left, left + width, y))
+        elements.append(svg_text(f"name t{s.color % 8}", left, y + 4, s.label, "start"))
+    return elements
 
 
 @dataclasses.dataclass(frozen=True)
 class DumbbellPair:
-    """One row of a dumbbell chart: a ring where it was, a dot where it is."""
+    """One row of a dumbbell chart: a ring for the value before, a dot for the value after."""
 
     label: str
     ring: float
@@ -217,44 +216,35 @@ def dumbbell_chart(
     dot: str,
     include: Sequence[float] = (),
 ) -> Markup | None:
-    """Draws one line per pair from ring to dot; `ring` and `dot` name the two in the tooltips."""
+    """Plot one line per pair from ring to dot; `ring` and `dot` name the two in the tooltips."""
     pairs = [p for p in pairs if math.isfinite(p.ring) and math.isfinite(p.dot)]
     if not pairs:
         return None
-    height, left, right = (
-        DUMBBELL_HEIGHT * len(pairs) + BOTTOM + TOP,
-        min(150, 20 + 6.6 * max(len(p.label) for p in pairs)),
-        WIDTH - 22,
-    )
+    height, right = DUMBBELL_HEIGHT * len(pairs) + BOTTOM + TOP, WIDTH - 22
+    left = 20 + CHAR_WIDTH * min(LABEL_CHARS, max(len(p.label) for p in pairs))
+    bottom = height - BOTTOM
     values = [*include, *(v for p in pairs for v in (p.ring, p.dot))]
-    marks, bottom = axis_ticks(min(values), max(values)), height - BOTTOM
-    x = lambda v: left + (v - marks[0]) / (marks[-1] - marks[0]) * (right - left)
-    out = [svg_line("grid zero" if v == 0 else "grid", x(v), TOP, x(v), bottom) for v in marks]
-    out += [svg_text("tick", x(v), bottom + 15, format_tick(v)) for v in marks] + [
-        svg_text("axis", (left + right) / 2, height - 6, x_label)
-    ]
+    ticks = axis_ticks(min(values), max(values), 5 if left < 120 else 4)
+
+    def x(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
+
+    elements = []
+    for v in ticks:
+        elements.append(svg_line("grid zero" if v == 0 else "grid", x(v), TOP, x(v), bottom))
+        elements.append(svg_text("tick", x(v), bottom + 15, format_tick(v)))
+    elements.append(svg_text("axis", (left + right) / 2, height - 6, x_label))
     for i, p in enumerate(pairs):
         y, color = TOP + DUMBBELL_HEIGHT * (i + 0.5), f"c{p.color % 8}"
-        out += [
-            svg_text("name", left - 12, y + 4, p.label, "end"),
+        label = p.label if len(p.label) <= LABEL_CHARS else p.label[: LABEL_CHARS - 1] + "…"
+        elements += [
+            svg_text("name", left - 12, y + 4, label, "end"),
             svg_line(f"stem {color}", x(p.ring), y, x(p.dot), y),
+            svg_circle(f"ring {color}", x(p.ring), y, 5.5, f"{p.label}, {ring}: {_tip(p.ring)}"),
+            svg_circle(f"dot {color}", x(p.dot), y, 5.5, f"{p.label}, {dot}: {_tip(p.dot)}"),
         ]
-        out += [
-            svg_circle(
-                f"ring {color}",
-                x(p.ring),
-                y,
-                5.5,
-                f"{p.label}, {ring}: {format_tick(round(p.ring, 1))}",
-            )
-        ]
-        out += [
-            svg_circle(
-                f"dot {color}",
-                x(p.dot),
-                y,
-                5.5,
-                f"{p.label}, {dot}: {format_tick(round(p.dot, 1))}",
-            )
-        ]
-    return svg_figure(out, title, WIDTH, height)
+    return svg_figure(elements, title, WIDTH, height)
+
+
+def _tip(value: float) -> str:
+    return format_tick(round(value, 1))

@@ -1,4 +1,4 @@
-"""Numbers and findings as a reader would say them; every sentence is made from the run's own numbers."""
+"""Format the report's numbers and write its headline sentences from them."""
 
 import math
 from collections.abc import Sequence
@@ -30,14 +30,11 @@ METRIC_TITLES = {
     "kl_old": "KL, old tasks",
     "format_share": "Format share",
 }
-LEVEL_METRICS = (
-    "avg_acc",
-    "base_acc",
-    "learned_acc",
-    "maa",
-)  # shown as percent; the others are differences in points
-KL_METRICS = ("kl_new", "kl_old")  # nats a token
-EQUAL_LEARNING_GAP = 0.06  # learned accuracies further apart than this are not "equal learning"
+# shown in percent; all other metrics but KL are differences in points
+LEVEL_METRICS = ("avg_acc", "base_acc", "learned_acc", "maa")
+KL_METRICS = ("kl_new", "kl_old")  # nats per token
+EQUAL_LEARNING_GAP = 0.06  # arms whose learned accuracies differ by more did not learn equally much
+AMOUNT_SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def is_known(value: float | None) -> bool:
@@ -49,7 +46,7 @@ def format_percent(value: float | None) -> str:
 
 
 def format_points(value: float | None) -> str:
-    """Writes a difference in points with its sign."""
+    """Format a difference in points with its sign."""
     if not is_known(value):
         return "–"
     text = f"{100 * value:+.1f}".replace("-", "−")
@@ -63,40 +60,30 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A number's heading; the config's own groups go by their names."""
+    """Return the heading of a metric; the config's own groups keep their names."""
     group = name.removesuffix("_forced")
     return METRIC_TITLES.get(name) or f"{group} Δ" + ", forced" * (group != name)
 
 
-def format_spread(found: dict[str, Any] | None, signed: bool = False) -> str:
-    """Writes a mean over seeds with its standard deviation."""
-    if found is None:
+def format_spread(spread: dict[str, Any] | None, signed: bool = False) -> str:
+    """Format a mean over seeds with its standard deviation."""
+    if spread is None:
         return "–"
-    text = (format_points if signed else format_percent)(found["mean"])
-    return f"{text} ± {100 * found['sd']:.1f}" if found["sd"] is not None else text
+    text = (format_points if signed else format_percent)(spread["mean"])
+    return f"{text} ± {100 * spread['sd']:.1f}" if spread["sd"] is not None else text
 
 
-def format_interval(number: dict[str, Any]) -> str:
-    return f"± {196 * number['stderr']:.1f}" if is_known(number.get("stderr")) else ""
+def format_interval(metric: dict[str, Any]) -> str:
+    """Format the half width of the 95 % interval."""
+    return f"± {196 * metric['stderr']:.1f}" if is_known(metric.get("stderr")) else ""
 
 
-def format_amount(value: float, unit: str = "") -> str:
-    """Writes a large count with a suffix: 12.3 k, 4.5 M, 1.2 G."""
-    for power, suffix in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
+def format_amount(value: float) -> str:
+    """Format a large count with a suffix: 12.3 k, 4.5 M, 1.2 G."""
+    for power, suffix in AMOUNT_SUFFIXES:
         if abs(value) >= power:
-            return f"{value / power:.3g} {suffix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
-
-
-def bold_html(text: str) -> Markup:
-    return Markup("<b>{}</b>").format(text)
+            return f"{value / power:.3g} {suffix}"
+    return f"{value:.3g}"
 
 
 def format_rate(value: float | None) -> str:
@@ -104,88 +91,82 @@ def format_rate(value: float | None) -> str:
 
 
 def html_sentence(text: str, **parts: Any) -> Markup:
-    return Markup(text).format(**{k: bold_html(v) for k, v in parts.items()})
+    """Fill a sentence with parts in bold; the parts are escaped."""
+    return Markup(text).format(**{k: Markup("<b>{}</b>").format(v) for k, v in parts.items()})
 
 
-def describe_change(number: dict[str, Any]) -> str:
-    """Says whether a difference is more than its own 95 % interval."""
-    value, error = number["value"], number["stderr"] or 0.0
-    if abs(value) <= max(1.96 * error, 0.0005):
-        return (
-            f"did not measurably change ({format_points(value)} {format_interval(number)} points)"
-        )
-    return f"{'rose' if value > 0 else 'fell'} by {abs(100 * value):.1f} points"
+# ---- one run -------------------------------------------------------------------------------------------------------------
 
 
 def run_headline(run: ReportRun) -> list[Markup]:
-    m, S = run.summary["metrics"], run.table.final
-    base, now, learned, fm, general = (
-        m[k] for k in ("base_acc", "avg_acc", "learned_acc", "fm_diagonal", "general_delta")
-    )
-    if not S:
-        start = (
-            html_sentence(
-                " The base model scores {base} on the tasks.", base=format_rate(base["value"])
-            )
-            if is_known(base["value"])
-            else ""
-        )
-        return [Markup("No stage has been evaluated yet.") + start]
-    where = (
-        f"{S} stage{'s' * (S > 1)}"
-        if run.table.finished
-        else f"{S} of {len(run.table.stages)} stages"
-    )
-    said = [
-        html_sentence(
-            "After {where} the model scores {now} on its tasks.",
-            where=where,
-            now=format_rate(now["value"]),
-        )
-    ]
+    """Say what a run learned and forgot."""
+    metrics, final = run.summary["metrics"], run.table.final
+    base, average = metrics["base_acc"], metrics["avg_acc"]
+    if not final:
+        sentence = Markup("No stage has been evaluated yet.")
+        if is_known(base["value"]):
+            rate = format_rate(base["value"])
+            sentence += html_sentence(" The base model scores {base} on the tasks.", base=rate)
+        return [sentence]
+    stages = f"{final} of {len(run.table.stages)} stages"
+    if run.table.finished:
+        stages = f"{final} stage{'s' * (final > 1)}"
+    text, parts = "After {stages} the model scores {now} on its tasks", {}
     if is_known(base["value"]):
-        said[0] = said[0][:-1] + html_sentence(
-            "; before training it scored {base}.", base=format_rate(base["value"])
-        )
-    if is_known(fm["value"]):
-        kept = html_sentence("{x} on what earlier stages had taught it", x=_describe_forgetting(fm))
-        said.append(
+        text += "; before training it scored {base}"
+        parts["base"] = format_rate(base["value"])
+    now = format_rate(average["value"])
+    sentences = [html_sentence(text + ".", stages=stages, now=now, **parts)]
+    if is_known(metrics["fm_diagonal"]["value"]):
+        sentences.append(
             html_sentence(
-                "It reached {l} right after learning each task, and ",
-                l=format_rate(learned["value"]),
+                "It reached {l} right after learning each task, and {x} on the tasks of earlier stages.",
+                l=format_rate(metrics["learned_acc"]["value"]),
+                x=describe_forgetting(metrics["fm_diagonal"]),
             )
-            + kept
-            + "."
         )
+    general = metrics["general_delta"]
     if is_known(general["value"]):
-        said.append(
-            html_sentence("Abilities it was never trained on {x}.", x=describe_change(general))
+        sentences.append(
+            html_sentence("Abilities that were never trained {x}.", x=describe_change(general))
         )
-    said += [
-        html_sentence("Of these, {g} {x}.", g=g, x=describe_change(m[g]))
-        for g in run.table.groups
-        if is_known(m[g]["value"])
-    ]
-    return said + format_share_sentence(run)
+    for group in run.table.groups:
+        if is_known(metrics[group]["value"]):
+            change = describe_change(metrics[group])
+            sentences.append(html_sentence("Of these, {g} {x}.", g=group, x=change))
+    return sentences + format_share_sentence(run)
 
 
-def _describe_forgetting(fm: dict[str, Any]) -> str:
-    value, error = fm["value"], fm["stderr"] or 0.0
-    if abs(value) <= max(1.96 * error, 0.0005):
-        return (
-            f"did not measurably lose or gain ({format_points(value)} {format_interval(fm)} points)"
-        )
-    return f"has {'lost' if value < 0 else 'gained'} {abs(100 * value):.1f} points"
+def is_within_interval(metric: dict[str, Any]) -> bool:
+    """Return whether a difference is too small to be told from 0."""
+    return abs(metric["value"]) <= max(1.96 * (metric["stderr"] or 0.0), 0.0005)
+
+
+def describe_change(metric: dict[str, Any]) -> str:
+    """Say whether a difference is larger than its own 95 % interval."""
+    if is_within_interval(metric):
+        points = f"{format_points(metric['value'])} {format_interval(metric)} points"
+        return f"did not measurably change ({points})"
+    return f"{'rose' if metric['value'] > 0 else 'fell'} by {abs(100 * metric['value']):.1f} points"
+
+
+def describe_forgetting(metric: dict[str, Any]) -> str:
+    """Say whether a forgetting measure is larger than its own 95 % interval."""
+    if is_within_interval(metric):
+        points = f"{format_points(metric['value'])} {format_interval(metric)} points"
+        return f"did not measurably lose or gain ({points})"
+    verb = "lost" if metric["value"] < 0 else "gained"
+    return f"has {verb} {abs(100 * metric['value']):.1f} points"
 
 
 def format_share_sentence(run: ReportRun) -> list[Markup]:
     share = run.summary["format_share"]
     if not is_known(share["value"]):
         return []
-    text = "With the answer's prefix forced, the loss on earlier and general tasks is {forced}, not {loss} points: {share} is format."
     return [
         html_sentence(
-            text,
+            "With a forced response prefix, the loss on earlier and general tasks is {forced} instead of {loss} points: "
+            "{share} of the loss is format.",
             forced=format_percent(share["loss_forced"]),
             loss=format_percent(share["loss"]),
             share=f"{100 * share['value']:.0f}%",
@@ -193,87 +174,87 @@ def format_share_sentence(run: ReportRun) -> list[Markup]:
     ]
 
 
+# ---- several arms --------------------------------------------------------------------------------------------------------
+
+
 def arm_mean(arm: Arm, name: str) -> float:
-    found = arm.spread(name)
-    return found["mean"] if found else math.nan
+    spread = arm.spread(name)
+    return spread["mean"] if spread else math.nan
 
 
 def arm_stderr(arm: Arm, name: str) -> float:
-    """Returns the standard error of an arm's number: between its seeds, or of the one run's test sets."""
-    found = arm.spread(name)
-    if found and found["sd"] is not None:
-        return found["sd"] / math.sqrt(found["n"])
-    return next((run.number(name)["stderr"] or 0.0 for run in arm.runs), 0.0)
+    """Return the standard error of an arm's metric: between its seeds, or of the one run's test sets."""
+    spread = arm.spread(name)
+    if spread and spread["sd"] is not None:
+        return spread["sd"] / math.sqrt(spread["n"])
+    return next((run.metric(name)["stderr"] or 0.0 for run in arm.runs), 0.0)
 
 
 def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
-    sequences = [a for a in arms if is_known(arm_mean(a, "fm_diagonal"))]
-    tested = lambda name: [
-        a for a in arms if not a.joint and is_known(arm_mean(a, name))
-    ]  # joint training is no rival, and forgets these too
-    groups = dict.fromkeys(name for a in arms for run in a.runs for name in run.table.groups)
-    said = [
-        _best_and_worst(
+    """Say which arms keep, learn and lose most, as far as the differences are larger than their intervals."""
+    sequences = [arm for arm in arms if is_known(arm_mean(arm, "fm_diagonal"))]
+
+    def rivals(name: str) -> list[Arm]:
+        """Joint training is no rival: it may forget general tasks too, but sees all tasks at once."""
+        return [arm for arm in arms if not arm.is_joint and is_known(arm_mean(arm, name))]
+
+    sentences = [
+        best_and_worst_sentence(
             sequences,
             "fm_diagonal",
             "{best} keeps most of what it learned (FM {b}); {worst} keeps least (FM {w}).",
             "All keep about equally much of what they learned (FM {w} to {b}).",
         ),
-        _best_and_worst(
-            tested("general_delta"),
+        best_and_worst_sentence(
+            rivals("general_delta"),
             "general_delta",
-            "On abilities never trained, {best} changed by {b} points and {worst} by {w}.",
-            "On abilities never trained, all changed about equally ({w} to {b} points).",
+            "On abilities that were never trained, {best} changed by {b} points and {worst} by {w}.",
+            "On abilities that were never trained, all changed about equally ({w} to {b} points).",
         ),
-        *(
-            _best_and_worst(
-                tested(g),
-                g,
+    ]
+    for group in dict.fromkeys(name for a in arms for run in a.runs for name in run.table.groups):
+        sentences.append(
+            best_and_worst_sentence(
+                rivals(group),
+                group,
                 "On {on}, {best} changed by {b} and {worst} by {w}.",
                 "On {on}, all changed about equally ({w} to {b}).",
-                on=g,
+                on=group,
             )
-            for g in groups
-        ),
-        *_plasticity_sentence(sequences),
-        *_format_loss_sentence(arms),
-        None
-        if any(len(a.runs) > 1 for a in arms)
-        else Markup("One seed each: differences of a few points may be chance."),
-    ]
-    return [s for s in said if s]
+        )
+    sentences += [*_plasticity_sentence(sequences), *_format_loss_sentence(arms)]
+    if all(len(arm.runs) == 1 for arm in arms):
+        sentences.append(Markup("One seed each: differences of a few points may be chance."))
+    return [sentence for sentence in sentences if sentence]
 
 
-def _best_and_worst(
-    arms: Sequence[Arm], name: str, apart: str, alike: str, **more: str
+def best_and_worst_sentence(
+    arms: Sequence[Arm], name: str, apart: str, alike: str, **parts: str
 ) -> Markup | None:
-    """Names the best and the worst arm, unless their difference lies within its 95 % interval and is not of one sign in all seeds."""
+    """Name the best and the worst arm.
+
+    The sentence is `alike` if their difference lies within its 95 % interval and does not have one sign in all seeds.
+    """
     if len(arms) < 2:
         return None
-    best, worst = (pick(arms, key=lambda a: arm_mean(a, name)) for pick in (max, min))
-    values = {
-        "b": format_points(arm_mean(best, name)),
-        "w": format_points(arm_mean(worst, name)),
-        **more,
-    }
-    metrics = html_sentence(apart, best=best.label, worst=worst.label, **values)
-    if arm_mean(best, name) - arm_mean(worst, name) > 1.96 * math.hypot(
-        arm_stderr(best, name), arm_stderr(worst, name)
-    ):
-        return metrics
-    seeds = _seeds_that_agree(best, worst, name)
-    return (
-        metrics
-        + html_sentence(" So it is in each of the {n} seeds, though these differ much.", n=seeds)
-        if seeds
-        else html_sentence(alike, **values)
+    best = max(arms, key=lambda arm: arm_mean(arm, name))
+    worst = min(arms, key=lambda arm: arm_mean(arm, name))
+    parts |= {"b": format_points(arm_mean(best, name)), "w": format_points(arm_mean(worst, name))}
+    sentence = html_sentence(apart, best=best.label, worst=worst.label, **parts)
+    error = math.hypot(arm_stderr(best, name), arm_stderr(worst, name))
+    if arm_mean(best, name) - arm_mean(worst, name) > 1.96 * error:
+        return sentence
+    if seeds := count_agreeing_seeds(best, worst, name):
+        note = " The order is the same in each of the {n} seeds, although the variance between seeds is large."
+        return sentence + html_sentence(note, n=seeds)
+    return html_sentence(alike, **parts)
+
+
+def count_agreeing_seeds(best: Arm, worst: Arm, name: str) -> int:
+    """Return the number of seeds or orders that both arms have, if `best` is above in each and they are three or more; else 0."""
+    high, low = (
+        {run.variant: run.metric(name)["value"] for run in arm.runs} for arm in (best, worst)
     )
-
-
-def _seeds_that_agree(best: Arm, worst: Arm, name: str) -> int:
-    """Of how many seeds or orders both arms have a run, where the one is above the other in each of at least three; else 0."""
-    number = lambda arm: {run.variant: run.number(name)["value"] for run in arm.runs}
-    high, low = number(best), number(worst)
     both = [v for v in high.keys() & low.keys() if is_known(high[v]) and is_known(low[v])]
     return len(both) if len(both) > 2 and all(high[v] > low[v] for v in both) else 0
 
@@ -281,33 +262,25 @@ def _seeds_that_agree(best: Arm, worst: Arm, name: str) -> int:
 def _plasticity_sentence(arms: Sequence[Arm]) -> list[Markup]:
     if len(arms) < 2:
         return []
-    low, high = (pick(arms, key=lambda a: arm_mean(a, "learned_acc")) for pick in (min, max))
-    gap = arm_mean(high, "learned_acc") - arm_mean(low, "learned_acc")
+    low = min(arms, key=lambda arm: arm_mean(arm, "learned_acc"))
+    high = max(arms, key=lambda arm: arm_mean(arm, "learned_acc"))
     values = {
         "l": format_rate(arm_mean(low, "learned_acc")),
         "h": format_rate(arm_mean(high, "learned_acc")),
     }
-    if gap <= EQUAL_LEARNING_GAP:
-        return [
-            html_sentence(
-                "All learned about equally much: {l} to {h} right after each task's stage.",
-                **values,
-            )
-        ]
+    if arm_mean(high, "learned_acc") - arm_mean(low, "learned_acc") <= EQUAL_LEARNING_GAP:
+        text = "All learned about equally much: {l} to {h} right after each task's stage."
+        return [html_sentence(text, **values)]
     text = "They did not learn equally much ({low} {l}, {high} {h}): part of “forgets less” may be “learned less”."
     return [html_sentence(text, low=low.label, high=high.label, **values)]
 
 
 def _format_loss_sentence(arms: Sequence[Arm]) -> list[Markup]:
-    shares = {a.label: a.over("format_share", "value") for a in arms}
-    worst = max(
-        (a for a in arms if shares[a.label] and not a.joint),
-        key=lambda a: a.over("format_share", "loss")["mean"],
-        default=None,
-    )
-    if worst is None:
+    """Say how much of the largest loss is format."""
+    candidates = [a for a in arms if a.spread_of("format_share", "value") and not a.is_joint]
+    if not candidates:
         return []
-    text = "About {share} of {name}'s loss is only format: it is gone once the answer's prefix is forced."
-    return [
-        html_sentence(text, share=f"{100 * shares[worst.label]['mean']:.0f}%", name=worst.label)
-    ]
+    worst = max(candidates, key=lambda arm: arm.spread_of("format_share", "loss")["mean"])
+    share = worst.spread_of("format_share", "value")["mean"]
+    text = "About {share} of {name}'s loss is only format: with a forced response prefix it disappears."
+    return [html_sentence(text, share=f"{100 * share:.0f}%", name=worst.label)]
