@@ -1,10 +1,10 @@
-"""One row of a user's table as an example: its turns, its images and videos in their places, its answer."""
+"""One row of a user's table becomes an example: its turns, its images and videos, its answer."""
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,17 @@ CHAT_ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-OpenMedia = Callable[
-    [Any, Path], Any
-]  # (an image's source, the folder of relative paths) -> what the messages hold
+# (the source of an image, the folder of relative paths) -> what the messages hold
+OpenImage = Callable[[Any, Path], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class UserTaskSpec:
-    """Where a user's data lies and how its rows are read."""
+    """The settings of a user's task that decide which rows it has and how they are read."""
 
     name: str
-    sources: tuple[tuple[str, str | float], ...]
-    columns: tuple[tuple[str, str], ...] = ()
+    sources: tuple[tuple[str, str | float], ...]  # (split, file or share of train)
+    columns: tuple[tuple[str, str], ...] = ()  # (role, column)
     prompt: str = ""
     image_root: str = ""
     limit: int | None = None
@@ -39,178 +38,173 @@ class UserTaskSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class RenamedRows(Sequence[dict[str, Any]]):
-    """Rows with their columns under the names of their roles, the rest under "meta"; `row` is the row as it was."""
+class UserRow:
+    """One row of a table."""
 
-    rows: Sequence[dict[str, Any]]
-    roles: dict[str, str]
+    table: DataTable
+    index: int
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def file(self) -> str:
+        return self.table.file
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        used = set(self.roles.values())
-        return {
-            **{role: row.get(name) for role, name in self.roles.items()},
-            "row": row,
-            "meta": {
-                name: value
-                for name, value in row.items()
-                if name not in used and not isinstance(value, bytes)
-            },
-        }
+    @property
+    def number(self) -> int:
+        return self.table.numbers[self.index]
+
+    def read_id(self) -> str:
+        """Return the row's own id, or its file and number."""
+        return _row_id(self, self.table.rows[self.index].get(self.table.roles.get("id")))
 
 
-def build_user_example(
-    spec: UserTaskSpec, table: DataTable, row: int, opened: OpenMedia
-) -> Example:
-    """Turns a row into an example."""
-    content = table.rows[row]
-    turns, answer, target = (
-        row_turns(spec, content),
-        clean_answer(content.get("answer")),
-        clean_answer(content.get("target")),
-    )
+def _row_id(row: UserRow, value: Any) -> str:
+    return f"{Path(row.file).name}:{row.number}" if value in (None, "") else str(value)
+
+
+def build_user_example(spec: UserTaskSpec, row: UserRow, open_image: OpenImage) -> Example:
+    """Return the example of a row."""
+    table, columns = row.table, row.table.rows[row.index]
+    cells = {role: columns.get(name) for role, name in table.roles.items()}
+    turns = read_turns(spec, cells, columns)
+    answer, target = clean_answer(cells.get("answer")), clean_answer(cells.get("target"))
     if turns[-1]["role"] == "assistant":
-        said = turn_text(turns.pop()["content"])
-        target = said if target is None else target
+        content = turns.pop()["content"]
+        if not isinstance(content, str):
+            content = "".join(str(part.get("text") or "") for part in content)
+        target = clean_answer(content) if target is None else target
     answer = target if answer is None else answer
     if answer is None and spec.needs_answer:
         raise ValueError("the answer is empty")
     if not turns or turns[-1]["role"] != "user":
         raise ValueError(
-            "the conversation must end with a user's turn, or with one and the answer to it"
+            "expected a conversation that ends with a user's turn, or with one and the answer to it"
         )
     gold = answer if target is None else target
     gold = gold[0] if isinstance(gold, list) else gold
-    messages = place_row_media(turns, content, table.base, opened)
-    name = row_id(table, row, content)
     return Example(
-        name,
-        messages,
+        _row_id(row, cells.get("id")),
+        load_media(turns, cells, table.folder, open_image),
         "" if answer is None else answer,
         gold if isinstance(gold, str) else "",
         spec.name,
-        content["meta"],
+        meta={
+            name: value
+            for name, value in columns.items()
+            if name not in table.roles.values() and not isinstance(value, bytes)
+        },
     )
 
 
-def row_id(table: DataTable, row: int, content: dict[str, Any] | None = None) -> str:
-    given = (content or table.rows[row]).get("id")
-    return f"{Path(table.file).name}:{table.numbers[row]}" if given in (None, "") else str(given)
-
-
-def row_turns(spec: UserTaskSpec, content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the turns of a row: its messages, or its prompt as one turn."""
-    messages = content.get("messages")
-    messages = parse_json_list(messages) if isinstance(messages, str) else messages
-    if messages and not spec.prompt:
-        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-            raise ValueError("messages must be a list of turns {role, content}")
-        return [_read_turn(turn) for turn in messages]
-    if spec.prompt:
-        return [
-            {
-                "role": "user",
-                "content": re.sub(
-                    r"\{(\w+)\}", lambda m: str(content["row"].get(m[1], "")), spec.prompt
-                ),
-            }
-        ]
-    if clean_answer(content.get("prompt")) is None:
-        raise ValueError("the prompt is empty")
-    return [{"role": "user", "content": str(content["prompt"])}]
-
-
-def _read_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in CHAT_ROLES:
-        raise ValueError(f"a turn's role must be system, user or assistant; {role!r} came")
-    if not isinstance(said, (str, list)):
-        raise ValueError(
-            f"a turn's content must be text or a list of parts; {type(said).__name__} came"
-        )
-    return {"role": CHAT_ROLES[role], "content": said}
-
-
-def place_row_media(
-    turns: list[dict[str, Any]], content: dict[str, Any], base: Path, opened: OpenMedia
+def read_turns(
+    spec: UserTaskSpec, cells: Mapping[str, Any], columns: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Puts images and videos where the turns ask for them: at <image> in text, or at a part that brings none of its own."""
-    images = [opened(image, base) for image in as_list(content.get("images"))]
-    videos = [video_frames(video, base, opened) for video in row_videos(content.get("videos"))]
-    pieces = [{**turn, "content": _split_turn(turn["content"], base, opened)} for turn in turns]
-    return place_media(pieces, images, videos)
-
-
-def _split_turn(said: str | list[Any], base: Path, opened: OpenMedia) -> list[str | dict[str, Any]]:
-    """Writes a turn as texts with placeholders, and parts that bring their own image or video."""
-    pieces: list[str | dict[str, Any]] = []
-    for part in [said] if isinstance(said, str) else said:
-        kind = (
-            part.get("type", "text")
-            if isinstance(part, dict)
-            else "text"
-            if isinstance(part, str)
-            else "?"
-        )
-        own = part.get(kind) if isinstance(part, dict) else part
-        if kind not in ("text", "image", "video"):
-            raise ValueError(f"a part's type must be text, image or video; {kind!r} came")
-        if kind == "text":
-            pieces.append(str(own or ""))
-        else:
-            made = own and (
-                opened(own, base) if kind == "image" else video_frames(own, base, opened)
+    """Return the turns of a row: the task's prompt filled with its columns, its messages, or its prompt column."""
+    messages = cells.get("messages")
+    messages = parse_json_list(messages) if isinstance(messages, str) else messages
+    if spec.prompt:
+        fill = lambda match: str(columns.get(match[1], ""))
+        return [{"role": "user", "content": re.sub(r"\{(\w+)\}", fill, spec.prompt)}]
+    if not messages:
+        if clean_answer(cells.get("prompt")) is None:
+            raise ValueError("the prompt is empty")
+        return [{"role": "user", "content": str(cells["prompt"])}]
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("messages: expected a list of turns {role, content}")
+    turns = []
+    for turn in messages:
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if role not in CHAT_ROLES:
+            raise ValueError(f"messages: expected the role system, user or assistant, got {role!r}")
+        if not isinstance(content, (str, list)):
+            raise ValueError(
+                f"messages: expected text or a list of parts as content, got {type(content).__name__}"
             )
-            pieces.append({"type": kind, kind: made} if own else f"<{kind}>")
-    return pieces
+        turns.append({"role": CHAT_ROLES[role], "content": content})
+    return turns
 
 
-def locate_image(source: Any, base: Path) -> Any:
-    """Stands in for opening an image: checks that it is there, and no more."""
-    inside = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
-    if isinstance(inside, str) and inside and not inside.startswith("data:image/"):
-        return find_file(inside, base)
-    if not inside:
-        raise ValueError(f"an image is a path or bytes, but {source!r} came")
+def load_media(
+    turns: list[dict[str, Any]], cells: Mapping[str, Any], folder: Path, open_image: OpenImage
+) -> list[dict[str, Any]]:
+    """Return the turns with their images and videos.
+
+    Those of the columns `images` and `videos` go, in order, to each <image> and <video> in a text and to each part
+    that has none of its own.
+    """
+    images = [open_image(image, folder) for image in as_list(cells.get("images"))]
+    sources = as_list(cells.get("videos"))
+    if sources and all(
+        isinstance(source, str) and Path(source).suffix.lower() in IMAGE_SUFFIXES
+        for source in sources
+    ):
+        sources = [sources]  # a flat list of image files is one video, frame by frame
+    videos = [load_video(source, folder, open_image) for source in sources]
+    contents = [
+        [
+            _read_part(part, folder, open_image)
+            for part in ([turn["content"]] if isinstance(turn["content"], str) else turn["content"])
+        ]
+        for turn in turns
+    ]
+    return place_media(
+        [{**turn, "content": parts} for turn, parts in zip(turns, contents, strict=True)],
+        images,
+        videos,
+    )
+
+
+def _read_part(part: Any, folder: Path, open_image: OpenImage) -> str | dict[str, Any]:
+    """Return a part as a text with placeholders, or as a finished part if it has an image or video of its own."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind not in ("text", "image", "video"):
+        raise ValueError(f"messages: expected a part of type text, image or video, got {kind!r}")
+    value = part.get(kind)
+    if kind == "text":
+        return str(value or "")
+    if not value:
+        return f"<{kind}>"
+    if kind == "image":
+        return {"type": "image", "image": open_image(value, folder)}
+    return {"type": "video", "video": load_video(value, folder, open_image)}
+
+
+def locate_image(source: Any, folder: Path) -> Any:
+    """Check that an image exists, without decoding it; takes the place of `open_image`."""
+    value = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
+    if isinstance(value, str) and value and not value.startswith("data:image/"):
+        return find_file(value, folder)
+    if not value:
+        raise ValueError(f"an image: expected a path or bytes, got {source!r}")
     return source
 
 
-def video_frames(video: Any, base: Path, opened: OpenMedia) -> Any:
-    """Returns a video file's path, or the frames of a list or of a folder of images."""
+def load_video(video: Any, folder: Path, open_image: OpenImage) -> Any:
+    """Return the path of a video file, or the frames of a list or of a folder of images."""
     if isinstance(video, dict):
         video = video.get("path") or video.get("video")
-    if isinstance(video, str) and Path(base, video).is_dir():
+    if isinstance(video, str) and Path(folder, video).is_dir():
         video = sorted(
             str(path)
-            for path in Path(base, video).iterdir()
+            for path in Path(folder, video).iterdir()
             if path.suffix.lower() in IMAGE_SUFFIXES
         )
     if isinstance(video, str) and video:
-        path = find_file(video, base)
+        path = find_file(video, folder)
         if path.stat().st_size == 0:
-            raise ValueError(f"{path}: an empty file, no video")
+            raise ValueError(f"{path}: expected a video, got an empty file")
         return str(path)
     if not isinstance(video, (list, tuple)) or not video:
         raise ValueError(
-            f"a video is a file, or a list or folder of frames, but {video!r:.80} came"
+            f"a video: expected a file, or a list or folder of frames, got {video!r:.80}"
         )
-    return [opened(frame, base) for frame in video]
-
-
-def row_videos(value: Any) -> list[Any]:
-    """Returns a row's videos; a flat list of image files is one video, frame by frame."""
-    videos = as_list(value)
-    flat = bool(videos) and all(
-        isinstance(video, str) and Path(video).suffix.lower() in IMAGE_SUFFIXES for video in videos
-    )
-    return [videos] if flat else videos
+    return [open_image(frame, folder) for frame in video]
 
 
 def as_list(value: Any) -> list[Any]:
-    """Returns a cell that may hold none, one, a list or a list written as JSON (csv) as a list."""
+    """Return a cell as a list: it may hold nothing, one value, a list, or a list written as JSON (csv)."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json_list(value)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -222,12 +216,12 @@ def parse_json_list(text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"a list in JSON is expected, {text!r:.60} came ({error})") from error
+        raise ValueError(f"expected a list in JSON, got {text!r:.60} ({error})") from error
     return value if isinstance(value, list) else [value]
 
 
 def clean_answer(answer: Any) -> Any:
-    """Returns an answer as text (or a list of texts, or an object for a reward of one's own); None = empty."""
+    """Return an answer as text, a list of texts, or an object (for a user's own reward); None if it is empty."""
     if isinstance(answer, dict):
         return answer or None
     if isinstance(answer, (list, tuple)):
@@ -235,9 +229,3 @@ def clean_answer(answer: Any) -> Any:
     if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         return None
     return str(answer).strip() or None
-
-
-def turn_text(said: str | list[dict[str, Any]]) -> str | None:
-    return clean_answer(
-        said if isinstance(said, str) else "".join(str(part.get("text") or "") for part in said)
-    )

@@ -397,7 +397,7 @@ def test_bad_json_lines(folder):
     assert len(examples) == 2
     assert [(bad.row, bad.reason.partition(" (")[0]) for bad in examples.bad] == [
         (2, "not JSON in UTF-8"),
-        (4, "an object {...} is expected, list came"),
+        (4, "expected an object {...}, got list"),
     ]
     (folder / "latin.jsonl").write_bytes(json.dumps(row()).encode() + b'\n{"prompt": "caf\xe9"}\n')
     assert only_bad(load(str(folder / "latin.jsonl"))).row == 2
@@ -585,12 +585,12 @@ def test_sources_that_make_no_sense_are_one_line(folder):
         load("no/such/file.jsonl")
     with pytest.raises(
         ValueError,
-        match="train.txt: the name of a data file must end in one of .jsonl .json .csv .parquet",
+        match="train.txt: expected a data file that ends in .jsonl, .json, .csv, .parquet",
     ):
         load(write(folder, row(), name="train.txt"))
     with pytest.raises(
         ValueError,
-        match="tasks.mine.test: a file, folder or hub id is expected, or a share of train between 0 and 1; 1.5 came",
+        match="tasks.mine.test: expected a file, folder or hub id, or a share of train between 0 and 1; got 1.5",
     ):
         load(write(folder, row()), test=1.5)
     with pytest.raises(ValueError, match="tasks.mine: give train, test or both"):
