@@ -1,5 +1,6 @@
 """cptjax in a notebook: load, generate, score, logits, save. Conversations are the Hugging Face chat form."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.continual.checkpoint import Checkpoints
+from cptjax.continual.model_state import restore_stage_params
 from cptjax.continual.workdir import read_run_config
 from cptjax.data import processor
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, round_up_size
+from cptjax.data.model_context import ModelContext
 from cptjax.data.processor import Processor
 from cptjax.generation import sampler
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import attention, decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
-from cptjax.models.load import MODEL_DTYPES, create_params, find_model_config
+from cptjax.models.load import MODEL_DTYPES, find_model_config
 from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
 
@@ -85,27 +88,10 @@ def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Mode
     words = processor.load_processor(
         settings.path or None, cfg, settings.min_pixels, settings.max_pixels
     )
-    params = create_params(settings, cfg, mesh, MODEL_DTYPES[dtype], config.seed)
-    saved = Checkpoints(folder / "checkpoints", async_save=False)
-    try:
-        stage = (
-            max((n for n, _, kind in saved.found() if kind == "stages"), default=0)
-            if stage is None
-            else stage
-        )
-        if stage:
-            trained, frozen = trainable.split_params(
-                params, trainable.is_trained(settings.freeze, settings.lora.rank)
-            )
-            like = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trained
-            )
-            params = trainable.join_params(
-                saved.restore("stages", stage, saved.stage_end(stage), {"params": like})["params"],
-                frozen,
-            )
-    finally:
-        saved.close()
+    model_ctx = ModelContext(cfg, words, mesh, MODEL_DTYPES[dtype], ())
+    with contextlib.closing(Checkpoints(folder / "checkpoints", async_save=False)) as checkpoints:
+        stage = checkpoints.newest_stage() if stage is None else stage
+        params = restore_stage_params(config, model_ctx, checkpoints, stage)
     return Model(cfg, trainable.cast_params(params, MODEL_DTYPES[dtype]), words, mesh, dtype)
 
 

@@ -17,6 +17,8 @@ from cptjax import sharding
 from cptjax.common.files import read_jsonl
 from cptjax.config import resolve_stages
 from cptjax.continual import open_run, reference_models, train_stage
+from cptjax.continual.model_state import ModelState, restore_stage_params, split_trained
+from cptjax.continual.open_run import Run
 from cptjax.models import load, trainable
 from cptjax.models.config import PRESETS
 from cptjax.training import build, train_step, validate_config
@@ -100,8 +102,10 @@ def tiny(
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[open_run.Run]:
-    """A run of as many devices as the mesh names, of one where it is left open; ready to learn, without checkpoints."""
+def opened(
+    config: ConfigDict, workdir: Path, model: Any = SMALL
+) -> Iterator[tuple[Run, ModelState]]:
+    """A run without checkpoints, and its base model, on as many devices as the mesh names, on one where it names none."""
     with contextlib.ExitStack() as stack:
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
@@ -109,9 +113,9 @@ def opened(config: ConfigDict, workdir: Path, model: Any = SMALL) -> Iterator[op
         patched(stack, open_run, "Checkpoints", Unsaved)
         stack.enter_context(contextlib.closing(_Presets(model)))
         run = open_run.open_run(config, workdir)
-        stack.callback(run.pool.close)
-        stack.callback(run.log.close)
-        yield run
+        stack.callback(run.sandbox.close)
+        stack.callback(run.files.log.close)
+        yield run, ModelState(restore_stage_params(config, run.model_ctx, None, 0))
 
 
 def patched(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -129,23 +133,23 @@ class _Presets:
         PRESETS["tiny"] = self.before
 
 
-def learned(
+def train_all_stages(
     config: ConfigDict, workdir: Path, model: Any = SMALL
-) -> tuple[open_run.Run, list[dict]]:
-    """Every stage learned in turn; the lines of metrics.jsonl."""
-    for each in resolve_stages(config):
-        validate_config.validate_stage(each)
-    with opened(config, workdir, model) as run:
-        for each in run.stages:
-            train_stage.train_stage(run, each, None)
-    return run, read_jsonl(workdir / "metrics.jsonl")
+) -> tuple[Run, ModelState, list[dict]]:
+    """Train every stage in turn; return the run, the last model, and the lines of metrics.jsonl."""
+    for stage in resolve_stages(config):
+        validate_config.validate_stage(stage)
+    with opened(config, workdir, model) as (run, model_state):
+        for stage in run.stages:
+            model_state = train_stage.train_stage(run, stage, model_state)
+    return run, model_state, read_jsonl(workdir / "metrics.jsonl")
 
 
 @dataclasses.dataclass
 class Desk:
     """A stage in the middle: everything that `learning.learn` makes before its loop."""
 
-    run: open_run.Run
+    run: Run
     ctx: Any
     state: Any
     frozen: Any
@@ -168,18 +172,17 @@ class Desk:
 @contextlib.contextmanager
 def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL) -> Iterator[Desk]:
     """Stage `number` of a tiny config, about to start."""
-    with opened(config, workdir, model) as run:
+    with opened(config, workdir, model) as (run, model_state):
         stage = run.stages[number - 1]
         validate_config.validate_stage(stage)
-        trained, frozen = run.split()
-        start = run.compared(run.params)
-        ctx = train_stage.make_stage_context(run, stage, start)
+        trained, frozen = split_trained(config, model_state.params)
+        start = run.copy_for_comparison(model_state.params)
+        ctx = train_stage.make_stage_context(run, stage, model_state.params, start)
         opt = build.optimizer_from_config(
             stage.config, load.declare_model_params(stage.config.model, run.model_ctx.cfg)
         )
         state = train_step.init_state(opt, trained, run.model_ctx.mesh)
-        run.params = trainable.join_params(state.params, frozen)  # the state has taken them over
-        penalty, extra = reference_models.make_penalty(run, stage, start)
+        penalty, extra = reference_models.make_penalty(run, stage, start, None)
         steps = train_step.make_step_programs(
             run.model_ctx.cfg,
             build.objective_from_config(stage.config),

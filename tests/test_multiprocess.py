@@ -101,8 +101,8 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
 def test_processes_that_would_feed_the_same_rows_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda *_: 2)
     with pytest.raises(ValueError, match=r"1 shards \(data x fsdp\) for 2 processes.*mesh.model"):
-        model_context.load_model(
-            run_helpers.config().model, {"data": 1, "fsdp": 1, "model": 8}, 0, (32,)
+        model_context.load_model_context(
+            run_helpers.config().model, {"data": 1, "fsdp": 1, "model": 8}, (32,)
         )
 
 

@@ -7,7 +7,8 @@ import pytest
 import stage_fixtures
 
 from configs import base, cpt7
-from cptjax.continual import stage_evaluation, train_stage
+from cptjax.continual import open_run, stage_evaluation, train_stage
+from cptjax.continual.model_state import ModelState
 from cptjax.models.config import PRESETS
 from cptjax.tasks.synthetic.dataset import styled_exact
 
@@ -74,27 +75,25 @@ def config():
 
 
 @pytest.mark.slow
-def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path):
-    with stage_fixtures.opened(config(), tmp_path, PRESETS["tiny"]) as run:
-        score = lambda: (
-            sum(
-                r.score
-                for r in stage_evaluation.evaluate_current_model(
-                    run, 0, "true", "", False, "", 128
-                ).records
+def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path, monkeypatch):
+    with stage_fixtures.opened(config(), tmp_path, PRESETS["tiny"]) as (run, base):
+
+        def score(params) -> float:
+            result = stage_evaluation.evaluate_with_template(
+                run, 0, params, "true", "", "", mini=128
             )
-            / 128
-        )
-        train_stage.train_stage(run, run.stages[0], None)
-        start, before = jax.device_get(run.params), score()
-        run.cached(
-            "base", lambda: run.compared(run.params)
-        )  # the RL arms' base is what the first stage made
+            return sum(r.score for r in result.records) / 128
+
+        first = train_stage.train_stage(run, run.stages[0], base)
+        start, before = jax.device_get(first.params), score(first.params)
+        # The base model of the RL arms is what the first stage made.
+        monkeypatch.setattr(open_run.Run, "base_params", run.copy_for_comparison(first.params))
         reached, took = {}, {}
         for stage, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
-            run.params, began = jax.device_put(start), time.process_time()
-            train_stage.train_stage(run, stage, None)
-            reached[name], took[name] = round(score(), 3), round(time.process_time() - began)
+            began = time.process_time()
+            last = train_stage.train_stage(run, stage, ModelState(jax.device_put(start)))
+            reached[name] = round(score(last.params), 3)
+            took[name] = round(time.process_time() - began)
         print(f"base {before:.3f}, then {reached} in {took} s")
     assert 0.3 < before < 0.75
     assert reached.pop("negated") < before - POINTS

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from cptjax.analysis import probe
 from cptjax.analysis.finding import Finding, FindingChart, FindingTable
 from cptjax.common import console
+from cptjax.continual.model_state import restore_stage_params
 from cptjax.evaluation.report import read, svg
 from cptjax.evaluation.report.svg import Point, Series
 from cptjax.evaluation.report.words import is_known
@@ -156,7 +157,10 @@ def add_weight_distances(run: read.ReportRun, stands: Sequence[StageDrift]) -> l
         console.progress_bar(f"weights of {run.label} {run.variant}", len(stands)) as bar,
     ):
         merged = lambda number: lora.merge_lora(
-            current.at_stage(number), current.model_ctx.cfg.lora_scale
+            restore_stage_params(
+                current.config, current.model_ctx, current.files.checkpoints, number
+            ),
+            current.model_ctx.cfg.lora_scale,
         )
         base, out = merged(0), []
         for stand in stands:

@@ -15,6 +15,7 @@ from cptjax.common import console
 from cptjax.common.shuffle import permutation
 from cptjax.config import Stage, merge_config
 from cptjax.continual import fisher, open_run, stage_evaluation, workdir
+from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.device_batches import batch_slices, conversation_batch
@@ -69,7 +70,10 @@ class Probe:
 
     @functools.cached_property
     def prompted_tasks(self) -> dict[str, PromptedTask]:
-        return {name: self.run.prompted(name, self.stage.config) for name in self.stage.tasks}
+        return {
+            name: self.run.datasets.prompted_task(name, self.stage.config)
+            for name in self.stage.tasks
+        }
 
     def rows(self, count: int) -> list[tuple[str, int]]:
         """`count` of the stage's training rows, evenly from its tasks, chosen by the run's seed."""
@@ -82,7 +86,7 @@ class Probe:
         ]
 
     def source(self, task: str) -> Sequence[Any]:
-        return self.run.examples(task, "train", self.stage.config)
+        return self.run.datasets.examples(task, "train", self.stage.config)
 
     def _chosen(self, size: int, count: int) -> list[int]:
         return permutation(size, (self.run.config.seed, self.stage.number, 30_000))[:count].tolist()
@@ -104,8 +108,8 @@ class Probe:
         c = self.run.config
         template = stage_evaluation.templates_of_task(self.run, task)[0]
         prompted, examples = (
-            self.run.prompted(task, c, template),
-            self.run.examples(task, "test", c, template),
+            self.run.datasets.prompted_task(task, c, template),
+            self.run.datasets.examples(task, "test", c, template),
         )
         build = make_example_encoder(
             self.model_ctx, {task: prompted}, True, max(self.model_ctx.buckets)
@@ -203,13 +207,15 @@ def open_probe(
     with visit_run(folder, dtype) as current:
         if not 1 <= number <= len(current.stages):
             raise ValueError(f"--stage={number}; the run has stages 1 to {len(current.stages)}")
-        current.params = current.at_stage(number - 1)
+        params = restore_stage_params(
+            current.config, current.model_ctx, current.files.checkpoints, number - 1
+        )
         which = current.stages[number - 1]
         found = Probe(
             current,
             which,
             current.model_ctx.longer(which.config.rollout.max_new_tokens + 1),
-            *current.split(),
+            *split_trained(current.config, params),
         )
         asked = [t for t in others.split(",") if t]
         names = stage_evaluation.select_tasks(current, asked, "--others") if asked else found.others

@@ -1,7 +1,6 @@
-"""SIGTERM: noticed at once, answered where everything is saved."""
+"""SIGTERM: a training step finishes and is saved first; anywhere else the process ends at once."""
 
 import contextlib
-import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,40 +9,57 @@ from cptjax.common import console, distributed
 
 
 class SamplingStopped(Exception):
-    """SIGTERM came between two pieces; all that was drawn is kept."""
+    """Raised between two pieces of long work after SIGTERM; all finished pieces are kept."""
 
 
 class Preempted(SystemExit):
-    """SIGTERM came; everything is saved."""
+    """Raised after SIGTERM, once everything is saved; exit code 0."""
 
     def __init__(self) -> None:
         super().__init__(0)
 
 
-@dataclasses.dataclass
 class SigtermHandler:
-    """Whether SIGTERM came, and whether it must wait: a training step ends and saves first."""
+    """Handles SIGTERM at once, or only records it inside a `deferred` block."""
 
-    came: bool = False
-    waits: bool = False
+    def __init__(self) -> None:
+        self.received = False
+        self._deferring = False
 
     def __call__(self, *_: object) -> None:
-        self.came = True
-        if not self.waits:
+        self.received = True
+        if not self._deferring:
             self.leave("outside of training")
 
+    def deferred(self) -> contextlib.AbstractContextManager[None]:
+        """Only record SIGTERM inside this block; the code in it asks `agreed` where it can stop."""
+        return self._deferring_set_to(True)
+
+    def immediate(self) -> contextlib.AbstractContextManager[None]:
+        """Inside a `deferred` block, handle SIGTERM at once again: for long work that need not finish."""
+        return self._deferring_set_to(False)
+
+    @contextlib.contextmanager
+    def _deferring_set_to(self, value: bool) -> Iterator[None]:
+        before, self._deferring = self._deferring, value
+        try:
+            yield
+        finally:
+            self._deferring = before
+
     def agreed(self) -> bool:
-        """Whether it came to any process; all ask at the same place."""
-        return any(distributed.gather_objects(self.came))
+        """Whether any process received SIGTERM; all processes must ask at the same place."""
+        return any(distributed.gather_objects(self.received))
 
     def leave(self, where: str) -> None:
+        """End the process with exit code 0 and say how to continue."""
         console.print_message(f"stopped by SIGTERM {where}; run the same command again to go on")
         raise Preempted
 
 
 @contextlib.contextmanager
 def handle_sigterm(sigterm: SigtermHandler) -> Iterator[None]:
-    """SIGTERM goes to `sigterm` meanwhile; only the main thread may listen."""
+    """Send SIGTERM to `sigterm` inside this block. Python allows that in the main thread alone; elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

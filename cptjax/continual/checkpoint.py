@@ -161,8 +161,13 @@ class Checkpoints:
                 self.managers[kind].restore(stage * STEPS_PER_STAGE + step, args=args).items()
             )
 
+    def newest_stage(self) -> int:
+        """Return the newest stage that is saved at its end; 0 = none."""
+        steps = self.managers["stages"].all_steps()
+        return max((n // STEPS_PER_STAGE for n in steps), default=0)
+
     def stage_end(self, stage: int) -> int:
-        """The step at which a stage ended."""
+        """Return the step at which a stage ended."""
         steps = [
             n % STEPS_PER_STAGE
             for n in self.managers["stages"].all_steps()

@@ -1,4 +1,4 @@
-"""The driver: for each stage train -> checkpoint -> evaluate every task -> record; every run that a config describes."""
+"""Run what a config describes: for each run and each stage train -> checkpoint -> evaluate every task -> record."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from cptjax.common.signals import SigtermHandler, handle_sigterm
 from cptjax.config import all_runs, check_config_values, expand_runs, prestage_runs, resolve_stages
 from cptjax.continual import stage_evaluation, train_stage
 from cptjax.continual.checkpoint import RunRefused
-from cptjax.continual.open_run import Run, open_run, write_run_files
+from cptjax.continual.open_run import RunFiles, open_run, write_run_files
 from cptjax.continual.resume import resume_run
 from cptjax.continual.workdir import changes_since_start, format_changes, local_folder, lock_workdir
 from cptjax.evaluation import report, summary
@@ -23,47 +23,79 @@ from cptjax.training import validate_config
 
 
 def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
-    """Every run that the config describes, each from where it stands; the accuracy matrix, row 0 = base model.
+    """Run everything that a config describes, each run from where it was stopped; return the accuracy matrix.
 
-    Several runs (arms, seeds, orders) are stacked, [run, stage, task], padded with NaN to the largest of them.
+    Row 0 of the matrix is the base model. Several runs (arms, seeds, orders) are stacked, [run, stage, task], padded with NaN.
     """
     workdir = local_folder(workdir)
     check_all_runs(config)
     sigterm, matrices = SigtermHandler(), []
     with handle_sigterm(sigterm), explain_full_disk(workdir), lock_workdir(workdir):
-        for sub, base in prestage_runs(config).items():
-            make_base_model(base, workdir / sub, sigterm)
-        found = expand_runs(config, workdir)
-        for sub, single in found:
-            matrices.append(run_one(single, workdir / sub, sigterm))
-            if len(found) > 1 and distributed.is_main_process():
+        for subfolder, prestage in prestage_runs(config).items():
+            make_base_model(prestage, workdir / subfolder, sigterm)
+        runs = expand_runs(config, workdir)
+        for subfolder, single in runs:
+            matrices.append(run_one(single, workdir / subfolder, sigterm))
+            if len(runs) > 1 and distributed.is_main_process():
                 report.write_comparison(workdir)
-    return matrices[0] if len(found) == 1 else stack_matrices(matrices)
+    return matrices[0] if len(runs) == 1 else stack_matrices(matrices)
+
+
+def run_one(
+    config: ConfigDict, workdir: Path, sigterm: SigtermHandler, export: Path | None = None
+) -> np.ndarray:
+    """Run one config to its end; with `export`, also save the last model as a Hugging Face folder."""
+    with contextlib.closing(open_run(config, workdir, sigterm)) as run:
+        resume_point, model_state = resume_run(run)
+        stage_evaluation.check_remaining_splits(run, resume_point)
+        write_run_files(run)
+        for number in range(resume_point.stage, len(run.stages) + 1):
+            resumed = number == resume_point.stage
+            if not resume_point.is_trained(number):
+                model_state = train_stage.train_stage(
+                    run,
+                    run.stages[number - 1],
+                    model_state,
+                    resume_point.unfinished if resumed else None,
+                )
+            if number or config.eval.before:
+                evaluated = resume_point.evaluated if resumed else ()
+                stage_evaluation.evaluate_stage(run, number, model_state.params, evaluated)
+        run.files.checkpoints.wait()
+        matrix = write_final_results(run.files)
+        if export is not None:
+            hf_checkpoint.save_hf_checkpoint(
+                model_state.params,
+                run.model_ctx.cfg,
+                export,
+                run.model_ctx.processor,
+                config.model.param_dtype,
+            )
+    return matrix
+
+
+def write_final_results(run_files: RunFiles) -> np.ndarray:
+    """Write the summary and the report of a run; return its accuracy matrix."""
+    workdir = run_files.workdir
+    if run_files.log:
+        tables = summary.load_run_tables(workdir)
+        page = report.write_run_report(tables, summary.write_summary(tables))
+        console.print_message(f"done: {page}")
+    distributed.gather_objects(True)  # the other processes read what the first has written
+    return summary.load_accuracy_table(workdir, summary.load_config(workdir)).array()
 
 
 def check_all_runs(config: ConfigDict) -> None:
-    """Everything that can be refused before anything is loaded."""
+    """Refuse every mistake that the config alone shows, before anything is loaded."""
     expect.check_expectations(config)
     for _, single in all_runs(config):
         check_config_values(single)
-        for each in resolve_stages(single):
-            validate_config.validate_stage(each)
-
-
-def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:
-    shape = np.max([m.shape for m in matrices], axis=0)
-    return np.stack(
-        [
-            np.pad(
-                m, [(0, n - s) for n, s in zip(shape, m.shape, strict=True)], constant_values=np.nan
-            )
-            for m in matrices
-        ]
-    )
+        for stage in resolve_stages(single):
+            validate_config.validate_stage(stage)
 
 
 def make_base_model(config: ConfigDict, folder: Path, sigterm: SigtermHandler) -> None:
-    """The base model of a pre-stage, in `hf/`; made once, and never another under the runs that stand on it."""
+    """Train the pre-stage once and save its model in `hf/`; refuse another config for a base model that runs use."""
     if not (folder / "hf" / "config.json").is_file():
         run_one(config, folder, sigterm, export=folder / "hf")
         return
@@ -74,57 +106,28 @@ def make_base_model(config: ConfigDict, folder: Path, sigterm: SigtermHandler) -
     ]
     if changed:
         raise RunRefused(
-            f"{folder / 'hf'} was made with another config: {format_changes(changed)}. Runs stand on it; use another --workdir"
+            f"{folder / 'hf'} was made with another config: {format_changes(changed)}. "
+            "Other runs start from this model; use another --workdir"
         )
 
 
-def run_one(
-    config: ConfigDict, workdir: Path, sigterm: SigtermHandler, export: Path | None = None
-) -> np.ndarray:
-    """One run to its end; `export` gets the last model as a Hugging Face folder."""
-    with contextlib.closing(open_run(config, workdir, sigterm)) as current:
-        place = resume_run(current)
-        stage_evaluation.check_remaining_splits(current, place)
-        write_run_files(current)
-        for number in range(place.stage, len(current.stages) + 1):
-            if number and not place.finished(number):
-                train_stage.train_stage(
-                    current, current.stages[number - 1], place if place.stage == number else None
-                )
-            if number or config.eval.before:
-                stage_evaluation.evaluate_stage(current, number, place)
-        current.checkpoints.wait()
-        matrix = finish_run(current)
-        if export is not None:
-            hf_checkpoint.save_hf_checkpoint(
-                current.params,
-                current.model_ctx.cfg,
-                export,
-                current.model_ctx.processor,
-                config.model.param_dtype,
-            )
-    return matrix
+def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:
+    """Stack accuracy matrices, padded with NaN to the largest of them."""
+    rows, columns = np.max([m.shape for m in matrices], axis=0)
+    out = np.full((len(matrices), rows, columns), np.nan, matrices[0].dtype)
+    for i, m in enumerate(matrices):
+        out[i, : m.shape[0], : m.shape[1]] = m
+    return out
 
 
 @contextlib.contextmanager
 def explain_full_disk(workdir: Path) -> Iterator[None]:
-    """The system's own words for a full disk name no place."""
+    """Name the workdir and say what to do when the disk is full; the system's own error names no folder."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            f"{workdir}: no space left on the disk; free some and run the same command again, what is saved is whole"
+            f"{workdir}: no space left on the disk; free some and run the same command again. What was saved is intact"
         ) from error
-
-
-def finish_run(current: Run) -> np.ndarray:
-    """Summary, report and the matrix."""
-    if current.log:
-        tables = summary.load_run_tables(current.workdir)
-        page = report.write_run_report(tables, summary.write_summary(tables))
-        console.print_message(f"done: {page}")
-    distributed.gather_objects(True)
-    config = summary.load_config(current.workdir)
-    return summary.load_accuracy_table(current.workdir, config).array()

@@ -1,14 +1,16 @@
-"""Elastic weight consolidation: the diagonal Fisher information of a stage, and penalties as programs take them."""
+"""Fisher information for EWC: squared gradients of the gold answers' log-likelihood, summed over the stages."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from cptjax.common import console
 from cptjax.common.shuffle import permutation
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
+from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import conversation_batch
@@ -22,53 +24,58 @@ from cptjax.types import Params
 
 
 def make_example_gradient(
-    model_ctx: ModelContext, config: Any
+    model_ctx: ModelContext, config: ConfigDict
 ) -> Callable[[Params, Params, EncodedConversation], Params]:
-    """The gradient of one conversation's negative log-likelihood, summed over its answers' tokens."""
-    opt = build.optimizer_from_config(config, {})
+    """Build f(trained, frozen, conversation) -> gradient of its negative log-likelihood, summed over the response tokens."""
     begin = train_step.make_step_programs(
         model_ctx.cfg,
         Objective(LossConfig.plain("sft", config.train.chunk)),
-        opt,
+        build.optimizer_from_config(config, {}),
         train_step.StateShardings(None, ()),
         model_ctx.dtype,
     ).begin
-    return lambda trained, frozen, encoded: (
-        begin(
-            trained, frozen, conversation_batch(model_ctx, [encoded], rows=model_ctx.shards)
-        ).gradient
-    )
+
+    def example_gradient(trained: Params, frozen: Params, encoded: EncodedConversation) -> Params:
+        batch = conversation_batch(model_ctx, [encoded], rows=model_ctx.shards)
+        return begin(trained, frozen, batch).gradient
+
+    return example_gradient
 
 
-def update_fisher(run: Any, stage: Stage, before: Params | None) -> tuple[Params, WorkCost]:
-    """The Fisher of all stages so far: squared gradients of the gold answers' log-likelihood, one example at a time; what it cost."""
-    model_ctx, c = run.model_ctx, stage.config
-    trained, frozen = run.split()
-    prompted_tasks = {name: run.prompted(name, c) for name in stage.tasks}
-    build = make_example_encoder(model_ctx, prompted_tasks, True, max(model_ctx.buckets))
-    sources = [run.examples(name, "train", c) for name in stage.tasks]
-    each = -(-c.method.penalty.samples // len(sources))
-    seed = lambda number: (run.config.seed, stage.number, number)
-    rows = [
-        source[i]
-        for n, source in enumerate(sources)
-        for i in permutation(len(source), seed(n))[:each].tolist()
-    ]
-    slope = make_example_gradient(model_ctx, c)
+@functools.partial(jax.jit, static_argnames=("rows", "processes"), donate_argnums=0)
+def _add_example(fisher: Params, gradient: Params, rows: int, processes: int) -> Params:
+    """Add the squared gradient of one of `rows` examples, which every process brought into the batch."""
+    gradient = jax.tree.map(lambda g: g / processes, gradient)
+    return regularizers.add_fisher(fisher, gradient, rows)
+
+
+def update_fisher(
+    run: Run, stage: Stage, trained: Params, frozen: Params, before: Params | None
+) -> tuple[Params, WorkCost]:
+    """Return the Fisher information of all stages up to this one, and what estimating it cost.
+
+    One example a device pass: a sum of squares is not the square of a sum.
+    """
+    model_ctx, c, tasks = run.model_ctx, stage.config, stage.tasks
+    prompted_tasks = {name: run.datasets.prompted_task(name, c) for name in tasks}
+    encode = make_example_encoder(model_ctx, prompted_tasks, True, max(model_ctx.buckets))
+    examples, share = [], -(-c.method.penalty.samples // len(tasks))
+    for i, name in enumerate(tasks):
+        source = run.datasets.examples(name, "train", c)
+        order = permutation(len(source), (run.config.seed, stage.number, i))
+        examples += [source[row] for row in order[:share].tolist()]
+    example_gradient = make_example_gradient(model_ctx, c)
     fisher, cost = regularizers.zero_fisher(trained), WorkCost()
-    one = lambda gradient: jax.tree.map(
-        lambda g: g / jax.process_count(), gradient
-    )  # every process has brought the row
-    add = jax.jit(lambda f, g: regularizers.add_fisher(f, one(g), len(rows)), donate_argnums=0)
     with (
         jax.set_mesh(model_ctx.mesh),
-        console.progress_bar("Fisher information", total=len(rows)) as bar,
+        console.progress_bar("Fisher information", total=len(examples)) as bar,
     ):
-        for example in rows:  # one example a pass: a sum of squares is not the square of a sum
+        for example in examples:
             if run.sigterm.agreed():
                 raise SamplingStopped
-            encoded = build(example).encoded
-            fisher = add(fisher, slope(trained, frozen, encoded))
+            encoded = encode(example).encoded
+            gradient = example_gradient(trained, frozen, encoded)
+            fisher = _add_example(fisher, gradient, len(examples), jax.process_count())
             cost += WorkCost(flops=3 * conversation_flops(model_ctx.cfg, encoded))
             bar.advance()
     return fisher if before is None else regularizers.merge_fisher(before, fisher), cost

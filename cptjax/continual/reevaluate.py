@@ -1,4 +1,4 @@
-"""One evaluation by hand: the model of a stage of a run, or any Hugging Face folder, on some of the config's tasks."""
+"""Evaluate a finished stage of a run again, or any Hugging Face model, on tasks of the config (launch/evaluate.py)."""
 
 import contextlib
 from pathlib import Path
@@ -8,10 +8,12 @@ from ml_collections import ConfigDict
 
 from cptjax.common import distributed, files, run_log
 from cptjax.config import check_config_values, expand_runs, merge_config
-from cptjax.continual import open_run, resume, stage_evaluation
-from cptjax.continual.open_run import Run
+from cptjax.continual import resume, stage_evaluation
+from cptjax.continual.model_state import restore_stage_params
+from cptjax.continual.open_run import Run, open_run_readonly
 from cptjax.continual.workdir import local_folder, lock_workdir, refuse_changed_config
 from cptjax.evaluation import evaluate, summary
+from cptjax.types import Params
 
 PRINTED_COLUMNS = ("task", "metric", "value", "stderr", "n", "scorer", "template")
 
@@ -24,7 +26,10 @@ def reevaluate_stage(
     tasks: tuple[str, ...] = (),
     record: bool = False,
 ) -> list[dict[str, Any]]:
-    """The rows of evals.csv for a stage (None = the newest finished one), or for `model`; `record` appends those of a stage to it."""
+    """Return the rows of evals.csv for a stage (None = the newest finished one), or for the folder or hub id `model`.
+
+    With `record`, the rows of a stage are appended to evals.csv.
+    """
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
     workdir = local_folder(workdir)
@@ -34,94 +39,94 @@ def reevaluate_stage(
         single = merge_config(single, {"model": {"path": model}})
     else:
         refuse_changed_config(single, workdir)
-    alone = (
-        lock_workdir(split_run_folder(config, workdir)[0]) if record else contextlib.nullcontext()
-    )
-    with alone, open_run.open_run_readonly(single, workdir) as run:
-        number = 0 if model else newest_finished_stage(run) if stage is None else stage
+    root, _ = split_run_folder(config, workdir)
+    lock = lock_workdir(root) if record else contextlib.nullcontext()
+    with lock, open_run_readonly(single, workdir) as run:
+        checkpoints = run.files.checkpoints
+        if model:
+            stage = 0
+        elif stage is None:
+            stage = checkpoints.newest_stage() if checkpoints else 0
         names = stage_evaluation.select_tasks(run, tasks, "--tasks")
-        run.params = run.at_stage(number)
-        step = run.checkpoints.stage_end(number) if number else 0
-        rows = [row for task in names for row in reevaluate_task(run, number, task, step)]
+        params = restore_stage_params(single, run.model_ctx, checkpoints, stage)
+        step = checkpoints.stage_end(stage) if stage else 0
+        rows = []
+        for task in names:
+            rows += reevaluate_task(run, stage, params, task, step)
         if record:
-            append_evals(run, number, rows)
+            append_evals(run, rows)
     return rows
 
 
 def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The one run of the config that the workdir belongs to, on the base model that its pre-stage made."""
-    root, sub = split_run_folder(config, workdir)
-    return dict(expand_runs(config, root))[sub]
+    """Return the one run of the config that the workdir belongs to, with the base model that its pre-stage made."""
+    root, subfolder = split_run_folder(config, workdir)
+    return dict(expand_runs(config, root))[subfolder]
 
 
 def split_run_folder(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
-    """The workdir of all runs of the config, and the sub-folder of the one that is asked for."""
-    found = expand_runs(config)
-    subs = [
+    """Split the folder of one run into the workdir of all runs of the config and the sub-folder of this one.
+
+    runs/demo/grpo/seed1 -> (runs/demo, grpo/seed1); a config with one run -> (workdir, "").
+    """
+    workdir, subfolders = workdir.absolute(), [sub for sub, _ in expand_runs(config)]
+    fitting = [
         sub
-        for sub, _ in found
-        if workdir.absolute().parts[-len(Path(sub).parts) :] == Path(sub).parts or not sub
+        for sub in subfolders
+        if not sub or workdir.parts[-len(Path(sub).parts) :] == Path(sub).parts
     ]
-    if len(subs) != 1:
-        names = ", ".join(sub for sub, _ in found)
+    if len(fitting) != 1:
         raise ValueError(
-            f"the config describes {len(found)} runs; expected --workdir to end with one of {names}"
+            f"the config describes {len(subfolders)} runs; expected --workdir to end with one of {', '.join(subfolders)}"
         )
-    return workdir.absolute().parents[len(Path(subs[0]).parts) - 1] if subs[
-        0
-    ] else workdir.absolute(), subs[0]
+    (subfolder,) = fitting
+    root = workdir.parents[len(Path(subfolder).parts) - 1] if subfolder else workdir
+    return root, subfolder
 
 
-def newest_finished_stage(run: Run) -> int:
-    """The newest finished stage; 0 before the first."""
-    return (
-        max((n for n, _, kind in run.checkpoints.found() if kind == "stages"), default=0)
-        if run.checkpoints
-        else 0
-    )
-
-
-def reevaluate_task(run: Run, number: int, task: str, step: int) -> list[dict[str, Any]]:
-    e, about = run.config.eval, stage_evaluation.shared_eval_columns(run, number, step)
-    taken = [
-        stage_evaluation.evaluate_current_model(
-            run, number, task, t, e.forced_prefix, stage_evaluation.describe_stage(number)
+def reevaluate_task(
+    run: Run, stage: int, params: Params, task: str, step: int
+) -> list[dict[str, Any]]:
+    """Return the rows of evals.csv of one task, with each of its templates."""
+    columns, rows = stage_evaluation.shared_eval_columns(run, stage, step), []
+    when, forced = stage_evaluation.describe_stage(stage), run.config.eval.forced_prefix
+    for template in stage_evaluation.templates_of_task(run, task):
+        result = stage_evaluation.evaluate_with_template(
+            run, stage, params, task, template, when, forced=forced
         )
-        for t in stage_evaluation.templates_of_task(run, task)
-    ]
-    return [row for result in taken for row in evaluate.eval_rows(result, about)]
+        rows += evaluate.eval_rows(result, columns)
+    return rows
 
 
-def append_evals(run: Run, number: int, rows: list[dict[str, Any]]) -> None:
-    """Put the rows behind a finished run's; an unfinished one would cut them off when it goes on."""
-    marks = resume.read_eval_progress(run)
-    if marks.get("stage") != len(run.stages) or set(marks["done"]) != {
-        t for part in stage_evaluation.tasks_to_evaluate(run) for t in part
-    }:
+def append_evals(run: Run, rows: list[dict[str, Any]]) -> None:
+    """Append rows to evals.csv of a finished run; a run that continues later would cut them off again."""
+    workdir, progress = run.files.workdir, resume.read_eval_progress(run)
+    every_task = set(stage_evaluation.all_tasks_to_evaluate(run))
+    if progress.get("stage") != len(run.stages) or set(progress["done"]) != every_task:
         raise ValueError(
-            f"{run.workdir} is not finished, and going on with it would cut the rows off; leave out --record"
+            f"--record: expected a finished run, got {workdir}, which would cut the rows off when it continues; leave out --record"
         )
     if distributed.is_main_process():
-        log = run_log.RunLog(run.workdir)
+        log = run_log.RunLog(workdir)
         log.evals(rows)
-        files.write_json(resume.eval_progress_file(run), marks | {"positions": log.positions()})
+        progress["positions"] = log.positions()
+        files.write_json(resume.eval_progress_file(run), progress)
         log.close()
-        summary.write_summary(summary.load_run_tables(run.workdir))
+        summary.write_summary(summary.load_run_tables(workdir))
 
 
 def format_eval_rows(rows: list[dict[str, Any]]) -> str:
-    """The rows as text in columns."""
-    said = [
-        [
-            f"{row[k]:.4f}"
-            if isinstance(row[k], float)
-            else str(row[k] if row[k] is not None else "")
-            for k in PRINTED_COLUMNS
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(PRINTED_COLUMNS, *said, strict=True)]
+    """Return the rows as a table of text."""
+    lines: list[tuple[str, ...]] = [PRINTED_COLUMNS]
+    for row in rows:
+        values = [row[column] for column in PRINTED_COLUMNS]
+        lines.append(
+            tuple(
+                f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
-        for line in (PRINTED_COLUMNS, *said)
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
     )

@@ -1,30 +1,36 @@
-"""The models a stage is compared with: its start, the KL reference, the teacher, and the penalty's anchor."""
+"""The models that a stage compares itself with: its start, the KL reference, the teacher, the anchor of a penalty."""
 
 from typing import Any
 
 import numpy as np
 
 from cptjax.config import Stage, merge_config
+from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
-from cptjax.continual.resume import ResumePoint
 from cptjax.data import prompts
-from cptjax.models import load, trainable
+from cptjax.models import load
+from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms import regularizers
 from cptjax.training.algorithms.distillation import Teacher, has_ema_teacher
+from cptjax.training.train_step import PenaltyFn
 from cptjax.types import Params
 
-# ---- what a stage is compared with ---------------------------------------------------------------------------------------
 
+def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> Params | None:
+    """Copy the model at the start of a stage, where something needs it.
 
-def load_stage_start(run: Run, stage: Stage, place: ResumePoint | None) -> Params | None:
-    """A copy of the model at the stage's start where something needs it; a restored run reads it back."""
+    `params` is the current model; a stage that is resumed in its middle reads its start from the checkpoint before it.
+    """
     m = stage.config.method
     exact = regularizers.needs_exact_start(m)
-    fixed = needs_teacher(stage) and not has_ema_teacher(m)
-    if not (exact or fixed or (m.kl_coef > 0 and m.kl_reference == "stage")):
+    frozen_teacher = needs_teacher(stage) and not has_ema_teacher(m)
+    if not (exact or frozen_teacher or (m.kl_coef > 0 and m.kl_reference == "stage")):
         return None
-    params = run.at_stage(stage.number - 1) if place else run.params
-    return run.compared(params, run.config.model.param_dtype if exact else "")
+    if resumed:
+        params = restore_stage_params(
+            run.config, run.model_ctx, run.files.checkpoints, stage.number - 1
+        )
+    return run.copy_for_comparison(params, run.config.model.param_dtype if exact else "")
 
 
 def needs_teacher(stage: Stage) -> bool:
@@ -32,43 +38,49 @@ def needs_teacher(stage: Stage) -> bool:
 
 
 def make_teacher(
-    run: Run, stage: Stage, prompted_tasks: dict[str, Any], start: Params | None
+    run: Run,
+    stage: Stage,
+    prompted_tasks: dict[str, PromptedTask],
+    params: Params,
+    start: Params | None,
 ) -> Teacher | None:
-    """The stage's start, or a copy of its own that follows the student; a place inside the stage has its own."""
+    """Build the teacher of a stage: the start of the stage, or a copy of `params` that follows the student."""
     if not needs_teacher(stage):
         return None
     c, d = stage.config, stage.config.method.distill
     model_ctx = run.model_ctx.longer(
         prompts.extra_demonstration_tokens(run.model_ctx.processor, c.rollout.max_new_tokens)
     )
-    if has_ema_teacher(stage.config.method):
-        return Teacher(
-            model_ctx, prompted_tasks, d.ema if d.teacher == "ema" else 1.0, *run.split()
-        )
-    return Teacher(model_ctx, prompted_tasks, 0.0, *trainable.split_params(start, run.chosen))
+    if has_ema_teacher(c.method):
+        rate = d.ema if d.teacher == "ema" else 1.0
+        return Teacher(model_ctx, prompted_tasks, rate, *split_trained(run.config, params))
+    return Teacher(model_ctx, prompted_tasks, 0.0, *split_trained(run.config, start))
 
 
 def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | None:
-    """The model of the KL term: none, the base, the stage's start, or a checkpoint folder."""
+    """Return the model of the KL term: the base, the start of the stage, or that of a folder; None without a KL term."""
     m = stage.config.method
-    if not m.kl_coef or m.kl_reference in ("base", "stage"):
-        return None if not m.kl_coef else run.base() if m.kl_reference == "base" else start
+    if not m.kl_coef:
+        return None
+    if m.kl_reference == "base":
+        return run.base_params
+    if m.kl_reference == "stage":
+        return start
     other = merge_config(run.config, {"model": {"path": m.kl_reference, "lora": {"rank": 0}}})
     ctx = run.model_ctx
-    return run.compared(
-        load.create_params(other.model, ctx.cfg, ctx.mesh, ctx.dtype, run.config.seed)
-    )
+    params = load.create_params(other.model, ctx.cfg, ctx.mesh, ctx.dtype, run.config.seed)
+    return run.copy_for_comparison(params)
 
 
-def make_penalty(run: Run, stage: Stage, start: Params | None) -> tuple[Any, Any]:
-    """The penalty's function and its arrays: anchor, and Fisher information for EWC (none before the second stage)."""
+def make_penalty(
+    run: Run, stage: Stage, start: Params | None, fisher: Params | None
+) -> tuple[PenaltyFn | None, dict[str, Any] | None]:
+    """Return the function of a penalty and its arrays; EWC has none before Fisher information exists."""
     p = stage.config.method.penalty
-    if p.name not in ("l2", "ewc") or (p.name == "ewc" and run.fisher is None):
+    if p.name not in ("l2", "ewc") or (p.name == "ewc" and fisher is None):
         return None, None
-    anchor, _ = trainable.split_params(start, run.chosen)
+    anchor, _ = split_trained(run.config, start)
     arrays = {"anchor": anchor, "coef": np.float32(p.coef)}
-    return (
-        (regularizers.l2_penalty, arrays)
-        if p.name == "l2"
-        else (regularizers.ewc_penalty, arrays | {"fisher": run.fisher})
-    )
+    if p.name == "l2":
+        return regularizers.l2_penalty, arrays
+    return regularizers.ewc_penalty, arrays | {"fisher": fisher}

@@ -1,15 +1,19 @@
-"""Where a run goes on. Looked for in this order:
+"""Where a run continues after it was stopped or killed.
 
-    1. the newest readable checkpoint: inside a stage (`steps`) or at its end (`stages`)
-    2. progress.json, which says how much of the evaluation after the last finished stage, or of the base model, is recorded
-    3. afresh
+The state comes from the newest of these that can be read:
 
-Each says how long the growing files were; what a killed run wrote after that is cut off. progress.json is deleted before the files
-are cut below what it knows, so it can never speak of lines that are gone.
+    1. a checkpoint: inside a stage (kind `steps`) or at the end of a stage (kind `stages`)
+    2. nothing: the base model, before the first stage
+
+After the end of a stage, or with the base model, progress.json says which tasks of the evaluation that follows are recorded already.
+
+Checkpoints and progress.json both record how long the append-only files were. What a killed run wrote after that is cut off.
+progress.json is deleted before the files are cut below the lengths that it records, so it never describes lines that are gone.
 """
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +22,9 @@ import numpy as np
 from cptjax.common import console, distributed, files
 from cptjax.config import Stage, config_fingerprint
 from cptjax.continual.checkpoint import RunRefused, abstract_tree
+from cptjax.continual.model_state import ModelState, restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
+from cptjax.data import model_context
 from cptjax.models import load, trainable
 from cptjax.training import build
 from cptjax.training.algorithms import distillation
@@ -27,126 +33,156 @@ from cptjax.training.train_step import abstract_state
 from cptjax.types import Params, TrainState
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class UnfinishedStage:
+    """The inside of a stage, as a checkpoint of kind `steps` stores it."""
+
+    state: TrainState
+    progress: StageProgress
+    teacher: Params | None  # trained leaves of a teacher that follows the student
+
+
+@dataclasses.dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on."""
+    """Where a run continues."""
 
-    stage: int = 0
-    state: TrainState | None = None  # inside a stage
-    teacher: Params | None = None
-    progress: StageProgress | None = None
-    done: tuple[str, ...] = ()  # tasks of this stage's evaluation that are recorded
+    stage: int = 0  # the newest stage that has a checkpoint; 0 = none has
+    unfinished: UnfinishedStage | None = None  # None = that stage is trained to its end
+    evaluated: tuple[str, ...] = ()  # tasks whose evaluation after that stage is recorded
 
-    def finished(self, number: int) -> bool:
-        """Whether a stage's training is over."""
-        return number < self.stage or (number == self.stage and self.state is None)
+    def is_trained(self, number: int) -> bool:
+        """Whether a stage is trained to its end."""
+        return number < self.stage or (number == self.stage and self.unfinished is None)
+
+    def __str__(self) -> str:
+        if self.unfinished is not None:
+            return f"step {self.unfinished.progress.step} of stage {self.stage}"
+        return (
+            f"the end of stage {self.stage}" if self.stage else "the evaluation of the base model"
+        )
 
 
-def resume_run(run: Run) -> ResumePoint:
-    """The newest place to go on from; the logs are cut to it."""
-    place, metrics = run.checkpoints.newest(lambda *at: restore_checkpoint(run, *at)) or (
-        ResumePoint(),
-        {"positions": {}, "spent": {}},
-    )
-    marks = read_eval_progress(run)
-    positions = metrics["positions"]
-    run.spent = dict(metrics["spent"])
-    if place.state is None and marks and marks["stage"] == place.stage:
-        place.done, positions = tuple(marks["done"]), marks["positions"]
-    elif marks and marks["stage"] >= place.stage and distributed.is_main_process():
+def resume_run(run: Run) -> tuple[ResumePoint, ModelState]:
+    """Restore the newest state of a run and cut its append-only files back to it."""
+    with console.show_waiting("loading the weights"):
+        base = restore_stage_params(run.config, run.model_ctx, None, 0)
+    point, model_state, record = run.files.checkpoints.newest(
+        lambda kind, stage, step: restore_checkpoint(run, base, kind, stage, step)
+    ) or (ResumePoint(), ModelState(base), {"positions": {}, "spent": {}})
+    run.files.unlogged_cost = dict(record["spent"])
+    positions, evaluation = record["positions"], read_eval_progress(run)
+    if evaluation and point.unfinished is None and evaluation["stage"] == point.stage:
+        point = dataclasses.replace(point, evaluated=tuple(evaluation["done"]))
+        positions = evaluation["positions"]
+    elif evaluation and evaluation["stage"] >= point.stage and distributed.is_main_process():
         eval_progress_file(run).unlink()
-    distributed.gather_objects(True)
-    if run.log:
-        run.log.rewind(positions)
-    if place.stage or place.done:
-        where = (
-            f"step {place.progress.step} of stage {place.stage}"
-            if place.state is not None
-            else f"the end of stage {place.stage}"
-        )
-        console.print_message(
-            f"{run.workdir}: going on from {where if place.stage else 'the evaluation of the base model'}"
-        )
-    return place
+    distributed.gather_objects(True)  # progress.json is deleted before any file is cut
+    if run.files.log:
+        run.files.log.rewind(positions)
+    if point.stage or point.evaluated:
+        console.print_message(f"{run.files.workdir}: going on from {point}")
+    return point, model_state
 
 
-def eval_progress_file(run: Run):
-    return run.workdir / "progress.json"
+# ---- progress of an evaluation -------------------------------------------------------------------------------------------
+
+
+def eval_progress_file(run: Run) -> Path:
+    return run.files.workdir / "progress.json"
 
 
 def read_eval_progress(run: Run) -> dict[str, Any]:
-    """How far the newest evaluation had come; {} = nothing is known."""
+    """Return how far the newest evaluation is recorded; {} = not at all."""
     path = eval_progress_file(run)
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_eval_progress(run: Run, number: int, done: list[str]) -> None:
-    """Say that these tasks are recorded for a stage, whose checkpoint must be whole by then."""
+def write_eval_progress(run: Run, stage: int, done: list[str]) -> None:
+    """Record that these tasks are evaluated after a stage, once the checkpoint of the stage is on disk."""
     if len(done) == 1:
-        run.checkpoints.wait()
-    if run.log:
-        files.write_json(
-            eval_progress_file(run),
-            {"stage": number, "done": done, "positions": run.positions()},
-        )
+        run.files.checkpoints.wait()
+    if run.files.log:
+        progress = {"stage": stage, "done": done, "positions": run.files.positions()}
+        files.write_json(eval_progress_file(run), progress)
 
 
-def restore_checkpoint(run: Run, kind: str, number: int, step: int) -> tuple[ResumePoint, dict]:
-    """What a checkpoint holds, on this run's mesh."""
-    metrics = run.checkpoints.progress(kind, number, step)
+# ---- what a checkpoint holds ---------------------------------------------------------------------------------------------
+
+
+def checkpoint_record(run: Run) -> dict[str, Any]:
+    """Return what every checkpoint stores beside its arrays. A score means nothing without pixel limits and template."""
+    return {
+        "positions": run.files.positions(),
+        "spent": dict(run.files.unlogged_cost),
+        "config": config_fingerprint(run.config),
+        "pixels": model_context.describe_pixel_limits(run.model_ctx),
+        "template": run.config.data.template,
+        "model": load.describe_model_source(run.config.model),
+    }
+
+
+def restore_checkpoint(
+    run: Run, base: Params, kind: str, number: int, step: int
+) -> tuple[ResumePoint, ModelState, dict[str, Any]]:
+    """Load a checkpoint onto the mesh of this run; frozen leaves, which no checkpoint stores, are those of `base`."""
+    workdir, record = run.files.workdir, run.files.checkpoints.progress(kind, number, step)
     if number > len(run.stages):
         raise RunRefused(
-            f"{run.workdir} has a checkpoint of stage {number}; the config has {len(run.stages)} stages"
+            f"{workdir} has a checkpoint of stage {number}; the config has {len(run.stages)} stages"
         )
-    if metrics["config"] != config_fingerprint(run.config) and not run.config.allow_change:
+    if record["config"] != config_fingerprint(run.config) and not run.config.allow_change:
         raise RunRefused(
-            f"{run.workdir}: the checkpoint of stage {number}, step {step} was saved under another config. "
+            f"{workdir}: the checkpoint of stage {number}, step {step} was saved under another config. "
             "Use another --workdir, or --config.allow_change=True to go on with the new one"
         )
-    which = run.stages[number - 1]
-    trees = run.checkpoints.restore(kind, number, step, checkpoint_structure(run, kind, which))
-    trained, frozen = run.split()
-    run.fisher, run.opt_state = trees.get("fisher"), trees.get("opt_state")
-    if kind == "stages":
-        run.params = trainable.join_params(trees["params"], frozen)
-        return ResumePoint(number), metrics
-    return ResumePoint(
-        number, trees["state"], trees.get("teacher"), StageProgress(**metrics["progress"])
-    ), metrics
+    trained, frozen = split_trained(run.config, base)
+    structure = checkpoint_structure(run, kind, run.stages[number - 1], trained)
+    trees = run.files.checkpoints.restore(kind, number, step, structure)
+    unfinished = None
+    if kind == "steps":
+        progress = StageProgress(**record["progress"])
+        unfinished = UnfinishedStage(trees["state"], progress, trees.get("teacher"))
+    trained = trees["state"].params if unfinished else trees["params"]
+    params = trainable.join_params(trained, frozen)
+    model_state = ModelState(params, trees.get("opt_state"), trees.get("fisher"))
+    return ResumePoint(number, unfinished), model_state, record
 
 
-def checkpoint_structure(run: Run, kind: str, which: Stage) -> dict[str, Any]:
-    """The shape of a checkpoint's trees, known from the config alone."""
-    trained, _ = run.split()
-    out: dict[str, Any] = {}
-    if has_fisher(run, which.number - (kind == "steps")):
-        out["fisher"] = abstract_float32(trained)
-    opt = build.optimizer_from_config(
-        which.config, load.declare_model_params(run.config.model, run.model_ctx.cfg)
+def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:
+    """Return shapes, types and shardings of the trees in a checkpoint, which follow from the config alone."""
+    structure: dict[str, Any] = {}
+    if has_fisher(run, stage.number if kind == "stages" else stage.number - 1):
+        structure["fisher"] = abstract_float32(trained)
+    declared = load.declare_model_params(run.config.model, run.model_ctx.cfg)
+    state = abstract_state(
+        build.optimizer_from_config(stage.config, declared), trained, run.model_ctx.mesh
     )
     if kind == "stages":
-        if keeps_optimizer(run, which):
-            out["opt_state"] = abstract_state(opt, trained, run.model_ctx.mesh).opt_state
-        return out | {"params": abstract_tree(trained)}
-    if distillation.has_ema_teacher(which.config.method):
-        out["teacher"] = abstract_float32(trained)
-    return out | {"state": abstract_state(opt, trained, run.model_ctx.mesh)}
+        structure["params"] = abstract_tree(trained)
+        if keeps_optimizer(run, stage):
+            structure["opt_state"] = state.opt_state
+        return structure
+    structure["state"] = state
+    if distillation.has_ema_teacher(stage.config.method):
+        structure["teacher"] = abstract_float32(trained)
+    return structure
 
 
 def abstract_float32(tree: Params) -> Params:
-    """Shapes and places of a tree that is kept in float32 beside this one."""
+    """Shapes and shardings of a tree whose float32 copy is stored."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), tree
     )
 
 
 def has_fisher(run: Run, number: int) -> bool:
-    """Whether Fisher information of EWC is there after a stage."""
+    """Whether the run holds Fisher information of EWC after this many stages."""
     return any(s.config.method.penalty.name == "ewc" for s in run.stages[:number])
 
 
-def keeps_optimizer(run: Run, which: Stage) -> bool:
-    """Whether the next stage goes on with this one's optimiser state."""
-    return (
-        which.number < len(run.stages) and not run.stages[which.number].config.train.reset_optimizer
-    )
+def keeps_optimizer(run: Run, stage: Stage) -> bool:
+    """Whether the next stage continues with the optimizer state of this one."""
+    if stage.number == len(run.stages):
+        return False
+    following = run.stages[stage.number]  # stages are numbered from 1
+    return not following.config.train.reset_optimizer

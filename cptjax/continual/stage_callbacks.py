@@ -1,4 +1,4 @@
-"""What happens between the steps of a stage: log, save, evaluate a little, stop."""
+"""What happens between the training steps of a stage: log, save, evaluate a little, stop."""
 
 import dataclasses
 from typing import Any
@@ -6,107 +6,97 @@ from typing import Any
 from cptjax.common import console, distributed, images, run_log
 from cptjax.common.signals import Preempted
 from cptjax.config import Stage
-from cptjax.continual import stage_evaluation
+from cptjax.continual import resume, stage_evaluation
 from cptjax.continual.open_run import Run
 from cptjax.tasks.task import conversation_images
 from cptjax.training.algorithms.distillation import has_ema_teacher
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.types import Params, TrainState
 
-# ---- during a stage ------------------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class StageCallbacks:
-    """What happens between the steps of a stage: log, save, evaluate a little, stop."""
+    """What happens between the training steps of a stage."""
 
     run: Run
     stage: Stage
     ctx: StageContext
     frozen: Params
+    fisher: Params | None  # of the stages before
     bar: console.ProgressBar
 
     def after_step(
         self, state: TrainState, progress: StageProgress, info: dict, rows: list[dict]
     ) -> bool:
-        """False = stop now; everything is saved."""
+        """Log and save a step; return False to stop, after SIGTERM, once everything is saved."""
         run, last = self.run, progress.step == self.ctx.steps
         self.log(progress, info, rows)
         self.bar.advance(1, **{k: info[k] for k in ("reward", "loss") if k in info})
         stop = run.sigterm.agreed()
-        if not last and (run.checkpoints.due(progress.step) or stop):
-            self.save(state, progress, run.facts())
+        if not last and (run.files.checkpoints.due(progress.step) or stop):
+            self.save(state, progress, resume.checkpoint_record(run))
         if stop:
             return last
-        self.examine(state, progress)
+        self.evaluate_if_due(state, progress)
         return True
 
     def log(self, progress: StageProgress, info: dict, rows: list[dict]) -> None:
-        run, c = self.run, self.stage.config
-        gathered = distributed.concat_lists(distributed.gather_objects(rows)) if rows else []
+        """Add a step to metrics.jsonl, where it is due, and its rollouts to their file."""
+        run_files, c, number = self.run.files, self.stage.config, self.stage.number
+        rows = distributed.concat_lists(distributed.gather_objects(rows)) if rows else []
+        cost = run_files.unlogged_cost
         for name in run_log.COST_KEYS:
             if name in info:
-                run.spent[name] = run.spent.get(name, 0) + info[name]
+                cost[name] = cost.get(name, 0) + info[name]
         if progress.step % c.log.every == 0 or progress.step == self.ctx.steps:
-            if run.log:
-                run.log.step(self.stage.number, progress.step, info | run.spent)
-            run.spent = {}
-        if run.log and gathered and c.log.rollouts:
-            run.log.rollouts(
-                self.stage.number, add_thumbnails(gathered, self.ctx, c.log.gallery, progress.step)
-            )
+            if run_files.log:
+                run_files.log.step(number, progress.step, info | cost)
+            cost.clear()
+        if run_files.log and rows and c.log.rollouts:
+            rows = add_thumbnails(rows, self.ctx, c.log.gallery, progress.step)
+            run_files.log.rollouts(number, rows)
 
-    def save(self, state: TrainState, progress: StageProgress, facts: dict[str, Any]) -> None:
-        run, trees = self.run, {"state": state}
-        if run.fisher is not None:
-            trees["fisher"] = run.fisher
+    def save(self, state: TrainState, progress: StageProgress, record: dict[str, Any]) -> None:
+        """Save the inside of the stage; `record` as `resume.checkpoint_record` returns it."""
+        trees = {"state": state}
+        if self.fisher is not None:
+            trees["fisher"] = self.fisher
         if has_ema_teacher(self.stage.config.method):
             trees["teacher"] = self.ctx.teacher.trained
-        run.checkpoints.save(
-            "steps",
-            self.stage.number,
-            progress.step,
-            trees,
-            facts | {"progress": dataclasses.asdict(progress)},
-        )
+        record = record | {"progress": dataclasses.asdict(progress)}
+        self.run.files.checkpoints.save("steps", self.stage.number, progress.step, trees, record)
 
-    def examine(self, state: TrainState, progress: StageProgress) -> None:
-        """The small evaluation that belongs to this step. Always after the step was saved: a run that goes on from there repeats it."""
-        every, run = self.stage.config.eval.every, self.run
-        if (
-            not every
-            or progress.step % every
-            or progress.step >= self.ctx.steps
-            or not progress.step
-        ):
+    def evaluate_if_due(self, state: TrainState, progress: StageProgress) -> None:
+        """Run the small evaluation of this step, if it has one.
+
+        The step is always saved or logged first: a run that continues from it repeats the evaluation.
+        """
+        every, run, step = self.stage.config.eval.every, self.run, progress.step
+        if not every or not step or step % every or step >= self.ctx.steps:
             return
-        facts, was = run.facts(), run.sigterm.waits
-        run.sigterm.waits = False  # it may take long: SIGTERM ends it at once
+        record = resume.checkpoint_record(run)  # before the evaluation adds lines to the files
         try:
-            self.bar.advance(
-                0,
-                **stage_evaluation.evaluate_within_stage(
-                    run, self.stage, state.params, self.frozen, progress.step
-                ),
-            )
+            with run.sigterm.immediate():  # the evaluation may take long
+                accuracies = stage_evaluation.evaluate_within_stage(
+                    run, self.stage, state.params, self.frozen, step
+                )
+            self.bar.advance(0, **accuracies)
         except Preempted:
-            self.save(state, progress, facts)
-            run.checkpoints.wait()
+            self.save(state, progress, record)
+            run.files.checkpoints.wait()
             raise
-        finally:
-            run.sigterm.waits = was
 
 
 def add_thumbnails(rows: list[dict], ctx: StageContext, gallery: int, step: int) -> list[dict]:
-    """Rows of a step, the first `gallery` prompts of the stage's first and last steps with their picture."""
+    """Add an image to the rows of the first `gallery` prompts, in the first and the last step of a stage."""
     if step not in (1, ctx.steps):
         return rows
-    seen: dict[str, str | None] = {}
+    thumbnails: dict[str, str | None] = {}
     for row in rows:
-        if row["id"] not in seen and len(seen) < gallery:
+        if row["id"] not in thumbnails and len(thumbnails) < gallery:
             source = ctx.sources[list(ctx.builder.prompted_tasks).index(row["task"])]
             image = next(conversation_images(source[row["row"]].messages), None)
-            seen[row["id"]] = None if image is None else images.thumbnail_uri(image)
-        if seen.get(row["id"]):
-            row["image"] = seen[row["id"]]
+            thumbnails[row["id"]] = None if image is None else images.thumbnail_uri(image)
+        if thumbnails.get(row["id"]):
+            row["image"] = thumbnails[row["id"]]
     return rows

@@ -1,4 +1,4 @@
-"""A stage's training within a run: what it compares with, what happens after each step, and what it leaves behind."""
+"""The training of one stage: what it is built from, the steps, and what it leaves behind."""
 
 import time
 from typing import Any
@@ -9,6 +9,7 @@ from cptjax.common import console
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage, replayed_tasks
 from cptjax.continual import fisher, offline_filter, resume
+from cptjax.continual.model_state import ModelState, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.continual.reference_models import (
     load_reference,
@@ -16,7 +17,7 @@ from cptjax.continual.reference_models import (
     make_penalty,
     make_teacher,
 )
-from cptjax.continual.resume import ResumePoint
+from cptjax.continual.resume import UnfinishedStage
 from cptjax.continual.stage_callbacks import StageCallbacks
 from cptjax.data import prompts
 from cptjax.data.device_batches import rows_per_process
@@ -24,24 +25,31 @@ from cptjax.data.mixture import Mixture
 from cptjax.models import load, trainable
 from cptjax.training import build, train_loop
 from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms.optimizers import Optimizer
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.train_step import StateShardings, init_state, make_step_programs
 from cptjax.types import Params, TrainState
 
 
-def train_stage(run: Run, stage: Stage, place: ResumePoint | None) -> None:
-    """Train a stage from its start, or from a place inside it, and save its end."""
-    run.entering = place is None
-    c, model_ctx = stage.config, run.model_ctx
-    start = load_stage_start(run, stage, place)
-    ctx = make_stage_context(run, stage, start)
+def train_stage(
+    run: Run, stage: Stage, model_state: ModelState, unfinished: UnfinishedStage | None = None
+) -> ModelState:
+    """Train a stage from its start, or from inside it, save its end, and return the model that it leaves.
+
+    The arrays of `model_state` are donated: only the returned value may be used afterwards.
+    """
+    c, model_ctx, resumed = stage.config, run.model_ctx, unfinished is not None
+    start = load_stage_start(run, stage, model_state.params, resumed)
+    ctx = make_stage_context(run, stage, model_state.params, start, resumed)
+    if ctx.teacher is not None and unfinished and unfinished.teacher is not None:
+        ctx.teacher.trained = unfinished.teacher
     opt = build.optimizer_from_config(c, load.declare_model_params(run.config.model, model_ctx.cfg))
-    trained, frozen = run.split()
-    run.params = None  # the state holds them from here on
-    progress, state = begin_state(run, stage, opt, trained, place)
-    if ctx.teacher is not None and place and place.teacher is not None:
-        ctx.teacher.trained = place.teacher
-    penalty, extra = make_penalty(run, stage, start)
+    trained, frozen = split_trained(run.config, model_state.params)
+    if unfinished:
+        progress, state = unfinished.progress, unfinished.state
+    else:
+        progress, state = StageProgress(), init_stage(run, stage, opt, trained, model_state)
+    penalty, penalty_arrays = make_penalty(run, stage, start, model_state.fisher)
     steps = make_step_programs(
         model_ctx.cfg,
         build.objective_from_config(c),
@@ -50,90 +58,86 @@ def train_stage(run: Run, stage: Stage, place: ResumePoint | None) -> None:
         model_ctx.dtype,
         penalty,
     )
-    trained = run.opt_state = None  # the steps donate them
     label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
     with (
         jax.set_mesh(model_ctx.mesh),
         console.progress_bar(label, total=ctx.steps, done=progress.step) as bar,
     ):
-        now = StageCallbacks(run, stage, ctx, frozen, bar)
-        if place:
-            now.examine(state, progress)
-        run.sigterm.waits = True
-        try:
+        callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.fisher, bar)
+        if resumed:
+            callbacks.evaluate_if_due(state, progress)
+        with run.sigterm.deferred():
             state = train_loop.train_loop(
-                ctx, state, frozen, steps, progress, extra, now.after_step
+                ctx, state, frozen, steps, progress, penalty_arrays, callbacks.after_step
             )
-            ended = progress.step >= ctx.steps and finish_stage(
-                run, stage, state, frozen, start, progress
-            )
-            if progress.step and not ended:
-                now.save(
-                    state, progress, run.facts()
-                )  # if it stopped between steps; else this step is saved already
-        finally:
-            run.sigterm.waits = False
-    if run.sigterm.agreed():
-        run.checkpoints.wait()
+            end = None
+            if progress.step >= ctx.steps:
+                end = finish_stage(run, stage, state, frozen, start, model_state.fisher, progress)
+            if progress.step and end is None:  # stopped between steps; else this step is saved
+                callbacks.save(state, progress, resume.checkpoint_record(run))
+    if end is None or run.sigterm.agreed():
+        run.files.checkpoints.wait()
         run.sigterm.leave(f"after step {progress.step} of stage {stage.number}, saved")
+    return end
 
 
-def begin_state(
-    run: Run, stage: Stage, opt: Any, trained: Params, place: ResumePoint | None
-) -> tuple[StageProgress, TrainState]:
-    """The state to train from: the place's, or a fresh one that may take over the optimiser's."""
-    if place:
-        return place.progress, place.state
+def init_stage(
+    run: Run, stage: Stage, opt: Optimizer, trained: Params, model_state: ModelState
+) -> TrainState:
+    """Return a fresh training state, with the optimizer state of the stage before where the config keeps it."""
     state = init_state(opt, trained, run.model_ctx.mesh)
     if stage.config.train.reset_optimizer or stage.number == 1:
-        return StageProgress(), state
-    came, own = run.opt_state, state.opt_state
-    if jax.tree.structure(came) != jax.tree.structure(own):
+        return state
+    kept = model_state.opt_state
+    if jax.tree.structure(kept) != jax.tree.structure(state.opt_state):
         raise ValueError(
             f"stage {stage.number}: train.reset_optimizer=False needs the optimiser of the stage before; it has another"
         )
-    return StageProgress(), state.replace(opt_state=came)
+    return state.replace(opt_state=kept)
 
 
-def make_stage_context(run: Run, stage: Stage, start: Params | None) -> StageContext:
-    """The stage's examples, order and helpers."""
-    c, model_ctx = stage.config, run.model_ctx
+def make_stage_context(
+    run: Run, stage: Stage, params: Params, start: Params | None, resumed: bool = False
+) -> StageContext:
+    """Build what a stage trains with: rows, their order, batches, and the models that it compares itself with."""
+    c, model_ctx, datasets = stage.config, run.model_ctx, run.datasets
     replayed = replayed_tasks(run.stages, stage)
-    prompted_tasks = {name: run.prompted(name, c) for name in (*stage.tasks, *replayed)}
-    sources = [run.examples(name, "train", c) for name in (*stage.tasks, *replayed)]
+    names = (*stage.tasks, *replayed)
+    prompted_tasks = {name: datasets.prompted_task(name, c) for name in names}
+    sources = [datasets.examples(name, "train", c) for name in names]
     if c.method.objective == "distill":
         for prompted, source in zip(prompted_tasks.values(), sources, strict=True):
             prompts.demonstration_prompt(prompted, source[0])  # refuses a task without gold answers
     builder = build.batch_builder_from_config(model_ctx, prompted_tasks, c)
     if c.method.source == "rollouts":
-        rows_per_process(
-            model_ctx, builder.batch_size // c.method.updates_per_batch, builder.micro_batch
-        )  # refuses what the mesh can not cut before answers are drawn
+        # Refuse a batch that the mesh cannot divide before anything is sampled.
+        rows = builder.batch_size // c.method.updates_per_batch
+        rows_per_process(model_ctx, rows, builder.micro_batch)
     n = len(stage.tasks)
     if c.method.filter:
-        sources[:n] = offline_filter.filter_prompts(run, stage, builder, sources[:n])
+        sources[:n] = offline_filter.filter_prompts(
+            run, stage, builder, sources[:n], params, resumed
+        )
     sizes = tuple(map(len, sources))
-    fraction = c.method.replay.fraction if replayed else 0.0
     order = Mixture(
         sizes[:n],
         c.train.batch,
         tuple(c.data.weights),
         sizes[n:],
-        fraction,
+        c.method.replay.fraction if replayed else 0.0,
         run.config.seed,
         stage.number,
     )
-    steps = stage.steps or order.steps(stage.epochs)
-    compared = load_reference(run, stage, start), make_teacher(run, stage, prompted_tasks, start)
     return StageContext(
         stage,
         builder,
         order,
         sources,
-        steps,
+        stage.steps or order.steps(stage.epochs),
         run.config.seed,
-        run.workdir,
-        *compared,
+        run.files.workdir,
+        load_reference(run, stage, start),
+        make_teacher(run, stage, prompted_tasks, params, start),
         run.sigterm.agreed,
     )
 
@@ -144,30 +148,31 @@ def finish_stage(
     state: TrainState,
     frozen: Params,
     start: Params | None,
+    fisher_before: Params | None,
     progress: StageProgress,
-) -> bool:
-    """Averaging, the Fisher of EWC, and the stage's own checkpoint; False where SIGTERM came before that."""
-    m = stage.config.method
-    trained = state.params
+) -> ModelState | None:
+    """Average the weights, update the Fisher information of EWC, save the stage; None where SIGTERM stopped that."""
+    m, trained, new_fisher = stage.config.method, state.params, fisher_before
     if m.average:
-        trained = regularizers.interpolate(
-            trained, trainable.split_params(start, run.chosen)[0], m.average
-        )
-    run.params = trainable.join_params(trained, frozen)
+        start_trained, _ = split_trained(run.config, start)
+        trained = regularizers.interpolate(trained, start_trained, m.average)
     if m.penalty.name == "ewc":
         began = time.perf_counter()
         try:
-            run.fisher, cost = fisher.update_fisher(run, stage, run.fisher)
+            new_fisher, cost = fisher.update_fisher(run, stage, trained, frozen, fisher_before)
         except SamplingStopped:
-            return False
-        if run.log:
+            return None
+        if run.files.log:
             metrics = {"event": "fisher", **cost.logged(), "seconds": time.perf_counter() - began}
-            run.log.step(stage.number, progress.step, metrics)
-    trees: dict[str, Any] = {"params": trained}
-    if resume.has_fisher(run, stage.number):
-        trees["fisher"] = run.fisher
-    if resume.keeps_optimizer(run, stage):
-        trees["opt_state"] = run.opt_state = state.opt_state
+            run.files.log.step(stage.number, progress.step, metrics)
+    opt_state = state.opt_state if resume.keeps_optimizer(run, stage) else None
+    trees: dict[str, Any] = {"params": trained, "fisher": new_fisher, "opt_state": opt_state}
     with console.show_waiting(f"saving stage {stage.number}"):
-        run.checkpoints.save("stages", stage.number, progress.step, trees, run.facts())
-    return True
+        run.files.checkpoints.save(
+            "stages",
+            stage.number,
+            progress.step,
+            {name: tree for name, tree in trees.items() if tree is not None},
+            resume.checkpoint_record(run),
+        )
+    return ModelState(trainable.join_params(trained, frozen), opt_state, new_fisher)

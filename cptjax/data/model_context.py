@@ -13,9 +13,8 @@ from cptjax.data import collate
 from cptjax.data.collate import BatchShape, EncodedConversation, widest_shape
 from cptjax.data.processor import Processor, load_processor
 from cptjax.models.config import ModelConfig
-from cptjax.models.load import MODEL_DTYPES, create_params, find_model_config, fit_config
+from cptjax.models.load import MODEL_DTYPES, find_model_config, fit_config
 from cptjax.sharding import check_batch_shards, place_prompts
-from cptjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,8 @@ class ModelContext:
         return place_prompts(prompts, self.mesh)
 
 
-def load_model(
-    settings: Any, mesh_settings: Any, seed: int, buckets: Sequence[int]
-) -> tuple[ModelContext, Params]:
-    """The model that `config.model` names, on the mesh that `config.mesh` describes; adapters are added where asked for."""
+def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]) -> ModelContext:
+    """Build the context of the model that `config.model` names, on the mesh that `config.mesh` describes; no parameters."""
     for name in ("param_dtype", "compute_dtype"):
         if settings[name] not in MODEL_DTYPES:
             raise ValueError(
@@ -69,9 +66,7 @@ def load_model(
     check_batch_shards(sharding.batch_shards(mesh), jax.process_count())
     cfg = fit_config(find_model_config(settings), settings, mesh)
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
-    dtype = MODEL_DTYPES[settings.compute_dtype]
-    params = create_params(settings, cfg, mesh, dtype, seed)
-    return ModelContext(cfg, processor, mesh, dtype, tuple(buckets)), params
+    return ModelContext(cfg, processor, mesh, MODEL_DTYPES[settings.compute_dtype], tuple(buckets))
 
 
 def gather_batch_shape(shape: BatchShape) -> BatchShape:

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 import cptjax
 from configs import demo
-from cptjax import config
 from cptjax.benchmark.bench import CompilationCounter
 from cptjax.common import console
 from cptjax.continual import driver, reevaluate, train_stage
@@ -159,7 +158,7 @@ def test_a_prestage_makes_the_base_once(tmp_path):
     c.prestage.train.lr, c.allow_change = 1e-3, True
     with pytest.raises(
         ValueError,
-        match="base/hf was made with another config: train.lr: 0.003 -> 0.001. Runs stand on it",
+        match="base/hf was made with another config: train.lr: 0.003 -> 0.001. Other runs start from this model",
     ):
         driver.run(c, moved)
     c.prestage.stages = ({"task": "colour"},)
@@ -230,10 +229,10 @@ ARMS = {
 def test_several_runs_go_on_from_any_of_them(tmp_path, monkeypatch, ends):
     """SIGTERM is heard outside of runs too, and the same command goes on to the same files."""
     places = {
-        "after the base": (config, "variants", 2),
-        "in the export": (hf_checkpoint, "save", 1),
+        "after the base": (driver, "expand_runs", 1),
+        "in the export": (hf_checkpoint, "save_hf_checkpoint", 1),
         "between the arms": (driver, "open_run", 3),
-        "at the last summary": (driver, "finish", 3),
+        "at the last summary": (driver, "write_final_results", 3),
     }
     c, whole = go(tmp_path / "whole", **ARMS)
     module, name, count = places[ends]
@@ -265,10 +264,11 @@ def test_a_later_stage_trains_with_the_programs_of_the_first(
     devices(count)
     heard, found, learn = CompilationCounter(), [], train_stage.train_stage
 
-    def counted(*now):
+    def counted(*args):
         before = heard.count
-        learn(*now)
+        model_state = learn(*args)
         found.append(heard.count - before)
+        return model_state
 
     monkeypatch.setattr(train_stage, "train_stage", counted)
     go(
@@ -411,7 +411,7 @@ def test_the_demo_in_short(tmp_path):
 def test_a_mistake_is_told_before_anything_is_made(tmp_path):
     for sections, message in (
         ({"stages": ()}, "config.stages is empty"),
-        ({"eval": {"batch": 0}}, "config.eval.batch is 0"),
+        ({"eval": {"batch": 0}}, "config.eval.batch: expected a whole number of at least 1, got 0"),
         (
             {"arms": {"a": {"trian": {}}}},
             "config.arms.a.trian does not exist; did you mean 'train'",

@@ -14,10 +14,10 @@ from PIL import Image
 
 from configs.base import METHODS
 from configs.base import get_config as base
-from cptjax.common import console, run_log, signals
+from cptjax.common import console
 from cptjax.config import resolve_stages
-from cptjax.continual import open_run
 from cptjax.data import processor, row_checks
+from cptjax.data.datasets import Datasets
 from cptjax.data.mixture import Mixture
 from cptjax.models import load, qwen2_5_vl
 from cptjax.models.config import PRESETS
@@ -110,22 +110,12 @@ def test_wrong_rows_are_told_with_file_and_row(tmp_path):
 
 
 def opened(c, folder):
-    """A run as far as it reads its rows."""
+    """The rows of a run."""
     model_ctx = types.SimpleNamespace(
         processor=processor.load_processor(None, PRESETS["tiny"], 1024, 4096),
         buckets=row_checks.prompt_buckets(c),
     )
-    return open_run.Run(
-        c,
-        folder,
-        resolve_stages(c),
-        model_ctx,
-        None,
-        None,
-        run_log.RunLog(folder),
-        sandbox.SandboxPool(processes=1),
-        signals.SigtermHandler(),
-    )
+    return Datasets(c, model_ctx, sandbox.SandboxPool(processes=1), folder, recording=True)
 
 
 def broken_pathvqa(root):

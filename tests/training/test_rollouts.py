@@ -197,20 +197,23 @@ def test_what_the_shards_can_not_cut_is_refused_before_anything_is_drawn(desk, m
         ),
     )
     with pytest.raises(ValueError, match="2 prompts.* 4 shards"):
-        train_stage.make_stage_context(desk.run, which, None)
+        train_stage.make_stage_context(desk.run, which, desk.params, None)
 
 
 def test_the_reference_of_a_second_stage_is_the_base_or_its_start(tmp_path):
-    with stage_fixtures.opened(config(stages=2, method=dict(kl_coef=0.1)), tmp_path) as run:
-        which, first = run.stages[1], jax.device_get(run.params)
-        run.params = jax.tree.map(lambda x: x + 1, run.params)
-        now = jax.device_get(run.params)
+    with stage_fixtures.opened(config(stages=2, method=dict(kl_coef=0.1)), tmp_path) as (
+        run,
+        base,
+    ):
+        which, first = run.stages[1], jax.device_get(base.params)
+        params = jax.tree.map(lambda x: x + 1, base.params)
+        now = jax.device_get(params)
         for name, want in (("base", first), ("stage", now)):
             which.config.method.kl_reference = name
             found = reference_models.load_reference(
-                run, which, reference_models.load_stage_start(run, which, None)
+                run, which, reference_models.load_stage_start(run, which, params, False)
             )
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), want)
         which.config.method.kl_coef = 0.0
-        start = reference_models.load_stage_start(run, which, None)
+        start = reference_models.load_stage_start(run, which, params, False)
         assert start is None and reference_models.load_reference(run, which, start) is None

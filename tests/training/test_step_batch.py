@@ -239,7 +239,7 @@ def test_offline_filter_and_its_blind_control_keep_equally_many(tmp_path):
         c = config(
             "grpo", method=dict(filter=dict(name=name, samples=2), kl_coef=0.0), data=dict(limit=16)
         )
-        run, lines = stage_fixtures.learned(c, tmp_path / name)
+        _, _, lines = stage_fixtures.train_all_stages(c, tmp_path / name)
         found = read_jsonl(tmp_path / name / "filters" / "stage1_first.jsonl")
         counts = np.array([r["correct"] for r in found])
         (metrics,) = [line for line in lines if line.get("event") == "filter"]
@@ -288,8 +288,8 @@ def test_control_of_another_run_keeps_as_many_and_draws_nothing(tmp_path, monkey
     )
     assert len(found) == 3 and found != [f"first/train/{i}" for i in range(3)]
     for like, limit, said in (
-        ("theirs", 6, "has 8 prompts; expected the 6 prompts"),
-        ("none", 8, "is not there or empty"),
+        ("theirs", 6, "expected the 6 prompts .*, got 8 prompts"),
+        ("none", 8, "expected the 8 prompts .*, got a missing or empty file"),
     ):
         with pytest.raises(ValueError, match=said):
             ids(like, limit)
@@ -301,7 +301,7 @@ def test_filter_is_counted_once(tmp_path, monkeypatch):
         monkeypatch.setattr(
             offline_filter, "count_correct", lambda *_: pytest.fail("counted again")
         )
-        again = train_stage.make_stage_context(desk.run, desk.ctx.stage, None)
+        again = train_stage.make_stage_context(desk.run, desk.ctx.stage, desk.params, None)
         assert [e.id for e in again.sources[0]] == [e.id for e in desk.ctx.sources[0]]
 
 
@@ -523,11 +523,13 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
     }
     for name, method in cases.items():
         c = config("sft", steps=6, method=method, train=dict(lr=1e-2, weight_decay=0.0))
-        with stage_fixtures.opened(c, tmp_path / name) as run:
-            start = jax.device_get(run.params)
-            train_stage.train_stage(run, run.stages[0], None)
+        with stage_fixtures.opened(c, tmp_path / name) as (run, model_state):
+            start = jax.device_get(model_state.params)
+            model_state = train_stage.train_stage(run, run.stages[0], model_state)
             gaps = jax.tree.map(
-                lambda a, b: float(np.square(a - b).sum()), start, jax.device_get(run.params)
+                lambda a, b: float(np.square(a - b).sum()),
+                start,
+                jax.device_get(model_state.params),
             )
             distance[name] = np.sqrt(sum(jax.tree.leaves(gaps)))
     assert distance["wise"] == pytest.approx(0.25 * distance["none"], rel=1e-3)
@@ -543,7 +545,9 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
         train=dict(lr=1e-2),
     )
     with stage_fixtures.desk(c, tmp_path) as desk:
-        fisher, cost = jax.device_get(update_fisher(desk.run, desk.run.stages[0], None))
+        fisher, cost = jax.device_get(
+            update_fisher(desk.run, desk.run.stages[0], desk.state.params, desk.frozen, None)
+        )
         squares = None
         build = make_example_encoder(desk.run.model_ctx, desk.ctx.builder.prompted_tasks, True, 32)
         drawn = permutation(8, (0, 1, 0))[:2].tolist()
@@ -560,7 +564,7 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), fisher, squares
     )
-    run, lines = stage_fixtures.learned(c, tmp_path / "run")
+    _, _, lines = stage_fixtures.train_all_stages(c, tmp_path / "run")
     steps = [line for line in lines if "event" not in line]
     spent = [line["flops"] for line in lines if line.get("event") == "fisher"]
     assert len(spent) == 2 and spent[0] == cost.flops > 0

@@ -8,8 +8,9 @@ import pytest
 import stage_fixtures
 
 from configs import base
-from cptjax.continual import open_run, resume, train_stage
+from cptjax.continual import resume, train_stage
 from cptjax.data import prompts
+from cptjax.data.datasets import Datasets
 from cptjax.training.algorithms import distillation
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_loop import next_step_batch
@@ -75,11 +76,11 @@ def test_demonstrated_questions_have_room_beside_the_prompt_limit(desk):
 
 def test_task_without_gold_answers_is_refused(desk, monkeypatch):
     blank = [dataclasses.replace(e, target="") for e in desk.ctx.sources[0]]
-    monkeypatch.setattr(open_run.Run, "examples", lambda *_: blank)
+    monkeypatch.setattr(Datasets, "examples", lambda *_: blank)
     with pytest.raises(
         ValueError, match="first/train/0: task first has no gold answers to demonstrate"
     ) as error:
-        train_stage.make_stage_context(desk.run, desk.ctx.stage, None)
+        train_stage.make_stage_context(desk.run, desk.ctx.stage, desk.params, None)
     assert "\n" not in str(error.value)
 
 
@@ -108,7 +109,9 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
             np.testing.assert_allclose(
                 np.asarray(new, np.float32) - np.asarray(old, np.float32), rate * 1e-3, atol=2e-7
             )
-        saved = resume.checkpoint_structure(desk.run, "steps", desk.ctx.stage).get("teacher")
+        saved = resume.checkpoint_structure(
+            desk.run, "steps", desk.ctx.stage, desk.state.params
+        ).get("teacher")
         assert (saved is None) == (teacher == "frozen")
         if saved:
             assert jax.tree.map(lambda x: x.dtype, saved) == jax.tree.map(

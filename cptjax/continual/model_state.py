@@ -1,0 +1,49 @@
+"""The model between two stages: its weights, what the next stage continues with, and how a stage's weights are restored."""
+
+import dataclasses
+
+import optax
+from ml_collections import ConfigDict
+
+from cptjax.continual.checkpoint import Checkpoints, abstract_tree
+from cptjax.data.model_context import ModelContext
+from cptjax.models import load, trainable
+from cptjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelState:
+    """The model at the end of a stage, and what the next stage continues with.
+
+    A stage takes a ModelState and returns the next one. Its first step donates the trained weights and the optimizer state, so
+    the arrays of the value that it took are deleted: use the returned value alone.
+    """
+
+    params: Params  # all leaves, trained and frozen
+    opt_state: optax.OptState | None = None  # where train.reset_optimizer=False keeps it
+    fisher: Params | None = None  # Fisher information of EWC over the stages so far
+
+
+def split_trained(config: ConfigDict, params: Params) -> tuple[Params, Params]:
+    """Split parameters into the leaves that the run trains and the frozen ones."""
+    chosen = trainable.is_trained(config.model.freeze, config.model.lora.rank)
+    return trainable.split_params(params, chosen)
+
+
+def restore_stage_params(
+    config: ConfigDict, model_ctx: ModelContext, checkpoints: Checkpoints | None, stage: int
+) -> Params:
+    """Load the weights that a stage left behind, in the number formats of the run; stage 0 is the base model."""
+    params = load.create_params(
+        config.model, model_ctx.cfg, model_ctx.mesh, model_ctx.dtype, config.seed
+    )
+    if stage == 0:
+        return params
+    if checkpoints is None:
+        raise ValueError(
+            f"stage {stage}: expected a workdir of launch/train.py with checkpoints, got one without"
+        )
+    trained, frozen = split_trained(config, params)
+    step = checkpoints.stage_end(stage)
+    restored = checkpoints.restore("stages", stage, step, {"params": abstract_tree(trained)})
+    return trainable.join_params(restored["params"], frozen)
