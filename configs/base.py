@@ -7,12 +7,10 @@ A setting that may be None is written `optional(type)`. Any setting can be given
     --config.stages[1].epochs=3    --config.stages[0].train.lr=1e-5    --config.arms.grpo.method.kl_coef=0
 """
 
-from typing import Any
-
 from ml_collections.config_dict import ConfigDict, FieldReference
 
 
-def optional(kind: type, default: Any = None) -> FieldReference:
+def optional(kind: type, default: object = None) -> FieldReference:
     """Declare a setting that is None or of type `kind`; `object` allows several types."""
     return FieldReference(default, field_type=kind)
 
@@ -144,7 +142,7 @@ def get_config() -> ConfigDict:
     return c
 
 
-def _method(**changes: Any) -> dict[str, Any]:
+def _method(**changes: object) -> dict[str, object]:
     """Every setting of `method`: the defaults above with some changes."""
     return get_config().method.to_dict() | changes
 

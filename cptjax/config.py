@@ -114,7 +114,7 @@ def nearest_names(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _is_optional(section: ConfigDict, key: str) -> bool:
+def is_optional(section: ConfigDict, key: str) -> bool:
     """Whether a setting may be None: configs/base.py declares it with `optional`."""
     fields = dict(section.items(preserve_field_references=True))
     return isinstance(fields[key], FieldReference)
@@ -122,7 +122,7 @@ def _is_optional(section: ConfigDict, key: str) -> bool:
 
 def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
     """Return the value in the type that the config declares for the setting, or refuse it."""
-    kind, optional = section.get_type(key), _is_optional(section, key)
+    kind, optional = section.get_type(key), is_optional(section, key)
     if kind in (object, type(None)) or (value is None and optional):
         return value
     if kind is tuple and isinstance(value, list):
@@ -148,7 +148,7 @@ def check_config_values(config: ConfigDict) -> None:
     for name, minimum in MINIMUM_VALUES.items():
         section, key = name.split(".")
         value = config[section][key]
-        if value is None and _is_optional(config[section], key):
+        if value is None and is_optional(config[section], key):
             continue
         kinds = int if isinstance(minimum, int) else int | float
         if isinstance(value, bool) or not isinstance(value, kinds) or value < minimum:

@@ -9,9 +9,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the accelerator m
 
 from absl import flags
 
-from cptjax.common import cli, console
+from cptjax.common import cli, config_flag, console
 
-CONFIG = cli.define_config_flag()
+CONFIG = config_flag.define_config_flag()
 ROWS = flags.DEFINE_integer("rows", None, "Rows of each split, chosen by seed; default: all.")
 PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
 

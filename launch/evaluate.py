@@ -5,7 +5,7 @@ python launch/evaluate.py --config=configs/demo.py --workdir=runs/demo/grpo [--s
 
 from absl import flags
 
-from cptjax.common import cli
+from cptjax.common import cli, config_flag
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 STAGE = flags.DEFINE_integer(
@@ -23,7 +23,7 @@ TASKS = flags.DEFINE_list(
 RECORD = flags.DEFINE_bool(
     "record", False, "Append the rows to the evals.csv of the workdir, whose run must be finished."
 )
-CONFIG = cli.define_config_flag()
+CONFIG = config_flag.define_config_flag()
 
 
 def main() -> None:

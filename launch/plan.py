@@ -25,7 +25,7 @@ os.environ.setdefault(
 
 from absl import flags
 
-from cptjax.common import cli, console
+from cptjax.common import cli, config_flag, console
 
 TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -44,7 +44,7 @@ THOROUGH = flags.DEFINE_bool(
     False,
     "Compile to machine code: nothing more is learned about sizes, only that it works.",
 )
-CONFIG = cli.define_config_flag()
+CONFIG = config_flag.define_config_flag()
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ import os
 
 from absl import flags
 
-from cptjax.common import cli, console
+from cptjax.common import cli, config_flag, console
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; one that has a state is continued.", required=True
 )
 PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
-CONFIG = cli.define_config_flag()
+CONFIG = config_flag.define_config_flag()
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from cptjax.common import cli
 from cptjax.config import (
     check_config_values,
     config_differences,
@@ -254,21 +253,6 @@ def test_an_arm_with_a_model_of_its_own_stands_on_that(c, tmp_path):
         == config_fingerprint(other)
         != config_fingerprint(found["own"])
     )
-
-
-@pytest.mark.parametrize("flag, arm", [("train.lr", "a"), ("seed", ""), ("data.template", "")])
-def test_a_flag_that_every_run_overrides_is_refused(c, flag, arm):
-    c.stages = (dict(task="a", steps=1, data=dict(template="direct")),)
-    c.arms = ConfigDict(dict(a=dict(train=dict(lr=0.5)), b=dict(train=dict(lr=0.25))))
-    c.seeds = (1, 2)
-    hint = f"set --config.arms.{arm}.{flag}$" if arm else "itself$"
-    with pytest.raises(ValueError, match=f"--config.{flag} changes nothing, .*{hint}"):
-        cli.refuse_ineffective_flags(c, ["--workdir=x", f"--config.{flag}=3"])
-    cli.refuse_ineffective_flags(
-        c, ["--config.train.batch=3", "--config.arms.a.train.lr=0.1", "--config.seeds=1,2"]
-    )
-    c.arms.b = ConfigDict({})
-    cli.refuse_ineffective_flags(c, ["--config.train.lr=0.1"])  # one arm looks at it
 
 
 def test_the_template_of_an_evaluation(c):

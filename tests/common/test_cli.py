@@ -1,0 +1,32 @@
+"""A user's mistake ends a command with one line and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.train.batch=None", "error: --config.train.batch: expected a value like 128"),
+        ("--config.seed=3", "error: --config.seed changes nothing"),
+        ("--config=configs/none.py", "No such file or directory"),
+        ("DIR", "error: unexpected argument 'DIR'; flags are written --name=value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(argument, message):
+    given = ["--config=configs/demo.py", "--config.seeds=1,2", argument]
+    done = subprocess.run(
+        [sys.executable, "launch/check.py", *given],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
