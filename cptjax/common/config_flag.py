@@ -86,6 +86,8 @@ class _ConfigFileParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         config = self.parser.parse(argument)
+        if not isinstance(config, ConfigDict):
+            raise ValueError(f"get_config() returns {type(config).__name__}; expected a ConfigDict")
         with config.unlocked():
             _separate_arms_and_stages(config)
             for override in sys.argv:
