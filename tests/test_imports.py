@@ -21,12 +21,12 @@ RANK = {name: i for i, names in enumerate(ORDER) for name in names.split()}
 FILES = sorted((ROOT / "cptjax").rglob("*.py"))
 
 
-def _module(path: Path) -> str:
+def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {_module(p) for p in FILES}
+MODULES = {module_name(p) for p in FILES}
 
 
 def _imports(path: Path, everywhere: bool = True) -> set[str]:
@@ -44,25 +44,25 @@ def _imports(path: Path, everywhere: bool = True) -> set[str]:
     return found
 
 
-def _folder(module: str) -> str:
+def folder_name(module: str) -> str:
     """The part of a module's name below `cptjax`: a folder, or a file at the top level."""
     return (module.split(".") + [""])[1]
 
 
-def _own_imports(path: Path, everywhere: bool = True) -> set[str]:
+def package_imports(path: Path, everywhere: bool = True) -> set[str]:
     return {m for m in _imports(path, everywhere) if m.split(".")[0] == "cptjax"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=[_module(p) for p in FILES])
+@pytest.mark.parametrize("path", FILES, ids=[module_name(p) for p in FILES])
 def test_a_file_imports_only_from_earlier_folders(path):
-    folder = _folder(_module(path))
+    folder = folder_name(module_name(path))
     if not folder:
         return  # cptjax/__init__.py offers the whole library
     assert folder in RANK, (
         f"{path.name}: add {folder!r} to a line of ORDER in tests/test_imports.py"
     )
-    for module in _own_imports(path):
-        other = _folder(module)
+    for module in package_imports(path):
+        other = folder_name(module)
         assert other, f"{path.name} imports the package cptjax itself; import the module"
         assert other == folder or RANK[other] < RANK[folder], (
             f"{path.name} imports {module}, against ORDER"
@@ -70,7 +70,7 @@ def test_a_file_imports_only_from_earlier_folders(path):
 
 
 def test_no_circles():
-    graph = {_module(p): _own_imports(p, everywhere=False) - {_module(p)} for p in FILES}
+    graph = {module_name(p): package_imports(p, everywhere=False) - {module_name(p)} for p in FILES}
     while ready := [m for m, uses in graph.items() if not uses & graph.keys()]:
         for module in ready:
             del graph[module]
@@ -89,11 +89,11 @@ JAX_FREE = (
     "evaluation.summary",
 )
 TEXT_FILES = [
-    p for p in FILES if (_module(p) + ".").startswith(tuple(f"cptjax.{m}." for m in JAX_FREE))
+    p for p in FILES if (module_name(p) + ".").startswith(tuple(f"cptjax.{m}." for m in JAX_FREE))
 ]
 
 
-@pytest.mark.parametrize("path", TEXT_FILES, ids=_module)
+@pytest.mark.parametrize("path", TEXT_FILES, ids=module_name)
 def test_text_code_never_imports_jax(path):
     banned = {"jax", "jaxlib", "flax", "optax", "orbax"}
     assert not {m.split(".")[0] for m in _imports(path)} & banned
@@ -105,6 +105,6 @@ def test_configs_are_data(path):
     assert names <= {"ml_collections", "configs"}, "configs import ml_collections only"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem != "peer_hf"], ids=_module)
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem != "peer_hf"], ids=module_name)
 def test_nothing_at_run_time_needs_torch(path):
     assert not {m.split(".")[0] for m in _imports(path)} & {"torch", "torchvision", "tests"}

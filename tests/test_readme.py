@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import readme_map
 import run_helpers
 from device_fixtures import devices, said  # noqa: F401
 from PIL import Image
@@ -129,6 +130,11 @@ def test_a_command_names_what_exists(command):
         )
         tasks = evaluated_tasks(config, resolve_stages(config))
         assert set(given.get("tasks", tasks[0]).split(",")) <= {*tasks, *config.eval.general}
+
+
+def test_the_map_is_current():
+    _, written, _ = readme_map.split_readme()
+    assert written == readme_map.build_map(), "run python tests/readme_map.py --write"
 
 
 @pytest.mark.parametrize("folder", ["", "elsewhere/demo"])
