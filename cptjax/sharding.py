@@ -199,6 +199,14 @@ def abstract_params(
     )
 
 
+def abstract_array(
+    shape: tuple[int, ...], dtype: Any, mesh: Mesh, axes: tuple[str | None, ...] = ()
+) -> jax.ShapeDtypeStruct:
+    """Return the shape of an array on the mesh; axes after the named ones are not cut."""
+    axes = axes + (None,) * (len(shape) - len(axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(axes, mesh, shape))
+
+
 def init_params(
     params: Any, key: jax.Array, dtype: Any, mesh: Mesh | None = None, rules: dict | None = None
 ) -> Any:

@@ -43,6 +43,16 @@ def weights_program(
     return _jit_weights_program(cfg, sampling.compute_dtype(dtype), int8, tree, shardings)
 
 
+def weights_output(params: Params, sampling: SamplingConfig, dtype: Any) -> Params:
+    """Return the abstract result of a `weights_program` that only casts and gathers."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, sampling.compute_dtype(dtype), sharding=without_fsdp(x.sharding)
+        ),
+        params,
+    )
+
+
 @functools.lru_cache(maxsize=32)
 def _jit_weights_program(
     cfg: ModelConfig, dtype: Any, int8: bool, tree: Any, shardings: tuple

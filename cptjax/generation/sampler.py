@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.generation import decode_pool, token_sampling
+from cptjax.common.program import Output, Program
+from cptjax.generation import decode_pool, rollout_weights, token_sampling
 from cptjax.generation.decode_pool import (
     DecodePool,
     QueuedPrompts,
@@ -25,8 +27,9 @@ from cptjax.generation.decode_pool import (
     TracedSettings,
 )
 from cptjax.generation.sampling_config import SamplingConfig
+from cptjax.models import flops
 from cptjax.models.config import ModelConfig
-from cptjax.sharding import constrain
+from cptjax.sharding import abstract_array, constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
 
 
@@ -283,3 +286,102 @@ def _final_rollouts(
     pool: DecodePool, results: decode_pool.GroupResults | None, prompts: int, cfg: ModelConfig
 ) -> Rollouts:
     return decode_pool.to_rollouts(decode_pool.store_results(pool, results, prompts), cfg)
+
+
+# ---- programs with abstract arguments ------------------------------------------------------------
+
+
+def weights_programs(
+    name: str,
+    params: Params,
+    sampling: SamplingConfig,
+    cfg: ModelConfig,
+    dtype: Any,
+    calls: float,
+) -> tuple[list[Program], Params | Output]:
+    """Return the program that prepares the weights, where there is one, and the weights that the sampler takes."""
+    prepare = rollout_weights.weights_program(params, cfg, sampling, dtype)
+    if prepare is None:
+        return [], params
+    program = Program(f"{name}: weights", prepare, (params,), calls, 0.0)
+    if sampling.dtype == "int8" or cfg.unroll:
+        return [program], Output(program.name)
+    return [program], rollout_weights.weights_output(params, sampling, dtype)
+
+
+def sampling_programs(
+    name: str,
+    weights: Params | Output,
+    prompts: Prompts,
+    sampling: SamplingConfig,
+    cfg: ModelConfig,
+    dtype: Any,
+    mesh: Mesh,
+    *,
+    calls: float,
+    vision_flops: float,
+    kept: tuple[str, ...] = (),
+) -> list[Program]:
+    """Return the programs of `generate_rollouts` for abstract prompts, in the order of their first calls.
+
+    calls: batches of a training step. vision_flops: operations of the vision tower on these prompts. kept: the program whose result
+    are the weights, where they are a copy. Programs that only move results are left out.
+    """
+    shards = sharding.batch_shards(mesh)
+    sampling.check_batch_shards(shards)
+    static = static_settings(sampling, dtype)
+    rows, length = prompts.tokens.shape
+    per_response = abstract_array((rows, sampling.group), jnp.int32, mesh, ("batch",))
+    traced = jax.tree.map(
+        lambda x: abstract_array(x.shape, x.dtype, mesh),
+        jax.eval_shape(lambda: traced_settings(sampling, jax.random.key(0), cfg, cfg.eos)),
+    )
+    prefill_flops = flops.text_forward_flops(cfg, rows, length, 1)
+    decode_flops = flops.decode_flops(cfg, rows, length, sampling.group, static.max_new_tokens)
+    if not 0 < sampling.slots < rows:
+        args = (weights, prompts, per_response, per_response, traced, cfg, static)
+        useful = vision_flops + prefill_flops + decode_flops
+        trips = float(static.max_new_tokens - 1)
+        return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips)]
+    slots, refill = sampling.slots, refill_size(sampling.slots, shards)
+    checks = static.max_new_tokens / static.check_every  # calls of `decode_program` for one group
+    cast, queue, pool = (Output(f"{name}: {part}") for part in ("cast", "queue", "prefill"))
+
+    def index(n: int) -> jax.ShapeDtypeStruct:
+        return abstract_array((n,), jnp.int32, mesh)
+
+    return [
+        Program(cast.program, cast_program, (weights, cfg, static), calls, 0.0),
+        Program(
+            queue.program,
+            queue_program,
+            (cast, prompts, per_response, per_response, cfg, static),
+            calls,
+            vision_flops,
+            kept,
+        ),
+        Program(
+            pool.program,
+            prefill_program,
+            (cast, queue, index(slots), traced, cfg, static),
+            calls,
+            prefill_flops * slots / rows,
+            kept,
+        ),
+        Program(
+            f"{name}: decode",
+            decode_program,
+            (cast, pool, traced, cfg, static),
+            calls * rows / slots * checks,
+            decode_flops * slots / rows / checks,
+            (*kept, queue.program),
+        ),
+        Program(
+            f"{name}: refill",
+            refill_program,
+            (cast, pool, queue, index(refill), index(refill), traced, cfg, static),
+            calls * (rows - slots) / refill,
+            prefill_flops * refill / rows,
+            kept,
+        ),
+    ]

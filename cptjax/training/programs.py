@@ -1,0 +1,383 @@
+"""The programs of a training stage at its largest shapes, with abstract arguments, for the planner.
+
+The largest shapes: prompts of `data.prompt_limit` tokens with one image of `model.max_pixels` each (sides up to 4 : 1), responses of
+`rollout.max_new_tokens` (SFT: responses as long as the row), `train.micro_batch` rows in a device pass.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cptjax import sharding
+from cptjax.common.program import Program
+from cptjax.data import device_batches
+from cptjax.data.collate import fit_vision_rows, max_image_slots
+from cptjax.generation import sampler
+from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
+from cptjax.models import flops, load, trainable
+from cptjax.models.config import ModelConfig
+from cptjax.sharding import abstract_array
+from cptjax.training import build, step_batch, train_step
+from cptjax.training.algorithms import distillation, regularizers
+from cptjax.types import Batch, Params, Prompts, TrainState, Vision
+
+TEACHER_STATES = "teacher states"
+DEMONSTRATION_TEMPLATE_TOKENS = 24  # around a demonstration; the exact number depends on the tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractStage:
+    """A stage on a mesh: its config, and the shapes of all models and arrays that stay in memory while it trains."""
+
+    config: ConfigDict
+    cfg: ModelConfig
+    mesh: Mesh
+    dtype: Any  # of the arithmetic
+    declared: Params
+    state: TrainState
+    frozen: Params
+    start: Params | None  # the model at the stage's start
+    reference: Params | None  # of the KL term
+    teacher: Params | None
+    penalty: Any  # its function, or None
+    penalty_arrays: dict[str, Any] | None
+
+    @property
+    def shards(self) -> int:
+        return sharding.batch_shards(self.mesh)
+
+    @property
+    def params(self) -> Params:
+        return trainable.join_params(self.state.params, self.frozen)
+
+    @property
+    def resident(self) -> dict[str, Any]:
+        """What stays in memory, by name. Models share arrays: an array counts under the first name that has it."""
+        state = self.state
+        trees = {
+            "trained weights": state.params,
+            "frozen weights": self.frozen,
+            "optimiser": (state.opt_state, state.step, state.skipped),
+            "reference": self.reference,
+            "teacher": self.teacher,
+            "penalty": self.penalty_arrays,
+            "stage's start": self.start,
+        }
+        return {name: tree for name, tree in trees.items() if tree is not None}
+
+
+def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> AbstractStage:
+    """Return the shapes of a stage's models on a mesh; `cfg` is the shape of `config.model`, fitted to the mesh."""
+    model, method = config.model, config.method
+    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+    declared = load.declare_model_params(model, cfg)
+    dtype, param_dtype = (
+        load.MODEL_DTYPES[name] for name in (model.compute_dtype, model.param_dtype)
+    )
+    is_trained = trainable.is_trained(model.freeze, model.lora.rank)
+    trained_params, frozen_params = trainable.split_params(declared, is_trained)
+
+    def abstract(params: Params, dtype: Any) -> Params:
+        return sharding.abstract_params(params, dtype, mesh, rules)
+
+    frozen = abstract(frozen_params, dtype)
+    optimizer = build.optimizer_from_config(config, declared)
+    state = train_step.abstract_state(optimizer, abstract(trained_params, param_dtype), mesh)
+
+    needs_exact_start = regularizers.needs_exact_start(method)
+    has_ema_teacher = distillation.has_ema_teacher(method)
+    needs_fixed_teacher = distillation.needs_teacher(method) and not has_ema_teacher
+    start = reference = teacher = None
+    if needs_exact_start or needs_fixed_teacher or (method.kl_coef and method.kl_reference == "stage"):
+        start = abstract(declared, param_dtype if needs_exact_start else dtype)
+    if method.kl_coef:
+        reference = start if method.kl_reference == "stage" else abstract(declared, dtype)
+    if has_ema_teacher:
+        teacher = trainable.join_params(abstract(trained_params, jnp.float32), frozen)
+    elif needs_fixed_teacher:
+        teacher = start
+    penalty = regularizers.PENALTY_FUNCTIONS.get(method.penalty.name)
+    penalty_arrays = None
+    if penalty:
+        anchor = trainable.split_params(start, is_trained)[0]
+        penalty_arrays = {"anchor": anchor, "coef": abstract_array((), jnp.float32, mesh)}
+        if method.penalty.name == "ewc":
+            penalty_arrays["fisher"] = abstract(trained_params, jnp.float32)
+    return AbstractStage(
+        config,
+        cfg,
+        mesh,
+        dtype,
+        declared,
+        state,
+        frozen,
+        start,
+        reference,
+        teacher,
+        penalty,
+        penalty_arrays,
+    )
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def abstract_prompts(stage: AbstractStage, rows: int, length: int) -> Prompts:
+    """Return `rows` prompts of `length` tokens with an image each."""
+    vision, mesh = stage.cfg.vision, stage.mesh
+    windows = max_image_slots(stage.cfg, stage.config.model.max_pixels) // vision.window_slots
+    width, count = fit_vision_rows([[windows] * (rows // stage.shards)], windows)
+    lead = (stage.shards, count, width * vision.window_slots)
+
+    def rows_of(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return abstract_array(shape, dtype, mesh, ("batch",))
+
+    tokens = rows_of((rows, length))
+    return Prompts(
+        tokens=tokens,
+        positions=abstract_array((3, rows, length), jnp.int32, mesh, (None, "batch")),
+        segments=tokens,
+        slots=tokens,
+        vision=Vision(
+            patches=rows_of((*lead, vision.patch_dim), jnp.float32),
+            positions=rows_of((*lead, 2)),
+            frames=rows_of(lead),
+        ),
+    )
+
+
+def longest_row(config: ConfigDict) -> int:
+    """Return the tokens of the longest row that is trained on."""
+    extra = step_batch.extra_response_tokens(config.method, config.rollout.max_new_tokens)
+    return config.data.prompt_limit + extra
+
+
+def abstract_conversations(stage: AbstractStage, rows: int) -> Batch:
+    """Return rows whose responses may be as long as they are."""
+    length = longest_row(stage.config)
+    tokens = abstract_array((rows, length), jnp.int32, stage.mesh, ("batch",))
+    mask = abstract_array((rows, length), bool, stage.mesh, ("batch",))
+    prompts = abstract_prompts(stage, rows, length)
+    return Batch(prompts, tokens, mask, tokens, {"segments": tokens})
+
+
+def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
+    """Return `rows` prompts of `length` tokens with their groups of responses."""
+    r = stage.config.rollout
+    shape = (rows * r.group, r.max_new_tokens)
+    return Batch(
+        abstract_prompts(stage, rows, length),
+        abstract_array(shape, jnp.int32, stage.mesh, ("batch",)),
+        abstract_array(shape, bool, stage.mesh, ("batch",)),
+    )
+
+
+def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
+    """Return a device pass as the programs of log-probabilities see it."""
+    if stage.config.method.source == "rollouts":
+        return abstract_groups(stage, rows, stage.config.data.prompt_limit)
+    return abstract_conversations(stage, rows)
+
+
+def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
+    """Return a device pass of the update: with advantages, and log-probabilities or states of other models."""
+    m, mesh = stage.config.method, stage.mesh
+    batch = abstract_scoring_batch(stage, rows)
+    b, a = batch.targets.shape
+    per_token = abstract_array((b, a), jnp.float32, mesh, ("batch",))
+    extra: dict[str, Any] = {}
+    if m.objective == "policy":
+        extra["advantages"] = abstract_array((b,), jnp.float32, mesh, ("batch",))
+        extra["sampler_logps"] = per_token
+        if m.tis_cap is not None:
+            extra["behaviour_logps"] = per_token
+        if m.updates_per_batch * m.passes > 1:
+            extra["old_logps"] = per_token
+    if m.kl_coef and m.kl_place == "loss":
+        extra["ref_logps"] = per_token
+    if stage.teacher is not None:
+        text = stage.cfg.text
+        extra["teacher_hidden"] = abstract_array(
+            (b, a, text.width), stage.dtype, mesh, ("batch",)
+        )
+        extra["teacher_unembed"] = abstract_array(
+            (text.width, text.vocab), stage.dtype, mesh, ("embed", "vocab")
+        )
+    return batch.replace(extra=batch.extra | extra)
+
+
+# ---- operations of the model, counted by hand ----------------------------------------------------
+
+
+def vision_forward(stage: AbstractStage, rows: int) -> float:
+    slots = max_image_slots(stage.cfg, stage.config.model.max_pixels)
+    return flops.vision_forward_flops(stage.cfg, rows * slots, slots)
+
+
+def text_forward(stage: AbstractStage, rows: int) -> float:
+    """Return the operations of the text of one device pass."""
+    r, length = stage.config.rollout, longest_row(stage.config)
+    if stage.config.method.source == "rollouts":
+        return flops.group_forward_flops(stage.cfg, rows, length, r.group, r.max_new_tokens)
+    return flops.text_forward_flops(stage.cfg, rows, length, length)
+
+
+def update_flops(stage: AbstractStage, rows: int) -> float:
+    """Return the operations of a forward and backward pass; frozen weights need no gradient, a frozen tower no backward pass."""
+    m = stage.config.model
+    text_passes = 2 if m.lora.rank or "language" in m.freeze else 3
+    vision_passes = 1 if "vision" in m.freeze else text_passes
+    return text_passes * text_forward(stage, rows) + vision_passes * vision_forward(stage, rows)
+
+
+# ---- programs ------------------------------------------------------------------------------------
+
+
+def training_programs(stage: AbstractStage) -> list[Program]:
+    """Return the programs of a stage in the order in which it calls them."""
+    t, m = stage.config.train, stage.config.method
+    on_policy = m.source == "rollouts"
+    batch = t.batch // m.updates_per_batch if on_policy else t.batch
+    rows, passes = device_batches.micro_batch_layout(
+        batch, t.micro_batch, stage.shards, fill=not on_policy
+    )
+    updates = m.updates_per_batch * m.passes if on_policy else 1
+    return [
+        *rollout_programs(stage),
+        *scoring_programs(stage, rows, passes * m.updates_per_batch),
+        *teacher_programs(stage, rows, passes * updates),
+        *update_programs(stage, rows, passes, updates),
+    ]
+
+
+def rollout_programs(stage: AbstractStage) -> list[Program]:
+    """Return the programs of sampling: the offline filter's before the stage, and the stage's own."""
+    c, m = stage.config, stage.config.method
+    sampling = rollout_sampling(c)
+    rows, _ = device_batches.micro_batch_layout(c.train.batch, 0, stage.shards, fill=True)
+    programs = []
+    if m.filter and "samples" in m.filter:
+        several = dataclasses.replace(sampling, group=m.filter["samples"])
+        loaded = ["trained weights", "frozen weights", "stage's start"]
+        loaded += [] if c.train.reset_optimizer else ["optimiser"]
+        not_loaded = tuple(name for name in stage.resident if name not in loaded)
+        programs += [
+            dataclasses.replace(program, not_loaded=not_loaded)
+            for program in sampling_programs(stage, "filter", rows, [several], 0.0)
+        ]
+    if m.source == "self":
+        several = dataclasses.replace(sampling, group=m.self_samples)
+        programs += sampling_programs(stage, "rollouts", rows, [several], 0.0)
+    if m.source == "rollouts":
+        greedy = dataclasses.replace(sampling, group=1, temperature=0.0)
+        samplings = [sampling, greedy] if m.advantage == "remax" else [sampling]
+        programs += sampling_programs(stage, "rollouts", c.train.batch, samplings, 1.0)
+    return programs
+
+
+def sampling_programs(
+    stage: AbstractStage, name: str, rows: int, samplings: list[SamplingConfig], calls: float
+) -> list[Program]:
+    """Return the programs that sample responses to `rows` prompts; the second of `samplings` is the greedy one."""
+    if rows % stage.shards:
+        raise ValueError(
+            f"{name}: {rows} prompts; config.mesh cuts a batch into {stage.shards} shards (data x fsdp): expected a multiple"
+        )
+    programs, weights = sampler.weights_programs(
+        name, stage.params, samplings[0], stage.cfg, stage.dtype, calls
+    )
+    kept = tuple(program.name for program in programs)
+    prompts = abstract_prompts(stage, rows, stage.config.data.prompt_limit)
+    for label, sampling in zip((name, "greedy responses"), samplings, strict=False):
+        programs += sampler.sampling_programs(
+            label,
+            weights,
+            prompts,
+            sampling,
+            stage.cfg,
+            stage.dtype,
+            stage.mesh,
+            calls=calls,
+            vision_flops=vision_forward(stage, rows),
+            kept=kept,
+        )
+    return programs
+
+
+def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
+    """Return the programs of log-probabilities: of the reference, and of the policy where an update needs those of its start."""
+    m = stage.config.method
+    score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
+    batch = abstract_scoring_batch(stage, rows)
+    useful = text_forward(stage, rows) + vision_forward(stage, rows)
+    programs = []
+    if stage.reference is not None:
+        args = (stage.reference, batch)
+        programs.append(Program("reference log-probs", score, args, calls, useful))
+    several_updates = m.updates_per_batch * m.passes > 1
+    if m.source == "rollouts" and (several_updates or (m.kl_coef and m.kl_place == "reward")):
+        programs.append(Program("own log-probs", score, (stage.params, batch), calls, useful))
+    return programs
+
+
+def teacher_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
+    """Return the program of the teacher's states on each device pass of the updates."""
+    if stage.teacher is None:
+        return []
+    c = stage.config
+    batch = abstract_scoring_batch(stage, rows)
+    if c.method.objective == "distill":
+        demonstration = c.rollout.max_new_tokens + DEMONSTRATION_TEMPLATE_TOKENS
+        batch = abstract_groups(stage, rows, c.data.prompt_limit + demonstration)
+    program = distillation.make_teacher_program(stage.cfg, stage.dtype)
+    useful = text_forward(stage, rows) + vision_forward(stage, rows)
+    return [Program(TEACHER_STATES, program, (stage.teacher, batch), calls, useful)]
+
+
+def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) -> list[Program]:
+    """Return one fused step; or gradients that add up over micro-batches, and their application."""
+    state, frozen = stage.state, stage.frozen
+    steps = train_step.make_step_programs(
+        stage.cfg,
+        build.objective_from_config(stage.config),
+        build.optimizer_from_config(stage.config, stage.declared),
+        train_step.StateShardings.of(state),
+        stage.dtype,
+        stage.penalty,
+    )
+    batch = abstract_update_batch(stage, rows)
+    lr = abstract_array((), jnp.float32, stage.mesh)
+    useful = update_flops(stage, rows)
+    if passes == 1:
+        args = (state, frozen, batch, lr, stage.penalty_arrays)
+        return [Program("train step", steps.step, args, updates, useful)]
+    # The teacher's states of all micro-batches of an update are computed before its first gradient.
+    kept = (TEACHER_STATES,) * passes if stage.teacher is not None else ()
+    total = abstract_gradient_sum(steps, stage, batch)
+    add_args = (total, state.params, frozen, batch)
+    apply_args = (state, total, lr, stage.penalty_arrays)
+    return [
+        Program("add gradients", steps.add, add_args, passes * updates, useful, kept[1:]),
+        Program("apply gradients", steps.finish, apply_args, updates, 0.0, kept),
+    ]
+
+
+def abstract_gradient_sum(
+    steps: train_step.StepPrograms, stage: AbstractStage, batch: Batch
+) -> train_step.GradientSum:
+    """Return the shapes of summed gradients: each is sharded as its parameter, all else is on every device."""
+    trained = stage.state.params
+    total = jax.eval_shape(steps.begin, trained, stage.frozen, batch)
+    gradient = jax.tree.map(
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
+        total.gradient,
+        trained,
+    )
+    rest = jax.tree.map(
+        lambda x: abstract_array(x.shape, x.dtype, stage.mesh), total.replace(gradient=None)
+    )
+    return rest.replace(gradient=gradient)
