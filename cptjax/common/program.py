@@ -22,7 +22,9 @@ class Program:
     args: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct or `Output`, and static values
     calls: float  # in one step of training
     flops: float  # of the model in one call, counted by hand
-    kept: tuple[str, ...] = ()  # earlier programs whose results stay in memory during a call; a name twice: two results
+    kept: tuple[
+        str, ...
+    ] = ()  # earlier programs whose results stay in memory during a call; a name twice: two results
     not_loaded: tuple[str, ...] = ()  # models of the stage that are not in memory yet
     loop_trips: float = 1.0  # of loops whose end depends on data
 

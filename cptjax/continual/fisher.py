@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cptjax.common import console
+from cptjax.common.program import Program
 from cptjax.common.shuffle import permutation
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
@@ -16,24 +19,32 @@ from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import conversation_batch
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import make_example_encoder
-from cptjax.training import build, train_step
+from cptjax.models.config import ModelConfig
+from cptjax.training import build, programs, train_step
 from cptjax.training.algorithms import regularizers
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
+from cptjax.training.programs import AbstractStage
+from cptjax.training.train_step import StepPrograms
 from cptjax.types import Params
+
+
+def make_likelihood_programs(cfg: ModelConfig, config: ConfigDict, dtype: Any) -> StepPrograms:
+    """Return the programs whose gradient is that of the negative log-likelihood; only `begin` is called."""
+    return train_step.make_step_programs(
+        cfg,
+        Objective(LossConfig.plain("sft", config.train.chunk)),
+        build.optimizer_from_config(config, {}),
+        train_step.StateShardings(None, ()),
+        dtype,
+    )
 
 
 def make_example_gradient(
     model_ctx: ModelContext, config: ConfigDict
 ) -> Callable[[Params, Params, EncodedConversation], Params]:
     """Build f(trained, frozen, conversation) -> gradient of its negative log-likelihood, summed over the response tokens."""
-    begin = train_step.make_step_programs(
-        model_ctx.cfg,
-        Objective(LossConfig.plain("sft", config.train.chunk)),
-        build.optimizer_from_config(config, {}),
-        train_step.StateShardings(None, ()),
-        model_ctx.dtype,
-    ).begin
+    begin = make_likelihood_programs(model_ctx.cfg, config, model_ctx.dtype).begin
 
     def example_gradient(trained: Params, frozen: Params, encoded: EncodedConversation) -> Params:
         batch = conversation_batch(model_ctx, [encoded], rows=model_ctx.shards)
@@ -47,6 +58,24 @@ def _add_example(fisher: Params, gradient: Params, rows: int, processes: int) ->
     """Add the squared gradient of one of `rows` examples, which every process brought into the batch."""
     gradient = jax.tree.map(lambda g: g / processes, gradient)
     return regularizers.add_fisher(fisher, gradient, rows)
+
+
+def fisher_programs(stage: AbstractStage) -> list[Program]:
+    """Return the programs of `update_fisher` with abstract arguments; they run once, after a stage with EWC."""
+    penalty, trained = stage.config.method.penalty, stage.state.params
+    if penalty.name != "ewc":
+        return []
+    steps = make_likelihood_programs(stage.cfg, stage.config, stage.dtype)
+    batch = programs.abstract_conversations(stage, stage.shards)
+    gradient = programs.abstract_gradient_sum(steps, stage, batch).gradient
+    squares = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trained
+    )
+    add_args = (squares, gradient, penalty.samples, 1)
+    add = Program("Fisher: sum", _add_example, add_args, calls=0.0, flops=0.0)
+    begin_args = (trained, stage.frozen, batch)
+    begin = Program("Fisher: gradient", steps.begin, begin_args, 0.0, 0.0, kept=(add.name,))
+    return [add, begin]
 
 
 def update_fisher(

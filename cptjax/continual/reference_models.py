@@ -11,7 +11,7 @@ from cptjax.data import prompts
 from cptjax.models import load
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms import regularizers
-from cptjax.training.algorithms.distillation import Teacher, has_ema_teacher
+from cptjax.training.algorithms.distillation import Teacher, has_ema_teacher, needs_teacher
 from cptjax.training.train_step import PenaltyFn
 from cptjax.types import Params
 
@@ -23,7 +23,7 @@ def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> P
     """
     m = stage.config.method
     exact = regularizers.needs_exact_start(m)
-    frozen_teacher = needs_teacher(stage) and not has_ema_teacher(m)
+    frozen_teacher = needs_teacher(m) and not has_ema_teacher(m)
     if not (exact or frozen_teacher or (m.kl_coef > 0 and m.kl_reference == "stage")):
         return None
     if resumed:
@@ -31,10 +31,6 @@ def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> P
             run.config, run.model_ctx, run.files.checkpoints, stage.number - 1
         )
     return run.copy_for_comparison(params, run.config.model.param_dtype if exact else "")
-
-
-def needs_teacher(stage: Stage) -> bool:
-    return stage.config.method.objective == "distill" or stage.config.method.penalty.name == "lwf"
 
 
 def make_teacher(
@@ -45,7 +41,7 @@ def make_teacher(
     start: Params | None,
 ) -> Teacher | None:
     """Build the teacher of a stage: the start of the stage, or a copy of `params` that follows the student."""
-    if not needs_teacher(stage):
+    if not needs_teacher(stage.config.method):
         return None
     c, d = stage.config, stage.config.method.distill
     model_ctx = run.model_ctx.longer(
@@ -77,10 +73,11 @@ def make_penalty(
 ) -> tuple[PenaltyFn | None, dict[str, Any] | None]:
     """Return the function of a penalty and its arrays; EWC has none before Fisher information exists."""
     p = stage.config.method.penalty
-    if p.name not in ("l2", "ewc") or (p.name == "ewc" and fisher is None):
+    penalty = regularizers.PENALTY_FUNCTIONS.get(p.name)
+    if penalty is None or (p.name == "ewc" and fisher is None):
         return None, None
     anchor, _ = split_trained(run.config, start)
     arrays = {"anchor": anchor, "coef": np.float32(p.coef)}
-    if p.name == "l2":
-        return regularizers.l2_penalty, arrays
-    return regularizers.ewc_penalty, arrays | {"fisher": fisher}
+    if p.name == "ewc":
+        arrays["fisher"] = fisher
+    return penalty, arrays

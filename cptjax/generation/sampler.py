@@ -103,8 +103,8 @@ def forbidden_tokens(cfg: ModelConfig, stops: tuple[int, ...]) -> np.ndarray:
 
 
 def kv_cache_bytes(
-    cfg: ModelConfig, prompts: int, prompt: int, group: int, new: int, dtype: Any
-) -> int:
+    cfg: ModelConfig, prompts: float, prompt: int, group: int, new: int, dtype: Any
+) -> float:
     """Return the bytes of the keys and values of `prompts` groups: `prompt` tokens that a group shares, and `new` of each response."""
     text = cfg.text
     per_token = 2 * text.depth * text.kv_heads * text.head_dim * jnp.dtype(dtype).itemsize

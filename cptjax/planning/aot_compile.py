@@ -1,4 +1,4 @@
-"""Compiling ahead of time: for devices that need not be here, to the end or only until buffers are assigned."""
+"""Compile programs ahead of time for devices that need not exist, to the end or until buffers are assigned."""
 
 import dataclasses
 import multiprocessing
@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cptjax import sharding
+from cptjax.common.program import Program
 from cptjax.config import config_to_dict
-from cptjax.planning import hlo, programs, stage_shapes
-from cptjax.planning.programs import Program
-from cptjax.planning.stage_shapes import StageShapes
+from cptjax.planning import hlo, programs
 
-TPU_COMPILER_ENV = {  # the TPU compiler without a TPU: no look for one, several processes at once, no log of what is missing
+# The TPU compiler on a machine without a TPU: no search for one, several processes at once, no log of what is missing.
+TPU_COMPILER_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -31,7 +32,7 @@ TPU_COMPILER_ENV = {  # the TPU compiler without a TPU: no look for one, several
 
 
 def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
-    """The devices of a TPU slice by name (v5p:4x4x4), or those of this machine."""
+    """Return the devices of a TPU slice by name (v5p:4x4x4), or those of this machine."""
     if not topology:
         if slices > 1:
             raise ValueError(f"--slices={slices} needs --topology")
@@ -39,59 +40,63 @@ def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.update(TPU_COMPILER_ENV)
-    more = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        )
     except Exception as error:  # jaxlib raises several kinds, each with its reason
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"topology {topology!r}: {reason}; expected the package libtpu and a name like v5e:4x4 or v5p:4x4x4"
         ) from None
-    return list(found.devices)
+    return list(description.devices)
 
 
-def shapes_on_devices(config: Any, devices: Sequence[Any], slices: int) -> StageShapes:
-    slices = max(slices, config.mesh.slices)
-    return stage_shapes.make_stage_shapes(
-        config,
-        sharding.make_mesh(**(dict(config.mesh) | {"devices": list(devices), "slices": slices})),
-        slices,
-    )
+def planned_mesh(config: ConfigDict, devices: Sequence[Any], slices: int = 1) -> Mesh:
+    """Return the mesh of a config over some devices; `slices` are at least those of the config."""
+    settings = dict(config.mesh) | {"slices": max(slices, config.mesh.slices)}
+    return sharding.make_mesh(**settings, devices=list(devices))
 
 
 def compile_program(
-    program: Program, site: StageShapes, made: dict[str, Any], folder: str
+    program: Program, mesh: Mesh, outputs: dict[str, Any], folder: str
 ) -> dict[str, Any]:
-    """Compile to the end: sizes from the runtime, and the shapes and places of the results for later programs."""
-    tpu = site.mesh.devices.flat[0].platform == "tpu"
-    with jax.set_mesh(site.mesh):
-        lowered = program.lower(made)
+    """Compile to the end and return the sizes that the runtime reports; the abstract results are added to `outputs`."""
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    with jax.set_mesh(mesh):
+        lowered = program.lower(outputs)
         # On TPU the compiler writes the text: jax cannot read back programs that use the sparse core.
-        done = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {})
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    made[program.name] = jax.tree.map(place, lowered.out_info, done.output_shardings)
-    m = done.memory_analysis()
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
+        compiled = lowered.compile(options)
+    outputs[program.name] = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    analysis = compiled.memory_analysis()
     sizes = {
-        "arguments": m.argument_size_in_bytes,
-        "outputs": m.output_size_in_bytes,
-        "donated": m.alias_size_in_bytes,
-        "temporaries": m.temp_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "donated": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
     }
-    return sizes if tpu else sizes | {"text": done.as_text()}
+    return sizes if tpu else sizes | {"text": compiled.as_text()}
 
 
 @dataclasses.dataclass(frozen=True)
 class SubprocessCompiler:
-    """Compiles in a process of its own, which ends as soon as buffers are assigned.
+    """Compile in another process, which ends as soon as buffers are assigned.
 
-    Memory, transfers and arithmetic are settled then; the machine code, which nobody runs here, takes ten times as long.
+    Memory, transfers and arithmetic are known then; the machine code, which is not run, takes ten times as long.
     """
 
-    config: Any
+    config: ConfigDict
     topology: str
     slices: int
 
     def compile(self, program: Program, folder: str) -> dict[str, float]:
+        """Return the sizes of a program's buffers; the compiler's texts are left in `folder`."""
         context = multiprocessing.get_context("spawn")
         args = (config_to_dict(self.config), self.topology, self.slices, program.name, folder)
         child = context.Process(target=_compile_in_child, args=args, daemon=True)
@@ -104,11 +109,11 @@ class SubprocessCompiler:
             child.kill()
             child.join()
         if not sizes:
-            said = Path(folder, "error")
+            error = Path(folder, "error")
             raise jax.errors.JaxRuntimeError(
-                said.read_text()
-                if said.is_file()
-                else f"the compiler ended without a word on {program.name}"
+                error.read_text()
+                if error.is_file()
+                else f"the compiler ended without a message on {program.name}"
             )
         for path in Path(folder, "last").iterdir():
             path.rename(Path(folder) / path.name)
@@ -118,15 +123,21 @@ class SubprocessCompiler:
 def _compile_in_child(
     config: dict[str, Any], topology: str, slices: int, name: str, folder: str
 ) -> None:
-    """The other process: lower a program again, after the programs whose results it takes, and compile it."""
+    """Compile a program in the other process, after the programs whose results it takes."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    devices = topology_devices(topology, slices)
-    place = shapes_on_devices(ConfigDict(config), devices, slices)
-    all_of = {p.name: p for p in programs.stage_programs(place)}
-    made: dict[str, Any] = {}
+    settings = ConfigDict(config)
+    mesh = planned_mesh(settings, topology_devices(topology, slices), slices)
+    by_name = {p.name: p for p in programs.stage_programs(programs.planned_stage(settings, mesh))}
+    outputs: dict[str, Any] = {}
+
+    def compile_needs(program: Program) -> None:
+        for earlier in program.needs:
+            if earlier not in outputs:
+                compile_needs(by_name[earlier])
+                compile_program(by_name[earlier], mesh, outputs, f"{folder}/before")
+
     try:
-        for before in all_of[name].needs:
-            compile_program(all_of[before], place, made, f"{folder}/before")
-        compile_program(all_of[name], place, made, f"{folder}/last")
-    except Exception as error:  # the parent raises it: there is no other way out of a process that is watched by its files
+        compile_needs(by_name[name])
+        compile_program(by_name[name], mesh, outputs, f"{folder}/last")
+    except Exception as error:  # the parent reads this file and raises the error
         Path(folder, "error").write_text(f"{type(error).__name__}: {error}")

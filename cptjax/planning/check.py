@@ -13,9 +13,9 @@ from cptjax.data import collate, row_checks
 from cptjax.data.mixture import Mixture
 from cptjax.data.row_checks import SplitReport, prompt_buckets
 from cptjax.models import load
-from cptjax.models.load import declare_model_params
 from cptjax.planning import memory
 from cptjax.tasks.scoring import sandbox
+from cptjax.training.programs import abstract_stage
 
 BAD_ROWS_SHOWN = 20  # bad rows printed of one split
 PADDING_STEPS = 500  # of a stage, whose padding is counted
@@ -191,14 +191,15 @@ def show_stage(name: str, config: ConfigDict, each: Stage, found: Sequence[Split
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
     """Prints the expected memory per device for the mesh, or for several numbers of devices where it leaves them open."""
     cfg = load.find_model_config(config.model)
-    declared = declare_model_params(config.model, cfg)
-    numbers = memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch)
-    metrics = {n: memory.expected_bytes(cfg, declared, config, prompt, patches, n) for n in numbers}
-    unit, scale = ("GB", 1e9) if metrics[numbers[0]]["peak"] > 1e9 else ("MB", 1e6)
-    lines = [
-        (part, *(f"{metrics[n][part] / scale:.2f}" for n in metrics))
-        for part in metrics[numbers[0]]
+    counts = memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch)
+    sizes = [
+        memory.estimate_bytes(
+            abstract_stage(config, cfg, memory.mesh_of_size(config.mesh, n)), prompt, patches
+        )
+        for n in counts
     ]
+    unit, scale = ("GB", 1e9) if sizes[0]["peak"] > 1e9 else ("MB", 1e6)
+    lines = [(part, *(f"{s[part] / scale:.2f}" for s in sizes)) for part in sizes[0]]
     console.print_table(
-        f"expected {unit} per device, by arithmetic", ("devices", *map(str, metrics)), lines
+        f"expected {unit} per device, by arithmetic", ("devices", *map(str, counts)), lines
     )

@@ -1,4 +1,4 @@
-"""What a stage needs of a device, by arithmetic and before any device is touched; `launch/plan.py` compiles and knows."""
+"""The memory of a stage on one device: what stays, exactly; the largest moment, estimated without compiling."""
 
 import math
 from collections.abc import Sequence
@@ -6,135 +6,140 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from cptjax import sharding
-from cptjax.models import trainable
-from cptjax.models.config import ModelConfig
-from cptjax.training import build
-from cptjax.training.algorithms import distillation, regularizers
-from cptjax.types import Params
+from cptjax.generation import rollout_weights, sampler
+from cptjax.generation.sampling_config import rollout_sampling
+from cptjax.training.programs import AbstractStage
 
 
-def expected_bytes(
-    cfg: ModelConfig,
-    declared: Params,
-    settings: ConfigDict,
-    prompt: int,
-    patches: int,
-    devices: int,
+def bytes_per_device(tree: Any) -> float:
+    """Return the bytes of a tree's share on one device."""
+
+    def share(x: Any) -> tuple[int, ...]:
+        return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+
+    return float(sum(math.prod(share(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def resident_bytes(
+    stage: AbstractStage, arguments: Any = (), not_loaded: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Bytes per device of one stage, by part, for prompts of `prompt` tokens and `patches` patches at most; "peak" is what must fit.
+    """Return the bytes a device of all models and arrays that stay in memory, by name.
 
-    Weights are taken to divide evenly; what the compiler adds (fusion buffers, padding, collectives) is not in it.
+    An array counts once, under the first name that has it. Those among `arguments` are left out, and names that are `not_loaded`.
     """
-    m, t, r = settings.method, settings.train, settings.rollout
-    data, cut, model = mesh_ways(settings.mesh, devices)
-    sizes = lambda tree, dtype: (
-        sum(math.prod(p.shape) for p in trainable.flatten_params(tree).values())
-        * jnp.dtype(dtype).itemsize
-        / cut
-    )
-    trained, frozen = trainable.split_params(
-        declared, trainable.is_trained(settings.model.freeze, settings.model.lora.rank)
-    )
-    compute, wide = settings.model.compute_dtype, settings.model.param_dtype
-    part = t.batch // m.updates_per_batch
-    micro = t.micro_batch or part
-    answers = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
-    follows = distillation.has_ema_teacher(m)
-    frozen_models = (
-        (m.objective == "policy" and m.kl_coef > 0)
-        + (m.objective == "distill" and not follows)
-        + (m.penalty.name == "lwf")
-    )
-    kept = {
-        "weights": sizes(trained, wide) + sizes(frozen, compute),
-        "optimiser": _optimizer_bytes(trained, settings, declared) / cut,
-        "reference, teacher": frozen_models * sizes(declared, compute)
-        + follows * sizes(trained, "float32"),
-        "stage's start": regularizers.needs_exact_start(m) * sizes(declared, wide)
-        + (m.penalty.name == "ewc") * sizes(trained, "float32"),
+    counted = {id(x) for x in jax.tree.leaves(arguments)}
+    sizes: dict[str, float] = {}
+    for name, tree in stage.resident.items():
+        leaves = jax.tree.leaves(tree)
+        new = [x for x in leaves if id(x) not in counted]
+        if name not in not_loaded and (new or not leaves):
+            sizes[name] = bytes_per_device(new)
+            counted |= {id(x) for x in new}
+    return sizes
+
+
+def estimate_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
+    """Return the bytes a device of a stage by part, for prompts of at most `prompt` tokens and `patches` patches.
+
+    "peak" is what must fit. What the compiler adds (fusion buffers, padding, collectives) is not counted; `launch/plan.py` compiles.
+    """
+    resident = resident_bytes(stage)
+    update = _update_bytes(stage, prompt, patches)
+    rollout = _rollout_bytes(stage, prompt)
+    peak = sum(resident.values()) + max(sum(update.values()), sum(rollout.values()))
+    return resident | update | rollout | {"peak": peak}
+
+
+def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
+    """Return what a device pass of the update holds beside the resident arrays."""
+    c, trained = stage.config, stage.state.params
+    m, t, r = c.method, c.train, c.rollout
+    batch = t.batch // m.updates_per_batch
+    micro = t.micro_batch or batch
+    response = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
+    rows, model = micro / stage.shards, stage.mesh.shape["model"]
+    sums = 2 if micro < batch else 1  # the sum so far, and the micro-batch's own
+    gradients = sums * bytes_per_device(_cast(trained, jnp.float32))
+    if c.model.param_dtype != c.model.compute_dtype:
+        gradients += bytes_per_device(_cast(trained, stage.dtype))
+    return {
+        "gradients": gradients,
+        "activations": activation_bytes(stage, rows * (prompt + response), rows * patches) / model,
+        "logits": 2 * 4 * t.chunk * stage.cfg.text.vocab / model,
     }
-    update = {
-        # the sum so far stands beside the micro-batch's own
-        "gradients": (2 if micro < part else 1) * sizes(trained, "float32")
-        + (sizes(trained, compute) if wide != compute else 0.0),
-        "activations": activation_bytes(
-            cfg, settings, micro / data * (prompt + answers), micro / data * patches
+
+
+def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
+    """Return what sampling holds beside the resident arrays."""
+    c, cfg = stage.config, stage.cfg
+    if c.method.source not in ("rollouts", "self"):
+        return {"rollout weights": 0.0, "cache": 0.0}
+    sampling = rollout_sampling(c)
+    dtype = sampling.compute_dtype(stage.dtype)
+    weights = _cast(stage.params, jnp.int8 if sampling.dtype == "int8" else dtype)
+    if sampling.gather:
+        weights = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=rollout_weights.without_fsdp(x.sharding)
+            ),
+            weights,
         )
-        / model,
-        "logits": 2 * 4 * t.chunk * cfg.text.vocab / model,
-    }
-    rollout = {"rollout weights": 0.0, "cache": 0.0}
-    if m.source in ("rollouts", "self"):
-        groups, each = (r.slots or t.batch) / data, prompt + r.group * r.max_new_tokens
-        rollout["rollout weights"] = sizes(declared, r.dtype or compute) * (
-            cut / model if r.gather else 1
-        )
-        rollout["cache"] = (
-            groups
-            * each
-            * _cache_bytes_per_token(cfg, compute if r.dtype in ("", "int8") else r.dtype)
-            / min(model, cfg.text.kv_heads)
-        )
-    return (
-        kept
-        | update
-        | rollout
-        | {"peak": sum(kept.values()) + max(sum(update.values()), sum(rollout.values()))}
+    groups, model = (sampling.slots or c.train.batch) / stage.shards, stage.mesh.shape["model"]
+    cache = sampler.kv_cache_bytes(
+        cfg, groups, prompt, sampling.group, sampling.max_new_tokens, dtype
     )
-
-
-def mesh_ways(mesh: ConfigDict, devices: int) -> tuple[int, int, int]:
-    """(ways a batch is cut, ways weights are cut, size of the model axis) of `config.mesh` on so many devices."""
-    sizes = {name: mesh[name] for name in sharding.AXES}
-    known = math.prod(n for n in sizes.values() if n > 0)
-    sizes = {name: devices // known if n == -1 else n for name, n in sizes.items()}
-    if math.prod(sizes.values()) != devices:
-        raise ValueError(f"mesh {dict(mesh)} does not make {devices} devices")
-    return sizes["data"] * sizes["fsdp"], sizes["fsdp"] * sizes["model"], sizes["model"]
-
-
-def possible_device_counts(mesh: ConfigDict, wished: Sequence[int], batch: int) -> list[int]:
-    """The device numbers that `config.mesh` can be made of: its own, or those wished that divide the batch where a size is left open."""
-    known = math.prod(mesh[name] for name in sharding.AXES if mesh[name] > 0)
-    if all(mesh[name] > 0 for name in sharding.AXES):
-        return [known]
-    return [n for n in wished if n % known == 0 and batch % mesh_ways(mesh, n)[0] == 0] or [known]
-
-
-def activation_bytes(
-    cfg: ModelConfig, settings: ConfigDict, tokens: float, patches: float
-) -> float:
-    """Bytes that the layers keep for the backward pass, and what one layer needs while it runs."""
-    t, v, size = cfg.text, cfg.vision, jnp.dtype(settings.model.compute_dtype).itemsize
-    products = {
-        "text": (
-            tokens,
-            t.depth,
-            t.width,
-            (t.heads + 2 * t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp,
-        ),
-        "vision": (patches, v.depth, v.width, 3 * v.width + 2 * v.width + 2 * v.mlp),
+    is_cut = cfg.text.kv_heads % model == 0  # else every device of the model axis has all heads
+    return {
+        "rollout weights": bytes_per_device(weights),
+        "cache": cache / (model if is_cut else 1),
     }
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
+
+
+def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> float:
+    """Return the bytes that the layers keep for the backward pass, and that one layer needs while it runs."""
+    t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
+    text_inner = (t.heads + 2 * t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
+    vision_inner = 3 * v.width + 2 * v.width + 2 * v.mlp
     total = 0.0
-    for n, depth, width, inner in products.values():
-        per_layer = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}[
-            settings.model.remat
-        ]
-        total += n * size * (depth * (width + per_layer) + 2 * inner)
+    for n, depth, width, inner in (
+        (tokens, t.depth, t.width, text_inner),
+        (patches, v.depth, v.width, vision_inner),
+    ):
+        kept = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}
+        per_layer = width + kept[stage.config.model.remat]
+        total += n * itemsize * (depth * per_layer + 2 * inner)
     return total
 
 
-def _optimizer_bytes(trained: Params, settings: ConfigDict, declared: Params) -> float:
-    opt = build.optimizer_from_config(settings, declared)
-    state = jax.eval_shape(
-        opt.init, sharding.abstract_params(trained, settings.model.param_dtype)
-    ).opt_state
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+def mesh_of_size(settings: ConfigDict, devices: int) -> AbstractMesh:
+    """Return the mesh of `config.mesh` on so many devices, without the devices."""
+    sizes = {name: settings[name] for name in sharding.AXES}
+    known = math.prod(n for n in sizes.values() if n > 0)
+    sizes = {name: devices // known if n == -1 else n for name, n in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(
+            f"mesh {dict(settings)} does not make {devices} devices; set one of data, fsdp, model to -1"
+        )
+    return AbstractMesh(tuple(sizes.values()), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _cache_bytes_per_token(cfg: ModelConfig, dtype: Any) -> float:
-    """Bytes of keys and values of one token."""
-    return 2 * cfg.text.depth * cfg.text.kv_heads * cfg.text.head_dim * jnp.dtype(dtype).itemsize
+def possible_device_counts(
+    settings: ConfigDict, candidates: Sequence[int], batch: int
+) -> list[int]:
+    """Return the device count of `config.mesh`; where a size is -1, the candidates on which the batch can be cut."""
+    known = math.prod(settings[name] for name in sharding.AXES if settings[name] > 0)
+    if all(settings[name] > 0 for name in sharding.AXES):
+        return [known]
+
+    def is_possible(n: int) -> bool:
+        return n % known == 0 and batch % sharding.batch_shards(mesh_of_size(settings, n)) == 0
+
+    return [n for n in candidates if is_possible(n)] or [known]

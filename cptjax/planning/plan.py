@@ -1,12 +1,12 @@
-"""Every program of a run compiled for a slice that need not be here: what it needs of memory, arithmetic and the network.
+"""The plan of a run on a slice: memory, arithmetic and transfers of every program, compiled ahead of time.
 
-A program's peak is  arguments + outputs - donated + temporaries  + what lives beside it (the optimiser's state during rollouts, the
-reference during the update). Seconds are a lower bound: the slowest of compute, memory and interconnect, all overlapping perfectly.
+A program's peak is  arguments + outputs - donated + temporaries  + what stays in memory beside it (the optimiser's state during
+rollouts, the reference during the update). Seconds are a lower bound: the slowest of compute, memory and network, if all three
+overlap perfectly.
 """
 
 import dataclasses
 import json
-import math
 import re
 import tempfile
 import time
@@ -14,35 +14,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from cptjax.common import console
+from cptjax.common.program import Program
 from cptjax.config import config_to_dict, expand_runs, resolve_stages
-from cptjax.planning import aot_compile, chips, hlo, hlo_costs, programs
+from cptjax.planning import aot_compile, chips, hlo, hlo_costs, memory, programs
 from cptjax.planning.aot_compile import SubprocessCompiler
 from cptjax.planning.chips import Chip
-from cptjax.planning.programs import Program
-from cptjax.planning.stage_shapes import StageShapes
+from cptjax.training.programs import AbstractStage
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """One program on one device."""
+    """The cost of one program on one device."""
 
     name: str
     calls: float  # in one step
     compile_seconds: float
-    arguments: float
+    arguments: float  # bytes, as are the next four
     outputs: float
     donated: float
     temporaries: float
-    beside: float
+    beside: float  # what stays in memory without being an argument
     arithmetic: float  # floating-point operations of one call, recomputation included
-    useful: float  # of the model by hand count, all devices together
+    useful: float  # of the model, counted by hand, all devices together
     traffic: float  # bytes from and to memory
     collectives: list[hlo.Collective]
     seconds: dict[str, float]  # compute, memory, network
     buffers: list[tuple[float, str]]  # the largest temporaries
-    over: str = ""  # the compiler's own words where it refused for lack of memory
+    over: str = ""  # the compiler's message where it refused for lack of memory
 
     @property
     def peak(self) -> float:
@@ -50,12 +51,13 @@ class ProgramCost:
 
     @property
     def bound(self) -> float:
+        """Seconds of a call at least."""
         return max(self.seconds.values(), default=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """All programs of a config on one slice."""
+    """All programs of a stage on one slice."""
 
     name: str
     devices: int
@@ -65,133 +67,102 @@ class StagePlan:
     costs: list[ProgramCost]
 
     @property
-    def memory(self) -> float:
-        """Bytes a device at the worst moment."""
+    def peak(self) -> float:
+        """Bytes a device at the largest moment."""
         return max(c.peak for c in self.costs)
 
     def refused(self) -> list[ProgramCost]:
-        """Programs that do not fit."""
+        """Return the programs that do not fit."""
         return [c for c in self.costs if c.over or (self.chip and c.peak > self.chip.usable)]
 
     def step_seconds(self) -> float:
         return sum(c.bound * c.calls for c in self.costs)
 
     def mfu(self) -> float | None:
-        """The largest possible share of the chips' arithmetic that goes into the model, over one step."""
+        """Return the largest possible share of the chips' arithmetic that goes into the model, over one step."""
         if self.chip is None or not self.step_seconds():
             return None
-        return sum(c.useful * c.calls for c in self.costs) / (
-            self.devices * self.chip.flops * self.step_seconds()
-        )
+        useful = sum(c.useful * c.calls for c in self.costs)
+        return useful / (self.devices * self.chip.flops * self.step_seconds())
 
 
 def make_plans(
-    config: Any, topology: str | None = None, slices: int = 1, thorough: bool = False
+    config: ConfigDict, topology: str | None = None, slices: int = 1, thorough: bool = False
 ) -> list[StagePlan]:
-    """A plan for every different run that a config describes (arms that differ in their programs); `thorough`: machine code too."""
-    devices, plans, seen = aot_compile.topology_devices(topology, slices), [], set()
+    """Return a plan of every stage of every arm whose programs differ from those before; `thorough` compiles to machine code."""
+    devices = aot_compile.topology_devices(topology, slices)
+    plans, planned = [], set()
     for arm, single in expand_runs(config):
         for stage in resolve_stages(single):
+            settings = config_to_dict(stage.config)
             key = json.dumps(
-                {
-                    k: v
-                    for k, v in config_to_dict(stage.config).items()
-                    if k in programs.PROGRAM_SECTIONS
-                },
-                sort_keys=True,
+                {name: settings[name] for name in programs.PROGRAM_SECTIONS}, sort_keys=True
             )
-            if key not in seen:
-                seen.add(key)
-                name = f"{arm or single.name}" + (
-                    f" stage {stage.number}" if stage.number > 1 else ""
-                )
-                plans.append(plan_stage(name, stage.config, devices, topology, slices, thorough))
+            if key in planned:
+                continue
+            planned.add(key)
+            name = arm or single.name
+            name += f" stage {stage.number}" if stage.number > 1 else ""
+            plans.append(plan_stage(name, stage.config, devices, topology, slices, thorough))
     return plans
 
 
 def plan_stage(
     name: str,
-    config: Any,
+    config: ConfigDict,
     devices: Sequence[Any],
     topology: str | None,
     slices: int = 1,
     thorough: bool = False,
 ) -> StagePlan:
-    """The programs of one stage's settings, compiled one after the other."""
-    site = aot_compile.shapes_on_devices(config, devices, slices)
-    kind = devices[0].device_kind
-    chip = chips.chip_of_devices(devices)
-    short = SubprocessCompiler(config, topology, slices) if topology and not thorough else None
+    """Compile the programs of one stage's settings one after the other."""
+    mesh = aot_compile.planned_mesh(config, devices, slices)
+    stage = programs.planned_stage(config, mesh)
+    chip, kind = chips.chip_of_devices(devices), devices[0].device_kind
+    compiler = SubprocessCompiler(config, topology, slices) if topology and not thorough else None
     costs: list[ProgramCost] = []
-    made: dict[str, Any] = {}
-    for program in programs.stage_programs(site):
+    outputs: dict[str, Any] = {}
+    slices = max(slices, config.mesh.slices)
+    for program in programs.stage_programs(stage):
         with console.show_waiting(f"{name}: compile {program.name} for {len(devices)} x {kind}"):
-            costs.append(program_cost(program, site, chip, made, short, costs))
+            costs.append(program_cost(program, stage, chip, outputs, compiler, costs, slices))
         if costs[-1].over:
             break  # later programs may need what it returns
     return StagePlan(
-        name,
-        len(devices),
-        dict(site.mesh.shape),
-        chip,
-        {k: bytes_per_device(v) for k, v in site.pieces.items()},
-        costs,
+        name, len(devices), dict(mesh.shape), chip, memory.resident_bytes(stage), costs
     )
-
-
-def peak_bytes(config: Any, topology: str | None = None, slices: int = 1) -> float:
-    """Bytes that a device needs at the worst moment of a run; compiles every program."""
-    return max(plan.memory for plan in make_plans(config, topology, slices))
-
-
-def resident_bytes(config: Any, devices: Sequence[Any] | None = None) -> dict[str, float]:
-    """Bytes a device of what stays: trained weights, frozen weights, optimiser, reference; compiles nothing."""
-    stage = resolve_stages(config)[0]
-    return {
-        k: bytes_per_device(v)
-        for k, v in aot_compile.shapes_on_devices(
-            stage.config, devices or jax.devices(), 1
-        ).pieces.items()
-    }
-
-
-def bytes_per_device(tree: Any) -> float:
-    """Bytes of a tree's share on one device."""
-    part = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return float(sum(math.prod(part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def program_cost(
     program: Program,
-    site: StageShapes,
+    stage: AbstractStage,
     chip: Chip | None,
-    made: dict[str, Any],
-    short: SubprocessCompiler | None,
-    before: Sequence[ProgramCost] = (),
+    outputs: dict[str, Any],
+    compiler: SubprocessCompiler | None,
+    earlier: Sequence[ProgramCost] = (),
+    slices: int = 1,
 ) -> ProgramCost:
-    """The cost of a program, after the costs of those before it; what it returns is added to `made` where it is compiled to the end."""
-    beside = sum(
-        bytes_per_device(tree) for name, tree in site.pieces.items() if name not in program.holds
-    )
-    beside += sum(c.outputs for name in program.keeps for c in before if c.name == name)
+    """Return the cost of a program after `earlier` ones.
+
+    Without a `compiler` it is compiled to the end, and its abstract results are added to `outputs`.
+    """
+    resident = memory.resident_bytes(stage, program.args, program.not_loaded)
+    beside = sum(resident.values())
+    beside += sum(c.outputs for name in program.kept for c in earlier if c.name == name)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            sizes = (
-                short.compile(program, folder)
-                if short
-                else aot_compile.compile_program(program, site, made, folder)
-            )
+            if compiler:
+                sizes = compiler.compile(program, folder)
+            else:
+                sizes = aot_compile.compile_program(program, stage.mesh, outputs, folder)
         except jax.errors.JaxRuntimeError as error:
-            return _refused_cost(program, beside, time.monotonic() - started, str(error))
+            return refused_cost(program, beside, time.monotonic() - started, str(error))
         text, report = hlo.read_compiler_dump(folder)
     text, seconds = sizes.pop("text", text), time.monotonic() - started
-    found = hlo.find_collectives(text, site.mesh, program.turns)
-    arithmetic, traffic = (
-        hlo_costs.count_flops(text, program.turns),
-        hlo_costs.count_memory_traffic(text, program.turns),
-    )
-    times = roofline_seconds(arithmetic, traffic, found, chip, site.slices)
+    collectives = hlo.find_collectives(text, stage.mesh, program.loop_trips)
+    arithmetic = hlo_costs.count_flops(text, program.loop_trips)
+    traffic = hlo_costs.count_memory_traffic(text, program.loop_trips)
     return ProgramCost(
         program.name,
         program.calls,
@@ -199,54 +170,55 @@ def program_cost(
         **sizes,
         beside=beside,
         arithmetic=arithmetic,
-        useful=program.useful,
+        useful=program.flops,
         traffic=traffic,
-        collectives=found,
-        seconds=times,
+        collectives=collectives,
+        seconds=roofline_seconds(arithmetic, traffic, collectives, chip, slices),
         buffers=hlo.largest_buffers(report),
     )
 
 
-def _refused_cost(program: Program, beside: float, seconds: float, error: str) -> ProgramCost:
-    """The compiler's own refusal for lack of memory, as a cost; any other failure goes on."""
-    said = re.search(
+def refused_cost(program: Program, beside: float, seconds: float, error: str) -> ProgramCost:
+    """Return the compiler's refusal for lack of memory as a cost; raise any other error again."""
+    refusal = re.search(
         r"Used ([\d.]+)([KMG]) of|required for HLO temporaries \(([\d.]+)([KMG])\)", error
     )
-    if "RESOURCE_EXHAUSTED" not in error or not said:
+    if "RESOURCE_EXHAUSTED" not in error or not refusal:
         raise jax.errors.JaxRuntimeError(error)
-    amount, unit = [part for part in said.groups() if part]
-    used = float(amount) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit]
+    amount, unit = [part for part in refusal.groups() if part]
     return ProgramCost(
         program.name,
         program.calls,
         seconds,
-        0,
-        0,
-        0,
-        used,
-        beside,
-        0,
-        program.useful,
-        0,
-        [],
-        {},
-        [],
-        said[0],
+        arguments=0,
+        outputs=0,
+        donated=0,
+        temporaries=float(amount) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit],
+        beside=beside,
+        arithmetic=0,
+        useful=program.flops,
+        traffic=0,
+        collectives=[],
+        seconds={},
+        buffers=[],
+        over=refusal[0],
     )
 
 
 def roofline_seconds(
     arithmetic: float,
     traffic: float,
-    found: Sequence[hlo.Collective],
+    collectives: Sequence[hlo.Collective],
     chip: Chip | None,
     slices: int,
 ) -> dict[str, float]:
-    """Seconds that each resource needs by itself; empty for a device without public figures."""
+    """Return the seconds that each resource needs by itself; nothing for a device without public figures."""
     if chip is None:
         return {}
-    crossing = lambda c: slices > 1 and "data" in c.axis
-    network = sum(chips.transfer_seconds(c.kind, c.size, c.bytes, chip, crossing(c)) for c in found)
+    network = sum(
+        chips.transfer_seconds(c.kind, c.size, c.bytes, chip, slices > 1 and "data" in c.axis)
+        for c in collectives
+    )
     return {
         "compute": arithmetic / chip.flops,
         "memory": traffic / chip.bandwidth,
@@ -254,49 +226,53 @@ def roofline_seconds(
     }
 
 
-# ---- what a person reads -------------------------------------------------------------------------------------------------
+# ---- tables, verdict, JSON -----------------------------------------------------------------------
 
 
 def show_plan(plan: StagePlan) -> None:
-    gib = lambda n: f"{n / 2**30:.2f}"
-    ctx = (
-        f"a {plan.chip.name} has {gib(plan.chip.usable)}"
+    """Print the tables of a plan."""
+    limit = (
+        f"a {plan.chip.name} has {_gib(plan.chip.usable)}"
         if plan.chip
         else "no figures for this device"
     )
     mesh = " ".join(f"{k}={v}" for k, v in plan.mesh.items())
     console.print_table(
-        f"{plan.name} on {plan.devices} devices ({mesh}), GiB a device; {ctx}",
+        f"{plan.name} on {plan.devices} devices ({mesh}), GiB a device; {limit}",
         ("program", "takes", "returns", "donated", "inside", "beside", "peak", "compiled in s"),
-        [(c.name, *map(gib, _sizes(c)), f"{c.compile_seconds:.0f}") for c in plan.costs],
+        [(c.name, *map(_gib, _memory_sizes(c)), f"{c.compile_seconds:.0f}") for c in plan.costs],
     )
     console.print_table(
         "stays in memory, GiB a device",
         ("what", "size"),
-        [(k, gib(v)) for k, v in plan.resident.items()],
+        [(name, _gib(size)) for name, size in plan.resident.items()],
     )
     console.print_table(
         "at the largest shapes, one call on one device; seconds are lower bounds",
         ("program", "calls a step", "TFLOP", "GB moved", "compute s", "memory s", "network s"),
-        [_speed(c) for c in plan.costs],
+        [_speed_row(c) for c in plan.costs],
     )
-    moved = [
+    transfers = [
         (f"{p.name}: {c.kind}", c.axis, f"{c.bytes / 1e9:.3f}", f"{c.calls:.0f}")
         for p in plan.costs
         for c in p.collectives[:4]
     ]
-    console.print_table("largest transfers of a call", ("what", "axis", "GB", "times"), moved)
+    console.print_table("largest transfers of a call", ("what", "axis", "GB", "times"), transfers)
     if (mfu := plan.mfu()) is not None:
         console.print_message(
             f"a step takes at least {plan.step_seconds():.1f} s; model FLOPs utilisation can not exceed {mfu:.0%}"
         )
 
 
-def _sizes(c: ProgramCost) -> tuple[float, ...]:
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _memory_sizes(c: ProgramCost) -> tuple[float, ...]:
     return c.arguments, c.outputs, c.donated, c.temporaries, c.beside, c.peak
 
 
-def _speed(c: ProgramCost) -> tuple[str, ...]:
+def _speed_row(c: ProgramCost) -> tuple[str, ...]:
     seconds = [f"{c.seconds[k]:.3f}" if c.seconds else "" for k in ("compute", "memory", "network")]
     return (
         c.name,
@@ -308,21 +284,20 @@ def _speed(c: ProgramCost) -> tuple[str, ...]:
 
 
 def plan_verdict(plan: StagePlan) -> str:
-    """ "" where everything fits; else which program lacks how much, and what to change."""
+    """Return "" where everything fits; else which program lacks how much, and what to change."""
     lines = []
     for c in plan.refused():
         lack = c.peak - plan.chip.usable if plan.chip else 0
-        words = f"{plan.name}: {c.name} needs {c.peak / 2**30:.2f} GiB a device"
-        words += (
-            f", {lack / 2**30:.2f} GiB more than {plan.chip.name} offers"
-            if lack > 0
-            else f" ({c.over})"
+        reason = (
+            f", {_gib(lack)} GiB more than {plan.chip.name} offers" if lack > 0 else f" ({c.over})"
         )
-        lines.append(f"{words}; {programs.memory_advice(c.name, plan.resident, plan.mesh)}")
+        advice = programs.memory_advice(c.name, plan.resident, plan.mesh)
+        lines.append(f"{plan.name}: {c.name} needs {_gib(c.peak)} GiB a device{reason}; {advice}")
     return "\n".join(lines)
 
 
 def plan_as_json(plan: StagePlan) -> dict[str, Any]:
+    """Return a plan as JSON values."""
     costs = [dataclasses.asdict(c) | {"peak": c.peak, "bound_seconds": c.bound} for c in plan.costs]
     chip = dataclasses.asdict(plan.chip) | {"usable": plan.chip.usable} if plan.chip else None
     return {
@@ -332,7 +307,7 @@ def plan_as_json(plan: StagePlan) -> dict[str, Any]:
         "chip": chip,
         "resident": plan.resident,
         "programs": costs,
-        "peak": plan.memory,
+        "peak": plan.peak,
         "step_seconds": plan.step_seconds(),
         "mfu_bound": plan.mfu(),
         "fits": not plan.refused(),

@@ -1,17 +1,19 @@
 """A stage's config -> its objective, sampling, optimizer and batch builder."""
 
+from collections.abc import Callable
 from typing import Any
 
 from cptjax import sharding
 from cptjax.data.model_context import ModelContext
 from cptjax.generation.sampling_config import rollout_sampling
+from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import make_scoring_program
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.algorithms.optimizers import Optimizer, OptimizerConfig, make_optimizer
 from cptjax.training.step_batch import BatchBuilder
-from cptjax.types import Params
+from cptjax.types import Array, Batch, Params
 
 
 def objective_from_config(config: Any) -> Objective:
@@ -24,13 +26,20 @@ def optimizer_from_config(config: Any, declared: Params) -> Optimizer:
     return make_optimizer(OptimizerConfig.from_config(config.train), declared)
 
 
+def scoring_program_from_config(
+    cfg: ModelConfig, dtype: Any, config: Any
+) -> Callable[[Params, Batch], Array]:
+    """Build the program of log-probabilities; a policy is scored at the temperature of its rollouts."""
+    temperature = config.rollout.temperature if config.method.objective == "policy" else 1.0
+    return make_scoring_program(cfg, dtype, config.train.chunk, temperature)
+
+
 def batch_builder_from_config(
     model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: Any
 ) -> BatchBuilder:
     sampling = rollout_sampling(config)
     sampling.check_batch_shards(sharding.batch_shards(model_ctx.mesh))
-    temperature = config.rollout.temperature if config.method.objective == "policy" else 1.0
-    logps = make_scoring_program(model_ctx.cfg, model_ctx.dtype, config.train.chunk, temperature)
+    logps = scoring_program_from_config(model_ctx.cfg, model_ctx.dtype, config)
     pack = config.data.pack and config.method.objective in ("sft", "eaft")
     return BatchBuilder(
         model_ctx,

@@ -26,7 +26,9 @@ from cptjax.training.algorithms import distillation, regularizers
 from cptjax.types import Batch, Params, Prompts, TrainState, Vision
 
 TEACHER_STATES = "teacher states"
-DEMONSTRATION_TEMPLATE_TOKENS = 24  # around a demonstration; the exact number depends on the tokenizer
+DEMONSTRATION_TEMPLATE_TOKENS = (
+    24  # around a demonstration; the exact number depends on the tokenizer
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,11 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
     has_ema_teacher = distillation.has_ema_teacher(method)
     needs_fixed_teacher = distillation.needs_teacher(method) and not has_ema_teacher
     start = reference = teacher = None
-    if needs_exact_start or needs_fixed_teacher or (method.kl_coef and method.kl_reference == "stage"):
+    if (
+        needs_exact_start
+        or needs_fixed_teacher
+        or (method.kl_coef and method.kl_reference == "stage")
+    ):
         start = abstract(declared, param_dtype if needs_exact_start else dtype)
     if method.kl_coef:
         reference = start if method.kl_reference == "stage" else abstract(declared, dtype)
@@ -201,9 +207,7 @@ def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
         extra["ref_logps"] = per_token
     if stage.teacher is not None:
         text = stage.cfg.text
-        extra["teacher_hidden"] = abstract_array(
-            (b, a, text.width), stage.dtype, mesh, ("batch",)
-        )
+        extra["teacher_hidden"] = abstract_array((b, a, text.width), stage.dtype, mesh, ("batch",))
         extra["teacher_unembed"] = abstract_array(
             (text.width, text.vocab), stage.dtype, mesh, ("embed", "vocab")
         )

@@ -15,11 +15,15 @@ import run_helpers
 
 from configs.base import METHODS, get_config
 from cptjax import sharding
+from cptjax.common.program import Program
 from cptjax.config import resolve_stages
 from cptjax.data import collate
-from cptjax.models import load, trainable
+from cptjax.models import trainable
 from cptjax.models.config import PRESETS
-from cptjax.planning import aot_compile, chips, hlo, memory, plan, programs, stage_shapes
+from cptjax.planning import aot_compile, chips, hlo, memory, plan
+from cptjax.planning.memory import resident_bytes
+from cptjax.planning.programs import planned_stage, stage_programs
+from cptjax.training.programs import abstract_prompts, abstract_stage
 from cptjax.types import Prompts
 
 GIB = 2.0**30
@@ -51,7 +55,7 @@ def penalised(name="ewc", method="sft"):
 
 
 def names(c, mesh):
-    return [p.name for p in programs.stage_programs(stage_shapes.make_stage_shapes(c, mesh))]
+    return [p.name for p in stage_programs(planned_stage(c, mesh))]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def test_every_program_of_a_run_is_compiled_once(local):
 
 def test_what_stays_in_memory_is_what_is_declared(local):
     cfg = PRESETS["tiny"]
-    tree = stage_shapes.make_stage_shapes(
+    tree = planned_stage(
         small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)
     ).declared
     cut = lambda p: math.prod(
@@ -111,7 +115,7 @@ def test_the_peak_counts_what_lives_beside_a_program(local):
     assert (
         apply.donated >= kept["trained weights"] + kept["optimiser"] - 1024
     )  # the new state takes the old one's place
-    assert local.memory == max(
+    assert local.peak == max(
         c.arguments + c.outputs - c.donated + c.temporaries + c.beside for c in local.costs
     )
 
@@ -156,13 +160,13 @@ def test_the_bound_is_the_slowest_resource():
     ],
 )
 def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
-    program = programs.Program("train step", None, 1, 0.0, ())
-    cost = plan._refused_cost(program, 2 * GIB, 1.0, words)
+    program = Program("train step", None, (), 1, 0.0)
+    cost = plan.refused_cost(program, 2 * GIB, 1.0, words)
     assert cost.over and cost.peak == pytest.approx(31.18 * GIB)
     said = plan.plan_verdict(dataclasses.replace(local, chip=chips.CHIPS["v5e"], costs=[cost]))
     assert "train step needs 31.18 GiB" in said and "15.50 GiB more than v5e offers" in said
     with pytest.raises(jax.errors.JaxRuntimeError, match="no room for words"):
-        plan._refused_cost(program, 0, 0, "INTERNAL: no room for words")
+        plan.refused_cost(program, 0, 0, "INTERNAL: no room for words")
 
 
 @pytest.mark.parametrize(
@@ -257,18 +261,15 @@ def test_programs_follow_the_method(mesh):
     ids=["sdft", "lwf", "remax", "filter", "fisher", "gradient", "dtype"],
 )
 def test_programs_beside_the_update_can_be_lowered(mesh, c, name):
-    site = stage_shapes.make_stage_shapes(c, mesh)
+    stage = planned_stage(c, mesh)
     with jax.set_mesh(mesh):
-        (program,) = [p for p in programs.stage_programs(site) if p.name == name]
-        assert set(program.holds) <= set(site.pieces) and program.lower({}).as_text()
+        (program,) = [p for p in stage_programs(stage) if p.name == name]
+        assert set(program.not_loaded) <= set(stage.resident) and program.lower({}).as_text()
 
 
 def test_copies_of_the_stages_start_stay_in_memory(mesh):
     """In bytes a device: all weights for an average, the frozen for a penalty that holds the trained itself, and a Fisher in float32."""
-    sizes = lambda c: {
-        k: plan.bytes_per_device(v)
-        for k, v in stage_shapes.make_stage_shapes(c, mesh).pieces.items()
-    }
+    sizes = lambda c: resident_bytes(planned_stage(c, mesh))
     average, ewc = small("sft", method=METHODS["sft"] | {"average": 0.5}), penalised()
     ewc.model.freeze = ("vision",)
     plain = sizes(small("sft"))
@@ -284,13 +285,11 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
 
 def test_arithmetic_before_the_plan_follows_rollout_dtype():
     c = small(model={"compute_dtype": "float32"})
-    cfg = PRESETS["tiny"]
     metrics = {}
     for dtype in ("", "float32", "bfloat16", "int8"):
         c.rollout.dtype = dtype
-        metrics[dtype] = memory.expected_bytes(
-            cfg, load.declare_model_params(c.model, cfg), c, 64, 96, 8
-        )
+        stage = abstract_stage(c, PRESETS["tiny"], memory.mesh_of_size(c.mesh, 8))
+        metrics[dtype] = memory.estimate_bytes(stage, 64, 96)
     assert (
         metrics[""]["cache"]
         == metrics["float32"]["cache"]
@@ -320,16 +319,14 @@ def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
             }
 
     def beside(c):
-        site, costs = stage_shapes.make_stage_shapes(c, mesh), []
-        for program in programs.stage_programs(site):
-            costs.append(plan.program_cost(program, site, None, {}, Told(), costs))
-        pieces = {
-            p.name: sum(
-                plan.bytes_per_device(v) for k, v in site.pieces.items() if k not in p.holds
-            )
-            for p in programs.stage_programs(site)
+        stage, costs = planned_stage(c, mesh), []
+        for program in stage_programs(stage):
+            costs.append(plan.program_cost(program, stage, None, {}, Told(), costs))
+        models = {
+            p.name: sum(resident_bytes(stage, p.args, p.not_loaded).values())
+            for p in stage_programs(stage)
         }
-        return {c.name: c.beside - pieces[c.name] for c in costs}
+        return {c.name: c.beside - models[c.name] for c in costs}
 
     turns = beside(small(rollout={"slots": 8, "gather": True}))
     assert (
@@ -344,20 +341,20 @@ def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
 @pytest.mark.parametrize("method", ["sft", "sdft", "dapo", "eaft"])
 def test_batches_have_what_their_objective_reads(mesh, method):
     """Tracing the gradient's program needs every array that the loss asks for."""
-    site = stage_shapes.make_stage_shapes(small(method), mesh)
+    stage = planned_stage(small(method), mesh)
     with jax.set_mesh(mesh):
         program = next(
-            p for p in programs.stage_programs(site) if p.name in ("train step", "add gradients")
+            p for p in stage_programs(stage) if p.name in ("train step", "add gradients")
         )
         assert program.lower({}).as_text()
 
 
 def test_the_largest_picture_and_prompt_are_within_the_config(mesh):
-    site = stage_shapes.make_stage_shapes(small(), mesh)
+    stage = planned_stage(small(), mesh)
     assert (
-        collate.max_image_slots(site.cfg, 64 * 64) == 6 * 16
+        collate.max_image_slots(stage.cfg, 64 * 64) == 6 * 16
     )  # of 16 merge units 3 x 5 spread over six windows of 2 x 2 units
-    found = stage_shapes.prompt_shapes(site, 8)
+    found = abstract_prompts(stage, 8, stage.config.data.prompt_limit)
     assert (
         isinstance(found, Prompts)
         and found.tokens.shape == (8, 64)
@@ -456,11 +453,12 @@ def tpu(c, topology, name, slices=1, buffers=None):
     pytest.importorskip("libtpu")
     (stage,) = {s.config.to_json(): s for s in resolve_stages(c)}.values()
     devices = aot_compile.topology_devices(topology, slices)
-    site = aot_compile.shapes_on_devices(stage.config, devices, slices)
-    program = next(p for p in programs.stage_programs(site) if p.name == name)
+    planned = planned_stage(stage.config, aot_compile.planned_mesh(stage.config, devices, slices))
+    program = next(p for p in stage_programs(planned) if p.name == name)
     short = Kept(stage.config, topology, slices)
     object.__setattr__(short, "buffers", [] if buffers is None else buffers)
-    return plan.program_cost(program, site, chips.chip_of_devices(devices), {}, short), site
+    chip = chips.chip_of_devices(devices)
+    return plan.program_cost(program, planned, chip, {}, short, (), slices), planned
 
 
 def whole(site):
@@ -519,12 +517,13 @@ def test_sizes_of_a_short_compile_are_those_of_the_whole_one(tmp_path):
     pytest.importorskip("libtpu")
     c = small(mesh={"data": 1, "fsdp": 2, "model": 2})
     stage = resolve_stages(c)[0]
-    site = aot_compile.shapes_on_devices(stage.config, aot_compile.topology_devices("v5e:2x2"), 1)
-    program = next(p for p in programs.stage_programs(site) if p.name == "apply gradients")
+    mesh = aot_compile.planned_mesh(stage.config, aot_compile.topology_devices("v5e:2x2"))
+    planned = planned_stage(stage.config, mesh)
+    program = next(p for p in stage_programs(planned) if p.name == "apply gradients")
     short = aot_compile.SubprocessCompiler(stage.config, "v5e:2x2", 1).compile(
         program, str(tmp_path)
     )
-    whole = aot_compile.compile_program(program, site, {}, str(tmp_path / "whole"))
+    whole = aot_compile.compile_program(program, mesh, {}, str(tmp_path / "whole"))
     assert {k: short[k] for k in whole} == pytest.approx(
         whole, rel=0.01
     )  # the runtime pads small buffers
@@ -535,6 +534,8 @@ def test_what_stays_of_7b_is_told_without_compiling():
     pytest.importorskip("libtpu")
     c = small(mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 2, "micro_batch": 0})
     c.model.path = "Qwen/Qwen2.5-VL-7B-Instruct"
-    sizes = plan.resident_bytes(c, aot_compile.topology_devices("v5e:2x2"))
+    stage = resolve_stages(c)[0].config
+    mesh = aot_compile.planned_mesh(stage, aot_compile.topology_devices("v5e:2x2"))
+    sizes = resident_bytes(planned_stage(stage, mesh))
     assert sum(sizes.values()) > chips.CHIPS["v5e"].usable
     assert sizes["optimiser"] == pytest.approx(2 * sizes["trained weights"], rel=1e-3)

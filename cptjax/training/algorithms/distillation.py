@@ -26,6 +26,11 @@ def has_ema_teacher(method: Any) -> bool:
     return method.objective == "distill" and method.distill.teacher != "frozen"
 
 
+def needs_teacher(method: Any) -> bool:
+    """Return whether a stage compares the student with a teacher."""
+    return method.objective == "distill" or method.penalty.name == "lwf"
+
+
 TEACHERS = ("ema", "frozen", "current")
 
 

@@ -99,3 +99,6 @@ def l2_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
 def ewc_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
     """The EWC penalty as a step program takes it: its coefficient, anchor and Fisher information are arrays."""
     return arrays["coef"] * fisher_distance(trained, arrays["anchor"], arrays["fisher"])
+
+
+PENALTY_FUNCTIONS = {"l2": l2_penalty, "ewc": ewc_penalty}  # on the weights; LwF is a loss
