@@ -306,7 +306,7 @@ def test_memory_of_the_seven_billion_model():
     for part in ("cache", "activations"):
         assert sixteen[part] == pytest.approx(one[part] / 16)
     for part in ("trained weights", "optimiser", "gradients"):  # exact: vectors are on every device
-        assert one[part] / 16 < sixteen[part] < 1.001 * one[part] / 16
+        assert one[part] / 16 < sixteen[part] < 1.002 * one[part] / 16
     assert one["peak"] > sixteen["peak"] > one["peak"] / 16
 
 
