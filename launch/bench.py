@@ -49,6 +49,8 @@ REMAT = flags.DEFINE_string(
 
 
 def main() -> None:
+    import jax
+
     from cptjax.benchmark import bench, workload
     from cptjax.common import console
 
@@ -66,6 +68,12 @@ def main() -> None:
         remat=REMAT.value,
     )
     found = bench.run_benchmark(work, PHASES.value, PEER.value)
+    if jax.default_backend() == "cpu" and "glibc.malloc" not in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    ):
+        console.print_warning(
+            "on a CPU, `source launch/cpu_memory.sh` first; without it, large steps of both sides are slow"
+        )
     for phase in PHASES.value:
         console.print_message(bench.phase_line(phase, found))
     print(
@@ -82,5 +90,4 @@ if __name__ == "__main__":
     os.environ.setdefault(
         "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
     )  # the peer wants a part of a GPU's memory
-    cli.restart_with_malloc_settings()
     cli.run_launcher(main)

@@ -11,15 +11,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=Tr
 STAGE = flags.DEFINE_integer(
     "stage",
     None,
-    "Stage whose model is evaluated; 0 = base, left out = the newest finished one.",
+    "Stage whose model is evaluated; 0 = base; default: the newest finished stage.",
     lower_bound=0,
 )
 MODEL = flags.DEFINE_string(
-    "model", "", "Hugging Face folder or hub id that is evaluated instead of a stage."
+    "model", "", "Hugging Face folder or hub id to evaluate instead of a stage."
 )
-TASKS = flags.DEFINE_list(
-    "tasks", [], "Some of the tasks that the config evaluates; left out = all."
-)
+TASKS = flags.DEFINE_list("tasks", [], "Some of the tasks that the config evaluates; default: all.")
 RECORD = flags.DEFINE_bool(
     "record", False, "Append the rows to the evals.csv of the workdir, whose run must be finished."
 )

@@ -1,16 +1,16 @@
-"""Run what a config describes, or go on with it where the workdir has a state: stages, checkpoints, evaluations, report.
+"""Run what a config describes: stages, checkpoints, evaluations, report. A run that was stopped continues.
 
 python launch/train.py --config=configs/demo.py --workdir=runs/demo [--config.seeds=0,1,2 --config.arms.grpo.train.lr=2e-4]
-"""
 
-import os
+On a CPU, `source launch/cpu_memory.sh` first: steps that use gigabytes are faster then. launch/quickstart.sh does it.
+"""
 
 from absl import flags
 
 from cptjax.common import cli, config_flag, console
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; one that has a state is continued.", required=True
+    "workdir", None, "Folder of the run; a run that was stopped in it continues.", required=True
 )
 PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
 CONFIG = config_flag.define_config_flag()
@@ -26,6 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        cli.restart_with_malloc_settings()
     cli.run_launcher(main)

@@ -19,27 +19,6 @@ def init_distributed() -> None:
         jax.distributed.initialize()
 
 
-def restart_with_malloc_settings() -> None:
-    """Start Python again with malloc settings that keep freed memory, in pages of 2 MiB.
-
-    The C library reads these settings before Python runs. On a CPU every program allocates its
-    buffers in each call. Without the settings a training step of gigabytes waits for the kernel to
-    find and clear pages, in a virtual machine for a third of its time and more.
-    """
-    name, given = "GLIBC_TUNABLES", os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.mmap_max" not in given:
-        settings = {
-            "hugetlb": 1,
-            "mmap_max": 0,
-            "trim_threshold": 1 << 40,
-            "top_pad": 1 << 28,
-            "arena_max": 1,
-        }
-        added = [f"glibc.malloc.{key}={value}" for key, value in settings.items()]
-        os.environ[name] = ":".join(filter(None, (given, *added)))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 def run_launcher(main: Callable[[], None]) -> None:
     """Parse the flags and run `main`."""
 

@@ -159,17 +159,10 @@ def test_the_launcher_leaves_with_code_2():
     assert done.stderr.strip() == "error: --size=70b: expected one of cpu-s, cpu-m, 3b, 7b"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_memory_is_kept_and_asked_for_once():
-    code = (
-        "import os, sys; from cptjax.common import cli; cli.restart_with_malloc_settings(); "
-        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1])"
-    )
+def test_the_memory_settings_for_a_cpu_extend_what_is_given_and_are_added_once():
+    script = f"source {ROOT / 'launch/cpu_memory.sh'}; " * 2 + 'echo "$GLIBC_TUNABLES"'
     given = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "kept"], capture_output=True, text=True, env=given
-    )
-    tunables, kept = done.stdout.split()
-    assert tunables.startswith("glibc.malloc.check=0:glibc.malloc.hugetlb=1:") and kept == "kept", (
-        done.stderr
-    )
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, env=given)
+    tunables = done.stdout.strip().split(":")
+    assert tunables[:2] == ["glibc.malloc.check=0", "glibc.malloc.hugetlb=1"], done.stderr
+    assert len(tunables) == len(set(tunables)) == 6
