@@ -209,7 +209,7 @@ def prompts(
         grids = [part.grid() for part, _ in row.media]
         seconds = [part.seconds for part, _ in row.media if isinstance(part, Video)]
         out.tokens[i, here], out.segments[i, here] = row.tokens, 1
-        out.positions[:, i, here] = positions.mrope(row.types, grids, seconds, cfg.vision)[0]
+        out.positions[:, i, here] = positions.mrope(row.types, grids, seconds, cfg.vision)
         out.slots[i, here][row.types > 0] = slots[i]
     ints = {
         f: getattr(out, f).astype(np.int32) for f in ("tokens", "positions", "segments", "slots")

@@ -125,7 +125,7 @@ def equal_rows(tokens: np.ndarray, patches: np.ndarray, cfg: ModelConfig, shards
     """Rows of equal shape [B T], each with one square image [B P C]."""
     (b, t), side = tokens.shape, round(patches.shape[1] ** 0.5)
     here = tokens[0] == cfg.image_token
-    ids, _ = positions.mrope(here.astype(int), [(1, side, side)], [], cfg.vision)
+    ids = positions.mrope(here.astype(int), [(1, side, side)], [], cfg.vision)
     layout = positions.frame_layout(side, side, cfg.vision)
     real, n = layout.order >= 0, len(layout.order)
     slots = np.full((b, t), -1, np.int32)

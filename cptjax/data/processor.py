@@ -220,7 +220,7 @@ class Processor:
         ]
         tokens, types, mask = (np.repeat(x, repeat) for x in (tokens, types, mask))
         seconds = [s for kind, _, s in seen if kind == "video"]
-        positions, _ = mrope(types, [grid for _, grid, _ in seen], seconds, self.cfg.vision)
+        positions = mrope(types, [grid for _, grid, _ in seen], seconds, self.cfg.vision)
         for each in (laid := TokenLayout(tokens, types, positions, mask)).__dict__.values():
             each.setflags(write=False)  # many rows share them
         return laid

@@ -1,11 +1,12 @@
-"""Hugging Face safetensors <-> the parameter tree: one table of names, shapes derived from sharding.Param."""
+"""Load and save Hugging Face checkpoints: one table of tensor names, shapes from sharding.Param."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.models import qwen2_5_vl, safetensors_io
+from cptjax.models import lora, qwen2_5_vl, safetensors_io, trainable
 from cptjax.models.config import ModelConfig, config_to_hf, locate_checkpoint
 from cptjax.models.safetensors_io import PlannedTensor, StoredTensor
 from cptjax.sharding import Param
 from cptjax.types import Params
 
-# Module in the tree -> module in the released checkpoints; {} is the layer. Leaf "w" or a bare vector is .weight, "b" is .bias.
+# Module in the tree -> module in the released checkpoints; {} is the number of the layer.
+# Leaf "w" or a bare vector is .weight, "b" is .bias.
 HF_MODULES = {
     "vision.patch": "visual.patch_embed.proj",
     "vision.blocks.norm1": "visual.blocks.{}.norm1",
@@ -50,18 +51,15 @@ HF_MODULES = {
     "text.norm": "model.norm",
     "text.unembed": "lm_head",
 }
-HF_PREFIXES = (
-    ("model.visual.", "visual."),
-    ("model.language_model.", "model."),
-)  # how transformers >= 4.52 writes them
+# Prefixes that transformers >= 4.52 writes -> those of the released checkpoints.
+HF_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 HEAD_TENSOR, EMBED_TENSOR = "lm_head.weight", "model.embed_tokens.weight"
-LORA = ("lora_a", "lora_b")
 LeafPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: which leaf (and layer of it), and its shape there."""
+    """One tensor of a checkpoint: its leaf in the tree, its layer there, its shape in the file."""
 
     path: LeafPath
     layer: int | None
@@ -69,153 +67,160 @@ class TensorEntry:
 
 
 def released_name(name: str) -> str:
-    """A tensor's name in the released layout."""
-    return next((new + name[len(old) :] for old, new in HF_PREFIXES if name.startswith(old)), name)
+    """Return the name of a tensor in the layout of the released checkpoints."""
+    for old, new in HF_PREFIXES.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
 def _stacked(p: Param) -> bool:
     return p.axes[0] == "layer"
 
 
-def _shape(path: LeafPath, p: Param, cfg: ModelConfig) -> tuple[int, ...]:
-    """A linear weight [*in, *out] is stored as [out, in]; the patch embedding as a Conv3d; a bias flat; the rest as it is."""
-    own = p.shape[_stacked(p) :]
-    inside, outside = math.prod(own[: p.inputs]), math.prod(own[p.inputs :])
+def _layer_shape(p: Param) -> tuple[int, ...]:
+    """Return the shape of a leaf without its layer axis."""
+    return p.shape[1:] if _stacked(p) else p.shape
+
+
+def _stored_shape(path: LeafPath, p: Param, cfg: ModelConfig) -> tuple[int, ...]:
+    """Return the shape in the file: [out, in] of a linear weight [*in, *out], flat of a bias.
+
+    The patch embedding is stored as a Conv3d, any other leaf as it is.
+    """
+    shape = _layer_shape(p)
+    inputs, outputs = math.prod(shape[: p.inputs]), math.prod(shape[p.inputs :])
     if path == ("vision", "patch", "w"):
         v = cfg.vision
-        return (outside, v.channels, v.temporal, v.patch, v.patch)
+        return (outputs, v.channels, v.temporal, v.patch, v.patch)
     if p.inputs:
-        return (outside, inside)
-    return (outside,) if path[-1] == "b" else own
+        return (outputs, inputs)
+    return (outputs,) if path[-1] == "b" else shape
 
 
 def declared_leaves(cfg: ModelConfig) -> dict[LeafPath, Param]:
-    return traverse_util.flatten_dict(
-        qwen2_5_vl.declare_params(cfg), is_leaf=lambda _, x: sharding.is_param(x)
-    )
+    """Return the declared parameters of the model by their paths."""
+    return trainable.flatten_params(qwen2_5_vl.declare_params(cfg))
 
 
 def tensor_table(cfg: ModelConfig) -> dict[str, TensorEntry]:
-    """Released name -> Entry, for every tensor of the model, layer by layer as checkpoints list them."""
+    """Return every tensor of the model by its released name, layer by layer as checkpoints do."""
     out = {}
     for path, p in declared_leaves(cfg).items():
         leaf = path[-1] if path[-1] in ("w", "b") else ""
-        name = HF_MODULES[".".join(path[:-1] if leaf else path)] + (
-            ".bias" if leaf == "b" else ".weight"
-        )
+        name = HF_MODULES[".".join(path[:-1] if leaf else path)]
+        name += ".bias" if leaf == "b" else ".weight"
         for layer in range(p.shape[0]) if _stacked(p) else (None,):
-            out[name.format(layer)] = TensorEntry(path, layer, _shape(path, p, cfg))
-    return dict(
-        sorted(
-            out.items(),
-            key=lambda item: (item[1].path[0] == "text", item[1].path[0], item[1].layer or 0),
-        )
-    )
+            out[name.format(layer)] = TensorEntry(path, layer, _stored_shape(path, p, cfg))
+
+    def order(item: tuple[str, TensorEntry]) -> tuple:
+        top = item[1].path[0]
+        return top == "text", top, item[1].layer or 0
+
+    return dict(sorted(out.items(), key=order))
 
 
 def _first_and_count(names: set[str]) -> str:
+    """Name the first of some names, and how many more there are."""
     first, more = sorted(names)[0], len(names) - 1
     return first + (f" (and {more} more)" if more else "")
 
 
-def _drop_tied_head(found: dict[str, StoredTensor], cfg: ModelConfig) -> None:
-    """A tied checkpoint may store its head too, if it is the embedding."""
-    if not cfg.text.tied or HEAD_TENSOR not in found or EMBED_TENSOR not in found:
+def _drop_tied_head(stored: dict[str, StoredTensor], cfg: ModelConfig) -> None:
+    """Drop the head that a tied checkpoint may store too, if it equals the embedding."""
+    if not cfg.text.tied or HEAD_TENSOR not in stored or EMBED_TENSOR not in stored:
         return
-    head, embed = found.pop(HEAD_TENSOR), found[EMBED_TENSOR]
+    head, embed = stored.pop(HEAD_TENSOR), stored[EMBED_TENSOR]
     every = slice(0, cfg.text.vocab)
     same = (np.array_equal(a, b) for a, b in zip(head.rows(every), embed.rows(every), strict=True))
     if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not all(same):
         raise ValueError(
-            f"config.json says tie_word_embeddings, but {HEAD_TENSOR} differs from {EMBED_TENSOR}; set it to false"
+            f"config.json has tie_word_embeddings=true, but {HEAD_TENSOR} differs from "
+            f"{EMBED_TENSOR}; set it to false"
         )
 
 
-def _check(
-    found: dict[str, StoredTensor], expected: dict[str, TensorEntry], folder: str | Path
+def _check_tensors(
+    stored: dict[str, StoredTensor], expected: dict[str, TensorEntry], folder: str | Path
 ) -> None:
-    unmapped, missing = found.keys() - expected.keys(), expected.keys() - found.keys()
+    """Refuse unmapped, missing and misshapen tensors."""
+    unmapped, missing = stored.keys() - expected.keys(), expected.keys() - stored.keys()
     if unmapped:
         raise ValueError(
-            f"{folder} holds {_first_and_count(unmapped)}, which a model of its config.json does not have; are they of one checkpoint?"
+            f"{folder} holds {_first_and_count(unmapped)}, which the model of its config.json does "
+            "not have; copy both from one checkpoint"
         )
     if missing:
         raise ValueError(
-            f"{folder} lacks {_first_and_count(missing)}; expected the {len(expected)} tensors of its config.json"
+            f"{folder} lacks {_first_and_count(missing)}; expected the {len(expected)} tensors of "
+            "the model of its config.json"
         )
     for name, entry in expected.items():
-        if found[name].shape != entry.shape:
+        if stored[name].shape != entry.shape:
             raise ValueError(
-                f"{name} has shape {found[name].shape}; config.json makes it {entry.shape}"
+                f"{name} has shape {stored[name].shape}; expected {entry.shape} by config.json"
             )
 
 
 def _read_into(target: np.ndarray, tensor: StoredTensor, p: Param, box: tuple[slice, ...]) -> None:
     """Fill `target`, the part `box` of one layer of a leaf."""
-    own = p.shape[_stacked(p) :]
+    runs, shape = safetensors_io.contiguous_runs, _layer_shape(p)
     if p.inputs:
-        rows, columns = (
-            safetensors_io.contiguous_runs(box[p.inputs :], own[p.inputs :]),
-            safetensors_io.contiguous_runs(box[: p.inputs], own[: p.inputs]),
-        )
-        target = target.reshape(math.prod(target.shape[: p.inputs]), -1).T
+        i = p.inputs
+        rows, columns = runs(box[i:], shape[i:]), runs(box[:i], shape[:i])
+        target = target.reshape(math.prod(target.shape[:i]), -1).T
     else:
-        k = 1 if len(tensor.shape) > 1 else len(own)  # a vector is stored as one column
-        rows, columns = (
-            safetensors_io.contiguous_runs(box[:k], own[:k]),
-            safetensors_io.contiguous_runs(box[k:], own[k:]),
-        )
+        i = 1 if len(tensor.shape) > 1 else len(shape)  # a vector is stored as one column
+        rows, columns = runs(box[:i], shape[:i]), runs(box[i:], shape[i:])
         target = target.reshape(sum(r.stop - r.start for r in rows), -1)
-    i = 0
+    top = 0
     for block in itertools.chain.from_iterable(map(tensor.rows, rows)):
-        j = 0
+        left = 0
         for column in columns:
             part = safetensors_io.cast_block(block[:, column], target.dtype)
+            corner = target[top : top + len(part), left : left + part.shape[1]]
             safetensors_io.copy_in_strips(
-                safetensors_io.as_unsigned(target[i : i + len(part), j : j + part.shape[1]]),
-                safetensors_io.as_unsigned(part),
+                safetensors_io.as_unsigned(corner), safetensors_io.as_unsigned(part)
             )
-            j += part.shape[1]
-        i += len(block)
+            left += part.shape[1]
+        top += len(block)
 
 
-def _read(
+def _read_leaf(
     tensors: list[StoredTensor],
     p: Param,
     dtype: Any,
     box: tuple[slice, ...],
     pool: ThreadPoolExecutor,
 ) -> np.ndarray:
-    """The part `box` of a leaf; `tensors` are its layers (one for a leaf that is not stacked)."""
-    out = safetensors_io.aligned_empty(
-        tuple(len(range(*b.indices(n))) for b, n in zip(box, p.shape, strict=True)), dtype
-    )
+    """Read the part `box` of a leaf; `tensors` are its layers (one for a leaf without layers)."""
+    shape = tuple(len(range(*b.indices(n))) for b, n in zip(box, p.shape, strict=True))
+    out = safetensors_io.aligned_empty(shape, dtype)
     if not _stacked(p):
         _read_into(out, tensors[0], p, box)
         return out
-    list(
-        pool.map(
-            lambda pair: _read_into(pair[0], pair[1], p, box[1:]),
-            zip(out, tensors[box[0]], strict=True),
-        )
-    )
+    layers = tensors[box[0]]
+    list(pool.map(lambda target, layer: _read_into(target, layer, p, box[1:]), out, layers))
     return out
 
 
-def _place(
+def _place_leaf(
     shape: tuple[int, ...],
-    where: jax.sharding.Sharding,
+    place: jax.sharding.Sharding,
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """As jax.make_array_from_callback, but each part is read once, and is on its devices before the next is read."""
+    """As jax.make_array_from_callback, with less host memory.
+
+    Each part is read once, and is on its devices before the next one is read.
+    """
     parts: dict[str, tuple[tuple[slice, ...], list]] = {}
-    for device, box in where.addressable_devices_indices_map(shape).items():
+    for device, box in place.addressable_devices_indices_map(shape).items():
         parts.setdefault(str(box), (box, []))[1].append(device)
     arrays = []
     for box, devices in parts.values():
         host = read(box)
         arrays += jax.block_until_ready([jax.device_put(host, d) for d in devices])
-    return jax.make_array_from_single_device_arrays(shape, where, arrays)
+    return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
 
 def load_hf_checkpoint(
@@ -225,59 +230,61 @@ def load_hf_checkpoint(
     dtype: Any = None,
     rules: dict | None = None,
 ) -> Params:
-    """The checkpoint's parameters, in its own type unless `dtype` is given, each device reading only its part."""
+    """Load the parameters of a folder or hub id, each device reading only its part.
+
+    They are in the type of the checkpoint unless `dtype` is given.
+    """
     folder = locate_checkpoint(folder, weights=True)
-    found, expected = safetensors_io.find_tensors(folder, released_name), tensor_table(cfg)
-    _drop_tied_head(found, cfg)
-    _check(found, expected, folder)
-    dtype = jnp.dtype(dtype or safetensors_io.SAFETENSORS_DTYPES[found[EMBED_TENSOR].dtype])
-    rules = (
-        sharding.rules_for(cfg.text.kv_heads, mesh) if mesh is not None and rules is None else rules
-    )
+    stored = safetensors_io.find_tensors(folder, released_name)
+    expected = tensor_table(cfg)
+    _drop_tied_head(stored, cfg)
+    _check_tensors(stored, expected, folder)
+    dtype = jnp.dtype(dtype or safetensors_io.SAFETENSORS_DTYPES[stored[EMBED_TENSOR].dtype])
+    if mesh is not None and rules is None:
+        rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     layers: dict[LeafPath, list[StoredTensor]] = {}
     for name, entry in expected.items():
-        layers.setdefault(entry.path, []).append(found[name])
+        layers.setdefault(entry.path, []).append(stored[name])
     out = {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for path, p in declared_leaves(cfg).items():
-            read = lambda box: _read(layers[path], p, dtype, box, pool)
+            read = functools.partial(_read_leaf, layers[path], p, dtype, pool=pool)
             if mesh is None:
-                out[path] = jax.block_until_ready(
-                    jax.device_put(read((slice(None),) * len(p.shape)))
-                )
+                whole = (slice(None),) * len(p.shape)
+                out[path] = jax.block_until_ready(jax.device_put(read(whole)))
             else:
-                out[path] = _place(
-                    p.shape, sharding.named_sharding(p.axes, mesh, p.shape, rules), read
-                )
-    return traverse_util.unflatten_dict(out)
+                place = sharding.named_sharding(p.axes, mesh, p.shape, rules)
+                out[path] = _place_leaf(p.shape, place, read)
+    return trainable.unflatten_params(out)
 
 
 @jax.jit
-def _layer(x: jax.Array, i: jax.Array) -> jax.Array:
+def _take_layer(x: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _host(x: Any, layer: int | None) -> np.ndarray:
-    """A leaf, or one layer of it, gathered from wherever it lives."""
-    if isinstance(x, jax.Array):
-        x = x if layer is None else _layer(x, np.int32(layer))
-        return np.asarray(
-            x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
-        )
-    return np.asarray(x if layer is None else x[layer])
+def _gather(x: jax.Array) -> np.ndarray:
+    """Copy an array to the host, from all processes."""
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def _merged_layer(flat: dict[LeafPath, Any], entry: TensorEntry, scale: float) -> np.ndarray:
-    """One layer of a leaf with its adapters, if any, folded in."""
-    w = _host(flat[entry.path], entry.layer)
-    low = [flat.get((*entry.path[:-1], name)) for name in LORA] if entry.path[-1] == "w" else [None]
-    if low[0] is None:
-        return w
-    a, b = (_host(x, entry.layer).astype(np.float32) for x in low)
-    return w.astype(np.float32) + scale * np.tensordot(a, b, 1)
+    """Return one layer of a leaf on the host, with its adapters, if any, merged."""
+
+    def layer_of(leaf: str) -> jax.Array:
+        x = jnp.asarray(flat[*entry.path[:-1], leaf])
+        return x if entry.layer is None else _take_layer(x, np.int32(entry.layer))
+
+    w = layer_of(entry.path[-1])
+    if entry.path[-1] == "w" and (*entry.path[:-1], "lora_a") in flat:
+        w = lora.merge_weight(w, layer_of("lora_a"), layer_of("lora_b"), scale)
+    return _gather(w)
 
 
 def _stored_form(w: np.ndarray, p: Param, entry: TensorEntry) -> np.ndarray:
+    """Return a layer of a leaf as it is stored; a linear weight is transposed."""
     if not p.inputs:
         return w.reshape(entry.shape)
     w = w.reshape(math.prod(w.shape[: p.inputs]), -1)
@@ -286,31 +293,36 @@ def _stored_form(w: np.ndarray, p: Param, entry: TensorEntry) -> np.ndarray:
     return out.reshape(entry.shape)
 
 
-def _planned(params: Params, cfg: ModelConfig) -> Iterator[PlannedTensor]:
-    flat, declared = traverse_util.flatten_dict(params), declared_leaves(cfg)
-    adapters = {path for path in flat if path[-1] in LORA and (*path[:-1], "w") in declared}
-    unmapped, missing = flat.keys() - declared.keys() - adapters, declared.keys() - flat.keys()
-    if unmapped or missing:
-        side, paths = (
-            ("a leaf that the config does not have", unmapped) if unmapped else ("no leaf", missing)
-        )
+def _plan_tensors(params: Params, cfg: ModelConfig) -> list[PlannedTensor]:
+    """Return the tensors to write, each made when its turn comes."""
+    flat, declared = trainable.flatten_params(params), declared_leaves(cfg)
+    adapters = {p for p in flat if trainable.is_adapter(p) and (*p[:-1], "w") in declared}
+    unmapped = {".".join(p) for p in flat.keys() - declared.keys() - adapters}
+    missing = {".".join(p) for p in declared.keys() - flat.keys()}
+    if unmapped:
         raise ValueError(
-            f"the parameters have {side}: {_first_and_count({'.'.join(p) for p in paths})}"
+            f"the parameters have {_first_and_count(unmapped)}, which the config does not have"
         )
-    for name, e in tensor_table(cfg).items():
-        if flat[e.path].shape != declared[e.path].shape:
+    if missing:
+        raise ValueError(f"the parameters have no leaf {_first_and_count(missing)}")
+    for path, p in declared.items():
+        if flat[path].shape != p.shape:
             raise ValueError(
-                f"{'.'.join(e.path)} has shape {flat[e.path].shape}; the config makes it {declared[e.path].shape}"
+                f"{'.'.join(path)} has shape {flat[path].shape}; expected {p.shape} by the config"
             )
-        yield PlannedTensor(
-            name,
-            e.shape,
-            lambda e=e: _stored_form(_merged_layer(flat, e, cfg.lora_scale), declared[e.path], e),
-        )
+
+    def make(entry: TensorEntry) -> np.ndarray:
+        layer = _merged_layer(flat, entry, cfg.lora_scale)
+        return _stored_form(layer, declared[entry.path], entry)
+
+    return [
+        PlannedTensor(name, entry.shape, functools.partial(make, entry))
+        for name, entry in tensor_table(cfg).items()
+    ]
 
 
 def write_hf_config(cfg: ModelConfig, folder: Path, dtype: str) -> None:
-    """config.json and generation_config.json."""
+    """Write config.json and generation_config.json."""
     generation = {"eos_token_id": list(cfg.eos), "pad_token_id": cfg.pad, "do_sample": False}
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg, dtype), indent=2))
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
@@ -324,8 +336,11 @@ def save_hf_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: float = 5e9,
 ) -> None:
-    """Write a folder that transformers and vLLM load; adapters are merged; every process calls this, the first one writes."""
-    plan = list(_planned(params, cfg))
+    """Write a folder that transformers and vLLM load; adapters are merged.
+
+    Every process calls this; the first one writes.
+    """
+    plan = _plan_tensors(params, cfg)
     if jax.process_index() == 0:
         with safetensors_io.new_folder(folder) as temporary:
             safetensors_io.write_safetensors(temporary, plan, dtype, shard_bytes)
@@ -345,7 +360,7 @@ def write_random_checkpoint(
     shard_bytes: float = 5e9,
     seed: int = 0,
 ) -> None:
-    """A checkpoint of random weights, written tensor by tensor: for tests and for measuring loads of any size."""
+    """Write a checkpoint of random weights tensor by tensor, for tests and load times of any size."""
     rng = np.random.default_rng(seed)
 
     def make(entry: TensorEntry) -> np.ndarray:
@@ -353,7 +368,7 @@ def write_random_checkpoint(
         return x + 1 if "norm" in entry.path[-1] else x
 
     plan = [
-        PlannedTensor(name, entry.shape, lambda e=entry: make(e))
+        PlannedTensor(name, entry.shape, functools.partial(make, entry))
         for name, entry in tensor_table(cfg).items()
     ]
     with safetensors_io.new_folder(folder) as temporary:

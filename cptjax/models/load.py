@@ -67,7 +67,7 @@ def create_params(settings: Any, cfg: ModelConfig, mesh: Mesh, dtype: Any, seed:
         params = sharding.init_params(declared, jax.random.key(seed), jnp.float32, mesh, rules)
     else:
         params = hf_checkpoint.load_hf_checkpoint(settings.path, cfg, mesh, None, rules)
-        adapters, _ = trainable.split_params(declared, lora.is_adapter)
+        adapters, _ = trainable.split_params(declared, trainable.is_adapter)
         if adapters:
             new = sharding.init_params(adapters, jax.random.key(seed), jnp.float32, mesh, rules)
             params = trainable.join_params(new, params)

@@ -1,11 +1,14 @@
-"""What the unembedding says about each token, by chunks: never [N, V] for all N.
+"""Log-probabilities, entropy and KL of tokens, by chunks: logits [N, V] of all tokens never exist.
 
-    hidden [N D] --cut--> chunk [n D] x unembed [D V] -> logits [n V] float32 -> numbers [n]   (logits are made again for gradients)
+    hidden [N D] --cut--> chunk [n D] x unembed [D V] -> logits [n V] float32 -> numbers [n]
 
-On a mesh each batch shard walks through its own tokens, with the unembedding gathered once and its gradient summed once.
-Left to the partitioner, every chunk would be spread over all shards and its logits summed across the network.
-A gradient with respect to the unembedding adds up over the chunks in the unembedding's own type: in bfloat16, at 4,096 tokens and 8,192
-words, it is 0.30 % off at 1,024 tokens a chunk (0.17 % at once, 1.9 % at 32); a float32 sum would take 4 bytes a weight beside the rest.
+Logits are computed again for gradients. On a mesh each batch shard runs over its own tokens, with
+the unembedding gathered once and its gradient summed once. The partitioner alone would spread every
+chunk over all shards and sum its logits across the network.
+
+The gradient by the unembedding is summed over the chunks in the type of the unembedding: in
+bfloat16, at 4,096 tokens and a vocabulary of 8,192, its error is 0.30 % with 1,024 tokens a chunk
+(0.17 % with one chunk, 1.9 % with 32 tokens). A float32 sum would take 4 more bytes per weight.
 """
 
 import functools
@@ -36,20 +39,23 @@ def token_logps(
     entropy: bool = False,
     entropy_grad: bool = False,
     temperature: float | Array = 1.0,
-    transposed: bool = False,
 ) -> tuple[Array, Array | None]:
-    """Log-probability [N] of each target after its hidden state, with the entropy [N] on request; `transposed`: unembed is [V, D].
+    """Return the log-probability [N] of each target after its hidden state, and the entropy [N].
 
-    `chunk` tokens of each batch shard have their logits in memory at one time; with at most that many tokens nothing is computed twice.
-    No gradient flows through the entropy unless `entropy_grad` says so: an entropy that is only logged should not double the backward pass.
+    The entropy is None unless `entropy` asks for it. No gradient flows through it unless
+    `entropy_grad` says so: an entropy that is only logged should not double the backward pass.
+    `chunk` tokens of each batch shard have their logits in memory at a time; with at most that
+    many tokens nothing is computed twice.
     """
     check_logprobs(chunk=chunk, temperature=temperature)
 
     def numbers(weights: tuple, h: Array, t: Array) -> tuple[Array, Array | None]:
-        z = _logits(h, weights[0], transposed) / temperature
+        z = _logits(h, weights[0]) / temperature
         norm = jax.nn.logsumexp(z, -1)
         logp = jnp.take_along_axis(z, t[:, None], -1)[:, 0] - norm
-        return logp, _entropy(z if entropy_grad else lax.stop_gradient(z)) if entropy else None
+        if not entropy:
+            return logp, None
+        return logp, _entropy(z if entropy_grad else lax.stop_gradient(z))
 
     return _by_chunks(numbers, (unembed,), (hidden, targets), chunk)
 
@@ -63,19 +69,18 @@ def distill_kl(
     direction: str = "forward",
     top_k: int = 0,
     chunk: int = 1024,
-    transposed: bool = False,
 ) -> Array:
-    """KL divergence [N] of next-token distributions given hidden states [N, D]; no gradient reaches the teacher.
+    """Return the KL divergence [N] of next-token distributions, given hidden states [N, D].
 
-    forward = KL(teacher || student), reverse = KL(student || teacher).
-    `top_k` keeps the teacher's k likeliest tokens and lumps the others into one: a lower bound of the full divergence, 0 only where
-    those agree, and exact for both directions on what it keeps. 0 = the whole vocabulary.
+    forward = KL(teacher || student), reverse = KL(student || teacher). No gradient reaches the
+    teacher. `top_k` keeps the teacher's k likeliest tokens and joins the others into one: a lower
+    bound of the full divergence. 0 = the whole vocabulary.
     """
     check_logprobs(chunk=chunk, direction=direction, top_k=top_k)
 
     def divergence(weights: tuple, s: Array, t: Array) -> Array:
-        ours = jax.nn.log_softmax(_logits(s, weights[0], transposed))
-        theirs = jax.nn.log_softmax(lax.stop_gradient(_logits(t, weights[1], transposed)))
+        ours = jax.nn.log_softmax(_logits(s, weights[0]))
+        theirs = jax.nn.log_softmax(lax.stop_gradient(_logits(t, weights[1])))
         if 0 < top_k < theirs.shape[-1]:
             kept = lax.top_k(theirs, top_k)[1]
             ours, theirs = _kept_and_rest(ours, kept), _kept_and_rest(theirs, kept)
@@ -85,16 +90,17 @@ def distill_kl(
     return _by_chunks(divergence, (unembed_student, unembed_teacher), (student, teacher), chunk)
 
 
-def top_entropy(
-    hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024, transposed: bool = False
-) -> Array:
-    """Entropy [N] of the k likeliest tokens among themselves, divided by log k: EAFT's weight in [0, 1], without gradient."""
+def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024) -> Array:
+    """Return the weight [N] of EAFT: the entropy of the k likeliest tokens among themselves, / log k.
+
+    It is in [0, 1], and has no gradient.
+    """
     check_logprobs(chunk=chunk)
     if k < 2:
         raise ValueError(f"k={k}: the entropy of the likeliest tokens needs at least 2 of them")
 
     def numbers(weights: tuple, h: Array) -> Array:
-        return _entropy(lax.top_k(_logits(h, weights[0], transposed), k)[0]) / jnp.log(float(k))
+        return _entropy(lax.top_k(_logits(h, weights[0]), k)[0]) / jnp.log(float(k))
 
     return lax.stop_gradient(_by_chunks(numbers, (unembed,), (hidden,), chunk))
 
@@ -102,16 +108,16 @@ def top_entropy(
 def logit_gradient_norm(
     hidden: Array, unembed: Array, targets: Array, *, chunk: int = 1024
 ) -> Array:
-    """Squared length [N] of the gradient of each target's log-probability with respect to its logits: 1 - 2 p(target) + sum of p^2."""
+    """Return the squared norm [N] of the gradient of each target's log-probability by its logits.
+
+    That is 1 - 2 p(target) + sum of p^2.
+    """
     check_logprobs(chunk=chunk)
 
     def numbers(weights: tuple, h: Array, t: Array) -> Array:
-        logp = jax.nn.log_softmax(_logits(h, weights[0], False))
-        return (
-            1
-            - 2 * jnp.exp(jnp.take_along_axis(logp, t[:, None], -1)[:, 0])
-            + jnp.exp(2 * logp).sum(-1)
-        )
+        logp = jax.nn.log_softmax(_logits(h, weights[0]))
+        target = jnp.take_along_axis(logp, t[:, None], -1)[:, 0]
+        return 1 - 2 * jnp.exp(target) + jnp.exp(2 * logp).sum(-1)
 
     return _by_chunks(numbers, (unembed,), (hidden, targets), chunk)
 
@@ -126,7 +132,7 @@ def check_logprobs(
         raise ValueError(f"temperature={temperature}: log-probabilities need a temperature above 0")
     if direction not in KL_DIRECTIONS:
         raise ValueError(
-            f"distill.direction={direction!r}: choose one of {', '.join(KL_DIRECTIONS)}"
+            f"distill.direction={direction!r}: expected one of {', '.join(KL_DIRECTIONS)}"
         )
     if top_k < 0:
         raise ValueError(
@@ -134,11 +140,9 @@ def check_logprobs(
         )
 
 
-def _logits(hidden: Array, unembed: Array, transposed: bool) -> Array:
-    axes = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(
-        hidden, unembed.astype(hidden.dtype), axes, preferred_element_type=jnp.float32
-    )
+def _logits(hidden: Array, unembed: Array) -> Array:
+    """Return float32 logits [n V] of hidden states [n D]."""
+    return jnp.dot(hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _entropy(logits: Array) -> Array:
@@ -147,44 +151,40 @@ def _entropy(logits: Array) -> Array:
 
 
 def _kept_and_rest(logps: Array, kept: Array) -> Array:
-    """Log-probabilities [n V] at kept [n k] -> [n k+1]; the last is that of all other tokens together."""
+    """Log-probabilities [n V] at kept [n k] -> [n k+1]; the last is that of all other tokens."""
     row = jnp.arange(len(kept))[:, None]
     rest = jax.nn.logsumexp(logps.at[row, kept].set(-jnp.inf), -1, keepdims=True)
     return jnp.concatenate([logps[row, kept], rest], -1)
 
 
 def _by_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
-    """f(weights, *rows) -> numbers [N], on each batch shard's own rows, `chunk` at a time."""
+    """Return f(weights, *rows) -> numbers [N], on each batch shard's own rows, `chunk` at a time."""
     mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        a
-        for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[a] > 1
-    }
-    axes = tuple(a for a in RULES["batch"] if a in free)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(a for a in RULES["batch"] if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1)
     if not axes:
-        return _walk(f, weights, rows, chunk)
+        return _map_chunks(f, weights, rows, chunk)
     n = rows[0].shape[0]
     rows = tuple(_pad(x, -n % math.prod(mesh.shape[a] for a in axes)) for x in rows)
     by_row = PartitionSpec(axes)
-    walk = jax.shard_map(
-        lambda weights, *rows: _walk(f, weights, rows, chunk),
+    mapped = jax.shard_map(
+        lambda weights, *rows: _map_chunks(f, weights, rows, chunk),
         in_specs=(PartitionSpec(), *(by_row for _ in rows)),
         out_specs=by_row,
         axis_names=set(axes),
     )
-    return jax.tree.map(lambda x: x[:n], walk(weights, *rows))
+    return jax.tree.map(lambda x: x[:n], mapped(weights, *rows))
 
 
-def _walk(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
+def _map_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
     n = rows[0].shape[0]
     if n <= chunk:
         return f(weights, *rows)
     count = -(-n // chunk)
     size = -(-n // count)
-    cut = tuple(_pad(x, count * size - n).reshape(count, size, *x.shape[1:]) for x in rows)
-    once_more = jax.checkpoint(f, prevent_cse=False)
-    out = lax.map(lambda x: once_more(weights, *x), cut)
+    chunks = tuple(_pad(x, count * size - n).reshape(count, size, *x.shape[1:]) for x in rows)
+    recomputed = jax.checkpoint(f, prevent_cse=False)
+    out = lax.map(lambda x: recomputed(weights, *x), chunks)
     return jax.tree.map(lambda x: x.reshape(-1)[:n], out)
 
 
@@ -195,35 +195,34 @@ def _pad(x: Array, more: int) -> Array:
 def target_logps(
     hidden: Array, unembed: Array, batch: Batch, chunk: int, temperature: float = 1.0
 ) -> Array:
-    """Log-probabilities [B A] of a batch's targets, 0 where there is none."""
-    found, _ = token_logps(
+    """Return the log-probabilities [B A] of a batch's targets, 0 where there is none."""
+    logps, _ = token_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         unembed,
         batch.targets.reshape(-1),
         chunk=chunk,
         temperature=temperature,
     )
-    return jnp.where(batch.mask, found.reshape(batch.targets.shape), 0)
+    return jnp.where(batch.mask, logps.reshape(batch.targets.shape), 0)
 
 
 def predicting_states(params: Params, batch: Batch, cfg: ModelConfig, dtype: jnp.dtype) -> Array:
-    """The hidden states [B A D] that predict `batch.targets`."""
-    if batch.where is None:
-        q, (b, a) = batch.prompts.tokens.shape[0], batch.targets.shape
-        hidden = qwen2_5_vl.forward_group(
-            params, batch.prompts, batch.targets.reshape(q, b // q, a), cfg, dtype
-        )
-        return hidden.reshape(b, a, -1)
-    return jnp.take_along_axis(
-        qwen2_5_vl.forward(params, batch.prompts, cfg, dtype), batch.where[..., None], 1
-    )
+    """Return the hidden states [B A D] that predict `batch.targets`."""
+    if batch.where is not None:
+        hidden = qwen2_5_vl.forward(params, batch.prompts, cfg, dtype)
+        return jnp.take_along_axis(hidden, batch.where[..., None], 1)
+    q = batch.prompts.tokens.shape[0]
+    b, a = batch.targets.shape
+    responses = batch.targets.reshape(q, b // q, a)
+    hidden = qwen2_5_vl.forward_group(params, batch.prompts, responses, cfg, dtype)
+    return hidden.reshape(b, a, -1)
 
 
 @functools.lru_cache(maxsize=32)
 def make_scoring_program(
     cfg: Any, dtype: Any, chunk: int, temperature: float
 ) -> Callable[[Params, Batch], jax.Array]:
-    """A program for the log-probabilities [B A] of a batch's targets."""
+    """Return a compiled function for the log-probabilities [B A] of a batch's targets."""
 
     def run(params: Params, batch: Batch) -> jax.Array:
         params = cast_params(params, dtype)

@@ -1,4 +1,7 @@
-"""Where every patch and token stands. Host numpy: nothing here is traced, so image sizes never reach the compiler."""
+"""Positions of patches and tokens: window order and M-RoPE ids, computed on the host in numpy.
+
+Nothing in this file is traced, so the sizes of images never reach the compiler.
+"""
 
 import dataclasses
 import functools
@@ -21,21 +24,18 @@ class FrameLayout:
         18 19 20 21 | 22 23
     """
 
-    order: (
-        np.ndarray
-    )  # [slots] which of the frame's patches (processor order) stands here; -1 = empty
+    order: np.ndarray  # [slots] number of the patch, in processor order; -1 = empty slot
     positions: np.ndarray  # [slots 2] row and column of the patch
-    units: (
-        np.ndarray
-    )  # [h * w / merge^2] the unit slot (slot // merge^2) of each merged token, in text order
+    units: np.ndarray  # [h * w / merge^2] the unit (slot // merge^2) of each token, in text order
 
 
 @functools.lru_cache(maxsize=4096)
 def frame_layout(h: int, w: int, cfg: VisionConfig) -> FrameLayout:
-    """The window order of a frame of h x w patches."""
-    m, side = cfg.merge, cfg.window // cfg.patch // cfg.merge
+    """Return the window order of a frame of h x w patches."""
+    m = cfg.merge
+    side = cfg.window // cfg.patch // m  # of a window, in units
     if h % m or w % m:
-        raise ValueError(f"a frame of {h} x {w} patches cannot be merged {m} x {m}")
+        raise ValueError(f"a frame of {h} x {w} patches: expected multiples of {m} on both sides")
     uh, uw = h // m, w // m
     wh, ww = -(-uh // side), -(-uw // side)
     grid = np.full((wh * side, ww * side), -1, np.int32)
@@ -45,11 +45,8 @@ def frame_layout(h: int, w: int, cfg: VisionConfig) -> FrameLayout:
     for row, window in zip(packed, windows, strict=True):
         row[: (window >= 0).sum()] = window[window >= 0]
     unit = packed.reshape(-1)
-    order = (
-        np.where(unit[:, None] < 0, -1, unit[:, None] * m * m + np.arange(m * m, dtype=np.int32))
-        .reshape(-1)
-        .astype(np.int32)
-    )
+    patches = unit[:, None] * m * m + np.arange(m * m, dtype=np.int32)
+    order = np.where(unit[:, None] < 0, -1, patches).reshape(-1).astype(np.int32)
     units = np.empty(uh * uw, np.int32)
     units[unit[unit >= 0]] = np.flatnonzero(unit >= 0)
     row, col = np.divmod(np.maximum(order, 0) // (m * m), uw)
@@ -63,19 +60,20 @@ def mrope(
     grids: list[tuple[int, int, int]],
     seconds_per_grid: list[float],
     cfg: VisionConfig,
-) -> tuple[np.ndarray, int]:
-    """Time, height and width ids [3 T] of a row, and the id of the next text token.
+) -> np.ndarray:
+    """Return the time, height and width ids [3 T] of a row.
 
-    types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance; `seconds_per_grid` has one
-    entry per video. Text - a 2 x 2-unit image - text:
+    types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance;
+    `seconds_per_grid` has one entry per video. Text, an image of 2 x 2 units, text:
 
         token    a b i i i i c d
         time     0 1 2 2 2 2 4 5
         height   0 1 2 2 3 3 4 5
         width    0 1 2 3 2 3 4 5
     """
-    out, start, at = np.empty((3, len(types)), np.int32), 0, 0
-    seconds, todo = iter(seconds_per_grid), iter(grids)
+    out = np.empty((3, len(types)), np.int32)
+    start, at = 0, 0  # the next id, the next token
+    grids, seconds = iter(grids), iter(seconds_per_grid)
     while at < len(types):
         kind = int(types[at])
         if kind == 0:
@@ -83,19 +81,16 @@ def mrope(
             out[:, at : at + n] = np.arange(start, start + n)
             start += n
         else:
-            t, h, w = next(todo)
+            t, h, w = next(grids)
             h, w = h // cfg.merge, w // cfg.merge
             n = t * h * w
-            # transformers multiplies in float32 and truncates
-            step = (
-                np.float32(cfg.tokens_per_second) * np.float32(next(seconds))
-                if kind == 2
-                else np.float32(1)
-            )
+            step = np.float32(1)
+            if kind == 2:  # transformers multiplies in float32 and truncates
+                step = np.float32(cfg.tokens_per_second) * np.float32(next(seconds))
             times = (np.arange(t, dtype=np.float32) * step).astype(np.int32)
             ids = times[:, None, None], np.arange(h)[:, None], np.arange(w)
-            for row, each in zip(out[:, at : at + n], ids, strict=True):
-                row.reshape(t, h, w)[...] = start + each
+            for row, axis_ids in zip(out[:, at : at + n], ids, strict=True):
+                row.reshape(t, h, w)[...] = start + axis_ids
             start += max(h, w)
         at += n
-    return out, int(out.max()) + 1 if out.size else 0
+    return out

@@ -1,5 +1,6 @@
 """Parameter trees: choose the trained leaves, split, join, cast and count."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,14 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from cptjax.sharding import Param, is_param
+from cptjax.sharding import is_param
 from cptjax.types import Params
 
-MODEL_PARTS = {
-    "vision": "vision",
-    "merger": "merger",
-    "language": "text",
-}  # config name -> top of the tree
+# Name in `model.freeze` -> top of the tree.
+MODEL_PARTS = {"vision": "vision", "merger": "merger", "language": "text"}
 ADAPTER_LEAVES = ("lora_a", "lora_b")
 
 
@@ -27,30 +25,38 @@ def unflatten_params(flat: dict[tuple[str, ...], Any]) -> Params:
 
 
 def is_trained(freeze: Sequence[str], lora_rank: int = 0) -> Callable[[tuple[str, ...]], bool]:
-    """Which leaf paths are trained: all but the frozen parts; with adapters, the adapters alone."""
+    """Return a predicate of leaf paths: is this leaf trained?
+
+    All but the frozen parts are; with adapters, the adapters alone.
+    """
     unknown = set(freeze) - set(MODEL_PARTS)
     if unknown:
         raise ValueError(
-            f"model.freeze names {sorted(unknown)}; expected some of {', '.join(MODEL_PARTS)}"
+            f"model.freeze={list(freeze)}: expected some of {', '.join(MODEL_PARTS)}, got {sorted(unknown)}"
         )
     if set(freeze) == set(MODEL_PARTS):
         raise ValueError("model.freeze names every part of the model; nothing is left to train")
     frozen = {MODEL_PARTS[f] for f in freeze}
-    return lambda path: path[0] not in frozen and (not lora_rank or path[-1] in ADAPTER_LEAVES)
+    return lambda path: path[0] not in frozen and (not lora_rank or is_adapter(path))
+
+
+def is_adapter(path: tuple[str, ...]) -> bool:
+    """Return whether a leaf path is that of a low-rank adapter."""
+    return path[-1] in ADAPTER_LEAVES
 
 
 def split_params(
     params: Params, trained: Callable[[tuple[str, ...]], bool]
 ) -> tuple[Params, Params]:
-    """(trained, rest): two trees that hold each leaf once; `join` puts them together."""
+    """Return (trained, rest): two trees that hold each leaf once."""
     flat = flatten_params(params)
-    pick = lambda keep: unflatten_params(
-        {path: leaf for path, leaf in flat.items() if trained(path) == keep}
-    )
-    return pick(True), pick(False)
+    chosen = {path: leaf for path, leaf in flat.items() if trained(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_params(chosen), unflatten_params(rest)
 
 
 def join_params(trained: Params, rest: Params) -> Params:
+    """Join what `split_params` split; a leaf of both trees is taken from `trained`."""
     return unflatten_params({**flatten_params(rest), **flatten_params(trained)})
 
 
@@ -65,13 +71,5 @@ def cast_params(params: Params, dtype: Any) -> Params:
 
 
 def count_params(params: Params) -> int:
-    return sum(
-        int(x.size) if hasattr(x, "size") else _size(x) for x in flatten_params(params).values()
-    )
-
-
-def _size(p: Param) -> int:
-    n = 1
-    for d in p.shape:
-        n *= d
-    return n
+    """Return the number of parameters in a tree of arrays or of Param."""
+    return sum(math.prod(x.shape) for x in flatten_params(params).values())

@@ -274,7 +274,7 @@ def test_video_positions_follow_the_frame_rate(tiny):
     for fps in (1.0, 2.0):
         e = tiny.encode([user({"type": "video", "video": frames, "fps": fps})])
         assert np.array_equal(
-            e.positions, mrope(e.types, [e.media[0].grid], [2 / fps], TINY.vision)[0]
+            e.positions, mrope(e.types, [e.media[0].grid], [2 / fps], TINY.vision)
         )
         times = sorted(set(e.positions[0][e.types == 2].tolist()))
         assert np.diff(times).tolist() == [TINY.vision.tokens_per_second * 2 / fps] * 2

@@ -238,7 +238,7 @@ def test_adapters_are_merged_on_save(tmp_path):
     lora = {
         path: jnp.float32(0.1 * rng.normal(size=p.shape))
         for path, p in declared.items()
-        if path[-1] in trainable.ADAPTER_LEAVES
+        if trainable.is_adapter(path)
     }
     base = jax.tree.map(jnp.asarray, tiny.random_params(cfg))
     params = trainable.join_params(trainable.unflatten_params(lora), base)
@@ -427,11 +427,13 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 from cptjax import sharding
-from cptjax.model import config, convert, orbax_files
+from cptjax.models.config import read_model_config
+from cptjax.models.hf_checkpoint import load_hf_checkpoint, save_hf_checkpoint
+from cptjax.models.orbax_io import load_orbax, save_orbax
 root = Path(sys.argv[3])
-cfg, mesh = config.read(root / "src"), sharding.make_mesh(2, 2, 2)
-orbax_files.save(convert.load(root / "src", cfg, mesh), cfg, root / "orbax")
-convert.save(orbax_files.load(root / "orbax", mesh)[0], cfg, root / "back", shard_bytes=50_000)
+cfg, mesh = read_model_config(root / "src"), sharding.make_mesh(2, 2, 2)
+save_orbax(load_hf_checkpoint(root / "src", cfg, mesh), cfg, root / "orbax")
+save_hf_checkpoint(load_orbax(root / "orbax", mesh)[0], cfg, root / "back", shard_bytes=50_000)
 assert (root / "back").is_dir(), "every process returns when the folder is there"
 """
 
@@ -456,11 +458,12 @@ def test_two_processes_write_what_one_wrote(folder, tmp_path):
 
 MEASURE = """
 import sys, jax
-from cptjax.model import config, convert
+from cptjax.models.config import read_model_config
+from cptjax.models.hf_checkpoint import load_hf_checkpoint
 def of(key): return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
 before = of("VmRSS:")
-params = convert.load(sys.argv[1], config.read(sys.argv[1]))
+params = load_hf_checkpoint(sys.argv[1], read_model_config(sys.argv[1]))
 print((of("VmHWM:") - before) * 1024, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 

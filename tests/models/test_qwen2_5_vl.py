@@ -301,7 +301,7 @@ def test_positions_continue_after_a_prompt(model):
     drawn = _draw(QUESTIONS, cfg)
     for left in (True, False):
         wanted = [
-            positions.mrope(d.types, [part.grid() for part, _ in d.media], [], cfg.vision)[1]
+            positions.mrope(d.types, [part.grid() for part, _ in d.media], [], cfg.vision).max() + 1
             for d in drawn
         ]
         assert qwen2_5_vl.next_positions(tiny.prompts(drawn, cfg, left)).tolist() == wanted
