@@ -1,15 +1,15 @@
 """Read every row of a split as a run does, and return the ones that cannot be used."""
 
-from cptjax.common.images import ImageSettings
-from cptjax.tasks.bad_rows import collect_bad_rows, make_bad_row
+from cptjax.common.images import ImageSettings, open_image
+from cptjax.tasks.bad_rows import make_bad_row
 from cptjax.tasks.task import conversation_images
 
 
 def find_bad_row(examples, index):
     """Decode a row's images and compute the size that the model sees."""
     try:
-        for image in conversation_images(examples[index].messages):
-            ImageSettings().size(*image.size)
+        for source in conversation_images(examples[index].messages):
+            ImageSettings().size(*open_image(source).size)
     except ValueError as error:
         return make_bad_row(examples, index, error)
     return None
@@ -17,4 +17,5 @@ def find_bad_row(examples, index):
 
 def bad_rows(examples):
     """Return the bad rows that loading found, then those whose images cannot be used."""
-    return [*getattr(examples, "bad", ()), *collect_bad_rows(examples, find_bad_row, "check rows")]
+    checked = [find_bad_row(examples, index) for index in range(len(examples))]
+    return [*getattr(examples, "bad", ()), *(row for row in checked if row is not None)]

@@ -146,7 +146,7 @@ class Probe:
         return out
 
     def answered(self, item: EncodedExample, response: str) -> EncodedConversation:
-        return self.model_ctx.processor.answered(
+        return self.model_ctx.processor.append_response(
             item.encoded, response, limit=max(self.model_ctx.buckets)
         )
 

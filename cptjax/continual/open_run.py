@@ -16,7 +16,7 @@ from cptjax.continual import workdir
 from cptjax.continual.checkpoint import Checkpoints
 from cptjax.continual.model_state import restore_stage_params
 from cptjax.data import model_context
-from cptjax.data.collate import length_buckets
+from cptjax.data.data_config import DataConfig
 from cptjax.data.datasets import Datasets
 from cptjax.data.model_context import ModelContext
 from cptjax.evaluation.base_kl import BaseResponses
@@ -125,7 +125,7 @@ def _build_run(
 
 
 def _load_model_context(config: ConfigDict) -> ModelContext:
-    lengths = tuple(config.data.buckets) or length_buckets(config.data.prompt_limit)
+    lengths = DataConfig.from_config(config.data).length_buckets
     with console.show_waiting(f"loading the model ({load.describe_model_source(config.model)})"):
         return model_context.load_model_context(config.model, config.mesh, lengths)
 

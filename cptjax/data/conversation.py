@@ -1,11 +1,15 @@
-"""A conversation's messages as templates want them, and its pictures in order, not yet opened."""
+"""A conversation's messages without media, as chat templates take them, and its images and videos in order."""
 
 import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
-# Only the template and the processor write these; in a row's own text they would be taken for turns and pictures.
+from PIL import Image
+
+from cptjax.common.images import ImageSource, open_image
+
+# Only the template and the processor write these; in the text of a row they would be read as turns and images.
 RESERVED_TOKENS = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad)\|>"
 )
@@ -17,77 +21,75 @@ Messages = Sequence[dict[str, Any]]
 class MediaSource:
     """An image or a video of a conversation, not yet opened."""
 
-    kind: str
+    kind: str  # image | video
     source: Any
     fps: float
 
 
 def separate_media(
-    messages: Messages, spare: dict[str, list], fps: float
+    messages: Messages, fps: float
 ) -> tuple[list[dict[str, Any]], list[MediaSource]]:
-    """(messages without pictures, as templates want them, and the pictures in order)."""
-    clean, items = [], []
-    waiting = {kind: list(given) for kind, given in spare.items()}
+    """Return the messages with bare placeholders for media, and the media in order."""
+    bare: list[dict[str, Any]] = []
+    media: list[MediaSource] = []
     for message in messages:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise ValueError(
-                f"a message is a dict with role and content; {str(message)[:80]!r} came"
+                f"a message: expected a dict with role and content, got {str(message)[:80]!r}"
             )
         content = message["content"]
-        parts = [
-            _separate_part(part, waiting, items, fps)
-            for part in ([content] if isinstance(content, str) else content)
-        ]
-        clean.append(
-            {**message, "content": parts[0]["text"] if isinstance(content, str) else parts}
-        )
-    for kind, left in waiting.items():
-        if left:
-            n = len(spare[kind])
-            raise ValueError(
-                f"{n} {kind}s came for {n - len(left)} {kind} placeholders; give as many as the messages have"
-            )
-    if not clean:
-        raise ValueError("an empty conversation came; expected at least one message")
-    return clean, items
+        if isinstance(content, str):
+            bare.append({**message, "content": refuse_reserved_tokens(content)})
+            continue
+        parts: list[dict[str, str]] = []
+        for part in content:
+            if isinstance(part, str):
+                part = {"type": "text", "text": part}
+            kind = part.get("type")
+            if kind == "text":
+                parts.append({"type": "text", "text": refuse_reserved_tokens(part["text"])})
+            elif kind in ("image", "video"):
+                if part.get(kind) is None:
+                    raise ValueError(f"an {kind} placeholder has no {kind}; add {kind}=... to it")
+                media.append(MediaSource(kind, part[kind], float(part.get("fps", fps))))
+                parts.append({"type": kind})
+            else:
+                raise ValueError(
+                    f"a part of a message: expected type text, image or video, got {kind!r}"
+                )
+        bare.append({**message, "content": parts})
+    if not bare:
+        raise ValueError("got an empty conversation; expected at least one message")
+    return bare, media
 
 
-def refuse_special_tokens(text: str) -> str:
-    """A row's own text, without the tokens that only templates write."""
-    found = RESERVED_TOKENS.search(text)
-    if found:
+def refuse_reserved_tokens(text: str) -> str:
+    """Return a row's text; a token that only templates write is an error."""
+    token = RESERVED_TOKENS.search(text)
+    if token:
         raise ValueError(
-            f"{found[0]} stands in the text of a message; only the processor writes it: take it out of the row"
+            f"the text of a message contains {token[0]}, which only the processor writes; remove it from the row"
         )
     return text
 
 
-def _separate_part(
-    part: Any, waiting: dict[str, list], items: list[MediaSource], fps: float
-) -> dict[str, str]:
-    part = {"type": "text", "text": part} if isinstance(part, str) else part
-    kind = part.get("type")
-    if kind == "text":
-        return {"type": "text", "text": refuse_special_tokens(part["text"])}
-    if kind not in waiting:
-        raise ValueError(f"a part of a message is of type text, image or video; {kind!r} came")
-    source = part.get(kind)
-    if source is None:
-        if not waiting[kind]:
-            raise ValueError(
-                f"an {kind} placeholder has no {kind}; give as many {kind}s as the messages have placeholders"
-            )
-        source = waiting[kind].pop(0)
-    items.append(MediaSource(kind, source, float(part.get("fps", fps))))
-    return {"type": kind}
+def open_conversation_images(messages: Messages) -> list[dict[str, Any]]:
+    """Return the conversation with every image, and every frame of a list of frames, opened."""
 
+    def open_part(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "image":
+            return {**part, "image": _open_once(part["image"])}
+        if part["type"] == "video" and isinstance(part["video"], list):
+            return {**part, "video": [_open_once(frame) for frame in part["video"]]}
+        return part
 
-def strip_media(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation without its pictures, as the chat template takes it."""
-    strip = lambda part: part if part["type"] == "text" else {"type": part["type"]}
     return [
         turn
         if isinstance(turn["content"], str)
-        else {**turn, "content": [strip(p) for p in turn["content"]]}
+        else {**turn, "content": [open_part(part) for part in turn["content"]]}
         for turn in messages
     ]
+
+
+def _open_once(source: ImageSource) -> ImageSource:
+    return source if isinstance(source, Image.Image) else open_image(source)

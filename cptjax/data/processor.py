@@ -1,4 +1,4 @@
-"""Conversations -> tokens, positions and patches: chat template, placeholders, loss masks, video frames."""
+"""The processor: conversations -> tokens, positions, loss masks and image patches."""
 
 import collections
 import dataclasses
@@ -15,24 +15,22 @@ from cptjax.common import images
 from cptjax.common.images import Grid, ImageSettings, open_image
 from cptjax.data import image_patches, processor_files, tiny_tokenizer, video
 from cptjax.data.collate import EncodedConversation, Media
-from cptjax.data.conversation import MediaSource, Messages, refuse_special_tokens, separate_media
+from cptjax.data.conversation import MediaSource, Messages, refuse_reserved_tokens, separate_media
 from cptjax.models.config import ModelConfig, locate_checkpoint
 from cptjax.models.positions import mrope
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-ASSISTANT_TURN = re.compile(
-    r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL
-)  # odd pieces of a split are the assistants'
-MAX_CACHED_LAYOUTS = 512  # kept of those made last
+# The odd pieces of a split are what the assistant writes, up to the end of its turn.
+ASSISTANT_TURN = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)
+MAX_CACHED_LAYOUTS = 512
 
-MediaGrid = tuple[
-    str, Grid, float
-]  # of a picture: its kind, its grid, and seconds from one frame pair of a video to the next
+# An image or a video: its kind, its grid, and the seconds from one frame pair of a video to the next.
+MediaGrid = tuple[str, Grid, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """A conversation's tokens and where they stand: all but its pixels."""
+    """A conversation's tokens and their positions: everything but its pixels."""
 
     tokens: np.ndarray
     types: np.ndarray
@@ -49,7 +47,7 @@ class Processor:
     cfg: ModelConfig
     pixels: ImageSettings
     source: Path | None = None
-    fps: float = video.DEFAULT_FPS  # frames shown of a second of video
+    fps: float = video.DEFAULT_FPS  # frames used of a second of video
 
     @property
     def min_pixels(self) -> int:
@@ -60,7 +58,10 @@ class Processor:
         return self.pixels.max_pixels
 
     def render(self, messages: Messages, generation: bool | None = None) -> str:
-        """The conversation as the chat template writes it; by default the assistant is asked to speak unless it spoke last."""
+        """Write the conversation with the chat template.
+
+        generation: end with the start of an assistant turn; None = unless the assistant has the last turn.
+        """
         generation = messages[-1]["role"] != "assistant" if generation is None else generation
         try:
             return self.tokenizer.apply_chat_template(
@@ -70,101 +71,95 @@ class Processor:
                 add_generation_prompt=generation,
             )
         except (jinja2.TemplateError, KeyError, TypeError) as e:
-            raise ValueError(
-                f"the chat template cannot render this conversation: {' '.join(str(e).split())[:160]}"
-            ) from e
+            reason = " ".join(str(e).split())[:160]
+            raise ValueError(f"the chat template cannot render this conversation: {reason}") from e
+
+    def render_text(self, messages: Messages) -> str:
+        """Write a conversation with bare placeholders for its images and videos."""
+        return self.render(separate_media(messages, self.fps)[0])
 
     def encode(
         self,
         messages: Messages,
         *,
-        images: Sequence = (),
-        videos: Sequence = (),
         generation: bool | None = None,
-        prefix: str = "",
         limit: int | None = None,
+        media: Sequence[Media] | None = None,
     ) -> EncodedConversation:
-        """A conversation with its pictures; `images` and `videos` fill, in order, parts of messages that carry none.
+        """Encode a conversation: tokens, positions, loss mask, and the patches of its images and videos.
 
-        prefix: how the answer begins; it is part of the prompt.
+        limit: tokens; a longer conversation is an error.
+        media: the conversation's images and videos where they are open already; None = open them.
         """
-        clean, pictures = separate_media(messages, {"image": images, "video": videos}, self.fps)
-        media = tuple(self._open(picture) for picture in pictures)
-        laid = self._laid(
-            clean,
-            generation,
-            prefix,
-            [(p.kind, m.grid, m.seconds) for p, m in zip(pictures, media, strict=True)],
-        )
-        _check_prompt_limit(len(laid.tokens), [m.grid for m in media], self.pixels.merge, limit)
+        bare, sources = separate_media(messages, self.fps)
+        media = tuple(map(self._open, sources)) if media is None else tuple(media)
+        grids = [(s.kind, m.grid, m.seconds) for s, m in zip(sources, media, strict=True)]
+        layout = self._cached_layout(bare, generation, grids)
+        _check_prompt_limit(len(layout.tokens), media, self.pixels.merge, limit)
         return EncodedConversation(
-            laid.tokens, laid.types, laid.positions, laid.loss_mask, media, self.cfg
+            layout.tokens, layout.types, layout.positions, layout.loss_mask, media, self.cfg
         )
 
-    def answered(
+    def append_response(
         self, prompt: EncodedConversation, text: str, limit: int | None = None
     ) -> EncodedConversation:
-        """A prompt with its answer, as `encode` makes it of both; pictures are not opened again."""
-        answer, end = (
-            self.ids(refuse_special_tokens(text) + self._closing[0]),
-            self.ids(self._closing[1]),
+        """Return what `encode` returns for the prompt and its response, without opening images again."""
+        ending, after_turn = self._turn_ending
+        response = self.ids(refuse_reserved_tokens(text) + ending)
+        added = response + self.ids(after_turn)
+        tokens = np.concatenate([prompt.tokens, np.array(added, np.int32)])
+        _check_prompt_limit(len(tokens), prompt.media, self.pixels.merge, limit)
+        n, start = len(added), prompt.positions.max() + 1
+        text_positions = start + np.arange(n, dtype=prompt.positions.dtype)
+        return EncodedConversation(
+            tokens,
+            np.concatenate([prompt.types, np.zeros(n, np.int8)]),
+            np.concatenate([prompt.positions, np.broadcast_to(text_positions, (3, n))], 1),
+            np.concatenate([prompt.loss_mask, np.arange(n) < len(response)]),
+            prompt.media,
+            self.cfg,
         )
-        more = len(answer) + len(end)
-        tokens = np.concatenate([prompt.tokens, np.array(answer + end, np.int32)])
-        _check_prompt_limit(len(tokens), [m.grid for m in prompt.media], self.pixels.merge, limit)
-        types = np.concatenate([prompt.types, np.zeros(more, np.int8)])
-        after = prompt.positions.max() + 1 + np.arange(more, dtype=prompt.positions.dtype)
-        positions = np.concatenate([prompt.positions, np.broadcast_to(after, (3, more))], 1)
-        mask = np.concatenate([prompt.loss_mask, np.arange(more) < len(answer)])
-        return EncodedConversation(tokens, types, positions, mask, prompt.media, self.cfg)
 
     @functools.cached_property
-    def _closing(self) -> tuple[str, str]:
-        """What the chat template writes at the end of an answer, and after it."""
+    def _turn_ending(self) -> tuple[str, str]:
+        """What the chat template writes at the end of a response, and after it."""
         turn = self.render(
             [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
             generation=False,
         )
-        *_, answer, after = ASSISTANT_TURN.split(turn)
-        return answer.removeprefix("!"), after
+        *_, response, after_turn = ASSISTANT_TURN.split(turn)
+        return response.removeprefix("!"), after_turn
 
     def measure(
-        self,
-        messages: Messages,
-        *,
-        images: Sequence = (),
-        videos: Sequence = (),
-        generation: bool | None = None,
-        prefix: str = "",
+        self, messages: Messages, *, generation: bool | None = None
     ) -> tuple[int, list[Grid]]:
-        """(number of tokens, grid of each picture), from image headers alone."""
-        clean, pictures = separate_media(messages, {"image": images, "video": videos}, self.fps)
-        seen = [(picture.kind, *self._look(picture)) for picture in pictures]
-        return len(self._laid(clean, generation, prefix, seen).tokens), [
-            grid for _, grid, _ in seen
-        ]
+        """Return the number of tokens and the grid of each image and video, from file headers alone."""
+        bare, sources = separate_media(messages, self.fps)
+        grids = [(source.kind, *self._probe(source)) for source in sources]
+        layout = self._cached_layout(bare, generation, grids)
+        return len(layout.tokens), [grid for _, grid, _ in grids]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of plain text."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def opening(self, text: str) -> list[int]:
-        """The tokens of a text that goes on: those that begin within it when another word follows."""
-        both = self.tokenizer.backend_tokenizer.encode(f"{text} x", add_special_tokens=False)
+    def prefix_ids(self, text: str) -> list[int]:
+        """The tokens of a text that continues: those that begin within it when another word follows."""
+        encoding = self.tokenizer.backend_tokenizer.encode(f"{text} x", add_special_tokens=False)
         return [
             token
-            for token, (start, _) in zip(both.ids, both.offsets, strict=True)
+            for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
             if start < len(text)
         ]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Texts without special tokens."""
+        """Return the texts of token rows, without special tokens."""
         return self.tokenizer.batch_decode(
             [list(map(int, row)) for row in rows], skip_special_tokens=True
         )
 
     def save(self, folder: str | Path) -> None:
-        """Tokenizer, template and pixel limits as files that transformers and vLLM read."""
+        """Write tokenizer, template and pixel limits as files that transformers and vLLM read."""
         folder = Path(folder)
         if self.source is None:
             self.tokenizer.save_pretrained(folder)
@@ -172,84 +167,80 @@ class Processor:
             processor_files.copy_processor_files(self.source, folder)
         processor_files.write_processor_files(folder, self.pixels, self.template)
 
-    def _laid(
-        self, clean: Messages, generation: bool | None, prefix: str, seen: list[MediaGrid]
+    def _cached_layout(
+        self, bare: Messages, generation: bool | None, grids: list[MediaGrid]
     ) -> TokenLayout:
-        """Tasks often ask one question of pictures of one size: what was laid out lately is remembered."""
-        key = repr((clean, generation, prefix, seen))
-        found = self._layouts.get(key)
-        if found is None:
-            found = self._lay(clean, generation, prefix, seen)
+        """Return the layout of a conversation; many rows of a task have the same prompt and image size."""
+        key = repr((bare, generation, grids))
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._compute_layout(bare, generation, grids)
             if len(self._layouts) >= MAX_CACHED_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[key] = found
-        return found
+            self._layouts[key] = layout
+        return layout
 
     @functools.cached_property
     def _layouts(self) -> dict[str, TokenLayout]:
         return {}
 
-    def _lay(
-        self, clean: Messages, generation: bool | None, prefix: str, seen: list[MediaGrid]
+    def _compute_layout(
+        self, bare: Messages, generation: bool | None, grids: list[MediaGrid]
     ) -> TokenLayout:
-        pieces = ASSISTANT_TURN.split(self.render(clean, generation))
-        turns = sum(m["role"] == "assistant" for m in clean)
+        pieces = ASSISTANT_TURN.split(self.render(bare, generation))
+        turns = sum(m["role"] == "assistant" for m in bare)
         if len(pieces) // 2 != turns:
             raise ValueError(
                 f"the chat template wrote {len(pieces) // 2} ChatML assistant turns for {turns}; use a ChatML template"
             )
-        # An answer is tokenised apart from its prompt, as when it is sampled: no token spans the two.
+        # A response is tokenised apart from its prompt, as when it is sampled: no token spans the two.
         ids = [self.ids(piece) for piece in pieces]
-        ids[-1] = ids[-1] + self.opening(refuse_special_tokens(prefix))
-        tokens = np.array([t for x in ids for t in x], np.int32)
-        mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(x) for x in ids])
-        types = np.where(
-            tokens == self.cfg.image_token, 1, np.where(tokens == self.cfg.video_token, 2, 0)
-        ).astype(np.int8)
+        tokens = np.array([token for piece in ids for token in piece], np.int32)
+        mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(piece) for piece in ids])
+        is_image, is_video = tokens == self.cfg.image_token, tokens == self.cfg.video_token
+        types = np.where(is_image, 1, np.where(is_video, 2, 0)).astype(np.int8)
         written = [("image", "video")[t - 1] for t in types[types > 0]]
-        if written != [kind for kind, _, _ in seen]:
+        if written != [kind for kind, _, _ in grids]:
             counts = collections.Counter(written)
             raise ValueError(
                 f"the chat template wrote placeholders for {counts['image']} images and {counts['video']} videos; "
-                f"the conversation has {len(seen)} pictures in another order or number"
+                f"the conversation has {len(grids)} images and videos in another order or number"
             )
-        # Each placeholder becomes as many tokens as its picture has merged patches; nothing else in the package does this.
-        repeat = np.ones(len(tokens), np.int64)
-        repeat[types > 0] = [
-            image_patches.count_image_tokens(grid, self.pixels.merge) for _, grid, _ in seen
+        # A placeholder becomes as many tokens as its image has merged patches; nothing else in the package does this.
+        repeats = np.ones(len(tokens), np.int64)
+        repeats[types > 0] = [
+            image_patches.count_image_tokens(grid, self.pixels.merge) for _, grid, _ in grids
         ]
-        tokens, types, mask = (np.repeat(x, repeat) for x in (tokens, types, mask))
-        seconds = [s for kind, _, s in seen if kind == "video"]
-        positions = mrope(types, [grid for _, grid, _ in seen], seconds, self.cfg.vision)
-        for each in (laid := TokenLayout(tokens, types, positions, mask)).__dict__.values():
-            each.setflags(write=False)  # many rows share them
-        return laid
+        tokens, types, mask = (np.repeat(x, repeats) for x in (tokens, types, mask))
+        seconds = [s for kind, _, s in grids if kind == "video"]
+        positions = mrope(types, [grid for _, grid, _ in grids], seconds, self.cfg.vision)
+        for array in (tokens, types, positions, mask):
+            array.setflags(write=False)  # many rows share them
+        return TokenLayout(tokens, types, positions, mask)
 
-    def _look(self, picture: MediaSource) -> tuple[Grid, float]:
-        """Its grid and the seconds from one frame pair to the next, without decoding it."""
-        if picture.kind == "image":
-            return self.pixels.grid(*images.image_size(picture.source)), 0.0
-        clip = video.probe_video(picture.source, picture.fps, self.pixels.temporal)
+    def _probe(self, source: MediaSource) -> tuple[Grid, float]:
+        """Return the grid, and the seconds from one frame pair to the next, without decoding."""
+        if source.kind == "image":
+            return self.pixels.grid(*images.image_size(source.source)), 0.0
+        clip = video.probe_video(source.source, source.fps, self.pixels.temporal)
         return self.pixels.grid(*clip.size, len(clip.indices)), self.pixels.temporal / clip.fps
 
-    def _open(self, picture: MediaSource) -> Media:
-        if picture.kind == "image":
-            return Media(
-                *image_patches.cut_patches([open_image(picture.source)], self.pixels), self.pixels
-            )
-        clip = video.probe_video(picture.source, picture.fps, self.pixels.temporal)
-        return Media(
-            *image_patches.cut_patches(video.read_frames(picture.source, clip), self.pixels),
-            self.pixels,
-            self.pixels.temporal / clip.fps,
-        )
+    def _open(self, source: MediaSource) -> Media:
+        if source.kind == "image":
+            frames, seconds = [open_image(source.source)], 0.0
+        else:
+            clip = video.probe_video(source.source, source.fps, self.pixels.temporal)
+            frames = video.read_frames(source.source, clip)
+            seconds = self.pixels.temporal / clip.fps
+        patches, grid = image_patches.cut_patches(frames, self.pixels)
+        return Media(patches, grid, self.pixels, seconds)
 
 
-def _check_prompt_limit(n: int, grids: Sequence[Grid], merge: int, limit: int | None) -> None:
+def _check_prompt_limit(n: int, media: Sequence[Media], merge: int, limit: int | None) -> None:
     if limit is not None and n > limit:
-        seen = sum(image_patches.count_image_tokens(g, merge) for g in grids)
+        image_tokens = sum(image_patches.count_image_tokens(m.grid, merge) for m in media)
         raise ValueError(
-            f"a prompt of {n} tokens ({seen} of them for {len(grids)} pictures) is over the limit of {limit}; "
+            f"a prompt of {n} tokens ({image_tokens} of them for {len(media)} images) is over the limit of {limit}; "
             "raise data.prompt_limit or lower model.max_pixels"
         )
 
@@ -260,17 +251,15 @@ def load_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Processor:
-    """The processor of a Hugging Face checkpoint (folder or hub id), or without one the project's own small one."""
+    """Load the processor of a Hugging Face checkpoint (folder or hub id); None = the package's own small one."""
     source = None if folder is None else locate_checkpoint(folder)
     pixels = processor_files.read_image_settings(source, cfg, min_pixels, max_pixels)
     if source is None:
-        words, template = (
-            tiny_tokenizer.build_tiny_tokenizer(cfg.text.vocab),
-            tiny_tokenizer.TINY_CHAT_TEMPLATE,
-        )
+        tokenizer = tiny_tokenizer.build_tiny_tokenizer(cfg.text.vocab)
+        template = tiny_tokenizer.TINY_CHAT_TEMPLATE
     else:
         try:
-            words = AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=False, local_files_only=True
             )
         except (OSError, ValueError, KeyError, ImportError, AttributeError) as e:
@@ -278,9 +267,9 @@ def load_processor(
             raise ValueError(
                 f"{source} has no tokenizer that can be read ({reason}); copy the tokenizer files there"
             ) from e
-        words.backend_tokenizer.no_truncation()  # as some files ask for
-        words.backend_tokenizer.no_padding()
-        template = processor_files.read_chat_template(source, words.chat_template)
+        tokenizer.backend_tokenizer.no_truncation()  # which some tokenizer files ask for
+        tokenizer.backend_tokenizer.no_padding()
+        template = processor_files.read_chat_template(source, tokenizer.chat_template)
     expected = {
         IMAGE_TOKEN: cfg.image_token,
         VIDEO_TOKEN: cfg.video_token,
@@ -288,9 +277,10 @@ def load_processor(
         "<|vision_end|>": cfg.vision_end,
     }
     for token, number in expected.items():
-        if words.convert_tokens_to_ids(token) != number:
-            whose = f"{source}'s tokenizer" if source else "the project's own tokenizer"
+        actual = tokenizer.convert_tokens_to_ids(token)
+        if actual != number:
+            owner = f"{source}'s tokenizer" if source else "the package's own tokenizer"
             raise ValueError(
-                f"{whose} gives {token} the id {words.convert_tokens_to_ids(token)}; the model's config says {number}"
+                f"{owner} gives {token} the id {actual}; expected {number} as in the model's config"
             )
-    return Processor(words, template, cfg, pixels, source)
+    return Processor(tokenizer, template, cfg, pixels, source)

@@ -1,4 +1,4 @@
-"""Every row that a run will read, read once as the run would: decoded, rendered, tokenised, counted."""
+"""The check of every row that a run reads: its images are decoded, its prompt is rendered and its tokens are counted."""
 
 import concurrent.futures
 import dataclasses
@@ -9,26 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from cptjax.common import console, distributed
-from cptjax.common.images import open_image
 from cptjax.config import Stage, eval_templates, evaluated_tasks, replayed_tasks
-from cptjax.data import image_patches, processor, prompts
-from cptjax.data.collate import length_buckets
-from cptjax.data.conversation import strip_media
-from cptjax.data.processor import Processor
+from cptjax.data import image_patches, prompts
+from cptjax.data.conversation import open_conversation_images
+from cptjax.data.data_config import DataConfig
+from cptjax.data.processor import Processor, load_processor
 from cptjax.models.load import find_model_config
-from cptjax.tasks import prompted_task, registry
-from cptjax.tasks.bad_rows import BadRow, collect_bad_rows, make_bad_row
-from cptjax.tasks.prompted_task import PromptedTask
-from cptjax.tasks.scoring import sandbox
-from cptjax.tasks.synthetic import dataset
-from cptjax.tasks.task import Subset, conversation_images, limit_rows
+from cptjax.tasks import registry
+from cptjax.tasks.bad_rows import BadRow, make_bad_row
+from cptjax.tasks.prompted_task import PromptedTask, make_prompted_task
+from cptjax.tasks.scoring.sandbox import SandboxPool
+from cptjax.tasks.synthetic.dataset import SyntheticExamples
+from cptjax.tasks.task import Subset, Task, limit_rows
 from cptjax.types import Example
 
-SHOWN_PROMPTS = 3  # shown of each split
-SYNTHETIC_ROWS_CHECKED = 64  # rows that are looked at before a run
+PROMPTS_PER_SPLIT = 3  # rendered prompts in a split's report
+SYNTHETIC_ROWS_CHECKED = (
+    64  # synthetic rows are alike: if the first are good, the others are not checked
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +38,49 @@ class SplitSpec:
     task: str
     split: str
     template: str
-    answered: bool  # the gold answer belongs to the row
-    shown: int  # tokens of the longest gold answer that a teacher is shown behind the prompt; 0 = none is
+    with_gold: bool  # the gold response is part of the row
+    demonstration_tokens: (
+        int  # of the longest gold response that a teacher reads after the prompt; 0 = no teacher
+    )
     limit: int | None
     root: str
-    allowed: int  # bad rows
+    allowed_bad_rows: int
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSize:
-    """What a good row takes."""
+    """The size of a good row."""
 
     tokens: int
-    seen: int  # of them for pictures
+    image_tokens: int  # of `tokens`
     patches: int
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitReport:
-    """What was found in one reading."""
+class RowChecks:
+    """The bad rows of a split, and the token count of each good row; 0 = not measured."""
 
-    reading: SplitSpec
-    rows: list[RowSize]
+    bad: list[BadRow]
+    tokens: np.ndarray  # by row
+
+
+class CheckedRows(Subset):
+    """The good rows of a split, each with the token count that the check measured.
+
+    A row holds references to its images, or encoded images; the pixels that the check decoded are not kept.
+    """
+
+    def __init__(self, examples: Sequence[Example], indices: Sequence[int], tokens: np.ndarray):
+        super().__init__(examples, indices)
+        self.tokens = tokens  # [rows] 0 = not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitReport:
+    """What the pre-flight check finds in a split."""
+
+    spec: SplitSpec
+    rows: list[RowSize]  # the good rows
     bad: list[BadRow]
     prompts: list[str]
     read: int
@@ -67,187 +88,190 @@ class SplitReport:
 
     @property
     def name(self) -> str:
-        return f"{self.reading.task} {self.reading.split}"
+        return f"{self.spec.task} {self.spec.split}"
 
     @property
     def tokens(self) -> np.ndarray:
         return np.array([row.tokens for row in self.rows], int)
 
 
-def prompt_buckets(config: ConfigDict) -> tuple[int, ...]:
-    return tuple(config.data.buckets) or length_buckets(config.data.prompt_limit)
-
-
 def split_spec(config: ConfigDict, task: str, split: str, template: str = "") -> SplitSpec:
-    """A split as a stage, or the evaluation, reads it."""
-    d, m, train = config.data, config.method, split == "train"
-    shown = config.rollout.max_new_tokens if train and m.objective == "distill" else 0
-    limit = d.limit if train else config.eval.limit
+    """Describe a split as a stage (train) or the evaluation (test) reads it."""
+    data, method, train = DataConfig.from_config(config.data), config.method, split == "train"
+    distills = train and method.objective == "distill"
     return SplitSpec(
-        task,
-        split,
-        template or d.template,
-        train and m.source == "gold",
-        shown,
-        limit,
-        d.root,
-        d.bad_rows,
+        task=task,
+        split=split,
+        template=template or data.template,
+        with_gold=train and method.source == "gold",
+        demonstration_tokens=config.rollout.max_new_tokens if distills else 0,
+        limit=data.limit if train else config.eval.limit,
+        root=data.root,
+        allowed_bad_rows=data.bad_rows,
     )
 
 
-def training_splits(each: Stage, stages: Sequence[Stage]) -> list[SplitSpec]:
-    """What a stage learns from: its own tasks, then those it replays."""
-    return [
-        split_spec(each.config, task, "train")
-        for task in (*each.tasks, *replayed_tasks(stages, each))
-    ]
+def training_splits(stage: Stage, stages: Sequence[Stage]) -> list[SplitSpec]:
+    """The splits that a stage trains on: its own tasks, then those it replays."""
+    tasks = (*stage.tasks, *replayed_tasks(stages, stage))
+    return [split_spec(stage.config, task, "train") for task in tasks]
 
 
 def run_splits(config: ConfigDict, stages: Sequence[Stage]) -> list[SplitSpec]:
-    """Every split that a run reads, each once: what its stages train on, what it is evaluated on."""
-    names = [*evaluated_tasks(config, stages), *config.eval.general]
-    tested = [
+    """Every split that a run reads, each once: those its stages train on, then those it is evaluated on."""
+    training = [spec for stage in stages for spec in training_splits(stage, stages)]
+    evaluation = [
         split_spec(config, task, "test", template)
-        for task in names
+        for task in (*evaluated_tasks(config, stages), *config.eval.general)
         for template in eval_templates(config, stages, task)
     ]
-    return list(
-        dict.fromkeys([r for each in stages for r in training_splits(each, stages)] + tested)
-    )
+    return list(dict.fromkeys(training + evaluation))
 
 
-def split_key(config: ConfigDict, reading: SplitSpec) -> tuple:
-    """Equal where two runs read the same rows in the same way."""
-    m = config.model
+def split_key(config: ConfigDict, spec: SplitSpec) -> tuple:
+    """Equal for two runs that read the same rows in the same way."""
+    model = config.model
     return (
-        reading,
-        repr(config.tasks.to_dict().get(reading.task)),
-        m.path,
-        m.preset,
-        m.min_pixels,
-        m.max_pixels,
-        prompt_buckets(config),
+        spec,
+        repr(config.tasks.to_dict().get(spec.task)),
+        model.path,
+        model.preset,
+        model.min_pixels,
+        model.max_pixels,
+        DataConfig.from_config(config.data).length_buckets,
     )
 
 
-def load_examples(config: ConfigDict, reading: SplitSpec) -> Sequence[Example]:
-    """The rows of a split."""
-    task = registry.resolve_task(
-        reading.task, config.tasks.to_dict(), (config.model.min_pixels, config.model.max_pixels)
-    )
-    return task.load(reading.split, root=reading.root, limit=reading.limit, seed=config.seed)
+def resolve_config_task(config: ConfigDict, name: str) -> Task:
+    """Return a task of the config; one that needs other pixel limits than the model's is an error."""
+    pixels = (config.model.min_pixels, config.model.max_pixels)
+    return registry.resolve_task(name, config.tasks.to_dict(), pixels)
+
+
+def load_split(config: ConfigDict, spec: SplitSpec, task: Task) -> Sequence[Example]:
+    """Load the rows of a split; a user's rows are checked except for their pixels."""
+    return task.load(spec.split, root=spec.root, limit=spec.limit, seed=config.seed)
+
+
+def check_rows(
+    examples: Sequence[Example],
+    prompted: PromptedTask,
+    processor: Processor,
+    spec: SplitSpec,
+    limit: int,
+) -> RowChecks:
+    """Check all rows of a split, each process its share; of synthetic rows only the first if these are good."""
+    tokens = np.zeros(len(examples), np.int32)
+    if isinstance(examples, SyntheticExamples):
+        first = range(min(len(examples), SYNTHETIC_ROWS_CHECKED))
+        sizes = _measure_rows(examples, first, prompted, processor, spec, limit)
+        good = [size.tokens for size in sizes if isinstance(size, RowSize)]
+        if len(good) == len(first):
+            tokens[: len(first)] = good
+            return RowChecks([], tokens)
+    rows = range(jax.process_index(), len(examples), jax.process_count())
+    sizes = _measure_rows(examples, rows, prompted, processor, spec, limit)
+    bad = list(getattr(examples, "bad", ()))
+    for part in distributed.gather_objects(list(zip(rows, sizes, strict=True))):
+        for row, size in part:
+            if isinstance(size, BadRow):
+                bad.append(size)
+            else:
+                tokens[row] = size.tokens
+    return RowChecks(bad, tokens)
 
 
 def check_split(
-    config: ConfigDict, reading: SplitSpec, rows: int | None, pool: sandbox.SandboxPool
+    config: ConfigDict, spec: SplitSpec, rows: int | None, sandbox: SandboxPool
 ) -> SplitReport:
-    """Reads a split, or `rows` of it chosen by seed."""
-    examples = load_examples(config, reading)
-    prompted = prompted_task.make_prompted_task(
-        registry.resolve_task(reading.task, config.tasks.to_dict()),
-        reading.template,
-        config.rewards,
-        pool,
+    """Check a split, or `rows` of it chosen by seed, and report sizes and prompts."""
+    task = resolve_config_task(config, spec.task)
+    prompted = make_prompted_task(task, spec.template, config.rewards, sandbox)
+    examples = load_split(config, spec, task)
+    model = config.model
+    processor = load_processor(
+        model.path or None, find_model_config(model), model.min_pixels, model.max_pixels
     )
-    words = processor.load_processor(
-        config.model.path or None,
-        find_model_config(config.model),
-        config.model.min_pixels,
-        config.model.max_pixels,
-    )
-    chosen = [int(i) for i in limit_rows(range(len(examples)), rows, config.seed)]
-    measure = lambda i: measure_row(
-        examples, i, prompted, words, reading, max(prompt_buckets(config))
-    )
-    found = []
-    with console.progress_bar(f"check {reading.task} {reading.split}", len(chosen)) as bar:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            for each in threads.map(measure, chosen):
-                found.append(each)
-                bar.advance()
-    good = [(i, row) for i, row in zip(chosen, found, strict=True) if isinstance(row, RowSize)]
-    bad = [*getattr(examples, "bad", ()), *(each for each in found if isinstance(each, BadRow))]
-    prompts = [
-        words.render(strip_media(full_conversation(examples[i], prompted, reading.answered)))
-        for i, _ in good[:SHOWN_PROMPTS]
-    ]
-    unread = len(bad) - (len(found) - len(good))  # rows that were bad before they were examples
+    chosen = limit_rows(range(len(examples)), rows, config.seed).tolist()
+    limit = DataConfig.from_config(config.data).longest_row
+    sizes = _measure_rows(examples, chosen, prompted, processor, spec, limit)
+    unreadable = list(getattr(examples, "bad", ()))
+    good = [row for row, size in zip(chosen, sizes, strict=True) if isinstance(size, RowSize)]
     return SplitReport(
-        reading, [row for _, row in good], bad, prompts, len(found) + unread, len(examples) + unread
+        spec,
+        rows=[size for size in sizes if isinstance(size, RowSize)],
+        bad=[*unreadable, *(size for size in sizes if isinstance(size, BadRow))],
+        prompts=[
+            processor.render_text(_conversation(examples[row], prompted, spec))
+            for row in good[:PROMPTS_PER_SPLIT]
+        ],
+        read=len(sizes) + len(unreadable),
+        total=len(examples) + len(unreadable),
     )
 
 
-def full_conversation(
-    example: Example, prompted: PromptedTask, answered: bool
+def _measure_rows(
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    prompted: PromptedTask,
+    processor: Processor,
+    spec: SplitSpec,
+    limit: int,
+) -> list[RowSize | BadRow]:
+    """Measure rows in threads; Pillow decodes images without the interpreter lock."""
+    sizes = []
+    with (
+        console.progress_bar(f"check {spec.task} {spec.split}", len(rows)) as bar,
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
+        for size in threads.map(
+            lambda row: measure_row(examples, row, prompted, processor, spec, limit), rows
+        ):
+            sizes.append(size)
+            bar.advance()
+    return sizes
+
+
+def _conversation(
+    example: Example, prompted: PromptedTask, spec: SplitSpec
 ) -> list[dict[str, Any]]:
-    """What is tokenised of an example."""
+    """The conversation that is tokenised."""
     messages = prompted.build_prompt(example)
-    return (
-        [*messages, {"role": "assistant", "content": prompted.gold_response(example)}]
-        if answered
-        else messages
-    )
+    if spec.with_gold:
+        messages = [*messages, {"role": "assistant", "content": prompted.gold_response(example)}]
+    return messages
 
 
 def measure_row(
     examples: Sequence[Example],
-    i: int,
+    row: int,
     prompted: PromptedTask,
-    words: Processor,
-    reading: SplitSpec,
+    processor: Processor,
+    spec: SplitSpec,
     limit: int,
 ) -> RowSize | BadRow:
-    """What a row takes, or what is wrong with it."""
+    """Return the size of a row, or the reason why it cannot be used."""
     try:
-        messages = full_conversation(examples[i], prompted, reading.answered)
-        for source in conversation_images(messages):
-            if not isinstance(source, Image.Image):
-                open_image(source)  # a header alone does not tell that the rest is there
-        tokens, grids = words.measure(messages)
-        seen = sum(image_patches.count_image_tokens(grid, words.cfg.vision.merge) for grid in grids)
+        example = examples[row]
+        # Decode each image once: a header alone does not show that the rest of the file is complete.
+        opened = dataclasses.replace(example, messages=open_conversation_images(example.messages))
+        tokens, grids = processor.measure(_conversation(opened, prompted, spec))
+        merge = processor.cfg.vision.merge
+        image_tokens = sum(image_patches.count_image_tokens(grid, merge) for grid in grids)
         if tokens > limit:
-            made = f"{tokens} tokens ({seen} of them for {len(grids)} pictures)"
             raise ValueError(
-                f"{made} are over the limit of {limit}; raise data.prompt_limit or lower model.max_pixels"
+                f"{tokens} tokens ({image_tokens} of them for {len(grids)} images) are over the limit of {limit}; "
+                "raise data.prompt_limit or lower model.max_pixels"
             )
-        if reading.shown:
-            demonstrated = words.measure(prompts.demonstration_prompt(prompted, examples[i]))[0]
-            if demonstrated > limit + prompts.extra_demonstration_tokens(words, reading.shown):
-                made = f"its gold answer behind the prompt makes {demonstrated} tokens"
+        if spec.demonstration_tokens:
+            demonstration = prompts.demonstration_prompt(prompted, opened)
+            total = processor.measure(demonstration)[0]
+            extra = prompts.extra_demonstration_tokens(processor, spec.demonstration_tokens)
+            if total > limit + extra:
                 raise ValueError(
-                    f"{made}, more than data.prompt_limit and rollout.max_new_tokens={reading.shown} hold; raise one of them"
+                    f"its gold answer after the prompt makes {total} tokens, more than data.prompt_limit and "
+                    f"rollout.max_new_tokens={spec.demonstration_tokens} hold; raise one of them"
                 )
-        return RowSize(tokens, seen, seen * words.cfg.vision.merge**2)
+        return RowSize(tokens, image_tokens, image_tokens * merge**2)
     except (ValueError, OSError) as error:
-        return make_bad_row(examples, i, error)
-
-
-def find_bad_rows(
-    examples: Sequence[Example],
-    prompted: PromptedTask,
-    words: Processor,
-    reading: SplitSpec,
-    limit: int,
-) -> list[BadRow]:
-    """The rows that a run can not use; each process looks at its share. Drawn rows are alike, so of many only the first are looked at."""
-    problem = lambda rows, i: (
-        found
-        if isinstance(found := measure_row(rows, i, prompted, words, reading, limit), BadRow)
-        else None
-    )
-    look = lambda rows: collect_bad_rows(
-        Subset(examples, rows), problem, f"check {examples.where(0)[0]}"
-    )
-    if isinstance(examples, dataset.SyntheticExamples) and not look(
-        range(min(len(examples), SYNTHETIC_ROWS_CHECKED))
-    ):
-        return []
-    found = (
-        look(range(jax.process_index(), len(examples), jax.process_count()))
-        if len(examples)
-        else []
-    )
-    return [
-        *getattr(examples, "bad", ()),
-        *distributed.concat_lists(distributed.gather_objects(found)),
-    ]
+        return make_bad_row(examples, row, error)

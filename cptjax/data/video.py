@@ -1,7 +1,8 @@
-"""Video files and lists of frames -> pictures at a steady rate, sampled as transformers samples them."""
+"""Video files and lists of frames -> frames at a steady rate, sampled as transformers samples them."""
 
 import dataclasses
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,76 @@ MIN_FRAMES, MAX_FRAMES = 4, 768
 
 @dataclasses.dataclass(frozen=True)
 class VideoClip:
-    """Which frames of a video are shown."""
+    """Which frames of a video the model gets."""
 
     size: tuple[int, int]  # width, height
     indices: tuple[int, ...]
-    fps: float  # of the shown frames
+    fps: float  # of the chosen frames
 
 
 def choose_frames(
     total: int, native_fps: float, fps: float, temporal: int
 ) -> tuple[tuple[int, ...], float]:
-    """Frames to show of `total`, evenly spaced and a multiple of `temporal` where there are enough, and their rate."""
+    """Return the frames to use of `total` and their rate.
+
+    They are evenly spaced, and a multiple of `temporal` where there are enough.
+    """
     most = min(MAX_FRAMES, total) // temporal * temporal
     n = int(min(max(total / native_fps * fps, MIN_FRAMES), most)) // temporal * temporal or 1
     indices = tuple((np.arange(n) * (total / n)).astype(np.float32).astype(int).tolist())
     return indices, n / total * native_fps
 
 
-def _import_av() -> Any:
+def probe_video(source: Any, fps: float, temporal: int) -> VideoClip:
+    """Choose the frames of a video from its header; a list of frames is used whole, with the rate `fps`."""
+    if fps <= 0:
+        raise ValueError(f"fps={fps}; expected frames per second > 0")
+    if is_frame_list(source):
+        if not source:
+            raise ValueError("a video: expected a path or a list of frames, got an empty list")
+        return VideoClip(image_size(source[0]), tuple(range(len(source))), fps)
+    av, path = _import_av(), find_file(source)
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            native_fps = float(stream.average_rate)
+            total = stream.frames or sum(1 for _ in container.decode(stream))
+            size = (stream.codec_context.width, stream.codec_context.height)
+    except (av.FFmpegError, IndexError, TypeError) as e:
+        reason = " ".join(str(e).split())[:120]
+        raise ValueError(f"{path}: not a video that can be read ({reason})") from e
+    if not total:
+        raise ValueError(f"{path}: a video without frames")
+    return VideoClip(size, *choose_frames(total, native_fps, fps, temporal))
+
+
+def read_frames(source: Any, clip: VideoClip) -> list[Image.Image]:
+    """Decode the chosen frames of a video."""
+    if is_frame_list(source):
+        return [open_image(frame) for frame in source]
+    av, path = _import_av(), find_file(source)
+    chosen, frames = set(clip.indices), []
+    try:
+        with av.open(str(path)) as container:
+            for i, frame in enumerate(container.decode(video=0)):
+                if i in chosen:
+                    frames.append(frame.to_image().convert("RGB"))
+                if i >= clip.indices[-1]:
+                    break
+    except av.FFmpegError as e:
+        raise ValueError(f"{path}: cut short or corrupt ({' '.join(str(e).split())[:120]})") from e
+    if len(frames) != len(clip.indices):
+        raise ValueError(
+            f"{path}: cut short, {len(frames)} of {len(clip.indices)} frames could be read"
+        )
+    return frames
+
+
+def is_frame_list(source: Any) -> bool:
+    return isinstance(source, Sequence) and not isinstance(source, (str, bytes, bytearray))
+
+
+def _import_av() -> ModuleType:
     try:
         import av
     except ImportError as e:
@@ -40,53 +93,3 @@ def _import_av() -> Any:
             "reading video files needs the package av: pip install 'cptjax[video]'; a list of frames needs nothing"
         ) from e
     return av
-
-
-def _is_frame_list(source: Any) -> bool:
-    return isinstance(source, Sequence) and not isinstance(source, (str, bytes, bytearray))
-
-
-def probe_video(source: Any, fps: float, temporal: int) -> VideoClip:
-    """What would be shown of a video, from its header; a list of frames is shown whole, taken at `fps`."""
-    if fps <= 0:
-        raise ValueError(f"fps={fps}; expected frames per second > 0")
-    if _is_frame_list(source):
-        if not source:
-            raise ValueError("a video is a path or a list of frames; an empty list came")
-        return VideoClip(image_size(source[0]), tuple(range(len(source))), fps)
-    av, path = _import_av(), find_file(source)
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            native = float(stream.average_rate)
-            total = stream.frames or sum(1 for _ in container.decode(stream))
-            size = (stream.codec_context.width, stream.codec_context.height)
-    except (av.FFmpegError, IndexError, TypeError) as e:
-        raise ValueError(
-            f"{path}: not a video that can be read ({' '.join(str(e).split())[:120]})"
-        ) from e
-    if not total:
-        raise ValueError(f"{path}: a video without frames")
-    return VideoClip(size, *choose_frames(total, native, fps, temporal))
-
-
-def read_frames(source: Any, clip: VideoClip) -> list[Image.Image]:
-    """The pictures of a clip."""
-    if _is_frame_list(source):
-        return [open_image(frame) for frame in source]
-    av, wanted, found = _import_av(), set(clip.indices), []
-    path = find_file(source)
-    try:
-        with av.open(str(path)) as container:
-            for i, frame in enumerate(container.decode(video=0)):
-                if i in wanted:
-                    found.append(frame.to_image().convert("RGB"))
-                if i >= clip.indices[-1]:
-                    break
-    except av.FFmpegError as e:
-        raise ValueError(f"{path}: cut short or corrupt ({' '.join(str(e).split())[:120]})") from e
-    if len(found) != len(clip.indices):
-        raise ValueError(
-            f"{path}: cut short, {len(found)} of {len(clip.indices)} frames could be read"
-        )
-    return found

@@ -16,6 +16,7 @@ from cptjax.data.collate import EncodedConversation
 from cptjax.data.cost import WorkCost, sampling_cost
 from cptjax.data.mixture import RowRef
 from cptjax.data.model_context import ModelContext
+from cptjax.data.row_checks import CheckedRows
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
@@ -49,30 +50,31 @@ class EvalPrompts:
         self,
         model_ctx: ModelContext,
         prompted: PromptedTask,
-        examples: Sequence[Example],
+        examples: CheckedRows,
         workers: int = 0,
     ):
         self.model_ctx = model_ctx
         self.prompted = prompted
         self.examples = examples
         self.workers = workers
-        self.lengths: dict[int, int] = {}  # tokens, by row
-        self.asked: dict[int, Example] = {}  # without their pictures, by row
+        self.lengths = examples.tokens.copy()  # by row; 0 = not measured yet
+        self.scored: dict[
+            int, Example
+        ] = {}  # what scorers read of the encoded rows, without images
         self.row_cache = loader.RowCache(len(examples))
 
     def order(self, rows: Sequence[int]) -> list[int]:
         """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
-        look = lambda example, _: (
-            self.model_ctx.processor.measure(self.prompted.build_prompt(example))[0],
-            dataclasses.replace(example, messages=[]),
-        )
-        new = list(dict.fromkeys(i for i in rows if i not in self.lengths))
+
+        def measure(example: Example, _: int) -> int:
+            return self.model_ctx.processor.measure(self.prompted.build_prompt(example))[0]
+
+        def measure_row(row: int) -> int:
+            return loader.prepare_row([self.examples], measure, RowRef(0, row))
+
+        unmeasured = [i for i in dict.fromkeys(rows) if not self.lengths[i]]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            found = threads.map(
-                lambda i: loader.prepare_row([self.examples], look, RowRef(0, i)), new
-            )
-            for i, (tokens, asked) in zip(new, found, strict=True):
-                self.lengths[i], self.asked[i] = tokens, asked
+            self.lengths[unmeasured] = list(threads.map(measure_row, unmeasured))
         return sorted(rows, key=lambda i: (-self.lengths[i], i))
 
     def encoded(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, EncodedConversation]]:
@@ -80,18 +82,20 @@ class EvalPrompts:
         prompted = dataclasses.replace(self.prompted, sandbox=None)  # a pool can not be pickled
         processor = self.model_ctx.processor
 
-        def encode(example: Example, _: int) -> EncodedConversation:
-            return processor.encode(prompted.build_prompt(example), generation=True)
+        def encode(example: Example, _: int) -> tuple[EncodedConversation, Example]:
+            encoded = processor.encode(prompted.build_prompt(example), generation=True)
+            return encoded, dataclasses.replace(example, messages=[])
 
         all_kept = all(i in self.row_cache.values for rows in batches for i in rows)
         with loader.open_reader([self.examples], encode, 0 if all_kept else self.workers) as read:
 
-            def encode_rows(rows: Sequence[int]) -> list[EncodedConversation]:
+            def encode_rows(rows: Sequence[int]) -> list[tuple[EncodedConversation, Example]]:
                 return self.row_cache.get(rows, lambda new: read([RowRef(0, i) for i in new]))
 
             batches_encoded = loader.prefetch_map(encode_rows, batches)
             for rows, values in zip(batches, batches_encoded, strict=True):
-                yield dict(zip(rows, values, strict=True))
+                self.scored |= {i: example for i, (_, example) in zip(rows, values, strict=True)}
+                yield {i: encoded for i, (encoded, _) in zip(rows, values, strict=True)}
 
 
 def generate_responses(
@@ -184,10 +188,10 @@ def evaluate_task(
         responses, cost = respond()
         forced_responses: list[str] = []
         if forced:
-            prefix = model_ctx.processor.opening(prompted.forced_prefix)
+            prefix = model_ctx.processor.prefix_ids(prompted.forced_prefix)
             forced_responses, forced_cost = respond(prefix)
             cost += forced_cost
-    examples = [eval_prompts.asked[i] for i in own_rows]
+    examples = [eval_prompts.scored[i] for i in own_rows]
 
     def gather(values: Sequence[T]) -> list[T]:
         """The values of all processes, in the order of `rows`."""

@@ -10,8 +10,9 @@ from cptjax.common import console
 from cptjax.config import Stage, all_runs, resolve_stages
 from cptjax.continual import driver
 from cptjax.data import collate, row_checks
+from cptjax.data.data_config import DataConfig
 from cptjax.data.mixture import Mixture
-from cptjax.data.row_checks import SplitReport, prompt_buckets
+from cptjax.data.row_checks import SplitReport
 from cptjax.models import load
 from cptjax.planning import memory
 from cptjax.tasks.scoring import sandbox
@@ -67,14 +68,19 @@ def check_all_rows(
     pool = sandbox.SandboxPool(processes=1, timeout=timeout)
     try:
         for name, config, stages in plans:
-            for reading in row_checks.run_splits(config, stages):
-                if (key := row_checks.split_key(config, reading)) not in found:
+            for spec in row_checks.run_splits(config, stages):
+                if (key := row_checks.split_key(config, spec)) not in found:
                     new = all(
-                        (f.reading.task, f.reading.template) != (reading.task, reading.template)
+                        (f.spec.task, f.spec.template) != (spec.task, spec.template)
                         for f in found.values()
                     )
-                    found[key] = row_checks.check_split(config, reading, rows, pool)
-                    show_split(name, found[key], max(prompt_buckets(config)), prompts=new)
+                    found[key] = row_checks.check_split(config, spec, rows, pool)
+                    show_split(
+                        name,
+                        found[key],
+                        max(DataConfig.from_config(config.data).length_buckets),
+                        prompts=new,
+                    )
     finally:
         pool.close()
     return found
@@ -83,7 +89,7 @@ def check_all_rows(
 def refuse_bad_rows(found: Sequence[SplitReport]) -> None:
     """Says in one line why a run would stop."""
     for each in found:
-        allowed = each.reading.allowed
+        allowed = each.spec.allowed_bad_rows
         if len(each.bad) > allowed:
             more = f"{len(each.bad)} bad rows, {allowed} allowed by data.bad_rows; the first: {each.bad[0]}"
             raise ValueError(f"{each.name}: {more}")
@@ -135,19 +141,19 @@ def histogram_lines(title: str, values: Sequence[int], limit: int) -> list[str]:
 def show_split(name: str, found: SplitReport, limit: int, prompts: bool) -> None:
     """Prints one split: bad rows, sizes, prompts."""
     counts = f"{found.read} of {found.total} rows read, {len(found.bad)} bad"
-    console.print_message(
-        f"\n{_label(name)}{found.name}, template {found.reading.template}: {counts}"
-    )
+    console.print_message(f"\n{_label(name)}{found.name}, template {found.spec.template}: {counts}")
     for row in found.bad[:BAD_ROWS_SHOWN]:
         console.print_message(f"  {row}")
     if len(found.bad) > BAD_ROWS_SHOWN:
         console.print_message(f"  and {len(found.bad) - BAD_ROWS_SHOWN} more")
     if not found.rows:
         return
-    kind = "tokens of prompt and answer" if found.reading.answered else "tokens of the prompt"
+    kind = "tokens of prompt and answer" if found.spec.with_gold else "tokens of the prompt"
     lines = histogram_lines(kind, found.tokens, limit)
-    if any(row.seen for row in found.rows):
-        lines += histogram_lines("of them for pictures", [row.seen for row in found.rows], limit)
+    if any(row.image_tokens for row in found.rows):
+        lines += histogram_lines(
+            "of them for pictures", [row.image_tokens for row in found.rows], limit
+        )
     for i, prompt in enumerate(found.prompts if prompts else (), 1):
         lines += [
             f"prompt {i} of {found.name}:",
@@ -179,7 +185,12 @@ def show_stage(name: str, config: ConfigDict, each: Stage, found: Sequence[Split
     steps = each.steps or order(sizes).steps(each.epochs)
     title = f"{_label(name)}stage {each.number} {each.name} ({c.method.name})"
     console.print_message(f"\n{title}: {sum(sizes[:n])} rows, batch {c.train.batch}, {steps} steps")
-    rows = padding_by_length(order(read), [f.tokens for f in found], prompt_buckets(c), c.data.pack)
+    rows = padding_by_length(
+        order(read),
+        [f.tokens for f in found],
+        DataConfig.from_config(c.data).length_buckets,
+        c.data.pack,
+    )
     total = Padding(
         0, sum(p.batches for p in rows), sum(p.tokens for p in rows), sum(p.slots for p in rows)
     )

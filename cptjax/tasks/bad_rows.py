@@ -1,12 +1,9 @@
 """Rows of a split that cannot be used: collect, print and drop them before step 0."""
 
-import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cptjax.common import console
 from cptjax.tasks.task import Subset
 from cptjax.types import Example
 
@@ -32,24 +29,6 @@ def make_bad_row(examples: Sequence[Example], index: int, error: Exception) -> B
     for place in (f"{file}:{row}: ", f"{file}, row {row}: "):  # the bad row itself names its place
         reason = reason.removeprefix(place)
     return BadRow(file, row, reason)
-
-
-def collect_bad_rows(
-    examples: Sequence[Example],
-    find_problem: Callable[[Sequence[Example], int], BadRow | None],
-    title: str,
-) -> list[BadRow]:
-    """Return every bad row that `find_problem` finds in a split; threads decode the images."""
-    bad = []
-    with (
-        console.progress_bar(title, len(examples)) as bar,
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
-    ):
-        for row in threads.map(lambda index: find_problem(examples, index), range(len(examples))):
-            if row is not None:
-                bad.append(row)
-            bar.advance()
-    return bad
 
 
 def drop_bad_rows(

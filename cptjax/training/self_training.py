@@ -137,7 +137,7 @@ def needs_sampling(ctx: StageContext, step: int) -> bool:
 def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
     model_ctx = ctx.builder.training_ctx
     prompts = ctx.prompt_reader([RowRef(source, row) for source, row, _ in pairs])
-    answered = lambda prompt, text: model_ctx.processor.answered(
+    answered = lambda prompt, text: model_ctx.processor.append_response(
         prompt.encoded, text, limit=max(model_ctx.buckets)
     )
     return [

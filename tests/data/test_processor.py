@@ -210,11 +210,7 @@ def test_a_layout_is_remembered_for_its_words_pictures_and_frames(qwen):
         for word in ("One?", "Two?")
         for size in ((120, 90), (90, 120), (57, 233))
     ]
-    rows = [
-        dict(messages=m, prefix=p)
-        for m in (*asked, [clip(1.0)], [clip(4.0)])
-        for p in ("", "The answer")
-    ]
+    rows = [dict(messages=m) for m in (*asked, [clip(1.0)], [clip(4.0)])]
     rows += [dict(messages=[*asked[0], says(word)]) for word in ("yes", "no")]
     fields = ("tokens", "types", "positions", "loss_mask")
     for row in rows * 2:
@@ -445,14 +441,17 @@ def test_an_answer_put_behind_its_prompt_is_the_whole_conversation(stage, reques
     several = [user(picture(40, 30), "x"), says("red"), user("and", picture(60, 90, 1), "?")]
     for prompt in ([user("x")], [user(picture(40, 30), "x")], [user(clip, "x")], several):
         for answer in ("it is red", "\n\nred ", "", "assistant\n?", "Größe 漢字 🙂 \\boxed{x}"):
-            ours, whole = p.answered(p.encode(prompt), answer), p.encode([*prompt, says(answer)])
+            ours, whole = (
+                p.append_response(p.encode(prompt), answer),
+                p.encode([*prompt, says(answer)]),
+            )
             for name in ("tokens", "types", "positions", "loss_mask"):
                 assert getattr(ours, name).tolist() == getattr(whole, name).tolist(), (name, answer)
                 assert getattr(ours, name).dtype == getattr(whole, name).dtype
             assert [m.key for m in ours.media] == [m.key for m in whole.media]
     start = p.encode(several)
-    fails(lambda: p.answered(start, "x", limit=len(start) + 1), "over the limit")
-    fails(lambda: p.answered(start, "<|im_end|>"), "only the processor writes it")
+    fails(lambda: p.append_response(start, "x", limit=len(start) + 1), "over the limit")
+    fails(lambda: p.append_response(start, "<|im_end|>"), "only the processor writes")
 
 
 @pytest.mark.parametrize("stage", ["tiny", "qwen"])
@@ -462,21 +461,17 @@ def test_an_answer_put_behind_its_prompt_is_the_whole_conversation(stage, reques
 def test_a_prefix_is_the_start_of_an_answer(stage, prefix, request):
     p = request.getfixturevalue(stage)
     answer = f"{prefix} red" if prefix[-1].isalpha() else f"{prefix}red"
-    whole, prompt = p.encode([user("x"), says(answer)]), p.encode([user("x")], prefix=prefix)
-    n = len(prompt)
-    assert whole.tokens[:n].tolist() == prompt.tokens.tolist() and not prompt.loss_mask.any()
+    whole, prompt = p.encode([user("x"), says(answer)]), p.encode([user("x")])
+    forced = prompt.tokens.tolist() + p.prefix_ids(prefix)
+    n = len(forced)
+    assert whole.tokens[:n].tolist() == forced and not prompt.loss_mask.any()
     assert p.tokenizer.decode(whole.tokens[n:].tolist()).strip().startswith("red<|im_end|>")
-    fails(lambda: p.encode([user("x")], prefix="<|im_end|>"), "only the processor writes it")
 
 
-def test_pictures_may_stand_beside_the_messages(tiny):
-    image = picture(40, 30)
-    inline = tiny.encode([user(image, "x")])
-    beside = tiny.encode([user({"type": "image"}, "x")], images=[image])
-    assert (
-        inline.tokens.tolist() == beside.tokens.tolist()
-        and inline.media[0].key == beside.media[0].key
-    )
+def test_open_media_are_used_as_they_are(tiny, tmp_path):
+    whole = tiny.encode([user(picture(40, 30), "x")])
+    again = tiny.encode([user(tmp_path / "absent.png", "x")], media=whole.media)
+    assert again.tokens.tolist() == whole.tokens.tolist() and again.media == whole.media
 
 
 def test_an_image_is_the_same_from_file_bytes_or_memory(tiny, tmp_path):
@@ -538,10 +533,6 @@ def test_wrong_pictures_are_one_line_each(tiny, tmp_path):
 def test_wrong_conversations_are_one_line_each(tiny):
     image = picture(20, 20)
     fails(lambda: tiny.encode([user({"type": "image"}, "x")]), "image placeholder has no image")
-    fails(
-        lambda: tiny.encode([user({"type": "image"})], images=[image, image]), "2 images", "1 image"
-    )
-    fails(lambda: tiny.encode([user("x")], images=[image]), "1 images", "0 image")
     fails(lambda: tiny.encode([user({"type": "audio", "audio": "x"})]), "audio")
     fails(lambda: tiny.encode([{"role": "user"}]), "role and content")
     fails(lambda: tiny.encode([]), "empty conversation")
@@ -551,14 +542,12 @@ def test_wrong_conversations_are_one_line_each(tiny):
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|video_pad|>",
     ):
-        fails(lambda: tiny.encode([user(image, text)]), "only the processor writes it")
-        fails(
-            lambda: tiny.encode([{"role": "user", "content": text}]), "only the processor writes it"
-        )
+        fails(lambda: tiny.encode([user(image, text)]), "only the processor writes")
+        fails(lambda: tiny.encode([{"role": "user", "content": text}]), "only the processor writes")
     fails(
         lambda: tiny.encode([user(picture(64, 64), "x" * 50)], limit=40),
         "over the limit of 40",
-        "16 of them for 1 pictures",
+        "16 of them for 1 images",
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from cptjax.common import console
 from cptjax.data import processor
+from cptjax.data.row_checks import CheckedRows
 from cptjax.evaluation import evaluate
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
@@ -53,7 +54,12 @@ def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1)
         prompted = prompted_task.make_prompted_task(task, "none", weights, pool)
         build = lambda i: Example("", user_turn("red " * (7 * i % 5) + f"what is {i} ?"), str(i))
         eval_prompts = evaluate.EvalPrompts(
-            model_ctx, prompted, Examples("digits", "test", range(ROWS), build), workers
+            model_ctx,
+            prompted,
+            CheckedRows(
+                Examples("digits", "test", range(ROWS), build), range(ROWS), np.zeros(ROWS, int)
+            ),
+            workers,
         )
         eval_prompts.row_cache.max_bytes = ctx
         key, sampling = jax.random.key(0), SamplingConfig(1, 4, 0.0, 1)

@@ -17,6 +17,7 @@ from configs.base import get_config as base
 from cptjax.common import console
 from cptjax.config import resolve_stages
 from cptjax.data import processor, row_checks
+from cptjax.data.data_config import DataConfig
 from cptjax.data.datasets import Datasets
 from cptjax.data.mixture import Mixture
 from cptjax.models import load
@@ -73,7 +74,7 @@ def test_counts_tokens_and_pictures():
     found = check.run_preflight(config())
     assert [f.name for f in found] == ["synthetic_colour train", "synthetic_colour test"]
     assert [(f.read, f.total, len(f.bad)) for f in found] == [(40, 40, 0), (10, 10, 0)]
-    assert {r.seen for r in found[0].rows} == {
+    assert {r.image_tokens for r in found[0].rows} == {
         4
     }  # 32 x 32 pixels of 8 x 8 patches, 4 of which make a token
     assert {r.patches for r in found[0].rows} == {16}
@@ -114,7 +115,7 @@ def opened(c, folder):
     """The rows of a run."""
     model_ctx = types.SimpleNamespace(
         processor=processor.load_processor(None, PRESETS["tiny"], 1024, 4096),
-        buckets=row_checks.prompt_buckets(c),
+        buckets=DataConfig.from_config(c.data).length_buckets,
     )
     return Datasets(c, model_ctx, sandbox.SandboxPool(processes=1), folder, recording=True)
 
@@ -210,7 +211,7 @@ def test_questions_with_their_demonstration_are_measured(tmp_path):
     c.data.prompt_limit, c.rollout.max_new_tokens = 76, 8
     with pytest.raises(
         ValueError,
-        match=r"1 bad row.*jsonl:2: its gold answer behind the prompt makes \d+ tokens, more than .*=8 hold",
+        match=r"1 bad row.*jsonl:2: its gold answer after the prompt makes \d+ tokens, more than .*=8 hold",
     ):
         check.run_preflight(c)
 
@@ -218,7 +219,7 @@ def test_questions_with_their_demonstration_are_measured(tmp_path):
 def test_questions_without_a_demonstration_are_told():
     c = config()
     c.method.update(METHODS["sdft"])
-    (reading,) = row_checks.training_splits(resolve_stages(c)[0], resolve_stages(c))
+    (spec,) = row_checks.training_splits(resolve_stages(c)[0], resolve_stages(c))
     task = registry.resolve_task("synthetic_colour", {})
     drawn = task.load("train", root="", limit=1, seed=0)
 
@@ -230,7 +231,7 @@ def test_questions_without_a_demonstration_are_told():
     prompted = prompted_task.make_prompted_task(task, "direct", c.rewards, None)
     assert (
         "no gold answers to demonstrate"
-        in row_checks.measure_row(blank, 0, prompted, words, reading, 128).reason
+        in row_checks.measure_row(blank, 0, prompted, words, spec, 128).reason
     )
 
 
@@ -240,7 +241,7 @@ def test_several_runs_read_what_they_share_once():
     with c.unlocked():
         c.arms.low = {"train": {"lr": 1e-7}}
         c.arms.cot = {"data": {"template": "cot"}}
-    names = [(f.name, f.reading.template) for f in check.run_preflight(c)]
+    names = [(f.name, f.spec.template) for f in check.run_preflight(c)]
     assert sorted(names) == sorted(
         (f"synthetic_colour {split}", template)
         for template in ("direct", "cot")

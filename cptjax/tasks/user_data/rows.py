@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ CHAT_ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-# (the source of an image, the folder of relative paths) -> what the messages hold
-OpenImage = Callable[[Any, Path], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,8 @@ def _row_id(row: UserRow, value: Any) -> str:
     return f"{Path(row.file).name}:{row.number}" if value in (None, "") else str(value)
 
 
-def build_user_example(spec: UserTaskSpec, row: UserRow, open_image: OpenImage) -> Example:
-    """Return the example of a row."""
+def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
+    """Return the example of a row; its images are located, not opened."""
     table, columns = row.table, row.table.rows[row.index]
     cells = {role: columns.get(name) for role, name in table.roles.items()}
     turns = read_turns(spec, cells, columns)
@@ -83,7 +81,7 @@ def build_user_example(spec: UserTaskSpec, row: UserRow, open_image: OpenImage) 
     gold = gold[0] if isinstance(gold, list) else gold
     return Example(
         _row_id(row, cells.get("id")),
-        load_media(turns, cells, table.folder, open_image),
+        load_media(turns, cells, table.folder),
         "" if answer is None else answer,
         gold if isinstance(gold, str) else "",
         spec.name,
@@ -125,24 +123,24 @@ def read_turns(
 
 
 def load_media(
-    turns: list[dict[str, Any]], cells: Mapping[str, Any], folder: Path, open_image: OpenImage
+    turns: list[dict[str, Any]], cells: Mapping[str, Any], folder: Path
 ) -> list[dict[str, Any]]:
     """Return the turns with their images and videos.
 
     Those of the columns `images` and `videos` go, in order, to each <image> and <video> in a text and to each part
     that has none of its own.
     """
-    images = [open_image(image, folder) for image in as_list(cells.get("images"))]
+    images = [locate_image(image, folder) for image in as_list(cells.get("images"))]
     sources = as_list(cells.get("videos"))
     if sources and all(
         isinstance(source, str) and Path(source).suffix.lower() in IMAGE_SUFFIXES
         for source in sources
     ):
         sources = [sources]  # a flat list of image files is one video, frame by frame
-    videos = [load_video(source, folder, open_image) for source in sources]
+    videos = [load_video(source, folder) for source in sources]
     contents = [
         [
-            _read_part(part, folder, open_image)
+            _read_part(part, folder)
             for part in ([turn["content"]] if isinstance(turn["content"], str) else turn["content"])
         ]
         for turn in turns
@@ -154,7 +152,7 @@ def load_media(
     )
 
 
-def _read_part(part: Any, folder: Path, open_image: OpenImage) -> str | dict[str, Any]:
+def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
     """Return a part as a text with placeholders, or as a finished part if it has an image or video of its own."""
     if isinstance(part, str):
         return part
@@ -167,12 +165,12 @@ def _read_part(part: Any, folder: Path, open_image: OpenImage) -> str | dict[str
     if not value:
         return f"<{kind}>"
     if kind == "image":
-        return {"type": "image", "image": open_image(value, folder)}
-    return {"type": "video", "video": load_video(value, folder, open_image)}
+        return {"type": "image", "image": locate_image(value, folder)}
+    return {"type": "video", "video": load_video(value, folder)}
 
 
 def locate_image(source: Any, folder: Path) -> Any:
-    """Check that an image exists, without decoding it; takes the place of `open_image`."""
+    """Return what opens an image later, its path or the bytes that hold it; a missing file is an error."""
     value = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
     if isinstance(value, str) and value and not value.startswith("data:image/"):
         return find_file(value, folder)
@@ -181,7 +179,7 @@ def locate_image(source: Any, folder: Path) -> Any:
     return source
 
 
-def load_video(video: Any, folder: Path, open_image: OpenImage) -> Any:
+def load_video(video: Any, folder: Path) -> Any:
     """Return the path of a video file, or the frames of a list or of a folder of images."""
     if isinstance(video, dict):
         video = video.get("path") or video.get("video")
@@ -200,7 +198,7 @@ def load_video(video: Any, folder: Path, open_image: OpenImage) -> Any:
         raise ValueError(
             f"a video: expected a file, or a list or folder of frames, got {video!r:.80}"
         )
-    return [open_image(frame, folder) for frame in video]
+    return [locate_image(frame, folder) for frame in video]
 
 
 def as_list(value: Any) -> list[Any]:

@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cptjax.common.images import open_image
 from cptjax.tasks.bad_rows import BadRow
 from cptjax.tasks.task import Task, did_you_mean, limit_rows
 from cptjax.tasks.user_data.readers import DataTable, read_tables
-from cptjax.tasks.user_data.rows import UserRow, UserTaskSpec, build_user_example, locate_image
+from cptjax.tasks.user_data.rows import UserRow, UserTaskSpec, build_user_example
 from cptjax.types import Example
 
 COLUMN_ROLES = ("prompt", "images", "videos", "answer", "messages", "target", "id")
@@ -84,10 +83,17 @@ def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: 
 
 
 class UserExamples(Sequence[Example]):
-    """The good rows of a split as examples; images are decoded on access. `bad` lists the other rows."""
+    """The good rows of a split as examples whose images are not opened. `bad` lists the other rows."""
 
-    def __init__(self, spec: UserTaskSpec, rows: Sequence[UserRow], bad: Sequence[BadRow]):
+    def __init__(
+        self,
+        spec: UserTaskSpec,
+        rows: Sequence[UserRow],
+        examples: Sequence[Example | None],
+        bad: Sequence[BadRow],
+    ):
         self.spec, self.rows, self.bad = spec, rows, bad
+        self.examples = examples  # None: built on access, so that images in Arrow files stay there
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,9 +103,11 @@ class UserExamples(Sequence[Example]):
         return self.rows[index].file, self.rows[index].number
 
     def __getitem__(self, index: int) -> Example:
-        row = self.rows[index]
+        row, example = self.rows[index], self.examples[index]
+        if example is not None:
+            return example
         try:
-            return build_user_example(self.spec, row, open_image)
+            return build_user_example(self.spec, row)
         except ValueError as error:
             raise ValueError(f"{row.file}:{row.number}: {error}") from error
 
@@ -116,24 +124,26 @@ def load_user_split(
     tables = [resolve_columns(spec, table) for table in read_tables(sources[origin], origin, root)]
     unread = [bad_row for table in tables for bad_row in table.bad]
     rows = [UserRow(table, index) for table in tables for index in range(len(table.rows))]
-    good, bad, ids = [], [], set()
+    good: list[tuple[UserRow, Example | None]] = []
+    bad: list[BadRow] = []
+    ids: set[str] = set()
     for row in select_split_rows(rows, shares, split):
         try:
-            example = build_user_example(spec, row, locate_image)
+            example = build_user_example(spec, row)
             if example.id in ids:
                 raise ValueError(f"the id {example.id!r} is already in use by an earlier row")
         except ValueError as error:
             bad.append(BadRow(row.file, row.number, str(error)))
         else:
             ids.add(example.id)
-            good.append(row)
+            good.append((row, example if isinstance(row.table.rows, list) else None))
     if not good and not bad and not unread:
         raise ValueError(f"task {spec.name}: no rows for {split} in {sources[origin]}")
     limits = [number for number in (limit, spec.limit) if number is not None]
     chosen = limit_rows(range(len(good)), min(limits, default=None), seed)
     # Lines that cannot be read have no id to share out: they are reported with train.
     bad = bad if split in shares else unread + bad
-    return UserExamples(spec, [good[i] for i in chosen], bad)
+    return UserExamples(spec, [good[i][0] for i in chosen], [good[i][1] for i in chosen], bad)
 
 
 def select_split_rows(

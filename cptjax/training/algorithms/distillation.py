@@ -88,13 +88,15 @@ class Teacher:
 
     def attach(self, batch: Batch, items: Sequence[Any]) -> Batch:
         """The batch with the states of the teacher that has seen the demonstrations."""
-        encode = lambda e: self.model_ctx.processor.encode(
-            demonstration_prompt(self.prompted_tasks[e.task], e), limit=max(self.model_ctx.buckets)
+        encode = lambda item: self.model_ctx.processor.encode(
+            demonstration_prompt(self.prompted_tasks[item.example.task], item.example),
+            limit=max(self.model_ctx.buckets),
+            media=item.encoded.media,
         )
         tokens, mask = sharding.local_rows(batch.targets), sharding.local_rows(batch.mask)
         shown = group_batch(
             self.model_ctx,
-            [encode(i.example) for i in items],
+            [encode(item) for item in items],
             tokens,
             mask,
             length=tokens.shape[1],
