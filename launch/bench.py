@@ -1,10 +1,10 @@
-"""How fast is each phase of a run on this machine, and beside transformers + torch? Random weights; one JSON line on standard output.
+"""Time each phase of a run on this machine, and against transformers + torch. Random weights; one JSON line on standard output.
 
 python launch/bench.py --size=cpu-s [--phases=rollout,logp,sft,grpo] [--peer=hf]
 python launch/bench.py --size=3b --dtype=bfloat16 --micro=16
 python launch/bench.py --size=3b --phases=load
 
-The phases and the meaning of each number: cptjax/bench.py.
+cptjax/benchmark/bench.py describes the phases and the numbers.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ PHASES = flags.DEFINE_list(
     "phases", ["rollout", "logp", "sft", "grpo"], "Some of load, data, rollout, logp, sft, grpo."
 )
 PEER = flags.DEFINE_enum(
-    "peer", None, ["hf"], "Measure transformers + torch in turns with ours (it needs torch)."
+    "peer", None, ["hf"], "Time transformers + torch in turns with our phases (needs torch)."
 )
 IMAGE = flags.DEFINE_integer("image", 112, "Pixels of an image's side, a multiple of 28.")
 PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts, each with an image.", lower_bound=1)
-GROUP = flags.DEFINE_integer("group", 8, "Answers to each prompt.", lower_bound=1)
+GROUP = flags.DEFINE_integer("group", 8, "Responses to each prompt.", lower_bound=1)
 TEXT = flags.DEFINE_integer("text", 32, "Text tokens of a prompt.", lower_bound=4)
-NEW = flags.DEFINE_integer("new", 64, "Tokens of an answer.", lower_bound=1)
+NEW = flags.DEFINE_integer("new", 64, "Tokens of a response.", lower_bound=1)
 REPEAT = flags.DEFINE_integer(
     "repeat", 3, "Timed runs of each phase; the median counts.", lower_bound=1
 )
@@ -34,12 +34,12 @@ MICRO = flags.DEFINE_integer(
     "micro", 0, "Rows of one device pass in logp and sft; 0 = all.", lower_bound=0
 )
 CHUNK = flags.DEFINE_integer(
-    "chunk", 4096, "Tokens whose logits are in memory at one time (train.chunk).", lower_bound=1
+    "chunk", 4096, "Tokens whose logits are in memory at once (train.chunk).", lower_bound=1
 )
 DTYPE = flags.DEFINE_string(
     "dtype",
     "float32",
-    "float32 or bfloat16, of weights and arithmetic; the optimiser's moments stay float32.",
+    "float32 or bfloat16, of weights and arithmetic; the optimiser's moments are float32.",
 )
 REMAT = flags.DEFINE_string(
     "remat",
@@ -67,7 +67,7 @@ def main() -> None:
         dtype=DTYPE.value,
         remat=REMAT.value,
     )
-    found = bench.run_benchmark(work, PHASES.value, PEER.value)
+    metrics = bench.run_benchmark(work, PHASES.value, PEER.value)
     if jax.default_backend() == "cpu" and "glibc.malloc" not in os.environ.get(
         "GLIBC_TUNABLES", ""
     ):
@@ -75,19 +75,13 @@ def main() -> None:
             "on a CPU, `source launch/cpu_memory.sh` first; without it, large steps of both sides are slow"
         )
     for phase in PHASES.value:
-        console.print_message(bench.phase_line(phase, found))
-    print(
-        json.dumps(
-            {
-                k: round(v, 4) if isinstance(v, float) else v
-                for k, v in (dataclasses.asdict(work) | found).items()
-            }
-        )
-    )
+        console.print_message(bench.phase_line(phase, metrics))
+    numbers = dataclasses.asdict(work) | metrics
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}
+    print(json.dumps(rounded))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-    )  # the peer wants a part of a GPU's memory
+    # The peer needs a part of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cli.run_launcher(main)

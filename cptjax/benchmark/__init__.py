@@ -1,1 +1,1 @@
-"""Times the phases of a run, beside transformers and torch."""
+"""Time the phases of a run, alone or against transformers and torch."""

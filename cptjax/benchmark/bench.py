@@ -1,12 +1,12 @@
-"""How fast the programs of a run are on this machine, phase by phase, and beside what a user would take instead.
+"""Time the phases of a run on this machine, alone or in turns with transformers and torch.
 
-    rollout   N prompts x G samples of exactly `new` tokens, temperature 1
+    rollout   N prompts x G responses of exactly `new` tokens, temperature 1
     logp      log-probabilities of the `new` tokens of N * G unrelated rows, each with an image of its own
     sft       forward, backward and AdamW on the same rows
     grpo      rollout, logp and update of N groups, prompts shared
 
-tok_s counts prompt + new tokens of every row (rollout: the new ones), whether or not rows share a prompt. MFU counts the arithmetic
-that the phase needs by hand (`flops`), over the matrix products per second that this machine was seen to do in the same call.
+tok_s counts prompt and new tokens of every row (rollout: the new ones), whether or not rows share a prompt. MFU is the arithmetic
+that the phase needs, counted by hand (`models/flops`), over the matrix products per second that this machine reaches in the same call.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.algorithms.optimizers import OptimizerConfig, make_optimizer
-from cptjax.types import Batch
+from cptjax.types import Batch, Params, Rollouts
 
 BENCH_OPTIMIZER = OptimizerConfig("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0, "float32")
 
@@ -64,116 +64,131 @@ class BenchModel:
     def __init__(self, work: Workload, training: bool):
         self.work, self.mesh = work, sharding.make_mesh()
         self.dtype = BENCH_DTYPES[work.dtype]
-        cpu = self.mesh.devices.flat[0].platform == "cpu"
-        backend = attention.choose_backend(self.mesh, BENCH_SIZES[work.size], self.dtype)
-        self.cfg = dataclasses.replace(
-            BENCH_SIZES[work.size], remat=work.remat, attention=backend, unroll=cpu
-        )
         shards = sharding.batch_shards(self.mesh)
         if work.prompts % shards:
             raise ValueError(
                 f"--prompts={work.prompts}: expected a multiple of the {shards} devices that share a batch"
             )
+        size = BENCH_SIZES[work.size]
+        self.cfg = dataclasses.replace(
+            size,
+            remat=work.remat,
+            attention=attention.choose_backend(self.mesh, size, self.dtype),
+            unroll=self.is_cpu,
+        )
         declared = qwen2_5_vl.declare_params(self.cfg)
-        self.count = trainable.count_params(declared)
+        self.param_count = trainable.count_params(declared)
         rules = sharding.rules_for(self.cfg.text.kv_heads, self.mesh)
         weights = sharding.init_params(declared, jax.random.key(0), self.dtype, self.mesh, rules)
         self.optimizer = make_optimizer(BENCH_OPTIMIZER)
+        # The state takes the weights' buffers, so they are kept under one name only.
         self.state = train_step.init_state(self.optimizer, weights, self.mesh) if training else None
-        self.weights = None if training else weights  # the state has taken them over
+        self.weights = None if training else weights
         self.inputs = random_inputs(work, self.cfg)
-        place = functools.partial(sharding.place_batch, mesh=self.mesh)
-        self.prompts = sharding.place_prompts(
-            equal_rows(self.inputs["prompts"], self.inputs["patches"], self.cfg, shards), self.mesh
-        )
-        self.unrelated = [place(self._rows(some, shards)) for some in self._cuts()]
+        prompts = equal_rows(self.inputs["prompts"], self.inputs["patches"], self.cfg, shards)
+        self.prompts = sharding.place_prompts(prompts, self.mesh)
+        size = work.micro or work.rows
+        self.micro_batches = [
+            sharding.place_batch(self._unrelated_rows(slice(i, i + size), shards), self.mesh)
+            for i in range(0, work.rows, size)
+        ]
         self.key = jax.random.key(1)
 
     @property
-    def params(self) -> Any:
+    def is_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
+    def params(self) -> Params:
         return self.weights if self.state is None else self.state.params
 
-    def _cuts(self) -> list[slice]:
-        size = self.work.micro or self.work.rows
-        return [slice(i, i + size) for i in range(0, self.work.rows, size)]
-
-    def _rows(self, some: slice, shards: int) -> Batch:
-        """Rows that share nothing: prompt, answer and image of each."""
-        copies = lambda x: np.repeat(x, self.work.group, 0)[some]
-        answers = self.inputs["answers"][some].astype(np.int32)
-        tokens = np.concatenate([copies(self.inputs["prompts"]), answers], 1)
-        where = np.broadcast_to(
-            np.arange(self.work.prompt - 1, tokens.shape[1] - 1, dtype=np.int32), answers.shape
+    def _unrelated_rows(self, part: slice, shards: int) -> Batch:
+        """Return rows that share nothing: prompt, response and image of each."""
+        prompts, patches = (
+            np.repeat(self.inputs[name], self.work.group, 0)[part]
+            for name in ("prompts", "patches")
         )
-        prompts = equal_rows(tokens, copies(self.inputs["patches"]), self.cfg, shards)
-        return Batch(prompts, answers, np.ones(answers.shape, bool), where)
+        responses = self.inputs["responses"][part].astype(np.int32)
+        tokens = np.concatenate([prompts, responses], 1)
+        predicting = np.arange(self.work.prompt - 1, tokens.shape[1] - 1, dtype=np.int32)
+        return Batch(
+            equal_rows(tokens, patches, self.cfg, shards),
+            targets=responses,
+            mask=np.ones(responses.shape, bool),
+            where=np.broadcast_to(predicting, responses.shape),
+        )
 
     @functools.cached_property
-    def scorer(self) -> Callable:
+    def score(self) -> Callable[[Params, Batch], jax.Array]:
+        """The program of log-probabilities."""
         return logprobs.make_scoring_program(self.cfg, self.dtype, self.work.chunk, 1.0)
 
-    def steps(self, kind: str, **settings: Any) -> train_step.StepPrograms:
-        objective = Objective(
-            dataclasses.replace(LossConfig.plain(kind, self.work.chunk), **settings)
-        )
+    def step_programs(self, kind: str, **settings: Any) -> train_step.StepPrograms:
+        loss = dataclasses.replace(LossConfig.plain(kind, self.work.chunk), **settings)
         return train_step.make_step_programs(
             self.cfg,
-            objective,
+            Objective(loss),
             self.optimizer,
             train_step.StateShardings.of(self.state),
             self.dtype,
         )
 
 
-def rollout_phase(s: BenchModel) -> Callable[[], Any]:
-    """Every row runs to its last token: none may end it."""
+# ---- phases: each function returns what is timed -------------------------------------------------
+
+
+def rollout_phase(model: BenchModel) -> Callable[[], Rollouts]:
+    """Return the rollouts of one batch, without a stop token: every row has `new` tokens."""
+    work = model.work
     sampling = SamplingConfig(
-        group=s.work.group, max_new_tokens=s.work.new, temperature=1.0, check_every=16
-    )
-    return lambda: sampler.generate_rollouts(
-        s.params, s.prompts, s.key, s.cfg, sampling, dtype=s.dtype, stop=(-1,)
+        group=work.group, max_new_tokens=work.new, temperature=1.0, check_every=16
     )
 
-
-def logp_phase(s: BenchModel) -> Callable[[], Any]:
-    return lambda: [s.scorer(s.params, batch) for batch in s.unrelated]
-
-
-def sft_phase(s: BenchModel) -> Callable[[], Any]:
-    steps = s.steps("sft")
-
-    def run() -> Any:
-        s.state, metrics = steps.run(s.state, {}, s.unrelated, 1e-6)
-        return s.state, metrics
+    def run() -> Rollouts:
+        return sampler.generate_rollouts(
+            model.params,
+            model.prompts,
+            model.key,
+            model.cfg,
+            sampling,
+            dtype=model.dtype,
+            stop=(-1,),
+        )
 
     return run
 
 
-def grpo_phase(s: BenchModel) -> Callable[[], Any]:
-    """One step of a run, as `lessons` and `train` make it: what the sampler drew is scored and learned from where it lies."""
-    draw, steps, rows = (
-        rollout_phase(s),
-        s.steps("policy", ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0),
-        s.work.rows,
-    )
-    advantages = sharding.place_rows(
-        np.random.default_rng(2).standard_normal(rows, np.float32), s.mesh
-    )
+def logp_phase(model: BenchModel) -> Callable[[], list[jax.Array]]:
+    """Return the log-probabilities of unrelated rows."""
+    return lambda: [model.score(model.params, batch) for batch in model.micro_batches]
+
+
+def sft_phase(model: BenchModel) -> Callable[[], Any]:
+    """Return one update on unrelated rows."""
+    steps = model.step_programs("sft")
 
     def run() -> Any:
-        out = draw()
-        batch = Batch(
-            s.prompts,
-            out.tokens,
-            out.mask,
-            None,
-            {"advantages": advantages, "sampler_logps": out.logps},
-        )
-        old = s.scorer(s.params, batch)
-        s.state, metrics = steps.run(
-            s.state, {}, [batch.replace(extra=batch.extra | {"old_logps": old})], 1e-6
-        )
-        return s.state, metrics
+        model.state, metrics = steps.run(model.state, {}, model.micro_batches, 1e-6)
+        return model.state, metrics
+
+    return run
+
+
+def grpo_phase(model: BenchModel) -> Callable[[], Any]:
+    """Return one step of GRPO: rollouts are scored and trained on without leaving the device."""
+    sample = rollout_phase(model)
+    steps = model.step_programs("policy", ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0)
+    random = np.random.default_rng(2).standard_normal(model.work.rows, np.float32)
+    advantages = sharding.place_rows(random, model.mesh)
+
+    def run() -> Any:
+        rollouts = sample()
+        extra = {"advantages": advantages, "sampler_logps": rollouts.logps}
+        batch = Batch(model.prompts, rollouts.tokens, rollouts.mask, extra=extra)
+        old_logps = model.score(model.params, batch)
+        batch = batch.replace(extra=extra | {"old_logps": old_logps})
+        model.state, metrics = steps.run(model.state, {}, [batch], 1e-6)
+        return model.state, metrics
 
     return run
 
@@ -187,178 +202,207 @@ PHASE_FUNCTIONS = {
 
 
 def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, float]:
-    """What a phase needs: (text, vision) operations; a backward pass is two forward passes."""
+    """Return the (text, vision) operations that a phase needs; a backward pass is two forward passes."""
     n, g, p, r = work.prompts, work.group, work.prompt, work.new
     slots = len(positions.frame_layout(work.grid, work.grid, cfg.vision).order)
-    see = lambda images: flops.vision_forward_flops(cfg, images * slots, slots)
-    drawing = flops.text_forward_flops(cfg, n, p, 1) + flops.decode_flops(cfg, n, p, g, r - 1)
-    plain, shared = (
-        flops.text_forward_flops(cfg, n * g, p + r, r),
-        flops.group_forward_flops(cfg, n, p, g, r),
-    )
+    image = flops.vision_forward_flops(cfg, slots, slots)
+    rollout = flops.text_forward_flops(cfg, n, p, 1) + flops.decode_flops(cfg, n, p, g, r - 1)
+    rows = flops.text_forward_flops(cfg, n * g, p + r, r)
+    groups = flops.group_forward_flops(cfg, n, p, g, r)
     return {
-        "rollout": (drawing, see(n)),
-        "logp": (plain, see(n * g)),
-        "sft": (3 * plain, 3 * see(n * g)),
-        "grpo": (drawing + 4 * shared, 5 * see(n)),
+        "rollout": (rollout, n * image),
+        "logp": (rows, n * g * image),
+        "sft": (3 * rows, 3 * n * g * image),
+        "grpo": (rollout + 4 * groups, 5 * n * image),
     }[phase]
 
 
+# ---- measuring -----------------------------------------------------------------------------------
+
+
 def measure_peak_flops(dtype: Any, repeat: int = 5) -> float:
-    """Operations per second of a large matrix product, all devices together: the best of a few."""
+    """Return the operations per second of a large matrix product, all devices together: the best of a few."""
     devices = jax.devices()
-    side, cpu = (2048, True) if devices[0].platform == "cpu" else (8192, False)
-    product = jax.jit(lambda a: jax.lax.fori_loop(0, 1 if cpu else 10, lambda _, x: a @ x, a))
+    cpu = devices[0].platform == "cpu"
+    side, products = (2048, 1) if cpu else (8192, 10)
+    multiply = jax.jit(lambda a: jax.lax.fori_loop(0, products, lambda _, x: a @ x, a))
     a = jnp.full((side, side), 1 / side, jnp.float32 if cpu else dtype)
-    seconds = time_calls(lambda: product(a), repeat + 1)
-    return 2 * side**3 * (1 if cpu else 10) / min(seconds[1:]) * len(devices)
+    seconds = time_calls(lambda: multiply(a), repeat + 1)
+    return 2 * side**3 * products / min(seconds[1:]) * len(devices)
 
 
 def time_calls(run: Callable[[], Any], times: int = 1) -> list[float]:
-    out = []
+    """Return the seconds of each of some calls."""
+    seconds = []
     for _ in range(times):
         start = time.perf_counter()
         jax.block_until_ready(run())
-        out.append(time.perf_counter() - start)
-    return out
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 class CompilationCounter:
-    """Counts what the compiler does from here on."""
+    """Count the compilations, and their seconds, from now on."""
 
     def __init__(self) -> None:
         self.count, self.seconds = 0, 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             self.count, self.seconds = self.count + 1, self.seconds + seconds
 
 
 def measure_phase(
-    session: BenchModel, phase: str, peer: Callable[[str], float] | None, heard: CompilationCounter
+    model: BenchModel,
+    phase: str,
+    peer: Callable[[str], float] | None,
+    compilations: CompilationCounter,
 ) -> dict[str, float]:
-    """One phase: warmed up, then timed in turns with the peer."""
-    run, work = PHASE_FUNCTIONS[phase](session), session.work
-    before = heard.count, heard.seconds
-    with jax.set_mesh(session.mesh), console.show_waiting(f"{phase}: compiling"):
+    """Warm one phase up, and time it in turns with the peer."""
+    run, work = PHASE_FUNCTIONS[phase](model), model.work
+    count, compile_seconds = compilations.count, compilations.seconds
+    with jax.set_mesh(model.mesh), console.show_waiting(f"{phase}: compiling"):
         time_calls(run)
-    found: dict[str, Any] = {
-        f"{phase}_compilations": heard.count - before[0],
-        f"{phase}_compile_s": heard.seconds - before[1],
+    metrics: dict[str, Any] = {
+        f"{phase}_compilations": compilations.count - count,
+        f"{phase}_compile_s": compilations.seconds - compile_seconds,
     }
-    ours, theirs, again = [], [], heard.count
-    with jax.set_mesh(session.mesh), console.show_waiting(f"{phase}: measuring"):
+    count = compilations.count
+    seconds, peer_seconds = [], []
+    with jax.set_mesh(model.mesh), console.show_waiting(f"{phase}: measuring"):
         if peer:
             peer(phase)
         for _ in range(work.repeat):
-            ours += time_calls(run)
-            theirs += [peer(phase)] if peer else []
+            seconds += time_calls(run)
+            peer_seconds += [peer(phase)] if peer else []
     tokens = work.rows * (work.new if phase == "rollout" else work.prompt + work.new)
-    took = statistics.median(ours)
-    found |= {
-        f"{phase}_s": took,
-        f"{phase}_tok_s": tokens / took,
-        f"{phase}_compilations_after_warmup": heard.count - again,
+    median = statistics.median(seconds)
+    metrics |= {
+        f"{phase}_s": median,
+        f"{phase}_tok_s": tokens / median,
+        f"{phase}_compilations_after_warmup": compilations.count - count,
     }
-    if theirs:
-        found[f"peer_{phase}_s"], found[f"peer_{phase}_tok_s"] = (
-            statistics.median(theirs),
-            tokens / statistics.median(theirs),
-        )
-        found[f"ratio_{phase}"] = statistics.median(
-            b / a for a, b in zip(ours, theirs, strict=True)
-        )
-    return found
+    if peer:
+        peer_median = statistics.median(peer_seconds)
+        ratios = [b / a for a, b in zip(seconds, peer_seconds, strict=True)]
+        metrics |= {
+            f"peer_{phase}_s": peer_median,
+            f"peer_{phase}_tok_s": tokens / peer_median,
+            f"ratio_{phase}": statistics.median(ratios),
+        }
+    return metrics
 
 
 def flops_utilisation(
-    found: dict[str, float], phases: Sequence[str], work: Workload, cfg: ModelConfig, most: float
+    metrics: dict[str, float],
+    phases: Sequence[str],
+    work: Workload,
+    cfg: ModelConfig,
+    peak_flops: float,
 ) -> dict[str, float]:
-    """MFU of each phase, with the vision tower and without."""
-    out = {"ceiling_tflops": most / 1e12}
+    """Return the MFU of each phase, with the vision tower and without."""
+    out = {"ceiling_tflops": peak_flops / 1e12}
     for phase in phases:
         text, vision = phase_flops(phase, work, cfg)
-        out |= {
-            f"{phase}_mfu": (text + vision) / found[f"{phase}_s"] / most,
-            f"{phase}_mfu_text": text / found[f"{phase}_s"] / most,
-        }
+        seconds = metrics[f"{phase}_s"]
+        out[f"{phase}_mfu"] = (text + vision) / seconds / peak_flops
+        out[f"{phase}_mfu_text"] = text / seconds / peak_flops
     return out
 
 
 def peak_memory_gib() -> float:
-    """GiB at most so far: of one accelerator, or of this process on a CPU."""
+    """Return the largest GiB so far: of one accelerator, or of this process on a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", process_memory(peak=True)) / 2**30
 
 
 @contextlib.contextmanager
-def open_peer(session: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[str, Any]]]:
-    """The peer on our weights and inputs, with its facts; it must find the log-probabilities that we find."""
-    work = session.work
-    cpu = session.mesh.devices.flat[0].platform == "cpu"
-    with tempfile.TemporaryDirectory() as folder:
+def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[str, Any]]]:
+    """Start the peer on our weights and inputs; yield what calls it, and its facts.
+
+    The peer must compute the log-probabilities that we compute, else the two do not do the same work.
+    """
+    work = model.work
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
         with console.show_waiting("peer: weights"):
-            hf_checkpoint.save_hf_checkpoint(
-                session.params, session.cfg, Path(folder) / "model", dtype=work.dtype
-            )
-            np.savez(Path(folder) / "model" / peer_hf.INPUTS_FILE, **session.inputs)
+            hf_checkpoint.save_hf_checkpoint(model.params, model.cfg, folder, dtype=work.dtype)
+            np.savez(folder / peer_hf.INPUTS_FILE, **model.inputs)
         settings = dict(
-            device="cpu" if cpu else "cuda",
+            device="cpu" if model.is_cpu else "cuda",
             dtype=work.dtype,
             group=work.group,
             micro=work.micro,
             new=work.new,
         )
-        with peer_hf.start_peer(Path(folder) / "model", **settings) as ask:
+        with peer_hf.start_peer(folder, **settings) as call:
             with console.show_waiting("peer: starting"):
-                facts = ask("facts")
-            with jax.set_mesh(session.mesh):
-                ours = np.concatenate([np.asarray(x) for x in logp_phase(session)()])
-            session.scorer.clear_cache()  # the phase counts its own compilations
-            gap = float(np.abs(ours - np.asarray(facts.pop("logps"))).mean())
-            if not gap < (1e-3 if work.dtype == "float32" else 0.1):
+                facts = call("facts")
+            with jax.set_mesh(model.mesh):
+                logps = np.concatenate([np.asarray(x) for x in logp_phase(model)()])
+            model.score.clear_cache()  # the phase counts its own compilations
+            gap = float(np.abs(logps - np.asarray(facts.pop("logps"))).mean())
+            limit = 1e-3 if work.dtype == "float32" else 0.1
+            if not gap < limit:
                 raise ValueError(
-                    f"the peer's log-probabilities differ from ours by {gap:.2g} on average: not the same work"
+                    f"the peer's log-probabilities differ from ours by {gap:.2g} on average; expected less than {limit}: not the same work"
                 )
-            yield ask, facts | {"peer_logp_gap": gap}
+            yield call, facts | {"peer_logp_gap": gap}
 
 
 def run_benchmark(work: Workload, phases: Sequence[str], peer: str | None = None) -> dict[str, Any]:
-    """All that is asked for, by name."""
+    """Measure the phases, and return all numbers by name."""
     check_workload(work, phases)
-    found: dict[str, Any] = checkpoint_loading.measure_loading(work) if "load" in phases else {}
-    found |= data_pipeline.measure_data_pipeline() if "data" in phases else {}
-    wanted, heard = [p for p in MODEL_PHASES if p in phases], CompilationCounter()
-    if not wanted:
-        return found
-    session = BenchModel(work, training=bool({"sft", "grpo"} & set(wanted)))
-    device = jax.devices()[0]
-    found |= {"params": session.count, "prompt": work.prompt, "seqs": work.rows}
-    found |= {"device": device.device_kind, "devices": jax.device_count()}
+    metrics: dict[str, Any] = {}
+    if "load" in phases:
+        metrics |= checkpoint_loading.measure_loading(work)
+    if "data" in phases:
+        metrics |= data_pipeline.measure_data_pipeline()
+    model_phases = [p for p in MODEL_PHASES if p in phases]
+    compilations = CompilationCounter()
+    if not model_phases:
+        return metrics
+    model = BenchModel(work, training=bool({"sft", "grpo"} & set(model_phases)))
+    metrics |= {
+        "params": model.param_count,
+        "prompt": work.prompt,
+        "seqs": work.rows,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+    }
     with contextlib.ExitStack() as stack:
-        ask, facts = stack.enter_context(open_peer(session)) if peer else (None, {})
-        first = measure_peak_flops(session.dtype)
-        for phase in wanted:
-            found |= measure_phase(session, phase, ask, heard)
-        most = max(first, measure_peak_flops(session.dtype))
-    found |= facts | flops_utilisation(found, wanted, work, session.cfg, most)
-    if {"data", "sft"} <= set(
-        phases
-    ):  # how much faster rows come than this model's training step takes them
-        found["data_over_sft"] = found["data_rows_s"] / (found["seqs"] / found["sft_s"])
-    total = {"compilations": heard.count, "compile_s": heard.seconds, "peak_gib": peak_memory_gib()}
-    return found | total | {"attention": session.cfg.attention, "load_average": os.getloadavg()[0]}
+        call_peer, facts = stack.enter_context(open_peer(model)) if peer else (None, {})
+        peak_before = measure_peak_flops(model.dtype)
+        for phase in model_phases:
+            metrics |= measure_phase(model, phase, call_peer, compilations)
+        peak_flops = max(peak_before, measure_peak_flops(model.dtype))
+    metrics |= facts | flops_utilisation(metrics, model_phases, work, model.cfg, peak_flops)
+    if {"data", "sft"} <= set(phases):
+        # The pipeline's rows a second over those of this model's training step.
+        metrics["data_over_sft"] = metrics["data_rows_s"] / (metrics["seqs"] / metrics["sft_s"])
+    return metrics | {
+        "compilations": compilations.count,
+        "compile_s": compilations.seconds,
+        "peak_gib": peak_memory_gib(),
+        "attention": model.cfg.attention,
+        "load_average": os.getloadavg()[0],
+    }
 
 
-def phase_line(phase: str, found: dict[str, Any]) -> str:
-    """A phase's numbers as a line for people."""
+def phase_line(phase: str, metrics: dict[str, float]) -> str:
+    """Format the numbers of a phase as a line of text."""
     if phase in ("load", "data"):
-        return f"{phase:8}" + "  ".join(
-            f"{k.removeprefix(phase + '_')} {v:.4g}"
-            for k, v in found.items()
-            if k.startswith(f"{phase}_")
+        values = (
+            f"{name.removeprefix(phase + '_')} {value:.4g}"
+            for name, value in metrics.items()
+            if name.startswith(f"{phase}_")
         )
-    line = f"{phase:8}{found[f'{phase}_s']:9.3f} s {found[f'{phase}_tok_s']:10.0f} tokens/s  MFU {found[f'{phase}_mfu']:.0%}"
-    ratio = found.get(f"ratio_{phase}")
-    return line + (f"  {ratio:.2f} x the peer ({found[f'peer_{phase}_s']:.3f} s)" if ratio else "")
+        return f"{phase:8}" + "  ".join(values)
+    seconds, speed, mfu = (metrics[f"{phase}_{name}"] for name in ("s", "tok_s", "mfu"))
+    line = f"{phase:8}{seconds:9.3f} s {speed:10.0f} tokens/s  MFU {mfu:.0%}"
+    if f"ratio_{phase}" not in metrics:
+        return line
+    return (
+        f"{line}  {metrics[f'ratio_{phase}']:.2f} x the peer ({metrics[f'peer_{phase}_s']:.3f} s)"
+    )

@@ -1,4 +1,4 @@
-"""The load phase: how fast a checkpoint in several files is read, and in how much host memory.
+"""The load phase: seconds and host memory to read a checkpoint of several files.
 
 load_s_per_gb      seconds for each GB of the checkpoint, file cache warm
 load_peak_ratio    by how much the process grew at its largest, over the checkpoint's size; on a CPU the parameters are a part of it
@@ -23,13 +23,11 @@ from cptjax.models.config import read_model_config
 
 
 def process_memory(peak: bool = False) -> int:
-    """Bytes of host memory that this process holds, or held at most."""
+    """Return the bytes of host memory that this process holds, or its peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    name = (
-        "VmHWM:" if peak else "VmRSS:"
-    )  # ru_maxrss would count the parent's memory from before exec
+    name = "VmHWM:" if peak else "VmRSS:"  # ru_maxrss counts the parent's memory from before exec
     return (
         next(
             int(line.split()[1])
@@ -41,7 +39,7 @@ def process_memory(peak: bool = False) -> int:
 
 
 def measure_loading(work: Workload) -> dict[str, float]:
-    """Writes a random checkpoint in several files and has a process of its own load it."""
+    """Write a random checkpoint of several files, and measure how another process loads it."""
     cfg = BENCH_SIZES[work.size]
     size = trainable.count_params(qwen2_5_vl.declare_params(cfg)) * 2
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +70,7 @@ def measure_loading(work: Workload) -> dict[str, float]:
 
 
 def report_loading(folder: str) -> None:
-    """What the process of its own does: its time and memory, as JSON."""
+    """Load the checkpoint in this process, and print its time and memory as JSON."""
     jax.block_until_ready(jnp.zeros(()))
     before = process_memory()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How fast rows come: the whole data pipeline, from an example to a padded batch, without a model."""
+"""The data phase: rows per second of the whole pipeline, from an example to a padded batch."""
 
 import dataclasses
 import functools
@@ -22,15 +22,15 @@ from cptjax.types import Example
 def measure_data_pipeline(
     rows: int = 20_000, jpegs: int = 160, workers: int = 0
 ) -> dict[str, float]:
-    """Measures the whole pipeline, from drawn example to padded batch: rows a second, and rows a second of one core."""
+    """Return the rows a second of the pipeline, and of one core, for synthetic images and for JPEGs."""
     tiny, large = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], vision=VisionConfig())
-    drawn = dataset.make_synthetic_task("bench", "colour", side=64).load("train", limit=rows)
+    examples = dataset.make_synthetic_task("bench", "colour", side=64).load("train", limit=rows)
     words = [
         processor.load_processor(None, cfg, side * side, side * side)
         for cfg, side in ((tiny, 64), (large, 448))
     ]
     collate = lambda batch: collate_rows(batch, buckets=(64, 512))
-    count, wall, cpu = time_epoch(drawn, functools.partial(_encode, words[0]), collate, workers)
+    count, wall, cpu = time_epoch(examples, functools.partial(_encode, words[0]), collate, workers)
     photos, _, jpeg = time_epoch(_photos(jpegs), functools.partial(_encode, words[1]), collate, 0)
     return {
         "data_rows": count,
@@ -47,7 +47,7 @@ def time_epoch(
     collate: Callable,
     workers: int,
 ) -> tuple[int, float, float]:
-    """(rows, seconds, processor seconds of this process) of the whole batches of an epoch after the first; each row is read once."""
+    """Return (rows, seconds, processor seconds of this process) of an epoch's batches after the first; each row is read once."""
     batch = min(32, len(examples) // 2)
     steps = len(examples) // batch - 1
     with BatchStream(
@@ -58,9 +58,7 @@ def time_epoch(
         workers=workers,
         prefetch=1,
     ) as stream:
-        next(
-            stream
-        )  # the workers have started; the reader begins with the next batch as the clock does
+        next(stream)  # after the first batch all workers have started
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             next(stream)
@@ -72,7 +70,7 @@ def _encode(words: Any, example: Example, index: int) -> Any:
 
 
 def _photos(n: int) -> list[Example]:
-    """Returns questions about 448 x 448 JPEGs that cost what a photo costs to decode: soft shapes under fine grain."""
+    """Return prompts with 448 x 448 JPEGs that cost what a photo costs to decode: soft shapes under fine grain."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(n):

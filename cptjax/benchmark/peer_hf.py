@@ -1,7 +1,7 @@
-"""What a user would take instead: transformers and torch, on the same weights and inputs, in a process of its own.
+"""The peer of the benchmark: transformers and torch on the same weights and inputs, in another process.
 
-The other side writes a checkpoint and `inputs.npz` into a folder; one phase's name a line goes in, its seconds come back. torch is
-imported in that process alone.
+`bench` writes a checkpoint and `inputs.npz` into a folder, then sends the name of a phase per line and reads its seconds. torch is
+imported in the other process alone.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ INPUTS_FILE = "inputs.npz"
 
 @contextlib.contextmanager
 def start_peer(folder: Path, **settings: Any) -> Iterator[Callable[[str], Any]]:
-    """A function that has a phase run by the peer and returns what the peer says: its seconds, or facts about itself for `facts`."""
+    """Start the peer; yield a function that runs a phase there and returns its seconds (`facts`: its versions and log-probabilities)."""
     command = [
         sys.executable,
         "-m",
@@ -31,24 +31,24 @@ def start_peer(folder: Path, **settings: Any) -> Iterator[Callable[[str], Any]]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
 
-        def ask(phase: str) -> Any:
+        def call(phase: str) -> Any:
             print(phase, file=child.stdin, flush=True)
             line = child.stdout.readline()
             if not line:
                 raise OSError(
-                    f"the peer ended during {phase!r}; its own words stand above (are torch and transformers installed?)"
+                    f"the peer ended during {phase!r}; its error is printed above (are torch and transformers installed?)"
                 )
             return json.loads(line)
 
         try:
-            yield ask
+            yield call
         finally:
             child.stdin.close()
             child.terminate()
 
 
 class HFPeer:
-    """The model of transformers with the four phases."""
+    """The model of transformers, with a method for each phase."""
 
     def __init__(self, folder: str, device: str, dtype: str, group: int, micro: int, new: int):
         import torch
@@ -58,50 +58,53 @@ class HFPeer:
         self.model = Model.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).to(device)
-        self.tokens = self.model.config.image_token_id
+        self.image_token = self.model.config.image_token_id
         given = np.load(Path(folder) / INPUTS_FILE)
-        on = lambda x: torch.from_numpy(x).to(device)
-        copies = lambda x: on(np.repeat(x, group, 0))
-        self.prompts = copies(given["prompts"])
-        self.rows = torch.cat([self.prompts, on(given["answers"])], 1)
-        self.patches = copies(given["patches"]).to(getattr(torch, dtype))
+        on_device = lambda x: torch.from_numpy(x).to(device)
+        repeated = lambda x: on_device(np.repeat(x, group, 0))
+        self.prompts = repeated(given["prompts"])
+        self.rows = torch.cat([self.prompts, on_device(given["responses"])], 1)
+        self.patches = repeated(given["patches"]).to(getattr(torch, dtype))
         self.micro = micro or len(self.rows)
         self.optimizer = None
 
-    def _see(self, rows: slice) -> dict[str, Any]:
+    def _image_inputs(self, rows: slice) -> dict[str, Any]:
         patches = self.patches[rows]
         side = round(patches.shape[1] ** 0.5)
         grids = self.torch.tensor([[1, side, side]] * len(patches), device=self.device)
         return {"pixel_values": patches.flatten(0, 1), "image_grid_thw": grids}
 
-    def _say(self, tokens: Any) -> dict[str, Any]:
+    def _text_inputs(self, tokens: Any) -> dict[str, Any]:
         return {
             "input_ids": tokens,
             "attention_mask": self.torch.ones_like(tokens),
-            "mm_token_type_ids": (tokens == self.tokens).int(),
+            "mm_token_type_ids": (tokens == self.image_token).int(),
         }
 
     def _logps(self, rows: slice) -> Any:
-        """Log-probabilities of the new tokens; logits are made for these alone."""
+        """Return the log-probabilities of the new tokens; logits are computed for these alone."""
         tokens = self.rows[rows]
         logits = (
             self.model(
-                **self._say(tokens), **self._see(rows), logits_to_keep=self.new + 1, use_cache=False
+                **self._text_inputs(tokens),
+                **self._image_inputs(rows),
+                logits_to_keep=self.new + 1,
+                use_cache=False,
             )
             .logits[:, :-1]
             .float()
         )
         return self.torch.log_softmax(logits, -1).gather(-1, tokens[:, -self.new :, None])[..., 0]
 
-    def _parts(self) -> list[slice]:
+    def _micro_batches(self) -> list[slice]:
         return [slice(i, i + self.micro) for i in range(0, len(self.rows), self.micro)]
 
     def rollout(self) -> None:
         self.model.eval()
         with self.torch.no_grad():
             self.model.generate(
-                **self._say(self.prompts),
-                **self._see(slice(None)),
+                **self._text_inputs(self.prompts),
+                **self._image_inputs(slice(None)),
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
@@ -116,13 +119,13 @@ class HFPeer:
     def logp(self) -> Any:
         self.model.eval()
         with self.torch.no_grad():
-            return self.torch.cat([self._logps(rows) for rows in self._parts()])
+            return self.torch.cat([self._logps(rows) for rows in self._micro_batches()])
 
     def sft(self) -> None:
         self.model.train()
         if self.optimizer is None:
             self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        for rows in self._parts():
+        for rows in self._micro_batches():
             (-self._logps(rows).sum() / (len(self.rows) * self.new)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,7 +144,7 @@ class HFPeer:
         return time.perf_counter() - start
 
     def facts(self) -> dict[str, Any]:
-        """Versions, and the log-probabilities by which the other side sees that both do the same work."""
+        """Return versions, and the log-probabilities that show that both sides do the same work."""
         import transformers
 
         versions = f"transformers {transformers.__version__}, torch {self.torch.__version__}"
@@ -153,7 +156,7 @@ class HFPeer:
 
 
 def serve_phases(settings: str) -> None:
-    """Answer each line of standard input with one line of JSON."""
+    """Run the phase that each line of standard input names, and print one line of JSON."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What `bench` measures: sizes, numbers and shapes of one call, and random inputs that two sides can share."""
+"""The workload of a benchmark: model size, shapes, and random inputs that we and the peer share."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ BENCH_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def small_model(width: int, mlp: int, depth: int, vocab: int, vision: VisionConfig) -> ModelConfig:
-    """A model of 8 heads over 2, with Qwen's shape at a size that a CPU trains."""
+    """Return a model of Qwen's shape, 8 query heads over 2 key/value heads, that a CPU can train."""
     head, third = width // 8, width // 8 // 16 * 3
     text = TextConfig(
         vocab=vocab,
@@ -49,19 +49,19 @@ BENCH_SIZES: dict[str, ModelConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is measured."""
+    """The size, shapes and number formats of a benchmark; each field is a flag of `launch/bench.py`."""
 
     size: str = "cpu-s"
     image: int = 112  # pixels of a side
     prompts: int = 8
     group: int = 8
     text: int = 32  # text tokens of a prompt
-    new: int = 64  # tokens of an answer
+    new: int = 64  # tokens of a response
     repeat: int = 3
     micro: int = 0  # rows of one pass in logp and sft; 0 = all
     dtype: str = "float32"
     remat: str = "none"
-    chunk: int = 4096  # tokens whose logits are in memory at one time
+    chunk: int = 4096  # tokens whose logits are in memory at once
 
     @property
     def rows(self) -> int:
@@ -78,7 +78,7 @@ class Workload:
 
 
 def check_workload(work: Workload, phases: Sequence[str]) -> None:
-    """Refuse what cannot be measured."""
+    """Refuse a workload that cannot be measured."""
     named = [
         ("size", work.size, BENCH_SIZES),
         ("dtype", work.dtype, BENCH_DTYPES),
@@ -102,7 +102,7 @@ def check_workload(work: Workload, phases: Sequence[str]) -> None:
 
 
 def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random prompts [N P], answers [N * G R] and patches [N P C] in the processor's order: the same for us and for the peer."""
+    """Return random prompts [N P], responses [N * G R] and patches [N P C] in the processor's order."""
     rng = np.random.default_rng(seed)
     words = min(cfg.text.vocab, 150_000) - 10
     text = rng.integers(10, words, (work.prompts, work.text))
@@ -114,7 +114,7 @@ def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, 
     ]
     return {
         "prompts": np.concatenate([text[:, :4], *image, text[:, 4:]], 1),
-        "answers": rng.integers(10, words, (work.rows, work.new)),
+        "responses": rng.integers(10, words, (work.rows, work.new)),
         "patches": rng.standard_normal(
             (work.prompts, work.grid**2, cfg.vision.patch_dim), np.float32
         ),
@@ -122,14 +122,14 @@ def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, 
 
 
 def equal_rows(tokens: np.ndarray, patches: np.ndarray, cfg: ModelConfig, shards: int) -> Prompts:
-    """Rows of equal shape [B T], each with one square image [B P C]."""
+    """Return rows of equal shape [B T] as prompts, each with one square image [B P C]."""
     (b, t), side = tokens.shape, round(patches.shape[1] ** 0.5)
-    here = tokens[0] == cfg.image_token
-    ids = positions.mrope(here.astype(int), [(1, side, side)], [], cfg.vision)
+    is_image = tokens[0] == cfg.image_token
+    ids = positions.mrope(is_image.astype(int), [(1, side, side)], [], cfg.vision)
     layout = positions.frame_layout(side, side, cfg.vision)
     real, n = layout.order >= 0, len(layout.order)
     slots = np.full((b, t), -1, np.int32)
-    slots[:, here] = (
+    slots[:, is_image] = (
         np.arange(b)[:, None] % (b // shards) * (n // cfg.vision.merge**2) + layout.units
     )
     frame = np.where(real[:, None], patches[:, np.maximum(layout.order, 0)], 0)

@@ -1,4 +1,4 @@
-"""The benchmark: same work as the peer's, numbers that follow from each other, and one line for every mistake."""
+"""The benchmark: it does the peer's work, its numbers agree with each other, and each mistake is one line."""
 
 import mmap
 import os
@@ -30,8 +30,8 @@ def nano(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_phase_beside_the_peer(nano):
-    """The peer gets our weights and inputs, and `run` refuses to go on unless it finds the same log-probabilities."""
+def test_every_phase_is_timed_against_the_peer(nano):
+    """The peer gets our weights and inputs; the benchmark stops unless it computes the same log-probabilities."""
     pytest.importorskip("torch")
     found = bench.run_benchmark(WORK, MODEL_PHASES, "hf")
     assert found["peer_logp_gap"] < 1e-5
@@ -55,7 +55,7 @@ def _shapes():
     return [entry.shape for entry in hf_checkpoint.tensor_table(NANO).values()]
 
 
-def test_without_a_peer_nothing_is_said_of_one(nano):
+def test_without_a_peer_no_number_names_one(nano):
     found = bench.run_benchmark(WORK, ["logp"])
     assert not [k for k in found if "peer" in k or "ratio" in k]
     assert "peer" not in bench.phase_line("logp", found)
@@ -68,17 +68,17 @@ def test_micro_batches_are_the_same_rows(nano):
         )
         for m in (0, 8)
     )
-    assert [len(b.targets) for b in parts.unrelated] == [8, 8]
+    assert [len(b.targets) for b in parts.micro_batches] == [8, 8]
     found = [np.concatenate([np.asarray(x) for x in bench.logp_phase(s)()]) for s in (whole, parts)]
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
-def test_rows_are_those_of_the_processor(nano):
+def test_rows_equal_those_of_the_processor(nano):
     """Tokens, places and patches of one row as the tests' own builder makes them."""
-    drawn = workload.random_inputs(WORK, NANO)
-    ours = workload.equal_rows(drawn["prompts"][:1], drawn["patches"][:1], NANO, 1)
+    inputs = workload.random_inputs(WORK, NANO)
+    ours = workload.equal_rows(inputs["prompts"][:1], inputs["patches"][:1], NANO, 1)
     row = tiny.draw([4, tiny.Image(6, 6), 4], NANO, np.random.default_rng(0))
-    row.tokens, row.media[0] = drawn["prompts"][0], (row.media[0][0], drawn["patches"][0])
+    row.tokens, row.media[0] = inputs["prompts"][0], (row.media[0][0], inputs["patches"][0])
     theirs = tiny.prompts([row], NANO)
     for name in ("tokens", "positions", "segments", "slots"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
@@ -89,7 +89,7 @@ def test_rows_are_those_of_the_processor(nano):
         )
 
 
-def test_arithmetic():
+def test_operations_follow_from_the_shapes():
     work, cfg = Workload("cpu-s", prompts=4, image=448), workload.BENCH_SIZES["cpu-s"]
     forward, step = (bench.phase_flops(phase, work, cfg) for phase in ("logp", "sft"))
     assert step == tuple(3 * x for x in forward)
@@ -101,7 +101,7 @@ def test_arithmetic():
     )
 
 
-def test_load_is_measured_in_a_process_of_its_own(nano):
+def test_loading_is_measured_in_another_process(nano):
     found = bench.run_benchmark(WORK, ["load"])
     assert found["load_gb"] == pytest.approx(2 * sum(int(np.prod(s)) for s in _shapes()) / 1e9)
     assert found["load_s_per_gb"] == pytest.approx(found["load_s"] / found["load_gb"])
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line(settings, phases, said):
     assert "\n" not in str(error.value)
 
 
-def test_the_launcher_leaves_with_code_2():
+def test_the_launcher_exits_with_code_2():
     done = subprocess.run(
         [sys.executable, ROOT / "launch/bench.py", "--size=70b"], capture_output=True, text=True
     )
