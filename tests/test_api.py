@@ -113,7 +113,7 @@ def test_a_model_of_the_hub(model, tmp_path, monkeypatch):
     )
     with pytest.raises(
         ValueError,
-        match=r"^org/other is no folder here, and the hub does not give .* \(Cannot find it\)$",
+        match=r"^org/other is neither a local folder nor a model that the hub returns \(Cannot find it\)$",
     ):
         cptjax.load("org/other")
     for path in ("org/a/b", "./org", "gs://bucket/x", "~/x"):

@@ -1,4 +1,4 @@
-"""What a Qwen2.5-VL is: frozen, hashable descriptions, sizes, and reading of any Hugging Face `config.json`."""
+"""Model configs: shapes of the towers, presets, and conversion from and to Hugging Face `config.json`."""
 
 import dataclasses
 import functools
@@ -12,6 +12,8 @@ import huggingface_hub
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
+    """Shape of the vision tower; the defaults are those of the released models."""
+
     depth: int = 32
     width: int = 1280
     mlp: int = 3420
@@ -34,13 +36,15 @@ class VisionConfig:
 
     @property
     def window_slots(self) -> int:
-        """Patches of a whole window."""
+        """Number of patches of a whole window."""
         side = self.window // self.patch // self.merge * self.merge
         return side * side
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
+    """Shape of the language model; the defaults are those of the 7B model."""
+
     vocab: int = 152064
     width: int = 3584
     mlp: int = 18944
@@ -49,11 +53,7 @@ class TextConfig:
     kv_heads: int = 4
     head_dim: int = 128
     rope_theta: float = 1e6
-    rope_sections: tuple[int, int, int] = (
-        16,
-        24,
-        24,
-    )  # frequency pairs that follow time, height, width
+    rope_sections: tuple[int, int, int] = (16, 24, 24)  # frequencies of time, height, width
     norm_eps: float = 1e-6
     tied: bool = False  # the unembedding is the embedding
     max_positions: int = 128000
@@ -71,14 +71,14 @@ class ModelConfig:
     vision_end: int = 151653
     eos: tuple[int, ...] = (151645, 151643)
     pad: int = 151643
-    remat: str = "none"  # a name of remat.REMAT
-    attention: str = "xla"  # xla | tiled | cudnn | splash, chosen from the mesh by attention.choose
+    remat: str = "none"  # a name of layers.REMAT_POLICIES
+    attention: str = "xla"  # xla | tiled | cudnn | splash, from attention.choose_backend
     lora_scale: float = 1.0  # alpha / rank, where adapters are present
-    unroll: bool = False  # no loop over the text layers: faster where a loop copies each layer's weights and values (CPU)
+    unroll: bool = False  # no loop over the text layers, see unrolled.py
 
     @property
     def vision_tokens(self) -> tuple[int, ...]:
-        """Tokens that only the processor may write, never the sampler."""
+        """Tokens that only the processor writes; the sampler never generates them."""
         return (self.image_token, self.video_token, self.vision_start, self.vision_end)
 
 
@@ -97,7 +97,7 @@ PRESETS: dict[str, ModelConfig] = {
         vision=VisionConfig(mlp=3456),
         text=TextConfig(vocab=152064, width=8192, mlp=29568, depth=80, heads=64, kv_heads=8),
     ),
-    "tiny": ModelConfig(  # the demo's: about 0.2 M parameters with the project's own 384-token vocabulary
+    "tiny": ModelConfig(  # of the demo: 0.2 M parameters and a vocabulary of 384 tokens of its own
         vision=VisionConfig(
             depth=2, width=48, mlp=96, heads=4, patch=8, window=32, full_blocks=(1,)
         ),
@@ -125,27 +125,31 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def _get(source: dict, *names: str, default: Any = dataclasses.MISSING) -> Any:
+    """Return the first of some keys that is set."""
     for name in names:
         if source.get(name) is not None:
             return source[name]
     if default is dataclasses.MISSING:
-        raise ValueError(f"config.json lacks {names[0]!r}; is this a Qwen2.5-VL checkpoint?")
+        raise ValueError(
+            f"config.json lacks {names[0]!r}; expected that of a Qwen2.5-VL checkpoint"
+        )
     return default
 
 
-def _supported(what: str, came: Any, *expected: Any) -> None:
-    if came not in expected:
+def _expect(key: str, value: Any, *supported: Any) -> None:
+    """Refuse a value that no Qwen2.5-VL has."""
+    if value not in supported:
         raise ValueError(
-            f"config.json has {what}={came!r}; cptjax trains Qwen2.5-VL, where it is {' or '.join(map(repr, expected))}"
+            f"config.json has {key}={value!r}; expected {' or '.join(map(repr, supported))}, "
+            "as in a Qwen2.5-VL checkpoint"
         )
 
 
 def _vision(v: dict, width: int) -> VisionConfig:
-    _supported("vision_config.hidden_act", _get(v, "hidden_act", default="silu"), "silu")
-    _supported(
-        "vision_config rope_theta", (v.get("rope_parameters") or {}).get("rope_theta", 1e4), 1e4
-    )
-    _supported("vision_config.out_hidden_size", _get(v, "out_hidden_size", default=width), width)
+    _expect("vision_config.hidden_act", _get(v, "hidden_act", default="silu"), "silu")
+    rope = v.get("rope_parameters") or {}
+    _expect("vision_config rope_theta", rope.get("rope_theta", 1e4), 1e4)
+    _expect("vision_config.out_hidden_size", _get(v, "out_hidden_size", default=width), width)
     return VisionConfig(
         depth=_get(v, "depth"),
         width=_get(v, "hidden_size"),
@@ -163,25 +167,24 @@ def _vision(v: dict, width: int) -> VisionConfig:
 
 def _text(t: dict, tied: bool) -> TextConfig:
     rope = t.get("rope_parameters") or t.get("rope_scaling") or {}
-    _supported("rope type", _get(rope, "rope_type", "type", default="mrope"), "mrope", "default")
-    _supported("hidden_act", _get(t, "hidden_act", default="silu"), "silu")
-    _supported("use_sliding_window", bool(t.get("use_sliding_window", False)), False)
-    heads, width = _get(t, "num_attention_heads"), _get(t, "hidden_size")
-    kv_heads, sections = (
-        _get(t, "num_key_value_heads", default=heads),
-        tuple(_get(rope, "mrope_section")),
-    )
-    _supported("head_dim", _get(t, "head_dim", default=width // heads), width // heads)
+    _expect("rope type", _get(rope, "rope_type", "type", default="mrope"), "mrope", "default")
+    _expect("hidden_act", _get(t, "hidden_act", default="silu"), "silu")
+    _expect("use_sliding_window", bool(t.get("use_sliding_window", False)), False)
+    width = _get(t, "hidden_size")
+    heads = _get(t, "num_attention_heads")
+    kv_heads = _get(t, "num_key_value_heads", default=heads)
+    sections = tuple(_get(rope, "mrope_section"))
+    _expect("head_dim", _get(t, "head_dim", default=width // heads), width // heads)
     if width % heads or heads % kv_heads:
-        numbers = (
-            f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, hidden_size={width}"
-        )
         raise ValueError(
-            f"config.json has {numbers}; heads must divide the width, key/value heads the heads"
+            f"config.json has num_attention_heads={heads}, num_key_value_heads={kv_heads}, "
+            f"hidden_size={width}; expected heads that divide the width, and key/value heads that "
+            "divide the heads"
         )
     if 2 * sum(sections) != width // heads or len(sections) != 3:
         raise ValueError(
-            f"config.json has mrope_section={list(sections)}; expected three numbers that sum to {width // heads // 2}"
+            f"config.json has mrope_section={list(sections)}; expected three numbers that sum to "
+            f"{width // heads // 2}"
         )
     return TextConfig(
         vocab=_get(t, "vocab_size"),
@@ -199,28 +202,27 @@ def _text(t: dict, tied: bool) -> TextConfig:
     )
 
 
-def _stops(*sources: dict) -> tuple[int, ...]:
-    """Every end token that generation_config and config name, the former first."""
-    found: list[int] = []
+def _end_tokens(*sources: dict) -> tuple[int, ...]:
+    """Return every end token that the sources name, in order."""
+    tokens: list[int] = []
     for source in sources:
         ids = source.get("eos_token_id")
-        found += [
-            i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and i not in found
-        ]
-    return tuple(found)
+        tokens += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(tokens))
 
 
 def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
-    """A Config from Hugging Face's dictionary, flat text keys (released checkpoints) or nested `text_config` (newer ones).
+    """Return the config of a Hugging Face `config.json` and `generation_config.json`.
 
-    A key that is left out means what it means in transformers.
+    The keys of the text are flat (released checkpoints) or in `text_config` (newer ones). A
+    missing key means what it means in transformers.
     """
-    _supported("model_type", raw.get("model_type"), "qwen2_5_vl")
+    _expect("model_type", raw.get("model_type"), "qwen2_5_vl")
     text = {**raw, **(raw.get("text_config") or {})}
-    tied = bool(
-        raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    )  # either place; older versions wrote it inside
-    stops = _stops(generation or {}, raw, text) or ModelConfig().eos
+    # Older versions of transformers write tie_word_embeddings into text_config.
+    tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    generation = generation or {}
+    stops = _end_tokens(generation, raw, text) or ModelConfig().eos
     return ModelConfig(
         vision=_vision(_get(raw, "vision_config"), _get(text, "hidden_size")),
         text=_text(text, tied),
@@ -229,46 +231,51 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
         vision_start=_get(raw, "vision_start_token_id", default=151652),
         vision_end=_get(raw, "vision_end_token_id", default=151653),
         eos=stops,
-        pad=_get(
-            generation or {}, "pad_token_id", default=_get(text, "pad_token_id", default=stops[-1])
-        ),
+        pad=_get(generation, "pad_token_id", default=_get(text, "pad_token_id", default=stops[-1])),
     )
 
 
 def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
-    """The folder of a checkpoint: the path itself, or the local copy of the hub's `org/name`, without its weights unless asked for."""
+    """Return the folder of a checkpoint: the path itself, or the local copy of the hub's `org/name`.
+
+    Weights are downloaded only if `weights`.
+    """
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise ValueError(
-            f"{path} is neither a folder nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct; presets are {', '.join(PRESETS)}"
+            f"{path} is neither a folder nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct; presets "
+            f"are {', '.join(PRESETS)}"
         )
     return _download(str(path), weights)
 
 
 @functools.cache
 def _download(name: str, weights: bool) -> Path:
-    """The hub's cache locks each file: of several processes of a machine one downloads it, the others wait."""
-    wanted = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    """Download a checkpoint; one of several processes on a machine does, the others wait for it."""
+    patterns = ["*.json", "*.txt", "*.jinja"]
+    if weights:
+        patterns.append("*.safetensors")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # every error of the hub is one of them
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name} is no folder here, and the hub does not give a model of that name ({reason[:160]})"
+            f"{name} is neither a local folder nor a model that the hub returns ({reason[:160]})"
         ) from error
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """The Config of a Hugging Face checkpoint, a folder or a hub id."""
+    """Return the config of a Hugging Face checkpoint, a folder or a hub id."""
     path = locate_checkpoint(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a Hugging Face checkpoint folder")
     generation = path.with_name("generation_config.json")
-    return config_from_hf(_json(path), _json(generation) if generation.is_file() else None)
+    raw = _read_json(path)
+    return config_from_hf(raw, _read_json(generation) if generation.is_file() else None)
 
 
-def _json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -276,7 +283,7 @@ def _json(path: Path) -> dict:
 
 
 def config_to_hf(cfg: ModelConfig, dtype: str = "bfloat16") -> dict:
-    """The `config.json` that transformers and vLLM read, in the flat layout of the released checkpoints."""
+    """Return the `config.json` for transformers and vLLM, flat like those of released checkpoints."""
     t, v = cfg.text, cfg.vision
     rope = {"type": "default", "rope_type": "default", "mrope_section": list(t.rope_sections)}
     return {

@@ -1,10 +1,13 @@
-"""Arithmetic of the model counted by hand: one multiply-add is two, causal attention counts half, recomputation does not count."""
+"""FLOPs of the model, counted by hand.
+
+A multiply-add is two, causal attention counts half, and recomputation does not count.
+"""
 
 from cptjax.models.config import ModelConfig
 
 
 def text_forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> float:
-    """Plain rows of `length` tokens, logits for `scored` tokens of each."""
+    """Return the FLOPs of rows of `length` tokens, with logits of `scored` tokens of each."""
     return rows * (
         length * _per_token(cfg)
         + _per_pair(cfg) * length * (length + 1) / 2
@@ -15,7 +18,7 @@ def text_forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int) ->
 def group_forward_flops(
     cfg: ModelConfig, prompts: int, prompt: int, group: int, response: int
 ) -> float:
-    """Prompts shared by their responses: the prompt's work is done once."""
+    """Return the FLOPs of prompts with `group` responses each; a prompt is computed once."""
     tokens = prompt + group * response
     pairs = prompt * (prompt + 1) / 2 + group * response * (prompt + (response + 1) / 2)
     return prompts * (
@@ -24,13 +27,13 @@ def group_forward_flops(
 
 
 def decode_flops(cfg: ModelConfig, prompts: int, prompt: int, group: int, steps: int) -> float:
-    """`steps` tokens for each of the group's rows, after the prefill."""
+    """Return the FLOPs of `steps` generated tokens of each response, without the prefill."""
     pairs = steps * prompt + steps * (steps + 1) / 2
     return prompts * group * (steps * (_per_token(cfg) + _per_logits(cfg)) + _per_pair(cfg) * pairs)
 
 
 def vision_forward_flops(cfg: ModelConfig, patches: int, frame: int) -> float:
-    """`patches` slots in all, frames of `frame` slots each."""
+    """Return the FLOPs of `patches` slots in all, in frames of `frame` slots each."""
     v, d = cfg.vision, cfg.vision.width
     block = 2 * (4 * d * d + 3 * d * v.mlp)
     full = len(v.full_blocks)
@@ -47,7 +50,7 @@ def _per_token(cfg: ModelConfig) -> float:
 
 
 def _per_pair(cfg: ModelConfig) -> float:
-    """Scores and mixing for one query-key pair, over all layers."""
+    """Scores and mixing of one query-key pair, over all layers."""
     return 4 * cfg.text.depth * cfg.text.heads * cfg.text.head_dim
 
 

@@ -13,34 +13,39 @@ from cptjax.models import attention, hf_checkpoint, lora, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
 from cptjax.types import Params
 
-MAX_UNROLLED_LAYERS = (
-    12  # layers at most that a CPU's programs hold without a loop: faster, but compiled one by one
-)
-
+# A CPU runs at most this many text layers without a loop: that is faster, but each is compiled.
+MAX_UNROLLED_LAYERS = 12
 
 MODEL_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def fit_config(cfg: ModelConfig, settings: Any, mesh: Mesh) -> ModelConfig:
-    """The model's shape with what `config.model` and the mesh decide."""
-    kernel = attention.choose_backend(
-        mesh, cfg, MODEL_DTYPES[settings.compute_dtype], settings.attention
-    )
-    scale = settings.lora.alpha / max(settings.lora.rank, 1)
-    unroll = mesh.devices.flat[0].platform == "cpu" and cfg.text.depth <= MAX_UNROLLED_LAYERS
+    """Return the config with the settings that `config.model` and the mesh decide."""
+    dtype = MODEL_DTYPES[settings.compute_dtype]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return dataclasses.replace(
-        cfg, remat=settings.remat, attention=kernel, lora_scale=scale, unroll=unroll
+        cfg,
+        remat=settings.remat,
+        attention=attention.choose_backend(mesh, cfg, dtype, settings.attention),
+        lora_scale=lora_scale(settings),
+        unroll=on_cpu and cfg.text.depth <= MAX_UNROLLED_LAYERS,
     )
+
+
+def lora_scale(settings: Any) -> float:
+    """Return the factor alpha / rank of the adapters."""
+    return settings.lora.alpha / max(settings.lora.rank, 1)
 
 
 def find_preset(name: str) -> ModelConfig:
+    """Return the preset of `config.model.preset`."""
     if name not in PRESETS:
         raise ValueError(f"model.preset={name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def declare_model_params(settings: Any, cfg: ModelConfig) -> Params:
-    """The tree of Param of `config.model`, adapters included."""
+    """Declare the parameters of `config.model`, adapters included."""
     tree = qwen2_5_vl.declare_params(cfg)
     if not settings.lora.rank:
         return tree
@@ -48,7 +53,8 @@ def declare_model_params(settings: Any, cfg: ModelConfig) -> Params:
 
 
 def describe_model_source(settings: Any) -> str:
-    return settings.path and str(Path(settings.path)) or f"random {settings.preset}"
+    """Return where the weights are from: a folder, a hub id, or a random preset."""
+    return str(Path(settings.path)) if settings.path else f"random {settings.preset}"
 
 
 def find_model_config(settings: Any) -> ModelConfig:
@@ -80,5 +86,5 @@ def create_params(settings: Any, cfg: ModelConfig, mesh: Mesh, dtype: Any, seed:
 
 
 def copy_params(params: Params, dtype: str) -> Params:
-    """Parameters to compare with, in the type of the arithmetic; they outlive the state that they were copied from."""
+    """Copy parameters in another type; the copy outlives the original, which steps donate."""
     return jax.tree.map(lambda x: jnp.array(x, MODEL_DTYPES[dtype], copy=True), params)

@@ -1,4 +1,4 @@
-"""The Orbax side of conversion: parameters with their config and processor files beside them."""
+"""Load and save parameters in Orbax format, with the config and processor files next to them."""
 
 import dataclasses
 import json
@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.models import hf_checkpoint
+from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.config import ModelConfig, read_model_config
 from cptjax.types import Params
 
@@ -20,12 +19,10 @@ ORBAX_FOLDER, LORA_SCALE_FILE = "params", "lora.json"
 
 
 def save_orbax(params: Params, cfg: ModelConfig, folder: str | Path, processor: Any = None) -> None:
-    """An Orbax checkpoint `params` with config and processor files beside it; adapters stay adapters."""
+    """Write an Orbax checkpoint with its config and processor files; adapters are not merged."""
     folder = Path(folder).absolute()
     if (folder / ORBAX_FOLDER).exists():
-        raise ValueError(
-            f"{folder} holds a checkpoint already; remove it or choose another destination"
-        )
+        raise ValueError(f"{folder} holds a checkpoint already; remove it, or choose another --dst")
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / ORBAX_FOLDER, {"params": params})
@@ -41,7 +38,7 @@ def save_orbax(params: Params, cfg: ModelConfig, folder: str | Path, processor: 
 def load_orbax(
     folder: str | Path, mesh: Mesh | None = None, rules: dict | None = None
 ) -> tuple[Params, ModelConfig]:
-    """What `save` wrote, onto the mesh."""
+    """Load what `save_orbax` wrote onto the mesh, or onto one device."""
     folder = Path(folder).absolute()
     cfg = read_model_config(folder)
     if not (folder / ORBAX_FOLDER).is_dir():
@@ -50,25 +47,22 @@ def load_orbax(
         )
     scale = folder / LORA_SCALE_FILE
     cfg = dataclasses.replace(cfg, **(json.loads(scale.read_text()) if scale.is_file() else {}))
-    declared, one = (
-        hf_checkpoint.declared_leaves(cfg),
-        jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
-    )
-    rules = (
-        sharding.rules_for(cfg.text.kv_heads, mesh) if mesh is not None and rules is None else rules
-    )
+    declared = hf_checkpoint.declared_leaves(cfg)
+    if mesh is not None and rules is None:
+        rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+
+    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        if mesh is None:
+            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        # Adapters are small: every device holds them.
+        axes = declared[path].axes if path in declared else (None,) * len(shape)
+        return sharding.named_sharding(axes, mesh, shape, rules)
+
     with ocp.StandardCheckpointer() as checkpointer:
-        kept = traverse_util.flatten_dict(
-            checkpointer.metadata(folder / ORBAX_FOLDER).item_metadata.tree["params"]
-        )
-        wanted = {}
-        for path, meta in kept.items():
-            axes = (
-                declared[path].axes if path in declared else (None,) * len(meta.shape)
-            )  # adapters are small: everywhere
-            where = one if mesh is None else sharding.named_sharding(axes, mesh, meta.shape, rules)
-            wanted[path] = jax.ShapeDtypeStruct(meta.shape, meta.dtype, sharding=where)
-        tree = checkpointer.restore(
-            folder / ORBAX_FOLDER, {"params": traverse_util.unflatten_dict(wanted)}
-        )
-    return tree["params"], cfg
+        saved = checkpointer.metadata(folder / ORBAX_FOLDER).item_metadata.tree["params"]
+        like = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(path, x.shape))
+            for path, x in trainable.flatten_params(saved).items()
+        }
+        like = {"params": trainable.unflatten_params(like)}
+        return checkpointer.restore(folder / ORBAX_FOLDER, like)["params"], cfg

@@ -1,4 +1,4 @@
-"""Folders of safetensors: strict reading in blocks, streamed writing of shards, and the array copies in between."""
+"""Read and write folders of safetensors: strict, in blocks, one tensor in memory at a time."""
 
 import contextlib
 import dataclasses
@@ -30,9 +30,10 @@ class StoredTensor:
     offset: int
 
     def rows(self, some: slice, block_bytes: int = 4 << 20) -> Iterator[np.ndarray]:
-        """Rows [n, row size] in blocks, each valid until the next.
+        """Yield rows [n, row size] in blocks, each valid until the next.
 
-        Plain reads into one small buffer: nothing stays mapped, and a block is still in cache when it is transposed.
+        Blocks are read into one small buffer: no file stays mapped, and a block is still in the
+        cache when it is transposed.
         """
         dtype = np.dtype(jnp.dtype(SAFETENSORS_DTYPES[self.dtype]))
         width = math.prod(self.shape[1:])
@@ -43,33 +44,36 @@ class StoredTensor:
                 block = buffer[: some.stop - at]
                 if f.readinto(block.view(np.uint8).data) != block.nbytes:
                     raise ValueError(
-                        f"{self.file} ended inside {self.name}; was it changed while it was read?"
+                        f"{self.file} ended inside {self.name}: it changed while it was read; "
+                        "run the command again"
                     )
                 yield block
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write: `make` is called when its turn comes, so one exists at a time."""
+    """A tensor to write; `make` is called when its turn comes, so that one exists at a time."""
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
 
 
-def _shards(folder: Path) -> list[Path]:
+def _find_shards(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint, by its index if it has one."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        found = sorted(folder.glob("*.safetensors"))
-        if not found and any(folder.glob("*.bin")):
+        shards = sorted(folder.glob("*.safetensors"))
+        if not shards and any(folder.glob("*.bin")):
             raise ValueError(
-                f"{folder} holds only pickled weights (*.bin), which are never opened; save it as safetensors"
+                f"{folder} holds only pickled weights (*.bin), which are never opened; save it as "
+                "safetensors"
             )
-        if not found:
+        if not shards:
             raise ValueError(
                 f"{folder} holds no *.safetensors file; expected a Hugging Face checkpoint folder"
             )
-        return found
+        return shards
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
@@ -82,9 +86,10 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
-def _header(file: Path) -> list[StoredTensor]:
+def _read_header(file: Path) -> list[StoredTensor]:
+    """Return the tensors of a file."""
     try:
-        with safe_open(file, "np"):  # checks that the tensors and the file cover each other exactly
+        with safe_open(file, "np"):  # checks that the tensors cover the file exactly
             pass
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
@@ -97,30 +102,33 @@ def _header(file: Path) -> list[StoredTensor]:
     bad = [(name, t["dtype"]) for name, t in header.items() if t["dtype"] not in SAFETENSORS_DTYPES]
     if bad:
         raise ValueError(
-            f"{bad[0][0]} in {file} is stored as {bad[0][1]}; expected one of {', '.join(SAFETENSORS_DTYPES)}"
+            f"{bad[0][0]} in {file} is stored as {bad[0][1]}; expected one of "
+            f"{', '.join(SAFETENSORS_DTYPES)}"
         )
+    data = 8 + size  # where the data begin: after the size of the header and the header
     return [
-        StoredTensor(file, name, tuple(t["shape"]), t["dtype"], 8 + size + t["data_offsets"][0])
+        StoredTensor(file, name, tuple(t["shape"]), t["dtype"], data + t["data_offsets"][0])
         for name, t in header.items()
     ]
 
 
 def find_tensors(folder: str | Path, rename: Callable[[str], str]) -> dict[str, StoredTensor]:
-    """Every tensor of the folder under its renamed name; one that stands there twice is an error."""
+    """Return every tensor of the folder by its new name; a name that occurs twice is an error."""
     out: dict[str, StoredTensor] = {}
-    for file in _shards(Path(folder)):
-        for tensor in _header(file):
+    for file in _find_shards(Path(folder)):
+        for tensor in _read_header(file):
             name = rename(tensor.name)
             if name in out:
                 raise ValueError(
-                    f"{tensor.name} in {file.name} was already read as {out[name].name} from {out[name].file.name}"
+                    f"{tensor.name} in {file.name} was already read as {out[name].name} from "
+                    f"{out[name].file.name}; remove one of them"
                 )
             out[name] = tensor
     return out
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that a CPU device takes over without a copy, which needs 64-byte alignment."""
+    """Return an empty array that a CPU device uses without a copy, which needs 64-byte alignment."""
     n = math.prod(shape) * jnp.dtype(dtype).itemsize
     raw = np.empty(n + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -128,7 +136,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def contiguous_runs(box: tuple[slice, ...], shape: tuple[int, ...]) -> list[slice]:
-    """A box of an array as contiguous runs of the flattened array."""
+    """Return a box of an array as contiguous runs of the flattened array."""
     sides = [range(*b.indices(n)) for b, n in zip(box, shape, strict=True)]
     whole = len(shape)
     while whole and len(sides[whole - 1]) == shape[whole - 1]:
@@ -145,28 +153,32 @@ def contiguous_runs(box: tuple[slice, ...], shape: tuple[int, ...]) -> list[slic
 
 
 def as_unsigned(x: np.ndarray) -> np.ndarray:
-    """The same bytes as unsigned integers, which numpy copies several times faster than bfloat16."""
+    """View an array as unsigned integers, which numpy copies several times faster than bfloat16."""
     return x.view(f"u{x.itemsize}")
 
 
 def cast_block(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if x.dtype == jnp.bfloat16 and dtype == np.float32:  # bfloat16 is float32's upper half
+    """Return a block in another type, without a copy where it has that type."""
+    if x.dtype == jnp.bfloat16 and dtype == np.float32:  # bfloat16 is the upper half of float32
         return np.left_shift(as_unsigned(x), 16, dtype=np.uint32).view(np.float32)
     return x.astype(dtype, copy=False)
 
 
 def copy_in_strips(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source in strips that stay in cache: where one is a transposed view, about three times as fast as numpy's own."""
+    """target[...] = source, in strips that stay in the cache.
+
+    Where one is a transposed view, that is about three times as fast as numpy's assignment.
+    """
     for i in range(0, len(source), 16):
         target[i : i + 16] = source[i : i + 16]
 
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all."""
+    """Yield a temporary folder, which is renamed to `folder` when it is complete."""
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; remove it or choose another destination")
+        raise ValueError(f"{folder} exists already; remove it, or choose another destination")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -182,11 +194,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 def _group_into_shards(
     tensors: Iterable[PlannedTensor], itemsize: int, shard_bytes: float
 ) -> list[list[PlannedTensor]]:
-    groups, size = [[]], 0
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0  # of the last group
     for t in tensors:
         n = int(np.prod(t.shape)) * itemsize
         if groups[-1] and size + n > shard_bytes:
-            groups, size = [*groups, []], 0
+            groups.append([])
+            size = 0
         groups[-1].append(t)
         size += n
     return groups
@@ -194,11 +208,12 @@ def _group_into_shards(
 
 def _write_shard(file: Path | None, tensors: list[PlannedTensor], dtype: str) -> None:
     code = next(k for k, v in SAFETENSORS_DTYPES.items() if v == dtype)
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    start = 0
     for t in tensors:
-        end = at + int(np.prod(t.shape)) * jnp.dtype(dtype).itemsize
-        header[t.name] = {"dtype": code, "shape": list(t.shape), "data_offsets": [at, end]}
-        at = end
+        end = start + int(np.prod(t.shape)) * jnp.dtype(dtype).itemsize
+        header[t.name] = {"dtype": code, "shape": list(t.shape), "data_offsets": [start, end]}
+        start = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format aligns the data
     with open(file or os.devnull, "wb") as f:
@@ -216,23 +231,24 @@ def _write_shard(file: Path | None, tensors: list[PlannedTensor], dtype: str) ->
 def write_safetensors(
     folder: Path | None, tensors: list[PlannedTensor], dtype: str, shard_bytes: float
 ) -> None:
-    """Shards and their index; without a folder the tensors are only made (a process that takes part in gathering)."""
+    """Write shards and their index.
+
+    Without a folder the tensors are only made: a process that takes part in gathering them.
+    """
     if dtype not in SAFETENSORS_DTYPES.values():
         raise ValueError(
-            f"dtype={dtype!r} cannot be saved; expected one of {', '.join(SAFETENSORS_DTYPES.values())}"
+            f"dtype={dtype!r}: expected one of {', '.join(SAFETENSORS_DTYPES.values())}"
         )
     itemsize = jnp.dtype(dtype).itemsize
     groups = _group_into_shards(tensors, itemsize, shard_bytes)
-    names = (
-        ["model.safetensors"]
-        if len(groups) == 1
-        else [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    )
+    count = len(groups)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
     for name, group in zip(names, groups, strict=True):
         _write_shard(folder and folder / name, group, dtype)
-    if folder and len(groups) > 1:
-        where = {t.name: name for name, group in zip(names, groups, strict=True) for t in group}
+    if folder and count > 1:
+        files = {t.name: name for name, group in zip(names, groups, strict=True) for t in group}
         total = sum(int(np.prod(t.shape)) * itemsize for t in tensors)
-        (folder / INDEX_FILE).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))

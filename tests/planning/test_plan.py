@@ -181,7 +181,7 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
         ({"rollout": {"slots": 6}}, "rollout.slots=6.* 4 batch shards"),
         (
             {"model": {"path": "no/such-model"}},
-            "no/such-model is no folder here, and the hub does not give",
+            "no/such-model is neither a local folder nor a model that the hub returns",
         ),
     ],
 )
