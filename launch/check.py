@@ -5,7 +5,7 @@ python launch/check.py --config=configs/X.py[:arg] [--rows=N] [--config.data.pro
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: the accelerator may be another run's
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported; another run may use the accelerator
 
 from absl import flags
 
@@ -25,8 +25,8 @@ def main() -> None:
         )
     from cptjax.planning import check
 
-    found = check.run_preflight(CONFIG.value, ROWS.value)
-    print(f"ok: {sum(len(f.rows) for f in found)} rows of {len(found)} splits")
+    reports = check.run_preflight(CONFIG.value, ROWS.value)
+    print(f"ok: {sum(len(r.rows) for r in reports)} rows of {len(reports)} splits")
 
 
 if __name__ == "__main__":

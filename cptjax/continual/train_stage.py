@@ -21,7 +21,6 @@ from cptjax.continual.resume import UnfinishedStage
 from cptjax.continual.stage_callbacks import StageCallbacks
 from cptjax.data import prompts
 from cptjax.data.device_batches import rows_per_process
-from cptjax.data.mixture import Mixture
 from cptjax.models import load, trainable
 from cptjax.training import build, train_loop
 from cptjax.training.algorithms import regularizers
@@ -118,16 +117,7 @@ def make_stage_context(
         sources[:n] = offline_filter.filter_prompts(
             run, stage, builder, sources[:n], params, resumed
         )
-    sizes = tuple(map(len, sources))
-    order = Mixture(
-        sizes[:n],
-        c.train.batch,
-        tuple(c.data.weights),
-        sizes[n:],
-        c.method.replay.fraction if replayed else 0.0,
-        run.config.seed,
-        stage.number,
-    )
+    order = build.stage_mixture(stage, list(map(len, sources)), run.config.seed)
     return StageContext(
         stage,
         builder,

@@ -1,1 +1,1 @@
-"""Checks a config, and compiles the programs of a run ahead of time for hardware that is not here."""
+"""Check a config, and compile the programs of a run ahead of time for hardware that need not exist."""

@@ -1,9 +1,11 @@
 """A stage's config -> its objective, sampling, optimizer and batch builder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cptjax import sharding
+from cptjax.config import Stage
+from cptjax.data.mixture import Mixture
 from cptjax.data.model_context import ModelContext
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models.config import ModelConfig
@@ -14,6 +16,20 @@ from cptjax.training.algorithms.objective import Objective
 from cptjax.training.algorithms.optimizers import Optimizer, OptimizerConfig, make_optimizer
 from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Array, Batch, Params
+
+
+def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
+    """Build the order of a stage's rows; `sizes` are the rows of its own tasks, then of the tasks that it replays."""
+    c, own = stage.config, len(stage.tasks)
+    return Mixture(
+        tuple(sizes[:own]),
+        c.train.batch,
+        tuple(c.data.weights),
+        tuple(sizes[own:]),
+        c.method.replay.fraction,
+        seed,
+        stage.number,
+    )
 
 
 def objective_from_config(config: Any) -> Objective:
