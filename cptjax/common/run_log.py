@@ -134,7 +134,8 @@ def read_evals(path: Path | str) -> list[dict[str, Any]]:
 
 def data_wait_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
     """The share of training steps' time in which rows were awaited and no device worked; a stage's first step, which compiles, is out."""
-    steps = [line for line in lines if "seconds/data" in line]
+    parts = {"seconds/data", "seconds/batch", "seconds/update"}
+    steps = [line for line in lines if parts <= line.keys()]
     later = [line for before, line in itertools.pairwise(steps) if line["stage"] == before["stage"]]
     total = sum(line["seconds/batch"] + line["seconds/update"] for line in later)
     return sum(line["seconds/data"] for line in later) / total if total else None

@@ -1,0 +1,68 @@
+"""Writing the report: which page, the numbers as JSON, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from report_runs import make_run
+
+from cptjax.evaluation import report, summary
+
+
+def test_runs_of_a_seed_are_compared_with_the_joint_run_of_that_seed(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / "grpo" / f"seed{seed}", seed=seed)
+    joint = make_run(tmp_path / "joint" / "seed2", "joint", seed=2)
+    report.write_comparison(tmp_path)
+    found = [
+        json.loads((tmp_path / f"grpo/seed{s}/summary.json").read_text())["metrics"][
+            "intransigence"
+        ]["value"]
+        for s in (1, 2)
+    ]
+    assert (
+        found
+        == [
+            None,
+            summary.summarise_table(
+                *(summary.load_run_tables(p).accuracy for p in (tmp_path / "grpo/seed2", joint))
+            )["metrics"]["intransigence"]["value"],
+        ]
+        and found[1] is not None
+    )
+    spreads = json.loads((tmp_path / "report.json").read_text())["arms"]
+    assert (
+        spreads["grpo"]["intransigence"] == {"mean": found[1], "sd": None, "n": 1}
+        and spreads["grpo"]["avg_acc"]["n"] == 2
+    )
+    assert "fm_peak_all" not in spreads["joint"]
+
+
+def launch(*args):
+    command = [sys.executable, "launch/report.py", *map(str, args)]
+    root = Path(__file__).parents[3]
+    return subprocess.run(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_launcher_prints_one_line(tmp_path):
+    done = launch(make_run(tmp_path / "run"), f"--out={tmp_path / 'x.html'}")
+    assert (
+        done.returncode == 0
+        and done.stdout.strip() == str(tmp_path / "x.html")
+        and (tmp_path / "x.html").exists()
+    )
+    (tmp_path / "empty").mkdir()
+    refused = launch(tmp_path / "empty")
+    assert (
+        refused.returncode == 2
+        and refused.stderr.count("\n") == 1
+        and "is no run" in refused.stderr
+    )
