@@ -1,7 +1,11 @@
-"""Checkpoints on disk: `steps/` within stages (the newest few), `stages/` after each stage (kept for good).
+"""The checkpoints of a run on disk: saved in the background, restored onto any mesh, damaged ones set aside.
 
-A checkpoint is some named trees of arrays and a JSON `progress`; Orbax renames it into place when it is whole, so a kill leaves
-the previous one. Numbers sort in time: stage * STAGE + step. One that can not be read is moved to `damaged/`.
+    steps/      the newest few inside a stage
+    stages/     one at the end of each stage, kept for good
+    damaged/    those that could not be read
+
+A checkpoint holds named trees of arrays and a JSON record called `progress`. Orbax renames it into place when it is complete, so
+a kill leaves the one before. Their numbers, stage * STEPS_PER_STAGE + step, sort in time.
 """
 
 import contextlib
@@ -19,7 +23,7 @@ from cptjax.common import console, distributed
 
 
 def abstract_tree(tree: Any) -> Any:
-    """Shapes, types and places of a tree of arrays."""
+    """Return the shapes, types and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
@@ -29,12 +33,12 @@ TRANSIENT_ERRORS = (
     "PERMISSION_DENIED",
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
-)  # not the files' fault
+)  # the files are not at fault
 CHECKPOINT_KINDS = ("steps", "stages")
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """What goes wrong in Orbax's threads is raised where the run waits for them; its log would tell it again, in hundreds of lines."""
+    """Drop Orbax's errors: they are raised where the run waits for its threads, and its log repeats them in hundreds of lines."""
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
@@ -42,15 +46,15 @@ logging.getLogger("absl").addFilter(_keep_log_record)
 
 
 class RunRefused(ValueError):
-    """A readable checkpoint that must not be used, such as one of another config: never skipped over."""
+    """Raised for a workdir or a readable checkpoint that must not be used, such as one of another config; never skipped."""
 
 
 class CheckpointDamaged(ValueError):
-    """A checkpoint whose files are missing, cut or spoilt."""
+    """Raised for a checkpoint whose files are missing, truncated or corrupt."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; `tidy` removes what a killed writer left, so only the run itself may ask for it."""
+    """The checkpoints of one run. `tidy` removes what a killed writer left, so only the run itself may set it."""
 
     def __init__(
         self,
@@ -84,54 +88,48 @@ class Checkpoints:
         }
 
     def due(self, step: int) -> bool:
-        """Whether the interval in steps or in minutes has passed; processes agree on the clock of the first."""
-        late = (
-            bool(self.seconds)
-            and distributed.gather_objects(time.monotonic() - self.saved >= self.seconds)[0]
-        )
+        """Whether the interval in steps or in minutes has passed, by the clock of the first process."""
+        late = False
+        if self.seconds:
+            late = distributed.gather_objects(time.monotonic() - self.saved >= self.seconds)[0]
         return bool(self.every and step % self.every == 0) or late
 
     def save(
         self, kind: str, stage: int, step: int, trees: Mapping[str, Any], progress: dict
     ) -> None:
-        """Start saving; it goes on in the background until the next save or `wait`."""
+        """Start saving in the background, which ends with the next save or `wait`; a checkpoint that exists is kept."""
         number, manager = stage * STEPS_PER_STAGE + step, self.managers[kind]
-        if number in manager.all_steps():  # a resumed run stands where this one was saved
+        if number in manager.all_steps():  # the run was resumed from this one
             return
         parts = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        about = progress | {"trees": {name: tree_shapes(tree) for name, tree in trees.items()}}
-        self._room(trees)
-        with self._writing():
+        progress = progress | {"trees": {name: tree_shapes(tree) for name, tree in trees.items()}}
+        self._check_disk_space(trees)
+        with _explain_failed_save(self.folder):
             manager.save(
                 number,
-                args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(about)),
+                args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(progress)),
                 force=True,
             )
         self.saved = time.monotonic()
 
     def wait(self) -> None:
-        """Until everything saved is on disk; an error of the background thread is raised here."""
-        with self._writing():
+        """Wait until everything saved is on disk; an error of the background thread is raised here."""
+        with _explain_failed_save(self.folder):
             for manager in self.managers.values():
                 manager.wait_until_finished()
 
-    def _writing(self) -> "_Writing":
-        return _Writing(self.folder)
-
-    def _room(self, trees: Mapping[str, Any]) -> None:
-        """Refuse what the disk can not hold: a half-written checkpoint helps nobody, and its threads die with pages of traces."""
-        need, free = (
-            sum(x.nbytes for x in jax.tree.leaves(trees)),
-            shutil.disk_usage(self.folder).free,
-        )
-        if any(distributed.gather_objects(free < need)):
+    def _check_disk_space(self, trees: Mapping[str, Any]) -> None:
+        """Refuse trees that do not fit on the disk: a half-written checkpoint is useless."""
+        size = sum(x.nbytes for x in jax.tree.leaves(trees))
+        free = shutil.disk_usage(self.folder).free
+        if any(distributed.gather_objects(free < size)):
             raise OSError(
-                f"a checkpoint takes up to {need / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free at {self.folder}; free some "
-                "space and run the same command again. What was saved before is whole"
+                f"{self.folder}: a checkpoint needs up to {size / 1e6:.1f} MB, got {free / 1e6:.1f} MB of free disk; free some "
+                "space and run the same command again. What was saved before is intact"
             )
 
     def found(self) -> list[tuple[int, int, str]]:
-        """(stage, step, kind), the newest first; at one place the stage's end comes first."""
+        """List the checkpoints as (stage, step, kind), the newest first; at the same step, the end of the stage first."""
         numbers = [
             (n, kind == "stages", kind)
             for kind, manager in self.managers.items()
@@ -140,6 +138,7 @@ class Checkpoints:
         return [(*divmod(n, STEPS_PER_STAGE), kind) for n, _, kind in sorted(numbers, reverse=True)]
 
     def progress(self, kind: str, stage: int, step: int) -> dict:
+        """Load the JSON record of a checkpoint."""
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         with _reading():
             return self.managers[kind].restore(stage * STEPS_PER_STAGE + step, args=args)[
@@ -147,7 +146,7 @@ class Checkpoints:
             ]
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """The trees that `like` names, on its shardings and types (trees of ShapeDtypeStruct): any mesh, any device count."""
+        """Load the trees that `like` names, with its types and shardings (trees of ShapeDtypeStruct), onto any mesh."""
         refuse_other_shapes(
             self.progress(kind, stage, step)["trees"],
             like,
@@ -181,32 +180,32 @@ class Checkpoints:
         return max(steps)
 
     def newest(self, read: Callable[[str, int, int], Any]) -> Any | None:
-        """What `read(kind, stage, step)` makes of the newest readable checkpoint; damaged ones are put aside with a warning.
+        """Return `read(kind, stage, step)` of the newest readable checkpoint; damaged ones are set aside with a warning.
 
-        None = there is none, or only damaged ones within the first stage. Where a finished stage is lost, it refuses.
+        Returns None where no checkpoint exists, or only damaged ones inside the first stage. Refuses where a finished stage is lost.
         """
         damaged: list[tuple[str, int, int]] = []
-        said = ""
+        first_problem = ""
         for stage, step, kind in self.found():
             result, problem = _try_read(read, kind, stage, step)
             if not any(distributed.gather_objects(bool(problem))):
-                self._put_aside(damaged)
+                self._set_aside(damaged)
                 return result
             damaged.append((kind, stage, step))
-            said = said or problem
+            first_problem = first_problem or problem
             console.print_warning(
                 f"checkpoint {kind} of stage {stage}, step {step} can not be read ({problem[:160]}); trying the one before"
             )
         if any(kind == "stages" for kind, _, _ in damaged):
             raise RunRefused(
-                f"none of the {len(damaged)} checkpoints in {self.folder} can be read ({said[:160]}); bring them back, or move the workdir "
-                "away to start anew"
+                f"none of the {len(damaged)} checkpoints in {self.folder} can be read ({first_problem[:160]}); restore them, or move "
+                "the workdir away to start again"
             )
-        self._put_aside(damaged)
+        self._set_aside(damaged)
         return None
 
-    def _put_aside(self, damaged: list[tuple[str, int, int]]) -> None:
-        """Out of the way, so that the run can save at the same place again."""
+    def _set_aside(self, damaged: list[tuple[str, int, int]]) -> None:
+        """Move damaged checkpoints to `damaged/`, so that the run can save at the same step again."""
         if damaged and distributed.is_main_process():
             for kind, stage, step in damaged:
                 to = self.folder / "damaged" / f"{kind}-stage{stage}-step{step}"
@@ -219,13 +218,14 @@ class Checkpoints:
                 manager.reload()
 
     def close(self) -> None:
-        with self._writing():
+        """Wait until everything saved is on disk, and release Orbax's threads."""
+        with _explain_failed_save(self.folder):
             for manager in self.managers.values():
                 manager.close()
 
 
 def tree_shapes(tree: Any) -> dict[str, list[int]]:
-    """The shape of every array of a tree by its path."""
+    """Return the shape of every array of a tree by its path."""
     return {
         jax.tree_util.keystr(path): list(x.shape)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -235,23 +235,23 @@ def tree_shapes(tree: Any) -> dict[str, list[int]]:
 def refuse_other_shapes(
     saved: Mapping[str, dict[str, list[int]]], like: Mapping[str, Any], where: str
 ) -> None:
-    """A checkpoint of another model or optimiser is whole; it only does not fit."""
+    """Refuse a checkpoint of another model or optimizer, which is intact but does not fit."""
     for name, tree in like.items():
-        there, here = saved.get(name, {}), tree_shapes(tree)
-        other = sorted(
-            path for path in there.keys() | here.keys() if there.get(path) != here.get(path)
-        )
-        if other:
-            first = f"{name}{other[0]} has shape {there.get(other[0], 'none')} there, {here.get(other[0], 'none')} by the config"
+        got, expected = saved.get(name, {}), tree_shapes(tree)
+        paths = got.keys() | expected.keys()
+        different = sorted(path for path in paths if got.get(path) != expected.get(path))
+        if different:
+            path = different[0]
             raise RunRefused(
-                f"{where} does not fit: {first} ({len(other)} arrays differ); change the config back, or use another --workdir"
+                f"{where} does not fit: {name}{path}: expected shape {expected.get(path, 'none')} by the config, got "
+                f"{got.get(path, 'none')} ({len(different)} arrays differ); change the config back, or use another --workdir"
             )
 
 
 def _try_read(
     read: Callable[[str, int, int], Any], kind: str, stage: int, step: int
 ) -> tuple[Any, str]:
-    """(what was read, "") or (None, what is damaged)."""
+    """Return (what was read, "") or (None, what is damaged)."""
     try:
         return read(kind, stage, step), ""
     except CheckpointDamaged as error:
@@ -260,12 +260,14 @@ def _try_read(
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Tells damage from what is no fault of the files."""
+    """Raise CheckpointDamaged for an unreadable file, and every other error as it is."""
     try:
         yield
     except (MemoryError, PermissionError):
         raise
-    except Exception as error:  # a damaged file shows itself in many ways: of JSON, of the array store, of a missing folder
+    except (
+        Exception
+    ) as error:  # damage raises errors of JSON, of the array store, of a missing folder
         if any(word in str(error) for word in TRANSIENT_ERRORS):
             raise
         raise CheckpointDamaged(_first_line(error)) from error
@@ -276,20 +278,17 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-class _Writing:
-    """Turns whatever a failed save raises into one line."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RunRefused):
-            full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-            hint = "the disk is full: free some space" if full else "look at the disk"
-            raise OSError(
-                f"a checkpoint can not be written to {self.folder} ({_first_line(error)[:200]}); {hint}, then run the same command again. "
-                "What was saved before is whole"
-            ) from error
+@contextlib.contextmanager
+def _explain_failed_save(folder: Path) -> Iterator[None]:
+    """Turn the error of a failed save into one line."""
+    try:
+        yield
+    except RunRefused:
+        raise
+    except Exception as error:
+        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        hint = "the disk is full: free some space" if full else "look at the disk"
+        raise OSError(
+            f"a checkpoint can not be written to {folder} ({_first_line(error)[:200]}); {hint}, then run the same command again. "
+            "What was saved before is intact"
+        ) from error

@@ -1,4 +1,4 @@
-"""A run's folder: where it may lie, which process holds it, which config started it, and what it was run with."""
+"""The folder of a run: where it may be, which process holds it, which config started it, and which software ran in it."""
 
 import contextlib
 import fcntl
@@ -37,7 +37,7 @@ RECORDED_PACKAGES = (
 
 
 def local_folder(workdir: str | Path) -> Path:
-    """The folder, unless it is the address of a bucket."""
+    """Return the path of a folder; refuse the address of a bucket."""
     if re.match(r"\w{2,}:/", str(workdir)):
         raise ValueError(
             f"--workdir={workdir}: expected a folder; mount the bucket (gcsfuse) or a shared disk and give the path"
@@ -45,17 +45,21 @@ def local_folder(workdir: str | Path) -> Path:
     return Path(workdir)
 
 
+# ---- one process at a time -----------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """No other process works on the folder meanwhile; the lock is the system's, so it is free again however this process ends."""
-    refused = ""
+    """Keep other processes out of the folder. The lock is the system's: it is released however this process ends."""
+    holder = ""
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             workdir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((workdir / ".lock").open("a+"))
-            refused = _take_lock(file, workdir)
-        if refused := distributed.gather_objects(refused)[0]:
-            raise RunRefused(refused)
+            holder = _take_lock(file, workdir)
+        holder = distributed.gather_objects(holder)[0]
+        if holder:
+            raise RunRefused(f"{workdir} is in use by {holder}; wait for it, or stop it")
         try:
             yield
         finally:
@@ -64,15 +68,15 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def _take_lock(file: IO[str], workdir: Path) -> str:
-    """ "" where this process holds the lock now, else who does."""
+    """Return "" once this process holds the lock, else the process that holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        return f"{workdir} is in use by {file.read().strip() or 'another process'}; wait for it, or stop it"
+        return file.read().strip() or "another process"
     except OSError as error:
         console.print_warning(
-            f"{workdir} can not be locked ({error.strerror}); see to it that no other process works on it"
+            f"{workdir} can not be locked ({error.strerror}); make sure that no other process uses it"
         )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -80,8 +84,11 @@ def _take_lock(file: IO[str], workdir: Path) -> str:
     return ""
 
 
+# ---- one config ----------------------------------------------------------------------------------------------------------
+
+
 def read_run_config(workdir: Path) -> ConfigDict:
-    """The config that started the workdir, a pre-stage's model at its place again."""
+    """Load the config that started the workdir; the path of a pre-stage's model, stored relative to it, is made absolute."""
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     if len(config.prestage):
         config.model.path = str(workdir / config.model.path)
@@ -89,17 +96,15 @@ def read_run_config(workdir: Path) -> ConfigDict:
 
 
 def changes_since_start(config: ConfigDict, workdir: Path) -> list[str]:
-    """What differs from the config that started the workdir."""
+    """Return what differs from the config that started the workdir, a line per setting."""
     path = workdir / "config.json"
-    return (
-        config_differences(json.loads(path.read_text()), recorded_config(config, workdir))
-        if path.is_file()
-        else []
-    )
+    if not path.is_file():
+        return []
+    return config_differences(json.loads(path.read_text()), recorded_config(config, workdir))
 
 
 def refuse_changed_config(config: ConfigDict, workdir: Path) -> None:
-    """A workdir belongs to the config that started it."""
+    """Refuse a workdir that another config started, unless `allow_change` is set."""
     changed = [] if config.allow_change else changes_since_start(config, workdir)
     if changed:
         raise RunRefused(
@@ -112,18 +117,21 @@ def format_changes(changed: list[str]) -> str:
     return "; ".join(changed[:8]) + " ..." * (len(changed) > 8)
 
 
+# ---- software ------------------------------------------------------------------------------------------------------------
+
+
 def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
-    """Packages, commit and devices: what a number needs to be made again."""
-    found = {}
+    """Return packages, commit and devices: what is needed to reproduce a number."""
+    versions: dict[str, str | None] = {}
     for name in RECORDED_PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
+            versions[name] = None
     devices = [d.device_kind for d in model_ctx.mesh.devices.flat]
     return {
         "python": sys.version.split()[0],
-        "packages": found,
+        "packages": versions,
         "commit": _git_commit(),
         "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
         "mesh": dict(model_ctx.mesh.shape),
@@ -134,13 +142,13 @@ def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             check=False,
         )
-    except OSError:  # no git on this machine
+    except OSError:  # git is not installed
         return None
-    return asked.stdout.strip() or None
+    return done.stdout.strip() or None

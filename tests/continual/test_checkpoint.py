@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit on any mesh, and a damaged one is never in the way."""
+"""Checkpoints are restored bit for bit on any mesh, and a damaged one is skipped and set aside."""
 
 import shutil
 
@@ -38,7 +38,7 @@ def equal(a, b):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Stage 1 with its steps 2, 4 and its end at 5; stage 2 with step 2. Trees are told apart by their seed."""
+    """Stage 1 with steps 2 and 4 and its end at 5; stage 2 with step 2. The seed of a tree identifies it."""
     kept = Checkpoints(tmp_path / "c", keep=3)
     for kind, stage, step, seed in (
         ("steps", 1, 2, 12),
@@ -59,7 +59,7 @@ def reader(kept: Checkpoints):
     )
 
 
-def spoil(kept: Checkpoints, kind: str, number: int, how: str = "truncate") -> None:
+def damage(kept: Checkpoints, kind: str, number: int, how: str = "truncate") -> None:
     folder = kept.folder / kind / str(number)
     if how == "empty":
         shutil.rmtree(folder / "params")
@@ -68,7 +68,7 @@ def spoil(kept: Checkpoints, kind: str, number: int, how: str = "truncate") -> N
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_newest_first(saved):
+def test_checkpoints_are_listed_newest_first(saved):
     assert saved.found() == [(2, 2, "steps"), (1, 5, "stages"), (1, 4, "steps"), (1, 2, "steps")]
     seed, found = saved.newest(reader(saved))
     assert seed == 22 and equal(found, tree(22))
@@ -78,7 +78,7 @@ def test_newest_first(saved):
 
 
 @pytest.mark.parametrize("before, after", [(8, 1), (1, 8), (8, 4)])
-def test_any_device_count(tmp_path, before, after):
+def test_a_checkpoint_is_restored_on_any_device_count(tmp_path, before, after):
     kept = Checkpoints(tmp_path, async_save=False)
     kept.save("stages", 1, 3, {"params": tree(5, before)}, {})
     found = kept.restore("stages", 1, 3, {"params": like(tree(0, after))})["params"]
@@ -86,7 +86,7 @@ def test_any_device_count(tmp_path, before, after):
     kept.close()
 
 
-def test_a_part_is_read_alone(tmp_path):
+def test_one_tree_of_a_checkpoint_is_restored_alone(tmp_path):
     kept = Checkpoints(tmp_path, async_save=False)
     kept.save("stages", 1, 3, {"params": tree(1), "opt_state": tree(2), "fisher": tree(3)}, {})
     assert kept.restore("stages", 1, 3, {"params": like(tree())}).keys() == {"params"}
@@ -95,8 +95,8 @@ def test_a_part_is_read_alone(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["truncate", "empty"])
-def test_a_damaged_newest_one_falls_back_and_its_place_is_free_again(saved, how, capsys):
-    spoil(saved, "steps", 2 * 10**9 + 2, how)
+def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_can_be_saved_again(saved, how, capsys):
+    damage(saved, "steps", 2 * 10**9 + 2, how)
     seed, found = saved.newest(reader(saved))
     assert seed == 15 and equal(found, tree(15))
     assert "warning: checkpoint steps of stage 2, step 2 can not be read" in capsys.readouterr().err
@@ -110,28 +110,28 @@ def test_a_damaged_newest_one_falls_back_and_its_place_is_free_again(saved, how,
     assert saved.newest(reader(saved))[0] == 99
 
 
-def test_a_lost_stage_is_not_trained_again_unasked(saved):
+def test_a_lost_stage_is_refused_instead_of_trained_again(saved):
     for kind, number in (
         ("steps", 10**9 + 2),
         ("steps", 10**9 + 4),
         ("stages", 10**9 + 5),
         ("steps", 2 * 10**9 + 2),
     ):
-        spoil(saved, kind, number)
+        damage(saved, kind, number)
     with pytest.raises(RunRefused, match="none of the 4 checkpoints"):
         saved.newest(reader(saved))
-    assert len(saved.found()) == 4  # nothing is moved
+    assert len(saved.found()) == 4  # all are still in place
 
 
-def test_within_the_first_stage_a_run_begins_anew(tmp_path):
+def test_damage_inside_the_first_stage_starts_the_run_again(tmp_path):
     kept = Checkpoints(tmp_path, async_save=False)
     kept.save("steps", 1, 2, {"params": tree()}, {"seed": 0})
-    spoil(kept, "steps", 10**9 + 2)
+    damage(kept, "steps", 10**9 + 2)
     assert kept.newest(reader(kept)) is None and kept.found() == []
     kept.close()
 
 
-def test_refusal_and_no_memory_are_no_damage(saved):
+def test_a_refusal_or_lack_of_memory_is_not_damage(saved):
     for error in (
         RunRefused("another config"),
         MemoryError(),
@@ -148,8 +148,8 @@ def test_refusal_and_no_memory_are_no_damage(saved):
 
 
 @pytest.mark.parametrize("how", ["shape", "name", "tree", "permission"])
-def test_what_does_not_fit_is_refused_and_stays(saved, how, monkeypatch):
-    """A changed model or optimiser, or a folder that may not be read, is no damage."""
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(saved, how, monkeypatch):
+    """A changed model or optimizer, or a folder without read permission, is not damage."""
     other, place = like(tree()), ocp.checkpoint_manager.CheckpointManager
     if how == "shape":
         other["a"]["w"] = jax.ShapeDtypeStruct(
@@ -168,11 +168,11 @@ def test_what_does_not_fit_is_refused_and_stays(saved, how, monkeypatch):
     trees = {"opt_state" if how == "tree" else "params": other}
     read = lambda *at: saved.restore(*at, trees)
     words = {
-        "shape": r"^checkpoint .*params\['a'\]\['w'\] has shape \[16, 3\] there, \[16, 4\] by the config \(1 arrays",
+        "shape": r"^checkpoint .*params\['a'\]\['w'\]: expected shape \[16, 4\] by the config, got \[16, 3\] \(1 arrays",
         "name": "^checkpoint .*2 arrays differ",
     }
     words |= {
-        "tree": "^checkpoint .*opt_state.* has shape none there",
+        "tree": "^checkpoint .*opt_state.*, got none",
         "permission": "^PERMISSION_DENIED",
     }
     with pytest.raises(ValueError if how == "permission" else RunRefused, match=words[how]):
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused_and_stays(saved, how, monkeypatch):
     assert len(saved.found()) == 4 and not (saved.folder / "damaged").exists()
 
 
-def test_a_kept_number_of_steps_and_every_stage(tmp_path):
+def test_the_newest_steps_and_every_stage_are_kept(tmp_path):
     kept = Checkpoints(tmp_path, keep=2, async_save=False)
     for step in range(1, 5):
         kept.save("steps", 1, step, {"params": tree()}, {})
@@ -190,7 +190,7 @@ def test_a_kept_number_of_steps_and_every_stage(tmp_path):
     kept.close()
 
 
-def test_what_is_being_saved_may_be_donated(tmp_path):
+def test_arrays_that_are_being_saved_can_be_donated(tmp_path):
     """The next step overwrites the state while the background thread still writes it."""
     kept = Checkpoints(tmp_path)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -208,7 +208,7 @@ def test_what_is_being_saved_may_be_donated(tmp_path):
     kept.close()
 
 
-def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path):
+def test_only_the_run_itself_removes_what_a_kill_left(tmp_path):
     Checkpoints(tmp_path).close()
     left = tmp_path / "steps" / f"{10**9 + 2}.orbax-checkpoint-tmp"
     (left / "params").mkdir(parents=True)
@@ -222,7 +222,7 @@ def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path):
     own.close()
 
 
-def test_an_interval_in_steps_or_minutes(tmp_path):
+def test_a_save_is_due_after_steps_or_minutes(tmp_path):
     kept = Checkpoints(tmp_path, every=3, minutes=1.0)
     assert [kept.due(s) for s in (1, 2, 3, 6)] == [False, False, True, True]
     kept.saved -= 61
@@ -232,20 +232,20 @@ def test_an_interval_in_steps_or_minutes(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
-def test_a_failed_save_is_one_line(tmp_path):
+def test_a_failed_save_raises_one_line(tmp_path):
     kept = Checkpoints(tmp_path / "c", async_save=False)
     shutil.rmtree(tmp_path / "c")
-    (tmp_path / "c").write_text("a file stands here")
+    (tmp_path / "c").write_text("a file")
     with pytest.raises(
-        OSError, match="a checkpoint can not be written to .*What was saved before is whole"
+        OSError, match="a checkpoint can not be written to .*What was saved before is intact"
     ):
         kept.save("steps", 1, 1, {"params": tree()}, {})
 
 
-def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     kept = Checkpoints(tmp_path, async_save=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
-    with pytest.raises(OSError, match="a checkpoint takes up to 0.0 MB, and 0.0 MB are free"):
+    with pytest.raises(OSError, match=": a checkpoint needs up to 0.0 MB, got 0.0 MB of free disk"):
         kept.save("steps", 1, 1, {"params": tree()}, {})
     assert not any((tmp_path / "steps").iterdir())
     kept.close()
