@@ -1,13 +1,12 @@
-"""cptjax: continual post-training of Qwen2.5-VL in JAX."""
+"""Continual post-training of vision-language and language models in JAX."""
 
 import os
 from typing import Any
 
-os.environ.setdefault(
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-)  # it misses PyTorch; of it we use tokenizers and templates
+# transformers warns that PyTorch is missing; cptjax uses its tokenizers and templates only.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-# Where each public name lives; looked up when first used, so that host-only modules load without jax.
+# The module of each public name, imported on first use: host-only modules load without jax.
 _PUBLIC = {
     **dict.fromkeys(("Model", "generate", "load", "logits", "save", "score"), "cptjax.api"),
     "run": "cptjax.continual.driver",

@@ -1,6 +1,8 @@
-"""cptjax in a notebook: load, generate, score, logits, save. Conversations are the Hugging Face chat form."""
+"""The Python interface: load, generate, score, logits, save.
 
-import contextlib
+Conversations are in the Hugging Face chat form; images are PIL images, paths or bytes.
+"""
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.continual.checkpoint import Checkpoints
-from cptjax.continual.model_state import restore_stage_params
-from cptjax.continual.workdir import read_run_config
-from cptjax.data import processor
+from cptjax.continual.stage_model import check_folder_kind, folder_kind, load_stage_model
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, round_up_size
-from cptjax.data.model_context import ModelContext
-from cptjax.data.processor import Processor
+from cptjax.data.processor import Processor, load_processor
 from cptjax.generation import sampler
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import attention, decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
+from cptjax.models import decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
-from cptjax.models.load import MODEL_DTYPES, find_model_config
+from cptjax.models.load import MODEL_DTYPES, fit_for_inference
 from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
 
@@ -33,7 +31,7 @@ CHECK_EVERY = 16  # decode steps between two checks whether all responses are do
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Everything that is needed to ask it something."""
+    """A loaded model, to generate and score with."""
 
     config: ModelConfig
     params: Params
@@ -52,52 +50,34 @@ def load(
     max_pixels: int | None = None,
     seed: int = 0,
 ) -> Model:
-    """The model of a Hugging Face folder or hub id, of a run's workdir (its last finished stage, or `stage`), or a random one of a preset.
+    """Load a model.
 
-    Without a mesh, the weights are cut over all devices.
+    path: a Hugging Face folder or hub id; the workdir of a run, for the model of its last finished
+    stage or of `stage` (0 = base); or the name of a preset, for random weights.
+    mesh: where the weights are; None = a mesh that shards them over all devices.
     """
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(MODEL_DTYPES)}")
     mesh = sharding.make_mesh() if mesh is None else mesh
-    folder = Path(path)
-    if (folder / "checkpoints").is_dir():
-        return _of_workdir(folder, mesh, dtype, stage)
-    source = None if str(path) in PRESETS and not folder.is_dir() else path
-    cfg = _for_inference(read_model_config(source) if source else PRESETS[str(path)], mesh, dtype)
-    words = processor.load_processor(source, cfg, min_pixels, max_pixels)
+    kind = folder_kind(Path(path))
+    if kind == "run":
+        model_ctx, params, _ = load_stage_model(path, mesh, stage, dtype)
+        params = trainable.cast_params(params, MODEL_DTYPES[dtype])
+        return Model(model_ctx.cfg, params, model_ctx.processor, mesh, dtype)
+    if kind in ("runs", "orbax"):
+        check_folder_kind("path", path, "hf")
+    source = None if str(path) in PRESETS and not Path(path).is_dir() else path
+    cfg = read_model_config(source) if source else PRESETS[str(path)]
+    cfg = fit_for_inference(cfg, mesh, dtype)
+    processor = load_processor(source, cfg, min_pixels, max_pixels)
     if source:
         params = hf_checkpoint.load_hf_checkpoint(source, cfg, mesh, MODEL_DTYPES[dtype])
     else:
         rules = sharding.rules_for(cfg.text.kv_heads, mesh)
-        params = sharding.init_params(
-            qwen2_5_vl.declare_params(cfg), jax.random.key(seed), MODEL_DTYPES[dtype], mesh, rules
-        )
-    return Model(cfg, params, words, mesh, dtype)
-
-
-def _of_workdir(folder: Path, mesh: Mesh, dtype: str, stage: int | None) -> Model:
-    """The model that a run's stage left; 0 = the one it started from."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} has checkpoints but no config.json; expected a workdir of launch/train.py"
-        )
-    config = read_run_config(folder)
-    settings = config.model
-    cfg = _for_inference(find_model_config(settings), mesh, dtype)
-    cfg = dataclasses.replace(cfg, lora_scale=settings.lora.alpha / max(settings.lora.rank, 1))
-    words = processor.load_processor(
-        settings.path or None, cfg, settings.min_pixels, settings.max_pixels
-    )
-    model_ctx = ModelContext(cfg, words, mesh, MODEL_DTYPES[dtype], ())
-    with contextlib.closing(Checkpoints(folder / "checkpoints", async_save=False)) as checkpoints:
-        stage = checkpoints.newest_stage() if stage is None else stage
-        params = restore_stage_params(config, model_ctx, checkpoints, stage)
-    return Model(cfg, trainable.cast_params(params, MODEL_DTYPES[dtype]), words, mesh, dtype)
-
-
-def _for_inference(cfg: ModelConfig, mesh: Mesh, dtype: str) -> ModelConfig:
-    platform, kernel = mesh.devices.flat[0].platform, attention.choose_backend(mesh, cfg, dtype)
-    return dataclasses.replace(cfg, remat="none", attention=kernel, unroll=platform != "tpu")
+        declared = qwen2_5_vl.declare_params(cfg)
+        key = jax.random.key(seed)
+        params = sharding.init_params(declared, key, MODEL_DTYPES[dtype], mesh, rules)
+    return Model(cfg, params, processor, mesh, dtype)
 
 
 def generate(
@@ -113,16 +93,18 @@ def generate(
     seed: int = 0,
     batch: int = 64,
 ) -> list[list[str]]:
-    """`n` answers to each conversation, without their end token; `batch` conversations are decoded at a time.
+    """Return `n` responses to each conversation, without their end tokens.
 
-    stop: strings; an answer ends before the first of them. A conversation's answers do not depend on those beside it.
+    stop: strings; a response ends before the first of them.
+    batch: conversations that are decoded at a time; it does not change the responses.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop={stop!r}: expected strings with at least one character")
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 conversation")
-    # A stop string that is one token ends its row on the device; a longer one may be written in several ways and is found in the text.
+    # A stop string of one token ends its row on the device. A longer one has several
+    # tokenizations, so it is searched in the text.
     single = [ids[0] for ids in map(model.processor.ids, stops) if len(ids) == 1]
     sampling = SamplingConfig(
         group=n,
@@ -133,18 +115,19 @@ def generate(
         top_k=top_k,
         min_p=min_p,
     )
-    encoded, out = _encode(model, conversations), []
+    encoded = _encode(model, conversations)
+    responses: list[list[str]] = []
     for start in range(0, len(encoded), batch):
-        some = encoded[start : start + batch]
+        part = encoded[start : start + batch]
         with jax.set_mesh(model.mesh):
             rollouts = sampler.generate_rollouts(
                 model.params,
-                _prompts(model, some),
+                _prompts(model, part),
                 jax.random.key(seed),
                 model.config,
                 sampling,
                 stop=(*model.config.eos, *single),
-                rows=start + np.arange(len(some)),
+                rows=start + np.arange(len(part)),
                 dtype=MODEL_DTYPES[model.dtype],
             )
         tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
@@ -152,25 +135,28 @@ def generate(
             [t for t in row[keep] if t not in model.config.eos]
             for row, keep in zip(tokens, mask, strict=True)
         ]
-        texts = [
-            _until_stop(answer, stops) for answer in model.processor.decode(rows[: len(some) * n])
-        ]
-        out += [texts[i : i + n] for i in range(0, len(texts), n)]
-    return out
+        texts = model.processor.decode(rows[: len(part) * n])  # the rest pads the batch
+        texts = [_text_before(text, stops) for text in texts]
+        responses += [texts[i : i + n] for i in range(0, len(texts), n)]
+    return responses
 
 
-def _until_stop(answer: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    return answer[: min((at for at in map(answer.find, stops) if at >= 0), default=len(answer))]
+def _text_before(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first stop string."""
+    return text[: min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
 
 
 def score(
     model: Model, conversations: Sequence[Conversation], completions: Sequence[str | Sequence[int]]
 ) -> list[np.ndarray]:
-    """The log-probability of each token of each completion: a text (its own tokens, no end token) or token ids."""
+    """Return the log-probability of each token of each completion.
+
+    A completion is a text (without an end token) or token ids.
+    """
     if len(conversations) != len(completions):
         raise ValueError(
-            f"{len(completions)} completions came for {len(conversations)} conversations; give one for each"
+            f"got {len(completions)} completions for {len(conversations)} conversations; "
+            "give one for each"
         )
     encoded = _encode(model, conversations)
     tokens = [
@@ -178,35 +164,29 @@ def score(
         for c in completions
     ]
     if empty := [i for i, t in enumerate(tokens) if not len(t)]:
-        raise ValueError(f"completion {empty[0]} has no tokens")
+        raise ValueError(f"completion {empty[0]}: expected at least one token, got none")
     prompts = _prompts(model, encoded)
-    responses = np.zeros(
-        (prompts.tokens.shape[0], 1, round_up_size(max(map(len, tokens)))), np.int32
-    )
+    length = round_up_size(max(map(len, tokens)))
+    responses = np.zeros((prompts.tokens.shape[0], 1, length), np.int32)
     for row, t in zip(responses, tokens, strict=False):
         row[0, : len(t)] = t
     with jax.set_mesh(model.mesh):
-        found = _score(
-            model.params,
-            prompts,
-            sharding.place_rows(responses, model.mesh),
-            model.config,
-            MODEL_DTYPES[model.dtype],
-        )
-    return [row[: len(t)] for row, t in zip(np.asarray(found), tokens, strict=False)]
+        placed = sharding.place_rows(responses, model.mesh)
+        logps = _score(model.params, prompts, placed, model.config, MODEL_DTYPES[model.dtype])
+    return [row[: len(t)] for row, t in zip(np.asarray(logps), tokens, strict=False)]
 
 
 def logits(model: Model, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-    """[T V] float32 of each conversation; everything is in memory at once, so this is for small inputs."""
+    """Return the float32 logits [T V] of each conversation, for small inputs: all are in memory."""
     encoded = _encode(model, conversations)
     prompts = _prompts(model, encoded)
     with jax.set_mesh(model.mesh):
-        found = np.asarray(_logits(model.params, prompts, model.config, MODEL_DTYPES[model.dtype]))
-    return [row[-len(e) :] for row, e in zip(found, encoded, strict=False)]
+        rows = np.asarray(_logits(model.params, prompts, model.config, MODEL_DTYPES[model.dtype]))
+    return [row[-len(e) :] for row, e in zip(rows, encoded, strict=False)]
 
 
 def save(model: Model, folder: str | Path, dtype: str | None = None) -> None:
-    """A folder that transformers, vLLM and `load` read; `dtype` None keeps the model's."""
+    """Write a folder that transformers, vLLM and `load` read; `dtype` None keeps the model's."""
     hf_checkpoint.save_hf_checkpoint(
         model.params, model.config, folder, model.processor, dtype or model.dtype
     )
@@ -232,22 +212,17 @@ def _prompts(model: Model, encoded: Sequence[EncodedConversation]) -> Prompts:
 def _score(
     params: Params, prompts: Prompts, responses: Array, cfg: ModelConfig, dtype: Any
 ) -> Array:
-    hidden = qwen2_5_vl.forward_group(
-        trainable.cast_params(params, dtype), prompts, responses, cfg, dtype
-    )
-    found, _ = logprobs.token_logps(
-        hidden.reshape(-1, hidden.shape[-1]),
-        decoder.unembedding(params["text"]),
-        responses.reshape(-1),
-    )
-    return found.reshape(responses.shape[0], -1)
+    params = trainable.cast_params(params, dtype)
+    hidden = qwen2_5_vl.forward_group(params, prompts, responses, cfg, dtype)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    unembed = decoder.unembedding(params["text"])
+    logps, _ = logprobs.token_logps(hidden, unembed, responses.reshape(-1))
+    return logps.reshape(responses.shape[0], -1)
 
 
 @jax.jit(static_argnames=("cfg", "dtype"))
 def _logits(params: Params, prompts: Prompts, cfg: ModelConfig, dtype: Any) -> Array:
-    hidden = qwen2_5_vl.forward(trainable.cast_params(params, dtype), prompts, cfg, dtype)
-    return jnp.dot(
-        hidden,
-        decoder.unembedding(params["text"]).astype(dtype),
-        preferred_element_type=jnp.float32,
-    )
+    params = trainable.cast_params(params, dtype)
+    hidden = qwen2_5_vl.forward(params, prompts, cfg, dtype)
+    unembed = decoder.unembedding(params["text"])
+    return jnp.dot(hidden, unembed, preferred_element_type=jnp.float32)

@@ -1,54 +1,73 @@
-"""Convert weights between a Hugging Face folder and an Orbax checkpoint.
+"""Convert weights: a Hugging Face folder to Orbax and back, or the model of a run's stage to Hugging Face.
 
-python launch/convert.py --src=HF_DIR --dst=DIR            Hugging Face -> Orbax
-python launch/convert.py --checkpoint=DIR --dst=HF_DIR     Orbax -> Hugging Face; adapters are merged
+python launch/convert.py --src=HF_DIR --dst=DIR                      Hugging Face -> Orbax
+python launch/convert.py --checkpoint=DIR --dst=HF_DIR               Orbax -> Hugging Face
+python launch/convert.py --workdir=DIR [--stage=K] --dst=HF_DIR      a stage of a run -> Hugging Face
+
+Adapters are merged. transformers, vLLM and cptjax.load read the Hugging Face folder.
 """
 
-import jax
 from absl import flags
 
-from cptjax import sharding
 from cptjax.common import cli
-from cptjax.data import processor_files
-from cptjax.models import hf_checkpoint, orbax_io
-from cptjax.models.config import locate_checkpoint, read_model_config
 
 SRC = flags.DEFINE_string("src", None, "Hugging Face folder or hub id to read.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Orbax checkpoint to read, as written by --src."
 )
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run whose model is exported.")
+STAGE = flags.DEFINE_integer(
+    "stage",
+    None,
+    "With --workdir: the stage; default: the last finished one, 0 = base.",
+    lower_bound=0,
+)
 DST = flags.DEFINE_string("dst", None, "Folder to write; must not exist or be empty.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float16", "float32"], "Type to write; default: the source's."
+    "dtype",
+    None,
+    ["bfloat16", "float16", "float32"],
+    "Type to write; default: the source's, of a run model.compute_dtype.",
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest safetensors file in GB.", lower_bound=0.001)
 
 
 def main() -> None:
-    if (SRC.value is None) == (CHECKPOINT.value is None) or DST.value is None:
+    sources = (SRC.value, CHECKPOINT.value, WORKDIR.value)
+    if sum(value is not None for value in sources) != 1 or DST.value is None:
         raise ValueError(
-            "expected --dst and exactly one of --src (Hugging Face folder) and --checkpoint (Orbax folder)"
+            "expected --dst and exactly one of --src (Hugging Face folder), --checkpoint (Orbax folder) "
+            "and --workdir (folder of a run)"
         )
+    if STAGE.value is not None and WORKDIR.value is None:
+        raise ValueError(f"--stage={STAGE.value}: expected --workdir with it; add --workdir=DIR")
+    import jax
+
+    from cptjax import sharding
+    from cptjax.continual.stage_model import check_folder_kind, export_stage
+    from cptjax.data.processor_files import CopiedProcessor
+    from cptjax.models.config import locate_checkpoint, read_model_config
+    from cptjax.models.hf_checkpoint import load_hf_checkpoint, save_hf_checkpoint
+    from cptjax.models.orbax_io import load_orbax, save_orbax
+
+    shard_bytes = SHARD_GB.value * 1e9
     mesh = sharding.make_mesh() if jax.device_count() > 1 else None
     if SRC.value:
+        check_folder_kind("--src", SRC.value, "hf")
         cfg = read_model_config(SRC.value)
-        orbax_io.save_orbax(
-            hf_checkpoint.load_hf_checkpoint(SRC.value, cfg, mesh, DTYPE.value),
-            cfg,
-            DST.value,
-            processor_files.CopiedProcessor(locate_checkpoint(SRC.value)),
-        )
-    else:
-        params, cfg = orbax_io.load_orbax(CHECKPOINT.value, mesh)
+        params = load_hf_checkpoint(SRC.value, cfg, mesh, DTYPE.value)
+        save_orbax(params, cfg, DST.value, CopiedProcessor(locate_checkpoint(SRC.value)))
+    elif CHECKPOINT.value:
+        check_folder_kind("--checkpoint", CHECKPOINT.value, "orbax")
+        params, cfg = load_orbax(CHECKPOINT.value, mesh)
         dtype = DTYPE.value or str(params["text"]["embed"].dtype)
-        hf_checkpoint.save_hf_checkpoint(
-            params,
-            cfg,
-            DST.value,
-            processor_files.CopiedProcessor(CHECKPOINT.value),
-            dtype,
-            SHARD_GB.value * 1e9,
-        )
+        processor = CopiedProcessor(CHECKPOINT.value)
+        save_hf_checkpoint(params, cfg, DST.value, processor, dtype, shard_bytes)
+    else:
+        check_folder_kind("--workdir", WORKDIR.value, "run")
+        dtype = DTYPE.value or ""
+        stage = export_stage(WORKDIR.value, DST.value, STAGE.value, dtype, shard_bytes)
+        print(f"exported the model of stage {stage}" if stage else "exported the base model")
     print(f"wrote {DST.value}")
 
 

@@ -1,6 +1,7 @@
-"""Ask a model something and print its answers.
+"""Send a prompt to a model and print its responses.
 
-python launch/sample.py --model=HF_DIR|ORG/NAME|WORKDIR|tiny --prompt="What is this?" [--image=a.png --image=b.png] [--n=4 --temperature=1]
+python launch/sample.py --model=HF_DIR|ORG/NAME|WORKDIR|tiny --prompt="What is this?" [--image=a.png --image=b.png] \\
+    [--n=4 --temperature=1]
 """
 
 from absl import flags
@@ -13,28 +14,31 @@ MODEL = flags.DEFINE_string(
     "Hugging Face folder or hub id, workdir of a run, or a preset (random weights).",
     required=True,
 )
-PROMPT = flags.DEFINE_string("prompt", None, "The user's words.", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "Text of the user's message.", required=True)
 IMAGE = flags.DEFINE_multi_string(
-    "image", [], "Image file, shown before the words; may be repeated."
+    "image", [], "Image file, placed before the text; may be repeated."
 )
 VIDEO = flags.DEFINE_multi_string(
-    "video", [], "Video file, shown before the words; may be repeated."
+    "video", [], "Video file, placed before the text; may be repeated."
 )
 SYSTEM = flags.DEFINE_string("system", "", "System message; empty = the template's own.")
 STAGE = flags.DEFINE_integer(
     "stage",
     None,
-    "Of a workdir: the stage whose model is asked; default: the last finished one, 0 = base.",
+    "Of a workdir: the stage whose model is used; default: the last finished one, 0 = base.",
+    lower_bound=0,
 )
-N = flags.DEFINE_integer("n", 1, "Answers.")
-MAX_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of an answer at most.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = the likeliest token.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Share of probability that may be drawn from, in (0, 1].")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Likeliest tokens that may be drawn; 0 = all.")
+N = flags.DEFINE_integer("n", 1, "Number of responses.")
+MAX_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens of a response.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 = greedy.")
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Sample from the likeliest tokens of this total probability, in (0, 1]."
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from so many likeliest tokens; 0 = all.")
 MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Least probability of a token, as a share of the likeliest's."
+    "min_p", 0.0, "Smallest probability of a token, as a share of that of the likeliest."
 )
-STOP = flags.DEFINE_multi_string("stop", [], "Text before which an answer ends; may be repeated.")
+STOP = flags.DEFINE_multi_string("stop", [], "Text before which a response ends; may be repeated.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the arithmetic.")
 
@@ -42,8 +46,6 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the 
 def main() -> None:
     import cptjax
 
-    if STAGE.value is not None and STAGE.value < 0:
-        raise ValueError(f"--stage={STAGE.value}; expected 0 (base) or a stage's number")
     model = cptjax.load(MODEL.value, dtype=DTYPE.value, stage=STAGE.value)
     parts = [
         {"type": kind, kind: path}
@@ -52,7 +54,7 @@ def main() -> None:
     ]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": PROMPT.value}]}
     system = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
-    answers = cptjax.generate(
+    (responses,) = cptjax.generate(
         model,
         [[*system, user]],
         n=N.value,
@@ -64,12 +66,10 @@ def main() -> None:
         stop=STOP.value,
         seed=SEED.value,
     )
-    for i, answer in enumerate(answers[0]):
-        print(
-            f"--- {i + 1} of {N.value}" if N.value > 1 else "",
-            answer,
-            sep="\n" if N.value > 1 else "",
-        )
+    for i, response in enumerate(responses):
+        if N.value > 1:
+            print(f"--- {i + 1} of {N.value}")
+        print(response)
 
 
 if __name__ == "__main__":

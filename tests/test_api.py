@@ -151,8 +151,8 @@ def test_names_are_looked_up_when_used():
         (lambda m: cptjax.generate(m, TALKS, batch=0), "batch=0"),
         (lambda m: cptjax.generate(m, TALKS, max_new_tokens=0), "max_new_tokens=0"),
         (lambda m: cptjax.generate(m, TALKS, max_new_tokens=5000), "5000 new ones exceed"),
-        (lambda m: cptjax.score(m, TALKS, ["a"]), "1 completions came for 3 conversations"),
-        (lambda m: cptjax.score(m, TALKS[:1], [""]), "completion 0 has no tokens"),
+        (lambda m: cptjax.score(m, TALKS, ["a"]), "got 1 completions for 3 conversations"),
+        (lambda m: cptjax.score(m, TALKS[:1], [""]), "completion 0: expected at least one token"),
     ],
 )
 def test_wrong_calls_are_one_line(model, call, words):

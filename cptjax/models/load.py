@@ -32,6 +32,17 @@ def fit_config(cfg: ModelConfig, settings: Any, mesh: Mesh) -> ModelConfig:
     )
 
 
+def fit_for_inference(cfg: ModelConfig, mesh: Mesh, dtype: str, scale: float = 1.0) -> ModelConfig:
+    """Return the config to generate and score with, where no gradient is needed."""
+    return dataclasses.replace(
+        cfg,
+        remat="none",
+        attention=attention.choose_backend(mesh, cfg, dtype),
+        lora_scale=scale,
+        unroll=mesh.devices.flat[0].platform != "tpu",
+    )
+
+
 def lora_scale(settings: Any) -> float:
     """Return the factor alpha / rank of the adapters."""
     return settings.lora.alpha / max(settings.lora.rank, 1)

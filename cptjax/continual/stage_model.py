@@ -1,0 +1,105 @@
+"""Load or export the model that a stage of a run left behind, without the run's tasks."""
+
+import contextlib
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from cptjax import sharding
+from cptjax.continual.checkpoint import Checkpoints
+from cptjax.continual.model_state import restore_stage_params
+from cptjax.continual.workdir import read_run_config
+from cptjax.data.model_context import ModelContext
+from cptjax.data.processor import load_processor
+from cptjax.evaluation.report.read import find_arm_folders, is_run_folder
+from cptjax.models import load
+from cptjax.models.hf_checkpoint import save_hf_checkpoint
+from cptjax.models.orbax_io import ORBAX_FOLDER
+from cptjax.types import Params
+
+FOLDER_KINDS = {
+    "run": "the workdir of a run",
+    "runs": "a folder of several runs",
+    "orbax": "an Orbax checkpoint",
+    "hf": "a Hugging Face checkpoint",
+}
+
+
+def folder_kind(folder: Path) -> str:
+    """Return the key in FOLDER_KINDS of what a folder holds, or "" for anything else."""
+    if is_run_folder(folder):
+        return "run"
+    if (folder / "config.json").is_file():
+        return "orbax" if (folder / ORBAX_FOLDER).is_dir() else "hf"
+    return "runs" if find_arm_folders(folder) else ""
+
+
+def check_folder_kind(setting: str, folder: str | Path, expected: str) -> None:
+    """Refuse a folder of another kind, and name the flag of launch/convert.py that takes it."""
+    kind = folder_kind(Path(folder))
+    if kind == expected:
+        return
+    wanted = f"{setting}={folder}: expected {FOLDER_KINDS[expected]}"
+    if kind == "run":
+        advice = f"--workdir={folder} [--stage=K] exports the model of a stage"
+    elif kind == "runs":
+        workdirs = [str(path) for _, paths in find_arm_folders(Path(folder)) for path in paths]
+        advice = f"choose one of {', '.join(workdirs[:8])}{' ...' * (len(workdirs) > 8)}"
+    elif kind == "orbax":
+        advice = f"--checkpoint={folder} converts it to a Hugging Face folder"
+    elif kind == "hf":
+        advice = f"transformers loads it as it is; --src={folder} converts it to Orbax"
+    elif expected == "run":
+        raise ValueError(f"{wanted}, with the config.json that launch/train.py writes")
+    else:
+        return  # the reader of such a folder says what is missing
+    raise ValueError(f"{wanted}, got {FOLDER_KINDS[kind]}; {advice}")
+
+
+def load_stage_model(
+    workdir: str | Path, mesh: Mesh, stage: int | None = None, dtype: str = ""
+) -> tuple[ModelContext, Params, int]:
+    """Return the model of a stage, its parameters, and the number of the stage.
+
+    stage: None = the last finished one, 0 = the base model. dtype: of the arithmetic and of the
+    frozen parameters; "" = model.compute_dtype of the run. The run may be going on elsewhere.
+    """
+    workdir = Path(workdir)
+    check_folder_kind("workdir", workdir, "run")
+    config = read_run_config(workdir)
+    settings = config.model
+    dtype = dtype or settings.compute_dtype
+    cfg = load.fit_for_inference(
+        load.find_model_config(settings), mesh, dtype, load.lora_scale(settings)
+    )
+    processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
+    model_ctx = ModelContext(cfg, processor, mesh, load.MODEL_DTYPES[dtype], ())
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if (workdir / "checkpoints").is_dir():  # opening a missing one would create it
+            checkpoints = Checkpoints(workdir / "checkpoints", async_save=False)
+            stack.enter_context(contextlib.closing(checkpoints))
+        if stage is None:
+            stage = checkpoints.newest_stage() if checkpoints else 0
+        return model_ctx, restore_stage_params(config, model_ctx, checkpoints, stage), stage
+
+
+def export_stage(
+    workdir: str | Path,
+    folder: str | Path,
+    stage: int | None = None,
+    dtype: str = "",
+    shard_bytes: float = 5e9,
+) -> int:
+    """Write the model of a stage as a folder that transformers and vLLM load; return the stage.
+
+    Adapters are merged. dtype: "" = model.compute_dtype, in which the run generated and evaluated.
+    """
+    mesh = sharding.make_mesh()
+    model_ctx, params, number = load_stage_model(workdir, mesh, stage)
+    if stage is None and number == 0:
+        raise ValueError(f"{workdir} has no finished stage; --stage=0 exports the base model")
+    dtype = dtype or jnp.dtype(model_ctx.dtype).name
+    save_hf_checkpoint(params, model_ctx.cfg, folder, model_ctx.processor, dtype, shard_bytes)
+    return number
