@@ -1,7 +1,6 @@
 """Weights: Hugging Face folders in and out, streamed, strict, bit for bit."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -15,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
 from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -378,46 +375,6 @@ def test_orbax_keeps_every_bit_and_the_adapters(folder, tmp_path):
     fails(
         lambda: orbax_io.save_orbax(params, cfg, tmp_path / "orbax"), "holds a checkpoint already"
     )
-
-
-def launch(*flags: str) -> subprocess.Popen:
-    command = [sys.executable, "launch/convert.py", *flags]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=-1,
-        stderr=-1,
-        text=True,
-    )
-
-
-def test_the_launcher_says_what_is_wrong_in_one_line(tmp_path):
-    cases = {"config.json does not exist": [f"--src={tmp_path}", "--dst=x"], "srcc": ["--srcc=a"]}
-    running = {words: launch(*flags) for words, flags in cases.items()}
-    for words, process in running.items():
-        out, err = process.communicate()
-        assert process.returncode == 2 and words in out + err and "Traceback" not in err, err
-
-
-def test_the_launcher_converts_both_ways(folder, tmp_path):
-    spec = importlib.util.spec_from_file_location("launch_convert", ROOT / "launch" / "convert.py")
-    launcher = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launcher)
-    (tmp_path / "src").mkdir()
-    shutil.copytree(folder, tmp_path / "src", dirs_exist_ok=True)
-    (tmp_path / "src" / "chat_template.jinja").write_text("a template")
-    flags.FLAGS(["convert"])
-    for given in (
-        {"src": tmp_path / "src", "dst": tmp_path / "orbax"},
-        {"checkpoint": tmp_path / "orbax", "dst": tmp_path / "back"},
-    ):
-        with flagsaver.flagsaver(**{name: str(path) for name, path in given.items()}):
-            launcher.main()
-    a, b = tensors(folder), tensors(tmp_path / "back")
-    assert all(a[k].tobytes() == b[k].tobytes() for k in a | b)
-    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "a template"
-    fails(launcher.main, "exactly one of --src")
 
 
 TWO = """

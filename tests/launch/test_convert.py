@@ -1,0 +1,147 @@
+"""launch/convert.py: all three conversions, and wrong folders named as what they are."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_helpers
+from absl import flags
+from absl.testing import flagsaver
+from safetensors.numpy import load_file
+
+import cptjax
+from cptjax.config import recorded_config
+from cptjax.models import hf_checkpoint
+from cptjax.models.config import PRESETS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    spec = importlib.util.spec_from_file_location("launch_convert", ROOT / "launch" / "convert.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags.FLAGS(["convert"])
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(launcher, tmp_path_factory):
+    """One folder of each kind: hf, orbax, run (not trained), runs."""
+    root = tmp_path_factory.mktemp("folders")
+    hf_checkpoint.write_random_checkpoint(PRESETS["tiny"], root / "hf", shard_bytes=60_000)
+    (root / "hf" / "chat_template.jinja").write_text("a template")
+    convert(launcher, src=root / "hf", dst=root / "orbax")
+    for name in ("run", "runs/a", "runs/b"):
+        (root / name).mkdir(parents=True)
+        settings = recorded_config(run_helpers.config(), root / name)
+        (root / name / "config.json").write_text(json.dumps(settings))
+    return root
+
+
+def convert(launcher, **values) -> None:
+    with flagsaver.flagsaver(**{name: str(value) for name, value in values.items()}):
+        launcher.main()
+
+
+def tensors(folder: Path) -> dict:
+    return {k: x for file in folder.glob("*.safetensors") for k, x in load_file(file).items()}
+
+
+def test_a_checkpoint_keeps_every_bit_both_ways(launcher, folders, tmp_path):
+    convert(launcher, checkpoint=folders / "orbax", dst=tmp_path / "back")
+    a, b = tensors(folders / "hf"), tensors(tmp_path / "back")
+    assert a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "a template"
+
+
+def test_the_base_model_of_a_run_is_exported(launcher, folders, tmp_path, capsys):
+    """Without its tasks: those of this run are not even known."""
+    run = Path(shutil.copytree(folders / "run", tmp_path / "run"))
+    settings = json.loads((run / "config.json").read_text())
+    settings["stages"] = [{"task": "no such task"}]
+    (run / "config.json").write_text(json.dumps(settings))
+    with flagsaver.flagsaver(stage=0):
+        convert(launcher, workdir=run, dst=tmp_path / "hf")
+    assert "exported the base model" in capsys.readouterr().out
+    exported = cptjax.load(tmp_path / "hf", dtype="float32")
+    base = cptjax.load(run, dtype="float32", stage=0)
+    # Preset and file name the same shape; transformers has no name for the window in pixels.
+    assert dataclasses.asdict(exported.config.text) == dataclasses.asdict(base.config.text)
+    assert cptjax.generate(exported, [[{"role": "user", "content": "a"}]], max_new_tokens=4) == (
+        cptjax.generate(base, [[{"role": "user", "content": "a"}]], max_new_tokens=4)
+    )
+    with pytest.raises(ValueError, match="no finished stage; --stage=0 exports the base model"):
+        convert(launcher, workdir=run, dst=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "flag, folder, words",
+    [
+        ("checkpoint", "run", "got the workdir of a run; --workdir={} [--stage=K] exports"),
+        ("checkpoint", "hf", "got a Hugging Face checkpoint; transformers loads it as it is"),
+        ("checkpoint", "runs", "got a folder of several runs; choose one of {}/a, {}/b"),
+        ("src", "run", "got the workdir of a run; --workdir={} [--stage=K] exports"),
+        ("src", "orbax", "got an Orbax checkpoint; --checkpoint={} converts it"),
+        ("workdir", "hf", "got a Hugging Face checkpoint; transformers loads it as it is"),
+        ("workdir", "orbax", "got an Orbax checkpoint; --checkpoint={} converts it"),
+        ("workdir", "runs", "got a folder of several runs; choose one of {}/a, {}/b"),
+        (
+            "workdir",
+            ".",
+            "expected the workdir of a run, with the config.json that launch/train.py",
+        ),
+    ],
+)
+def test_a_wrong_folder_is_named_as_what_it_is(launcher, folders, tmp_path, flag, folder, words):
+    given = folders / folder
+    if folder == ".":
+        given = tmp_path
+    with pytest.raises(ValueError) as error:
+        convert(launcher, **{flag: given, "dst": tmp_path / "dst"})
+    assert words.replace("{}", str(given)) in str(error.value)
+    assert str(error.value).startswith(f"--{flag}={given}: expected ")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_load_names_a_wrong_folder_too(folders):
+    for folder, words in (("orbax", "--checkpoint="), ("runs", "choose one of")):
+        with pytest.raises(ValueError, match=words):
+            cptjax.load(folders / folder)
+
+
+def test_flags_that_do_not_fit_together_are_refused(launcher):
+    for given, words in (
+        ({}, "exactly one of --src"),
+        ({"src": "a", "workdir": "b", "dst": "c"}, "exactly one of --src"),
+        ({"workdir": "b"}, "expected --dst"),
+        ({"src": "a", "dst": "c", "stage": 1}, "expected --workdir with it"),
+    ):
+        with pytest.raises(ValueError, match=words), flagsaver.flagsaver(**given):
+            launcher.main()
+
+
+def test_a_mistake_is_one_line_of_the_command(tmp_path):
+    cases = {"config.json does not exist": [f"--src={tmp_path}", "--dst=x"], "srcc": ["--srcc=a"]}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = {
+        words: subprocess.Popen(
+            [sys.executable, "launch/convert.py", *given],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words, given in cases.items()
+    }
+    for words, process in running.items():
+        out, err = process.communicate()
+        assert process.returncode == 2 and words in out + err and "Traceback" not in err, err
