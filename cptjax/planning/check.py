@@ -14,10 +14,11 @@ from cptjax.data.data_config import DataConfig
 from cptjax.data.mixture import Mixture
 from cptjax.data.row_checks import SplitReport
 from cptjax.models import load
+from cptjax.models.config import ModelConfig
 from cptjax.planning import memory
 from cptjax.tasks.scoring import sandbox
 from cptjax.training.build import stage_mixture
-from cptjax.training.programs import abstract_stage
+from cptjax.training.programs import AbstractStage, abstract_stage
 
 BAD_ROWS_SHOWN = 20  # bad rows printed of one split
 PADDING_STEPS = 500  # steps of a stage whose padding is counted
@@ -191,13 +192,26 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
     """Print the estimated memory per device for the mesh, or for several numbers of devices where it has a size of -1."""
     cfg = load.find_model_config(config.model)
-    counts = memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch)
-    meshes = [memory.mesh_of_size(config.mesh, n) for n in counts]
-    sizes = [
-        memory.estimate_bytes(abstract_stage(config, cfg, mesh), prompt, patches) for mesh in meshes
-    ]
-    unit, scale = ("GB", 1e9) if sizes[0]["peak"] > 1e9 else ("MB", 1e6)
-    lines = [(part, *(f"{s[part] / scale:.2f}" for s in sizes)) for part in sizes[0]]
+    sizes = {
+        n: memory.estimate_bytes(stage, prompt, patches)
+        for n, stage in stages_by_device_count(config, cfg).items()
+    }
+    unit, scale = ("GB", 1e9) if max(s["peak"] for s in sizes.values()) > 1e9 else ("MB", 1e6)
+    parts = next(iter(sizes.values()))
+    lines = [(part, *(f"{s[part] / scale:.2f}" for s in sizes.values())) for part in parts]
     console.print_table(
-        f"expected {unit} per device, by arithmetic", ("devices", *map(str, counts)), lines
+        f"expected {unit} per device, by arithmetic", ("devices", *map(str, sizes)), lines
     )
+
+
+def stages_by_device_count(config: ConfigDict, cfg: ModelConfig) -> dict[int, AbstractStage]:
+    """Return the shapes of a stage for each number of devices on which its batch and weights can be cut."""
+    stages, error = {}, None
+    for n in memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch):
+        try:
+            stages[n] = abstract_stage(config, cfg, memory.mesh_of_size(config.mesh, n))
+        except ValueError as reason:  # an axis of the weights that n devices do not divide
+            error = reason
+    if not stages:
+        raise error
+    return stages
