@@ -1,4 +1,4 @@
-"""Batches of mixed picture sizes and lengths have shapes from a short list: once each was compiled, nothing compiles again."""
+"""Batches of mixed image sizes and lengths have shapes from a short list: once each is compiled, nothing compiles again."""
 
 import dataclasses
 import itertools
@@ -45,8 +45,8 @@ def params(model_ctx):
     )
 
 
-def picture_rooms(model_ctx) -> list[tuple[int, int]]:
-    """(patches of a vision row, vision rows) of every batch with at most one picture a row; (0, 0) = none."""
+def vision_shapes(model_ctx) -> list[tuple[int, int]]:
+    """Return (patches of a vision row, vision rows) of every batch with at most one image a row; (0, 0) = no image."""
     window, most = (
         model_ctx.cfg.vision.window_slots,
         collate.max_image_slots(model_ctx.cfg, PIXELS[1]) // model_ctx.cfg.vision.window_slots,
@@ -66,8 +66,8 @@ def picture_rooms(model_ctx) -> list[tuple[int, int]]:
     ]
 
 
-def conversation(model_ctx, rng, answered=True, longest=32):
-    """A picture or none, and words until the row has a random length."""
+def conversation(model_ctx, rng, with_response=True, longest=32):
+    """Return a conversation with or without an image, and words until the row has a random length."""
     size = rng.integers(8, 40, 2)
     image = (
         [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]
@@ -81,7 +81,7 @@ def conversation(model_ctx, rng, answered=True, longest=32):
     ask = {"role": "user", "content": content}
     short = len(model_ctx.processor.encode([ask], generation=True)) + 2
     words = "red " * int(rng.integers(1, max(2, longest - short)))
-    if answered:
+    if with_response:
         return model_ctx.processor.encode([ask, {"role": "assistant", "content": words.strip()}])
     return model_ctx.processor.encode(
         [{"role": "user", "content": [*content, {"type": "text", "text": words}]}], generation=True
@@ -89,7 +89,7 @@ def conversation(model_ctx, rng, answered=True, longest=32):
 
 
 def forced(monkeypatch, shape: collate.BatchShape, width: int) -> None:
-    """Every batch gets this shape, as if another process had asked for it."""
+    """Give every batch this shape, as if another process needed it."""
     monkeypatch.setattr(device_batches, "gather_batch_shape", lambda _: shape)
     monkeypatch.setattr(model_context, "gather_batch_shape", lambda _: shape)
     monkeypatch.setattr(device_batches, "max_over_processes", lambda _: width)
@@ -113,7 +113,7 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
         (length, width, *ctx)
         for length in LADDER
         for width in device_batches.target_buckets(length)
-        for ctx in picture_rooms(model_ctx)
+        for ctx in vision_shapes(model_ctx)
     ]
     with jax.set_mesh(model_ctx.mesh):
         for length, width, patches, vision_rows in listed:
@@ -147,7 +147,7 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
 
 @pytest.mark.slow
 def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
-    """Rollouts, scores and updates on groups of other pictures."""
+    """Rollouts, scores and updates on groups with other images."""
     rng, heard, opt = np.random.default_rng(1), CompilationCounter(), make_optimizer(OPTIMIZER)
     short = dataclasses.replace(model_ctx, buckets=(32,))
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
@@ -176,7 +176,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
 
     plain = model_ctx.processor.encode([{"role": "user", "content": "x"}], generation=True)
     with jax.set_mesh(model_ctx.mesh):
-        for ctx in picture_rooms(model_ctx):
+        for ctx in vision_shapes(model_ctx):
             with monkeypatch.context() as patch:
                 forced(patch, collate.BatchShape(ROWS, 32, *ctx), 4)
                 state = learn(state, [plain] * ROWS)
@@ -184,6 +184,9 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
         for _ in range(12):
             state = learn(
                 state,
-                [conversation(model_ctx, rng, answered=False, longest=22) for _ in range(ROWS)],
+                [
+                    conversation(model_ctx, rng, with_response=False, longest=22)
+                    for _ in range(ROWS)
+                ],
             )
     assert heard.count == before

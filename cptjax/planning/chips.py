@@ -1,8 +1,8 @@
-"""Public figures of accelerators, per device as jax shows them.
+"""Public figures of accelerators, for each device that jax shows.
 
-Memory, matrix products and memory bandwidth from the vendors' data sheets. TPU interconnect per link and direction (Google's
-documentation and "How to scale your model"): a ring along one mesh axis uses one link in each direction. A tpu7x device is half a
-chip; a v4 device is a whole one, or half of one where jax shows two. DCN: 200 Gbit/s for a host of four devices; a GPU has 400.
+Memory, matrix products and memory bandwidth are those of the vendors' data sheets. TPU interconnect is per link and direction
+(Google's documentation and "How to scale your model"): a ring along one mesh axis uses one link in each direction. A tpu7x device is
+half a chip; a v4 device is a whole chip, or half of one where jax shows two. DCN: 200 Gbit/s for a host of four devices; 400 for a GPU.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Chip:
 
     @property
     def usable(self) -> float:
-        """What is left of the memory for a program; the runtime keeps some for itself."""
+        """The memory that a program can use; the runtime reserves the rest."""
         return self.memory * (0.98 if self.name.startswith(("v", "tpu")) else 0.95)
 
 
@@ -38,7 +38,7 @@ CHIPS = {
         Chip("h200", 141e9, 989 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
     )
 }
-DEVICE_KINDS = {  # parts of a device's name -> chip, the first that fits
+DEVICE_KINDS = {  # part of a device's name -> chip; the first match counts
     "tpu v4": "v4",
     "tpu v5 lite": "v5e",
     "tpu v5e": "v5e",
@@ -54,12 +54,12 @@ DEVICE_KINDS = {  # parts of a device's name -> chip, the first that fits
 
 
 def find_chip(kind: str) -> Chip | None:
-    """The chip of a `device_kind`; None for what the table lacks (a CPU)."""
+    """Return the chip of a `device_kind`; None where the table has none (a CPU)."""
     return next((CHIPS[name] for part, name in DEVICE_KINDS.items() if part in kind.lower()), None)
 
 
 def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
-    """The chip of some devices, shared by two of them where a chip shows both of its cores."""
+    """Return the chip of some devices, halved where jax shows its two cores as devices."""
     chip = find_chip(devices[0].device_kind)
     if chip is None or chip.name != "v4" or not any(getattr(d, "core_on_chip", 0) for d in devices):
         return chip
@@ -69,17 +69,16 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
 
 
 def transfer_seconds(kind: str, members: int, size: float, chip: Chip, slow: bool) -> float:
-    """Time of a collective on a ring: each member passes on (members - 1) / members of the array, twice for an all-reduce.
+    """Return the time of a collective on a ring: each member sends (members - 1) / members of the array, twice for an all-reduce.
 
-    `size` is the whole array's bytes; `slow` crosses slices. A permutation sends what it holds to one neighbour.
+    `size` is the bytes of the whole array; `slow` crosses slices. A permutation sends its array to one neighbour.
     """
-    way = chip.dcn if slow else chip.link if kind == "collective-permute" else 2 * chip.link
     if kind == "collective-permute":
-        return size / way
-    share = (members - 1) / members
-    return (
-        size
-        * share
-        * (2 if kind == "all-reduce" else 0.25 if kind == "all-to-all" and not slow else 1)
-        / way
-    )
+        return size / (chip.dcn if slow else chip.link)
+    bandwidth = chip.dcn if slow else 2 * chip.link
+    times = 1.0
+    if kind == "all-reduce":
+        times = 2.0
+    elif kind == "all-to-all" and not slow:
+        times = 0.25
+    return size * (members - 1) / members * times / bandwidth

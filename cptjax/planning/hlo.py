@@ -1,8 +1,8 @@
-"""Compiled programs read from their text: what runs how often, and every transfer with its mesh axis; the compiler's own reports.
+"""Read the text of compiled programs: how often each instruction runs, and every transfer with its mesh axis.
 
-XLA's own `cost_analysis` counts a loop's body once, whatever its trip count. Here a loop counts as often as its text says, or as
-its condition compares with one constant; a loop whose end depends on data counts `dynamic` times, and inside another such loop once.
-The branches of a conditional count in equal parts.
+XLA's `cost_analysis` counts the body of a loop once, whatever its trip count. This module counts it as often as the text says, or as
+the condition's one constant says. A loop whose end depends on data counts `dynamic` times, and within another such loop once. The
+branches of a conditional count in equal parts.
 """
 
 import dataclasses
@@ -52,12 +52,12 @@ _groups = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All transfers of one kind over one mesh axis in a run of the program, per device."""
+    """All transfers of one kind over one mesh axis in one call of a program, per device."""
 
     kind: str
     axis: str
     size: int  # members of a group
-    bytes: float  # of the whole array: what an all-gather puts out, what a reduce-scatter takes in
+    bytes: float  # of the whole array: the output of an all-gather, the input of a reduce-scatter
     calls: float
 
 
@@ -71,12 +71,12 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> list[str]:
-        """Names of what it reads; attributes follow the closing bracket."""
-        return _operand.findall(_within(self.rest))
+        """The names of the values that the instruction reads."""
+        return _operand.findall(_operand_list(self.rest))
 
 
-def _within(rest: str) -> str:
-    """What stands before the bracket that closes the operand list."""
+def _operand_list(rest: str) -> str:
+    """Return the text up to the bracket that closes the operand list; attributes follow it."""
     depth = 1
     for i, c in enumerate(rest):
         depth += (c == "(") - (c == ")")
@@ -89,9 +89,9 @@ Computations = dict[str, list[Instruction]]
 
 
 def parse_hlo(text: str) -> tuple[Computations, str]:
-    """Computations by name, and the entry's name."""
+    """Return the computations by name, and the name of the entry."""
     computations: Computations = {}
-    entry, run = "", None
+    entry, instructions = "", None
     for line in text.splitlines():
         stripped = line.rstrip()
         if (
@@ -99,16 +99,16 @@ def parse_hlo(text: str) -> tuple[Computations, str]:
             and not stripped.startswith(" ")
             and (head := _head.match(stripped))
         ):
-            run = computations.setdefault(head[1], [])
+            instructions = computations.setdefault(head[1], [])
             entry = head[1] if stripped.startswith("ENTRY") else entry
-        elif run is not None and (found := _line.match(stripped)):
-            root, *parts = found.groups()
-            run.append(Instruction(*parts, bool(root)))
+        elif instructions is not None and (match := _line.match(stripped)):
+            root, name, shape, op, rest = match.groups()
+            instructions.append(Instruction(name, shape, op, rest, bool(root)))
     return computations, entry
 
 
 def called_computations(i: Instruction) -> list[str]:
-    """Computations that an instruction runs, a loop's condition left out."""
+    """Return the computations that an instruction runs, without the condition of a loop."""
     if i.op.endswith(("-update", "-done")):
         return []  # counted where it starts
     return [
@@ -120,7 +120,7 @@ def called_computations(i: Instruction) -> list[str]:
 
 
 def loop_trips(loop: Instruction, computations: Computations) -> int | None:
-    """How often a loop runs; None where that depends on data."""
+    """Return how often a loop runs; None where that depends on data."""
     if known := _trip.search(loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -142,8 +142,8 @@ def loop_trips(loop: Instruction, computations: Computations) -> int | None:
 
 
 def _stride(loop: Instruction, condition: list[Instruction], computations: Computations) -> int:
-    """What a turn adds to the counter that the condition reads: unrolled loops add more than one."""
-    place = next(
+    """Return what an iteration adds to the counter of the condition: unrolled loops add more than one."""
+    counter = next(
         (
             int(n[1])
             for i in condition
@@ -154,18 +154,20 @@ def _stride(loop: Instruction, condition: list[Instruction], computations: Compu
     name = re.search(r"body=%?([\w.\-]+)", loop.rest)
     body = {i.name: i for i in computations.get(name[1], ())} if name else {}
     root = next((i for i in body.values() if i.root), None)
-    if place is None or root is None or root.op != "tuple":
+    if counter is None or root is None or root.op != "tuple":
         return 1
-    step = body[root.operands[place]]
-    near = [body[o] for o in step.operands] + [
+    step = body[root.operands[counter]]
+    inputs = [body[o] for o in step.operands] + [
         j for c in called_computations(step) for j in computations.get(c, ())
     ]
-    found = [int(n[0]) for i in near if i.op == "constant" and (n := re.match(r"\d+", i.rest))]
-    return max(found[0], 1) if len(found) == 1 else 1
+    constants = [
+        int(n[0]) for i in inputs if i.op == "constant" and (n := re.match(r"\d+", i.rest))
+    ]
+    return max(constants[0], 1) if len(constants) == 1 else 1
 
 
 def run_counts(computations: Computations, entry: str, dynamic: float = 1.0) -> dict[str, float]:
-    """How often each computation runs."""
+    """Return how often each computation runs."""
     runs = dict.fromkeys(computations, 0.0)
 
     def visit(name: str, times: float, dynamic: float) -> None:
@@ -185,21 +187,21 @@ def run_counts(computations: Computations, entry: str, dynamic: float = 1.0) -> 
 
 
 def shape_bytes(shape: str, only_main: bool = False) -> int:
-    """Bytes of a shape, or of a tuple of shapes; `only_main`: without what a TPU keeps in its vector memory (layout S(n))."""
-    found = (x for x in SHAPE_PATTERN.findall(shape) if not (only_main and "S(" in x[2]))
+    """Return the bytes of a shape or tuple of shapes; `only_main` leaves out a TPU's vector memory (layout S(n))."""
+    arrays = (x for x in SHAPE_PATTERN.findall(shape) if not (only_main and "S(" in x[2]))
     return sum(
         DTYPE_BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n)
-        for kind, sizes, _ in found
+        for kind, sizes, _ in arrays
     )
 
 
 def array_dims(shape: str) -> list[int]:
-    """Sizes of the first array of a shape."""
+    """Return the sizes of the first array of a shape."""
     return [int(d) for d in SHAPE_PATTERN.search(shape)[2].split(",") if d]
 
 
 def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collective]:
-    """Every kind of transfer with its mesh axis, the largest first."""
+    """Return every kind of transfer with its mesh axis, the largest first."""
     computations, entry = parse_hlo(text)
     runs = run_counts(computations, entry, dynamic)
     total: dict[tuple[str, str, int], list[float]] = {}
@@ -209,12 +211,13 @@ def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collec
             chain = re.search(
                 r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest
             )  # a transfer spread over several fused groups
-            if (found := _transfer(i, name, mesh)) is None or (chain and chain[0] in chains):
+            transfer = _transfer(i, name, mesh)
+            if transfer is None or (chain and chain[0] in chains):
                 continue
             chains |= {chain[0]} if chain else set()
-            bill = total.setdefault(found[:3], [0.0, 0.0])
-            bill[0] += found[3] * runs[name]
-            bill[1] += runs[name]
+            sums = total.setdefault(transfer[:3], [0.0, 0.0])
+            sums[0] += transfer[3] * runs[name]
+            sums[1] += runs[name]
     return [
         Collective(*key, *value)
         for key, value in sorted(total.items(), key=lambda item: -item[1][0])
@@ -222,7 +225,7 @@ def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collec
 
 
 def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, int, float] | None:
-    """(kind, axis, members, bytes) of an instruction that sends something, else None."""
+    """Return (kind, axis, members, bytes) of an instruction that sends something, else None."""
     if across := re.search(
         r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest
     ):  # between slices, through the hosts
@@ -237,12 +240,12 @@ def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, i
     group = _first_group(i.rest)
     volume = _volume(i, kind, len(group))
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # so the TPU compiler writes it
+        kind = "reduce-scatter"  # the TPU compiler writes it so
     return kind, _axis(group, mesh), len(group), volume
 
 
 def _volume(i: Instruction, kind: str, members: int) -> float:
-    """Bytes of the whole array; an asynchronous start shows what goes in beside what comes out."""
+    """Return the bytes of the whole array; the shape of an asynchronous start has both input and output."""
     volume = float(shape_bytes(i.shape))
     if i.op == "all-gather-start":
         return volume * members / (members + 1)
@@ -252,25 +255,26 @@ def _volume(i: Instruction, kind: str, members: int) -> float:
 
 
 def _first_group(rest: str) -> tuple[int, ...]:
-    found = _groups.search(rest)
-    if not found:
+    """Return the devices of the first group of a collective."""
+    groups = _groups.search(rest)
+    if not groups:
         pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
         moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
         return next(((int(a), int(b)) for a, b in moved if a != b), (0,))
-    if found[1].startswith("{{"):
-        return tuple(int(d) for d in found[1][2:].split("}")[0].split(",") if d)
-    if found[1].startswith("mesh["):
-        return _named_group(found[1])
-    shape, rest_ = found[1].split("<=")
-    sizes = [int(d) for d in re.search(r"\[([\d,]+)\]", rest_)[1].split(",")]
-    order = re.search(r"T\(([\d,]+)\)", rest_)
+    if groups[1].startswith("{{"):
+        return tuple(int(d) for d in groups[1][2:].split("}")[0].split(",") if d)
+    if groups[1].startswith("mesh["):
+        return _named_group(groups[1])
+    shape, order_text = groups[1].split("<=")
+    sizes = [int(d) for d in re.search(r"\[([\d,]+)\]", order_text)[1].split(",")]
+    order = re.search(r"T\(([\d,]+)\)", order_text)
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     ids = ids.transpose([int(d) for d in order[1].split(",")]) if order else ids
     return tuple(ids.reshape([int(d) for d in shape.strip("[]").split(",")])[0].tolist())
 
 
 def _named_group(text: str) -> tuple[int, ...]:
-    """mesh['a'=16,'b'=4] {'a'}: the devices along the named axes."""
+    """Return the devices along the named axes of mesh['a'=16,'b'=4] {'a'}."""
     axes, chosen = text.split("]", 1)
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     names = re.findall(r"'([^']+)'", chosen)
@@ -279,7 +283,7 @@ def _named_group(text: str) -> tuple[int, ...]:
 
 
 def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
-    """The mesh axes along which these devices lie; they are numbered as in the mesh's device order."""
+    """Return the mesh axes that these devices span; devices are numbered in the mesh's order."""
     at = np.stack(np.unravel_index(group, mesh.devices.shape))
     moved = [
         a for a, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1
@@ -288,17 +292,17 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
 
 
 def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
-    """The largest buffers (bytes, what lies there) of the TPU compiler's memory report."""
+    """Return the largest buffers (bytes, content) of the TPU compiler's memory report."""
     units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     main = report.split("Memory Space:")[1] if "Memory Space:" in report else report
-    found = re.findall(
+    lines = re.findall(
         r"^ *[\d.]+\w+\( *\d+%\); +([\d.]+)([KMG]?i?B); +\d+; +\d+; (.*)$", main, re.M
     )
-    return [(float(n) * units[unit], what) for n, unit, what in found[:count]]
+    return [(float(n) * units[unit], content) for n, unit, content in lines[:count]]
 
 
 def read_compiler_dump(folder: str) -> tuple[str, str]:
-    """What the TPU compiler wrote there: the largest program's text, and its report of buffers."""
+    """Return what the TPU compiler wrote: the text of the largest program, and its report of buffers."""
     texts = sorted(
         Path(folder).glob("*.after_optimizations.txt"), key=lambda path: -path.stat().st_size
     )
@@ -313,7 +317,7 @@ def read_compiler_dump(folder: str) -> tuple[str, str]:
 
 
 def read_buffer_sizes(folder: str) -> dict[str, float]:
-    """Sizes from the TPU compiler's assignment of buffers, once it and the program's text are written; {} before."""
+    """Return the sizes of the TPU compiler's buffers, or {} while it has not assigned them yet."""
     done = list(Path(folder).glob("module_0000*.after_optimizations_after_buffer_assignment.txt"))
     lists = list(Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt"))
     if not done or not lists:

@@ -1,4 +1,4 @@
-"""What a compiled program costs a device: arithmetic and memory traffic, loops counted as often as they run."""
+"""Count the arithmetic and the memory traffic of a compiled program on one device."""
 
 import math
 import re
@@ -9,12 +9,12 @@ from cptjax.planning import hlo
 
 
 def count_flops(text: str, dynamic: float = 1.0) -> float:
-    """Multiply-adds, each counted as two, of all matrix products that one device does; recomputed ones as often as they are done."""
+    """Return the operations of all matrix products of one device: a multiply-add is two, recomputed products count again."""
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
     return sum(
-        runs[name] * sum(_flops(i, _shapes(found)) for i in found)
-        for name, found in computations.items()
+        runs[name] * sum(_flops(i, _shapes(instructions)) for i in instructions)
+        for name, instructions in computations.items()
         if runs[name]
     )
 
@@ -44,7 +44,7 @@ def _flops(i: hlo.Instruction, shapes: dict[str, str]) -> float:
 
 
 def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float:
-    """A TPU's matrix product: batch axes are windows of which one position counts each."""
+    """Count a TPU's matrix product: of the windows of batch axes, one position each counts."""
     names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
     lhs, rhs, out = (names[n] for n in (1, 2, 3))
     outer = math.prod(
@@ -80,7 +80,7 @@ def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float
 
 
 def _splash(i: hlo.Instruction) -> float:
-    """The TPU's attention kernel, causal outside the vision tower: two products forward, three for queries', four for keys' gradients."""
+    """Count the TPU's attention kernel, causal outside the vision tower: 2 products forward, 3 for queries' gradients, 4 for keys'."""
     listed = hlo.SHAPE_PATTERN.findall(i.rest.split("operand_layout_constraints=")[1])
     q, k = [
         [int(x) for x in sizes.split(",")] for kind, sizes, _ in listed if kind in ("bf16", "f32")
@@ -100,7 +100,7 @@ def _splash(i: hlo.Instruction) -> float:
 
 
 def _cudnn(i: hlo.Instruction, shapes: list[list[int]]) -> float:
-    """The GPU's attention kernel, whole squares: two products forward, five backward."""
+    """Count the GPU's attention kernel, whole squares: two products forward, five backward."""
     (b, t, n, h), s = shapes[0], shapes[1][1]
     return 2.0 * (5 if "Backward" in i.rest else 2) * b * n * t * s * h
 
@@ -109,21 +109,21 @@ FREE_OPCODES = "parameter constant tuple get-tuple-element bitcast while conditi
 
 
 def count_memory_traffic(text: str, dynamic: float = 1.0) -> float:
-    """Bytes that one device reads from and writes to its main memory: what each fused group takes and gives, slices as slices."""
+    """Return the bytes that one device reads from and writes to its main memory: inputs and outputs of each fusion, slices as slices."""
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
     fused = {
         c
-        for found in computations.values()
-        for i in found
+        for instructions in computations.values()
+        for i in instructions
         if i.op not in ("while", "conditional", "call")
         for c in hlo.called_computations(i)
     }
     total = 0.0
-    for name, found in computations.items():
+    for name, instructions in computations.items():
         if runs[name] and name not in fused:
-            shapes = _shapes(found)
-            total += runs[name] * sum(_moved(i, shapes, computations) for i in found)
+            shapes = _shapes(instructions)
+            total += runs[name] * sum(_moved(i, shapes, computations) for i in instructions)
     return total
 
 
@@ -149,7 +149,7 @@ def _parameter(body: list[hlo.Instruction], number: int) -> str:
 
 
 def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations) -> float:
-    """Bytes of a value that a fused group looks at: of what is only sliced, the slices; of what is only written into, nothing."""
+    """Return the bytes of a value that a fusion reads: the slices of one that is only sliced, none of one that is only written into."""
     total = 0.0
     for i in body:
         for at in (n for n, operand in enumerate(i.operands) if operand == name):
@@ -167,7 +167,7 @@ def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations
 
 
 def _written(body: list[hlo.Instruction], given: float) -> float:
-    """Bytes of a fused group's result: of an update in place, what is written."""
+    """Return the bytes that a fusion writes: of an update in place, the update."""
     shapes, updates = _shapes(body), [i for i in body if i.op == "dynamic-update-slice"]
     root = next((i for i in body if i.root), None)
     in_place = root is not None and (

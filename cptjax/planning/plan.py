@@ -1,6 +1,6 @@
 """The plan of a run on a slice: memory, arithmetic and transfers of every program, compiled ahead of time.
 
-A program's peak is  arguments + outputs - donated + temporaries  + what stays in memory beside it (the optimiser's state during
+A program's peak is  arguments + outputs - donated + temporaries  + what stays in memory meanwhile (the optimiser's state during
 rollouts, the reference during the update). Seconds are a lower bound: the slowest of compute, memory and network, if all three
 overlap perfectly.
 """
@@ -36,7 +36,7 @@ class ProgramCost:
     outputs: float
     donated: float
     temporaries: float
-    beside: float  # what stays in memory without being an argument
+    in_memory: float  # what stays in memory without being an argument
     arithmetic: float  # floating-point operations of one call, recomputation included
     useful: float  # of the model, counted by hand, all devices together
     traffic: float  # bytes from and to memory
@@ -47,7 +47,7 @@ class ProgramCost:
 
     @property
     def peak(self) -> float:
-        return self.arguments + self.outputs - self.donated + self.temporaries + self.beside
+        return self.arguments + self.outputs - self.donated + self.temporaries + self.in_memory
 
     @property
     def bound(self) -> float:
@@ -147,8 +147,8 @@ def program_cost(
     Without a `compiler` it is compiled to the end, and its abstract results are added to `outputs`.
     """
     resident = memory.resident_bytes(stage, program.args, program.not_loaded)
-    beside = sum(resident.values())
-    beside += sum(c.outputs for name in program.kept for c in earlier if c.name == name)
+    in_memory = sum(resident.values())
+    in_memory += sum(c.outputs for name in program.kept for c in earlier if c.name == name)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -157,7 +157,7 @@ def program_cost(
             else:
                 sizes = aot_compile.compile_program(program, stage.mesh, outputs, folder)
         except jax.errors.JaxRuntimeError as error:
-            return refused_cost(program, beside, time.monotonic() - started, str(error))
+            return refused_cost(program, in_memory, time.monotonic() - started, str(error))
         text, report = hlo.read_compiler_dump(folder)
     text, seconds = sizes.pop("text", text), time.monotonic() - started
     collectives = hlo.find_collectives(text, stage.mesh, program.loop_trips)
@@ -168,7 +168,7 @@ def program_cost(
         program.calls,
         seconds,
         **sizes,
-        beside=beside,
+        in_memory=in_memory,
         arithmetic=arithmetic,
         useful=program.flops,
         traffic=traffic,
@@ -178,7 +178,7 @@ def program_cost(
     )
 
 
-def refused_cost(program: Program, beside: float, seconds: float, error: str) -> ProgramCost:
+def refused_cost(program: Program, in_memory: float, seconds: float, error: str) -> ProgramCost:
     """Return the compiler's refusal for lack of memory as a cost; raise any other error again."""
     refusal = re.search(
         r"Used ([\d.]+)([KMG]) of|required for HLO temporaries \(([\d.]+)([KMG])\)", error
@@ -194,7 +194,7 @@ def refused_cost(program: Program, beside: float, seconds: float, error: str) ->
         outputs=0,
         donated=0,
         temporaries=float(amount) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit],
-        beside=beside,
+        in_memory=in_memory,
         arithmetic=0,
         useful=program.flops,
         traffic=0,
@@ -239,7 +239,7 @@ def show_plan(plan: StagePlan) -> None:
     mesh = " ".join(f"{k}={v}" for k, v in plan.mesh.items())
     console.print_table(
         f"{plan.name} on {plan.devices} devices ({mesh}), GiB a device; {limit}",
-        ("program", "takes", "returns", "donated", "inside", "beside", "peak", "compiled in s"),
+        ("program", "takes", "returns", "donated", "inside", "in memory", "peak", "compiled in s"),
         [(c.name, *map(_gib, _memory_sizes(c)), f"{c.compile_seconds:.0f}") for c in plan.costs],
     )
     console.print_table(
@@ -269,7 +269,7 @@ def _gib(size: float) -> str:
 
 
 def _memory_sizes(c: ProgramCost) -> tuple[float, ...]:
-    return c.arguments, c.outputs, c.donated, c.temporaries, c.beside, c.peak
+    return c.arguments, c.outputs, c.donated, c.temporaries, c.in_memory, c.peak
 
 
 def _speed_row(c: ProgramCost) -> tuple[str, ...]:

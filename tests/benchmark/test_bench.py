@@ -113,7 +113,7 @@ def test_resident_memory_grows_with_an_array():
     before = checkpoint_loading.process_memory()
     with mmap.mmap(
         -1, 50_000_000
-    ) as fresh:  # an array of numpy may lie where another was: the suite keeps freed memory
+    ) as fresh:  # a numpy array may reuse memory that the suite has freed
         fresh.write(b"1" * len(fresh))
         assert checkpoint_loading.process_memory() - before > 0.9 * len(fresh)
     assert checkpoint_loading.process_memory(peak=True) >= checkpoint_loading.process_memory()
@@ -129,7 +129,7 @@ def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "phases", "said"),
+    ("settings", "phases", "message"),
     [
         ({"size": "70b"}, ["sft"], "--size=70b: expected one of cpu-s, cpu-m, 3b, 7b"),
         (
@@ -145,8 +145,8 @@ def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
         ({"prompts": 3}, ["logp"], "--prompts=3: expected a multiple of the 8 devices"),
     ],
 )
-def test_a_mistake_is_one_line(settings, phases, said):
-    with pytest.raises(ValueError, match="^" + said.replace("(", r"\(")) as error:
+def test_a_mistake_is_one_line(settings, phases, message):
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")) as error:
         bench.run_benchmark(Workload(**settings), phases)
     assert "\n" not in str(error.value)
 

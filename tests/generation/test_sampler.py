@@ -1,4 +1,4 @@
-"""Rollouts: equal to transformers' greedy search, to the trainer's log-probabilities, and to themselves however they are scheduled."""
+"""Rollouts equal transformers' greedy search and the trainer's log-probabilities, and do not depend on the schedule."""
 
 import dataclasses
 
@@ -104,7 +104,7 @@ def test_policy_logps_equal_the_trainers(cfg, params, settings, unroll):
 
 
 def test_mask_ends_with_the_stop_token_or_the_limit(cfg, params):
-    """Several stop ids, each row to its own limit, blanks behind the end."""
+    """Several stop ids, a limit for each row, padding after the end."""
     stops, limits = tuple(range(2, 60)), np.arange(24).reshape(8, 3) % 12 + 1
     out = run(params, prompts(cfg), cfg, stop=stops, limits=limits)
     length = out.mask.sum(1)
@@ -127,7 +127,7 @@ def test_shared_prompt_equals_copied_prompts(cfg, params):
         same(alone, jax.tree.map(lambda x: x.reshape(8, 3, *x.shape[1:])[:, g], once))  # noqa: B023
 
 
-def test_seed_greedy_and_group(cfg, params):
+def test_the_key_decides_responses_except_greedy_ones(cfg, params):
     out, again, other = (
         run(params, prompts(cfg), cfg),
         run(params, prompts(cfg), cfg),
@@ -161,11 +161,11 @@ def test_slots_do_not_change_rows(cfg, params, slots, unroll):
 
 def test_batch_split_does_not_change_rows(cfg, params):
     whole = run(params, prompts(cfg, [[9], [14], [4], [11]]), cfg, rows=np.array([4, 5, 6, 7]))
-    drawn = [
+    rows = [
         tiny.draw(r, cfg, rng) for rng in [np.random.default_rng(0)] for r in ([9], [14], [4], [11])
     ]
     parts = [
-        run(params, tiny.prompts(drawn[i : i + 2], cfg), cfg, rows=np.array([4, 5]) + i)
+        run(params, tiny.prompts(rows[i : i + 2], cfg), cfg, rows=np.array([4, 5]) + i)
         for i in (0, 2)
     ]
     same(whole, jax.tree.map(lambda *x: np.concatenate(x), *parts))
@@ -202,9 +202,9 @@ def test_meshes_do_not_change_rows(cfg, params, shape, slots):
 
 @pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
 def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
-    """256 groups, one row ten times longer than the rest, wherever it stands: under 1.5 times the steps of the ideal schedule of groups.
+    """256 groups, one row ten times longer than the rest, at any place of the queue: under 1.5 times the steps of the ideal schedule.
 
-    A group is as long as its longest row: a place becomes free when all of its rows are done.
+    A group is as long as its longest row: a slot becomes free when all of its rows are done.
     """
     count, slots, every, n = 256, 8, 4, 18
     batch = prompts(cfg, [[3]] * count)
@@ -227,7 +227,7 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
     np.testing.assert_array_equal(np.asarray(out.mask).sum(1), limits.reshape(-1))
 
 
-def test_another_setting_does_not_compile_again(cfg, params):
+def test_other_settings_compile_nothing_again(cfg, params):
     run(params, prompts(cfg), cfg)
     before = sampler.sample_whole_batch._cache_size()
     for settings in (
@@ -240,7 +240,7 @@ def test_another_setting_does_not_compile_again(cfg, params):
     assert sampler.sample_whole_batch._cache_size() == before
 
 
-def test_cache_is_small_and_as_large_as_computed(cfg, params):
+def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     """16 responses of 100 tokens to a prompt of 1,000: under a fifth of copied prompts."""
     shared = sampler.kv_cache_bytes(cfg, 64, 1000, 16, 100, jnp.bfloat16)
     copied = sampler.kv_cache_bytes(cfg, 64 * 16, 1000, 1, 100, jnp.bfloat16)
@@ -290,7 +290,7 @@ def test_integer_weights_name_the_missing_package(cfg, params, monkeypatch):
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
-def test_bad_input_is_one_line(cfg, params, change, words):
+def test_bad_input_is_refused_in_one_line(cfg, params, change, words):
     with pytest.raises(ValueError, match=words) as error:
         run(params, prompts(cfg), cfg, **change)
     assert "\n" not in str(error.value)
@@ -308,15 +308,15 @@ def test_bad_input_is_one_line(cfg, params, change, words):
     ],
     ids=str,
 )
-def test_what_can_not_be_drawn_is_refused_before_anything_is_loaded(change, words):
+def test_bad_rollout_settings_are_refused_with_the_config(change, words):
     first = lambda rollout: resolve_stages(run_helpers.config("grpo", rollout=rollout))[0]
     with pytest.raises(ValueError, match=words):
         validate_config.validate_stage(first(change))
     validate_config.validate_stage(first({"dtype": "bfloat16", "slots": 2}))
 
 
-def test_answers_are_drawn_in_the_type_that_is_asked_for(cfg, params):
-    """A float32 model's answers in bfloat16 have log-probabilities a little off; in eight bits the type stays the model's."""
+def test_responses_are_sampled_in_the_type_of_the_setting(cfg, params):
+    """A float32 model's log-probabilities differ a little in bfloat16; int8 keeps the model's type."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     tiny_cfg = dataclasses.replace(PRESETS["tiny"], unroll=True)
     model_ctx = model_context.ModelContext(
@@ -325,18 +325,18 @@ def test_answers_are_drawn_in_the_type_that_is_asked_for(cfg, params):
     weights = sharding.init_params(
         qwen2_5_vl.declare_params(tiny_cfg), jax.random.key(0), jnp.float32, mesh
     )
-    asked = [
+    encoded = [
         model_ctx.processor.encode([{"role": "user", "content": "what is it"}], generation=True)
     ]
-    draw = lambda dtype: generate.sample_responses(
+    sample = lambda dtype: generate.sample_responses(
         model_ctx,
         weights,
-        asked,
+        encoded,
         KEY,
         np.arange(1),
         sampling(group=4, dtype=dtype, max_new_tokens=4),
     )
-    same, half = [draw(d) for d in ("", "float32")], draw("bfloat16")
+    same, half = [sample(d) for d in ("", "float32")], sample("bfloat16")
     assert np.array_equal(same[0].policy_logps, same[1].policy_logps)
     first = np.abs(half.policy_logps - same[0].policy_logps)[:, 0]
     assert 1e-5 < first.max() < 0.2
@@ -372,10 +372,10 @@ def test_greedy_equals_transformers(tmp_path):
         cfg, model = tiny.our_config(tied=tied), tiny.torch_model(int(tied), tied=tied)
         model.save_pretrained(tmp_path / str(tied))
         params = hf_checkpoint.load_hf_checkpoint(tmp_path / str(tied), cfg)
-        drawn = [tiny.draw(row(i), cfg, rng) for i in range(50)]
+        rows = [tiny.draw(row(i), cfg, rng) for i in range(50)]
         ours = lambda *stop: run(
             params,
-            tiny.prompts(drawn, cfg),
+            tiny.prompts(rows, cfg),
             cfg,
             group=1,
             max_new_tokens=16,
@@ -384,11 +384,11 @@ def test_greedy_equals_transformers(tmp_path):
         )  # noqa: B023
         stops = [
             int(t) for t in np.unique(ours(*[-1] * 6).tokens[:, 5])[:6]
-        ]  # tokens that do come up: some rows end early
+        ]  # tokens that are sampled, so some rows end early
         out = ours(*stops)
         with torch.no_grad():
             theirs = model.generate(
-                **tiny.hf_inputs(drawn, cfg),
+                **tiny.hf_inputs(rows, cfg),
                 do_sample=False,
                 max_new_tokens=16,
                 eos_token_id=stops,

@@ -1,4 +1,4 @@
-"""Drawn frequencies against exact probabilities, and the edges of every filter."""
+"""Token sampling: frequencies against exact probabilities, and the edges of every filter."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ V, N = 300, 40_000  # more than two blocks, the last one partial
 def exact(
     logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, forbidden=()
 ) -> np.ndarray:
-    """The distribution by the textbook: sort, cut, renormalise."""
+    """Return the distribution by definition: sort, cut, renormalise."""
     z = logits.astype(np.float64) / temperature
     z[list(forbidden)] = -np.inf
     p = np.exp(z - z.max())
@@ -30,7 +30,7 @@ def exact(
     return p / p.sum()
 
 
-def draw(
+def sample(
     logits: np.ndarray,
     uniform: np.ndarray,
     temperature=1.0,
@@ -73,7 +73,7 @@ def test_frequencies_equal_exact_probabilities(settings):
     """Chi-square over pooled cells, far beyond what a wrong cut or temperature would give."""
     p = exact(logits(), **settings)
     uniform = np.random.default_rng(1).random(N).astype(np.float32)
-    tokens, logps, raw = draw(logits(), uniform, **settings)
+    tokens, logps, raw = sample(logits(), uniform, **settings)
     assert (p[tokens] > 0).all()
     np.testing.assert_allclose(logps, np.log(p[tokens]), atol=2e-5)
     np.testing.assert_allclose(raw, np.log(exact(logits())[tokens]), atol=2e-5)
@@ -89,36 +89,36 @@ def test_frequencies_equal_exact_probabilities(settings):
     assert chi2 <= freedom + 4.5 * np.sqrt(2 * freedom), (chi2, freedom)
 
 
-def test_greedy_takes_the_first_of_equal_maxima_and_ignores_chance():
+def test_greedy_takes_the_first_of_equal_maxima_and_ignores_the_key():
     row = np.zeros(V)
     row[[10, 20]] = 3.0
-    tokens, logps, raw = draw(
+    tokens, logps, raw = sample(
         row, np.random.default_rng(0).random(50).astype(np.float32), temperature=0.0
     )
     assert (tokens == 10).all() and (logps == 0).all()
     np.testing.assert_allclose(raw, np.log(exact(row))[10], atol=1e-6)
 
 
-def test_the_ends_of_the_uniform_never_draw_what_has_no_weight():
+def test_a_token_without_weight_is_never_sampled():
     row = np.full(V, -200.0)  # exp gives zero
     row[[0, 130, 131]] = 1.0
     uniform = np.array(
         [0.0, np.nextafter(np.float32(1), np.float32(0)), 0.34, 0.66, 0.67], np.float32
     )
     for forbidden in ((), (0, 299)):
-        tokens, logps, _ = draw(row, uniform, forbidden=forbidden)
+        tokens, logps, _ = sample(row, uniform, forbidden=forbidden)
         assert set(tokens) <= {0, 130, 131} - set(forbidden) and np.isfinite(logps).all()
 
 
 def test_ties_at_the_cut_stay_together():
     row = np.zeros(V)
     row[5] = 2.0
-    tokens, _, _ = draw(row, np.linspace(0, 0.999, 2000, dtype=np.float32), top_k=2)
+    tokens, _, _ = sample(row, np.linspace(0, 0.999, 2000, dtype=np.float32), top_k=2)
     assert len(set(tokens)) == V
 
 
 def test_thresholds_are_exact_for_extreme_logits():
-    """Halving works on float bits: neighbours one bit apart, zeros and huge negative numbers are told apart."""
+    """Halving works on float bits: neighbours one bit apart, zeros and huge negative numbers are distinct."""
     z = np.array(
         [
             [
@@ -137,7 +137,7 @@ def test_thresholds_are_exact_for_extreme_logits():
         assert np.asarray(cut)[0] == z[0, k - 1]
 
 
-def test_another_setting_is_not_another_program():
+def test_other_settings_compile_nothing():
     run = jax.jit(lambda *args: token_sampling.sample_tokens(*args))
     for settings in ((1.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1)):
         run(
@@ -151,7 +151,9 @@ def test_another_setting_is_not_another_program():
 def test_a_vocabulary_of_152064_tokens():
     row = logits(2, 152_064)
     p = exact(row, top_p=0.9)
-    tokens, logps, _ = draw(row, np.random.default_rng(0).random(64).astype(np.float32), top_p=0.9)
+    tokens, logps, _ = sample(
+        row, np.random.default_rng(0).random(64).astype(np.float32), top_p=0.9
+    )
     assert (p[tokens] > 0).all()
     np.testing.assert_allclose(logps, np.log(p[tokens]), atol=1e-4)
 

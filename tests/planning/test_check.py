@@ -1,4 +1,4 @@
-"""The pre-flight check: every wrong row is told with its file and row, sizes are counted, and the exit code says so."""
+"""The pre-flight check: it names every bad row with file and row, counts sizes, and sets the exit code."""
 
 import dataclasses
 import json
@@ -203,7 +203,7 @@ def test_gold_answers_count_where_they_are_learned(tmp_path):
 
 
 def test_questions_with_their_demonstration_are_measured(tmp_path):
-    """A teacher of SDFT reads the gold answer behind the question: it needs one, and room for it."""
+    """A teacher of SDFT reads the gold answer after the prompt: the task needs one, and the limit must hold it."""
     c = config(mine=write(tmp_path, [row(), row(answer="red " * 40)]))
     c.method.update(METHODS["sdft"])
     c.rollout.max_new_tokens = 64
@@ -221,12 +221,12 @@ def test_questions_without_a_demonstration_are_told():
     c.method.update(METHODS["sdft"])
     (spec,) = row_checks.training_splits(resolve_stages(c)[0], resolve_stages(c))
     task = registry.resolve_task("synthetic_colour", {})
-    drawn = task.load("train", root="", limit=1, seed=0)
+    examples = task.load("train", root="", limit=1, seed=0)
 
     class Blank(list):
-        where = drawn.where
+        where = examples.where
 
-    blank = Blank([dataclasses.replace(drawn[0], target="")])
+    blank = Blank([dataclasses.replace(examples[0], target="")])
     words = processor.load_processor(None, load.find_model_config(c.model), 1024, 4096)
     prompted = prompted_task.make_prompted_task(task, "direct", c.rewards, None)
     assert (

@@ -88,7 +88,7 @@ def test_an_unrolled_loop_runs_less_often():
 
 
 def test_a_transfer_spread_over_fused_groups_counts_once(mesh):
-    """The TPU compiler shows an asynchronous all-gather again in each product that it runs beside."""
+    """The TPU compiler shows an asynchronous all-gather again in each product that runs at the same time."""
     mark = ', channel_id=5, frontend_attributes={chain_id="3"}'
     again = (
         "  %again = f32[32,128]{1,0} all-gather(%scattered), replica_groups={{0,2,4,6},{1,3,5,7}}"

@@ -1,4 +1,4 @@
-"""Plans: sizes against the declared parameters, bounds, refusals with numbers, and programs for TPU slices that are not here."""
+"""Plans: sizes against the declared parameters, bounds, refusals with numbers, and programs for TPU slices."""
 
 import dataclasses
 import json
@@ -103,20 +103,20 @@ def test_what_stays_in_memory_is_what_is_declared(local):
     )  # two moments, and a few counters
 
 
-def test_the_peak_counts_what_lives_beside_a_program(local):
+def test_the_peak_counts_what_stays_in_memory_during_a_program(local):
     rollouts, score, add, apply, _ = local.costs
     kept = local.resident
-    assert rollouts.beside == kept["optimiser"] + kept["reference"]
-    assert score.beside == kept["trained weights"] + kept["frozen weights"] + kept["optimiser"]
+    assert rollouts.in_memory == kept["optimiser"] + kept["reference"]
+    assert score.in_memory == kept["trained weights"] + kept["frozen weights"] + kept["optimiser"]
     assert (
-        add.beside == kept["optimiser"] + kept["reference"]
-        and apply.beside == kept["frozen weights"] + kept["reference"]
+        add.in_memory == kept["optimiser"] + kept["reference"]
+        and apply.in_memory == kept["frozen weights"] + kept["reference"]
     )
     assert (
         apply.donated >= kept["trained weights"] + kept["optimiser"] - 1024
     )  # the new state takes the old one's place
     assert local.peak == max(
-        c.arguments + c.outputs - c.donated + c.temporaries + c.beside for c in local.costs
+        c.arguments + c.outputs - c.donated + c.temporaries + c.in_memory for c in local.costs
     )
 
 
@@ -130,14 +130,14 @@ def test_a_plan_is_json_and_has_no_bound_without_figures(local):
     )
 
 
-def test_what_does_not_fit_is_named_with_the_lack_and_a_remedy(local):
+def test_a_program_that_does_not_fit_is_named_with_its_excess_and_a_remedy(local):
     chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1e4)
     tight = dataclasses.replace(local, chip=chip)
-    said = plan.plan_verdict(tight)
+    output = plan.plan_verdict(tight)
     assert (
-        len(said.splitlines()) == 5
-        and "train.micro_batch" in said
-        and "more than v5e offers" in said
+        len(output.splitlines()) == 5
+        and "train.micro_batch" in output
+        and "more than v5e offers" in output
     )
     assert plan.plan_verdict(dataclasses.replace(tight, chip=chips.CHIPS["v5e"])) == ""
 
@@ -163,8 +163,8 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
     program = Program("train step", None, (), 1, 0.0)
     cost = plan.refused_cost(program, 2 * GIB, 1.0, words)
     assert cost.over and cost.peak == pytest.approx(31.18 * GIB)
-    said = plan.plan_verdict(dataclasses.replace(local, chip=chips.CHIPS["v5e"], costs=[cost]))
-    assert "train step needs 31.18 GiB" in said and "15.50 GiB more than v5e offers" in said
+    output = plan.plan_verdict(dataclasses.replace(local, chip=chips.CHIPS["v5e"], costs=[cost]))
+    assert "train step needs 31.18 GiB" in output and "15.50 GiB more than v5e offers" in output
     with pytest.raises(jax.errors.JaxRuntimeError, match="no room for words"):
         plan.refused_cost(program, 0, 0, "INTERNAL: no room for words")
 
@@ -185,7 +185,7 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
         ),
     ],
 )
-def test_what_the_mesh_can_not_cut_is_refused_with_the_numbers(mesh, changes, metrics):
+def test_a_batch_that_the_mesh_cannot_cut_is_refused_with_the_numbers(mesh, changes, metrics):
     with pytest.raises(ValueError, match=metrics):
         names(small(**changes), mesh)
 
@@ -260,7 +260,7 @@ def test_programs_follow_the_method(mesh):
     ],
     ids=["sdft", "lwf", "remax", "filter", "fisher", "gradient", "dtype"],
 )
-def test_programs_beside_the_update_can_be_lowered(mesh, c, name):
+def test_every_further_program_can_be_lowered(mesh, c, name):
     stage = planned_stage(c, mesh)
     with jax.set_mesh(mesh):
         (program,) = [p for p in stage_programs(stage) if p.name == name]
@@ -283,7 +283,7 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
     assert found["penalty"] == pytest.approx(2 * found["trained weights"], rel=1e-3)
 
 
-def test_arithmetic_before_the_plan_follows_rollout_dtype():
+def test_the_memory_estimate_follows_rollout_dtype():
     c = small(model={"compute_dtype": "float32"})
     metrics = {}
     for dtype in ("", "float32", "bfloat16", "int8"):
@@ -303,12 +303,11 @@ def test_arithmetic_before_the_plan_follows_rollout_dtype():
     )
 
 
-def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
-    """The waiting prompts while answers are drawn; the teacher's states of all micro-batches while the first one's gradient is made."""
-
+def test_results_of_earlier_programs_stay_in_memory_during_later_ones(mesh):
+    """The queue while responses are decoded; the teacher's states of all micro-batches during the first gradient."""
     text = jax.jit(lambda x: x + 1).lower(1.0).compile().as_text()
 
-    class Told:
+    class FixedSizes:
         def compile(self, program, folder):
             return {
                 "arguments": 0.0,
@@ -318,24 +317,24 @@ def test_what_earlier_programs_returned_lives_beside_later_ones(mesh):
                 "text": text,
             }
 
-    def beside(c):
+    def in_memory(c):
         stage, costs = planned_stage(c, mesh), []
         for program in stage_programs(stage):
-            costs.append(plan.program_cost(program, stage, None, {}, Told(), costs))
+            costs.append(plan.program_cost(program, stage, None, {}, FixedSizes(), costs))
         models = {
             p.name: sum(resident_bytes(stage, p.args, p.not_loaded).values())
             for p in stage_programs(stage)
         }
-        return {c.name: c.beside - models[c.name] for c in costs}
+        return {c.name: c.in_memory - models[c.name] for c in costs}
 
-    turns = beside(small(rollout={"slots": 8, "gather": True}))
+    pool = in_memory(small(rollout={"slots": 8, "gather": True}))
     assert (
-        turns["rollouts: decode"] == 2000
-        and turns["rollouts: refill"] == turns["rollouts: queue"] == 1000
-        and turns["evaluation"] == 0
+        pool["rollouts: decode"] == 2000
+        and pool["rollouts: refill"] == pool["rollouts: queue"] == 1000
+        and pool["evaluation"] == 0
     )
-    taught = beside(small("sdft", train={"batch": 16, "micro_batch": 4}))
-    assert taught["add gradients"] == 3000 and taught["apply gradients"] == 4000
+    distilled = in_memory(small("sdft", train={"batch": 16, "micro_batch": 4}))
+    assert distilled["add gradients"] == 3000 and distilled["apply gradients"] == 4000
 
 
 @pytest.mark.parametrize("method", ["sft", "sdft", "dapo", "eaft"])
@@ -349,7 +348,7 @@ def test_batches_have_what_their_objective_reads(mesh, method):
         assert program.lower({}).as_text()
 
 
-def test_the_largest_picture_and_prompt_are_within_the_config(mesh):
+def test_the_largest_image_and_prompt_are_those_of_the_config(mesh):
     stage = planned_stage(small(), mesh)
     assert (
         collate.max_image_slots(stage.cfg, 64 * 64) == 6 * 16
@@ -374,8 +373,8 @@ def get_config():
 """
 
 
-def launched(tmp_path, *flags):
-    """launch/plan.py in a process of its own: exit code, words, JSON."""
+def run_launcher(tmp_path, *flags):
+    """Run launch/plan.py; return its exit code, output and JSON."""
     (tmp_path / "config.py").write_text(CONFIG)
     order = [
         sys.executable,
@@ -402,8 +401,8 @@ def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_no
         resource.getrusage(resource.RUSAGE_CHILDREN)[:2]
     )  # seconds of a processor: other work does not count
     began = used()
-    code, said, (metrics,) = launched(tmp_path, "--topology=v5e:2x2")
-    assert code == 0, said
+    code, output, (metrics,) = run_launcher(tmp_path, "--topology=v5e:2x2")
+    assert code == 0, output
     assert used() - began < 60
     assert (
         metrics["fits"]
@@ -414,16 +413,18 @@ def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_no
     assert [p["name"] for p in metrics["programs"]] == [
         "train step",
         "evaluation",
-    ] and "GiB a device" in said
+    ] and "GiB a device" in output
     assert all(p["temporaries"] > 0 and p["arithmetic"] > 0 for p in metrics["programs"])
-    code, said, (metrics,) = launched(
+    code, output, (metrics,) = run_launcher(
         tmp_path,
         "--topology=v5e:2x2",
         "--config.train.batch=2048",
         "--config.data.prompt_limit=16384",
     )
-    assert code == 1 and not metrics["fits"], said
-    assert "train step needs" in said and "train.micro_batch" in said and "Traceback" not in said
+    assert code == 1 and not metrics["fits"], output
+    assert (
+        "train step needs" in output and "train.micro_batch" in output and "Traceback" not in output
+    )
 
 
 def test_an_unknown_slice_is_one_line():
@@ -435,8 +436,11 @@ def test_an_unknown_slice_is_one_line():
 # ---- TPU slices ----------------------------------------------------------------------------------------------------------
 
 
-class Kept(aot_compile.SubprocessCompiler):
-    """Keeps the sizes of every buffer that the compiler assigned."""
+@dataclasses.dataclass(frozen=True)
+class RecordingCompiler(aot_compile.SubprocessCompiler):
+    """Record the name and shape of every buffer that the compiler assigned."""
+
+    buffers: list
 
     def compile(self, program, folder):
         sizes = super().compile(program, folder)
@@ -449,21 +453,22 @@ class Kept(aot_compile.SubprocessCompiler):
 
 
 def tpu(c, topology, name, slices=1, buffers=None):
-    """One program of a config for a TPU slice, with its site; `buffers` takes up the shapes of all of them."""
+    """Return the cost of one program of a config on a TPU slice, and the stage; the shapes of its buffers are added to `buffers`."""
     pytest.importorskip("libtpu")
     (stage,) = {s.config.to_json(): s for s in resolve_stages(c)}.values()
     devices = aot_compile.topology_devices(topology, slices)
     planned = planned_stage(stage.config, aot_compile.planned_mesh(stage.config, devices, slices))
     program = next(p for p in stage_programs(planned) if p.name == name)
-    short = Kept(stage.config, topology, slices)
-    object.__setattr__(short, "buffers", [] if buffers is None else buffers)
+    short = RecordingCompiler(stage.config, topology, slices, [] if buffers is None else buffers)
     chip = chips.chip_of_devices(devices)
     return plan.program_cost(program, planned, chip, {}, short, (), slices), planned
 
 
-def whole(site):
-    """The unsharded shape of every parameter that the mesh cuts, its axes in order of size; less those that parts of others have."""
-    params = {"/".join(path): x for path, x in trainable.flatten_params(site.params).items()}
+def whole(stage_shapes):
+    """Return the unsharded shapes of all parameters that the mesh cuts, except those that are also the shape of a part."""
+    params = {
+        "/".join(path): x for path, x in trainable.flatten_params(stage_shapes.params).items()
+    }
     parts = {axes(x.sharding.shard_shape(x.shape)) for x in params.values()}
     return {axes(x.shape): name for name, x in params.items() if axes(x.shape) not in parts}
 
@@ -483,14 +488,14 @@ def test_update_of_full_width_holds_no_logits_and_no_whole_table():
     c.model.path, c.stages = "Qwen/Qwen2.5-VL-7B-Instruct", c.stages[:1]
     c.model.max_pixels = 28 * 28 * 64
     buffers = []
-    cost, site = tpu(c, "v5e:4x4", "add gradients", buffers=buffers)
-    unsharded = whole(site)
+    cost, stage_shapes = tpu(c, "v5e:4x4", "add gradients", buffers=buffers)
+    unsharded = whole(stage_shapes)
     assert len(buffers) > 500 and len(unsharded) > 10
     gathered = {unsharded[axes(shape)] for _, shape in buffers if axes(shape) in unsharded}
     assert gathered <= {
         "vision/patch/w"
     }  # it has no layers and is cut by fsdp alone: whole for its one product
-    text, vocab = site.cfg.text, site.cfg.text.vocab
+    text, vocab = stage_shapes.cfg.text, stage_shapes.cfg.text.vocab
     assert cost.buffers and all(size < 2 * text.width * vocab / 2 for size, _ in cost.buffers)
     assert not [name for name, shape in buffers if vocab in shape]  # cut by words always
     assert cost.peak < 16 * GIB and not cost.over
@@ -504,9 +509,10 @@ def test_update_of_full_width_holds_no_logits_and_no_whole_table():
 def test_two_slices_share_the_batch_and_sum_gradients_across():
     c = small(mesh={"data": 2, "fsdp": 2, "model": 2})
     c.stages = c.stages[:1]
-    cost, site = tpu(c, "v5e:2x2", "add gradients", slices=2)
+    cost, stage_shapes = tpu(c, "v5e:2x2", "add gradients", slices=2)
     assert (
-        site.mesh.devices[0, 0, 0].slice_index == 0 and site.mesh.devices[1, 0, 0].slice_index == 1
+        stage_shapes.mesh.devices[0, 0, 0].slice_index == 0
+        and stage_shapes.mesh.devices[1, 0, 0].slice_index == 1
     )
     assert any("data" in x.axis for x in cost.collectives) and cost.seconds["network"] > 0
 
@@ -529,7 +535,7 @@ def test_sizes_of_a_short_compile_are_those_of_the_whole_one(tmp_path):
     )  # the runtime pads small buffers
 
 
-def test_what_stays_of_7b_is_told_without_compiling():
+def test_resident_memory_of_7b_is_known_without_compiling():
     """8.3 billion weights in float32 with two moments are far more than four v5e hold."""
     pytest.importorskip("libtpu")
     c = small(mesh={"data": 1, "fsdp": 2, "model": 2}, train={"batch": 2, "micro_batch": 0})
