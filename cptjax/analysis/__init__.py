@@ -1,7 +1,7 @@
-"""Why something was forgotten: the measurements behind the papers' explanations, on finished runs. `launch/analyze.py` names them.
+"""Measure the papers' explanations of forgetting on finished runs (launch/analyze.py).
 
-mixture     which divergence forgets, on Gaussians (Retaining by Doing)
-drift       loss on what is not trained, against the distance from the base (RL's Razor)
-influence   what learning one answer does to others, by the corpus it is from (why RFT preserves prior knowledge)
-fisher      what SFT's and RFT's gradients risk on the same prompts (RFT naturally mitigates forgetting)
+mixture     which KL divergence forgets, on mixtures of Gaussians (Retaining by Doing)
+drift       loss on tasks that a stage does not train, against the distance from the base model (RL's Razor)
+influence   the effect of training on one response on other tasks, by corpus (why RFT preserves prior knowledge)
+fisher      the risk of SFT's and RFT's gradients on the same prompts (RFT naturally mitigates forgetting)
 """

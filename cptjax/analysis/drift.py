@@ -1,13 +1,13 @@
-"""Forgetting against distance: one point per stage of any number of runs, and how much of the loss each distance explains.
+"""Fit the loss on other tasks to the distance from the base model, one point per stage of any number of runs.
 
-RL's Razor claims a law: what a model loses on others follows from KL(base || now) on the *new* task's prompts alone, whatever trained it.
-Here loss is what earlier and general tasks have lost, and the rival predictors are the KL on those tasks' own prompts and distances of
-weights. Sparsity is counted in float32 and above rounding: in bfloat16, small updates vanish and look sparse.
+RL's Razor claims a law: the loss on other tasks follows from KL(base || current) on the *new* task's prompts alone, whatever the method.
+The loss is that of earlier and general tasks. The other predictors are the KL on the prompts of those tasks and distances of weights.
+Sparsity is counted in float32 and above rounding: in bfloat16, small updates vanish and look sparse.
 """
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +24,27 @@ from cptjax.evaluation.report.words import is_known
 from cptjax.models import lora, trainable
 from cptjax.types import Params
 
-FIT_DEGREE = 2  # of the fit, as in the paper
-MOVED_SHARE = 1e-5  # of a weight's own size: it counts as changed
+FIT_DEGREE = 2  # as in the paper
+MOVED_SHARE = 1e-5  # a weight that changed by more of its own size counts as moved
 
 
 @dataclasses.dataclass(frozen=True)
 class StageDrift:
-    """Where a run stood after a stage: its loss, and how far it had gone by each measure."""
+    """A run after a stage: its loss, and its distance from the base model by each measure."""
 
     arm: str
     run: str
     stage: int
     loss: float
-    far: dict[str, float]
-    parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # of the model
+    far: dict[str, float]  # by measure
+    parts: dict[str, dict[str, float]] = dataclasses.field(
+        default_factory=dict
+    )  # distances of weights by part of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticFit:
-    """A quadratic in one measure."""
+    """The loss as a quadratic function of one measure."""
 
     measure: str
     n: int
@@ -52,135 +54,119 @@ class QuadraticFit:
 
 
 def analyze(folders: Sequence[str], weights: bool = False) -> Finding:
-    stands = [
-        stand
+    """Fit the loss to each measure of distance; `weights` adds distances of weights."""
+    drifts = [
+        drift
         for arm in read.read_arms(folders)
         for run in arm.runs
-        for stand in drift_of_stages(run, weights)
+        for drift in drift_of_stages(run, weights)
     ]
-    if len(stands) < FIT_DEGREE + 2:
+    if len(drifts) < FIT_DEGREE + 2:
         raise ValueError(
-            f"{len(stands)} stages have a loss and KL(base || now): a fit of degree {FIT_DEGREE} needs at least {FIT_DEGREE + 2}. Expected runs "
-            "with eval.drift > 0 and, where a run has one stage, tasks in eval.general"
+            f"{len(drifts)} stages have a loss and KL(base || now): a fit of degree {FIT_DEGREE} needs at least "
+            f"{FIT_DEGREE + 2}. Expected runs with eval.drift > 0 and, where a run has one stage, tasks in eval.general"
         )
-    measures = dict.fromkeys(m for s in stands for m in s.far)
-    fits = [f for m in measures if (f := fit_quadratic(m, [s for s in stands if m in s.far]))]
+    measures = dict.fromkeys(measure for drift in drifts for measure in drift.far)
+    fits = [fit for m in measures if (fit := fit_quadratic(m, [d for d in drifts if m in d.far]))]
     if not fits:
         raise ValueError(
-            f"all {len(stands)} stages have lost the same, or moved as far: there is nothing to explain"
+            f"all {len(drifts)} stages have lost the same, or moved as far: there is nothing to explain"
         )
-    first = fits[0]
-    said = [
-        f"{first.measure} explains {100 * first.r2:.0f} % of the variance of the loss over {first.n} stages (quadratic fit, R²)."
-    ]
+    percent = 100 * fits[0].r2
+    sentence = (
+        f"{fits[0].measure} explains {percent:.0f} % of the variance of the loss over {fits[0].n} stages "
+        "(quadratic fit, R²)."
+    )
     table = FindingTable(
-        "How much of the loss follows from",
+        "Share of the loss that each measure explains",
         ("measure", "stages", "R², quadratic", "Pearson r"),
         [(f.measure, str(f.n), f"{f.r2:.2f}", f"{f.pearson:.2f}") for f in fits],
     )
-    pictures = [
-        FindingChart(
-            f.measure, "A dot per stage; the line is the fit over all.", drift_chart(f, stands)
-        )
-        for f in fits
-    ]
-    numbers = {
-        "fits": [dataclasses.asdict(f) for f in fits],
-        "stages": [dataclasses.asdict(s) for s in stands],
-    }
+    note = "One dot per stage; the line is the fit over all stages."
     return Finding(
-        "Loss against distance from the base",
-        said,
-        [table, *parts_table(stands)],
-        pictures,
-        numbers,
+        "Loss against distance from the base model",
+        [sentence],
+        [table, *parts_table(drifts)],
+        [FindingChart(fit.measure, note, drift_chart(fit, drifts)) for fit in fits],
+        {
+            "fits": [dataclasses.asdict(fit) for fit in fits],
+            "stages": [dataclasses.asdict(drift) for drift in drifts],
+        },
     )
 
 
 def drift_of_stages(run: read.ReportRun, weights: bool) -> list[StageDrift]:
-    """The stages of a run whose loss and KL are known."""
-    rows = [r for r in run.summary["per_stage"] if is_known(r["kl_new"]) and is_known(r["loss"])]
+    """Return the stages of a run whose loss and KL are known."""
     names = {"kl_new": "KL on the new task", "kl_old": "KL on the others"}
-    found = [
-        StageDrift(
-            run.label,
-            run.variant,
-            r["stage"],
-            r["loss"],
-            {n: r[k] for k, n in names.items() if is_known(r[k])},
-        )
-        for r in rows
-    ]
-    return add_weight_distances(run, found) if weights and found else found
+    drifts = []
+    for row in run.summary["per_stage"]:
+        if is_known(row["kl_new"]) and is_known(row["loss"]):
+            far = {name: row[key] for key, name in names.items() if is_known(row[key])}
+            drifts.append(StageDrift(run.label, run.variant, row["stage"], row["loss"], far))
+    return add_weight_distances(run, drifts) if weights and drifts else drifts
 
 
-def fit_quadratic(measure: str, stands: Sequence[StageDrift]) -> QuadraticFit | None:
-    """None where there are too few different points."""
-    x, y = np.array([(s.far[measure], s.loss) for s in stands]).T
+def fit_quadratic(measure: str, drifts: Sequence[StageDrift]) -> QuadraticFit | None:
+    """Fit the loss to a measure; None with too few different points."""
+    x, y = np.array([(drift.far[measure], drift.loss) for drift in drifts]).T
     if len(set(x.tolist())) < FIT_DEGREE + 2 or not np.ptp(y):
         return None
     curve = np.polyfit(x, y, FIT_DEGREE)
-    left = float(np.square(y - np.polyval(curve, x)).sum() / np.square(y - y.mean()).sum())
-    return QuadraticFit(
-        measure, len(x), tuple(curve.tolist()), 1 - left, float(np.corrcoef(x, y)[0, 1])
-    )
+    residual = np.square(y - np.polyval(curve, x)).sum() / np.square(y - y.mean()).sum()
+    pearson = float(np.corrcoef(x, y)[0, 1])
+    return QuadraticFit(measure, len(x), tuple(curve.tolist()), 1 - float(residual), pearson)
 
 
-def drift_chart(fit: QuadraticFit, stands: Sequence[StageDrift]) -> Markup | None:
-    arms = list(dict.fromkeys(s.arm for s in stands))
-    series = []
+def drift_chart(fit: QuadraticFit, drifts: Sequence[StageDrift]) -> Markup | None:
+    arms = list(dict.fromkeys(drift.arm for drift in drifts))
+    series, xs = [], []
     for k, arm in enumerate(arms):
-        dots = [
-            Point(s.far[fit.measure], 100 * s.loss, f"{arm}, {s.run}, stage {s.stage}")
-            for s in stands
-            if s.arm == arm and fit.measure in s.far
+        points = [
+            Point(d.far[fit.measure], 100 * d.loss, f"{arm}, {d.run}, stage {d.stage}")
+            for d in drifts
+            if d.arm == arm and fit.measure in d.far
         ]
-        series.append(Series(arm, sorted(dots, key=lambda p: p.x), k, line=False, named=True))
-    ends = [p.x for s in series for p in s.points]
-    line = [
-        Point(x, 100 * np.polyval(fit.curve, x))
-        for x in np.linspace(min(ends), max(ends), 60).tolist()
+        points = sorted(points, key=lambda point: point.x)
+        series.append(Series(arm, points, k, line=False, named=True))
+        xs += [point.x for point in points]
+    curve = [
+        Point(x, 100 * np.polyval(fit.curve, x)) for x in np.linspace(min(xs), max(xs), 60).tolist()
     ]
-    law = Series("", line, len(arms), dots=False, faint=True)
-    return svg.line_chart(
-        [law, *series], fit.measure, fit.measure, "loss on others, points", include=(0,)
-    )
+    series.insert(0, Series("", curve, len(arms), dots=False, faint=True))
+    return svg.line_chart(series, fit.measure, fit.measure, "loss on others, points", include=(0,))
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------------
 
 
-def add_weight_distances(run: read.ReportRun, stands: Sequence[StageDrift]) -> list[StageDrift]:
-    """The stands with distances of weights from the base, adapters merged."""
+def add_weight_distances(run: read.ReportRun, drifts: Sequence[StageDrift]) -> list[StageDrift]:
+    """Add the distances of weights from the base model, with LoRA adapters merged."""
     with (
-        probe.visit_run(run.path, "float32") as current,
-        console.progress_bar(f"weights of {run.label} {run.variant}", len(stands)) as bar,
+        probe.open_run_of_folder(run.path, "float32") as opened,
+        console.progress_bar(f"weights of {run.label} {run.variant}", len(drifts)) as bar,
     ):
-        merged = lambda number: lora.merge_lora(
-            restore_stage_params(
-                current.config, current.model_ctx, current.files.checkpoints, number
-            ),
-            current.model_ctx.cfg.lora_scale,
-        )
-        base, out = merged(0), []
-        for stand in stands:
-            parts = weight_distances(base, merged(stand.stage))
+
+        def merged_params(stage: int) -> Params:
+            params = restore_stage_params(
+                opened.config, opened.model_ctx, opened.files.checkpoints, stage
+            )
+            return lora.merge_lora(params, opened.model_ctx.cfg.lora_scale)
+
+        base, measured = merged_params(0), []
+        for drift in drifts:
+            parts = weight_distances(base, merged_params(drift.stage))
             whole = collections.Counter()
             for part in parts.values():
                 whole.update(part)
-            out.append(
-                dataclasses.replace(
-                    stand,
-                    far=stand.far | distance_metrics(whole, "weights, "),
-                    parts={n: distance_metrics(p) for n, p in parts.items()},
-                )
-            )
+            far = drift.far | distance_metrics(whole, "weights, ")
+            by_part = {name: distance_metrics(part) for name, part in parts.items()}
+            measured.append(dataclasses.replace(drift, far=far, parts=by_part))
             bar.advance()
-    return out
+    return measured
 
 
-def distance_metrics(sums: dict[str, float], prefix: str = "") -> dict[str, float]:
-    """Distances from sums over weights."""
+def distance_metrics(sums: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    """Compute distances from sums over weights."""
     return {
         f"{prefix}L2": sums["square"] ** 0.5,
         f"{prefix}relative L2": (sums["square"] / sums["size"]) ** 0.5,
@@ -189,39 +175,34 @@ def distance_metrics(sums: dict[str, float], prefix: str = "") -> dict[str, floa
     }
 
 
-def weight_distances(base: Params, now: Params) -> dict[str, dict[str, float]]:
-    """Sums over the weights of each part of the model that moved at all, or may have."""
+def weight_distances(base: Params, params: Params) -> dict[str, dict[str, float]]:
+    """Sum the changes of the weights of each part of the model."""
     parts: dict[str, collections.Counter] = {}
-    now = trainable.flatten_params(now)
-    for path, b in trainable.flatten_params(base).items():
-        sums = jax.device_get(_sums(b, now[path]))
-        parts.setdefault(path[0], collections.Counter()).update(
-            {k: float(v) for k, v in sums.items()} | {"count": b.size}
-        )
+    flat = trainable.flatten_params(params)
+    for path, weight in trainable.flatten_params(base).items():
+        sums = {k: float(v) for k, v in jax.device_get(_sums(weight, flat[path])).items()}
+        parts.setdefault(path[0], collections.Counter()).update(sums | {"count": weight.size})
     return {name: dict(sums) for name, sums in parts.items()}
 
 
 @jax.jit
-def _sums(base: jax.Array, now: jax.Array) -> dict[str, jax.Array]:
-    base, now = base.astype(jnp.float32), now.astype(jnp.float32)
-    gone = jnp.abs(now - base)
+def _sums(base: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    base, weight = base.astype(jnp.float32), weight.astype(jnp.float32)
+    change = jnp.abs(weight - base)
     return {
-        "square": jnp.square(gone).sum(),
-        "absolute": gone.sum(),
+        "square": jnp.square(change).sum(),
+        "absolute": change.sum(),
         "size": jnp.square(base).sum(),
-        "moved": jnp.sum(gone > MOVED_SHARE * jnp.abs(base), dtype=jnp.float32),
+        "moved": jnp.sum(change > MOVED_SHARE * jnp.abs(base), dtype=jnp.float32),
     }
 
 
-def parts_table(stands: Sequence[StageDrift]) -> list[FindingTable]:
-    found = [
-        (f"{s.arm} {s.run}, stage {s.stage}", name, part)
-        for s in stands
-        for name, part in s.parts.items()
-    ]
-    rows = [(after, name, *(f"{v:.3g}" for v in part.values())) for after, name, part in found]
-    return (
-        [FindingTable("Where the weights moved", ("after", "part", *found[0][2]), rows)]
-        if found
-        else []
-    )
+def parts_table(drifts: Sequence[StageDrift]) -> list[FindingTable]:
+    """The distances of weights by part of the model, if they were measured."""
+    rows, header = [], ()
+    for drift in drifts:
+        for name, part in drift.parts.items():
+            header = ("after", "part", *part)
+            after = f"{drift.arm} {drift.run}, stage {drift.stage}"
+            rows.append((after, name, *(f"{value:.3g}" for value in part.values())))
+    return [FindingTable("Where the weights moved", header, rows)] if rows else []

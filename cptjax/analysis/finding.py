@@ -1,4 +1,4 @@
-"""What an analysis found: sentences, tables and charts, for the console and as a page with its numbers beside it."""
+"""The result of an analysis: sentences, tables and charts for the console and for a page."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class FindingTable:
 class FindingChart:
     title: str
     note: str
-    chart: Markup | None  # None = there is nothing to draw
+    chart: Markup | None  # None without points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +34,17 @@ class Finding:
     numbers: dict[str, Any]
 
 
-def print_finding(found: Finding) -> None:
-    """On the console."""
-    for table in found.tables:
+def print_finding(finding: Finding) -> None:
+    """Print tables and sentences to the console."""
+    for table in finding.tables:
         console.print_table(table.title, table.header, table.rows)
-    for sentence in found.sentences:
+    for sentence in finding.sentences:
         console.print_message(sentence)
 
 
-def write_finding(found: Finding, out: Path) -> Path:
-    """As a self-contained page, its numbers as JSON beside it."""
-    files.write_text(
-        out,
-        page.jinja_environment()
-        .get_template("finding.html.jinja")
-        .render(title=found.title, finding=found),
-    )
-    files.write_json(out.with_suffix(".json"), files.to_jsonable(found.numbers))
+def write_finding(finding: Finding, out: Path) -> Path:
+    """Write a self-contained page, and the numbers as JSON next to it."""
+    template = page.jinja_environment().get_template("finding.html.jinja")
+    files.write_text(out, template.render(title=finding.title, finding=finding))
+    files.write_json(out.with_suffix(".json"), finding.numbers)
     return out

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax.analysis import probe
 from cptjax.analysis.finding import Finding, FindingChart, FindingTable
-from cptjax.analysis.probe import Probe
+from cptjax.analysis.probe import Probe, open_probe
 from cptjax.common import console
 from cptjax.data.collate import EncodedConversation
 from cptjax.evaluation.report import svg
@@ -60,30 +59,30 @@ def analyze(
         raise ValueError(
             f"--rows={rows} --samples={samples} --probes={probes}: expected at least one row and probe, and two answers"
         )
-    with probe.open_probe(folder, stage, others, dtype) as (it, names):
+    with open_probe(folder, stage, others, dtype) as (probe, names):
         with console.progress_bar("Fisher information", probes * len(names)) as bar:
             fisher = fisher_of_answers(
-                it, [e for name in names for e in it.known(name, probes)], bar
+                probe, [e for name in names for e in probe.gold_test_responses(name, probes)], bar
             )
-        found = gradient_risks(it, it.rows(rows), samples, fisher)
-    return risk_finding(it.stage.name, names, found)
+        found = gradient_risks(probe, probe.training_rows(rows), samples, fisher)
+    return risk_finding(probe.stage.name, names, found)
 
 
 def fisher_of_answers(
-    it: Probe, known: Sequence[EncodedConversation], bar: console.ProgressBar
+    probe: Probe, known: Sequence[EncodedConversation], bar: console.ProgressBar
 ) -> Params:
     """The diagonal Fisher of gold answers, one at a time: the same that EWC keeps."""
-    fisher = regularizers.zero_fisher(it.trained)
+    fisher = regularizers.zero_fisher(probe.trained)
     for encoded in known:
-        fisher = _add(fisher, it.slope(encoded), len(known))
+        fisher = _add(fisher, probe.gradient(encoded), len(known))
         bar.advance()
     return fisher
 
 
 def gradient_risks(
-    it: Probe, rows: Sequence[tuple[str, int]], samples: int, fisher: Params
+    probe: Probe, rows: Sequence[tuple[str, int]], samples: int, fisher: Params
 ) -> list[GradientRisk]:
-    drawn, out = it.drawn(it.prompts(rows), samples), []
+    drawn, out = probe.sample_graded(probe.encode_prompts(rows), samples), []
     with console.progress_bar("gradients of gold and drawn answers", len(rows)) as bar:
         for graded in drawn:
             for q, item in enumerate(graded.items):
@@ -91,14 +90,14 @@ def gradient_risks(
                 answers = list(
                     zip(graded.samples.texts[mine], graded.accuracy[q].tolist(), strict=True)
                 )
-                sft = float(_quadratic(it.slope(it.gold(item)), fisher))
+                sft = float(_quadratic(probe.gradient(probe.with_gold_response(item)), fisher))
                 out.append(
                     prompt_risk(
                         item.example.id,
                         sft,
                         answers,
                         fisher,
-                        lambda text, item=item: it.slope(it.answered(item, text)),
+                        lambda text, item=item: probe.gradient(probe.with_response(item, text)),
                     )
                 )
                 bar.advance()

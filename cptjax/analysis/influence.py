@@ -19,9 +19,8 @@ import jax
 import numpy as np
 from markupsafe import Markup
 
-from cptjax.analysis import probe
 from cptjax.analysis.finding import Finding, FindingChart, FindingTable
-from cptjax.analysis.probe import Probe
+from cptjax.analysis.probe import Probe, open_probe
 from cptjax.common import console, files
 from cptjax.common.shuffle import permutation
 from cptjax.data.collate import EncodedConversation
@@ -80,28 +79,33 @@ def analyze(
         raise ValueError(
             f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: expected numbers above 0"
         )
-    with probe.open_probe(folder, stage, others, dtype) as (it, names):
-        known = {name: it.known(name, probes) for name in names}
+    with open_probe(folder, stage, others, dtype) as (probe, names):
+        known = {name: probe.gold_test_responses(name, probes) for name in names}
         made = [
-            (name, corpus_responses(it, name, rows, samples)) for name in corpus.split(",") if name
+            (name, corpus_responses(probe, name, rows, samples))
+            for name in corpus.split(",")
+            if name
         ]
         with console.progress_bar(
             "one step on each answer",
             sum(len(a) + min(ASYMMETRY_PAIRS, len(sum(known.values(), []))) for _, a in made),
         ) as bar:
             found = [
-                measure_influence(it, name, answers, known, lr, bar.advance)
+                measure_influence(probe, name, answers, known, lr, bar.advance)
                 for name, answers in made
             ]
-    return influence_finding(it.stage.name, names, lr, found)
+    return influence_finding(probe.stage.name, names, lr, found)
 
 
-def corpus_responses(it: Probe, name: str, rows: int, samples: int) -> list[EncodedConversation]:
+def corpus_responses(probe: Probe, name: str, rows: int, samples: int) -> list[EncodedConversation]:
     """The answers of a corpus to learn from: one a prompt."""
     if name == "gold":
-        return [it.gold(item) for item in it.prompts(it.rows(rows))]
+        return [
+            probe.with_gold_response(item)
+            for item in probe.encode_prompts(probe.training_rows(rows))
+        ]
     if name == "own":
-        return own_correct_responses(it, rows, samples)
+        return own_correct_responses(probe, rows, samples)
     path = Path(name)
     if not path.is_file():
         raise ValueError(
@@ -110,18 +114,18 @@ def corpus_responses(it: Probe, name: str, rows: int, samples: int) -> list[Enco
     lines = [
         r
         for r in files.read_jsonl(path)
-        if r.get("task") in it.stage.tasks and rewards.is_correct(r.get("rewards") or {})
+        if r.get("task") in probe.stage.tasks and rewards.is_correct(r.get("rewards") or {})
     ]
     if not lines:
         raise ValueError(
-            f"{path} has no correct answer to a task of stage {it.stage.number} ({', '.join(it.stage.tasks)})"
+            f"{path} has no correct answer to a task of stage {probe.stage.number} ({', '.join(probe.stage.tasks)})"
         )
     if bad := next(
         (
             r
             for r in lines
             if {"id", "row", "response"} - r.keys()
-            or r["row"] not in range(len(it.source(r["task"])))
+            or r["row"] not in range(len(probe.train_examples(r["task"])))
         ),
         None,
     ):
@@ -130,29 +134,29 @@ def corpus_responses(it: Probe, name: str, rows: int, samples: int) -> list[Enco
             f"{path}: expected lines with id, response and a row of this run's data; got {shown}"
         )
     chosen = [
-        lines[i] for i in permutation(len(lines), (it.run.config.seed, 30_001))[:rows].tolist()
+        lines[i] for i in permutation(len(lines), (probe.run.config.seed, 30_001))[:rows].tolist()
     ]
-    items = it.prompts([(r["task"], r["row"]) for r in chosen])
+    items = probe.encode_prompts([(r["task"], r["row"]) for r in chosen])
     if lost := [
         r["id"] for r, item in zip(chosen, items, strict=True) if item.example.id != r["id"]
     ]:
         raise ValueError(
             f"{path}: {lost[0]!r} is another row in this run's data; expected rollouts over the same training rows"
         )
-    return [it.answered(item, r["response"]) for item, r in zip(items, chosen, strict=True)]
+    return [probe.with_response(item, r["response"]) for item, r in zip(items, chosen, strict=True)]
 
 
-def own_correct_responses(it: Probe, rows: int, samples: int) -> list[EncodedConversation]:
+def own_correct_responses(probe: Probe, rows: int, samples: int) -> list[EncodedConversation]:
     """The model's own first correct answer to each prompt that it answers at all."""
     found = []
-    for graded in it.drawn(it.prompts(it.rows(rows)), samples):
+    for graded in probe.sample_graded(probe.encode_prompts(probe.training_rows(rows)), samples):
         for q, item in enumerate(graded.items):
             right = [
                 r
                 for r in range(q * samples, (q + 1) * samples)
                 if rewards.is_correct(graded.reward_parts[r]) and graded.samples.finished[r]
             ]
-            found += [it.answered(item, graded.samples.texts[right[0]])] if right else []
+            found += [probe.with_response(item, graded.samples.texts[right[0]])] if right else []
     if not found:
         raise ValueError(
             f"none of {samples} answers to {rows} prompts is correct: raise --samples or --rows, or leave own out of --corpus"
@@ -161,7 +165,7 @@ def own_correct_responses(it: Probe, rows: int, samples: int) -> list[EncodedCon
 
 
 def measure_influence(
-    it: Probe,
+    probe: Probe,
     name: str,
     answers: Sequence[EncodedConversation],
     known: dict[str, list[EncodedConversation]],
@@ -170,11 +174,13 @@ def measure_influence(
 ) -> CorpusInfluence:
     """What a step on each answer of a corpus does to all probes, and the other way round for some."""
     v = sum(known.values(), [])
-    was, was_u = it.scored(v), it.scored(answers)
-    steep, steep_u = ([float(s.sum()) for s in it.steepness(x)] for x in (v, answers))
+    was, was_u = probe.token_logprobs(v), probe.token_logprobs(answers)
+    steep, steep_u = ([float(s.sum()) for s in probe.logit_gradient_norms(x)] for x in (v, answers))
     after = lambda x, old, rows: [
         (now - b) / lr
-        for now, b in zip(it.scored(rows, step_on_response(it, x, lr)), old, strict=True)
+        for now, b in zip(
+            probe.token_logprobs(rows, step_on_response(probe, x, lr)), old, strict=True
+        )
     ]
     ends, there, pulls = np.cumsum([0, *map(len, known.values())]).tolist(), [], []
     for u, encoded in enumerate(answers):
@@ -207,9 +213,9 @@ def asymmetry(there: np.ndarray, back: np.ndarray) -> float:
     return float(np.abs(there - back).mean() / max(np.abs([there, back]).mean(), 1e-30))
 
 
-def step_on_response(it: Probe, encoded: EncodedConversation, lr: float) -> Any:
+def step_on_response(probe: Probe, encoded: EncodedConversation, lr: float) -> Any:
     """The trained weights after one step of plain gradient descent on an answer."""
-    return _descend(it.trained, it.slope(encoded), np.float32(lr))
+    return _descend(probe.trained, probe.gradient(encoded), np.float32(lr))
 
 
 @jax.jit

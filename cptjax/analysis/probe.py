@@ -1,14 +1,14 @@
-"""A run's model opened to look at: its answers, their likelihood, and the gradient of each."""
+"""Open the model of a run read-only: sample, score and differentiate its responses."""
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from cptjax import sharding
 from cptjax.common import console
@@ -22,26 +22,26 @@ from cptjax.data.device_batches import batch_slices, conversation_batch
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample, make_example_encoder
 from cptjax.models import decoder, logprobs, trainable
+from cptjax.models.config import ModelConfig
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training import build, rollouts
 from cptjax.training.rollouts import GradedRollouts
-from cptjax.types import Batch, Params
+from cptjax.types import Batch, Example, Params
 
-SCORE_BATCH = 16  # answers that are scored at a time
+SCORE_BATCH = 16  # responses that are scored at a time
 
 
 @contextlib.contextmanager
-def visit_run(folder: Path | str, dtype: str) -> Iterator[Run]:
-    """The run of a workdir under its own config, its arithmetic in `dtype`; nothing of it is written."""
+def open_run_of_folder(folder: Path | str, dtype: str) -> Iterator[Run]:
+    """Open the run of a workdir read-only under its own config, with arithmetic in `dtype`."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} has no config.json; expected the --workdir of launch/train.py, or one run's folder in it"
         )
-    with open_run.open_run_readonly(
-        merge_config(workdir.read_run_config(folder), {"model": {"compute_dtype": dtype}}), folder
-    ) as current:
-        yield current
+    config = merge_config(workdir.read_run_config(folder), {"model": {"compute_dtype": dtype}})
+    with open_run.open_run_readonly(config, folder) as run:
+        yield run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Probe:
 
     run: Run
     stage: Stage
-    model_ctx: ModelContext  # of rows with their answers
+    model_ctx: ModelContext  # with room for prompts and their responses
     trained: Params
     frozen: Params
 
@@ -59,14 +59,11 @@ class Probe:
         return trainable.join_params(self.trained, self.frozen)
 
     @functools.cached_property
-    def others(self) -> list[str]:
-        """What the stage could harm: the tasks of earlier stages, and the general ones."""
-        earlier = [t for s in self.run.stages[: self.stage.number - 1] for t in s.tasks]
-        return [
-            t
-            for t in dict.fromkeys((*earlier, *stage_evaluation.tasks_to_evaluate(self.run)[1]))
-            if t not in self.stage.tasks
-        ]
+    def other_tasks(self) -> list[str]:
+        """The tasks that the stage can harm: those of earlier stages, and the general ones."""
+        earlier = [task for s in self.run.stages[: self.stage.number - 1] for task in s.tasks]
+        general = stage_evaluation.tasks_to_evaluate(self.run)[1]
+        return [t for t in dict.fromkeys((*earlier, *general)) if t not in self.stage.tasks]
 
     @functools.cached_property
     def prompted_tasks(self) -> dict[str, PromptedTask]:
@@ -75,170 +72,151 @@ class Probe:
             for name in self.stage.tasks
         }
 
-    def rows(self, count: int) -> list[tuple[str, int]]:
-        """`count` of the stage's training rows, evenly from its tasks, chosen by the run's seed."""
-        tasks = self.stage.tasks
-        share = [count // len(tasks) + (k < count % len(tasks)) for k in range(len(tasks))]
-        return [
-            (name, i)
-            for name, n in zip(tasks, share, strict=True)
-            for i in self._chosen(len(self.source(name)), n)
-        ]
-
-    def source(self, task: str) -> Sequence[Any]:
+    def train_examples(self, task: str) -> Sequence[Example]:
         return self.run.datasets.examples(task, "train", self.stage.config)
 
-    def _chosen(self, size: int, count: int) -> list[int]:
+    def training_rows(self, count: int) -> list[tuple[str, int]]:
+        """Choose `count` of the stage's training rows, evenly from its tasks, by the run's seed."""
+        tasks, rows = self.stage.tasks, []
+        for k, task in enumerate(tasks):
+            share = count // len(tasks) + (k < count % len(tasks))
+            rows += [(task, i) for i in self._choose(len(self.train_examples(task)), share)]
+        return rows
+
+    def _choose(self, size: int, count: int) -> list[int]:
         return permutation(size, (self.run.config.seed, self.stage.number, 30_000))[:count].tolist()
 
-    def prompts(self, rows: Sequence[tuple[str, int]]) -> list[EncodedExample]:
-        build = make_example_encoder(
+    def encode_prompts(self, rows: Sequence[tuple[str, int]]) -> list[EncodedExample]:
+        encode = make_example_encoder(
             self.model_ctx, self.prompted_tasks, False, max(self.model_ctx.buckets)
         )
-        return [dataclasses.replace(build(self.source(name)[i]), row=i) for name, i in rows]
+        return [
+            dataclasses.replace(encode(self.train_examples(task)[i]), row=i) for task, i in rows
+        ]
 
-    def gold(self, item: EncodedExample) -> EncodedConversation:
-        """A prompt with its gold answer."""
-        return self.answered(
-            item, self.prompted_tasks[item.example.task].gold_response(item.example)
-        )
+    def with_gold_response(self, item: EncodedExample) -> EncodedConversation:
+        """Return a prompt with its gold response."""
+        prompted = self.prompted_tasks[item.example.task]
+        return self.with_response(item, prompted.gold_response(item.example))
 
-    def known(self, task: str, count: int) -> list[EncodedConversation]:
-        """Gold answers of another task's test rows, under the template that it is examined with."""
-        c = self.run.config
-        template = stage_evaluation.templates_of_task(self.run, task)[0]
-        prompted, examples = (
-            self.run.datasets.prompted_task(task, c, template),
-            self.run.datasets.examples(task, "test", c, template),
-        )
-        build = make_example_encoder(
-            self.model_ctx, {task: prompted}, True, max(self.model_ctx.buckets)
-        )
-        return [build(examples[i]).encoded for i in self._chosen(len(examples), count)]
-
-    def drawn(self, items: Sequence[EncodedExample], samples: int) -> list[GradedRollouts]:
-        """Answers of the model to these prompts and their rewards, as the stage would draw them; in parts."""
-        config = merge_config(
-            self.stage.config, {"method": {"advantage": "dr_grpo"}, "rollout": {"group": samples}}
-        )
-        builder = build.batch_builder_from_config(self.run.model_ctx, self.prompted_tasks, config)
-        size = max(
-            self.model_ctx.shards,
-            config.train.batch // self.model_ctx.shards * self.model_ctx.shards,
-        )
-        key, out = (
-            jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number),
-            [],
-        )
-        with console.progress_bar("draw answers", len(items)) as bar:
-            for p in batch_slices(len(items), size):
-                here = [
-                    *items[p],
-                    *[items[p.stop - 1]] * (size - (p.stop - p.start)),
-                ]  # a full batch has the compiled shape
-                out.append(
-                    _first(
-                        rollouts.sample_rollouts(builder, self.params, here, key, p.start),
-                        p.stop - p.start,
-                    )
-                )
-                bar.advance(p.stop - p.start)
-        return out
-
-    def answered(self, item: EncodedExample, response: str) -> EncodedConversation:
+    def with_response(self, item: EncodedExample, response: str) -> EncodedConversation:
         return self.model_ctx.processor.append_response(
             item.encoded, response, limit=max(self.model_ctx.buckets)
         )
 
+    def gold_test_responses(self, task: str, count: int) -> list[EncodedConversation]:
+        """Return gold responses of another task's test rows, under the template of its evaluation."""
+        config = self.run.config
+        template = stage_evaluation.templates_of_task(self.run, task)[0]
+        prompted = self.run.datasets.prompted_task(task, config, template)
+        examples = self.run.datasets.examples(task, "test", config, template)
+        encode = make_example_encoder(
+            self.model_ctx, {task: prompted}, True, max(self.model_ctx.buckets)
+        )
+        return [encode(examples[i]).encoded for i in self._choose(len(examples), count)]
+
+    def sample_graded(self, items: Sequence[EncodedExample], samples: int) -> list[GradedRollouts]:
+        """Sample responses to prompts and grade them as the stage would; one value per batch of prompts."""
+        config = merge_config(
+            self.stage.config, {"method": {"advantage": "dr_grpo"}, "rollout": {"group": samples}}
+        )
+        builder = build.batch_builder_from_config(self.run.model_ctx, self.prompted_tasks, config)
+        shards = self.model_ctx.shards
+        size = max(shards, config.train.batch // shards * shards)
+        key = jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number)
+        batches = []
+        with console.progress_bar("sample responses", len(items)) as bar:
+            for part in batch_slices(len(items), size):
+                count = part.stop - part.start
+                # a full batch has the compiled shape
+                batch = [*items[part], *[items[part.stop - 1]] * (size - count)]
+                graded = rollouts.sample_rollouts(builder, self.params, batch, key, part.start)
+                keep = [np.arange(len(graded.items)) < count]
+                batches.append(rollouts.join_groups([graded], keep, count))
+                bar.advance(count)
+        return batches
+
     @functools.cached_property
-    def slope(self) -> Callable[[EncodedConversation], Params]:
+    def gradient(self) -> Callable[[EncodedConversation], Params]:
         """The gradient of one conversation's negative log-likelihood with respect to the trained weights."""
-        slopes = fisher.make_example_gradient(self.model_ctx, self.stage.config)
+        gradient = fisher.make_example_gradient(self.model_ctx, self.stage.config)
 
-        def run(encoded: EncodedConversation) -> Params:
+        def gradient_on_mesh(encoded: EncodedConversation) -> Params:
             with jax.set_mesh(self.model_ctx.mesh):
-                return slopes(self.trained, self.frozen, encoded)
+                return gradient(self.trained, self.frozen, encoded)
 
-        return run
+        return gradient_on_mesh
 
-    def scored(
+    def token_logprobs(
         self, encoded: Sequence[EncodedConversation], trained: Params | None = None
     ) -> list[np.ndarray]:
-        """Log-probabilities of each conversation's answer tokens, by these weights."""
+        """Return the log-probabilities of each conversation's response tokens, for the given trained weights."""
         params = self.params if trained is None else trainable.join_params(trained, self.frozen)
-        return self._told(
-            logprobs.make_scoring_program(
-                self.model_ctx.cfg, self.model_ctx.dtype, self.stage.config.train.chunk, 1.0
-            ),
-            params,
-            encoded,
+        program = logprobs.make_scoring_program(
+            self.model_ctx.cfg, self.model_ctx.dtype, self.stage.config.train.chunk, 1.0
         )
+        return self._by_token(program, params, encoded)
 
-    def steepness(self, encoded: Sequence[EncodedConversation]) -> list[np.ndarray]:
-        """For each answer token, the squared length of its log-probability's gradient with respect to the logits."""
-        return self._told(
-            _steepness(self.model_ctx.cfg, self.model_ctx.dtype, self.stage.config.train.chunk),
-            self.params,
-            encoded,
-        )
+    def logit_gradient_norms(self, encoded: Sequence[EncodedConversation]) -> list[np.ndarray]:
+        """Return for each response token the squared norm of its log-probability's gradient by the logits."""
+        chunk = self.stage.config.train.chunk
+        program = _logit_gradient_program(self.model_ctx.cfg, self.model_ctx.dtype, chunk)
+        return self._by_token(program, self.params, encoded)
 
-    def _told(
+    def _by_token(
         self,
         program: Callable[[Params, Batch], jax.Array],
         params: Params,
         encoded: Sequence[EncodedConversation],
     ) -> list[np.ndarray]:
-        rows, out = -(-SCORE_BATCH // self.model_ctx.shards) * self.model_ctx.shards, []
+        """Run a program on conversations in batches; return its values at each one's response tokens."""
+        rows = -(-SCORE_BATCH // self.model_ctx.shards) * self.model_ctx.shards
+        values = []
         with jax.set_mesh(self.model_ctx.mesh):
-            for p in batch_slices(len(encoded), rows):
-                batch = conversation_batch(self.model_ctx, encoded[p], rows=rows)
-                found, mask = (sharding.local_rows(x) for x in (program(params, batch), batch.mask))
-                out += [row[keep] for row, keep in zip(found, mask.astype(bool), strict=True)][
-                    : p.stop - p.start
-                ]
-        return out
+            for part in batch_slices(len(encoded), rows):
+                batch = conversation_batch(self.model_ctx, encoded[part], rows=rows)
+                by_token = sharding.local_rows(program(params, batch))
+                mask = sharding.local_rows(batch.mask).astype(bool)
+                for i in range(part.stop - part.start):
+                    values.append(by_token[i][mask[i]])
+        return values
 
 
 @contextlib.contextmanager
 def open_probe(
     folder: Path | str, number: int, others: str, dtype: str
 ) -> Iterator[tuple[Probe, list[str]]]:
-    """The probe before a stage of a run, and the other tasks that are looked at: `others`, a list with commas, or all there are."""
-    with visit_run(folder, dtype) as current:
-        if not 1 <= number <= len(current.stages):
-            raise ValueError(f"--stage={number}; the run has stages 1 to {len(current.stages)}")
-        params = restore_stage_params(
-            current.config, current.model_ctx, current.files.checkpoints, number - 1
-        )
-        which = current.stages[number - 1]
-        found = Probe(
-            current,
-            which,
-            current.model_ctx.longer(which.config.rollout.max_new_tokens + 1),
-            *split_trained(current.config, params),
-        )
-        asked = [t for t in others.split(",") if t]
-        names = stage_evaluation.select_tasks(current, asked, "--others") if asked else found.others
+    """Open the probe before a stage of a run; also yield the other tasks: `others`, separated by commas, or all."""
+    with open_run_of_folder(folder, dtype) as run:
+        if not 1 <= number <= len(run.stages):
+            raise ValueError(f"--stage={number}; the run has stages 1 to {len(run.stages)}")
+        stage = run.stages[number - 1]
+        params = restore_stage_params(run.config, run.model_ctx, run.files.checkpoints, number - 1)
+        model_ctx = run.model_ctx.longer(stage.config.rollout.max_new_tokens + 1)
+        probe = Probe(run, stage, model_ctx, *split_trained(run.config, params))
+        names = [task for task in others.split(",") if task]
+        if names:
+            names = stage_evaluation.select_tasks(run, names, "--others")
+        else:
+            names = probe.other_tasks
         if not names:
             raise ValueError(
                 f"stage {number} has no stage before it and eval.general names no task: give --others=task,task"
             )
-        yield found, names
-
-
-def _first(graded: GradedRollouts, count: int) -> GradedRollouts:
-    """The first prompts of a batch that was filled up."""
-    keep = [np.arange(len(graded.items)) < count]
-    return rollouts.join_groups([graded], keep, count)
+        yield probe, names
 
 
 @functools.lru_cache(maxsize=8)
-def _steepness(cfg: Any, dtype: Any, chunk: int) -> Callable[[Params, Batch], jax.Array]:
-    def run(params: Params, batch: Batch) -> jax.Array:
+def _logit_gradient_program(
+    cfg: ModelConfig, dtype: DTypeLike, chunk: int
+) -> Callable[[Params, Batch], jax.Array]:
+    def norms(params: Params, batch: Batch) -> jax.Array:
         params = trainable.cast_params(params, dtype)
         hidden = logprobs.predicting_states(params, batch, cfg, dtype)
         flat, unembed = hidden.reshape(-1, hidden.shape[-1]), decoder.unembedding(params["text"])
-        found = logprobs.logit_gradient_norm(flat, unembed, batch.targets.reshape(-1), chunk=chunk)
-        return found.reshape(batch.targets.shape)
+        by_token = logprobs.logit_gradient_norm(
+            flat, unembed, batch.targets.reshape(-1), chunk=chunk
+        )
+        return by_token.reshape(batch.targets.shape)
 
-    return jax.jit(run)
+    return jax.jit(norms)

@@ -12,8 +12,9 @@ import pytest
 import run_helpers
 from device_fixtures import see
 
-from cptjax.analysis import drift, finding, fisher, influence, mixture, probe
+from cptjax.analysis import drift, finding, fisher, influence, mixture
 from cptjax.analysis.mixture import MixtureSetting
+from cptjax.analysis.probe import open_probe
 from cptjax.common import files, run_log
 from cptjax.continual import driver
 from cptjax.evaluation.report import read
@@ -242,26 +243,30 @@ def dot(a, b):
 
 @pytest.mark.slow
 def test_influence_is_the_product_of_gradients(workdir):
-    with probe.open_probe(workdir, 2, "", "float32") as (it, names):
+    with open_probe(workdir, 2, "", "float32") as (probe, names):
         assert names == ["colour", "facts"]
-        known = {name: it.known(name, 2) for name in names}
-        u = [it.gold(item) for item in it.prompts(it.rows(2))]
-        corpus = influence.measure_influence(it, "gold", u, known, 1e-4, lambda: None)
-        slopes = [it.slope(encoded) for encoded in u]
+        known = {name: probe.gold_test_responses(name, 2) for name in names}
+        u = [
+            probe.with_gold_response(item) for item in probe.encode_prompts(probe.training_rows(2))
+        ]
+        corpus = influence.measure_influence(probe, "gold", u, known, 1e-4, lambda: None)
+        slopes = [probe.gradient(encoded) for encoded in u]
         for pull, gradient, encoded in zip(corpus.pulls, slopes, u, strict=True):
             for name, probes in known.items():
                 expected = np.mean(
-                    [dot(gradient, it.slope(v)) / int(v.loss_mask.sum()) for v in probes]
+                    [dot(gradient, probe.gradient(v)) / int(v.loss_mask.sum()) for v in probes]
                 )
                 assert pull.change[name] == pytest.approx(
                     expected, rel=0.03, abs=0.02 * max(map(abs, pull.change.values()))
                 )
             assert (
-                pull.nats == pytest.approx(-float(it.scored([encoded])[0].mean()))
+                pull.nats == pytest.approx(-float(probe.token_logprobs([encoded])[0].mean()))
                 and pull.kernel > 0
             )
         assert corpus.asymmetry < 0.03
-        own = influence.measure_influence(it, "u", u[:1], {"u": u[:1]}, 1e-5, lambda: None).pulls[0]
+        own = influence.measure_influence(
+            probe, "u", u[:1], {"u": u[:1]}, 1e-5, lambda: None
+        ).pulls[0]
         assert own.change["u"] * own.tokens == pytest.approx(dot(slopes[0], slopes[0]), rel=0.05)
 
 
@@ -272,8 +277,8 @@ def test_all_corpora_side_by_side(workdir, tmp_path):
         for line in (workdir / "predictions" / "stage0.jsonl").read_text().splitlines()
     ]
     assert rows
-    with probe.open_probe(workdir, 2, "facts", "float32") as (it, _):
-        items = it.prompts(it.rows(3))
+    with open_probe(workdir, 2, "facts", "float32") as (probe, _):
+        items = probe.encode_prompts(probe.training_rows(3))
     lines = [
         {
             "task": "digit",
@@ -328,10 +333,12 @@ def test_risks_of_a_run(workdir, tmp_path):
     assert all(p["group"] <= p["rft"] * (1 + 1e-5) for p in prompts), (
         "the risk of a mean is at most the mean of risks"
     )
-    with probe.open_probe(workdir, 2, "facts", "float32") as (it, _):
-        answers = it.known("facts", 2)
-        squares = [jax.tree.map(jnp.square, it.slope(e)) for e in answers]
-        gradient = it.slope(it.gold(it.prompts(it.rows(4))[0]))
+    with open_probe(workdir, 2, "facts", "float32") as (probe, _):
+        answers = probe.gold_test_responses("facts", 2)
+        squares = [jax.tree.map(jnp.square, probe.gradient(e)) for e in answers]
+        gradient = probe.gradient(
+            probe.with_gold_response(probe.encode_prompts(probe.training_rows(4))[0])
+        )
         expected = np.mean([dot(s, jax.tree.map(jnp.square, gradient)) for s in squares])
     assert prompts[0]["sft"] == pytest.approx(expected, rel=1e-3)
 
