@@ -1,1 +1,1 @@
-"""Console, files, run log, trackers, processes, images and command-line flags; knows nothing of models or tasks."""
+"""Console, files, run log, trackers, processes, images and flags; knows no models or tasks."""

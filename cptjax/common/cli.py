@@ -1,4 +1,4 @@
-"""How every command starts and ends: parse flags, run, report a user's mistake in one line with exit code 2."""
+"""How every command starts and ends; a user's mistake is one line and exit code 2."""
 
 import os
 import signal

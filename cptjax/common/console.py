@@ -1,7 +1,7 @@
-"""What a person at the terminal sees: one progress display for everything that takes more than seconds.
+"""Messages and progress bars on the terminal, or as plain lines in a log file.
 
-A terminal gets live bars, a log file gets a plain line every few seconds, a test gets silence.
-All of it goes to standard error, so that standard output belongs to results.
+A terminal shows live bars, a log file gets a plain line every few seconds, a test shows nothing.
+Everything goes to standard error, so that standard output holds only results.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from rich.table import Table
 
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
 _mode = "auto"
-_live: Progress | None = None
-_depth = 0
+_live: Progress | None = None  # the live display that nested bars share
+_depth = 0  # how many bars are nested in it
 
 
 def set_console_mode(mode: str) -> None:
-    """Chooses how progress is shown: auto, live, plain or silent."""
+    """Choose how progress is shown: auto, live, plain or silent."""
     global _mode
     if mode not in ("auto", "live", "plain", "silent"):
         raise ValueError(f"console mode: expected auto, live, plain or silent, got {mode!r}")
@@ -39,13 +39,14 @@ def set_console_mode(mode: str) -> None:
 
 
 def console_mode() -> str:
+    """Return live, plain or silent; auto is live on a terminal."""
     if _mode != "auto":
         return _mode
     return "live" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
 
 
 def print_message(text: str) -> None:
-    """Prints one line; it does not disturb a running bar."""
+    """Print one line, above a live bar."""
     if console_mode() != "silent":
         _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -58,18 +59,21 @@ def print_warning(text: str) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a small table, the first column left, the others right."""
-    grid = Table(title=title, title_justify="left")
+    """Print a small table; the first column is aligned to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        grid.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left")
     for row in rows:
-        grid.add_row(*map(str, row))
+        table.add_row(*map(str, row))
     if console_mode() != "silent":
-        _console().print(grid)
+        _console().print(table)
 
 
 class ProgressBar:
-    """Counts finished units; what `advance` is told by name stays visible beside the count."""
+    """A count of finished units; named values given to `advance` are shown next to it.
+
+    This class shows nothing; the subclasses do.
+    """
 
     def __init__(self, text: str, total: int | None, done: int = 0):
         self.text, self.total, self.done, self.resumed = text, total, done, done
@@ -77,6 +81,7 @@ class ProgressBar:
         self.started = self.printed = time.monotonic()
 
     def advance(self, n: int = 1, **shown: object) -> None:
+        """Add n finished units."""
         self.done += n
         self.shown |= shown
         self._show()
@@ -88,39 +93,37 @@ class ProgressBar:
         pass
 
     def eta(self) -> float | None:
-        """Returns the seconds left at the speed so far; None while nothing is known."""
-        made = self.done - self.resumed
-        return (
-            (time.monotonic() - self.started) / made * (self.total - self.done)
-            if made and self.total
-            else None
-        )
+        """Return the seconds left at the speed of this process; None before its first unit."""
+        done_now = self.done - self.resumed
+        if not done_now or not self.total:
+            return None
+        return (time.monotonic() - self.started) / done_now * (self.total - self.done)
 
     def values(self) -> str:
+        """Return the named values as text."""
         return "  ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.shown.items()
         )
 
     def line(self) -> str:
-        count = (
-            f"{self.done}/{self.total} ({self.done / self.total:.0%})"
-            if self.total
-            else str(self.done)
-        )
-        left = (
-            f"  ETA {format_duration(eta)}"
-            if (eta := self.eta())
-            else f"  {format_duration(time.monotonic() - self.started)}"
-        )
-        return f"{self.text}  {count}{left}  {self.values()}".rstrip()
+        """Return the bar as one line of text."""
+        count = str(self.done)
+        if self.total:
+            count = f"{self.done}/{self.total} ({self.done / self.total:.0%})"
+        if eta := self.eta():
+            duration = f"ETA {format_duration(eta)}"
+        else:
+            duration = format_duration(time.monotonic() - self.started)
+        return f"{self.text}  {count}  {duration}  {self.values()}".rstrip()
 
 
 class _PlainBar(ProgressBar):
+    """A line every PLAIN_EVERY seconds; until the first unit is done, a reminder that it works."""
+
     def __init__(self, text: str, total: int | None, done: int = 0):
         super().__init__(text, total, done)
-        self.reminder = _Reminder(
-            f"{text}  {done}{f'/{total}' if total else ''} (a first step compiles)"
-        )
+        count = f"{done}/{total}" if total else str(done)
+        self.reminder = _Reminder(f"{text}  {count} (a first step compiles)")
 
     def advance(self, n: int = 1, **shown: object) -> None:
         if n:
@@ -139,12 +142,12 @@ class _PlainBar(ProgressBar):
 
 
 class _LiveBar(ProgressBar):
+    """A bar in the live display."""
+
     def __init__(self, text: str, total: int | None, done: int, live: Progress):
         super().__init__(text, total, done)
-        self.live, self.id = (
-            live,
-            live.add_task(escape(text), total=total, completed=done, shown=""),
-        )
+        self.live = live
+        self.id = live.add_task(escape(text), total=total, completed=done, shown="")
 
     def _show(self) -> None:
         self.live.update(self.id, completed=self.done, shown=escape(self.values()))
@@ -155,10 +158,14 @@ class _LiveBar(ProgressBar):
 
 @contextlib.contextmanager
 def progress_bar(text: str, total: int | None = None, done: int = 0) -> Iterator[ProgressBar]:
-    """Shows a bar while its body runs; bars may be nested, `done` is where a resumed run starts."""
+    """Show a bar while the body runs; bars may be nested. A resumed run starts at `done` units."""
     with _live_display() as live:
-        kind = {"plain": _PlainBar, "silent": ProgressBar}.get(console_mode(), ProgressBar)
-        bar = _LiveBar(text, total, done, live) if live else kind(text, total, done)
+        if live:
+            bar = _LiveBar(text, total, done, live)
+        elif console_mode() == "plain":
+            bar = _PlainBar(text, total, done)
+        else:
+            bar = ProgressBar(text, total, done)
         try:
             yield bar
         finally:
@@ -167,12 +174,13 @@ def progress_bar(text: str, total: int | None = None, done: int = 0) -> Iterator
 
 @contextlib.contextmanager
 def show_waiting(text: str) -> Iterator[None]:
-    """Shows that something without countable steps is going on, and for how long."""
+    """Show that work without countable steps is going on, and for how long."""
     if console_mode() != "plain":
         with progress_bar(text):
             yield
         return
-    reminder, started = _Reminder(text), time.monotonic()
+    started = time.monotonic()
+    reminder = _Reminder(text)
     try:
         yield
     finally:
@@ -182,19 +190,17 @@ def show_waiting(text: str) -> Iterator[None]:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes seconds as 7s, 3m05s or 2h04m."""
+    """Return a duration as 7s, 3m05s or 2h04m."""
     s = round(seconds)
-    return (
-        f"{s}s"
-        if s < 60
-        else f"{s // 60}m{s % 60:02}s"
-        if s < 3600
-        else f"{s // 3600}h{s % 3600 // 60:02}m"
-    )
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02}s"
+    return f"{s // 3600}h{s % 3600 // 60:02}m"
 
 
 class _Reminder:
-    """Says every few seconds that something still goes on, until it is stopped."""
+    """A thread that prints every PLAIN_EVERY seconds how long the work has taken, until stopped."""
 
     def __init__(self, text: str):
         self.done, self.started = threading.Event(), time.monotonic()
@@ -216,7 +222,7 @@ def _console() -> Console:
 
 @contextlib.contextmanager
 def _live_display() -> Iterator[Progress | None]:
-    """Opens the one live display that nested bars share."""
+    """Open the live display, or join the open one; None in the other modes."""
     global _live, _depth
     if console_mode() != "live":
         yield None

@@ -1,4 +1,4 @@
-"""What several processes tell each other: every process runs the same program, each on its own rows."""
+"""Exchange Python values between the processes of a run, each of which has its own rows."""
 
 import pickle
 from typing import Any
@@ -8,25 +8,24 @@ import numpy as np
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every process, in order; any picklable value, made by ourselves."""
+    """Return the values of all processes, in order; each process passes one picklable value."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
 
-    mine = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(mine.size))
+    pickled = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(pickled.size))
     padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: mine.size] = mine
-    return [
-        pickle.loads(row[: int(n)].tobytes())
-        for row, n in zip(multihost_utils.process_allgather(padded), sizes, strict=True)
-    ]
+    padded[: pickled.size] = pickled
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[: int(size)].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def concat_lists(parts: list[list[Any]]) -> list[Any]:
+    """Return one list with the elements of all parts, such as those of `gather_objects`."""
     return [x for part in parts for x in part]
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the run's files."""
+    """Return whether this process writes the run's files."""
     return jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""Files written in one step, JSON lines that only grow, and reading them back."""
+"""Write files atomically, append to files of lines, and read both back."""
 
 import csv
 import io
@@ -11,8 +11,8 @@ from typing import Any
 
 
 def to_jsonable(value: Any) -> Any:
-    """Turns arrays, means and paths into what JSON can hold; a number that is not finite becomes null."""
-    if hasattr(value, "value"):  # a types.Mean; importing it here would load jax
+    """Turn arrays, means and paths into JSON values; a number that is not finite becomes None."""
+    if hasattr(value, "value"):  # a types.Mean; importing that module would load jax
         return to_jsonable(value.value)
     if isinstance(value, Mapping):
         return {str(k): to_jsonable(v) for k, v in value.items()}
@@ -26,25 +26,27 @@ def to_jsonable(value: Any) -> Any:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Replaces a file in one step: a reader, or a kill, sees the old text or the new one."""
+    """Replace a file atomically: a reader sees the old text or the new one, also after a kill."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        os.replace(temporary, path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(to_jsonable(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows as CSV lines; None is an empty field."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(
         ["" if v is None else v for v in to_jsonable(list(row))] for row in rows
@@ -53,25 +55,26 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
 
 class LineFile:
-    """A file of whole lines that only grows; a half line that a kill left at its end is cut off."""
+    """A file of lines that only grows: JSON objects, or CSV rows with given columns.
+
+    Opening it removes an incomplete last line, which a killed process may have left.
+    """
 
     def __init__(self, path: Path | str, columns: tuple[str, ...] = ()):
         self.path, self.columns = Path(path), columns
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
-        self._cut_half_line()
-
-    def _cut_half_line(self) -> None:
         end = self.file.seek(0, os.SEEK_END)
-        while end and not self._ends_line(end):
+        while end and not self._is_line_end(end):
             end -= 1
         self.file.truncate(end)
 
-    def _ends_line(self, end: int) -> bool:
-        self.file.seek(end - 1)
+    def _is_line_end(self, position: int) -> bool:
+        self.file.seek(position - 1)
         return self.file.read(1) == b"\n"
 
     def append(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows; a CSV file starts with its header."""
         text = "".join(self._text(row) for row in rows)
         if self.columns and self.file.seek(0, os.SEEK_END) == 0:
             text = csv_text([self.columns]) + text
@@ -83,20 +86,23 @@ class LineFile:
             return json.dumps(to_jsonable(row), ensure_ascii=False) + "\n"
         if set(row) != set(self.columns):
             raise ValueError(
-                f"{self.path.name}: a row needs exactly {', '.join(self.columns)}; got {', '.join(row)}"
+                f"{self.path.name}: expected a row with exactly {', '.join(self.columns)}; "
+                f"got {', '.join(row)}"
             )
         return csv_text([[row[c] for c in self.columns]])
 
     def position(self) -> int:
-        """Returns the length in bytes, after everything up to it is on the disk."""
+        """Return the length in bytes, once all of it is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
 
     def truncate(self, position: int) -> None:
+        """Cut the file back to a length that `position` returned."""
         if (size := self.position()) < position:
             raise ValueError(
-                f"{self.path}: the checkpoint expects at least {position} bytes, the file has {size}; restore the file"
+                f"{self.path}: the checkpoint expects at least {position} bytes, the file has "
+                f"{size}; restore the file"
             )
         self.file.truncate(position)
 
@@ -105,22 +111,25 @@ class LineFile:
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Reads a jsonl file, without the half line that a running or killed writer may have at its end."""
+    """Read a jsonl file without an incomplete last line; a missing file has no rows."""
     path = Path(path)
     return parse_jsonl(path.read_bytes(), path) if path.exists() else []
 
 
 def parse_jsonl(text: bytes, path: Path) -> list[dict[str, Any]]:
+    """Parse the complete lines of a jsonl file; `path` names it in errors."""
     rows = []
     for line in text[: text.rfind(b"\n") + 1].splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             raise ValueError(
-                f"{path}: expected one JSON object a line, got {line[:60]!r}; delete that line or restore the file"
+                f"{path}: expected one JSON object per line, got {line[:60]!r}; delete that line "
+                "or restore the file"
             ) from None
     return rows
 
 
 def folder_bytes(folder: Path | str) -> int:
+    """Return the size of all files in a folder."""
     return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())

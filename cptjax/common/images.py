@@ -1,4 +1,4 @@
-"""The one way an image is opened: whatever it is stored as, an upright RGB picture or one clear line comes back."""
+"""Open any image as upright RGB, and compute the size that the model sees."""
 
 import base64
 import dataclasses
@@ -15,34 +15,31 @@ from PIL import Image, ImageOps
 
 _log = logging.getLogger("cptjax")
 
-# Only formats that decode without an outside program: Pillow's EPS reader would start Ghostscript on a user's file.
+# Only formats that Pillow decodes without another program: its EPS reader would start Ghostscript.
 Image.init()
-IMAGE_FORMATS = tuple(
-    f
-    for f in (
-        "JPEG",
-        "PNG",
-        "WEBP",
-        "GIF",
-        "BMP",
-        "DIB",
-        "TIFF",
-        "PPM",
-        "ICO",
-        "AVIF",
-        "JPEG2000",
-        "TGA",
-    )
-    if f in Image.OPEN
-)
-MAX_FILE_PIXELS = 89_478_485  # a quarter of a GiB of RGB, Pillow's own warning line
+KNOWN_FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF JPEG2000 TGA"
+IMAGE_FORMATS = tuple(f for f in KNOWN_FORMATS.split() if f in Image.OPEN)
+MAX_FILE_PIXELS = 89_478_485  # a quarter of a GiB of RGB; Pillow warns above it
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+EXIF_ORIENTATION = 0x0112
+ROTATED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
-ImageSource = Any  # PIL.Image | path | bytes | {"bytes", "path"} as datasets stores images | uint8 array [height width 3]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DEFAULT_MIN_PIXELS = 56 * 56  # as in transformers, like the next two
+DEFAULT_MAX_PIXELS = 28 * 28 * 1280
+MAX_ASPECT_RATIO = 200
+
+# PIL.Image | path | bytes | uint8 array [height width 3] | {"bytes", "path"} as datasets stores them
+ImageSource = Any
+Grid = tuple[int, int, int]  # time, height, width in patches
 
 
 def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image:
-    """Opens any image as RGB, upright; a relative path is looked up under `base`; what cannot be opened is a ValueError."""
+    """Open any image as upright RGB; a relative path starts at `base`.
+
+    An image that can not be opened raises a ValueError that names it.
+    """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "image")
     if isinstance(source, np.ndarray):
@@ -50,10 +47,7 @@ def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image
     stream, name = _open_stream(source, base)
     try:
         image = Image.open(stream, formats=IMAGE_FORMATS)
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # a filter of warnings may make it an error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {_too_large_message(str(error))}") from error
     except Exception as error:
         raise ValueError(
@@ -61,9 +55,8 @@ def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image
         ) from error
     if image.width * image.height > MAX_FILE_PIXELS:
         raise ValueError(f"{name}: {_too_large_message(f'{image.width} x {image.height} pixels')}")
-    if (
-        getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
-    ):  # an MPO is one photo with a preview beside it
+    # An MPO is one photo with a preview.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         _log.warning("%s: an animation of %d frames, the first one is used", name, image.n_frames)
     try:
         image.load()
@@ -73,23 +66,21 @@ def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image
 
 
 def find_file(path: str | os.PathLike, base: str | os.PathLike = "") -> Path:
-    """Returns the file that a data row names, looked up under `base` when relative."""
+    """Return the file that a data row names; a relative path starts at `base`."""
     text = os.fspath(path)
     if text.startswith(("http://", "https://", "s3://", "gs://")):
         raise ValueError(f"{text}: addresses are not fetched; download the file and give its path")
-    found = Path(base, text.removeprefix("file://")).expanduser()
-    # An accented name may be spelled in either normal form: archives made on a Mac hold the decomposed one.
-    for spelling in (
-        str(found),
-        *(unicodedata.normalize(form, str(found)) for form in ("NFC", "NFD")),
-    ):
+    path = Path(base, text.removeprefix("file://")).expanduser()
+    # An accented name has two normal forms; archives made on a Mac hold the decomposed one.
+    spellings = [unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD")]
+    for spelling in (str(path), *spellings):
         if Path(spelling).is_file():
             return Path(spelling)
-    raise ValueError(f"{found}: {'a folder, not a file' if found.is_dir() else 'no such file'}")
+    raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
 
 
 def _open_stream(source: ImageSource, base: str | os.PathLike) -> tuple[Any, str]:
-    """Returns what Pillow opens and the name that messages use."""
+    """Return what Pillow opens, and the name of the image in messages."""
     if isinstance(source, dict):
         if source.get("bytes"):
             return io.BytesIO(source["bytes"]), source.get("path") or "image"
@@ -102,11 +93,11 @@ def _open_stream(source: ImageSource, base: str | os.PathLike) -> tuple[Any, str
             return io.BytesIO(base64.b64decode(text.partition(",")[2])), "image"
         path = find_file(text, base)
         return path, str(path)
-    raise ValueError(f"an image is a path, bytes or a PIL image, but {source!r:.80} came")
+    raise ValueError(f"image: expected a path, bytes or a PIL image, got {source!r:.80}")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Converts every colour mode as a person expects: transparency on white, 16 bits scaled to 8."""
+    """Convert every colour mode to upright RGB: transparency on white, 16 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES or image.mode in ("I", "F"):
         image = _to_eight_bit(image)
@@ -118,7 +109,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit, 32-bit and float grey levels to 0-255 by the range that their mode or content implies."""
+    """Scale 16-bit, 32-bit and float grey levels to 0-255 by the range of their mode or content."""
     values = np.asarray(image).astype(np.float64)
     peak = values.max(initial=0.0)
     if image.mode in SIXTEEN_BIT_MODES or peak > 255:
@@ -136,30 +127,9 @@ def _one_line_reason(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
-CLIP_MEAN, CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # CLIP's
-
-
-DEFAULT_MIN_PIXELS, DEFAULT_MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # transformers' defaults
-
-
-ROTATED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-
-EXIF_ORIENTATION = 0x0112
-
-
-MAX_ASPECT_RATIO = 200  # of the sides, as in transformers
-
-
-Grid = tuple[int, int, int]  # time, height, width in patches
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How pictures become patches: one setting for training, sampling and evaluation, saved with every checkpoint."""
+    """How images become patches, in training, sampling and evaluation; saved with checkpoints."""
 
     min_pixels: int = DEFAULT_MIN_PIXELS
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -175,15 +145,20 @@ class ImageSettings:
         least = (self.patch * self.merge) ** 2
         if not least <= self.min_pixels <= self.max_pixels:
             raise ValueError(
-                f"min_pixels={self.min_pixels} max_pixels={self.max_pixels}; expected {least} <= min_pixels <= max_pixels, "
-                f"as one merged patch has {least} pixels"
+                f"min_pixels={self.min_pixels} max_pixels={self.max_pixels}; expected {least} <= "
+                f"min_pixels <= max_pixels, as one merged patch has {least} pixels"
             )
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) after resizing: multiples of a merged patch, area within the limits, nearly the same shape."""
+        """Return (height, width) after resizing.
+
+        Both are multiples of a merged patch, the area is within the limits, and the shape is kept
+        as nearly as that allows.
+        """
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(
-                f"an image of {width} x {height} pixels is too narrow; the sides may differ {MAX_ASPECT_RATIO} times at most"
+                f"an image of {width} x {height} pixels is too narrow; the sides may differ "
+                f"{MAX_ASPECT_RATIO} times at most"
             )
         unit, sides = self.patch * self.merge, (height, width)
         h, w = (round(side / unit) * unit for side in sides)
@@ -196,12 +171,13 @@ class ImageSettings:
         return h, w
 
     def grid(self, width: int, height: int, frames: int = 1) -> Grid:
+        """Return the patch grid of an image, or of the frames of a video."""
         h, w = self.size(width, height)
         return -(-frames // self.temporal), h // self.patch, w // self.patch
 
 
 def image_size(source: Any) -> tuple[int, int]:
-    """(width, height) of an image, upright, from its header alone."""
+    """Return the upright (width, height) of an image, read from its header alone."""
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     try:
@@ -213,13 +189,12 @@ def image_size(source: Any) -> tuple[int, int]:
             image = Image.open(find_file(source))
         else:
             image = open_image(source)
-        unread = (
-            image.format == "PNG" and "exif" not in image.info
-        )  # Pillow would decode the whole PNG to look for it
-        turned = not unread and image.getexif().get(EXIF_ORIENTATION) in ROTATED_ORIENTATIONS
+        # Pillow would decode a whole PNG to look for orientation data.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        rotated = has_exif and image.getexif().get(EXIF_ORIENTATION) in ROTATED_ORIENTATIONS
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        image, turned = open_image(source), False  # which says what is wrong
-    return image.size[::-1] if turned else image.size
+        image, rotated = open_image(source), False  # raises the error that names the image
+    return image.size[::-1] if rotated else image.size
 
 
 def thumbnail_uri(source: ImageSource, side: int = 160) -> str:

@@ -1,7 +1,8 @@
-"""The numbers of a run on their way to disk: sums with their counts, growing files that survive a kill.
+"""Record the metrics of a run in files that only grow, and read evals.csv back.
 
-Files of a workdir that only ever grow: metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl, predictions/stage{K}.jsonl.
-A checkpoint stores `Log.positions()`; `Log.rewind(positions)` cuts whatever a killed run wrote after it.
+These files are metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl and predictions/stage{K}.jsonl of the
+workdir. A checkpoint stores `RunLog.positions()`; `RunLog.rewind(positions)` removes what a killed run
+wrote after its last checkpoint.
 """
 
 import csv
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cptjax.common.files import LineFile, folder_bytes, to_jsonable
+from cptjax.common.trackers import Tracker
 
 EVAL_COLUMNS = (
     "stage",
@@ -28,71 +30,77 @@ EVAL_COLUMNS = (
     "pixels",
     "decoding",
 )
+
+# Metrics of evals.csv.
 ACCURACY = "accuracy"  # the task's main score in [0, 1] at a stage's end: a cell of the matrix
-ACCURACY_MINI = "accuracy_mini"  # the same inside a stage, on the fixed small set
-ACCURACY_FORCED = (
-    "accuracy_forced"  # the same with the expected prefix forced: knowledge without format
-)
-KL_BASE = "kl_base"  # KL(base || now) per token, on this task's prompts
+ACCURACY_MINI = "accuracy_mini"  # the same inside a stage, on a fixed small set of rows
+ACCURACY_FORCED = "accuracy_forced"  # with the expected prefix forced: knowledge without format
+KL_BASE = "kl_base"  # KL(base || current model) per token, on this task's prompts
+
 APPEND_ONLY_FILES = (
     "metrics.jsonl",
     "evals.csv",
     "rollouts/stage*.jsonl",
     "predictions/stage*.jsonl",
 )
-# keys of a metrics.jsonl line, each what was spent since the last: tokens of drawn answers; tokens learned from, padding left out
+# What a line of metrics.jsonl says was spent since the line before: seconds, generated tokens, tokens
+# trained on without padding, responses, floating-point operations.
 COST_KEYS = ("seconds", "tokens", "trained", "rollouts", "flops")
 
 
 class RunLog:
-    """The growing files of one workdir and what else its numbers go to (see `trackers`)."""
+    """The growing files of one workdir, and the trackers that get the same numbers."""
 
-    def __init__(self, workdir: Path | str, sinks: Sequence[Any] = ()):
-        self.workdir, self.sinks = Path(workdir), tuple(sinks)
+    def __init__(self, workdir: Path | str, trackers: Sequence[Tracker] = ()):
+        self.workdir, self.trackers = Path(workdir), tuple(trackers)
         self.files: dict[str, LineFile] = {}
 
-    def _sink(self, values: Mapping[str, Any], at: int, stage: int, step: int) -> None:
-        """Gives numbers to the sinks; `at` is their place on the axis of their curves: the step in a stage, or the stage."""
-        numbers = {k: v for k, v in to_jsonable(values).items() if isinstance(v, (int, float))}
-        for sink in self.sinks:
-            sink.log(numbers, at, stage, step)
-
     def lines(self, name: str) -> LineFile:
+        """Return a growing file by its name in the workdir, opened on first use."""
         if name not in self.files:
-            self.files[name] = LineFile(
-                self.workdir / name, EVAL_COLUMNS if name == "evals.csv" else ()
-            )
+            columns = EVAL_COLUMNS if name == "evals.csv" else ()
+            self.files[name] = LineFile(self.workdir / name, columns)
         return self.files[name]
 
     def step(self, stage: int, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl; `event` in values marks a line that is no training step (evaluate, filter, ...)."""
+        """Append one line to metrics.jsonl.
+
+        `event` in values marks a line that is no training step: evaluate, filter, ...
+        """
         self.lines("metrics.jsonl").append({"stage": stage, "step": step, **values})
-        self._sink({f"stage{stage}/{k}": v for k, v in values.items()}, step, stage, step)
+        self._track({f"stage{stage}/{k}": v for k, v in values.items()}, step, stage, step)
 
     def evals(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows to evals.csv."""
         self.lines("evals.csv").append(*rows)
         for row in rows:
-            stage, step, inside = row["stage"], row["step"], row["metric"] == ACCURACY_MINI
+            stage, step = row["stage"], row["step"]
             name = f"eval/{row['task']}/{row['metric']}/{row['template']}"
-            self._sink(
-                {f"stage{stage}/{name}" if inside else name: row["value"]},
-                step if inside else stage,
-                stage,
-                step,
-            )
+            if row["metric"] == ACCURACY_MINI:  # a curve over the steps of this stage
+                self._track({f"stage{stage}/{name}": row["value"]}, step, stage, step)
+            else:  # a curve over the stages
+                self._track({name: row["value"]}, stage, stage, step)
 
     def rollouts(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to the rollouts file of a stage."""
         self.lines(f"rollouts/stage{stage}.jsonl").append(*rows)
 
     def predictions(self, stage: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to the predictions file of a stage."""
         self.lines(f"predictions/stage{stage}.jsonl").append(*rows)
 
+    def _track(self, values: Mapping[str, Any], x: int, stage: int, step: int) -> None:
+        """Send numbers to the trackers; `x` is their place on the axis of their curves."""
+        numbers = {k: v for k, v in to_jsonable(values).items() if isinstance(v, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(numbers, x, stage, step)
+
     def positions(self) -> dict[str, int]:
-        """Returns the length of every growing file, to be stored in a checkpoint."""
+        """Return the length of every growing file, to be stored in a checkpoint."""
         return {name: self.lines(name).position() for name in self._names()}
 
     def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cuts every growing file back to what a checkpoint knows of it; {} starts afresh."""
+        """Cut every growing file back to the length in a checkpoint; {} removes all of them."""
         for name in {*self._names(), *positions}:
             self.lines(name).truncate(positions.get(name, 0))
             if not positions.get(name, 0):
@@ -100,40 +108,38 @@ class RunLog:
                 (self.workdir / name).unlink()
 
     def _names(self) -> list[str]:
-        return sorted(
-            str(p.relative_to(self.workdir))
-            for pattern in APPEND_ONLY_FILES
-            for p in self.workdir.glob(pattern)
-        )
+        paths = [p for pattern in APPEND_ONLY_FILES for p in self.workdir.glob(pattern)]
+        return sorted(str(path.relative_to(self.workdir)) for path in paths)
 
     def close(self) -> None:
-        for opened in (*self.files.values(), *self.sinks):
+        """Close the files and the trackers."""
+        for opened in (*self.files.values(), *self.trackers):
             opened.close()
-        self.files, self.sinks = {}, ()
+        self.files, self.trackers = {}, ()
 
 
 def read_evals(path: Path | str) -> list[dict[str, Any]]:
-    """Reads evals.csv with its numbers as numbers; an empty value is NaN."""
+    """Read the complete lines of evals.csv, numbers as numbers; an empty value is NaN."""
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
     if rows and (missing := set(EVAL_COLUMNS[:9]) - set(rows[0])):
         raise ValueError(
-            f"{path}: columns {', '.join(sorted(missing))} are missing; expected {','.join(EVAL_COLUMNS)}"
+            f"{path}: columns {', '.join(sorted(missing))} are missing; "
+            f"expected {','.join(EVAL_COLUMNS)}"
         )
-    number = lambda text: float(text) if text else math.nan
-    kinds = {
-        "stage": int,
-        "step": int,
-        "value": number,
-        "stderr": number,
-        "n": lambda t: int(float(t or 0)),
-    }
-    return [{k: kinds.get(k, str)(v) for k, v in row.items()} for row in rows]
+    for row in rows:
+        row |= {key: int(row[key]) for key in ("stage", "step")}
+        row |= {key: float(row[key]) if row[key] else math.nan for key in ("value", "stderr")}
+        row["n"] = int(float(row["n"] or 0))
+    return rows
 
 
 def data_wait_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
-    """The share of training steps' time in which rows were awaited and no device worked; a stage's first step, which compiles, is out."""
+    """Return the share of the time of training steps that was spent waiting for rows.
+
+    The first step of a stage, which compiles, is left out.
+    """
     parts = {"seconds/data", "seconds/batch", "seconds/update"}
     steps = [line for line in lines if parts <= line.keys()]
     later = [line for before, line in itertools.pairwise(steps) if line["stage"] == before["stage"]]
@@ -142,30 +148,28 @@ def data_wait_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def summarise_cost(lines: Sequence[Mapping[str, Any]], workdir: Path | str) -> dict[str, Any]:
-    """Sum the cost in lines of metrics.jsonl by stage and kind of work; add the size of the workdir on disk."""
-    rows: dict[tuple[int, str], dict[str, float]] = {}
+    """Sum the cost in lines of metrics.jsonl by stage and kind of work; add the workdir's size."""
+    spent: dict[tuple[int, str], dict[str, float]] = {}
     for line in lines:
-        row = rows.setdefault(
-            (line["stage"], line.get("event") or "train"), dict.fromkeys(COST_KEYS, 0)
-        )
-        for name in COST_KEYS:
-            row[name] += line.get(name) or 0
+        part = (line["stage"], line.get("event") or "train")
+        cost = spent.setdefault(part, dict.fromkeys(COST_KEYS, 0))
+        for key in COST_KEYS:
+            cost[key] += line.get(key) or 0
     parts = [
-        {"stage": stage, "work": work, **spent} for (stage, work), spent in sorted(rows.items())
+        {"stage": stage, "work": work, **cost} for (stage, work), cost in sorted(spent.items())
     ]
-    total = lambda some: {name: sum(p[name] for p in some) for name in COST_KEYS}
-    works = {
-        work: total([p for p in parts if p["work"] == work])
-        for work in dict.fromkeys(p["work"] for p in parts)
-    }
-    stored = {
+    works = {}
+    for work in dict.fromkeys(part["work"] for part in parts):
+        works[work] = _total_cost([part for part in parts if part["work"] == work])
+    return {
+        **_total_cost(parts),
+        "waiting_for_data": data_wait_share(lines),
         "bytes": folder_bytes(workdir),
         "checkpoint_bytes": folder_bytes(Path(workdir) / "checkpoints"),
-    }
-    return {
-        **total(parts),
-        "waiting_for_data": data_wait_share(lines),
-        **stored,
         "works": works,
         "parts": parts,
     }
+
+
+def _total_cost(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {key: sum(part[key] for part in parts) for key in COST_KEYS}

@@ -1,59 +1,79 @@
-"""Where the numbers of a run go beside its files, when `config.log` asks for it: TensorBoard, Weights & Biases."""
+"""Send the metrics of a run to TensorBoard or Weights & Biases, as `config.log` says."""
 
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cptjax.common import files
 
 
-def open_trackers(workdir: Path, config: Mapping[str, Any]) -> list[Any]:
-    """The trackers of a run's config, open."""
+class Tracker(Protocol):
+    """What a tracker implements."""
+
+    def log(self, values: Mapping[str, float], x: int, stage: int, step: int) -> None:
+        """Record numbers by name; `x` is their place on the axis of their curves."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+def open_trackers(workdir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """Open the trackers that a run's config names."""
     log = config["log"]
-    found: list[Any] = [TensorBoardTracker(workdir)] if log["tensorboard"] else []
-    return found + (
-        [WandbTracker(workdir, log["wandb"], config["name"], config)] if log["wandb"] else []
-    )
+    trackers: list[Tracker] = []
+    if log["tensorboard"]:
+        trackers.append(TensorBoardTracker(workdir))
+    if log["wandb"]:
+        trackers.append(WandbTracker(workdir, log["wandb"], config["name"], config))
+    return trackers
 
 
 class TensorBoardTracker:
-    """Writes to `workdir`/tensorboard; a resumed run repeats the points since its checkpoint there."""
+    """Write to `workdir`/tensorboard; a resumed run repeats the points since its checkpoint."""
 
     def __init__(self, workdir: Path):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise ValueError(
-                "log.tensorboard=True needs tensorboardX: pip install 'cptjax[tracking]', or set it to False"
+                "log.tensorboard=True needs tensorboardX: pip install 'cptjax[tracking]', "
+                "or set it to False"
             ) from None
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
 
-    def log(self, values: Mapping[str, float], at: int, stage: int, step: int) -> None:
+    def log(self, values: Mapping[str, float], x: int, stage: int, step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, at)
+            self.writer.add_scalar(name, value, x)
 
     def close(self) -> None:
         self.writer.close()
 
 
 class WandbTracker:
-    """Writes to one wandb run per workdir, whose id is kept there: a resumed run goes on with it."""
+    """Write to one wandb run per workdir; its id is kept there, so a resumed run continues it."""
 
     def __init__(self, workdir: Path, project: str, name: str, config: Mapping[str, Any]):
         try:
             import wandb
         except ImportError:
             raise ValueError(
-                f"log.wandb={project!r} needs wandb: pip install 'cptjax[tracking]', or set it to ''"
+                f"log.wandb={project!r} needs wandb: pip install 'cptjax[tracking]', "
+                "or set it to ''"
             ) from None
-        kept = workdir / "wandb_id"
-        if not kept.exists():
-            files.write_text(kept, secrets.token_hex(8))
-        about = dict(project=project, name=name or workdir.name, dir=str(workdir), config=config)
-        self.run = wandb.init(id=kept.read_text(), resume="allow", **about)
+        id_file = workdir / "wandb_id"
+        if not id_file.exists():
+            files.write_text(id_file, secrets.token_hex(8))
+        self.run = wandb.init(
+            id=id_file.read_text(),
+            resume="allow",
+            project=project,
+            name=name or workdir.name,
+            dir=str(workdir),
+            config=config,
+        )
 
-    def log(self, values: Mapping[str, float], at: int, stage: int, step: int) -> None:
+    def log(self, values: Mapping[str, float], x: int, stage: int, step: int) -> None:
         self.run.log({"stage": stage, "step": step, **values})
 
     def close(self) -> None:

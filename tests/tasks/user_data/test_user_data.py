@@ -525,7 +525,7 @@ def test_bytes_arrays_pil_and_rotated_photos_open_alike(folder):
         assert open_image(source).size == (10, 20)
     assert open_image(np.zeros((3, 4), np.uint8)).size == (4, 3)
     for nothing in (None, "", 3, {"bytes": None, "path": None}):
-        with pytest.raises(ValueError, match="an image is a path, bytes or a PIL image"):
+        with pytest.raises(ValueError, match="image: expected a path, bytes or a PIL image, got"):
             open_image(nothing)
 
 

@@ -1,0 +1,60 @@
+"""Progress bars: live, plain and silent."""
+
+import threading
+import time
+
+import pytest
+
+from cptjax.common import console
+
+
+def test_plain_progress_has_counts_eta_and_values(monkeypatch, capsys):
+    console.set_console_mode("plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
+    with console.progress_bar("evaluate scienceqa", 4) as bar:
+        bar.advance(2, accuracy=0.51239)
+    with console.show_waiting("compiling"):
+        pass
+    err = capsys.readouterr().err
+    assert (
+        "evaluate scienceqa  2/4 (50%)  ETA 0s  accuracy 0.5124" in err
+        and "compiling: took 0s" in err
+    )
+
+
+def test_a_plain_bar_prints_while_its_first_step_compiles_and_no_longer(monkeypatch, capsys):
+    console.set_console_mode("plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.02)
+    with console.progress_bar("stage 1", 4) as bar:
+        bar.advance(0, accuracy=0.5)  # no step
+        time.sleep(0.1)
+        assert "stage 1  0/4 (a first step compiles)" in capsys.readouterr().err
+        bar.advance(1)
+        capsys.readouterr()
+        time.sleep(0.1)
+        assert capsys.readouterr().err == ""
+    with console.progress_bar("stage 2", 4, done=1):
+        time.sleep(0.1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) >= 3 and said[-2] == "stage 2  1/4 (a first step compiles)  0s so far"
+    assert not [t for t in threading.enumerate() if t.name.endswith("(_remind)")]
+
+
+def test_live_bars_nest_and_silent_mode_prints_nothing(monkeypatch, capsys):
+    console.set_console_mode("live")
+    with console.progress_bar("stage 1 [colour]", 2) as outer, console.show_waiting("saving"):
+        outer.advance(1, loss=1.0)
+        console.print_warning("disk is [nearly] full")
+    assert console._live is None and "disk is [nearly] full" in capsys.readouterr().err
+    console.set_console_mode("silent")
+    with console.progress_bar("x", 1) as bar:
+        bar.advance()
+    console.print_message("nothing")
+    assert capsys.readouterr().err == ""
+
+
+def test_eta_of_a_resumed_bar_counts_only_what_this_process_did():
+    bar = console.ProgressBar("train", 100, done=90)
+    bar.started -= 10
+    bar.advance(5)
+    assert bar.eta() == pytest.approx(10, rel=0.01)
