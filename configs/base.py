@@ -1,10 +1,11 @@
 """Every setting of cptjax, with its unit and range; other configs change what they need.
 
-A setting that may be None is written `optional(type)`. Any setting can be given on the command line:
+A setting that may be None is written `optional(type)`. The command line can set everything:
 
-    --config.train.lr=2e-6    --config.data.limit=100    --config.eval.every=None
+    --config.train.lr=2e-6          --config.data.limit=100         --config.eval.every=None
+    --config.stages[1].epochs=3     --config.stages[0].train.lr=1e-5
+    --config.arms.grpo.method.kl_coef=0
     --config.method.online_filter="dict(lo=0.1, hi=0.9, max_refills=10)"
-    --config.stages[1].epochs=3    --config.stages[0].train.lr=1e-5    --config.arms.grpo.method.kl_coef=0
 """
 
 from ml_collections.config_dict import ConfigDict, FieldReference
@@ -22,16 +23,17 @@ def get_config() -> ConfigDict:
     c.seeds = ()  # several seeds: one run each, in sub-folders of the workdir; () = only `seed`
     c.orders = ()  # several task orders: each a tuple of stage indices; () = as listed
     c.arms = ConfigDict()  # name -> overrides: methods to compare, one sub-folder each, one report
-    c.expect = ()  # claims that the report judges: dict(arm=, metric=, at_least= ...); see cptjax/evaluation/report/expect.py
+    # Claims that the report judges, each dict(arm=, metric=, at_least= ...); see report/expect.py.
+    c.expect = ()
     c.prestage = ConfigDict()  # overrides of a run that first makes the base model; empty = none
     c.allow_change = False  # resume although the config differs from the one that started the run
 
     c.model = ConfigDict(dict(
         path="",  # Hugging Face folder or hub id; "" = a random model of `preset`
         preset="tiny",  # tiny | 3b | 7b | 32b | 72b; only read where path is ""
-        param_dtype="float32",  # float32 | bfloat16: the trained weights; frozen weights have compute_dtype
+        param_dtype="float32",  # float32 | bfloat16: trained weights; frozen ones have compute_dtype
         compute_dtype="bfloat16",  # bfloat16 | float32
-        min_pixels=200704,  # pixels per image, >= one merged patch; the same for SFT, RL and evaluation
+        min_pixels=200704,  # pixels per image, >= one merged patch; for SFT, RL and evaluation
         max_pixels=1003520,  # pixels per image
         freeze=(),  # of vision | merger | language
         remat="dots",  # none | dots | block | offload: what a layer keeps for its backward pass
@@ -42,7 +44,8 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, model=1, slices=1))  # devices per axis; one may be -1
 
     c.tasks = ConfigDict()  # a user's own tasks by name; see README "Your own task"
-    c.stages = ()  # each dict(task="name" | ("a", "b"), steps=N | epochs=N, and overrides of any section below)
+    # Each dict(task="name" | ("a", "b"), steps=N | epochs=N) and overrides of any section below.
+    c.stages = ()
     c.data = ConfigDict(dict(
         root="",  # folder with local copies of the datasets; "" = the hub
         prompt_limit=2048,  # tokens; a longer prompt is a bad row
@@ -58,9 +61,10 @@ def get_config() -> ConfigDict:
 
     c.method = ConfigDict(dict(
         name="grpo",  # label in reports
-        source="rollouts",  # gold | rollouts | self (own correct responses) | corpus (a rollouts/*.jsonl)
+        source="rollouts",  # gold | rollouts | self (own correct responses) | corpus (a jsonl file)
         objective="policy",  # policy | sft | eaft | distill
-        advantage="grpo",  # grpo | dr_grpo | rloo | remax | reinforce | reinforce01 | reinforce++ | batch
+        # grpo | dr_grpo | rloo | remax | reinforce | reinforce01 | reinforce++ | batch
+        advantage="grpo",
         ratio="none",  # none | token | sequence (GSPO) | cispo
         clip_low=0.2, clip_high=0.3,  # 0 <= clip_low < 1
         clip_dual=optional(float, 3.0),  # > 1; None = no dual clip
@@ -68,23 +72,26 @@ def get_config() -> ConfigDict:
         kl_coef=0.01,  # >= 0; 0 keeps no reference model
         kl_estimator="k3",  # k1 (in reward only) | k2 | k3
         kl_place="loss",  # loss | reward
-        kl_limit=optional(float, 10.0),  # largest k3 of a token: beyond it the gradient is 0; None = no limit
+        kl_limit=optional(float, 10.0),  # largest k3 of a token, 0 gradient beyond; None = no limit
         kl_reference="stage",  # base | stage | a model's folder
         updates_per_batch=1,  # parts of a batch of rollouts, one optimizer update each
         passes=1,  # times over one batch of rollouts
         truncated="score",  # score | zero | mask: a response that met the length limit
         overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
-        tis_cap=optional(float),  # policy: largest importance weight policy / sampler of a token; None = no weights
+        # policy: largest importance weight (policy / sampler) of a token; None = no weights
+        tis_cap=optional(float),
         entropy_coef=0.0,
         # RIF-RFT: None | dict(name="incompetent" | "zero_variance", samples=8)
         #      | dict(name="window" | "random", samples=8, lo=1, hi=8)
-        #      | dict(name="random", like="<run folder>"): as many random prompts as that run's filter kept
+        #      | dict(name="random", like="<run folder>"): as many as that run's filter kept
         filter=optional(object),
-        online_filter=optional(object),  # None | dict(lo=0.01, hi=0.99, max_refills=10): DAPO's dynamic sampling
+        # DAPO's dynamic sampling: None | dict(lo=0.01, hi=0.99, max_refills=10)
+        online_filter=optional(object),
         corpus="",  # source="corpus": the file
         corpus_answer="own",  # own: its correct responses | gold: all, each with the gold answer put in
         self_samples=4,  # source="self": responses sampled per prompt
-        refresh=optional(object, "never"),  # source="self": never | epoch | a number of steps
+        # source="self", how often they are sampled again: never | epoch | a number of steps
+        refresh=optional(object, "never"),
         replay=dict(fraction=0.0, kind="gold"),  # of a batch, from earlier stages; gold | prompts
         penalty=dict(name="none", coef=0.0, samples=64),  # none | ewc | l2 | lwf
         average=0.0,  # WiSE-FT: weight of the stage's start after the stage, in [0, 1)
@@ -104,20 +111,24 @@ def get_config() -> ConfigDict:
         max_new_tokens=1024,
         slots=0,  # groups decoded at a time; 0 = the whole batch
         check_every=16,  # decode steps between two checks for finished rows
-        dtype="",  # "" = compute_dtype | float32 | bfloat16 | int8 (weights of eight bits; needs qwix)
-        gather=False,  # copy the weights to every fsdp member while decoding (evaluation too); else each token moves all weights
+        dtype="",  # "" = compute_dtype | float32 | bfloat16 | int8 (8-bit weights; needs qwix)
+        # Copy the weights to every fsdp member while decoding, in evaluation too; otherwise each
+        # token moves all weights.
+        gather=False,
     ))  # fmt: skip
 
     c.train = ConfigDict(dict(
         batch=128,  # prompts (RL) or conversations (SFT) per rollout batch
         micro_batch=0,  # rows per device pass; 0 = all
-        lr=1e-6, schedule="constant", warmup=0.0,  # constant | cosine | linear | wsd; warmup: share of the stage's steps
+        lr=1e-6, schedule="constant",  # constant | cosine | linear | wsd
+        warmup=0.0,  # share of the stage's steps
         optimizer="adamw",  # adamw | muon | adafactor
         b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2,
         clip=optional(float, 1.0),  # largest norm of the gradient; None = no clipping
-        moments_dtype="float32",  # bfloat16 second moments with b2 = .999 never decay: a parity switch only
+        # bfloat16 second moments with b2 = .999 never decay: only for parity with released code
+        moments_dtype="float32",
         reset_optimizer=True,  # at each stage
-        max_skipped=10,  # updates in a row that are not finite or have no token to train on, before the run stops
+        max_skipped=10,  # updates in a row that are not finite or have no token, until the run stops
         chunk=1024,  # tokens whose logits exist at one time
     ))  # fmt: skip
 
@@ -131,8 +142,9 @@ def get_config() -> ConfigDict:
         before=True,  # evaluate the base model (row 0)
         batch=64,
         max_new_tokens=256, temperature=0.0,
-        templates=(),  # () = each task's last training template, else data.template; several = one row of evals.csv each
-        forced_prefix=False,  # also score with the expected prefix forced (knowledge without format)
+        # Each is one row of evals.csv; () = each task's last training template, else data.template.
+        templates=(),
+        forced_prefix=False,  # also with the expected prefix forced: knowledge without format
         drift=0,  # prompts per task for KL(base || current model); 0 = off
     ))  # fmt: skip
     c.checkpoint = ConfigDict(dict(  # within a stage; stage ends are always kept
@@ -147,30 +159,36 @@ def _method(**changes: object) -> dict[str, object]:
     return get_config().method.to_dict() | changes
 
 
-# Complete methods. `dict(task=..., method=METHODS["rloo"])` in a stage, `config.method.update(METHODS["rloo"])` in a config: every setting of
-# `method` is set, so nothing of an earlier method stays. Own changes are written after it: `{**METHODS["grpo"], "kl_coef": 0.0}`.
+# Complete methods: each sets every setting of `method`, so nothing of an earlier method stays. In a
+# stage `dict(task=..., method=METHODS["rloo"])`, in a config `config.method.update(METHODS["rloo"])`.
+# Own changes come after it: `{**METHODS["grpo"], "kl_coef": 0.0}`.
 _SFT = dict(objective="sft", kl_coef=0.0)
 # The ratios of the first update on a batch are 1, so clips act from the second update on.
 _FOUR_UPDATES = dict(updates_per_batch=4)
 METHODS = dict(
     sft=_method(name="sft", source="gold", **_SFT),
-    eaft=_method(name="eaft", source="gold", objective="eaft", kl_coef=0.0),  # cross-entropy weighted by entropy
-    self_sft=_method(name="self_sft", source="self", refresh="never", **_SFT),  # own correct responses, sampled at the stage's start
-    iterative_sft=_method(name="iterative_sft", source="self", refresh="epoch", **_SFT),  # sampled again in each epoch
-    corpus_sft=_method(name="corpus_sft", source="corpus", **_SFT),  # another run's rollouts: set method.corpus
+    # Cross-entropy weighted by entropy.
+    eaft=_method(name="eaft", source="gold", objective="eaft", kl_coef=0.0),
+    # Own correct responses, sampled at the start of the stage | of each epoch.
+    self_sft=_method(name="self_sft", source="self", refresh="never", **_SFT),
+    iterative_sft=_method(name="iterative_sft", source="self", refresh="epoch", **_SFT),
+    # Another run's rollouts: set method.corpus.
+    corpus_sft=_method(name="corpus_sft", source="corpus", **_SFT),
     sdft=_method(name="sdft", source="rollouts", objective="distill", kl_coef=0.0),
     grpo=_method(name="grpo", advantage="grpo"),
     dr_grpo=_method(name="dr_grpo", advantage="dr_grpo", normalise="fixed", kl_coef=0.0),
-    dapo=_method(name="dapo", advantage="grpo", ratio="token", clip_low=0.2, clip_high=0.28, clip_dual=None, kl_coef=0.0,
-                 online_filter=dict(lo=0.0, hi=1.0, max_refills=10), overlong=128, **_FOUR_UPDATES),
-    gspo=_method(name="gspo", advantage="grpo", ratio="sequence", clip_low=3e-4, clip_high=4e-4, clip_dual=None,
-                 normalise="sequence", **_FOUR_UPDATES),
-    cispo=_method(name="cispo", advantage="grpo", ratio="cispo", clip_low=0.99, clip_high=0.28, clip_dual=None, kl_coef=0.0,
-                  **_FOUR_UPDATES),
+    dapo=_method(name="dapo", advantage="grpo", ratio="token", kl_coef=0.0, overlong=128,
+                 clip_low=0.2, clip_high=0.28, clip_dual=None,
+                 online_filter=dict(lo=0.0, hi=1.0, max_refills=10), **_FOUR_UPDATES),
+    gspo=_method(name="gspo", advantage="grpo", ratio="sequence", normalise="sequence",
+                 clip_low=3e-4, clip_high=4e-4, clip_dual=None, **_FOUR_UPDATES),
+    cispo=_method(name="cispo", advantage="grpo", ratio="cispo", kl_coef=0.0,
+                  clip_low=0.99, clip_high=0.28, clip_dual=None, **_FOUR_UPDATES),
     rloo=_method(name="rloo", advantage="rloo"),
     remax=_method(name="remax", advantage="remax"),
     reinforce=_method(name="reinforce", advantage="reinforce", kl_coef=0.0),
-    reinforce01=_method(name="reinforce01", advantage="reinforce01", kl_coef=0.0),  # only correct responses are reinforced
-    reinforce_pp=_method(name="reinforce++", advantage="reinforce++", ratio="token", kl_place="reward", kl_estimator="k1",
-                         **_FOUR_UPDATES),
+    # Only correct responses are reinforced.
+    reinforce01=_method(name="reinforce01", advantage="reinforce01", kl_coef=0.0),
+    reinforce_pp=_method(name="reinforce++", advantage="reinforce++", ratio="token",
+                         kl_place="reward", kl_estimator="k1", **_FOUR_UPDATES),
 )  # fmt: skip

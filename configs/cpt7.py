@@ -1,30 +1,37 @@
-"""Paper A (arXiv 2507.05386): seven tasks in sequence on Qwen2.5-VL, then MMMU, MMLU-Pro and POPE.
+"""Paper A (arXiv 2507.05386): seven tasks in sequence on Qwen2.5-VL.
 
     python launch/train.py --config=configs/cpt7.py:grpo,7b --workdir=runs/cpt7_grpo
     python launch/plan.py  --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4      # does it fit?
 
-The argument is an arm, a size and, if wanted, `official` and a corpus, in any order:
+MMMU, MMLU-Pro and POPE are evaluated and never trained. The argument is an arm, a size and, if
+wanted, `official` and a corpus, in any order:
 
-    sft lora_sft low_lr_sft eaft joint                                  SFT, and all seven tasks at once
-    grpo rloo remax nokl nocot                                          the paper's RFT arms
-    rif rif_zero rif_control                                            RIF-RFT: never solved out | always solved out too | blind control
-    self_sft iterative_sft                                              SFT on own correct answers, drawn once | every 21 steps (504 rows)
-    traces rl_traces                                                    SFT on a teacher's | a grpo run's correct answers: name the corpus
-    sft_kl reinforce reinforce01                                        SFT with a KL term | no baseline | right answers alone are pushed
-    replay ewc l2 lwf wise prompt_replay                                what continual learning would add to SFT, and to GRPO
-    3b 7b tiny
-    official                                                            the tasks' standard data and scorers, not the paper's own
-    corpus=DIR                                                          DIR/stage1.jsonl ... stage7.jsonl with id and response, such as
-                                                                        the rollouts/ of a grpo run
+    sft lora_sft low_lr_sft eaft joint      SFT; joint: all seven tasks at once
+    grpo rloo remax nokl nocot              the paper's RFT arms
+    rif rif_zero rif_control                RIF-RFT without prompts that are never solved | that are
+                                            never or always solved | without as many random prompts
+    self_sft iterative_sft                  SFT on own correct responses, sampled once | every 21
+                                            steps (504 rows)
+    traces rl_traces                        SFT on the correct responses of a larger model | of a
+                                            grpo run: name the corpus
+    sft_kl reinforce reinforce01            SFT with a KL term | REINFORCE without baseline | on
+                                            correct responses alone
+    replay ewc l2 lwf wise                  SFT with a continual-learning method
+    prompt_replay                           GRPO with replayed prompts
+    3b 7b tiny                              the model
+    official                                the tasks' standard data and scorers, not the paper's
+    corpus=DIR                              DIR/stage1.jsonl ... stage7.jsonl with id and response,
+                                            such as the rollouts/ of a grpo run
 
-Settings follow the paper's released code: 512 prompts x 8 answers, four updates on each, learning rate 1e-6, KL 0.01 to the base;
-SFT at 1e-5 cosine, batch 24, bare answers. Pixels are one setting for every arm, which the paper's are not, and so are the prompts of
-the evaluations: every arm is asked with and without CoT, the form it was trained in first (that one fills matrix.csv). The released
-no-CoT arm asks for the direct answer in other words. Ours, not the release's: tis_cap=2.0 in the RFT arms, which weighs what top_p
-cuts off, and LoRA's alpha of 256 (twice the rank of 128, LLaMA-Factory's default).
+The settings are those of the paper's released code: 512 prompts x 8 responses, four updates on
+each batch, learning rate 1e-6, KL 0.01 to the base model; SFT at 1e-5 cosine, batch 24, bare
+answers. Differences: all arms have the same pixel limits and are evaluated with and without CoT,
+the template of their training first (it fills matrix.csv); the released no-CoT arm words its prompt
+differently; the RFT arms have tis_cap=2.0; LoRA's alpha is 256 (twice the rank, LLaMA-Factory's
+default).
 
-Published averages (not ours): SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4, RIF-RFT 57.5, joint 62.9; FM -10.4 for SFT and -2.3 for
-GRPO.
+Averages that the paper reports: SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4, RIF-RFT 57.5,
+joint 62.9; FM -10.4 for SFT and -2.3 for GRPO.
 """
 
 from configs.base import METHODS
@@ -32,15 +39,8 @@ from configs.base import get_config as base
 
 ORDER = ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr")
 EPOCHS = dict(geometry3k=10, superclevr=3)
-RL = dict(
-    ratio="token",
-    clip_low=0.2,
-    clip_high=0.3,
-    clip_dual=3.0,
-    updates_per_batch=4,
-    kl_coef=0.01,
-    kl_reference="base",
-)
+RL = dict(ratio="token", updates_per_batch=4, kl_coef=0.01, kl_reference="base",
+          clip_low=0.2, clip_high=0.3, clip_dual=3.0)  # fmt: skip
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
 FILTER = dict(samples=8)
 
@@ -48,13 +48,12 @@ FILTER = dict(samples=8)
 def rl(c, name="grpo", label="", **changes):
     c.method.update({**METHODS[name], **RL, **changes})
     c.method.name = label or name
-    c.method.tis_cap = 2.0  # top_p cuts the sampled distribution; the correction is capped
+    c.method.tis_cap = 2.0  # corrects for top_p, which changes the sampled distribution
     c.train.update(
         batch=512, micro_batch=64, lr=1e-6, schedule="constant", weight_decay=1e-2, clip=1.0
     )
-    c.rollout.update(
-        group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True
-    )  # else every token moves all weights
+    # Without gather, every decoded token moves all weights.
+    c.rollout.update(group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True)
 
 
 def sft(c, name="sft", label="", lr=1e-5, template="direct", **changes):
@@ -77,7 +76,7 @@ def _joint(c):
 
 def _nocot(c):
     rl(c, label="grpo w/o CoT")
-    c.data.template = "direct"  # no form to reward: the reward is the accuracy alone
+    c.data.template = "direct"  # has no format reward, so the reward is the accuracy alone
 
 
 def _arm(build, **changes):
@@ -142,7 +141,8 @@ def get_config(arg="grpo,7b"):
         max_new_tokens=1024,
         every=50,
     )
-    # 7B has 4 key/value heads, and cut four ways 64 to 256 chips leave 16 to 64 shards, which divide the batches.
+    # 7B has 4 key/value heads. Split four ways, 64 to 256 chips leave 16 to 64 shards, which divide
+    # the batches.
     c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
     ARMS[arm](c)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")

@@ -1,21 +1,21 @@
-"""The finding in minutes on a CPU: what you train on decides what is forgotten. Synthetic tasks, a tiny model, no downloads.
+"""Five methods on synthetic tasks: a tiny model on a CPU, in minutes, without downloads.
 
     bash launch/quickstart.sh                                                          # or
     python launch/train.py --config=configs/demo.py --workdir=runs/demo
 
-A pre-stage trains a tiny Qwen2.5-VL to middling skill: it answers "it is red", "answer : red" or "i think red", and for half of
-the classes its labels are mostly wrong. Five arms then learn colour -> shape -> digit -> count, and comparison, jigsaw, facts
-and arithmetic are held apart as general knowledge:
+A pre-stage trains a tiny Qwen2.5-VL to medium skill: it responds "it is red", "answer : red" or
+"i think red", and for half of the classes its labels are mostly wrong. Five arms then train on
+colour -> shape -> digit -> count. Comparison, jigsaw, facts and arithmetic are never trained again;
+they measure general knowledge:
 
-    sft_bare     SFT on bare labels ("red"), a form the base never uses
-    sft_style    SFT on labels in a form it often uses ("it is red")
-    iterative    SFT on its own correct answers, drawn anew every 40 steps
-    grpo         GRPO on its own answers
+    sft_bare     SFT on bare labels ("red"), a form that the base model never uses
+    sft_style    SFT on labels in a form that it often uses ("it is red")
+    iterative    SFT on its own correct responses, sampled again every 40 steps
+    grpo         GRPO on its own responses
     joint        SFT on bare labels of all four tasks at once
 
-Means of seeds 0, 1, 2 (points; FM: earlier tasks, text: facts and arithmetic): sft_bare -32 and -86, sft_style -16 and -42, iterative -2
-and -2, grpo -1 and -1, joint text -87, at 30 to 32 points of gain each; with the prefix forced sft_bare's loss is -13 and -46. Seeds differ
-much. `get_config("2")` is seed 2, `--config.seeds=0,1,2` three of them side by side; `get_config("0,short")` is a few steps of everything.
+The README shows the results of three seeds. `get_config("2")` is seed 2, `get_config("0,short")` a
+few steps of everything; `--config.seeds=0,1,2` runs three seeds.
 """
 
 from ml_collections import ConfigDict
@@ -27,25 +27,14 @@ TARGETS = ("colour", "shape", "digit", "count")
 TEXT = ("facts", "arithmetic")
 HELD_APART = ("compare", "jigsaw2", *TEXT)
 STYLES = {"it is": 0.4, "answer :": 0.3, "i think": 0.3}
-WEIGHTS = (
-    0.7,
-    2.0,
-    2.0,
-    0.7,
-    0.5,
-    1.2,
-    0.8,
-    0.8,
-)  # of the pre-stage: shapes and digits are seen late
+# Sampling weights of the pre-stage's tasks; shapes and digits are learned late.
+WEIGHTS = (0.7, 2.0, 2.0, 0.7, 0.5, 1.2, 0.8, 0.8)
+ARMS = ("sft_bare", "sft_style", "iterative", "grpo", "joint")
 EXPECT = (  # fractions of 1, in every seed unless mean=True
     dict(arm="sft_bare", metric="text", at_most=-0.25),
     dict(arm="grpo", metric="text", at_least=-0.03),
     dict(arm="grpo", metric="fm_diagonal", above="sft_bare"),
-    dict(
-        arm=("sft_bare", "sft_style", "iterative", "grpo", "joint"),
-        metric="learned_gain",
-        within=0.06,
-    ),
+    dict(arm=ARMS, metric="learned_gain", within=0.06),
     dict(arm="sft_bare", metric="fm_diagonal", at_most=-0.15, mean=True),
     dict(arm="grpo", metric="fm_diagonal", at_least=-0.06, mean=True),
 )
@@ -54,10 +43,11 @@ TEST = 192
 
 
 def _tasks(styles, bias):
-    make = lambda f: dict(
-        task="synthetic", family=f, styles=styles, bias=0.0 if f in TEXT else bias, world=None
-    )
-    return {f: make(f) for f in (*TARGETS, *HELD_APART)}
+    common = dict(task="synthetic", styles=styles, world=None)
+    return {
+        family: dict(common, family=family, bias=0.0 if family in TEXT else bias)
+        for family in (*TARGETS, *HELD_APART)
+    }
 
 
 def _arm(base_method, lr, styles, **more):
@@ -96,19 +86,23 @@ def get_config(arg="0"):
     bare, style = {"": 1.0}, {"it is": 1.0}
     own = dict(method=dict(self_samples=4, refresh=max(2, steps * 2 // 5)))
     c.prestage = ConfigDict(dict(
-        name="base", stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),), tasks=_tasks(STYLES, 0.55),
-        method=METHODS["sft"], data=dict(limit=200 if short else 3000, weights=WEIGHTS),
+        name="base",
+        stages=(dict(task=(*TARGETS, *HELD_APART), steps=first),),
+        tasks=_tasks(STYLES, 0.55),
+        method=METHODS["sft"],
+        data=dict(limit=200 if short else 3000, weights=WEIGHTS),
         train=dict(lr=2e-3, schedule="wsd", warmup=0.05),
-        eval=dict(before=False, tasks=TARGETS, general=(), groups={}, limit=16 if short else 64, forced_prefix=False, drift=0),
+        eval=dict(before=False, tasks=TARGETS, general=(), groups={}, limit=16 if short else 64,
+                  forced_prefix=False, drift=0),
     ))  # fmt: skip
     c.arms = ConfigDict(dict(
         sft_bare=_arm("sft", 3e-4, bare, **frozen),
         sft_style=_arm("sft", 3e-4, style, **frozen),
         iterative=_arm("iterative_sft", 1e-4, bare, **frozen, **own),
         grpo=_arm("grpo", 2.5e-4, bare, method=dict(kl_coef=0.0), **frozen),
-        joint=_arm("sft", 3e-4, bare, method=dict(name="joint"), stages=(dict(task=TARGETS, steps=4 * steps),), **frozen),
+        joint=_arm("sft", 3e-4, bare, method=dict(name="joint"), **frozen,
+                   stages=(dict(task=TARGETS, steps=4 * steps),)),
     ))  # fmt: skip
-    c.arms.grpo.train.batch = (
-        16  # prompts: 16 x 8 answers are as many sequences as the other arms' 128
-    )
+    # 16 prompts x 8 responses are as many sequences as the batch of 128 of the other arms.
+    c.arms.grpo.train.batch = 16
     return c

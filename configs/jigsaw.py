@@ -1,21 +1,25 @@
-"""Paper B (arXiv 2506.23508): learn 3 x 3 jigsaws, keep prior knowledge; which data does the damage?
+"""Paper B (arXiv 2506.23508): learn 3 x 3 jigsaws; which training data makes the model forget?
 
     python launch/train.py --config=configs/jigsaw.py:grpo,3b --workdir=runs/jigsaw_grpo
-    python launch/train.py --config=configs/jigsaw.py:rft_rollout,3b --config.method.corpus=runs/jigsaw_grpo/rollouts/stage1.jsonl \
-        --workdir=runs/jigsaw_rft_rollout
+    python launch/train.py --config=configs/jigsaw.py:rft_rollout,3b \\
+        --workdir=runs/jigsaw_rft_rollout \\
+        --config.method.corpus=runs/jigsaw_grpo/rollouts/stage1.jsonl
 
-The argument is an arm and a size (3b | 7b | tiny):
+The argument is an arm and a size (3b | 7b | tiny). Three arms need method.corpus, a jsonl file with
+id and response:
 
     grpo             own rollouts
     bare             SFT on bare answers
-    trace            SFT on another model's reasoning: method.corpus = a jsonl with id and response; its correct answers are used
-    rft_rollout      SFT on the trained model's correct rollouts: method.corpus = the rollouts file of a grpo run
-    self_generated   SFT on reasoning of a model after a little RFT, each with the correct answer put in: method.corpus likewise
-    iterative        SFT on own correct rollouts, drawn anew each epoch (not in the paper)
+    trace            SFT on the correct reasoning of another model: method.corpus
+    rft_rollout      SFT on the correct rollouts of a grpo run: method.corpus
+    self_generated   SFT on the reasoning of a model after a little RFT, with the correct answer put
+                     in: method.corpus
+    iterative        SFT on own correct rollouts, sampled again in each epoch (not in the paper)
 
-Every arm is asked with and without reasoning, the form it was trained in first (that one fills matrix.csv).
-Its base row is row 0 of every run. Steps of the SFT arms are the paper's; its RFT ran 27,360 steps of an unknown batch. Its learning
-rates, batch and group size are not public; these are paper A's.
+Every arm is evaluated with and without reasoning, the template of its training first (it fills
+matrix.csv); row 0 of every run is the base model. The steps of the SFT arms are the paper's; its
+RFT ran 27,360 steps of an unknown batch. Learning rates, batch and group size are not public; these
+are paper A's.
 """
 
 from configs.base import METHODS
@@ -23,8 +27,8 @@ from configs.base import get_config as base
 
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
 STEPS = {  # (3b, 7b)
-    "grpo": (2000, 2000), "bare": (200, 400), "trace": (4100, 4100), "rft_rollout": (2670, 3000), "self_generated": (2670, 3000),
-    "iterative": (2670, 3000),
+    "grpo": (2000, 2000), "bare": (200, 400), "trace": (4100, 4100),
+    "rft_rollout": (2670, 3000), "self_generated": (2670, 3000), "iterative": (2670, 3000),
 }  # fmt: skip
 CORPUS = METHODS["corpus_sft"]
 METHOD = {
@@ -42,7 +46,8 @@ def get_config(arg="grpo,3b"):
     unknown = [n for n in names if n not in (*METHOD, *SIZES)]
     if unknown:
         raise ValueError(
-            f"configs/jigsaw.py:{arg}: {unknown[0]!r} is neither an arm ({', '.join(METHOD)}) nor a size ({', '.join(SIZES)})"
+            f"configs/jigsaw.py:{arg}: {unknown[0]!r} is neither an arm ({', '.join(METHOD)}) "
+            f"nor a size ({', '.join(SIZES)})"
         )
     arm = next((n for n in names if n in METHOD), "grpo")
     size = next((n for n in names if n in SIZES), "3b")

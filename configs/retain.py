@@ -1,22 +1,24 @@
-"""Paper C, Retaining by Doing (arXiv 2510.18874): one text task at a time, gain on it, drop on the others.
+"""Paper C, Retaining by Doing (arXiv 2510.18874): train one text task, measure the others.
 
     python launch/train.py --config=configs/retain.py:grpo,countdown,3b --workdir=runs/retain_grpo
 
-The argument names an arm, a target task and a size, in any order:
+The argument names an arm, a task to train and a size, in any order:
 
-    sft              gold answers (MMLU alone has them: on the others use teacher_sft)
-    teacher_sft      the correct answers of a larger model: method.corpus = a jsonl with id and response (the paper's SFT)
-    self_sft         own correct answers among 5, drawn once
-    iterative_sft    the same, drawn anew each epoch
-    rl_traces        SFT on what a GRPO run generated: method.corpus = its rollouts file
-    sft_kl           sft with a KL term (MMLU as well)
+    sft                     gold answers (only MMLU has them; for the others use teacher_sft)
+    teacher_sft             the paper's SFT, on the correct responses of a larger model:
+                            method.corpus = a jsonl file with id and response
+    self_sft                own correct responses among 5, sampled once
+    iterative_sft           the same, sampled again in each epoch
+    rl_traces               SFT on the responses of a GRPO run: method.corpus = its rollouts file
+    sft_kl                  sft with a KL term (MMLU only)
     grpo grpo_nokl reinforce
     ifeval mmlu countdown
     3b 7b tiny
 
-Splits, group 5, KL 0.05 (k2), RL's batch of 32, the learning rates of 7B and "truncated is wrong" are those of the paper's scripts; SFT's
-batches are those of its App. A.3 (the scripts have 256). Countdown and MATH are asked for a last \\boxed{}, MMLU and IFEval as their tasks
-say; the reward is 1 or 0.
+Splits, group size 5, KL 0.05 (k2), the RL batch of 32, the learning rates of 7B and the rule that a
+truncated response is wrong are those of the paper's scripts; the SFT batches are those of its
+appendix A.3 (the scripts have 256). The prompts of Countdown and MATH ask for a last \\boxed{},
+those of MMLU and IFEval are the tasks' own; the reward is 1 or 0.
 """
 
 from configs.base import METHODS
@@ -45,13 +47,15 @@ def get_config(arg="grpo,countdown,3b"):
     unknown = [n for n in names if n not in (*ARMS, *TASKS, *SIZES)]
     if unknown:
         raise ValueError(
-            f"configs/retain.py:{arg}: {unknown[0]!r} is none of {', '.join((*ARMS, *TASKS, *SIZES))}"
+            f"configs/retain.py:{arg}: {unknown[0]!r} is none of "
+            f"{', '.join((*ARMS, *TASKS, *SIZES))}"
         )
     pick = lambda known, default: next((n for n in names if n in known), default)
     arm, task, size = pick(ARMS, "grpo"), pick(TASKS, "countdown"), pick(SIZES, "3b")
-    if ARMS[arm].get("source") == "gold" and task not in GOLD:
+    if ARMS[arm]["source"] == "gold" and task not in GOLD:
         raise ValueError(
-            f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; choose mmlu, or teacher_sft or self_sft"
+            f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; choose mmlu, or "
+            "teacher_sft or self_sft"
         )
     c = base()
     c.name = f"retain_{arm}_{task}_{size}"
@@ -62,7 +66,7 @@ def get_config(arg="grpo,countdown,3b"):
     c.method.update(ARMS[arm])
     c.method.self_samples = 5
     c.train.update(b2=0.95, weight_decay=0.0, clip=1.0, micro_batch=32)
-    if ARMS[arm].get("objective") == "sft":
+    if ARMS[arm]["objective"] == "sft":
         c.train.update(batch=BATCH[task], lr=5e-5, schedule="cosine", warmup=0.03)
     else:
         c.train.update(batch=32, lr=5e-6)

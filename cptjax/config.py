@@ -197,7 +197,7 @@ def resolve_stages(config: ConfigDict) -> list[Stage]:
     """Return the run's stages, each with its own complete config."""
     if not config.stages:
         raise ValueError(
-            "config.stages is empty; expected something like (dict(task='scienceqa', epochs=1), ...)"
+            "config.stages is empty; expected for example (dict(task='scienceqa', epochs=1), ...)"
         )
     return [
         _resolve_stage(config, number, dict(stage)) for number, stage in enumerate(config.stages, 1)

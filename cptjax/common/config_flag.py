@@ -30,7 +30,7 @@ STAGE_KEYS = ("task", "steps", "epochs")  # settings of a stage alone
 def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     """Define `--config=configs/X.py[:argument]` and `--config.section.key=value`.
 
-    A config file may import others from the repository's root, as in `from configs.base import ...`.
+    A config file may import others from the repository's root: `from configs.base import METHODS`.
     """
     sys.path.insert(0, str(REPOSITORY_ROOT))
     parsers = {

@@ -1,8 +1,8 @@
 """Record the metrics of a run in files that only grow, and read evals.csv back.
 
-These files are metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl and predictions/stage{K}.jsonl of the
-workdir. A checkpoint stores `RunLog.positions()`; `RunLog.rewind(positions)` removes what a killed run
-wrote after its last checkpoint.
+These files of the workdir are metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl and
+predictions/stage{K}.jsonl. A checkpoint stores `RunLog.positions()`; `RunLog.rewind(positions)`
+removes what a killed run wrote after its last checkpoint.
 """
 
 import csv
@@ -43,8 +43,8 @@ APPEND_ONLY_FILES = (
     "rollouts/stage*.jsonl",
     "predictions/stage*.jsonl",
 )
-# What a line of metrics.jsonl says was spent since the line before: seconds, generated tokens, tokens
-# trained on without padding, responses, floating-point operations.
+# What was spent since the line of metrics.jsonl before: seconds, generated tokens, tokens trained on
+# (without padding), responses, floating-point operations.
 COST_KEYS = ("seconds", "tokens", "trained", "rollouts", "flops")
 
 
