@@ -1,4 +1,4 @@
-"""Tiny versions of any config: the tiny model with one layer, text tasks drawn from a seed, a coin as scorer, no files but the log."""
+"""Tiny versions of any config: a one-layer model, generated text tasks, a coin as scorer, no checkpoints."""
 
 import contextlib
 import dataclasses
@@ -8,11 +8,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from configs import base
 from cptjax import sharding
 from cptjax.common.files import read_jsonl
 from cptjax.config import resolve_stages
@@ -22,13 +24,14 @@ from cptjax.continual.open_run import Run
 from cptjax.models import load, trainable
 from cptjax.models.config import PRESETS
 from cptjax.training import build, train_step, validate_config
+from cptjax.types import Params, TrainState
 
 MAKE_MESH = sharding.make_mesh
 SMALL = dataclasses.replace(
     PRESETS["tiny"],
     text=dataclasses.replace(PRESETS["tiny"].text, depth=1, mlp=64),
     vision=dataclasses.replace(PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
-    eos=(2, 0, *range(40, 320, 4)),  # so that a random model often ends its answer
+    eos=(2, 0, *range(40, 320, 4)),  # so that a random model often ends its response
 )
 
 
@@ -37,7 +40,7 @@ def coin(prediction: str, answer: Any, meta: Any = None) -> float:
     return float(zlib.crc32(prediction.encode()) % 2)
 
 
-class Unsaved:
+class UnsavedCheckpoints:
     """Checkpoints that are never written."""
 
     def __init__(self, *_: Any, **__: Any):
@@ -50,7 +53,7 @@ class Unsaved:
         self.kept.append(what)
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Nothing is being saved."""
 
     close = wait
 
@@ -63,7 +66,7 @@ def tiny(
     family: str = "arithmetic",
     **tasks: Any,
 ) -> ConfigDict:
-    """The config with everything small; its method stays."""
+    """Return the config with everything small and its method unchanged."""
     c = ConfigDict(config.to_dict())
     with c.unlocked(), c.ignore_type():
         names = dict.fromkeys(
@@ -101,36 +104,34 @@ def tiny(
     return c
 
 
+def method_config(
+    name: str, steps: int = 2, stages: int = 1, batch: int = 4, **sections: dict[str, Any]
+) -> ConfigDict:
+    """Return a tiny config of a method on text tasks first and second, with changed settings by section."""
+    c = base.get_config()
+    c.stages = tuple(dict(task=task, steps=steps) for task in ("first", "second")[:stages])
+    c.method.update(base.METHODS[name])
+    c = tiny(c, steps=steps, stages=stages, batch=batch)
+    for section, values in sections.items():
+        c[section].update(values)
+    return c
+
+
 @contextlib.contextmanager
-def opened(
+def open_tiny_run(
     config: ConfigDict, workdir: Path, model: Any = SMALL
 ) -> Iterator[tuple[Run, ModelState]]:
-    """A run without checkpoints, and its base model, on as many devices as the mesh names, on one where it names none."""
+    """Open a run without checkpoints, with its base model, on the devices that the mesh names, or on one."""
     with contextlib.ExitStack() as stack:
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
-        patched(stack, sharding, "make_mesh", lambda **_: some())
-        patched(stack, open_run, "Checkpoints", Unsaved)
-        stack.enter_context(contextlib.closing(_Presets(model)))
+        stack.enter_context(mock.patch.object(sharding, "make_mesh", lambda **_: some()))
+        stack.enter_context(mock.patch.object(open_run, "Checkpoints", UnsavedCheckpoints))
+        stack.enter_context(mock.patch.dict(PRESETS, tiny=model))
         run = open_run.open_run(config, workdir)
         stack.callback(run.sandbox.close)
         stack.callback(run.files.log.close)
         yield run, ModelState(restore_stage_params(config, run.model_ctx, None, 0))
-
-
-def patched(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    stack.callback(setattr, owner, name, before)
-
-
-class _Presets:
-    def __init__(self, model: Any):
-        self.before = PRESETS["tiny"]
-        PRESETS["tiny"] = model
-
-    def close(self) -> None:
-        PRESETS["tiny"] = self.before
 
 
 def train_all_stages(
@@ -139,40 +140,42 @@ def train_all_stages(
     """Train every stage in turn; return the run, the last model, and the lines of metrics.jsonl."""
     for stage in resolve_stages(config):
         validate_config.validate_stage(stage)
-    with opened(config, workdir, model) as (run, model_state):
+    with open_tiny_run(config, workdir, model) as (run, model_state):
         for stage in run.stages:
             model_state = train_stage.train_stage(run, stage, model_state)
     return run, model_state, read_jsonl(workdir / "metrics.jsonl")
 
 
 @dataclasses.dataclass
-class Desk:
-    """A stage in the middle: everything that `learning.learn` makes before its loop."""
+class PreparedStage:
+    """A stage with everything that `train_stage` builds before its loop."""
 
     run: Run
-    ctx: Any
-    state: Any
-    frozen: Any
-    steps: Any
-    extra: Any
+    ctx: Any  # a StageContext; tests use its optional parts
+    state: TrainState
+    frozen: Params
+    programs: train_step.StepPrograms
+    penalty_arrays: Any
 
     @property
-    def params(self) -> Any:
+    def params(self) -> Params:
         return trainable.join_params(self.state.params, self.frozen)
 
-    def update(self, batches: list, lr: float = 1e-3) -> tuple[Any, dict[str, float]]:
-        """One update on copies: the desk's own state is kept."""
+    def update(self, batches: list, lr: float = 1e-3) -> tuple[TrainState, dict[str, float]]:
+        """Take one update on copies; the state of the stage does not change."""
         with jax.set_mesh(self.run.model_ctx.mesh):
-            state, metrics = self.steps.run(
-                jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.extra
+            state, metrics = self.programs.run(
+                jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.penalty_arrays
             )
         return state, {k: v.value for k, v in jax.device_get(metrics).items()}
 
 
 @contextlib.contextmanager
-def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL) -> Iterator[Desk]:
-    """Stage `number` of a tiny config, about to start."""
-    with opened(config, workdir, model) as (run, model_state):
+def prepare_stage(
+    config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL
+) -> Iterator[PreparedStage]:
+    """Prepare stage `number` of a tiny config for its first step."""
+    with open_tiny_run(config, workdir, model) as (run, model_state):
         stage = run.stages[number - 1]
         validate_config.validate_stage(stage)
         trained, frozen = split_trained(config, model_state.params)
@@ -182,8 +185,8 @@ def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL)
             stage.config, load.declare_model_params(stage.config.model, run.model_ctx.cfg)
         )
         state = train_step.init_state(opt, trained, run.model_ctx.mesh)
-        penalty, extra = reference_models.make_penalty(run, stage, start, None)
-        steps = train_step.make_step_programs(
+        penalty, penalty_arrays = reference_models.make_penalty(run, stage, start, None)
+        programs = train_step.make_step_programs(
             run.model_ctx.cfg,
             build.objective_from_config(stage.config),
             opt,
@@ -191,4 +194,4 @@ def desk(config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL)
             run.model_ctx.dtype,
             penalty,
         )
-        yield Desk(run, ctx, state, frozen, steps, extra)
+        yield PreparedStage(run, ctx, state, frozen, programs, penalty_arrays)

@@ -319,7 +319,7 @@ WRONG = {
     "advantage": (dict(advantage="gpo"), {}, "grpo, dr_grpo"),
     "ratio": (dict(ratio="gspo"), {}, "none, token, sequence, cispo"),
     "source": (dict(source="golden"), {}, "gold, rollouts, self, corpus"),
-    "objective of a source": (dict(source="gold"), {}, "does not learn from source='gold'"),
+    "objective of a source": (dict(source="gold"), {}, "does not train on source='gold'"),
     "corpus": (dict(source="corpus", objective="sft"), {}, "needs method.corpus"),
     "corpus answers": (dict(corpus_answer="mine"), {}, "own, gold"),
     "refresh": (dict(refresh="daily"), {}, "never, epoch or a number"),
@@ -345,12 +345,12 @@ WRONG = {
     "filter without samples": (
         dict(filter=dict(name="window")),
         {},
-        "at least 1 answers per prompt",
+        "at least 1 responses per prompt",
     ),
     "filter with another's window": (
         dict(filter=dict(name="zero_variance", samples=4, lo=1, hi=4)),
         {},
-        "stands for lo=1, hi=3",
+        "means lo=1, hi=3",
     ),
     "filter like a run": (
         dict(filter=dict(name="random", like="runs/rif", samples=4)),

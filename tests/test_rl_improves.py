@@ -76,7 +76,7 @@ def config():
 
 @pytest.mark.slow
 def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path, monkeypatch):
-    with stage_fixtures.opened(config(), tmp_path, PRESETS["tiny"]) as (run, base):
+    with stage_fixtures.open_tiny_run(config(), tmp_path, PRESETS["tiny"]) as (run, base):
 
         def score(params) -> float:
             result = stage_evaluation.evaluate_with_template(

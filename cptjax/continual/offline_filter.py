@@ -36,13 +36,13 @@ def filter_prompts(
     for name, examples in zip(stage.tasks, sources, strict=True):
         path = filter_path(run.files.workdir, stage, name)
         cache = SamplingCache(path, stage, builder.model_ctx.mesh)
-        if not cache.made():
+        if not cache.is_complete():
             rows, spent = decide_prompts(stage, builder, params, name, examples, cache)
             if distributed.is_main_process():
-                sampling_cache.write_sampling_cost(path, spent, cache.mark, cache.seconds)
+                sampling_cache.write_sampling_cost(path, spent, cache.fingerprint, cache.seconds)
                 files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
         distributed.gather_objects(True)  # the file is written before any process reads it
-        cache.clear()
+        cache.discard()
         rows = files.read_jsonl(path)
         metrics = filter_metrics(rows)
         print_filter(stage, name, metrics, len(rows))

@@ -9,8 +9,8 @@ import numpy as np
 from cptjax.common import distributed
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, smallest_bucket
 from cptjax.data.model_context import ModelContext, gather_batch_shape
-from cptjax.sharding import place_batch
-from cptjax.types import Batch
+from cptjax.sharding import place_batch, place_rows
+from cptjax.types import Batch, Prompts
 
 MIN_RESPONSE_BUCKET = 8  # tokens of the shortest bucket of answers
 
@@ -57,7 +57,6 @@ def conversation_batch(
     *,
     rows: int,
     pack: bool = False,
-    extra: dict[str, Any] | None = None,
 ) -> Batch:
     """Conversations whose assistant turns are learned: plain rows, or several in a row with `pack`."""
     prompts, mask = collate_rows(
@@ -85,7 +84,7 @@ def conversation_batch(
         )
         segments[row, : len(at)] = prompts.segments[row, at]
     return place_batch(
-        Batch(prompts, targets, keep, where, {"segments": segments, **(extra or {})}),
+        Batch(prompts, targets, keep, where, {"segments": segments}),
         model_ctx.mesh,
     )
 
@@ -105,30 +104,15 @@ def response_bucket(mask: np.ndarray, longest: int) -> int:
 
 def group_batch(
     model_ctx: ModelContext,
-    encoded: Sequence[EncodedConversation],
+    prompts: Prompts,
     tokens: np.ndarray,
     mask: np.ndarray,
     *,
     length: int,
     extra: dict[str, Any],
 ) -> Batch:
-    """Q prompts and their Q * G answers, cut to `length` tokens; `extra` arrays of tokens are cut as well."""
-    prompts, _ = collate_rows(
-        list(encoded),
-        buckets=model_ctx.buckets,
-        side="left",
-        shards=model_ctx.shards,
-        rows=len(encoded),
-        agree=gather_batch_shape,
-    )
+    """Build a batch of Q prompts on the mesh and their Q * G responses, cut to `length` tokens; `extra` arrays of tokens are cut as well."""
     cut = lambda x: np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)
-    return place_batch(
-        Batch(
-            prompts,
-            cut(tokens),
-            cut(mask).astype(bool),
-            None,
-            {k: cut(v) for k, v in extra.items()},
-        ),
-        model_ctx.mesh,
-    )
+    arrays = (cut(tokens), cut(mask).astype(bool), {k: cut(v) for k, v in extra.items()})
+    targets, mask, extra = place_rows(arrays, model_ctx.mesh)
+    return Batch(prompts, targets, mask, None, extra)

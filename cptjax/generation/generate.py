@@ -11,7 +11,7 @@ from cptjax.data.collate import EncodedConversation
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import rollout_weights, sampler
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.types import Params
+from cptjax.types import Params, Prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,24 @@ def sample_responses(
 
     rows: the number of each prompt in the whole run, from which its randomness is derived. limits: tokens at most, per prompt.
     """
+    prompts = model_ctx.prompts(encoded)
+    return sample_from_prompts(model_ctx, weights, prompts, key, rows, sampling, limits)
+
+
+def sample_from_prompts(
+    model_ctx: ModelContext,
+    weights: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    rows: np.ndarray,
+    sampling: SamplingConfig,
+    limits: np.ndarray | None = None,
+) -> Samples:
+    """Sample responses to left-padded prompts that are on the mesh already; see `sample_responses`."""
     with jax.set_mesh(model_ctx.mesh):
         out = sampler.generate_rollouts(
             weights,
-            model_ctx.prompts(encoded),
+            prompts,
             key,
             model_ctx.cfg,
             sampling,

@@ -1,7 +1,9 @@
-"""A stage's config -> its objective, sampling, optimizer and batch builder."""
+"""The objective, the optimizer and the batch builder of a stage, built from its config."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from cptjax import sharding
 from cptjax.config import Stage
@@ -32,39 +34,38 @@ def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
     )
 
 
-def objective_from_config(config: Any) -> Objective:
+def objective_from_config(config: ConfigDict) -> Objective:
     """Build the objective of a stage."""
     return Objective(LossConfig.from_config(config))
 
 
-def optimizer_from_config(config: Any, declared: Params) -> Optimizer:
+def optimizer_from_config(config: ConfigDict, declared: Params) -> Optimizer:
     """Build the optimizer of a stage for its declared parameters."""
     return make_optimizer(OptimizerConfig.from_config(config.train), declared)
 
 
 def scoring_program_from_config(
-    cfg: ModelConfig, dtype: Any, config: Any
+    cfg: ModelConfig, dtype: Any, config: ConfigDict
 ) -> Callable[[Params, Batch], Array]:
-    """Build the program of log-probabilities; a policy is scored at the temperature of its rollouts."""
-    temperature = config.rollout.temperature if config.method.objective == "policy" else 1.0
-    return make_scoring_program(cfg, dtype, config.train.chunk, temperature)
+    """Build the program of log-probabilities; a policy is scored at its rollouts' temperature."""
+    loss = LossConfig.from_config(config)
+    return make_scoring_program(cfg, dtype, loss.chunk, loss.temperature)
 
 
 def batch_builder_from_config(
-    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: Any
+    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: ConfigDict
 ) -> BatchBuilder:
+    """Build the batch builder of a stage; refuse sampling slots that the mesh does not divide."""
     sampling = rollout_sampling(config)
     sampling.check_batch_shards(sharding.batch_shards(model_ctx.mesh))
-    logps = scoring_program_from_config(model_ctx.cfg, model_ctx.dtype, config)
-    pack = config.data.pack and config.method.objective in ("sft", "eaft")
     return BatchBuilder(
-        model_ctx,
-        prompted_tasks,
-        sampling,
-        config.method,
-        LossConfig.from_config(config),
-        config.train.batch,
-        config.train.micro_batch,
-        pack,
-        logps,
+        model_ctx=model_ctx,
+        prompted_tasks=prompted_tasks,
+        sampling=sampling,
+        method=config.method,
+        loss=LossConfig.from_config(config),
+        batch_size=config.train.batch,
+        micro_batch=config.train.micro_batch,
+        pack=config.data.pack and config.method.objective in ("sft", "eaft"),
+        score=scoring_program_from_config(model_ctx.cfg, model_ctx.dtype, config),
     )

@@ -1,124 +1,147 @@
-"""Responses to train on from another run's rollouts file: matched to the stage's rows, checked, graded or relabelled."""
+"""Responses of another run's rollouts file as training data: matched, checked, graded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cptjax.common import console, files
+from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
+from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.rewards import is_correct
 from cptjax.training import rollouts
-from cptjax.training.stage_context import StageContext
+from cptjax.types import Example
 
 CORPUS_ANSWERS = ("own", "gold")
 
-
 RowResponse = tuple[int, int, str]  # source, row, response
+PromptedTasks = Mapping[str, PromptedTask]
 
 
-def _conversation(ctx: StageContext, source: int, row: int, response: str) -> list[dict[str, Any]]:
-    example = ctx.sources[source][row]
-    return [
-        *ctx.builder.prompted_tasks[example.task].build_prompt(example),
-        {"role": "assistant", "content": response},
-    ]
+def load_corpus(
+    method: Any,
+    sources: Sequence[Sequence[Example]],
+    prompted_tasks: PromptedTasks,
+    model_ctx: ModelContext,
+) -> list[RowResponse]:
+    """Load the responses of `method.corpus` to the rows of a stage.
 
-
-def load_corpus(ctx: StageContext) -> list[RowResponse]:
-    path, gold = Path(ctx.config.method.corpus), ctx.config.method.corpus_answer == "gold"
+    `model_ctx` is that of rows with their responses.
+    """
+    path = Path(method.corpus)
     if not path.is_file():
         raise ValueError(
-            f"method.corpus={str(path)!r} does not exist; expected the rollouts/*.jsonl of another run"
+            f"method.corpus={str(path)!r} does not exist; expected the rollouts/*.jsonl of another "
+            "run"
         )
-    rows = _check_keys(files.read_jsonl(path), str(path))
-    with console.progress_bar(
-        "match the corpus to its rows", total=sum(map(len, ctx.sources))
-    ) as bar:
-        places = {}
-        for s, source in enumerate(ctx.sources):
+    lines = files.read_jsonl(path)
+    if not lines or {"id", "response"} - lines[0].keys():
+        got = f"the keys {', '.join(lines[0])}" if lines else "no lines"
+        raise ValueError(
+            f"method.corpus={str(path)!r}: expected lines with id, response and, where known, "
+            f"rewards; got {got}"
+        )
+    places = {}
+    with console.progress_bar("match the corpus to its rows", total=sum(map(len, sources))) as bar:
+        for s, source in enumerate(sources):
             for row in range(len(source)):
                 places[source[row].id] = (s, row)
                 bar.advance()
-    lost = [r["id"] for r in rows if r["id"] not in places]
-    if lost:
+    unknown = [line["id"] for line in lines if line["id"] not in places]
+    if unknown:
         raise ValueError(
-            f"method.corpus={str(path)!r}: {len(lost)} of its ids are not in the stage's data, the first {lost[0]!r}"
+            f"method.corpus={str(path)!r}: {len(unknown)} of its ids are not in the stage's data, "
+            f"the first {unknown[0]!r}"
         )
-    chosen = [(*places[r["id"]], r["response"]) for r in rows]
-    pairs = (
-        [(s, i, _relabel(ctx, s, i, text)) for s, i, text in chosen]
-        if gold
-        else _correct_responses(ctx, rows, chosen)
-    )
+    responses = [(*places[line["id"]], line["response"]) for line in lines]
+    if method.corpus_answer == "gold":
+        pairs = [
+            (s, row, _put_gold_answer(prompted_tasks, sources[s][row], text))
+            for s, row, text in responses
+        ]
+    else:
+        pairs = _correct_responses(path, lines, responses, sources, prompted_tasks)
     pairs = list(dict.fromkeys(pairs))
     if not pairs:
         raise ValueError(
-            f"method.corpus={str(path)!r}: none of its {len(rows)} answers is correct; there is nothing to learn from"
+            f"method.corpus={str(path)!r}: none of its {len(lines)} responses is correct; there is "
+            "nothing to train on"
         )
-    console.print_message(f"{path}: {len(pairs)} answers of {len(rows)} to learn from")
-    _check_lengths(ctx, pairs)
+    console.print_message(f"{path}: {len(pairs)} of {len(lines)} responses to train on")
+    _check_lengths(path, pairs, sources, prompted_tasks, model_ctx)
     return pairs
 
 
-def _check_lengths(ctx: StageContext, pairs: Sequence[RowResponse]) -> None:
-    """Refuse answers that are too long, before the first step."""
-    model_ctx, t = ctx.builder.training_ctx, ctx.builder
-    with console.progress_bar("measure the corpus", total=len(pairs)) as bar:
-        for pair in pairs:
-            tokens = model_ctx.processor.measure(_conversation(ctx, *pair))[0]
-            if tokens > max(model_ctx.buckets):
-                raise ValueError(
-                    f"method.corpus={t.method.corpus!r}: {ctx.sources[pair[0]][pair[1]].id} with its answer has {tokens} tokens, over "
-                    f"the {max(model_ctx.buckets)} of a prompt and rollout.max_new_tokens={t.sampling.max_new_tokens}: raise that, or drop the row"
-                )
-            bar.advance()
-
-
-def _check_keys(rows: Sequence[dict[str, Any]], where: str) -> Sequence[dict[str, Any]]:
-    if not rows or {"id", "response"} - rows[0].keys():
-        came = "no lines" if not rows else f"the keys {', '.join(rows[0])}"
-        raise ValueError(
-            f"method.corpus={where!r}: expected lines with id, response and, where known, rewards; got {came}"
-        )
-    return rows
-
-
 def _correct_responses(
-    ctx: StageContext, rows: Sequence[dict[str, Any]], chosen: Sequence[RowResponse]
+    path: Path,
+    lines: Sequence[dict[str, Any]],
+    responses: Sequence[RowResponse],
+    sources: Sequence[Sequence[Example]],
+    prompted_tasks: PromptedTasks,
 ) -> list[RowResponse]:
-    """The correct answers that came to their end: by the rewards that the file holds, else by the task's own."""
-    whole = [i for i, r in enumerate(rows) if r.get("finished") is not False]
-    if len(whole) < len(rows):
+    """Return the correct responses that ended within their limit.
+
+    The file's rewards decide where it has them, else the task's reward.
+    """
+    finished = [i for i, line in enumerate(lines) if line.get("finished") is not False]
+    if len(finished) < len(lines):
         console.print_message(
-            f"{ctx.config.method.corpus}: {len(rows) - len(whole)} of {len(rows)} answers met their length limit and are left out"
+            f"{path}: {len(lines) - len(finished)} of {len(lines)} responses met their length "
+            "limit and are left out"
         )
-    rows, chosen = [rows[i] for i in whole], [chosen[i] for i in whole]
-    known = [
-        r.get("rewards") or ({"reward": r["reward"]} if r.get("reward") is not None else None)
-        for r in rows
-    ]
-    todo = [i for i, parts in enumerate(known) if parts is None]
-    items = [EncodedExample(ctx.sources[chosen[i][0]][chosen[i][1]], None) for i in todo]
-    for i, parts in zip(
-        todo,
-        rollouts.grade_responses(ctx.builder, items, [chosen[i][2] for i in todo]) if todo else [],
-        strict=True,
-    ):
-        known[i] = parts
-    return [pair for pair, parts in zip(chosen, known, strict=True) if is_correct(parts)]
+    rewards: dict[int, dict[str, float]] = {}
+    ungraded = []
+    for i in finished:
+        if lines[i].get("rewards"):
+            rewards[i] = lines[i]["rewards"]
+        elif lines[i].get("reward") is not None:
+            rewards[i] = {"reward": lines[i]["reward"]}
+        else:
+            ungraded.append(i)
+    if ungraded:
+        places = [responses[i] for i in ungraded]
+        items = [EncodedExample(sources[source][row], None) for source, row, _ in places]
+        texts = [text for _, _, text in places]
+        graded = rollouts.grade_responses(prompted_tasks, items, texts)
+        rewards |= dict(zip(ungraded, graded, strict=True))
+    return [responses[i] for i in finished if is_correct(rewards[i])]
 
 
-def _relabel(ctx: StageContext, source: int, row: int, response: str) -> str:
-    """A response up to its answer, and then the correct one; without an answer of the template's form it stays whole before it."""
-    example = ctx.sources[source][row]
-    form = ctx.builder.prompted_tasks[example.task].template
-    opening = {"boxed": "\\boxed{", "answer_tag": "<answer>"}.get(form.extract)
+def _put_gold_answer(prompted_tasks: PromptedTasks, example: Example, response: str) -> str:
+    """Return the response up to its answer, or the whole of it, followed by the gold answer."""
+    template = prompted_tasks[example.task].template
+    opening = {"boxed": "\\boxed{", "answer_tag": "<answer>"}.get(template.extract)
     if opening is None:
         raise ValueError(
-            f"method.corpus_answer='gold' needs a boxed or tagged answer, which template {form.name!r} does not ask for"
+            "method.corpus_answer='gold' needs a boxed or tagged answer, which template "
+            f"{template.name!r} does not ask for"
         )
-    closing = {"boxed": "}", "answer_tag": "</answer>"}[form.extract]
-    before = (
-        response[: response.rfind(opening)] if opening in response else f"{response.rstrip()}\n"
-    )
+    closing = {"boxed": "}", "answer_tag": "</answer>"}[template.extract]
+    before = f"{response.rstrip()}\n"
+    if opening in response:
+        before = response[: response.rfind(opening)]
     return f"{before}{opening}{example.answer}{closing}"
+
+
+def _check_lengths(
+    path: Path,
+    pairs: Sequence[RowResponse],
+    sources: Sequence[Sequence[Example]],
+    prompted_tasks: PromptedTasks,
+    model_ctx: ModelContext,
+) -> None:
+    """Refuse responses that are too long, before the first step."""
+    limit = max(model_ctx.buckets)
+    with console.progress_bar("measure the corpus", total=len(pairs)) as bar:
+        for source, row, response in pairs:
+            example = sources[source][row]
+            prompt = prompted_tasks[example.task].build_prompt(example)
+            conversation = [*prompt, {"role": "assistant", "content": response}]
+            tokens = model_ctx.processor.measure(conversation)[0]
+            if tokens > limit:
+                raise ValueError(
+                    f"method.corpus={str(path)!r}: {example.id} with its response has {tokens} "
+                    f"tokens, over the {limit} of a prompt "
+                    "and rollout.max_new_tokens: raise rollout.max_new_tokens, or remove the row"
+                )
+            bar.advance()

@@ -1,4 +1,4 @@
-"""Answers that take long to draw, kept piece by piece beside the file that they will make: a killed run draws only what is missing."""
+"""A cache of sampled responses, part by part: a killed run samples only the missing parts."""
 
 import dataclasses
 import json
@@ -15,100 +15,98 @@ from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage, config_fingerprint
 from cptjax.data.cost import WorkCost
 
+# The sections of a config on which sampled responses depend.
+CACHE_SECTIONS = ("seed", "model", "tasks", "data", "method", "rewards", "rollout", "train")
 
-def write_sampling_cost(path: Path, spent: WorkCost, mark: str, seconds: float = 0.0) -> None:
-    """Puts the cost of drawn answers, and the mark of the settings they follow from, beside their file, before the file is written."""
-    files.write_json(
-        path.with_suffix(".cost.json"),
-        {**dataclasses.asdict(spent), "seconds": seconds, "mark": mark},
-    )
+
+def write_sampling_cost(path: Path, cost: WorkCost, fingerprint: str, seconds: float = 0.0) -> None:
+    """Write the cost of sampled responses and the fingerprint of their settings next to their file.
+
+    Call it before that file is written.
+    """
+    values = {**dataclasses.asdict(cost), "seconds": seconds, "fingerprint": fingerprint}
+    files.write_json(path.with_suffix(".cost.json"), values)
 
 
 def read_cost_file(path: Path) -> dict[str, Any]:
-    """What stands beside the file of drawn answers."""
+    """Read the values that `write_sampling_cost` has written."""
     return json.loads(path.with_suffix(".cost.json").read_text())
 
 
 def read_sampling_cost(path: Path) -> tuple[WorkCost, float]:
-    """Returns the cost of drawn answers, and the seconds it took."""
-    kept = read_cost_file(path)
-    return WorkCost(**{f.name: kept[f.name] for f in dataclasses.fields(WorkCost)}), kept["seconds"]
-
-
-CACHE_SECTIONS = (
-    "seed",
-    "model",
-    "tasks",
-    "data",
-    "method",
-    "rewards",
-    "rollout",
-    "train",
-)  # sections that drawn answers follow from
+    """Return the cost of sampled responses, and the seconds that the sampling took."""
+    values = read_cost_file(path)
+    cost = WorkCost(**{f.name: values[f.name] for f in dataclasses.fields(WorkCost)})
+    return cost, values["seconds"]
 
 
 def cache_fingerprint(stage: Stage) -> str:
-    """What decides the answers that a stage draws, in short."""
-    return f"{config_fingerprint(stage.config, CACHE_SECTIONS)} {stage.number} {stage.name} {stage.steps} {stage.epochs}"
+    """Return a short text that differs where a stage would sample other responses."""
+    settings = config_fingerprint(stage.config, CACHE_SECTIONS)
+    return f"{settings} {stage.number} {stage.name} {stage.steps} {stage.epochs}"
 
 
 class SamplingCache:
-    """The pieces of one file. Each process keeps its own, and a run goes on from what all of them have."""
+    """The parts of one file of sampled responses.
+
+    Each process stores its own parts; a resumed run continues after the parts that all processes
+    have.
+    """
 
     def __init__(self, path: Path, stage: Stage, mesh: Mesh, stopping: Callable[[], bool] = bool):
-        self.path, self.stopping, self.mark = path, stopping, cache_fingerprint(stage)
-        self.file = path.with_name(f".{path.name}.draft{jax.process_index()}")
-        self.of = {
-            "mark": self.mark,
+        self.path = path
+        self.stopping = stopping
+        self.fingerprint = cache_fingerprint(stage)
+        self.seconds = 0.0  # that sampling all parts took
+        self._file = path.with_name(f".{path.name}.partial{jax.process_index()}")
+        self._header = {
+            "fingerprint": self.fingerprint,
             "processes": jax.process_count(),
             "mesh": list(mesh.devices.shape),
         }
-        self.kept: list[dict[str, Any]] = []
-        self.lines: files.LineFile | None = None
-        self.seconds = 0.0  # that the pieces took
+        self._stored: list[dict[str, Any]] = []
+        self._lines: files.LineFile | None = None
 
-    def made(self) -> bool:
-        """Whether the file is there, as the first process sees it; one that another config's stage drew is taken away."""
+    def is_complete(self) -> bool:
+        """Return whether the main process sees the file; remove a file of other settings first."""
         if (
             distributed.is_main_process()
             and self.path.exists()
-            and read_cost_file(self.path).get("mark") != self.mark
+            and read_cost_file(self.path).get("fingerprint") != self.fingerprint
         ):
             self.path.unlink()
         return distributed.gather_objects(self.path.exists())[0]
 
-    def piece(self, draw: Callable[[], tuple[list, WorkCost]]) -> tuple[list, WorkCost]:
-        """The next piece: as a killed run left it, or drawn now."""
-        if self.lines is None:
+    def next_part(self, sample: Callable[[], tuple[list, WorkCost]]) -> tuple[list, WorkCost]:
+        """Return the next part: the stored one of a killed run, or a new one from `sample`."""
+        if self._lines is None:
             self._open()
-        if self.kept:
-            row = self.kept.pop(0)
+        if self._stored:
+            row = self._stored.pop(0)
         else:
             if self.stopping():
                 raise SamplingStopped
             began = time.perf_counter()
-            value, spent = draw()
+            value, cost = sample()
             row = {
                 "value": value,
-                "spent": dataclasses.asdict(spent),
+                "cost": dataclasses.asdict(cost),
                 "seconds": time.perf_counter() - began,
             }
-            self.lines.append(row)
+            self._lines.append(row)
         self.seconds += row["seconds"]
-        return row["value"], WorkCost(**row["spent"])
+        return row["value"], WorkCost(**row["cost"])
 
     def _open(self) -> None:
-        head, *rows = files.read_jsonl(self.file) or [None]
-        rows = rows if head == self.of else []
-        self.kept = rows[: min(distributed.gather_objects(len(rows)))]
-        files.write_text(
-            self.file,
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (self.of, *self.kept)),
-        )
-        self.lines = files.LineFile(self.file)
+        header, *rows = files.read_jsonl(self._file) or [None]
+        rows = rows if header == self._header else []
+        self._stored = rows[: min(distributed.gather_objects(len(rows)))]
+        lines = [json.dumps(row, ensure_ascii=False) for row in (self._header, *self._stored)]
+        files.write_text(self._file, "".join(f"{line}\n" for line in lines))
+        self._lines = files.LineFile(self._file)
 
-    def clear(self) -> None:
-        """The file is written: the pieces are needed no more."""
-        if self.lines is not None:
-            self.lines.close()
-        self.file.unlink(missing_ok=True)
+    def discard(self) -> None:
+        """Delete the parts; call it when the file is written."""
+        if self._lines is not None:
+            self._lines.close()
+        self._file.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Answers to imitate that are not in the data: the policy's own correct ones, drawn by windows of steps, or another run's.
+"""Self-SFT: windows of the policy's own correct responses, or those of a corpus.
 
-A window's answers are written to corpus/stage{K}_step{start}.jsonl before they are used, so that a resumed run learns from the same;
-beside them lies what drawing them cost (.cost.json) and where they came from (.source.json).
+The responses of a window are written to corpus/stage{K}_step{start}.jsonl before they are used, so
+that a resumed run trains on the same; next to that file are their sampling cost (.cost.json) and
+their origin (.source.json).
 """
 
 import dataclasses
@@ -32,144 +33,54 @@ from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Params
 
 
-def sample_correct_responses(
-    builder: BatchBuilder,
-    params: Params,
-    items: Sequence[EncodedExample],
-    samples: int,
-    key: jax.Array,
-    bar: Any,
-    cache: Any,
-    unfinished: bool = False,
-) -> tuple[list[tuple[int, str]], WorkCost]:
-    """(item, text) of the policy's own correct answers to these prompts, each device pass kept in `drafts`.
-
-    unfinished: also those that met the length limit.
-    """
-    share = rows_per_process(builder.model_ctx, builder.batch_size, 0, fill=True)
-    sampling = dataclasses.replace(builder.sampling, group=samples)
-    weights = generate.prepare_weights(builder.model_ctx, params, sampling)
-    found: list[tuple[int, str]] = []
-    spent = WorkCost()
-
-    def draw(p: slice) -> tuple[list[tuple[int, str]], WorkCost]:
-        here = list(items[p]) + [items[p.stop - 1]] * (share - (p.stop - p.start))
-        numbers = np.arange(p.start, p.start + share)
-        encoded = [i.encoded for i in here]
-        out = generate.sample_responses(builder.model_ctx, weights, encoded, key, numbers, sampling)
-        parts = grade_responses(builder, here, out.texts)
-        right = [
-            r
-            for r in range((p.stop - p.start) * samples)
-            if is_correct(parts[r]) and (unfinished or out.finished[r])
-        ]
-        cost = sampling_cost(builder.model_ctx.cfg, encoded, out.mask.sum(1).reshape(-1, samples))
-        return [(p.start + r // samples, out.texts[r]) for r in right], cost
-
-    for p in batch_slices(len(items), share):
-        right, cost = cache.piece(lambda p=p: draw(p))
-        found += [(i, text) for i, text in right]
-        spent += cost
-        bar.advance(p.stop - p.start, correct=len(found))
-    return found, spent
-
-
 def response_examples(
-    ctx: StageContext, params: Params, step: int
+    ctx: StageContext, params: Params | None, step: int
 ) -> tuple[list[EncodedExample], WorkCost]:
-    """Rows of a window's corpus for this step; the corpus is drawn when its window begins."""
-    t, window = ctx.builder, _window_steps(ctx)
+    """Return this process's conversations of a step; a window is sampled at its first step."""
+    window = _window_steps(ctx)
     start = step // window * window
-    pairs, spent = _window_responses(ctx, params, start, min(window, ctx.steps - start))
-    spent = spent if step == start else WorkCost()
+    pairs, cost = _window_responses(ctx, params, start, min(window, ctx.steps - start))
     rows = _step_responses(ctx, pairs, start, step)
-    mine = rows[batch_slices(len(rows), t.batch_size // jax.process_count())[jax.process_index()]]
-    return _encode_responses(ctx, mine), spent
+    share = batch_slices(len(rows), ctx.builder.batch_size // jax.process_count())
+    items = _encode_responses(ctx, rows[share[jax.process_index()]])
+    return items, cost if step == start else WorkCost()
 
 
-def _step_responses(
-    ctx: StageContext, pairs: list[RowResponse], start: int, step: int
-) -> list[RowResponse]:
-    """The step's answers: every position takes the next one of its lane, lap after lap in an order of the seed, so shares stay exact."""
-    order, batch = ctx.mixture, ctx.builder.batch_size
-    lists = [[p for p in pairs if p[0] in lane.sources] for lane in order.components]
-    if step == start and not all(lists):
-        empty = [
-            ctx.sources[lane.sources[0]][0].task
-            for lane, own in zip(order.components, lists, strict=True)
-            if not own
-        ]
-        console.print_warning(
-            f"stage {ctx.stage.number}: no correct answer in the lane of {', '.join(empty)}; until step {start + _window_steps(ctx)} "
-            "others take its rows: raise method.self_samples, or the steps of method.refresh"
-        )
-    lists, before = (
-        [own or pairs for own in lists],
-        component_counts(start * batch, order.remaining_shares),
-    )
-    found = []
-    for n in range(step * batch, (step + 1) * batch):
-        lane, k = component_at(n, order.remaining_shares)
-        lap, at = divmod(k - before[lane], len(lists[lane]))
-        found.append(
-            lists[lane][
-                permutation(len(lists[lane]), (ctx.seed, ctx.stage.number, start, lane, lap))[at]
-            ]
-        )
-    return found
-
-
-def _window_steps(ctx: StageContext) -> int:
-    """Steps that learn from the same answers."""
-    m = ctx.config.method
-    return (
-        {"never": ctx.steps, "epoch": ctx.mixture.steps(1)}.get(m.refresh) or int(m.refresh)
-        if m.source == "self"
-        else ctx.steps
-    )
-
-
-def needs_sampling(ctx: StageContext, step: int) -> bool:
-    """Whether the policy must answer before this step can learn."""
+def starts_window(ctx: StageContext, step: int) -> bool:
+    """Return whether the policy must sample before this step can train."""
     return ctx.config.method.source == "self" and step % _window_steps(ctx) == 0
 
 
-def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
-    model_ctx = ctx.builder.training_ctx
-    prompts = ctx.prompt_reader([RowRef(source, row) for source, row, _ in pairs])
-    answered = lambda prompt, text: model_ctx.processor.append_response(
-        prompt.encoded, text, limit=max(model_ctx.buckets)
-    )
-    return [
-        EncodedExample(p.example, answered(p, text), row)
-        for p, (_, row, text) in zip(prompts, pairs, strict=True)
-    ]
-
-
-@functools.lru_cache(maxsize=2)
-def _read_responses(path: Path) -> list[RowResponse]:
-    return [(r["source"], r["row"], r["response"]) for r in files.read_jsonl(path)]
+def _window_steps(ctx: StageContext) -> int:
+    """Return the number of steps that train on the same responses."""
+    method = ctx.config.method
+    if method.source != "self" or method.refresh == "never":
+        return ctx.steps
+    return ctx.mixture.steps(1) if method.refresh == "epoch" else int(method.refresh)
 
 
 def _window_responses(
-    ctx: StageContext, params: Params, start: int, steps: int
+    ctx: StageContext, params: Params | None, start: int, steps: int
 ) -> tuple[list[RowResponse], WorkCost]:
-    """A window's answers, and what drawing them cost; drawn now, or found as a killed run left them."""
+    """Return the responses of a window and their cost; sample them if no file has them."""
     path = ctx.workdir / "corpus" / f"stage{ctx.stage.number}_step{start}.jsonl"
     cache = SamplingCache(path, ctx.stage, ctx.builder.model_ctx.mesh, ctx.stopping)
-    if not cache.made():
-        foreign = ctx.config.method.source == "corpus"
-        pairs, spent = (
-            (load_corpus(ctx), WorkCost())
-            if foreign
-            else _sample_window(ctx, params, start, steps, cache)
-        )
-        total = sum(distributed.gather_objects(spent), WorkCost())
-        if distributed.is_main_process():
-            sampling_cache.write_sampling_cost(path, total, cache.mark)
-            files.write_json(
-                path.with_suffix(".source.json"), _provenance(ctx, start) | {"answers": len(pairs)}
+    if not cache.is_complete():
+        if ctx.config.method.source == "corpus":
+            builder = ctx.builder
+            pairs, cost = (
+                load_corpus(
+                    builder.method, ctx.sources, builder.prompted_tasks, builder.training_ctx
+                ),
+                WorkCost(),
             )
+        else:
+            pairs, cost = _sample_window(ctx, params, start, steps, cache)
+        total = sum(distributed.gather_objects(cost), WorkCost())
+        if distributed.is_main_process():
+            sampling_cache.write_sampling_cost(path, total, cache.fingerprint)
+            origin = _origin(ctx, start) | {"answers": len(pairs)}
+            files.write_json(path.with_suffix(".source.json"), origin)
             lines = [
                 {"source": s, "row": r, "id": ctx.sources[s][r].id, "response": text}
                 for s, r, text in pairs
@@ -177,23 +88,29 @@ def _window_responses(
             files.write_text(
                 path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             )
-        distributed.gather_objects(True)  # nobody reads before it is written
-        cache.clear()
+        distributed.gather_objects(True)  # no process reads the file before it is written
+        cache.discard()
         _read_responses.cache_clear()
-    # the file tells the cost of all processes, and a step adds up its processes' costs
-    return _read_responses(path), sampling_cache.read_sampling_cost(path)[
-        0
-    ] if distributed.is_main_process() else WorkCost()
+    # The file has the cost of all processes, and a step adds up the costs of its processes.
+    cost = WorkCost()
+    if distributed.is_main_process():
+        cost, _ = sampling_cache.read_sampling_cost(path)
+    return _read_responses(path), cost
 
 
-def _provenance(ctx: StageContext, start: int) -> dict[str, Any]:
-    """Where a window's answers come from: a file, or the policy after so many steps of a stage."""
-    m = ctx.config.method
-    if m.source == "self":
+@functools.lru_cache(maxsize=2)
+def _read_responses(path: Path) -> list[RowResponse]:
+    return [(line["source"], line["row"], line["response"]) for line in files.read_jsonl(path)]
+
+
+def _origin(ctx: StageContext, start: int) -> dict[str, Any]:
+    """Return where the responses of a window come from: a file, or the policy of a step."""
+    method = ctx.config.method
+    if method.source == "self":
         return {"policy": {"stage": ctx.stage.number, "step": start}}
-    text = Path(m.corpus).read_bytes()
+    text = Path(method.corpus).read_bytes()
     return {
-        "corpus": str(Path(m.corpus).resolve()),
+        "corpus": str(Path(method.corpus).resolve()),
         "sha256": hashlib.sha256(text).hexdigest(),
         "rows": text.count(b"\n"),
     }
@@ -202,33 +119,132 @@ def _provenance(ctx: StageContext, start: int) -> dict[str, Any]:
 def _sample_window(
     ctx: StageContext, params: Params, start: int, steps: int, cache: SamplingCache
 ) -> tuple[list[RowResponse], WorkCost]:
-    t, count = ctx.builder, jax.process_count()
-    places = dict.fromkeys(
-        (p.source, p.index) for step in range(start, start + steps) for p in ctx.mixture.rows(step)
-    )
-    mine = list(places)[jax.process_index() :: count]
-    mine += mine[-1:] * (-(-len(places) // count) - len(mine))
-    with console.progress_bar(f"own answers, stage {ctx.stage.number}", total=len(mine)) as bar:
-        items = ctx.prompt_reader([RowRef(*at) for at in mine])
-        right, spent = sample_correct_responses(
-            t, params, items, ctx.config.method.self_samples, ctx.step_key(start), bar, cache
-        )
-    ends = lambda i, text: (
-        len(items[i].encoded) + len(t.model_ctx.processor.ids(text)) + 2
-    )  # tokens, with the end of the turn and of its line
-    found = distributed.concat_lists(
-        distributed.gather_objects([(*mine[i], text, ends(i, text)) for i, text in right])
-    )
-    pairs = sorted({(*at, text) for *at, text, end in found if end <= max(t.training_ctx.buckets)})
+    """Sample responses to the prompts of a window.
+
+    Return the correct ones of all processes, and this process's cost.
+    """
+    builder, count = ctx.builder, jax.process_count()
+    rows = [row for step in range(start, start + steps) for row in ctx.mixture.rows(step)]
+    places = list(dict.fromkeys((row.source, row.index) for row in rows))
+    local = places[jax.process_index() :: count]
+    local += local[-1:] * (-(-len(places) // count) - len(local))
+    label = f"own responses, stage {ctx.stage.number}"
+    with console.progress_bar(label, total=len(local)) as bar:
+        items = ctx.prompt_reader([RowRef(*place) for place in local])
+        samples, key = ctx.config.method.self_samples, ctx.step_key(start)
+        correct, cost = sample_correct_responses(builder, params, items, samples, key, bar, cache)
+
+    # Encoded again, a text may have other tokens than those that were sampled; two more end the
+    # turn and its line.
+    ids = builder.model_ctx.processor.ids
+    measured = [
+        (*local[i], text, len(items[i].encoded) + len(ids(text)) + 2) for i, text in correct
+    ]
+    measured = distributed.concat_lists(distributed.gather_objects(measured))
+    limit = max(builder.training_ctx.buckets)
+    pairs = sorted({(*place, text) for *place, text, tokens in measured if tokens <= limit})
     if not pairs:
         raise ValueError(
-            f"none of the policy's own answers to {len(places)} prompts is correct; there is nothing to learn from"
+            f"none of the policy's own responses to {len(places)} prompts is correct; there is "
+            "nothing to train on"
         )
-    lost = sum(
-        end > max(t.training_ctx.buckets) for *_, end in found
-    )  # read again, a text may have other tokens than when it was sampled
-    more = f"; {lost} more were too long when read again" if lost else ""
+    too_long = sum(tokens > limit for *_, tokens in measured)
+    more = f"; {too_long} more are too long when encoded again" if too_long else ""
     console.print_message(
-        f"stage {ctx.stage.number}: {len(pairs)} correct own answers to {len(places)} prompts{more}"
+        f"stage {ctx.stage.number}: {len(pairs)} correct own responses to {len(places)} "
+        f"prompts{more}"
     )
-    return pairs, spent
+    return pairs, cost
+
+
+def sample_correct_responses(
+    builder: BatchBuilder,
+    params: Params,
+    items: Sequence[EncodedExample],
+    samples: int,
+    key: jax.Array,
+    bar: console.ProgressBar,
+    cache: SamplingCache,
+    unfinished: bool = False,
+) -> tuple[list[tuple[int, str]], WorkCost]:
+    """Sample responses to prompts; return (item, text) of the correct ones, and the cost.
+
+    Each device pass is a part of the cache.
+
+    unfinished: include responses that met the length limit.
+    """
+    model_ctx, sampling = builder.model_ctx, dataclasses.replace(builder.sampling, group=samples)
+    rows = rows_per_process(model_ctx, builder.batch_size, 0, fill=True)
+    weights = generate.prepare_weights(model_ctx, params, sampling)
+
+    def sample(p: slice) -> tuple[list[tuple[int, str]], WorkCost]:
+        count = p.stop - p.start
+        batch = [*items[p], *[items[p.stop - 1]] * (rows - count)]
+        encoded = [i.encoded for i in batch]
+        numbers = np.arange(p.start, p.start + rows)
+        out = generate.sample_responses(model_ctx, weights, encoded, key, numbers, sampling)
+        parts = grade_responses(builder.prompted_tasks, batch, out.texts)
+        correct = [
+            (p.start + r // samples, out.texts[r])
+            for r in range(count * samples)
+            if is_correct(parts[r]) and (unfinished or out.finished[r])
+        ]
+        lengths = out.mask.sum(1).reshape(-1, samples)
+        return correct, sampling_cost(model_ctx.cfg, encoded, lengths)
+
+    correct: list[tuple[int, str]] = []
+    total = WorkCost()
+    for p in batch_slices(len(items), rows):
+        part, cost = cache.next_part(functools.partial(sample, p))
+        correct += [(i, text) for i, text in part]
+        total += cost
+        bar.advance(p.stop - p.start, correct=len(correct))
+    return correct, total
+
+
+def _step_responses(
+    ctx: StageContext, pairs: list[RowResponse], start: int, step: int
+) -> list[RowResponse]:
+    """Return the responses of a step, over all processes.
+
+    Every position takes the next response of its mixture component, in an order of the seed that
+    changes with each pass over the component's responses: the components keep their exact shares.
+    """
+    mixture, batch = ctx.mixture, ctx.builder.batch_size
+    of_component = [[p for p in pairs if p[0] in c.sources] for c in mixture.components]
+    if step == start and not all(of_component):
+        empty = [
+            ctx.sources[component.sources[0]][0].task
+            for component, responses in zip(mixture.components, of_component, strict=True)
+            if not responses
+        ]
+        console.print_warning(
+            f"stage {ctx.stage.number}: no correct response to the prompts of {', '.join(empty)}; "
+            f"until step {start + _window_steps(ctx)} "
+            "other responses take their rows: raise method.self_samples, or the steps of "
+            "method.refresh"
+        )
+    of_component = [responses or pairs for responses in of_component]
+    before = component_counts(start * batch, mixture.remaining_shares)
+    out = []
+    for n in range(step * batch, (step + 1) * batch):
+        c, k = component_at(n, mixture.remaining_shares)
+        turn, at = divmod(k - before[c], len(of_component[c]))
+        order = permutation(len(of_component[c]), (ctx.seed, ctx.stage.number, start, c, turn))
+        out.append(of_component[c][order[at]])
+    return out
+
+
+def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
+    """Encode prompts with their responses; images are those of the prompts."""
+    model_ctx = ctx.builder.training_ctx
+    limit = max(model_ctx.buckets)
+    prompts = ctx.prompt_reader([RowRef(source, row) for source, row, _ in pairs])
+    return [
+        EncodedExample(
+            prompt.example,
+            model_ctx.processor.append_response(prompt.encoded, text, limit=limit),
+            row,
+        )
+        for prompt, (_, row, text) in zip(prompts, pairs, strict=True)
+    ]

@@ -1,12 +1,12 @@
-"""A stage ready to run: its rows, their order, its tutor, and the models it is compared with."""
+"""What a stage has ready: batch builder, data, their order, reference model and teacher."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from cptjax.config import Stage
 from cptjax.data.loader import BatchStream, LocalReader
@@ -19,11 +19,11 @@ from cptjax.types import Example, Params
 
 @dataclasses.dataclass
 class StageProgress:
-    """How far a stage has come: what a checkpoint stores beside the arrays."""
+    """How much of a stage is done; a checkpoint stores it next to the arrays."""
 
-    step: int = 0  # steps taken
+    step: int = 0
     batches_taken: int = 0  # from the stream; an online filter takes several a step
-    updates: int = 0  # optimiser updates
+    updates: int = 0  # of the optimizer
 
 
 @dataclasses.dataclass
@@ -39,35 +39,37 @@ class StageContext:
     workdir: Path
     reference: Params | None  # of the KL term
     teacher: Teacher | None
-    stopping: Callable[[], bool] = bool  # whether the run is to end before long work is begun
+    stopping: Callable[[], bool] = bool  # True = end the run before long work starts
 
     @property
-    def config(self) -> Any:
+    def config(self) -> ConfigDict:
         return self.stage.config
 
     def step_key(self, step: int) -> jax.Array:
-        """Randomness is a function of (seed, stage, step)."""
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(self.seed), self.stage.number), step
-        )
+        """Return the random key of a step, a function of (seed, stage, step)."""
+        key = jax.random.fold_in(jax.random.key(self.seed), self.stage.number)
+        return jax.random.fold_in(key, step)
 
     @functools.cached_property
     def prompt_reader(self) -> LocalReader:
-        """Prepares the prompts at some places: the answers drawn to them are learned from with the same pictures."""
-        model_ctx = self.builder.model_ctx
-        return LocalReader(
-            self.sources,
-            make_example_encoder(
-                model_ctx, self.builder.prompted_tasks, False, max(model_ctx.buckets)
-            ),
-        )
+        """Reads the prompts of given rows; their responses are trained on with the same images."""
+        builder = self.builder
+        limit = max(builder.model_ctx.buckets)
+        encode = make_example_encoder(builder.model_ctx, builder.prompted_tasks, False, limit)
+        return LocalReader(self.sources, encode)
 
     def open_stream(self, batches_taken: int) -> BatchStream:
-        d, model_ctx = self.config.data, self.builder.model_ctx
-        answered = self.config.method.source == "gold"
-        shard = (jax.process_index(), jax.process_count())
-        build = make_example_encoder(
-            model_ctx, self.builder.prompted_tasks, answered, max(model_ctx.buckets)
+        """Open the stream of the stage's batches behind those already taken."""
+        data, builder = self.config.data, self.builder
+        with_gold = self.config.method.source == "gold"
+        limit = max(builder.model_ctx.buckets)
+        encode = make_example_encoder(builder.model_ctx, builder.prompted_tasks, with_gold, limit)
+        return BatchStream(
+            self.mixture,
+            self.sources,
+            encode,
+            shard=(jax.process_index(), jax.process_count()),
+            step=batches_taken,
+            workers=data.workers,
+            prefetch=data.prefetch,
         )
-        more = dict(shard=shard, step=batches_taken, workers=d.workers, prefetch=d.prefetch)
-        return BatchStream(self.mixture, self.sources, build, **more)

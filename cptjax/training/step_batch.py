@@ -1,9 +1,10 @@
-"""What a step learns from: gold answers, own correct answers, another run's answers, or rollouts with rewards (`rollouts`).
+"""What one step trains on, and how conversations become its device batches.
 
-gold      row -> conversation with its target                                -> one update
-self      a window of rows -> own answers -> the correct ones                -> one update a step, cycling through them
-corpus    a rollouts/*.jsonl -> its correct answers                          -> one update
-rollouts  row -> prompt -> answers -> rewards -> advantages                  -> `updates_per_batch` updates
+source    rows -> responses                                                     updates of a step
+gold      row -> conversation with its gold answer                              one
+self      a window of rows -> the policy's correct responses, taken in turns    one
+corpus    a rollouts/*.jsonl -> its correct responses                           one
+rollouts  row -> prompt -> responses -> rewards -> advantages (`rollouts`)      `updates_per_batch` * `passes`
 """
 
 import dataclasses
@@ -18,13 +19,14 @@ from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
+from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.algorithms.losses import LossConfig
-from cptjax.types import Batch, Params
+from cptjax.types import Array, Batch, Params
 
 
 @dataclasses.dataclass
 class StepBatch:
-    """One step's learning: optimiser updates, each of some micro-batches; what to log; rows for the rollouts file."""
+    """What one step trains on: the micro-batches of each optimizer update, metrics and cost."""
 
     updates: Iterator[list[Batch]]
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -35,7 +37,7 @@ class StepBatch:
 
 @dataclasses.dataclass(frozen=True)
 class BatchBuilder:
-    """All that turning rows into lessons needs, beside the parameters."""
+    """How the batches of a stage are built; parameters are passed to each call."""
 
     model_ctx: ModelContext
     prompted_tasks: dict[str, PromptedTask]
@@ -43,48 +45,78 @@ class BatchBuilder:
     method: Any  # config.method of the stage
     loss: LossConfig
     batch_size: int  # prompts or conversations of a step, over all processes
-    micro_batch: int
-    pack: bool
-    score: Callable[[Params, Batch], jax.Array]  # [B A] of a batch's targets
+    micro_batch: int  # of these in a device pass; 0 = all
+    pack: bool  # several conversations in a row
+    score: Callable[[Params, Batch], Array]  # log-probabilities [B A] of a batch's targets
 
     @property
     def training_ctx(self) -> ModelContext:
-        """The runtime of rows to learn from."""
-        return self.model_ctx.longer(
-            extra_response_tokens(self.method, self.sampling.max_new_tokens)
-        )
+        """The model context of rows to train on, which may be longer than prompts."""
+        more = extra_response_tokens(self.method, self.sampling.max_new_tokens)
+        return self.model_ctx.longer(more)
 
-    def conversation_batches(self, items: Sequence[EncodedExample]) -> list[list[Batch]]:
-        """Conversations with their answers -> the micro-batches of one update."""
+    def conversation_batches(self, items: Sequence[EncodedExample]) -> list[Batch]:
+        """Build the micro-batches of one update from conversations with their responses."""
         rows = rows_per_process(self.model_ctx, self.batch_size, self.micro_batch, fill=True)
-        parts = [
-            items[p]
-            for p in batch_slices(
-                len(items), -(-(self.micro_batch or self.batch_size) // jax.process_count())
-            )
-        ]
+        share = -(-(self.micro_batch or self.batch_size) // jax.process_count())
         return [
-            [
-                conversation_batch(
-                    self.training_ctx, [i.encoded for i in part], rows=rows, pack=self.pack
-                )
-                for part in parts
-            ]
+            conversation_batch(
+                self.training_ctx, [i.encoded for i in items[part]], rows=rows, pack=self.pack
+            )
+            for part in batch_slices(len(items), share)
         ]
+
+    def score_batches(self, params: Params, batches: Sequence[Batch]) -> list[Array]:
+        """Compute the log-probabilities [B A] of each batch's targets; they stay on the device."""
+        return [self.score(params, batch) for batch in batches]
 
 
 def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
-    """Tokens by which a row to learn from may be longer than a prompt: a sampled response and the end of its line."""
+    """Return how much longer than a prompt a row may be: a response and the end of its turn."""
     return max_new_tokens + 1 if method.source in ("self", "corpus") else 0
 
 
-def sft_batch(
-    builder: BatchBuilder, items: Sequence[EncodedExample], forwards: int = 0
+def attach_arrays(batches: Sequence[Batch], **arrays: Sequence[Array]) -> list[Batch]:
+    """Return the batches with one more device array of each name in their `extra`."""
+    return [
+        batch.replace(extra=batch.extra | {name: parts[i] for name, parts in arrays.items()})
+        for i, batch in enumerate(batches)
+    ]
+
+
+def iterate_updates(
+    updates: Sequence[Sequence[Batch]],
+    teacher: Teacher | None = None,
+    seen: Sequence[Sequence[Batch]] | None = None,
+) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each update, with the states of a teacher on `seen`.
+
+    `seen` has other prompts to the same targets; None = the same batches.
+
+    The states [B A D] are large: those of an update are computed when the update is about to begin.
+    """
+    for batches, seen_batches in zip(updates, seen or updates, strict=True):
+        if teacher is None:
+            yield list(batches)
+        else:
+            states = [teacher.compute_states(batch) for batch in seen_batches]
+            yield attach_arrays(batches, **{name: [s[name] for s in states] for name in states[0]})
+
+
+def sft_step_batch(
+    builder: BatchBuilder,
+    items: Sequence[EncodedExample],
+    reference: Params | None = None,
+    teacher: Teacher | None = None,
 ) -> StepBatch:
-    """Conversations to imitate; `forwards` further models score them."""
+    """Build a step of SFT; the reference and the teacher score the same batches."""
+    batches = builder.conversation_batches(items)
+    if reference is not None:
+        batches = attach_arrays(batches, ref_logps=builder.score_batches(reference, batches))
+    forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
     work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)
     tokens = sum(len(i.encoded) for i in items)
     return StepBatch(
-        iter(builder.conversation_batches(items)),
-        cost=WorkCost(flops=(3 + forwards) * work, seen=tokens, trained=tokens),
+        iterate_updates([batches], teacher),
+        cost=WorkCost(flops=forwards * work, seen=tokens, trained=tokens),
     )

@@ -1,4 +1,9 @@
-"""One stage: its data, its programs, and the one training loop."""
+"""The training loop of a stage: build a step's batches, run its optimizer updates, report.
+
+SFT, corpus    next_step_batch -> sft_step_batch (`step_batch`) -> StepPrograms.run (`train_step`)
+self           the same, on the policy's own responses (`self_training`)
+RL             next_step_batch -> sample_rollouts -> rollout_step_batch (`rollouts`) -> StepPrograms.run for each update
+"""
 
 import concurrent.futures
 import time
@@ -6,149 +11,96 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cptjax.common import console, distributed
 from cptjax.common.signals import SamplingStopped
-from cptjax.data import cost
+from cptjax.config import Stage
 from cptjax.data.cost import WorkCost
 from cptjax.data.loader import BatchStream
 from cptjax.models import trainable
-from cptjax.training import rollouts, self_training, step_batch, train_step
-from cptjax.training.algorithms import optimizers
-from cptjax.training.algorithms.optimizers import ScheduleConfig
+from cptjax.training import rollouts, self_training, step_batch
+from cptjax.training.algorithms.optimizers import ScheduleConfig, learning_rates
 from cptjax.training.stage_context import StageContext, StageProgress
-from cptjax.training.step_batch import BatchBuilder, StepBatch
-from cptjax.types import Batch, Mean, Params, TrainState
+from cptjax.training.step_batch import StepBatch
+from cptjax.training.train_step import StepPrograms
+from cptjax.types import Mean, Params, TrainState
 
-MAX_MISMATCH = {
-    "float32": 1e-3,
-    "bfloat16": 0.05,
-}  # nats a token, between sampler and trainer, that rounding explains
-
-
-def next_step_batch(
-    ctx: StageContext, params: Params | None, stream: BatchStream | None, progress: StageProgress
-) -> StepBatch:
-    """What the next step learns from; takes its batches from the stream. Answers that are there need no parameters."""
-    t, m = ctx.builder, ctx.config.method
-    began, waited = time.perf_counter(), stream.waited if stream else 0.0
-    if m.source == "rollouts":
-        found = _next_rollout_batch(ctx, params, stream, progress)
-    else:
-        items, spent = (
-            (next(stream), WorkCost())
-            if stream is not None
-            else self_training.response_examples(ctx, params, progress.step)
-        )
-        found = step_batch.sft_batch(
-            t, items, int(ctx.reference is not None) + int(ctx.teacher is not None)
-        )
-        found.cost += spent
-    if m.penalty.name == "lwf":
-        found.updates = ([ctx.teacher.previous(b) for b in update] for update in found.updates)
-    if ctx.reference is not None and m.source != "rollouts":
-        found.updates = (
-            [_add_reference_logps(t, ctx.reference, b) for b in update] for update in found.updates
-        )
-    samples = m.source == "rollouts" or self_training.needs_sampling(ctx, progress.step)
-    found.metrics["seconds/data"] = (
-        (stream.waited if stream else 0.0) - waited if samples else time.perf_counter() - began
-    )
-    return found
-
-
-def _next_rollout_batch(
-    ctx: StageContext, params: Params, stream: BatchStream, progress: StageProgress
-) -> StepBatch:
-    t, step = ctx.builder, progress.step
-    if ctx.config.method.online_filter:
-        graded, info, turns = rollouts.sample_filtered_rollouts(
-            t, params, stream, ctx.step_key(step), progress.batches_taken * t.batch_size
-        )
-    else:
-        graded, info, turns = (
-            rollouts.sample_rollouts(
-                t, params, next(stream), ctx.step_key(step), progress.batches_taken * t.batch_size
-            ),
-            {},
-            1,
-        )
-    attach = ctx.teacher.attach if ctx.config.method.objective == "distill" else None
-    found = rollouts.rollout_step_batch(
-        t, params, graded, ctx.reference, step + 1, ctx.stage.number, attach
-    )
-    found.metrics |= info
-    found.batches_taken = turns
-    return found
-
-
-def _add_reference_logps(t: BatchBuilder, reference: Params, batch: Batch) -> Batch:
-    return batch.replace(extra=batch.extra | {"ref_logps": t.score(reference, batch)})
+# Nats a token between sampler and trainer that rounding explains, by compute type.
+MAX_MISMATCH = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 def train_loop(
     ctx: StageContext,
     state: TrainState,
     frozen: Params,
-    steps: train_step.StepPrograms,
+    programs: StepPrograms,
     progress: StageProgress,
-    extra: Any,
-    on_step: Callable[..., bool],
+    penalty_arrays: Any,
+    on_step: Callable[[TrainState, StageProgress, dict[str, float], list[dict[str, Any]]], bool],
 ) -> TrainState:
-    """The one training loop; `on_step` logs, saves, and says whether to go on. It ends early where drawing answers was stopped."""
-    c = ctx.config
-    stream = (
-        None if c.method.source in ("self", "corpus") else ctx.open_stream(progress.batches_taken)
-    )
+    """Train from `progress` to the last step; `on_step` logs, saves, and returns whether to go on.
+
+    The loop ends early where sampling was stopped. A batch that needs no sampling is built while
+    the device runs the step before it.
+    """
+    config = ctx.config
+    method = config.method
+    updates = ctx.steps * method.updates_per_batch * method.passes
+    rates = learning_rates(ScheduleConfig.from_config(config.train), updates)
+    stream = None
+    if method.source in ("gold", "rollouts"):
+        stream = ctx.open_stream(progress.batches_taken)
     watcher = concurrent.futures.ThreadPoolExecutor(1)
     ahead: StepBatch | None = None
     try:
         while progress.step < ctx.steps:
-            began, first = time.perf_counter(), not progress.updates
-            try:
-                found = ahead or next_step_batch(
-                    ctx, trainable.join_params(state.params, frozen), stream, progress
+            began, is_first = time.perf_counter(), progress.updates == 0
+            batch = ahead
+            if batch is None:
+                params = trainable.join_params(state.params, frozen)
+                try:
+                    batch = next_step_batch(ctx, params, stream, progress)
+                except SamplingStopped:
+                    break
+            progress.batches_taken += batch.batches_taken
+
+            updating = time.perf_counter()
+            pending: list[dict[str, Any]] = []  # metrics on the device: nothing waits for them yet
+            for micro_batches in batch.updates:
+                rate = rates[progress.updates]
+                state, update_metrics = programs.run(
+                    state, frozen, micro_batches, rate, penalty_arrays
                 )
-            except SamplingStopped:
-                break
-            progress.batches_taken += found.batches_taken
-            learning = time.perf_counter()
-            state, numbers = _run_updates(ctx, state, frozen, steps, progress, extra, found)
+                pending.append(update_metrics)
+                progress.updates += 1
             progress.step += 1
-            known = (
-                progress.step < ctx.steps
-                and c.method.source != "rollouts"
-                and not self_training.needs_sampling(ctx, progress.step)
-            )
+
             ahead = None
-            if known:
-                finished = watcher.submit(wait_until_ready, numbers)
-                ahead = next_step_batch(ctx, None, stream, progress)  # made while the device works
-                made = time.perf_counter()
-                ahead.metrics["seconds/data"] = max(
-                    0.0, made - finished.result()
-                )  # as long as the device waited for it
-            metrics = fetch_metrics(numbers)
+            if progress.step < ctx.steps and not needs_sampling(ctx, progress.step):
+                finished = watcher.submit(wait_until_ready, pending)
+                ahead = next_step_batch(ctx, None, stream, progress)
+                # The time that the device had to wait for this batch.
+                ahead.metrics["seconds/data"] = max(0.0, time.perf_counter() - finished.result())
+            fetched = fetch_metrics(pending)
             if ctx.teacher is not None:
                 ctx.teacher.follow(state.params)
-            if first and c.method.objective == "policy":
-                warn_of_mismatch(metrics[0], ctx)
-            check_skipped_steps(state, c.train.max_skipped)
+            if is_first and method.objective == "policy":
+                warn_of_mismatch(fetched[0], ctx.stage)
+            check_skipped_steps(state, config.train.max_skipped)
+
             ended = time.perf_counter()
-            seconds = {
-                "seconds": ended - began,
-                "seconds/batch": learning - began,
-                "seconds/update": ended - learning,
-            }
-            info = (
-                found.metrics
-                | merge_update_metrics(metrics)
-                | seconds
-                | cost_metrics(found.cost, ended - began)
+            metrics = (
+                batch.metrics
+                | merge_update_metrics(fetched)
+                | cost_metrics(batch.cost, ended - began)
+                | {
+                    "seconds": ended - began,
+                    "seconds/batch": updating - began,
+                    "seconds/update": ended - updating,
+                }
             )
-            if not on_step(state, progress, info, found.rollout_rows):
+            if not on_step(state, progress, metrics, batch.rollout_rows):
                 break
     finally:
         watcher.shutdown(wait=False)
@@ -157,55 +109,75 @@ def train_loop(
     return state
 
 
-def _run_updates(
-    ctx: StageContext,
-    state: TrainState,
-    frozen: Params,
-    steps: train_step.StepPrograms,
-    progress: StageProgress,
-    extra: Any,
-    found: StepBatch,
-) -> tuple[TrainState, list[dict[str, Any]]]:
-    """All optimiser updates of a lesson, and the numbers of each; they are on their way, nothing is waited for."""
-    t, m = ctx.config.train, ctx.config.method
-    rates = optimizers.learning_rates(
-        ScheduleConfig.from_config(t), ctx.steps * m.updates_per_batch * m.passes
-    )
-    metrics: list[dict] = []
-    for update in found.updates:
-        state, numbers = steps.run(state, frozen, update, rates[progress.updates], extra)
-        metrics.append(numbers)
-        progress.updates += 1
-    return state, metrics
+def next_step_batch(
+    ctx: StageContext, params: Params | None, stream: BatchStream | None, progress: StageProgress
+) -> StepBatch:
+    """Build the batch of the next step; `params` may be None where no sampling is needed."""
+    builder, method, step = ctx.builder, ctx.config.method, progress.step
+    began, waited = time.perf_counter(), stream.waited if stream else 0.0
+    if method.source == "rollouts":
+        key, first = ctx.step_key(step), progress.batches_taken * builder.batch_size
+        filter_metrics, batches_taken = {}, 1
+        if method.online_filter:
+            graded, filter_metrics, batches_taken = rollouts.sample_filtered_rollouts(
+                builder, params, stream, key, first
+            )
+        else:
+            graded = rollouts.sample_rollouts(builder, params, next(stream), key, first)
+        batch = rollouts.rollout_step_batch(
+            builder, params, graded, ctx.reference, step + 1, ctx.stage.number, ctx.teacher
+        )
+        batch.metrics |= filter_metrics
+        batch.batches_taken = batches_taken
+    else:
+        if method.source == "gold":
+            items, cost = next(stream), WorkCost()
+        else:
+            items, cost = self_training.response_examples(ctx, params, step)
+        batch = step_batch.sft_step_batch(builder, items, ctx.reference, ctx.teacher)
+        batch.cost += cost
+    if needs_sampling(ctx, step):
+        batch.metrics["seconds/data"] = (stream.waited if stream else 0.0) - waited
+    else:
+        batch.metrics["seconds/data"] = time.perf_counter() - began
+    return batch
+
+
+def needs_sampling(ctx: StageContext, step: int) -> bool:
+    """Return whether the batch of a step is sampled from the policy that the step before makes."""
+    return ctx.config.method.source == "rollouts" or self_training.starts_window(ctx, step)
 
 
 def fetch_metrics(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The numbers of updates, once they are there; a mean over nothing is left out."""
+    """Fetch the metrics of each update; drop means whose count is 0."""
     return [
         {
-            k: v.value if isinstance(v, Mean) else float(v)
-            for k, v in n.items()
-            if not isinstance(v, Mean) or v.count
+            name: x.value if isinstance(x, Mean) else float(x)
+            for name, x in update.items()
+            if not isinstance(x, Mean) or x.count
         }
-        for n in jax.device_get(metrics)
+        for update in jax.device_get(metrics)
     ]
 
 
 def wait_until_ready(metrics: list[dict[str, Any]]) -> float:
-    """Waits until the device has made these numbers, and tells when that was."""
+    """Wait until the device has computed these metrics; return the time of that moment."""
     jax.block_until_ready(metrics)
     return time.perf_counter()
 
 
 def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Numbers of a step's updates as one: the extreme of what is named _min or _max, the mean of all else."""
+    """Merge the metrics of a step's updates: extremes of _min and _max, means of all others."""
     pick = {"_min": min, "_max": max}
-    names = dict.fromkeys(k for n in metrics for k in n)
-    return {k: float(pick.get(k[-4:], np.mean)([n[k] for n in metrics if k in n])) for k in names}
+    names = dict.fromkeys(name for update in metrics for name in update)
+    return {
+        name: float(pick.get(name[-4:], np.mean)([u[name] for u in metrics if name in u]))
+        for name in names
+    }
 
 
-def cost_metrics(cost: cost.WorkCost, seconds: float) -> dict[str, float]:
-    """What a step cost, over all processes."""
+def cost_metrics(cost: WorkCost, seconds: float) -> dict[str, float]:
+    """Return the cost of a step over all processes, and its rates."""
     total = sum(distributed.gather_objects(cost), WorkCost())
     return total.logged() | {
         "perf/tokens_per_second": total.seen / seconds,
@@ -213,31 +185,34 @@ def cost_metrics(cost: cost.WorkCost, seconds: float) -> dict[str, float]:
     }
 
 
-def warn_of_mismatch(metrics: dict[str, float], ctx: StageContext) -> None:
-    """Warn where the sampler's log-probabilities are not the trainer's before anything was learned: the ratio must then be 1."""
-    s, limit = ctx.builder.sampling, MAX_MISMATCH[jnp.dtype(ctx.builder.model_ctx.dtype).name]
-    cut = s.temperature != 1 and (
-        s.top_p < 1 or s.top_k or s.min_p
-    )  # the sampler then knows no log-probability of all tokens
-    if (
-        s.dtype not in ("", ctx.config.model.compute_dtype)
-        or cut
-        or metrics.get("mismatch", 0.0) <= limit
-    ):
+def warn_of_mismatch(metrics: dict[str, float], stage: Stage) -> None:
+    """Warn where sampler and trainer differ before the first update, when the ratio must be 1."""
+    rollout, compute_dtype = stage.config.rollout, stage.config.model.compute_dtype
+    limit = MAX_MISMATCH[compute_dtype]
+    # A sampler that cuts a tempered distribution has no log-probability of all tokens to compare
+    # with.
+    is_cut = rollout.top_p < 1 or rollout.top_k or rollout.min_p
+    if rollout.dtype not in ("", compute_dtype) or (rollout.temperature != 1 and is_cut):
         return
-    console.print_warning(
-        f"stage {ctx.stage.number}: before its first update the trainer's log-probabilities differ from the sampler's by "
-        f"{metrics['mismatch']:.2g} a token on average (at most {metrics['mismatch_max']:.2g}; expected below {limit}), so answers are not "
-        "quite the policy's own: set method.tis_cap=2.0, or compare model.attention=xla and model.compute_dtype=float32"
-    )
+    if metrics.get("mismatch", 0.0) > limit:
+        console.print_warning(
+            f"stage {stage.number}: before the first update the trainer's log-probabilities differ "
+            "from the sampler's by "
+            f"{metrics['mismatch']:.2g} a token on average (at most {metrics['mismatch_max']:.2g}; "
+            f"expected below {limit}): responses are not "
+            "exactly the policy's own. Set method.tis_cap=2.0, or compare model.attention=xla and "
+            "model.compute_dtype=float32"
+        )
 
 
 def check_skipped_steps(state: TrainState, most: int) -> None:
-    """Stop when updates were skipped too often in a row."""
+    """Stop when too many updates in a row were skipped."""
     skipped = int(state.skipped)
     if skipped >= most:
         raise ValueError(
-            f"{skipped} steps in a row had a gradient or loss that is not finite or no token to learn from (train.max_skipped={most}); "
-            "nothing was learned from them. Lower train.lr, set train.clip, keep a KL term, raise rollout.max_new_tokens where "
-            "method.truncated='mask' leaves every answer out, or look at the last rows of rollouts/"
+            f"{skipped} updates in a row had a gradient or loss that is not finite, or no token to "
+            f"train on (train.max_skipped={most}), and "
+            "were skipped. Lower train.lr, set train.clip, keep a KL term, raise "
+            "rollout.max_new_tokens where method.truncated='mask' "
+            "leaves every response out, or read the last rows of rollouts/"
         )

@@ -1,7 +1,7 @@
-"""One training step: gradients of a loss over micro-batches, one update. Pure functions, jitted once per shape.
+"""One optimizer update: gradients over micro-batches, then the update, as jitted functions.
 
-A loss sees the predicting states of the answer tokens and returns sums; the count it is divided by is that of the whole
-batch, so micro-batches, padding and devices can not change it:
+A loss gets the predicting states of the response tokens and returns sums; the count to divide by is
+that of the whole batch, so micro-batches, padding and devices cannot change the update:
 
     for each micro-batch:  total += gradient of loss_sum, count, metric sums
     once:                  update(state, total.gradient / total.count + gradient of penalty)
@@ -25,15 +25,15 @@ from cptjax.training.algorithms import losses, optimizers
 from cptjax.training.algorithms.losses import Loss
 from cptjax.types import Array, Batch, Mean, Params, TrainState
 
-ObjectiveFn = Callable[
-    [Array, Array, Batch], Loss
-]  # hidden [B A D], unembedding [D V], batch; hashable, so programs are shared
-PenaltyFn = Callable[[Params, Any], Array]  # trained parameters, its own arrays -> scalar
+# Hidden states [B A D], unembedding [D V], batch -> loss. Hashable, so that stages share programs.
+ObjectiveFn = Callable[[Array, Array, Batch], Loss]
+# Trained parameters, arrays of the penalty -> scalar.
+PenaltyFn = Callable[[Params, Any], Array]
 
 
 @flax.struct.dataclass
 class GradientSum:
-    """What micro-batches add up to."""
+    """The sums over micro-batches."""
 
     gradient: Params
     loss: Array
@@ -45,12 +45,12 @@ class GradientSum:
 class StepPrograms:
     """The jitted programs of one stage."""
 
-    begin: Callable[..., GradientSum]  # trained, frozen, batch -> Total
-    add: Callable[..., GradientSum]  # Total, trained, frozen, batch -> Total
-    finish: Callable[
-        ..., tuple[TrainState, dict]
-    ]  # state, Total, learning rate, extra -> state, metrics
-    step: Callable[..., tuple[TrainState, dict]]  # all three for a batch of one micro-batch
+    begin: Callable[..., GradientSum]  # trained, frozen, batch -> sum
+    add: Callable[..., GradientSum]  # sum, trained, frozen, batch -> sum
+    # state, sum, learning rate, arrays of the penalty -> state, metrics
+    finish: Callable[..., tuple[TrainState, dict[str, Mean]]]
+    # all three for an update of one micro-batch
+    step: Callable[..., tuple[TrainState, dict[str, Mean]]]
 
     def run(
         self,
@@ -58,21 +58,21 @@ class StepPrograms:
         frozen: Params,
         batches: Sequence[Batch],
         lr: float,
-        extra: Any = None,
-    ) -> tuple[TrainState, dict]:
-        """One optimiser step on the micro-batches of one batch."""
+        penalty_arrays: Any = None,
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        """Take one optimizer step on the micro-batches of one update."""
         rate = jnp.float32(lr)
         if len(batches) == 1:
-            return self.step(state, frozen, batches[0], rate, extra)
+            return self.step(state, frozen, batches[0], rate, penalty_arrays)
         total = self.begin(state.params, frozen, batches[0])
         for batch in batches[1:]:
             total = self.add(total, state.params, frozen, batch)
-        return self.finish(state, total, rate, extra)
+        return self.finish(state, total, rate, penalty_arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class StateShardings:
-    """A tree of shardings that hashes."""
+    """A hashable tree of shardings: where the arrays of a state are."""
 
     tree: Any
     leaves: tuple
@@ -88,7 +88,7 @@ class StateShardings:
         )
 
     def pin_gradient(self, gradient: Params) -> Params:
-        """Each gradient beside its parameter: left to the compiler, every device gets the whole of it."""
+        """Give each gradient its parameter's sharding; left alone, XLA replicates it."""
         if self.tree is None:
             return gradient
         return jax.tree.map(
@@ -105,7 +105,10 @@ def make_step_programs(
     dtype: Any,
     penalty: PenaltyFn | None = None,
 ) -> StepPrograms:
-    """The programs of a stage; stages that differ in numbers only share them. The state stays in its `places`."""
+    """Return the programs of a stage; equal arguments share them.
+
+    The state keeps the shardings `places`.
+    """
 
     def begin(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
         def value(trained):
@@ -132,25 +135,24 @@ def make_step_programs(
         )
 
     def finish(
-        state: TrainState, total: GradientSum, lr: Array, extra: Any
-    ) -> tuple[TrainState, dict]:
+        state: TrainState, total: GradientSum, lr: Array, penalty_arrays: Any
+    ) -> tuple[TrainState, dict[str, Mean]]:
         count = jnp.maximum(total.count, 1)
         gradient = jax.tree.map(lambda g: g / count, total.gradient)
         metrics = dict(total.metrics, loss=Mean(total.loss, total.count))
         if penalty is not None:
-            more, slope = jax.value_and_grad(penalty)(state.params, extra)
-            gradient = jax.tree.map(jnp.add, gradient, slope)
-            metrics["penalty"] = Mean(more, jnp.ones(()))
-        loss = jnp.where(
-            total.count > 0, total.loss, jnp.nan
-        )  # nothing to learn from: no update, not even weight decay
-        state, told = optimizer.update(state, gradient, loss, lr)
-        return places.pin(state), metrics | told
+            value, penalty_gradient = jax.value_and_grad(penalty)(state.params, penalty_arrays)
+            gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
+            metrics["penalty"] = Mean(value, jnp.ones(()))
+        # No token to train on: no update, not even weight decay.
+        loss = jnp.where(total.count > 0, total.loss, jnp.nan)
+        state, update_metrics = optimizer.update(state, gradient, loss, lr)
+        return places.pin(state), metrics | update_metrics
 
     def step(
-        state: TrainState, frozen: Params, batch: Batch, lr: Array, extra: Any
-    ) -> tuple[TrainState, dict]:
-        return finish(state, begin(state.params, frozen, batch), lr, extra)
+        state: TrainState, frozen: Params, batch: Batch, lr: Array, penalty_arrays: Any
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        return finish(state, begin(state.params, frozen, batch), lr, penalty_arrays)
 
     return StepPrograms(
         jax.jit(begin),
@@ -161,25 +163,30 @@ def make_step_programs(
 
 
 def abstract_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> TrainState:
-    """The shapes and places of a fresh state: moments lie beside their parameters, all else on every device."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    beside = {tuple(path): p for path, p in trainable.flatten_params(params).items()}
+    """Return the shapes and shardings of a fresh state.
+
+    Moments have their parameter's sharding, all other arrays are replicated.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_path = {tuple(path): p for path, p in trainable.flatten_params(params).items()}
 
     def find(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         names = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-        like = next((beside[names[i:]] for i in range(len(names)) if names[i:] in beside), None)
-        where = (
-            sharding.canonical_sharding(like.sharding)
-            if like is not None and like.shape == leaf.shape
-            else everywhere
-        )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        suffixes = (names[i:] for i in range(len(names)))
+        param = next((by_path[names] for names in suffixes if names in by_path), None)
+        if param is None or param.shape != leaf.shape:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+        place = sharding.canonical_sharding(param.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
 
 
 def init_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> TrainState:
-    """A fresh state that takes over the trained parameters; each other part is born where it lives."""
+    """Return a fresh state; it owns the trained parameters, which are donated.
+
+    The other arrays are created on their devices.
+    """
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, params, mesh))
     return jax.jit(_fresh_state, static_argnums=0, out_shardings=where, donate_argnums=1)(
         optimizer, params
@@ -187,6 +194,5 @@ def init_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> T
 
 
 def _fresh_state(optimizer: optimizers.Optimizer, params: Params) -> TrainState:
-    return optimizer.init(
-        params
-    )  # one function for all optimisers: the next stage finds this one's program
+    # One function for all optimizers: the next stage reuses the compiled program of this one.
+    return optimizer.init(params)

@@ -23,10 +23,13 @@ def config(name: str, **sections):
 
 def first_update(settings, folder):
     """The first update's new parameters and numbers."""
-    with stage_fixtures.desk(settings, folder) as desk, desk.ctx.open_stream(0) as stream:
-        found = next_step_batch(desk.ctx, desk.params, stream, StageProgress())
+    with (
+        stage_fixtures.prepare_stage(settings, folder) as prepared,
+        prepared.ctx.open_stream(0) as stream,
+    ):
+        found = next_step_batch(prepared.ctx, prepared.params, stream, StageProgress())
         update = next(found.updates)
-        state, metrics = desk.update(update)
+        state, metrics = prepared.update(update)
         return jax.device_get(state.params), metrics, update
 
 

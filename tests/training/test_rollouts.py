@@ -1,50 +1,50 @@
-"""From answers to advantages: length rules, accuracies, numbers over all processes, batches without anything to learn from."""
+"""Rollouts: rewards, length rules, ratios over several updates, KL in the reward, online filter, one upload of prompts a step."""
 
+import collections
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 import stage_fixtures
+from stage_fixtures import method_config
 
-from configs import base
+from cptjax import sharding
 from cptjax.common import distributed
 from cptjax.config import merge_config
-from cptjax.continual import offline_filter, reference_models, train_stage
-from cptjax.data import model_context
+from cptjax.data import collate, device_batches
 from cptjax.data.cost import WorkCost
 from cptjax.generation import generate
 from cptjax.generation.generate import Samples
-from cptjax.training import rollouts, train_loop
+from cptjax.training import rollouts
+from cptjax.training.algorithms import losses
 from cptjax.training.rollouts import GradedRollouts
-from cptjax.types import Mean
-
-
-def config(stages=1, batch=4, **sections):
-    c = base.get_config()
-    c.stages = tuple(dict(task=task, steps=1) for task in ("first", "second")[:stages])
-    c.method.update(
-        advantage="reinforce", ratio="token", updates_per_batch=2, passes=2, kl_coef=0.0
-    )
-    return merge_config(stage_fixtures.tiny(c, stages=stages, batch=batch), sections)
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    with stage_fixtures.desk(config(), tmp_path_factory.mktemp("desk")) as desk:
-        yield desk
+def prepared(tmp_path_factory):
+    """A stage of four updates on each batch: two parts, two passes."""
+    method = dict(advantage="reinforce", ratio="token", updates_per_batch=2, passes=2, kl_coef=0.0)
+    with stage_fixtures.prepare_stage(
+        method_config("grpo", method=method), tmp_path_factory.mktemp("stage")
+    ) as prepared:
+        yield prepared
 
 
-def builder(desk, **changes):
-    """The desk's with other settings of the method."""
+def sample(prepared, builder=None, key=None) -> GradedRollouts:
+    """Responses of the stage's policy to its first batch."""
+    builder = prepared.ctx.builder if builder is None else builder
+    key = prepared.ctx.step_key(0) if key is None else key
+    with prepared.ctx.open_stream(0) as stream:
+        return rollouts.sample_rollouts(builder, prepared.params, next(stream), key, 0)
+
+
+def builder(prepared, **changes):
+    """The prepared's with other settings of the method."""
     return dataclasses.replace(
-        desk.ctx.builder, method=merge_config(desk.ctx.builder.method, changes)
+        prepared.ctx.builder, method=merge_config(prepared.ctx.builder.method, changes)
     )
-
-
-def rolled(desk, builder) -> GradedRollouts:
-    with desk.ctx.open_stream(0) as stream:
-        return rollouts.sample_rollouts(builder, desk.params, next(stream), desk.ctx.step_key(0), 0)
 
 
 def advantages(found):
@@ -58,7 +58,131 @@ def advantages(found):
     )
 
 
-def test_accuracy_is_decided_answer_by_answer():
+def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(prepared):
+    graded = sample(prepared)
+    found = rollouts.rollout_step_batch(prepared.ctx.builder, prepared.params, graded, None, 0, 1)
+    state, metrics, rows = prepared.state, [], []
+    for update in found.updates:
+        state, numbers = dataclasses.replace(prepared, state=state).update(update, lr=3e-2)
+        metrics.append(numbers)
+        rows.append(np.concatenate([np.asarray(b.targets) for b in update]))
+    assert len(metrics) == 4
+    np.testing.assert_array_equal(np.concatenate(rows[:2]), np.concatenate(rows[2:]))
+    np.testing.assert_array_equal(
+        np.concatenate(rows[:2]), graded.samples.tokens[:, : rows[0].shape[1]]
+    )
+    assert (
+        abs(metrics[0]["ratio_min"] - 1) < 1e-5
+        and abs(metrics[0]["ratio_max"] - 1) < 1e-5
+        and metrics[0]["clip_high"] == 0
+    )
+    assert all(n["ratio_max"] - n["ratio_min"] > 1e-3 for n in metrics[2:])
+    assert metrics[0]["mismatch_max"] < 1e-5
+
+
+def test_rollout_rows_hold_what_another_run_needs(prepared):
+    graded = sample(prepared)
+    found = rollouts.rollout_step_batch(prepared.ctx.builder, prepared.params, graded, None, 3, 1)
+    row = found.rollout_rows[0]
+    assert (row["step"], row["stage"], row["task"]) == (3, 1, "first") and row["id"].startswith(
+        "first/train/"
+    )
+    assert len(found.rollout_rows) == 8 == found.cost.rollouts and 8 <= found.cost.tokens <= 32
+    assert found.cost.trained == 2 * (
+        sum(len(i.encoded) for i in graded.items) + found.cost.tokens
+    )  # two passes
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
+    method = dict(
+        kl_place="reward",
+        kl_coef=0.5,
+        kl_estimator="k1",
+        advantage="reinforce",
+        updates_per_batch=1,
+    )
+    with stage_fixtures.prepare_stage(method_config("grpo", method=method), tmp_path) as prepared:
+        t, graded = prepared.ctx.builder, sample(prepared)
+        found = rollouts.rollout_step_batch(
+            t, prepared.params, graded, prepared.ctx.reference, 0, 1
+        )
+        assert found.metrics["kl"] == pytest.approx(0, abs=1e-6)
+        assert found.metrics["reward/shaped"] == pytest.approx(found.metrics["reward"], abs=1e-5)
+        moved = jax.tree.map(lambda x: x * 1.5, prepared.params)
+        found = rollouts.rollout_step_batch(t, prepared.params, graded, moved, 0, 1)
+        (batch,) = next(found.updates)
+        own, ref = np.asarray(t.score(prepared.params, batch)), np.asarray(t.score(moved, batch))
+        want = graded.rewards.reshape(-1) - 0.5 * np.where(batch.mask, own - ref, 0).sum(1)
+        np.testing.assert_allclose(batch.extra["advantages"], want, atol=1e-4)
+        assert abs(found.metrics["kl"]) > 1e-4 and "ref_logps" not in batch.extra
+
+
+def test_importance_weights_undo_a_cut_distribution(tmp_path):
+    """With top_p < 1 the sampler's distribution is sharper than the policy: weights policy / sampler lie below 1, as drawn."""
+    c = method_config("grpo", method=dict(tis_cap=2.0, kl_coef=0.0), rollout=dict(top_p=0.5))
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        graded = sample(prepared)
+        (batch,) = next(
+            rollouts.rollout_step_batch(
+                prepared.ctx.builder, prepared.params, graded, None, 0, 1
+            ).updates
+        )
+        mask = np.asarray(batch.mask)
+        weight = np.asarray(
+            losses.tis_weights(
+                batch.extra["sampler_logps"], batch.extra["behaviour_logps"], batch.mask, 2.0
+            )
+        )
+        assert (weight[mask] < 0.6).all() and (
+            weight[mask] > 0.4
+        ).all()  # the nucleus holds about half of the mass
+        _, metrics = prepared.update([batch])
+        assert metrics["mismatch_max"] < 1e-5  # the policy itself is what the trainer computes
+
+
+def test_remax_compares_with_one_greedy_response(tmp_path):
+    with stage_fixtures.prepare_stage(
+        method_config("remax", method=dict(kl_coef=0.0)), tmp_path
+    ) as prepared:
+        graded = sample(prepared)
+        assert graded.greedy_rewards.shape == (4,) and graded.cost.rollouts == 8 + 4
+        (batch,) = next(
+            rollouts.rollout_step_batch(
+                prepared.ctx.builder, prepared.params, graded, None, 0, 1
+            ).updates
+        )
+        want = graded.rewards - graded.greedy_rewards[:, None]
+        np.testing.assert_allclose(
+            np.asarray(batch.extra["advantages"]).reshape(4, 2), want, atol=1e-6
+        )
+
+
+def test_tasks_with_their_own_rewards_share_a_batch(prepared):
+    items = sample(prepared).items
+    prompted_tasks = prepared.ctx.builder.prompted_tasks
+    other = [
+        dataclasses.replace(i, example=dataclasses.replace(i.example, task="other"))
+        for i in items[::2]
+    ]
+    mixed = [x for pair in zip(items[1::2], other, strict=True) for x in pair]
+
+    @dataclasses.dataclass
+    class Constant:
+        def compute_rewards(self, texts, examples):
+            assert {e.task for e in examples} == {"other"}
+            return [{"reward": 7.0} for _ in texts]
+
+    builder = dataclasses.replace(
+        prepared.ctx.builder, prompted_tasks=prompted_tasks | {"other": Constant()}
+    )
+    parts = rollouts.grade_responses(
+        builder.prompted_tasks, mixed, [f"answer {i}" for i in range(8)]
+    )
+    assert [p["reward"] == 7.0 for p in parts] == [False, False, True, True] * 2
+
+
+def test_accuracy_is_decided_response_by_response():
     parts = [
         {"reward": 0.25},
         {"reward": 3.0, "accuracy": 0.0},
@@ -69,13 +193,13 @@ def test_accuracy_is_decided_answer_by_answer():
     np.testing.assert_array_equal(graded.accuracy, [[0.25, 0], [1, 1]])
 
 
-def test_only_right_answers_are_pushed_whatever_else_earns_a_reward(desk):
+def test_reinforce01_raises_correct_responses_only(prepared):
     """As in a jigsaw, where a wrong answer of the right form earns more than 1."""
-    graded = rolled(desk, desk.ctx.builder)
+    graded = sample(prepared, prepared.ctx.builder)
     parts = [{"reward": 1.0 + i % 2, "accuracy": float(i % 3 == 0)} for i in range(8)]
-    t = builder(desk, advantage="reinforce01")
+    t = builder(prepared, advantage="reinforce01")
     found = rollouts.rollout_step_batch(
-        t, desk.params, dataclasses.replace(graded, reward_parts=parts), None, 1, 1
+        t, prepared.params, dataclasses.replace(graded, reward_parts=parts), None, 1, 1
     )
     np.testing.assert_array_equal(advantages(found), [p["accuracy"] for p in parts])
     cut = dataclasses.replace(
@@ -84,28 +208,33 @@ def test_only_right_answers_are_pushed_whatever_else_earns_a_reward(desk):
         samples=dataclasses.replace(graded.samples, finished=np.arange(8) > 3),
     )
     found = rollouts.rollout_step_batch(
-        builder(desk, advantage="reinforce01", truncated="zero"), desk.params, cut, None, 1, 1
+        builder(prepared, advantage="reinforce01", truncated="zero"),
+        prepared.params,
+        cut,
+        None,
+        1,
+        1,
     )
     np.testing.assert_array_equal(advantages(found), [0, 0, 0, 0, 0, 0, 1, 0])
 
 
-def test_the_greedy_baseline_follows_the_length_rules(desk):
+def test_the_greedy_baseline_follows_the_length_rules(prepared):
     class Right:
-        def rewards(self, texts, examples):
+        def compute_rewards(self, texts, examples):
             return [{"reward": 1.0} for _ in texts]
 
     t = dataclasses.replace(
-        builder(desk, advantage="remax", truncated="zero"), prompted_tasks={"first": Right()}
+        builder(prepared, advantage="remax", truncated="zero"), prompted_tasks={"first": Right()}
     )
-    graded = rolled(desk, t)
+    graded = sample(prepared, t)
     encoded = [i.encoded for i in graded.items]
     once = dataclasses.replace(t.sampling, group=1, temperature=0.0)
     best = generate.sample_responses(
-        t.model_ctx, desk.params, encoded, desk.ctx.step_key(0), np.arange(4), once
+        t.model_ctx, prepared.params, encoded, prepared.ctx.step_key(0), np.arange(4), once
     )
     np.testing.assert_array_equal(graded.greedy_rewards, best.finished)
     assert 0 < best.finished.sum() < 4  # both kinds are there
-    found = rollouts.rollout_step_batch(t, desk.params, graded, None, 1, 1)
+    found = rollouts.rollout_step_batch(t, prepared.params, graded, None, 1, 1)
     want = graded.samples.finished.reshape(4, 2) * 1.0 - best.finished[:, None]
     np.testing.assert_array_equal(advantages(found), want.reshape(-1))
 
@@ -120,8 +249,8 @@ def half(graded: GradedRollouts, items: slice, rows: slice) -> GradedRollouts:
     )
 
 
-def test_what_is_logged_is_of_all_processes(desk, monkeypatch):
-    graded = rolled(desk, desk.ctx.builder)
+def test_logged_metrics_are_those_of_all_processes(prepared, monkeypatch):
+    graded = sample(prepared, prepared.ctx.builder)
     graded = dataclasses.replace(
         graded,
         reward_parts=[
@@ -153,67 +282,155 @@ def test_what_is_logged_is_of_all_processes(desk, monkeypatch):
     )
 
 
-def test_where_nothing_counts_nothing_moves_and_nothing_is_warned_of(desk, capsys):
-    graded = rolled(desk, desk.ctx.builder)
-    cut = dataclasses.replace(
-        graded, samples=dataclasses.replace(graded.samples, finished=np.zeros(8, bool))
-    )
-    (batch,) = next(
-        rollouts.rollout_step_batch(
-            builder(desk, truncated="mask"), desk.params, cut, None, 1, 1
-        ).updates
-    )
-    assert not np.asarray(batch.mask).any()
-    state, metrics = desk.update([batch])
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        (state.params, state.opt_state),
-        (desk.state.params, desk.state.opt_state),
-    )
-    assert metrics["skipped"] == 1 == state.skipped == state.step
-    (read,) = train_loop.fetch_metrics(
-        [{"mismatch": Mean(0.0, 0.0), "loss": Mean(0.0, 0.0), "skipped": Mean(1.0, 1.0)}]
-    )
-    assert read == {"skipped": 1.0}
-    assert train_loop.merge_update_metrics([read, {"loss": 2.0, "skipped": 0.0}]) == {
-        "skipped": 0.5,
-        "loss": 2.0,
-    }
-    train_loop.warn_of_mismatch(read, desk.ctx)
-    with pytest.raises(ValueError, match="no token to learn from .*method.truncated='mask'"):
-        train_loop.check_skipped_steps(state, 1)
-    said = capsys.readouterr()
-    assert not said.out + said.err
+# ---- online filter -------------------------------------------------------------------------------
 
 
-def test_what_the_shards_can_not_cut_is_refused_before_anything_is_drawn(desk, monkeypatch):
-    monkeypatch.setattr(offline_filter, "count_correct", lambda *_: pytest.fail("drawn"))
-    monkeypatch.setattr(model_context.ModelContext, "shards", 4)
-    which = desk.ctx.stage
-    which = dataclasses.replace(
-        which,
-        config=merge_config(
-            which.config, {"method": {"filter": dict(name="incompetent", samples=2)}}
-        ),
+def test_the_online_filter_fills_a_batch_with_mixed_groups(tmp_path):
+    c = method_config(
+        "dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0)
     )
-    with pytest.raises(ValueError, match="2 prompts.* 4 shards"):
-        train_stage.make_stage_context(desk.run, which, desk.params, None)
-
-
-def test_the_reference_of_a_second_stage_is_the_base_or_its_start(tmp_path):
-    with stage_fixtures.opened(config(stages=2, method=dict(kl_coef=0.1)), tmp_path) as (
-        run,
-        base,
+    with (
+        stage_fixtures.prepare_stage(c, tmp_path) as prepared,
+        prepared.ctx.open_stream(0) as stream,
     ):
-        which, first = run.stages[1], jax.device_get(base.params)
-        params = jax.tree.map(lambda x: x + 1, base.params)
-        now = jax.device_get(params)
-        for name, want in (("base", first), ("stage", now)):
-            which.config.method.kl_reference = name
-            found = reference_models.load_reference(
-                run, which, reference_models.load_stage_start(run, which, params, False)
+        graded, info, turns = rollouts.sample_filtered_rollouts(
+            prepared.ctx.builder, prepared.params, stream, prepared.ctx.step_key(0), 0
+        )
+        assert (
+            len(graded.items) == 4
+            and graded.samples.tokens.shape[0] == 8
+            and turns == info["filter/batches"] == stream.step
+        )
+        assert (np.ptp(graded.accuracy, 1) == 1).all()
+        assert graded.cost.rollouts == 8 * turns  # answers thrown away were paid for
+        again = sample(prepared, key=jax.random.fold_in(prepared.ctx.step_key(0), 0))
+        keep = [r for q in np.flatnonzero(np.ptp(again.accuracy, 1)) for r in (2 * q, 2 * q + 1)]
+        assert graded.samples.texts[: len(keep)] == [again.samples.texts[r] for r in keep]
+
+
+def test_the_online_filter_stops_after_its_refills(tmp_path):
+    c = method_config(
+        "dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=2), overlong=0)
+    )
+    c.tasks["first"].scorer = lambda prediction, answer, meta=None: 0.0
+    with (
+        stage_fixtures.prepare_stage(c, tmp_path) as prepared,
+        prepared.ctx.open_stream(0) as stream,
+    ):
+        with pytest.raises(ValueError, match="after 3 batches of 4 prompts only 0 of 4 groups"):
+            rollouts.sample_filtered_rollouts(
+                prepared.ctx.builder, prepared.params, stream, prepared.ctx.step_key(0), 0
             )
-            jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), want)
-        which.config.method.kl_coef = 0.0
-        start = reference_models.load_stage_start(run, which, params, False)
-        assert start is None and reference_models.load_reference(run, which, start) is None
+
+
+# ---- one collation and one upload of prompts and images a step -----------------------------------
+
+
+@pytest.fixture(scope="module")
+def image_stage(tmp_path_factory):
+    """Prompts with an image each."""
+    c = method_config("grpo", method=dict(advantage="reinforce", ratio="token", kl_coef=0.0))
+    c = stage_fixtures.tiny(c, family="colour", side=32)
+    c.data.template = "none"
+    with stage_fixtures.prepare_stage(c, tmp_path_factory.mktemp("images")) as prepared:
+        yield prepared
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Counts of collations, uploads of image patches, and arrays fetched from the device."""
+    counts = collections.Counter()
+
+    def counting(name, function, wanted=lambda *_: True):
+        def call(*args, **more):
+            counts[name] += bool(wanted(*args))
+            return function(*args, **more)
+
+        return call
+
+    collated = counting("collations", collate.collate_rows)
+    monkeypatch.setattr(collate, "collate_rows", collated)
+    monkeypatch.setattr(device_batches, "collate_rows", collated)
+    upload = counting(
+        "images", jax.make_array_from_process_local_data, lambda _, x: np.ndim(x) == 4
+    )
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", upload)
+    monkeypatch.setattr(sharding, "local_rows", counting("fetched", sharding.local_rows))
+    return counts
+
+
+PATHS = {  # changes of method, rows of a device pass -> collations of the step
+    "kl in the loss": (dict(kl_coef=0.1), 0, 1),
+    "kl in the reward": (dict(kl_coef=0.1, kl_place="reward", kl_estimator="k1"), 0, 1),
+    "several passes over the batch": (dict(kl_coef=0.1, passes=2), 0, 1),
+    "greedy baseline": (dict(advantage="remax"), 0, 1),
+    "several updates": (dict(kl_coef=0.1, updates_per_batch=2), 0, 1 + 2),
+    "micro-batches": (dict(kl_coef=0.1), 2, 1 + 2),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name):
+    changes, micro_batch, collations = PATHS[name]
+    prepared = image_stage
+    method = merge_config(prepared.ctx.builder.method, changes)
+    settings = {k: v for k, v in changes.items() if k.startswith("kl_")}
+    b = dataclasses.replace(
+        prepared.ctx.builder,
+        method=method,
+        loss=dataclasses.replace(prepared.ctx.builder.loss, **settings),
+        micro_batch=micro_batch,
+    )
+    reference = jax.tree.map(lambda x: x * 1.5, prepared.params) if method.kl_coef else None
+    graded = sample(prepared, b)
+    assert (counts["collations"], counts["images"]) == (1, 1)
+    counts["fetched"] = 0
+    found = rollouts.rollout_step_batch(b, prepared.params, graded, reference, 1, 1)
+    updates = list(found.updates)
+    assert (counts["collations"], counts["images"]) == (collations, collations)
+    assert (counts["fetched"] > 0) == (name == "kl in the reward")
+    assert len(updates) == method.updates_per_batch * method.passes
+
+    # The same numbers as a separate scoring of rows that are collated for it.
+    batches = [batch for update in updates[: method.updates_per_batch] for batch in update]
+    size = 4 // len(batches)
+    for i, batch in enumerate(batches):
+        p, r = slice(i * size, (i + 1) * size), slice(i * size * 2, (i + 1) * size * 2)
+        prompts = b.model_ctx.prompts([item.encoded for item in graded.items[p]])
+        jax.tree.map(np.testing.assert_array_equal, batch.prompts, prompts)
+        tokens, mask = graded.samples.tokens[r], graded.samples.mask[r]
+        alone = device_batches.group_batch(
+            b.model_ctx, prompts, tokens, mask, length=batch.targets.shape[1], extra={}
+        )
+        np.testing.assert_array_equal(batch.targets, alone.targets)
+        np.testing.assert_array_equal(batch.mask, alone.mask)
+        own = b.score(prepared.params, alone)
+        assert ("old_logps" in batch.extra) == (len(updates) > 1)
+        if len(updates) > 1:
+            np.testing.assert_array_equal(batch.extra["old_logps"], own)
+        want = graded.rewards[p].reshape(-1)
+        if name == "greedy baseline":
+            want = want - np.repeat(graded.greedy_rewards[p], 2)
+        if name == "kl in the reward":
+            kl = np.where(alone.mask, own - b.score(reference, alone), 0)
+            np.testing.assert_allclose(batch.extra["advantages"], want - 0.1 * kl.sum(1), rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(batch.extra["advantages"], want)
+            assert ("ref_logps" in batch.extra) == (reference is not None)
+        if "ref_logps" in batch.extra:
+            np.testing.assert_array_equal(batch.extra["ref_logps"], b.score(reference, alone))
+
+
+def test_filtered_groups_are_collated_once_more(image_stage, counts, monkeypatch):
+    """Groups of several batches have no common arrays on the device."""
+    prepared = image_stage
+    b = builder(prepared, online_filter=dict(lo=0.0, hi=1.0, max_refills=30))
+    keep = lambda accuracy, lo, hi: np.arange(len(accuracy)) < 2
+    monkeypatch.setattr(rollouts.prompt_filters, "keep_groups", keep)
+    with prepared.ctx.open_stream(0) as stream:
+        graded, _, batches_taken = rollouts.sample_filtered_rollouts(
+            b, prepared.params, stream, prepared.ctx.step_key(0), 0
+        )
+    assert batches_taken == counts["collations"] == counts["images"] == 2
+    rollouts.rollout_step_batch(b, prepared.params, graded, None, 1, 1)
+    assert counts["collations"] == counts["images"] == 3

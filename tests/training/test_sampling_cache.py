@@ -15,8 +15,7 @@ from cptjax.config import resolve_stages
 from cptjax.continual import driver
 from cptjax.data.cost import WorkCost
 from cptjax.generation import generate
-from cptjax.tasks import rewards
-from cptjax.training import sampling_cache
+from cptjax.training import sampling_cache, self_training
 from cptjax.training.sampling_cache import SamplingCache
 
 SELF = {
@@ -40,18 +39,18 @@ def cache(path, stopping=bool, **sections):
 def drawn(kept: SamplingCache, upto: int, log: list) -> list:
     """Pieces 0, 1, ...; `log` gets those that were drawn."""
     draw = lambda i: lambda: (log.append(i), ([[i, f"é{i}\n"]], WorkCost(i, 1, 0.1 * i, 2)))[1]
-    return [kept.piece(draw(i)) for i in range(upto)]
+    return [kept.next_part(draw(i)) for i in range(upto)]
 
 
 def test_only_what_is_missing_is_drawn(tmp_path):
     whole = drawn(cache(tmp_path / "whole.jsonl"), 5, [])
     log: list = []
     drawn(cache(tmp_path / "a.jsonl"), 3, log)
-    file = tmp_path / ".a.jsonl.draft0"
+    file = tmp_path / ".a.jsonl.partial0"
     file.write_bytes(file.read_bytes()[:-4])  # killed while it wrote the third
     again = cache(tmp_path / "a.jsonl")
     assert drawn(again, 5, log) == whole and log == [0, 1, 2, 2, 3, 4]
-    again.clear()
+    again.discard()
     assert not file.exists()
 
 
@@ -68,11 +67,11 @@ def test_stopping_keeps_the_pieces_and_other_settings_do_not(tmp_path):
 
 def test_a_file_of_other_settings_is_taken_away(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert not cache(path).made()
-    sampling_cache.write_sampling_cost(path, WorkCost(), cache(path).mark)
+    assert not cache(path).is_complete()
+    sampling_cache.write_sampling_cost(path, WorkCost(), cache(path).fingerprint)
     files.write_text(path, "")
-    assert cache(path).made() and cache(path, eval={"limit": 3}).made()
-    assert not cache(path, train={"lr": 0.5}).made() and not path.exists()
+    assert cache(path).is_complete() and cache(path, eval={"limit": 3}).is_complete()
+    assert not cache(path, train={"lr": 0.5}).is_complete() and not path.exists()
 
 
 @pytest.mark.parametrize("stop", ["killed", "sigterm"])
@@ -88,7 +87,7 @@ def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, s
         return dataclasses.replace(out, finished=np.ones_like(out.finished))
 
     monkeypatch.setattr(generate, "sample_responses", counted)
-    monkeypatch.setattr(rewards, "is_correct", lambda parts: True)
+    monkeypatch.setattr(self_training, "is_correct", lambda parts: True)
     with (
         monkeypatch.context() as patched,
         pytest.raises(KeyboardInterrupt if stop == "killed" else signals.Preempted),
@@ -97,7 +96,7 @@ def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, s
             patched.setattr(signals.SigtermHandler, "agreed", lambda self: len(calls) == 3)
         driver.run(c, tmp_path / "run")
     assert (
-        len(files.read_jsonl(tmp_path / "run" / "corpus" / ".stage1_step2.jsonl.draft0")) == 2
+        len(files.read_jsonl(tmp_path / "run" / "corpus" / ".stage1_step2.jsonl.partial0")) == 2
     )  # its head, and a piece
     saved = [
         p.name for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir() if p.name.isdigit()

@@ -25,7 +25,11 @@ CASES = {  # mesh, remat, chunk, micro-batch, packed -> rows of each device pass
 
 
 def config(mesh=ONE, remat="none", chunk=1024, micro=0, pack=False, **sections):
-    """SFT on pictures. A large epsilon: Adam's direction then shows the gradient's size, and rounding of a tiny one does not decide it."""
+    """SFT on pictures.
+
+    A large epsilon: Adam's direction then shows the gradient's size, and rounding of a tiny one
+    does not decide it.
+    """
     c = base.get_config()
     c.stages = (dict(task="first", steps=STEPS),)
     c.method.update(base.METHODS["sft"])
@@ -48,15 +52,15 @@ def trained(settings, folder):
     """Losses and gradient norms of some steps, the last state, the shapes of the first step's passes."""
     metrics, shapes = [], []
     with (
-        stage_fixtures.desk(settings, folder) as desk,
-        desk.ctx.open_stream(0) as stream,
-        jax.set_mesh(desk.run.model_ctx.mesh),
+        stage_fixtures.prepare_stage(settings, folder) as prepared,
+        prepared.ctx.open_stream(0) as stream,
+        jax.set_mesh(prepared.run.model_ctx.mesh),
     ):
-        state, places = desk.state, jax.tree.map(lambda x: x.sharding, desk.state)
+        state, places = prepared.state, jax.tree.map(lambda x: x.sharding, prepared.state)
         for _ in range(STEPS):
-            (update,) = next_step_batch(desk.ctx, None, stream, StageProgress()).updates
+            (update,) = next_step_batch(prepared.ctx, None, stream, StageProgress()).updates
             shapes.append([b.targets.shape[0] for b in update])
-            state, numbers = desk.steps.run(state, desk.frozen, update, 1e-2)
+            state, numbers = prepared.programs.run(state, prepared.frozen, update, 1e-2)
             metrics.append([numbers[name].value for name in ("loss", "grad_norm")])
     jax.tree.map_with_path(fixed, state, places)
     return np.asarray(jax.device_get(metrics)), state, shapes[0]

@@ -1,7 +1,7 @@
 """Advantages [Q, G] from rewards [Q, G]: GRPO, RLOO, ReMax, REINFORCE and relatives; length rules.
 
-Two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]; batch mean 1/2, unbiased standard deviations sqrt(1/3) in both
-groups and sqrt(3/10) over the batch:
+Two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]; batch mean 1/2, unbiased
+standard deviations sqrt(1/3) in both groups and sqrt(3/10) over the batch:
 
     reinforce      [[ 1,       0,       0      ], [ 1,      1,       0     ]]     reward
     reinforce01    [[ 1,       0,       0      ], [ 1,      1,       0     ]]     1 where the accuracy is above 1/2, else 0
@@ -12,11 +12,13 @@ groups and sqrt(3/10) over the batch:
     batch          [[ 1.2172, -.60858, -.60858 ], [ .60858, .60858, -1.2172]]     (reward - group mean) / batch std
     reinforce++    [[ .91287, -.91287, -.91287 ], [ .91287, .91287, -.91287]]     (reward - batch mean) / batch std
 
-Departures: 1. Excluded responses get advantage 0 and count in no mean. 2. A group whose rewards are all equal gets exactly 0, not rounding
-noise divided by 1e-6. `batch` and `reinforce++` need the rewards of the whole batch, all hosts included; `reinforce01` gets accuracies
-(the rewards where there are none), since a reward with a form's share, or the jigsaw's up to 3, passes 1/2 without a right answer.
-3. ReMax's greedy response is subject to the same length rules, but its reward has no KL term where kl_place is "reward", and one that
-`mask` would leave out keeps its reward as the baseline. REINFORCE++ gives every token the KL of the whole response, not of what follows it.
+Departures: 1. Excluded responses get advantage 0 and count in no mean. 2. A group whose rewards are
+all equal gets exactly 0, not rounding noise divided by 1e-6. `batch` and `reinforce++` need the
+rewards of the whole batch, all hosts included; `reinforce01` gets accuracies (the rewards where
+there are none), since a reward with a form's share, or the jigsaw's up to 3, passes 1/2 without a
+right answer. 3. ReMax's greedy response is subject to the same length rules, but its reward has no
+KL term where kl_place is "reward", and one that `mask` would leave out keeps its reward as the
+baseline. REINFORCE++ gives every token the KL of the whole response, not of what follows it.
 """
 
 from typing import Any
@@ -51,7 +53,8 @@ def check_advantage(
     if group == 1 and advantage in GROUP_ADVANTAGES:
         others = ", ".join(n for n in ADVANTAGES if n not in GROUP_ADVANTAGES)
         raise ValueError(
-            f"method.advantage={advantage!r} compares the responses of a group: set rollout.group >= 2, or choose one of {others}"
+            f"method.advantage={advantage!r} compares the responses of a group: set rollout.group "
+            f">= 2, or choose one of {others}"
         )
     if truncated not in TRUNCATION_RULES:
         raise ValueError(
@@ -59,7 +62,8 @@ def check_advantage(
         )
     if not 0 <= overlong <= max_new_tokens:
         raise ValueError(
-            f"method.overlong={overlong}: expected tokens between 0 and rollout.max_new_tokens={max_new_tokens}"
+            f"method.overlong={overlong}: expected tokens between 0 and "
+            f"rollout.max_new_tokens={max_new_tokens}"
         )
 
 
@@ -72,7 +76,8 @@ def compute_advantages(
     """
     if (name == "remax") != (greedy is not None):
         raise ValueError(
-            f"method.advantage={name!r} {'needs' if greedy is None else 'takes no'} greedy rewards, one per prompt"
+            f"method.advantage={name!r} {'needs' if greedy is None else 'takes no'} greedy "
+            "rewards, one per prompt"
         )
     xp = rewards.__array_namespace__()
     keep = xp.ones(rewards.shape, bool) if keep is None else keep
@@ -100,7 +105,10 @@ def _formula(xp: Any, rewards: Array, name: str, greedy: Array | None, keep: Arr
 
 
 def _centred(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
-    """Return rewards minus the mean of the kept ones; the largest is subtracted first, so that equal rewards give exactly 0."""
+    """Return rewards minus the mean of the kept ones.
+
+    The largest is subtracted first, so that equal rewards give exactly 0.
+    """
     distance = rewards - xp.where(keep, rewards, -xp.inf).max(axis, keepdims=True)
     distance = xp.where(keep, distance, 0)
     return distance - distance.sum(axis, keepdims=True) / xp.maximum(
@@ -116,7 +124,7 @@ def _std(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
 
 
 def overlong_penalty(lengths: Array, limit: int, window: int) -> np.ndarray:
-    """Return DAPO's length penalty in [-1, 0], by tokens: 0 up to limit - window, then linear to -1 at the limit."""
+    """Return DAPO's length penalty: 0 up to limit - window tokens, then linear to -1 at the limit."""
     over = np.asarray(lengths, np.float32) - (limit - window)
     return -np.clip(over / window, 0, 1) if window else np.zeros(np.shape(lengths), np.float32)
 
@@ -141,7 +149,7 @@ def shape_rewards(
 
 
 def group_metrics(accuracy: np.ndarray) -> dict[str, float]:
-    """Return the shares of groups whose accuracies [Q, G] are equal and all right (1) or all wrong (0)."""
+    """Return the shares of groups whose accuracies [Q, G] are all right (1) or all wrong (0)."""
     equal = np.ptp(accuracy, axis=1) <= 1e-6
     return {
         "all_right": float((equal & (accuracy[:, 0] > 1 - 1e-6)).mean()),

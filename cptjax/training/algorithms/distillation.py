@@ -1,7 +1,8 @@
-"""Teachers: the same network, or its past, whose distribution the student follows on its own answers.
+"""Teachers of distillation: the same network, or its past, whose distribution the student follows.
 
-SDFT    teacher = the network that has seen a demonstration, its weights an average of the student's past, its start, or now
-LwF     teacher = the network at the stage's start, on the very same rows
+SDFT    on the student's own responses; the teacher's prompt shows a demonstration; its weights are
+        an average of the student's past, those of the stage's start, or the current ones
+LwF     on the very same rows; the teacher is the network at the stage's start
 """
 
 import functools
@@ -11,18 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cptjax import sharding
-from cptjax.data.device_batches import group_batch
 from cptjax.data.model_context import ModelContext
-from cptjax.data.prompts import demonstration_prompt
+from cptjax.data.prompts import EncodedExample, demonstration_prompt
 from cptjax.models import decoder, logprobs, trainable
+from cptjax.models.config import ModelConfig
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms import regularizers
-from cptjax.types import Batch, Params
+from cptjax.types import Array, Batch, Params
+
+TEACHERS = ("ema", "frozen", "current")
 
 
 def has_ema_teacher(method: Any) -> bool:
-    """Whether the teacher has weights of its own, which follow the student's."""
+    """Return whether the teacher has weights of its own, which follow the student's."""
     return method.objective == "distill" and method.distill.teacher != "frozen"
 
 
@@ -31,18 +33,16 @@ def needs_teacher(method: Any) -> bool:
     return method.objective == "distill" or method.penalty.name == "lwf"
 
 
-TEACHERS = ("ema", "frozen", "current")
-
-
 @functools.lru_cache(maxsize=16)
-def make_teacher_program(cfg: Any, dtype: Any) -> Callable:
-    """A program for the teacher's predicting states [B A D] and its unembedding [D V]."""
+def make_teacher_program(
+    cfg: ModelConfig, dtype: Any
+) -> Callable[[Params, Batch], tuple[Array, Array]]:
+    """Return a program for the teacher's predicting states [B A D] and unembedding [D V]."""
 
-    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def run(params: Params, batch: Batch) -> tuple[Array, Array]:
         params = trainable.cast_params(params, dtype)
-        return logprobs.predicting_states(params, batch, cfg, dtype), decoder.unembedding(
-            params["text"]
-        )
+        hidden = logprobs.predicting_states(params, batch, cfg, dtype)
+        return hidden, decoder.unembedding(params["text"])
 
     return jax.jit(run)
 
@@ -53,7 +53,11 @@ def _update_average(teacher: Params, student: Params, rate: float) -> Params:
 
 
 class Teacher:
-    """Trained leaves of the teacher; frozen leaves are the student's. One that follows is kept in float32: bfloat16 loses small moves."""
+    """A teacher's trained weights; its frozen weights are the student's.
+
+    Weights that follow the student (rate > 0) are kept in float32: bfloat16 rounds small moves
+    away.
+    """
 
     def __init__(
         self,
@@ -63,47 +67,38 @@ class Teacher:
         trained: Params,
         frozen: Params,
     ):
-        self.model_ctx, self.prompted_tasks, self.rate, self.frozen = (
-            model_ctx,
-            prompted_tasks,
-            rate,
-            frozen,
-        )
-        self.trained = (
-            jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
-            if rate
-            else trained
-        )
+        self.model_ctx = model_ctx
+        self.prompted_tasks = prompted_tasks
+        self.rate = rate
+        self.frozen = frozen
+        self.trained = trained
+        if rate:
+            self.trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
 
     def follow(self, student: Params) -> None:
-        """After each step: move by `rate` of the way to the student."""
+        """Move the weights by `rate` of the way to the student's; called after each step."""
         if self.rate:
             self.trained = _update_average(self.trained, student, self.rate)
 
-    def _see(self, batch: Batch) -> dict[str, jax.Array]:
-        hidden, unembed = make_teacher_program(self.model_ctx.cfg, self.model_ctx.dtype)(
-            trainable.join_params(self.trained, self.frozen), batch
-        )
+    def demonstration_batch(self, batch: Batch, items: Sequence[EncodedExample]) -> Batch:
+        """Return the batch with prompts that show the demonstrations.
+
+        Its targets and mask are the same device arrays.
+        """
+        limit = max(self.model_ctx.buckets)
+        encoded = [
+            self.model_ctx.processor.encode(
+                demonstration_prompt(self.prompted_tasks[i.example.task], i.example),
+                limit=limit,
+                media=i.encoded.media,
+            )
+            for i in items
+        ]
+        return batch.replace(prompts=self.model_ctx.prompts(encoded), extra={})
+
+    def compute_states(self, batch: Batch) -> dict[str, Array]:
+        """Compute the teacher's predicting states on these rows, with its unembedding."""
+        program = make_teacher_program(self.model_ctx.cfg, self.model_ctx.dtype)
+        params = trainable.join_params(self.trained, self.frozen)
+        hidden, unembed = program(params, batch.replace(extra={}))
         return {"teacher_hidden": hidden, "teacher_unembed": unembed}
-
-    def attach(self, batch: Batch, items: Sequence[Any]) -> Batch:
-        """The batch with the states of the teacher that has seen the demonstrations."""
-        encode = lambda item: self.model_ctx.processor.encode(
-            demonstration_prompt(self.prompted_tasks[item.example.task], item.example),
-            limit=max(self.model_ctx.buckets),
-            media=item.encoded.media,
-        )
-        tokens, mask = sharding.local_rows(batch.targets), sharding.local_rows(batch.mask)
-        shown = group_batch(
-            self.model_ctx,
-            [encode(item) for item in items],
-            tokens,
-            mask,
-            length=tokens.shape[1],
-            extra={},
-        )
-        return batch.replace(extra=batch.extra | self._see(shown))
-
-    def previous(self, batch: Batch) -> Batch:
-        """The batch with the teacher's states on the same rows."""
-        return batch.replace(extra=batch.extra | self._see(batch))

@@ -1,39 +1,45 @@
-"""Policy-gradient (GRPO and relatives), cross-entropy and distillation losses, as sums with their counts.
+"""Losses: policy gradient (GRPO and relatives), cross-entropy, distillation; sums with counts.
 
 The caller divides the global sum by the global count, once:
 
     loss = (sum over all micro-batches and devices of `sum`) / (the same of `count`)
 
-so micro-batches, padding and the number of devices cannot change it. The weight of one response token, and what is counted:
+so micro-batches, padding and the number of devices cannot change it. The weight of one response
+token, and what is counted:
 
     normalise   weight of a token                      count                                  used by
     token       1                                      tokens                                 DAPO, EasyR1, SFT
     sequence    1 / tokens of its sequence             sequences with a token to train on     GRPO, GSPO
     fixed       1                                      those sequences x fixed_length         Dr.GRPO
 
-Importance ratios, with d = logp - old_logp and A the advantage (gradients of all four are A grad logp while d = 0):
+Importance ratios, with d = logp - old_logp and A the advantage (gradients of all four are A grad
+logp while d = 0):
 
     none       -A logp                                      its value is -A, which compares with the others
     token      -min(r A, clip(r, 1-low, 1+high) A)          r = exp(d); for A < 0 never above -dual A (PPO, dual clip)
     sequence   the same                                     r = exp(mean of d over the sequence) (GSPO)
     cispo      -clip(r, 1-low, 1+high) A logp               the clipped r carries no gradient
 
-Divergence from a reference, with d = logp - ref_logp on sampled tokens: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+Divergence from a reference, with d = logp - ref_logp on sampled tokens: k1 = d, k2 = d^2 / 2, k3 =
+exp(-d) - 1 + d.
 
-Two responses of three and two tokens, A = [1, -1], low 0.2, high 0.3, dual 3; d of both kinds, and the loss of each token:
+Two responses of three and two tokens, A = [1, -1], low 0.2, high 0.3, dual 3; d of both kinds, and
+the loss of each token:
 
     d          [[ 0.5,      0.1,      0     ], [-0.5,      0.3    ]]
     none       [[-1,       -1,       -1     ], [ 1,        1      ]]     the ratios' surrogates
-    token      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.34986]]     0.3 is not clipped: with A < 0 it lowers the response
+    token      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.34986]]     not clipped: A < 0
     sequence   [[-1.22140, -1.22140, -1.2214], [ 0.90484,  0.90484]]     means 0.2 and -0.1
     cispo      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.3    ]]     clipped on both sides
     k1         [[ 0.5,      0.1,      0     ], [-0.5,      0.3    ]]
     k2         [[ 0.125,    0.005,    0     ], [ 0.125,    0.045  ]]
     k3         [[ 0.10653,  0.00484,  0     ], [ 0.14872,  0.04082]]
-    weights    token [[1, 1, 1], [1, 1]] of 5, sequence [[1/3, 1/3, 1/3], [1/2, 1/2]] of 2, fixed (length 4) [[1, 1, 1], [1, 1]] of 8
+    weights    token [[1, 1, 1], [1, 1]] of 5, sequence [[1/3, 1/3, 1/3], [1/2, 1/2]] of 2,
+               fixed (length 4) [[1, 1, 1], [1, 1]] of 8
 
-Departures from the papers: 1. k1 is refused as a loss: its gradient has mean zero. 2. d is clipped to +-20 before exp. 3. k3 is cut at
-`kl_limit` (10, as in EasyR1; None = no cut): a token beyond it, 13 times less likely than under the reference, gets no gradient.
+Departures from the papers: 1. k1 is refused as a loss: its gradient has mean zero. 2. d is clipped
+to +-20 before exp. 3. k3 is cut at `kl_limit` (10, as in EasyR1; None = no cut): a token beyond it,
+13 times less likely than under the reference, gets no gradient.
 """
 
 import dataclasses
@@ -87,7 +93,7 @@ class LossConfig:
 
     @classmethod
     def from_config(cls, config: Any) -> "LossConfig":
-        """Read the settings of a stage's config; those of `method` and `method.distill` by their names."""
+        """Read the settings of a stage, most of them from `method` and `method.distill` by name."""
         method = config.method
         other = {
             "fixed_length": config.rollout.max_new_tokens,
@@ -101,7 +107,7 @@ class LossConfig:
 
     @classmethod
     def plain(cls, objective: str, chunk: int) -> "LossConfig":
-        """Return cross-entropy ("sft") or REINFORCE ("policy") by tokens, with every other term off."""
+        """Return plain cross-entropy ("sft") or REINFORCE ("policy"), every other term off."""
         return cls(
             objective=objective,
             ratio="none",
@@ -145,19 +151,23 @@ class LossConfig:
                 )
         if not 0 <= self.clip_low < 1:
             raise ValueError(
-                f"method.clip_low={self.clip_low}: expected 0 <= clip_low < 1 (the ratio is held above 1 - clip_low)"
+                f"method.clip_low={self.clip_low}: expected 0 <= clip_low < 1 (the ratio is held "
+                "above 1 - clip_low)"
             )
         if self.clip_high < 0:
             raise ValueError(
-                f"method.clip_high={self.clip_high}: expected 0 or more (the ratio is held below 1 + clip_high)"
+                f"method.clip_high={self.clip_high}: expected 0 or more (the ratio is held below 1 "
+                "+ clip_high)"
             )
         if self.clip_dual is not None and self.clip_dual <= 1:
             raise ValueError(
-                f"method.clip_dual={self.clip_dual}: expected a ratio above 1, or None for no dual clip"
+                f"method.clip_dual={self.clip_dual}: expected a ratio above 1, or None for no dual "
+                "clip"
             )
         if self.normalise == "fixed" and self.fixed_length < 1:
             raise ValueError(
-                f"method.normalise='fixed' with fixed_length={self.fixed_length}: expected at least 1 token; set rollout.max_new_tokens"
+                f"method.normalise='fixed' with fixed_length={self.fixed_length}: expected at "
+                "least 1 token; set rollout.max_new_tokens"
             )
         if self.kl_coef < 0:
             raise ValueError(
@@ -165,19 +175,23 @@ class LossConfig:
             )
         if self.loss_kl_coef > 0 and self.kl_estimator == "k1":
             raise ValueError(
-                "method.kl_estimator='k1' has a gradient of mean zero as a loss: choose k2 or k3, or method.kl_place='reward'"
+                "method.kl_estimator='k1' has a gradient of mean zero as a loss: choose k2 or k3, "
+                "or method.kl_place='reward'"
             )
         if self.kl_limit is not None and self.kl_limit <= 0:
             raise ValueError(
-                f"method.kl_limit={self.kl_limit}: expected a number of nats above 0, or None for no limit"
+                f"method.kl_limit={self.kl_limit}: expected a number of nats above 0, or None for "
+                "no limit"
             )
         if self.tis_cap is not None and self.tis_cap <= 0:
             raise ValueError(
-                f"method.tis_cap={self.tis_cap}: expected a weight above 0, or None for no importance sampling"
+                f"method.tis_cap={self.tis_cap}: expected a weight above 0, or None for no "
+                "importance sampling"
             )
         if self.entropy_coef < 0 or self.skip_tokens < 0:
             raise ValueError(
-                f"method.entropy_coef={self.entropy_coef}, method.distill.skip_tokens={self.skip_tokens}: expected 0 or more"
+                f"method.entropy_coef={self.entropy_coef}, "
+                f"method.distill.skip_tokens={self.skip_tokens}: expected 0 or more"
             )
         check_logprobs(chunk=self.chunk, direction=self.direction, top_k=self.top_k)
 
@@ -185,7 +199,10 @@ class LossConfig:
 def token_weights(
     mask: Array, config: LossConfig, segments: Array | None = None
 ) -> tuple[Array, Array]:
-    """Return the weight [B, A] of each token and the count []; `segments` [B, A] numbers the packed conversations of a row."""
+    """Return the weight [B, A] of each token and the count [].
+
+    `segments` [B, A] numbers the packed conversations of a row.
+    """
     ones = mask.astype(jnp.float32)
     if config.normalise == "token":
         return ones, ones.sum()
@@ -229,9 +246,10 @@ def policy_loss(
     tis: Array | None = None,
     entropy: Array | None = None,
 ) -> Loss:
-    """Policy gradient of responses [B, R] with advantages [B]; `tis` are importance weights [B, R] of stale rollouts.
+    """Policy gradient of responses [B, R] with advantages [B].
 
-    `old_logps` None means that the policy is the one that sampled: every ratio is 1.
+    `tis` are importance weights [B, R] of stale rollouts. `old_logps` None means that the policy is
+    the one that sampled: every ratio is 1.
     """
     logps = jnp.where(mask, logps, 0)
     old = lax.stop_gradient(logps) if old_logps is None else jnp.where(mask, old_logps, 0)
@@ -314,7 +332,7 @@ def sft_loss(
     weights: Array | None = None,
     ref_logps: Array | None = None,
 ) -> Loss:
-    """Cross-entropy of the responses [B, A]; EAFT's `weights` [B, A] scale each token and leave the count unchanged."""
+    """Cross-entropy of the responses [B, A]; EAFT's `weights` [B, A] leave the count unchanged."""
     logps = jnp.where(mask, logps, 0)
     weight, count = token_weights(mask, config, segments)
     metrics = {"nll": _masked_mean(-logps, mask)}
@@ -327,7 +345,7 @@ def sft_loss(
 
 
 def distill_loss(kl: Array, mask: Array, config: LossConfig) -> Loss:
-    """Mean of a divergence [B, R] from a teacher; the first `skip_tokens` tokens of each response are left out."""
+    """Mean of a divergence [B, R] from a teacher without the first `skip_tokens` of each response."""
     mask = mask & (jnp.cumsum(mask, 1) > config.skip_tokens)
     weight, count = token_weights(mask, config)
     total = jnp.sum(weight * jnp.where(mask, kl, 0))
@@ -337,19 +355,19 @@ def distill_loss(kl: Array, mask: Array, config: LossConfig) -> Loss:
 def subtract_kl(
     rewards: Array, logps: Array, ref_logps: Array, mask: Array, config: LossConfig
 ) -> Array:
-    """Return the rewards [B] minus `kl_coef` times each response's summed divergence from the reference."""
+    """Return the rewards [B] minus `kl_coef` times each response's summed divergence."""
     logps, ref_logps = jnp.where(mask, logps, 0), jnp.where(mask, ref_logps, 0)
     kl = estimate_kl(logps, ref_logps, config.kl_estimator, config.kl_limit)
     return rewards - config.kl_coef * jnp.where(mask, kl, 0).sum(1)
 
 
 def tis_weights(logps: Array, sampled_logps: Array, mask: Array, cap: float) -> Array:
-    """Return truncated importance weights min(policy / sampler, cap) [B, R] of tokens that another policy or number format sampled."""
+    """Return the weights min(policy / sampler, cap) [B, R] of tokens that another policy or format sampled."""
     return jnp.where(mask, jnp.minimum(jnp.exp(jnp.clip(logps - sampled_logps, -20, 20)), cap), 0)
 
 
 def mismatch_metrics(logps: Array, sampled_logps: Array, mask: Array) -> dict[str, Mean]:
-    """Return the distance between the trainer's and the sampler's log-probabilities: rounding only where both are one policy."""
+    """Return how far the trainer's log-probabilities are from the sampler's."""
     gap = jnp.where(mask, jnp.abs(logps - sampled_logps), 0)
     return {
         "mismatch": _masked_mean(gap, mask),
@@ -358,7 +376,7 @@ def mismatch_metrics(logps: Array, sampled_logps: Array, mask: Array) -> dict[st
 
 
 def combine_metrics(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:
-    """Combine the metrics of two micro-batches: names ending in _min or _max keep the extreme, all others add up."""
+    """Combine the metrics of two micro-batches: extremes of _min and _max, sums of all others."""
     extremes = {"_min": jnp.minimum, "_max": jnp.maximum}
     out = {}
     for name in a:

@@ -19,7 +19,10 @@ from cptjax.types import Array, Batch, Mean
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss with its settings. Hashable: stages with equal settings share their compiled programs."""
+    """A loss with its settings.
+
+    Hashable: stages with equal settings share their compiled programs.
+    """
 
     config: LossConfig
 

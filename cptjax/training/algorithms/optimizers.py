@@ -1,16 +1,19 @@
-"""Optimizers: AdamW, Muon or Adafactor, learning-rate schedules, clipping, weight decay, and the guard against non-finite updates.
+"""Optimizers (AdamW, Muon, Adafactor), learning-rate schedules, clipping, non-finite guard.
 
-    gradient -> float32 -> clipped by global norm -> direction u of the optimizer -> + weight_decay p (matrices only) -> p - lr u
-                              |
-                              +- norm or loss not finite: weights and moments stay as they are, `skipped` counts up
+    gradient -> float32 -> clipped by global norm -> direction u of the optimizer -> + weight_decay
+    p (matrices only) -> p - lr u
+                              | +- norm or loss not finite: weights and moments stay as they are,
+                              `skipped` counts up
 
-The direction of every optimizer has about AdamW's size, so that one learning rate and one decay mean the same for all three:
+The direction of every optimizer has about AdamW's size, so that one learning rate and one decay
+mean the same for all three:
     adamw      b1, b2, eps
     muon       momentum .95 (Nesterov) orthogonalised per layer, rms .2; embeddings, vectors and patches by AdamW
     adafactor  factored second moments, no first; its own decay and epsilon (b1, b2, eps are not read), not scaled by the weights' size
 
-Departures: 1. Adafactor's step is not multiplied by each weight's size. 2. bfloat16 moments are for comparisons only: with b2 = .999 a
-bfloat16 second moment never shrinks, since .999 v rounds back to v.
+Departures: 1. Adafactor's step is not multiplied by each weight's size. 2. bfloat16 moments are for
+comparisons only: with b2 = .999 a bfloat16 second moment never shrinks, since .999 v rounds back to
+v.
 """
 
 import dataclasses
@@ -53,11 +56,13 @@ class OptimizerConfig:
         _check_choice("moments_dtype", self.moments_dtype, MOMENT_DTYPES)
         if not (0 <= self.b1 < 1 and 0 < self.b2 < 1 and self.eps > 0):
             raise ValueError(
-                f"train.b1={self.b1}, train.b2={self.b2}, train.eps={self.eps}: expected 0 <= b1 < 1, 0 < b2 < 1 and eps > 0"
+                f"train.b1={self.b1}, train.b2={self.b2}, train.eps={self.eps}: expected 0 <= b1 < "
+                "1, 0 < b2 < 1 and eps > 0"
             )
         if self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
             raise ValueError(
-                f"train.weight_decay={self.weight_decay}, train.clip={self.clip}: expected decay >= 0, clip above 0 or None"
+                f"train.weight_decay={self.weight_decay}, train.clip={self.clip}: expected decay "
+                ">= 0, clip above 0 or None"
             )
 
 
@@ -80,7 +85,8 @@ class ScheduleConfig:
             raise ValueError(f"train.lr={self.lr}: expected a learning rate above 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(
-                f"train.warmup={self.warmup}: expected a share of the stage's steps, 0 <= warmup < 1"
+                f"train.warmup={self.warmup}: expected a share of the stage's steps, 0 <= warmup < "
+                "1"
             )
 
 
@@ -90,9 +96,10 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Return the rate of updates 0, 1, ... of a stage: a linear rise over the first `warmup` share, then constant or falling to 0.
+    """Return the learning rate as a function of the update 0, 1, ... of a stage.
 
-    wsd: constant, and linear to 0 over the last 40 % of what follows the rise.
+    A linear rise over the first `warmup` share, then constant or falling to 0. wsd: constant, and
+    linear to 0 over the last 40 % of what follows the rise.
     """
     lr, rise = config.lr, round(config.warmup * steps)
     after = max(steps - rise, 1)
@@ -113,7 +120,8 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 def learning_rates(config: ScheduleConfig, steps: int) -> np.ndarray:
     """Return the rates of all updates of a stage.
 
-    They are computed once, in float64: a schedule evaluated at each update would round twice and wait for the device.
+    They are computed once, in float64: a schedule evaluated at each update would round twice and
+    wait for the device.
     """
     with jax.enable_x64(True):
         rates = make_schedule(config, steps)(np.arange(steps))
@@ -172,14 +180,16 @@ class Optimizer:
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.config.clip is not None:
-            # One factor for all leaves; optax.clip_by_global_norm divides and multiplies each leaf, which rounds differently.
+            # One factor for all leaves; optax.clip_by_global_norm divides and multiplies each leaf,
+            # which rounds differently.
             shrink = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
             gradient = jax.tree.map(lambda g: g * shrink, gradient)
         direction, opt_state = self.transform.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(
             lambda p, u: (p.astype(jnp.float32) - lr * u).astype(p.dtype), state.params, direction
         )
-        # optax.apply_if_finite looks at the gradient only, not at the loss, and its lax.cond keeps XLA from fusing the update.
+        # optax.apply_if_finite looks at the gradient only, not at the loss, and its lax.cond keeps
+        # XLA from fusing the update.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         new = TrainState(
@@ -206,7 +216,7 @@ def make_optimizer(config: OptimizerConfig, declared: Params | None = None) -> O
 
 
 def muon_axes(declared: Params) -> tuple[tuple[tuple[str, ...], MuonDimensionNumbers], ...]:
-    """Return the declared parameters that are hidden matrices, with the axes that each maps from and to.
+    """Return the declared hidden matrices with the axes that each maps from and to.
 
     Other axes are stacks of matrices.
     """
@@ -233,7 +243,7 @@ def scale_like_adam(u: Array, axes: MuonDimensionNumbers) -> Array:
 
 
 def store_moments_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Return the same transformation with its moments computed in float32 and stored in `dtype`, whatever the parameters' type."""
+    """Return the transformation with moments computed in float32 and stored in `dtype`."""
     cast = lambda tree, to: jax.tree.map(
         lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
@@ -249,7 +259,10 @@ def store_moments_as(tx: optax.GradientTransformation, dtype: str) -> optax.Grad
 
 
 def decay_mask(params: Params) -> Any:
-    """Return True for weights that decay: all but biases and norms, by name, since stacked vectors have one axis more."""
+    """Return True for weights that decay: all but biases and norms.
+
+    Names decide, since stacked vectors have one axis more.
+    """
     is_vector = lambda name: name == "b" or name.startswith("norm")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not is_vector(_path_names(path)[-1]), params

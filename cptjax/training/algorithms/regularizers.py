@@ -1,10 +1,10 @@
-"""Quadratic penalties (L2, EWC) and weight averages (WiSE-FT, EMA) that keep weights near those of the stage before.
+"""Quadratic penalties (L2, EWC) and weight averages (WiSE-FT, EMA).
 
     l2    1/2 sum (p - anchor)^2
     ewc   1/2 sum F (p - anchor)^2      F = mean over examples of (gradient of the log-likelihood)^2, the diagonal Fisher
 
-The caller multiplies by the coefficient. Trees may have None where a parameter is frozen. All sums are float32.
-LwF compares outputs instead of weights; see `objective`.
+The caller multiplies by the coefficient. Trees may have None where a parameter is frozen. All sums
+are float32. LwF compares outputs instead of weights; see `objective`.
 """
 
 from typing import Any
@@ -26,7 +26,8 @@ def check_penalty(name: str, coef: float = 0.0, samples: int = 1, average: float
         raise ValueError(f"method.penalty.coef={coef}: expected 0 or more")
     if name != "none" and coef == 0:
         raise ValueError(
-            f"method.penalty.name={name!r} with coef=0 does nothing: set method.penalty.coef, or name='none'"
+            f"method.penalty.name={name!r} with coef=0 does nothing: set method.penalty.coef, or "
+            "name='none'"
         )
     if name == "ewc" and samples < 1:
         raise ValueError(
@@ -39,7 +40,7 @@ def check_penalty(name: str, coef: float = 0.0, samples: int = 1, average: float
 
 
 def needs_exact_start(method: Any) -> bool:
-    """Return whether weights are compared with those of the stage's start, a copy that must not be rounded."""
+    """Return whether the stage needs an unrounded copy of the weights of its start."""
     return bool(method.average) or method.penalty.name in ("l2", "ewc")
 
 
@@ -49,7 +50,7 @@ def l2_distance(params: Params, anchor: Params) -> Array:
 
 
 def fisher_distance(params: Params, anchor: Params, fisher: Params) -> Array:
-    """Return half the squared distance to the anchor, each weight scaled by its Fisher information."""
+    """Return half the squared distance to the anchor, scaled by the Fisher information."""
     return _half_sum(
         jax.tree.map(lambda p, a, f: f * jnp.square(_float(p) - _float(a)), params, anchor, fisher)
     )
@@ -61,7 +62,7 @@ def zero_fisher(params: Params) -> Params:
 
 
 def add_fisher(fisher: Params, gradient: Params, examples: int) -> Params:
-    """Add the gradient of one example's log-likelihood to the mean of squares over `examples` of them."""
+    """Add one example's gradient to the mean of squares over `examples` of them."""
     return jax.tree.map(lambda f, g: f + jnp.square(_float(g)) / examples, fisher, gradient)
 
 
@@ -92,12 +93,12 @@ def _half_sum(tree: Any) -> Array:
 
 
 def l2_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
-    """The L2 penalty as a step program takes it: its coefficient and anchor are arrays."""
+    """The L2 penalty as a step program takes it: coefficient and anchor are arrays."""
     return arrays["coef"] * l2_distance(trained, arrays["anchor"])
 
 
 def ewc_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
-    """The EWC penalty as a step program takes it: its coefficient, anchor and Fisher information are arrays."""
+    """The EWC penalty as a step program takes it: coefficient, anchor and Fisher are arrays."""
     return arrays["coef"] * fisher_distance(trained, arrays["anchor"], arrays["fisher"])
 
 

@@ -1,4 +1,7 @@
-"""Teachers: what they see, how they follow, and that a teacher that knows nothing more teaches nothing. One answer per prompt."""
+"""Teachers: what they see, how they follow, and that a teacher that knows nothing more teaches nothing.
+
+One answer per prompt.
+"""
 
 import dataclasses
 
@@ -26,30 +29,41 @@ def config(method="sdft", **changes):
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    with stage_fixtures.desk(config(), tmp_path_factory.mktemp("sdft")) as desk:
-        yield desk
+def prepared(tmp_path_factory):
+    with stage_fixtures.prepare_stage(config(), tmp_path_factory.mktemp("sdft")) as prepared:
+        yield prepared
 
 
-def _lesson(desk):
-    with desk.ctx.open_stream(0) as stream:
-        return list(next_step_batch(desk.ctx, desk.params, stream, StageProgress()).updates)
+def _first_updates(prepared):
+    with prepared.ctx.open_stream(0) as stream:
+        return list(next_step_batch(prepared.ctx, prepared.params, stream, StageProgress()).updates)
 
 
-def test_demonstration_of_nothing_gives_zero_gradient(desk, monkeypatch):
-    (update,) = _lesson(desk)
-    _, metrics = desk.update(update)
+def test_demonstration_of_nothing_gives_zero_gradient(prepared, monkeypatch):
+    (update,) = _first_updates(prepared)
+    _, metrics = prepared.update(update)
     assert metrics["kl_teacher"] > 1e-6 and metrics["grad_norm"] > 1e-3
     monkeypatch.setattr(
-        prompts, "demonstration_prompt", lambda prompted, example: prompted.build_prompt(example)
+        distillation,
+        "demonstration_prompt",
+        lambda prompted, example: prompted.build_prompt(example),
     )
-    (update,) = _lesson(desk)
-    _, metrics = desk.update(update)
+    (update,) = _first_updates(prepared)
+    _, metrics = prepared.update(update)
     assert abs(metrics["kl_teacher"]) < 1e-6 and metrics["grad_norm"] < 1e-5
 
 
-def test_demonstration_stands_in_the_question(desk):
-    prompted, example = desk.ctx.builder.prompted_tasks["first"], desk.ctx.sources[0][0]
+def test_the_teacher_reads_the_students_responses_where_they_are(prepared):
+    """Only the prompts with the demonstrations are new: targets and mask are the batch's own arrays."""
+    ((batch,),) = _first_updates(prepared)
+    items = prepared.ctx.prompt_reader(prepared.ctx.mixture.rows(0))
+    shown = prepared.ctx.teacher.demonstration_batch(batch, items)
+    assert shown.targets is batch.targets and shown.mask is batch.mask
+    assert shown.prompts.tokens.shape[1] > batch.prompts.tokens.shape[1] and not shown.extra
+
+
+def test_a_demonstration_follows_the_prompt(prepared):
+    prompted, example = prepared.ctx.builder.prompted_tasks["first"], prepared.ctx.sources[0][0]
     said = lambda messages: "".join(p["text"] for p in messages[-1]["content"])
     shown = prompts.demonstration_prompt(prompted, example)
     assert (
@@ -59,36 +73,36 @@ def test_demonstration_stands_in_the_question(desk):
     )
 
 
-def test_demonstrated_questions_have_room_beside_the_prompt_limit(desk):
+def test_demonstrated_questions_have_room_beside_the_prompt_limit(prepared):
     """A question as long as the limit and an answer as long as any fit together; the words around the answer are counted."""
-    processor, ctx = desk.run.model_ctx.processor, max(desk.ctx.teacher.model_ctx.buckets)
-    prompted, example = desk.ctx.builder.prompted_tasks["first"], desk.ctx.sources[0][0]
+    processor, ctx = prepared.run.model_ctx.processor, max(prepared.ctx.teacher.model_ctx.buckets)
+    prompted, example = prepared.ctx.builder.prompted_tasks["first"], prepared.ctx.sources[0][0]
     long = dataclasses.replace(
-        example, target="it is " * (desk.ctx.builder.sampling.max_new_tokens // 2)
+        example, target="it is " * (prepared.ctx.builder.sampling.max_new_tokens // 2)
     )
     size = lambda messages: len(processor.encode(messages))
     assert (
-        ctx - max(desk.run.model_ctx.buckets)
+        ctx - max(prepared.run.model_ctx.buckets)
         == size(prompts.demonstration_prompt(prompted, long)) - size(prompted.build_prompt(example))
         > 4
     )
 
 
-def test_task_without_gold_answers_is_refused(desk, monkeypatch):
-    blank = [dataclasses.replace(e, target="") for e in desk.ctx.sources[0]]
+def test_task_without_gold_answers_is_refused(prepared, monkeypatch):
+    blank = [dataclasses.replace(e, target="") for e in prepared.ctx.sources[0]]
     monkeypatch.setattr(Datasets, "examples", lambda *_: blank)
     with pytest.raises(
         ValueError, match="first/train/0: task first has no gold answers to demonstrate"
     ) as error:
-        train_stage.make_stage_context(desk.run, desk.ctx.stage, desk.params, None)
+        train_stage.make_stage_context(prepared.run, prepared.ctx.stage, prepared.params, None)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.0, 1.0])
-def test_followers(desk, rate):
-    start = desk.state.params
+def test_followers(prepared, rate):
+    start = prepared.state.params
     teacher = distillation.Teacher(
-        desk.run.model_ctx, desk.ctx.builder.prompted_tasks, rate, start, desk.frozen
+        prepared.run.model_ctx, prepared.ctx.builder.prompted_tasks, rate, start, prepared.frozen
     )
     moved = jax.tree.map(lambda x: x + 1.0, start)
     teacher.follow(moved)
@@ -101,8 +115,8 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
     """A hundredth of a small move is below bfloat16's precision; what a checkpoint is read into has the teacher's own type."""
     c = config(distill=dict(teacher=teacher))
     c.model.compute_dtype = "bfloat16"
-    with stage_fixtures.desk(c, tmp_path) as desk:
-        found, start = desk.ctx.teacher, jax.device_get(desk.state.params)
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        found, start = prepared.ctx.teacher, jax.device_get(prepared.state.params)
         before = jax.device_get(found.trained)
         found.follow(jax.tree.map(lambda x: x + 1e-3, start))
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(found.trained), strict=True):
@@ -110,7 +124,7 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
                 np.asarray(new, np.float32) - np.asarray(old, np.float32), rate * 1e-3, atol=2e-7
             )
         saved = resume.checkpoint_structure(
-            desk.run, "steps", desk.ctx.stage, desk.state.params
+            prepared.run, "steps", prepared.ctx.stage, prepared.state.params
         ).get("teacher")
         assert (saved is None) == (teacher == "frozen")
         if saved:
@@ -121,13 +135,15 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
 
 def test_previous_stage_pulls_only_once_the_model_has_moved(tmp_path):
     with (
-        stage_fixtures.desk(
+        stage_fixtures.prepare_stage(
             config("sft", penalty=dict(name="lwf", coef=1.0, samples=0)), tmp_path
-        ) as desk,
-        desk.ctx.open_stream(0) as stream,
+        ) as prepared,
+        prepared.ctx.open_stream(0) as stream,
     ):
-        update = next(next_step_batch(desk.ctx, desk.params, stream, StageProgress()).updates)
-        state, metrics = desk.update(update, lr=1e-2)
+        update = next(
+            next_step_batch(prepared.ctx, prepared.params, stream, StageProgress()).updates
+        )
+        state, metrics = prepared.update(update, lr=1e-2)
         assert abs(metrics["lwf"]) < 1e-6
-        _, later = dataclasses.replace(desk, state=state).update(update)
+        _, later = dataclasses.replace(prepared, state=state).update(update)
         assert later["lwf"] > 1e-4

@@ -425,7 +425,8 @@ def test_mismatch_and_divergence_in_the_reward():
     )
 
 
-# A policy over 3 tokens that can be enumerated: token 0 ends a response, the second token depends on the first.
+# A policy over 3 tokens that can be enumerated: token 0 ends a response, the second token depends
+# on the first.
 SEQUENCES = np.array([[0, 0]] + [[a, b] for a in (1, 2) for b in range(3)])
 MASKS = np.array([[True, s[0] != 0] for s in SEQUENCES])
 TOY_REWARDS = np.array([0.2, 1, 0, 0, 0.5, 0, 1], np.float32)
@@ -462,7 +463,10 @@ def test_the_gradient_is_that_of_the_expected_reward_by_enumeration(ratio, basel
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "dr_grpo"])
 def test_sampled_gradients_average_to_the_enumerated_one(name):
-    """8,192 groups of 4; within 5 standard errors of each table entry. A group mean that includes the response scales by (G-1)/G."""
+    """8,192 groups of 4; within 5 standard errors of each table entry.
+
+    A group mean that includes the response scales by (G-1)/G.
+    """
     groups, g = 8192, 4
     drawn = np.asarray(
         jax.random.choice(jax.random.key(0), len(SEQUENCES), (groups, g), p=toy_probabilities(TOY))

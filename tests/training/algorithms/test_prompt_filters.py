@@ -64,11 +64,11 @@ def test_online_bounds_are_open_and_work_on_the_group_mean():
         ),
         (
             lambda: prompt_filters.check_prompt_filter("incompetent", 8, lo=2),
-            "'incompetent' stands for lo=1, hi=8 of samples=8; leave them out",
+            "'incompetent' means lo=1, hi=8 of samples=8; leave them out",
         ),
         (
             lambda: prompt_filters.check_prompt_filter("zero_variance", 8, hi=8),
-            "'zero_variance' stands for lo=1, hi=7",
+            "'zero_variance' means lo=1, hi=7",
         ),
         (
             lambda: prompt_filters.check_prompt_filter("incompetent", like="runs/rif"),

@@ -1,0 +1,53 @@
+"""The Fisher information of a stage."""
+
+import jax
+import numpy as np
+import pytest
+import stage_fixtures
+from stage_fixtures import method_config
+
+from cptjax.common.shuffle import permutation
+from cptjax.continual.fisher import update_fisher
+from cptjax.data.device_batches import conversation_batch
+from cptjax.data.prompts import make_example_encoder
+
+
+def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path):
+    c = method_config(
+        "sft",
+        steps=1,
+        stages=2,
+        method=dict(penalty=dict(name="ewc", coef=1e4, samples=2)),
+        train=dict(lr=1e-2),
+    )
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        fisher, cost = jax.device_get(
+            update_fisher(
+                prepared.run, prepared.run.stages[0], prepared.state.params, prepared.frozen, None
+            )
+        )
+        squares = None
+        build = make_example_encoder(
+            prepared.run.model_ctx, prepared.ctx.builder.prompted_tasks, True, 32
+        )
+        drawn = permutation(8, (0, 1, 0))[:2].tolist()
+        assert drawn != [0, 1]
+        for i in drawn:
+            one = conversation_batch(
+                prepared.run.model_ctx, [build(prepared.ctx.sources[0][i]).encoded], rows=1
+            )
+            gradient = jax.device_get(
+                prepared.programs.begin(prepared.state.params, prepared.frozen, one).gradient
+            )
+            square = jax.tree.map(lambda g: np.square(g) / 2, gradient)
+            squares = square if squares is None else jax.tree.map(np.add, squares, square)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), fisher, squares
+    )
+    _, _, lines = stage_fixtures.train_all_stages(c, tmp_path / "run")
+    steps = [line for line in lines if "event" not in line]
+    spent = [line["flops"] for line in lines if line.get("event") == "fisher"]
+    assert len(spent) == 2 and spent[0] == cost.flops > 0
+    assert "penalty" not in steps[0] and steps[1]["penalty"] == pytest.approx(
+        0, abs=1e-9
+    )  # it starts at the anchor

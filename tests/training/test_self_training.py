@@ -1,0 +1,57 @@
+"""Self-SFT: windows of the policy's own correct responses."""
+
+import json
+
+import jax
+import stage_fixtures
+from stage_fixtures import method_config
+
+from cptjax.common.files import read_jsonl
+from cptjax.tasks import rewards
+from cptjax.training import self_training
+
+
+def test_each_window_is_sampled_from_the_current_policy_and_read_back(tmp_path):
+    with stage_fixtures.prepare_stage(
+        method_config("iterative_sft", steps=4, method=dict(refresh="2")), tmp_path
+    ) as prepared:
+        ctx, params = prepared.ctx, prepared.params
+        draw = lambda step, params=params: self_training.response_examples(ctx, params, step)
+        first, spent = draw(0)
+        assert (
+            len(first) == 4 and spent.rollouts == 64
+        )  # two steps of four prompts, eight answers each
+        texts = {(i.row, bytes(i.encoded.tokens)) for i in first}
+        assert draw(1)[1].rollouts == 0  # the same window
+        moved = jax.tree.map(lambda x: x * 1.5, params)
+        assert {
+            (i.row, bytes(i.encoded.tokens)) for i in draw(0, moved)[0]
+        } == texts  # a resumed run reads what was written
+        draw(2, moved)
+        files = {p.name: read_jsonl(p) for p in (tmp_path / "corpus").glob("*.jsonl")}
+        assert set(files) == {"stage1_step0.jsonl", "stage1_step2.jsonl"}
+        origin = json.loads((tmp_path / "corpus" / "stage1_step2.source.json").read_text())
+        assert origin == {
+            "policy": {"stage": 1, "step": 2},
+            "answers": len(files["stage1_step2.jsonl"]),
+        }
+        for start, rows in ((0, files["stage1_step0.jsonl"]), (2, files["stage1_step2.jsonl"])):
+            seen = {p.index for step in (start, start + 1) for p in ctx.mixture.rows(step)}
+            assert {r["row"] for r in rows} <= seen
+            graded = ctx.builder.prompted_tasks["first"].compute_rewards(
+                [r["response"] for r in rows], [ctx.sources[0][r["row"]] for r in rows]
+            )
+            assert all(rewards.is_correct(parts) for parts in graded)
+
+
+def test_an_own_response_is_trained_on_behind_its_prompt(tmp_path):
+    with stage_fixtures.prepare_stage(method_config("self_sft", steps=1), tmp_path) as prepared:
+        items, _ = self_training.response_examples(prepared.ctx, prepared.params, 0)
+        rows = {
+            (r["row"], r["response"])
+            for r in read_jsonl(tmp_path / "corpus" / "stage1_step0.jsonl")
+        }
+        decode = prepared.run.model_ctx.processor.decode
+        for item in items:
+            answer = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
+            assert any(row == item.row and answer.startswith(text.strip()) for row, text in rows)

@@ -1,0 +1,87 @@
+"""The training loop: metrics of several updates, batches taken by a step, warnings, steps without anything to train on."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import stage_fixtures
+from stage_fixtures import method_config
+
+from cptjax.training import rollouts, train_loop
+from cptjax.training.stage_context import StageProgress
+from cptjax.types import Mean
+
+
+def test_metrics_of_several_updates_keep_extremes():
+    metrics = [
+        {"ratio_min": 0.9, "ratio_max": 1.0, "loss": 1.0},
+        {"ratio_min": 0.95, "ratio_max": 1.4, "loss": 3.0},
+    ]
+    assert train_loop.merge_update_metrics(metrics) == {
+        "ratio_min": 0.9,
+        "ratio_max": 1.4,
+        "loss": 2.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    c = method_config("grpo", method=dict(advantage="reinforce", truncated="mask", kl_coef=0.0))
+    with stage_fixtures.prepare_stage(c, tmp_path_factory.mktemp("stage")) as prepared:
+        yield prepared
+
+
+@pytest.mark.parametrize(("gap", "warned"), [(0.0, False), (0.2, True)])
+def test_a_sampler_that_differs_from_the_trainer_is_warned_of(prepared, capsys, gap, warned):
+    train_loop.warn_of_mismatch({"mismatch": gap, "mismatch_max": 2 * gap}, prepared.ctx.stage)
+    said = capsys.readouterr()
+    assert ("log-probabilities differ" in said.out + said.err) == warned
+
+
+def test_a_batch_without_tokens_to_train_on_changes_nothing(prepared, capsys):
+    builder = prepared.ctx.builder
+    with prepared.ctx.open_stream(0) as stream:
+        graded = rollouts.sample_rollouts(
+            builder, prepared.params, next(stream), prepared.ctx.step_key(0), 0
+        )
+    cut = dataclasses.replace(
+        graded, samples=dataclasses.replace(graded.samples, finished=np.zeros(8, bool))
+    )
+    (batch,) = next(rollouts.rollout_step_batch(builder, prepared.params, cut, None, 1, 1).updates)
+    assert not np.asarray(batch.mask).any()
+    state, metrics = prepared.update([batch])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (state.params, state.opt_state),
+        (prepared.state.params, prepared.state.opt_state),
+    )
+    assert metrics["skipped"] == 1 == state.skipped == state.step
+    (read,) = train_loop.fetch_metrics(
+        [{"mismatch": Mean(0.0, 0.0), "loss": Mean(0.0, 0.0), "skipped": Mean(1.0, 1.0)}]
+    )
+    assert read == {"skipped": 1.0}
+    assert train_loop.merge_update_metrics([read, {"loss": 2.0, "skipped": 0.0}]) == {
+        "skipped": 0.5,
+        "loss": 2.0,
+    }
+    train_loop.warn_of_mismatch(read, prepared.ctx.stage)
+    with pytest.raises(ValueError, match="no token to train on .*method.truncated='mask'"):
+        train_loop.check_skipped_steps(state, 1)
+    said = capsys.readouterr()
+    assert not said.out + said.err
+
+
+def test_a_step_counts_the_batches_it_took(tmp_path):
+    c = method_config(
+        "dapo", method=dict(online_filter=dict(lo=0.0, hi=1.0, max_refills=30), overlong=0)
+    )
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        with prepared.ctx.open_stream(0) as stream:
+            found = [
+                train_loop.next_step_batch(prepared.ctx, prepared.params, stream, StageProgress())
+                for _ in range(2)
+            ]
+            assert stream.step == sum(f.batches_taken for f in found) and [
+                f.batches_taken for f in found
+            ] == [f.metrics["filter/batches"] for f in found]
