@@ -1,4 +1,4 @@
-"""From one base that is half right, every RL arm raises the accuracy on new pictures within a minute; a negated reward lowers it."""
+"""From one base that is half right, every RL arm raises the accuracy on new images; a negated reward lowers it."""
 
 import time
 
@@ -38,7 +38,7 @@ def wrong(prediction, answer, meta=None) -> float:
 
 
 def config():
-    """A base that is taught wrong labels for half of the classes more often than not, then an arm a stage."""
+    """A base trained on mostly wrong labels for half of the classes, then an arm per stage."""
     c = base.get_config()
     rl = dict(train=dict(lr=5e-4, batch=16), data=dict(limit=1000))
     method = lambda name: {
@@ -62,9 +62,9 @@ def config():
         *(arm("true", name) for name in ARMS),
         arm("negated", "grpo"),
     )
-    drawn = dict(task="synthetic", family="count")
+    counting = dict(task="synthetic", family="count")
     c.tasks.update(
-        dict(biased=dict(drawn, bias=0.55), true=drawn, negated=dict(drawn, scorer=wrong))
+        dict(biased=dict(counting, bias=0.55), true=counting, negated=dict(counting, scorer=wrong))
     )
     c.model.update(compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
     c.data.update(template="none", prompt_limit=32, buckets=(24, 32), limit=2500)
@@ -75,7 +75,7 @@ def config():
 
 
 @pytest.mark.slow
-def test_every_rl_arm_learns_and_a_negated_reward_unlearns(tmp_path, monkeypatch):
+def test_every_rl_arm_improves_and_a_negated_reward_makes_worse(tmp_path, monkeypatch):
     with stage_fixtures.open_tiny_run(config(), tmp_path, PRESETS["tiny"]) as (run, base):
 
         def score(params) -> float:

@@ -30,9 +30,9 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
         build = make_example_encoder(
             prepared.run.model_ctx, prepared.ctx.builder.prompted_tasks, True, 32
         )
-        drawn = permutation(8, (0, 1, 0))[:2].tolist()
-        assert drawn != [0, 1]
-        for i in drawn:
+        rows = permutation(8, (0, 1, 0))[:2].tolist()
+        assert rows != [0, 1]
+        for i in rows:
             one = conversation_batch(
                 prepared.run.model_ctx, [build(prepared.ctx.sources[0][i]).encoded], rows=1
             )

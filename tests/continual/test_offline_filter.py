@@ -40,7 +40,7 @@ def test_the_offline_filter_and_its_random_control_keep_equally_many(tmp_path):
 
 def test_a_control_of_another_run_keeps_as_many_and_samples_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        offline_filter, "count_correct", lambda *_: pytest.fail("answers were drawn")
+        offline_filter, "count_correct", lambda *_: pytest.fail("responses were sampled")
     )
     theirs = tmp_path / "theirs" / "filters" / "stage1_first.jsonl"
     theirs.parent.mkdir(parents=True)
@@ -66,11 +66,11 @@ def test_a_control_of_another_run_keeps_as_many_and_samples_nothing(tmp_path, mo
         and "correct" not in rows[0]
     )
     assert len(found) == 3 and found != [f"first/train/{i}" for i in range(3)]
-    for like, limit, said in (
+    for like, limit, expected in (
         ("theirs", 6, "expected the 6 prompts .*, got 8 prompts"),
         ("none", 8, "expected the 8 prompts .*, got a missing or empty file"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=expected):
             ids(like, limit)
 
 

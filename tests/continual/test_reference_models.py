@@ -15,15 +15,15 @@ def test_the_reference_of_a_second_stage_is_the_base_or_its_start(tmp_path):
         run,
         base,
     ):
-        which, first = run.stages[1], jax.device_get(base.params)
+        stage, first = run.stages[1], jax.device_get(base.params)
         params = jax.tree.map(lambda x: x + 1, base.params)
         now = jax.device_get(params)
         for name, want in (("base", first), ("stage", now)):
-            which.config.method.kl_reference = name
+            stage.config.method.kl_reference = name
             found = reference_models.load_reference(
-                run, which, reference_models.load_stage_start(run, which, params, False)
+                run, stage, reference_models.load_stage_start(run, stage, params, False)
             )
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), want)
-        which.config.method.kl_coef = 0.0
-        start = reference_models.load_stage_start(run, which, params, False)
-        assert start is None and reference_models.load_reference(run, which, start) is None
+        stage.config.method.kl_coef = 0.0
+        start = reference_models.load_stage_start(run, stage, params, False)
+        assert start is None and reference_models.load_reference(run, stage, start) is None

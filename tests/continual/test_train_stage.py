@@ -21,17 +21,17 @@ def prepared(tmp_path):
 
 
 def test_a_batch_that_the_shards_do_not_divide_is_refused_before_sampling(prepared, monkeypatch):
-    monkeypatch.setattr(offline_filter, "count_correct", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(offline_filter, "count_correct", lambda *_: pytest.fail("sampled"))
     monkeypatch.setattr(model_context.ModelContext, "shards", 4)
-    which = prepared.ctx.stage
-    which = dataclasses.replace(
-        which,
+    stage = prepared.ctx.stage
+    stage = dataclasses.replace(
+        stage,
         config=merge_config(
-            which.config, {"method": {"filter": dict(name="incompetent", samples=2)}}
+            stage.config, {"method": {"filter": dict(name="incompetent", samples=2)}}
         ),
     )
     with pytest.raises(ValueError, match="2 prompts.* 4 shards"):
-        train_stage.make_stage_context(prepared.run, which, prepared.params, None)
+        train_stage.make_stage_context(prepared.run, stage, prepared.params, None)
 
 
 def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):

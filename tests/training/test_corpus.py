@@ -1,4 +1,4 @@
-"""Responses of another run: correct ones, graded ones, the gold answer put in, files that are refused."""
+"""Responses of another run: correct ones, graded ones, gold answers put in, refused files."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_a_corpus_gives_its_correct_responses_and_grades_the_others(tmp_path):
 
 
 def test_rows_with_responses_may_be_longer_than_the_prompt_limit(tmp_path):
-    """Rows of prompt and answer may be longer than prompts by an answer, and their lengths are still one of a few buckets."""
+    """Rows may be longer than prompts by a response, and their lengths are one of a few buckets."""
     c = corpus_config(
         tmp_path,
         [

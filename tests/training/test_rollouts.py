@@ -1,4 +1,4 @@
-"""Rollouts: rewards, length rules, ratios over several updates, KL in the reward, online filter, one upload of prompts a step."""
+"""Rollouts: rewards, length rules, ratios, KL in the reward, online filter, one upload a step."""
 
 import collections
 import dataclasses
@@ -119,7 +119,7 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
 
 
 def test_importance_weights_undo_a_cut_distribution(tmp_path):
-    """With top_p < 1 the sampler's distribution is sharper than the policy: weights policy / sampler lie below 1, as drawn."""
+    """With top_p < 1 the sampler's distribution is sharper than the policy: weights policy / sampler are below 1."""
     c = method_config("grpo", method=dict(tis_cap=2.0, kl_coef=0.0), rollout=dict(top_p=0.5))
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         graded = sample(prepared)
@@ -177,7 +177,7 @@ def test_tasks_with_their_own_rewards_share_a_batch(prepared):
         prepared.ctx.builder, prompted_tasks=prompted_tasks | {"other": Constant()}
     )
     parts = rollouts.grade_responses(
-        builder.prompted_tasks, mixed, [f"answer {i}" for i in range(8)]
+        builder.prompted_tasks, mixed, [f"response {i}" for i in range(8)]
     )
     assert [p["reward"] == 7.0 for p in parts] == [False, False, True, True] * 2
 
@@ -194,7 +194,7 @@ def test_accuracy_is_decided_response_by_response():
 
 
 def test_reinforce01_raises_correct_responses_only(prepared):
-    """As in a jigsaw, where a wrong answer of the right form earns more than 1."""
+    """In a jigsaw a wrong response of the right form earns more than 1."""
     graded = sample(prepared, prepared.ctx.builder)
     parts = [{"reward": 1.0 + i % 2, "accuracy": float(i % 3 == 0)} for i in range(8)]
     t = builder(prepared, advantage="reinforce01")
@@ -264,16 +264,16 @@ def test_logged_metrics_are_those_of_all_processes(prepared, monkeypatch):
         for q in (0, 2)
     ]
     alone = [rollouts.rollout_metrics(*h) for h in halves]
-    said = [[], []]
-    for mine, h in zip(said, halves, strict=True):
+    sent = [[], []]
+    for mine, h in zip(sent, halves, strict=True):
         monkeypatch.setattr(
             distributed, "gather_objects", lambda value, mine=mine: mine.append(value) or [value]
         )
         rollouts.rollout_metrics(*h)
     for h in halves:  # each process hears both
-        heard = zip(*said, strict=True)
+        received = zip(*sent, strict=True)
         monkeypatch.setattr(
-            distributed, "gather_objects", lambda value, heard=heard: list(next(heard))
+            distributed, "gather_objects", lambda value, received=received: list(next(received))
         )
         assert rollouts.rollout_metrics(*h) == whole
     assert (
@@ -302,7 +302,7 @@ def test_the_online_filter_fills_a_batch_with_mixed_groups(tmp_path):
             and turns == info["filter/batches"] == stream.step
         )
         assert (np.ptp(graded.accuracy, 1) == 1).all()
-        assert graded.cost.rollouts == 8 * turns  # answers thrown away were paid for
+        assert graded.cost.rollouts == 8 * turns  # dropped responses count
         again = sample(prepared, key=jax.random.fold_in(prepared.ctx.step_key(0), 0))
         keep = [r for q in np.flatnonzero(np.ptp(again.accuracy, 1)) for r in (2 * q, 2 * q + 1)]
         assert graded.samples.texts[: len(keep)] == [again.samples.texts[r] for r in keep]

@@ -1,4 +1,4 @@
-"""Drawn answers survive a kill piece by piece: the same file at the end, nothing drawn twice, nothing reused under other settings."""
+"""A killed run samples only the missing parts, and nothing is reused under other settings."""
 
 import dataclasses
 
@@ -36,36 +36,38 @@ def cache(path, stopping=bool, **sections):
     return SamplingCache(path, stage, sharding.make_mesh(devices=jax.devices()[:1]), stopping)
 
 
-def drawn(kept: SamplingCache, upto: int, log: list) -> list:
-    """Pieces 0, 1, ...; `log` gets those that were drawn."""
-    draw = lambda i: lambda: (log.append(i), ([[i, f"é{i}\n"]], WorkCost(i, 1, 0.1 * i, 2)))[1]
-    return [kept.next_part(draw(i)) for i in range(upto)]
+def take_parts(kept: SamplingCache, upto: int, log: list) -> list:
+    """Take parts 0, 1, ...; `log` gets those that are sampled."""
+    sample_part = lambda i: (
+        lambda: (log.append(i), ([[i, f"é{i}\n"]], WorkCost(i, 1, 0.1 * i, 2)))[1]
+    )
+    return [kept.next_part(sample_part(i)) for i in range(upto)]
 
 
-def test_only_what_is_missing_is_drawn(tmp_path):
-    whole = drawn(cache(tmp_path / "whole.jsonl"), 5, [])
+def test_only_missing_parts_are_sampled(tmp_path):
+    whole = take_parts(cache(tmp_path / "whole.jsonl"), 5, [])
     log: list = []
-    drawn(cache(tmp_path / "a.jsonl"), 3, log)
+    take_parts(cache(tmp_path / "a.jsonl"), 3, log)
     file = tmp_path / ".a.jsonl.partial0"
     file.write_bytes(file.read_bytes()[:-4])  # killed while it wrote the third
     again = cache(tmp_path / "a.jsonl")
-    assert drawn(again, 5, log) == whole and log == [0, 1, 2, 2, 3, 4]
+    assert take_parts(again, 5, log) == whole and log == [0, 1, 2, 2, 3, 4]
     again.discard()
     assert not file.exists()
 
 
-def test_stopping_keeps_the_pieces_and_other_settings_do_not(tmp_path):
+def test_stopping_keeps_the_parts_and_other_settings_do_not(tmp_path):
     log: list = []
     with pytest.raises(SamplingStopped):
-        drawn(cache(tmp_path / "a.jsonl", stopping=lambda: len(log) == 2), 5, log)
+        take_parts(cache(tmp_path / "a.jsonl", stopping=lambda: len(log) == 2), 5, log)
     assert log == [0, 1]
-    drawn(cache(tmp_path / "a.jsonl", eval={"limit": 3}), 2, log)
-    assert log == [0, 1]  # how it is evaluated has nothing to do with it
-    drawn(cache(tmp_path / "a.jsonl", rollout={"temperature": 0.5}), 2, log)
+    take_parts(cache(tmp_path / "a.jsonl", eval={"limit": 3}), 2, log)
+    assert log == [0, 1]  # evaluation settings do not matter
+    take_parts(cache(tmp_path / "a.jsonl", rollout={"temperature": 0.5}), 2, log)
     assert log == [0, 1, 0, 1]
 
 
-def test_a_file_of_other_settings_is_taken_away(tmp_path):
+def test_a_file_of_other_settings_is_removed(tmp_path):
     path = tmp_path / "a.jsonl"
     assert not cache(path).is_complete()
     sampling_cache.write_sampling_cost(path, WorkCost(), cache(path).fingerprint)
@@ -75,8 +77,8 @@ def test_a_file_of_other_settings_is_taken_away(tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["killed", "sigterm"])
-def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, stop):
-    """In the second window: SIGTERM is heard between two pieces, and the step before them is saved; a kill begins from the first."""
+def test_a_run_that_ends_while_it_samples_resumes_there(tmp_path, monkeypatch, stop):
+    """SIGTERM between two parts of the second window saves the step before; a kill resumes from the first."""
     c, calls, sample = run_helpers.config("iterative", **SELF), [], generate.sample_responses
 
     def counted(*args, **more):
@@ -97,7 +99,7 @@ def test_a_run_that_ends_while_it_answers_goes_on_there(tmp_path, monkeypatch, s
         driver.run(c, tmp_path / "run")
     assert (
         len(files.read_jsonl(tmp_path / "run" / "corpus" / ".stage1_step2.jsonl.partial0")) == 2
-    )  # its head, and a piece
+    )  # its header, and a part
     saved = [
         p.name for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir() if p.name.isdigit()
     ]

@@ -16,18 +16,18 @@ def test_each_window_is_sampled_from_the_current_policy_and_read_back(tmp_path):
         method_config("iterative_sft", steps=4, method=dict(refresh="2")), tmp_path
     ) as prepared:
         ctx, params = prepared.ctx, prepared.params
-        draw = lambda step, params=params: self_training.response_examples(ctx, params, step)
-        first, spent = draw(0)
+        examples_of = lambda step, params=params: self_training.response_examples(ctx, params, step)
+        first, spent = examples_of(0)
         assert (
             len(first) == 4 and spent.rollouts == 64
-        )  # two steps of four prompts, eight answers each
+        )  # two steps of four prompts, eight responses each
         texts = {(i.row, bytes(i.encoded.tokens)) for i in first}
-        assert draw(1)[1].rollouts == 0  # the same window
+        assert examples_of(1)[1].rollouts == 0  # the same window
         moved = jax.tree.map(lambda x: x * 1.5, params)
         assert {
-            (i.row, bytes(i.encoded.tokens)) for i in draw(0, moved)[0]
+            (i.row, bytes(i.encoded.tokens)) for i in examples_of(0, moved)[0]
         } == texts  # a resumed run reads what was written
-        draw(2, moved)
+        examples_of(2, moved)
         files = {p.name: read_jsonl(p) for p in (tmp_path / "corpus").glob("*.jsonl")}
         assert set(files) == {"stage1_step0.jsonl", "stage1_step2.jsonl"}
         origin = json.loads((tmp_path / "corpus" / "stage1_step2.source.json").read_text())
@@ -53,5 +53,5 @@ def test_an_own_response_is_trained_on_behind_its_prompt(tmp_path):
         }
         decode = prepared.run.model_ctx.processor.decode
         for item in items:
-            answer = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
-            assert any(row == item.row and answer.startswith(text.strip()) for row, text in rows)
+            response = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
+            assert any(row == item.row and response.startswith(text.strip()) for row, text in rows)

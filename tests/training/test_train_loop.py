@@ -35,8 +35,8 @@ def prepared(tmp_path_factory):
 @pytest.mark.parametrize(("gap", "warned"), [(0.0, False), (0.2, True)])
 def test_a_sampler_that_differs_from_the_trainer_is_warned_of(prepared, capsys, gap, warned):
     train_loop.warn_of_mismatch({"mismatch": gap, "mismatch_max": 2 * gap}, prepared.ctx.stage)
-    said = capsys.readouterr()
-    assert ("log-probabilities differ" in said.out + said.err) == warned
+    printed = capsys.readouterr()
+    assert ("log-probabilities differ" in printed.out + printed.err) == warned
 
 
 def test_a_batch_without_tokens_to_train_on_changes_nothing(prepared, capsys):
@@ -68,8 +68,8 @@ def test_a_batch_without_tokens_to_train_on_changes_nothing(prepared, capsys):
     train_loop.warn_of_mismatch(read, prepared.ctx.stage)
     with pytest.raises(ValueError, match="no token to train on .*method.truncated='mask'"):
         train_loop.check_skipped_steps(state, 1)
-    said = capsys.readouterr()
-    assert not said.out + said.err
+    printed = capsys.readouterr()
+    assert not printed.out + printed.err
 
 
 def test_a_step_counts_the_batches_it_took(tmp_path):

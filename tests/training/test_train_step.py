@@ -25,7 +25,7 @@ CASES = {  # mesh, remat, chunk, micro-batch, packed -> rows of each device pass
 
 
 def config(mesh=ONE, remat="none", chunk=1024, micro=0, pack=False, **sections):
-    """SFT on pictures.
+    """SFT on images.
 
     A large epsilon: Adam's direction then shows the gradient's size, and rounding of a tiny one
     does not decide it.

@@ -1,7 +1,4 @@
-"""Teachers: what they see, how they follow, and that a teacher that knows nothing more teaches nothing.
-
-One answer per prompt.
-"""
+"""Teachers: their prompts, their weights, and no gradient from a teacher that equals the student."""
 
 import dataclasses
 
@@ -64,17 +61,17 @@ def test_the_teacher_reads_the_students_responses_where_they_are(prepared):
 
 def test_a_demonstration_follows_the_prompt(prepared):
     prompted, example = prepared.ctx.builder.prompted_tasks["first"], prepared.ctx.sources[0][0]
-    said = lambda messages: "".join(p["text"] for p in messages[-1]["content"])
+    text_of = lambda messages: "".join(p["text"] for p in messages[-1]["content"])
     shown = prompts.demonstration_prompt(prompted, example)
     assert (
-        example.target in said(shown)
-        and said(shown).startswith(said(prompted.build_prompt(example)))
+        example.target in text_of(shown)
+        and text_of(shown).startswith(text_of(prompted.build_prompt(example)))
         and shown[-1]["role"] == "user"
     )
 
 
-def test_demonstrated_questions_have_room_beside_the_prompt_limit(prepared):
-    """A question as long as the limit and an answer as long as any fit together; the words around the answer are counted."""
+def test_demonstration_prompts_may_be_longer_than_the_prompt_limit(prepared):
+    """A prompt at its limit and the longest response fit together, with the text around the demonstration."""
     processor, ctx = prepared.run.model_ctx.processor, max(prepared.ctx.teacher.model_ctx.buckets)
     prompted, example = prepared.ctx.builder.prompted_tasks["first"], prepared.ctx.sources[0][0]
     long = dataclasses.replace(
@@ -112,7 +109,7 @@ def test_followers(prepared, rate):
 
 @pytest.mark.parametrize(("teacher", "rate"), [("ema", 0.01), ("current", 1.0), ("frozen", 0.0)])
 def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher, rate):
-    """A hundredth of a small move is below bfloat16's precision; what a checkpoint is read into has the teacher's own type."""
+    """A hundredth of a small move is below bfloat16's precision; checkpoints keep the teacher's type."""
     c = config(distill=dict(teacher=teacher))
     c.model.compute_dtype = "bfloat16"
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:

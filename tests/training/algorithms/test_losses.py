@@ -52,7 +52,7 @@ def estimate_kl(logps, ref, estimator="k3", limit=10.0):
     return losses.estimate_kl(logps, ref, estimator, limit)
 
 
-def draw(seed=0, spread=0.4):
+def random_arrays(seed=0, spread=0.4):
     rng = np.random.default_rng(seed)
     logps, old, ref = (-1 - spread * rng.random((B, R)).astype(np.float32) * k for k in (1, 2, 3))
     lengths = rng.integers(1, R + 1, B)
@@ -102,7 +102,7 @@ def loop(
 @pytest.mark.parametrize("ratio", losses.RATIOS)
 def test_policy_against_loops(ratio, normalise):
     for seed in range(10):
-        arrays = draw(seed, spread=1.5)
+        arrays = random_arrays(seed, spread=1.5)
         got = policy_loss(
             *arrays,
             ratio=ratio,
@@ -208,7 +208,7 @@ def test_dual_clip_bounds_a_bad_response_that_became_likely():
 
 @pytest.mark.parametrize("ratio", losses.RATIOS)
 def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(ratio):
-    logps, _, _, adv, mask = draw()
+    logps, _, _, adv, mask = random_arrays()
     for old in (logps, None):
         metrics = policy_loss(logps, old, None, adv, mask, ratio=ratio).metrics
         assert metrics["ratio_min"].value == metrics["ratio_max"].value == 1
@@ -217,7 +217,7 @@ def test_on_policy_every_ratio_is_one_and_nothing_is_clipped(ratio):
 
 @pytest.mark.parametrize("ratio", losses.RATIOS)
 def test_on_policy_all_ratios_have_the_gradient_of_reinforce(ratio):
-    logps, _, _, adv, mask = draw()
+    logps, _, _, adv, mask = random_arrays()
     grad = jax.grad(
         lambda x: policy_loss(x, logps, None, adv, mask, ratio=ratio, normalise="sequence").sum
     )(logps)
@@ -240,7 +240,7 @@ def test_cispo_keeps_a_gradient_where_clipping_ends_it():
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "batch"])
 @pytest.mark.parametrize("ratio", losses.RATIOS)
 def test_a_group_of_equal_rewards_has_exactly_no_policy_gradient(ratio, name):
-    logps, old, ref, _, mask = draw()
+    logps, old, ref, _, mask = random_arrays()
     adv = compute_advantages(np.full((2, 3), 0.9, np.float32), name).reshape(-1)
     grad = lambda **kw: jax.grad(
         lambda x: policy_loss(x, old, ref, adv, mask, ratio=ratio, **kw).sum
@@ -250,7 +250,7 @@ def test_a_group_of_equal_rewards_has_exactly_no_policy_gradient(ratio, name):
 
 
 def test_remax_has_a_gradient_on_equal_rewards_when_greedy_differs():
-    logps, old, _, _, mask = draw()
+    logps, old, _, _, mask = random_arrays()
     adv = compute_advantages(
         np.ones((2, 3), np.float32), "remax", greedy=np.zeros(2, np.float32)
     ).reshape(-1)
@@ -258,7 +258,7 @@ def test_remax_has_a_gradient_on_equal_rewards_when_greedy_differs():
 
 
 def test_grpo_on_policy_is_zero_in_value_but_not_in_gradient():
-    logps, _, _, _, mask = draw()
+    logps, _, _, _, mask = random_arrays()
     adv = compute_advantages(np.array([[1, 0, 0], [1, 1, 0]], np.float32), "grpo").reshape(-1)
     for ratio in losses.RATIOS:
         value, grad = jax.value_and_grad(
@@ -315,7 +315,7 @@ def gradient(arrays, **settings):
     "settings", POLICY_SETTINGS, ids=lambda s: f"{s['ratio']}-{s['normalise']}"
 )
 def test_padding_changes_nothing(settings):
-    arrays = draw()
+    arrays = random_arrays()
     wide = [
         np.pad(x, ((0, 2), (0, 3)), constant_values=0 if x.dtype == bool else np.nan)
         for x in (*arrays[:3], arrays[4])
@@ -333,7 +333,7 @@ def test_padding_changes_nothing(settings):
     "settings", POLICY_SETTINGS, ids=lambda s: f"{s['ratio']}-{s['normalise']}"
 )
 def test_micro_batches_and_order_change_nothing(settings):
-    arrays = draw()
+    arrays = random_arrays()
     run = lambda rows: policy_loss(*(x[rows] for x in arrays), kl_coef=0.1, **settings)
     whole, parts, mixed = (
         run(np.arange(B)),
@@ -351,7 +351,7 @@ def test_micro_batches_and_order_change_nothing(settings):
 def test_packed_conversations_weigh_what_they_weigh_alone():
     logps = -np.arange(1.0, 9.0, dtype=np.float32)
     mask = np.array([1, 1, 0, 1, 1, 1, 0, 0], bool)
-    segments = np.array([1, 1, 2, 2, 2, 2, 3, 0])  # the third has nothing to learn from
+    segments = np.array([1, 1, 2, 2, 2, 2, 3, 0])  # the third has no token to train on
     rows = lambda x: np.stack([np.pad(x[:2], (0, 2)), x[2:6]])
     for normalise in losses.NORMALISERS:
         packed = sft_loss(
@@ -374,7 +374,7 @@ def test_eaft_scales_tokens_and_leaves_the_count_alone():
 
 
 def test_sft_with_a_reference():
-    logps, _, ref, _, mask = draw()
+    logps, _, ref, _, mask = random_arrays()
     plain, pulled = (
         sft_loss(logps, mask),
         sft_loss(logps, mask, ref_logps=ref, kl_coef=0.5, kl_estimator="k2"),
@@ -392,7 +392,7 @@ def test_distillation_leaves_out_the_first_tokens_of_each_response():
 
 
 def test_entropy_bonus_and_importance_weights():
-    logps, old, _, adv, mask = draw()
+    logps, old, _, adv, mask = random_arrays()
     entropy = jnp.asarray(np.where(mask, 2.0, np.nan))
     plain = policy_loss(logps, old, None, adv, mask, ratio="token")
     bonus = policy_loss(
@@ -412,7 +412,7 @@ def test_entropy_bonus_and_importance_weights():
 
 
 def test_mismatch_and_divergence_in_the_reward():
-    logps, old, ref, adv, mask = draw()
+    logps, old, ref, adv, mask = random_arrays()
     metrics = losses.mismatch_metrics(logps, np.where(mask, old, -np.inf), mask)
     assert metrics["mismatch"].value == pytest.approx(np.abs(logps - old)[mask].mean(), rel=1e-5)
     assert metrics["mismatch_max"].value == pytest.approx(np.abs(logps - old)[mask].max(), rel=1e-5)
@@ -468,20 +468,24 @@ def test_sampled_gradients_average_to_the_enumerated_one(name):
     A group mean that includes the response scales by (G-1)/G.
     """
     groups, g = 8192, 4
-    drawn = np.asarray(
+    sampled = np.asarray(
         jax.random.choice(jax.random.key(0), len(SEQUENCES), (groups, g), p=toy_probabilities(TOY))
     )
     first = int(jnp.argmax(TOY[0]))
     greedy = [first, int(jnp.argmax(TOY[1 + first]))] if first else [0, 0]
     baseline = np.full(groups, TOY_REWARDS[SEQUENCES.tolist().index(greedy)], np.float32)
-    adv = compute_advantages(TOY_REWARDS[drawn], name, greedy=baseline if name == "remax" else None)
+    adv = compute_advantages(
+        TOY_REWARDS[sampled], name, greedy=baseline if name == "remax" else None
+    )
 
     def one(tokens, mask, a):
         grad = jax.grad(lambda t: policy_loss(toy_logps(t, tokens), None, None, a, mask).sum)(TOY)
         return -grad / g
 
     with jax.numpy_rank_promotion("allow"):
-        grads = np.asarray(jax.jit(jax.vmap(one))(SEQUENCES[drawn], MASKS[drawn], adv), np.float64)
+        grads = np.asarray(
+            jax.jit(jax.vmap(one))(SEQUENCES[sampled], MASKS[sampled], adv), np.float64
+        )
     error = grads.std(0, ddof=1) / math.sqrt(groups)
     scale = (g - 1) / g if name == "dr_grpo" else 1
     assert np.all(np.abs(grads.mean(0) - scale * EXACT) < 5 * error + 1e-6)
@@ -514,7 +518,7 @@ def test_bad_settings_are_one_clear_line(settings, words):
 
 
 def test_what_a_loss_needs_it_asks_for():
-    logps, old, _, adv, mask = draw()
+    logps, old, _, adv, mask = random_arrays()
     for settings, words in [
         ({"kl_coef": 0.1}, "reference"),
         ({"entropy_coef": 0.1}, "entropy of each token"),

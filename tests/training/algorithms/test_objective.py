@@ -74,21 +74,21 @@ def direction(temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_policy_gradient_is_that_of_the_sampled_distribution(temperature):
     objective = objective_of("policy", temperature=temperature)
-    _, gradient, told = run(objective, batch())
+    _, gradient, metrics = run(objective, batch())
     want = -ADVANTAGES[:, None, None] * direction(temperature) * MASK[..., None] / MASK.sum()
     np.testing.assert_allclose(gradient, want, atol=1e-6)
-    assert told["ratio_min"] == told["ratio_max"] == 1
-    np.testing.assert_allclose(told["entropy"], numbers(temperature)[2][MASK].mean(), rtol=1e-5)
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1
+    np.testing.assert_allclose(metrics["entropy"], numbers(temperature)[2][MASK].mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", ["none", "token", "sequence", "cispo"])
 def test_on_policy_ratio_is_exactly_one_and_nothing_is_clipped(ratio):
     objective = objective_of("policy", ratio=ratio)
     old = target_logps(jnp.asarray(HIDDEN), jnp.asarray(UNEMBED), batch(), 4)
-    _, gradient, told = run(objective, batch(old_logps=old))
+    _, gradient, metrics = run(objective, batch(old_logps=old))
     assert (
-        told["ratio_min"] == told["ratio_max"] == 1
-        and told.get("clip_low", 0) == told.get("clip_high", 0) == 0
+        metrics["ratio_min"] == metrics["ratio_max"] == 1
+        and metrics.get("clip_low", 0) == metrics.get("clip_high", 0) == 0
     )
     np.testing.assert_allclose(gradient, run(objective_of("policy"), batch())[1], atol=1e-6)
 
@@ -97,8 +97,8 @@ def test_stale_answers_have_a_ratio_and_a_capped_weight():
     old, behaviour = numbers()[1] - 0.3, numbers()[1] - 0.3 - np.log(3)
     wide = objective_of("policy", ratio="token", clip_high=10.0)
     stale = batch(old_logps=old, behaviour_logps=behaviour)
-    _, plain, told = run(wide, stale)
-    np.testing.assert_allclose(told["ratio_max"], np.exp(0.3), rtol=1e-5)
+    _, plain, metrics = run(wide, stale)
+    np.testing.assert_allclose(metrics["ratio_max"], np.exp(0.3), rtol=1e-5)
     _, capped, _ = run(changed(wide, tis_cap=2.0), stale)
     np.testing.assert_allclose(capped, 2 * plain, atol=1e-6)  # policy / behaviour is 3, the cap 2
     _, free, _ = run(changed(wide, tis_cap=9.0), stale)
@@ -139,19 +139,19 @@ def test_limit_of_k3_is_a_setting():
 
 
 def test_sft_and_its_kl_term():
-    value, gradient, told = run(objective_of("sft"), batch())
+    value, gradient, metrics = run(objective_of("sft"), batch())
     np.testing.assert_allclose(value, -numbers()[1][MASK].mean(), rtol=1e-5)
     np.testing.assert_allclose(gradient, -direction() * MASK[..., None] / MASK.sum(), atol=1e-6)
     held = objective_of("sft", kl_coef=0.2, kl_estimator="k2")
-    _, pulled, told = run(held, batch(ref_logps=numbers()[1] - 0.5))
-    np.testing.assert_allclose(told["kl"], 0.125, rtol=1e-4)
+    _, pulled, metrics = run(held, batch(ref_logps=numbers()[1] - 0.5))
+    np.testing.assert_allclose(metrics["kl"], 0.125, rtol=1e-4)
     np.testing.assert_allclose(
         pulled, (-1 + 0.2 * 0.5) * direction() * MASK[..., None] / MASK.sum(), atol=1e-6
     )
 
 
 def test_eaft_weighs_each_token_by_the_entropy_of_its_best():
-    _, gradient, told = run(objective_of("eaft"), batch())
+    _, gradient, metrics = run(objective_of("eaft"), batch())
     plain = run(objective_of("sft"), batch())[1]
     weight = (gradient * plain).sum(-1) / (plain * plain).sum(-1).clip(1e-12)
     np.testing.assert_allclose(
@@ -160,7 +160,7 @@ def test_eaft_weighs_each_token_by_the_entropy_of_its_best():
     assert (
         0 < weight[MASK].min()
         and weight[MASK].max() <= 1 + 1e-5
-        and told["eaft_weight"] == pytest.approx(weight[MASK].mean(), rel=1e-4)
+        and metrics["eaft_weight"] == pytest.approx(weight[MASK].mean(), rel=1e-4)
     )
 
 
@@ -187,10 +187,10 @@ def test_lwf_adds_a_divergence_that_starts_at_nothing(kind):
     assert run(held, same)[0] == pytest.approx(run(plain, same)[0], abs=1e-5)
     np.testing.assert_allclose(run(held, same)[1], run(plain, same)[1], atol=1e-6)
     other = batch(teacher_hidden=HIDDEN[::-1].copy(), teacher_unembed=UNEMBED)
-    value, _, told = run(held, other)
+    value, _, metrics = run(held, other)
     assert (
-        value == pytest.approx(run(plain, other)[0] + 0.7 * told["lwf"], rel=1e-4)
-        and told["lwf"] > 0.1
+        value == pytest.approx(run(plain, other)[0] + 0.7 * metrics["lwf"], rel=1e-4)
+        and metrics["lwf"] > 0.1
     )
 
 

@@ -1,4 +1,4 @@
-"""Optimisers against torch and by hand: rates, decay, clip, guard, types, places, Muon's matrices."""
+"""Optimizers against torch and by hand: rates, decay, clip, guard, types, places, Muon's matrices."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ LOSS = jnp.float32(1.0)
 
 def tree(seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     blocks = {
-        "norm1": draw(2, 8),
-        "qkv": {"w": draw(2, 8, 3, 2, 4), "b": draw(2, 3, 2, 4)},
-        "down": {"w": draw(2, 16, 8)},
+        "norm1": normal(2, 8),
+        "qkv": {"w": normal(2, 8, 3, 2, 4), "b": normal(2, 3, 2, 4)},
+        "down": {"w": normal(2, 16, 8)},
     }
-    return {"text": {"embed": draw(12, 8), "blocks": blocks, "norm": draw(8)}}
+    return {"text": {"embed": normal(12, 8), "blocks": blocks, "norm": normal(8)}}
 
 
 DECLARED = {

@@ -10,8 +10,8 @@ from cptjax.training.algorithms import regularizers
 
 def tree(seed):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return {"vision": None, "text": {"w": draw(3, 2), "b": draw(2)}}
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return {"vision": None, "text": {"w": normal(3, 2), "b": normal(2)}}
 
 
 PARAMS, ANCHOR = tree(0), tree(1)
