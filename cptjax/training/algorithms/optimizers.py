@@ -150,13 +150,13 @@ class Optimizer:
         elif c.optimizer == "muon":
             known = dict(self.matrices)
             axes = lambda tree: jax.tree_util.tree_map_with_path(
-                lambda path, _: known[_path_names(path)], tree
+                lambda path, _: known[parameter_path(path)], tree
             )
             momentum = scale_by_muon(mu_dtype=c.moments_dtype, weight_dimension_numbers=axes)
             muon = optax.chain(
                 momentum, optax.stateless(lambda u, _: jax.tree.map(scale_like_adam, u, axes(u)))
             )
-            label = lambda path, _: "muon" if _path_names(path) in known else "adam"
+            label = lambda path, _: "muon" if parameter_path(path) in known else "adam"
             labels = lambda tree: jax.tree_util.tree_map_with_path(label, tree)
             direction = optax.partition({"muon": muon, "adam": adam}, labels)
         else:
@@ -232,7 +232,7 @@ def muon_axes(declared: Params) -> tuple[tuple[tuple[str, ...], MuonDimensionNum
         )
 
     leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_param)
-    named = ((_path_names(path), axes(p)) for path, p in leaves)
+    named = ((parameter_path(path), axes(p)) for path, p in leaves)
     return tuple((names, a) for names, a in named if a is not None)
 
 
@@ -265,9 +265,10 @@ def decay_mask(params: Params) -> Any:
     """
     is_vector = lambda name: name == "b" or name.startswith("norm")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not is_vector(_path_names(path)[-1]), params
+        lambda path, _: not is_vector(parameter_path(path)[-1]), params
     )
 
 
-def _path_names(path: tuple) -> tuple[str, ...]:
+def parameter_path(path: tuple) -> tuple[str, ...]:
+    """Return the names of a parameter's path within any tree that has its dicts."""
     return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -323,7 +323,7 @@ def test_muon_reads_the_declared_model():
     declared = qwen2_5_vl.declare_params(PRESETS["tiny"])
     matrices = {path for path, _ in optimizers.muon_axes(declared)}
     leaves = {
-        optimizers._path_names(path): p
+        optimizers.parameter_path(path): p
         for path, p in jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_param)
     }
     assert {path[-2] for path in matrices} == {
@@ -340,7 +340,7 @@ def test_muon_reads_the_declared_model():
         "o",
     }
     decays = {
-        optimizers._path_names(path)
+        optimizers.parameter_path(path)
         for path, d in jax.tree_util.tree_leaves_with_path(
             optimizers.decay_mask(leaves_as_arrays(declared))
         )
