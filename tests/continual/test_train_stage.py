@@ -15,7 +15,7 @@ from cptjax.data import model_context
 
 @pytest.fixture
 def prepared(tmp_path):
-    method = dict(updates_per_batch=2, kl_coef=0.0)
+    method = dict(ratio="token", updates_per_batch=2, kl_coef=0.0)
     with stage_fixtures.prepare_stage(method_config("grpo", method=method), tmp_path) as prepared:
         yield prepared
 
