@@ -422,7 +422,7 @@ WRONG = {
     "two teachers": (
         dict(objective="distill", kl_coef=0.0, penalty=dict(name="lwf", coef=1.0)),
         {},
-        "both need the teacher's place",
+        "both need the teacher",
     ),
     "penalty without coefficient": (dict(penalty=dict(name="ewc")), {}, "coef=0 does nothing"),
     "average": (dict(average=1.0), {}, "average=1.0"),

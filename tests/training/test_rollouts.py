@@ -352,7 +352,9 @@ def counts(monkeypatch):
     monkeypatch.setattr(collate, "collate_rows", collated)
     monkeypatch.setattr(device_batches, "collate_rows", collated)
     upload = counting(
-        "images", jax.make_array_from_process_local_data, lambda _, x: np.ndim(x) == 4
+        "images",
+        jax.make_array_from_process_local_data,
+        lambda _, x: np.ndim(x) == 4 and x.dtype.kind == "f",
     )
     monkeypatch.setattr(jax, "make_array_from_process_local_data", upload)
     monkeypatch.setattr(sharding, "local_rows", counting("fetched", sharding.local_rows))
