@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, one table of rules, and parameters declared before they exist."""
+"""The device mesh, the one table of sharding rules, declared parameters, and placing of arrays."""
 
 import dataclasses
 import math
@@ -11,44 +11,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cptjax.types import Batch
-
-
-def check_batch_shards(shards: int, processes: int) -> None:
-    """Refuse a mesh on which two processes would each feed the same rows."""
-    if shards % processes:
-        raise ValueError(
-            f"config.mesh cuts a batch into {shards} shards (data x fsdp) for {processes} processes: expected a multiple, so that "
-            "each feeds rows of its own; lower mesh.model until it stays within a process"
-        )
-
-
-def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A host batch onto the mesh: rows over the batch shards, position ids [3 B T] over their second axis."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, batch)
-    put = lambda tree: place_rows(tree, mesh)
-    prompts = place_prompts(batch.prompts, mesh)
-    return Batch(prompts, *put((batch.targets, batch.mask, batch.where, batch.extra)))
-
-
-def place_prompts(prompts: Any, mesh: Mesh | None) -> Any:
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, prompts)
-    put = lambda tree: place_rows(tree, mesh)
-    positions = place_rows(prompts.positions, mesh, lambda x: (None, "batch", None))
-    return prompts.replace(
-        tokens=put(prompts.tokens),
-        positions=positions,
-        segments=put(prompts.segments),
-        slots=put(prompts.slots),
-        vision=put(prompts.vision),
-    )
-
+from cptjax.types import Batch, Prompts
 
 AXES = ("data", "fsdp", "model")
 
-# Logical axis -> mesh axis (or axes). The only place that says where anything lives.
+# Logical axis -> mesh axis (or axes); no other place decides how anything is sharded.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "layer": None,
@@ -68,12 +35,12 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """A parameter before it exists: its shape, its logical axes, how it starts; `inputs` counts the axes contracted with x."""
+    """A declared parameter: its shape, its logical axes, its initializer."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Initializer = jax.nn.initializers.normal(0.02)
-    inputs: int = 0  # of the axes after "layer"; 0 for vectors
+    inputs: int = 0  # axes after "layer" that are contracted with x; 0 for vectors
 
 
 def is_param(x: Any) -> bool:
@@ -83,14 +50,18 @@ def is_param(x: Any) -> bool:
 def make_mesh(
     data: int = 1, fsdp: int = -1, model: int = 1, devices: list | None = None, slices: int = 1
 ) -> Mesh:
-    """A (data, fsdp, model) mesh over all devices; one size may be -1; `slices` puts the data axis across the slow network."""
+    """Return a (data, fsdp, model) mesh over all devices.
+
+    One size may be -1. `slices` puts the data axis across the slow network between slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "model": model}
     free = [name for name, n in sizes.items() if n == -1]
     known = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1 or known < 1 or len(devices) % known or (not free and known != len(devices)):
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} model={model} does not make {len(devices)} devices; set one of the three to -1"
+            f"mesh data={data} fsdp={fsdp} model={model}: expected a product of {len(devices)}, "
+            "the number of devices; set one of the three to -1"
         )
     if free:
         sizes[free[0]] = len(devices) // known
@@ -99,13 +70,16 @@ def make_mesh(
         raise ValueError(f"mesh.slices={slices}: expected at least 1")
     if shape[0] % slices:
         raise ValueError(
-            f"mesh data={shape[0]} must be a multiple of the {slices} slices that it spans"
+            f"mesh data={shape[0]}: expected a multiple of the {slices} slices that it spans"
         )
     return Mesh(_grid(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
-    """Devices in the mesh's order, neighbours of the torus side by side; its axes are split where a mesh axis needs a part of one."""
+    """Arrange devices so that neighbours in the mesh are neighbours in the torus.
+
+    An axis of the torus is split where a mesh axis needs a part of it.
+    """
     within = (shape[0] // slices, *shape[1:])
     for split in (False, True):
         try:
@@ -119,33 +93,49 @@ def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
         except NotImplementedError:  # whole axes of the torus do not make this mesh
             if split:
                 raise ValueError(
-                    f"mesh data, fsdp, model = {shape} can not be laid out on these {len(devices)} devices"
+                    f"mesh data, fsdp, model = {shape} does not fit the torus of these "
+                    f"{len(devices)} devices; change config.mesh"
                 ) from None
     raise AssertionError
 
 
+def check_batch_shards(shards: int, processes: int) -> None:
+    """Refuse a mesh on which two processes would each feed the same rows."""
+    if shards % processes:
+        raise ValueError(
+            f"config.mesh cuts a batch into {shards} shards (data x fsdp) for {processes} "
+            "processes: expected a multiple, so that each feeds rows of its own; lower mesh.model "
+            "until it stays within a process"
+        )
+
+
 def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts a batch is cut."""
+    """Return the number of parts that a batch is cut into."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> PartitionSpec:
-    """The PartitionSpec of logical axes; two of them on one mesh axis is an error."""
+    """Return the PartitionSpec of logical axes; two of them on one mesh axis is an error."""
     rules = RULES if rules is None else rules
     unknown = [a for a in axes if a not in rules]
     if unknown:
         raise ValueError(
-            f"no sharding rule for axis {unknown[0]!r}; known axes: {sorted(a for a in rules if a)}"
+            f"no sharding rule for axis {unknown[0]!r}; expected one of {sorted(a for a in rules if a)}"
         )
     physical = [rules[a] for a in axes]
-    used = [m for p in physical for m in ((p,) if isinstance(p, str) else p or ())]
+    used = [name for p in physical for name in _mesh_axes(p)]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {axes} put two dimensions on one mesh axis: {physical}")
     return PartitionSpec(*physical)
 
 
+def _mesh_axes(physical: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the mesh axes of one dimension."""
+    return (physical,) if isinstance(physical, str) else physical or ()
+
+
 def rules_for(kv_heads: int, mesh: Mesh) -> dict:
-    """RULES, with key/value heads copied to every member of `model` where there are fewer heads than members (as GQA servers do)."""
+    """Return RULES; key/value heads fewer than the devices on `model` are copied to each of them."""
     return RULES if kv_heads % mesh.shape["model"] == 0 else RULES | {"kv_heads": None}
 
 
@@ -155,27 +145,29 @@ def named_sharding(
     shape: tuple[int, ...] | None = None,
     rules: dict | None = None,
 ) -> NamedSharding:
-    """The NamedSharding of logical axes; a dimension that its mesh axes do not divide is refused with the numbers."""
-    where = partition_spec(axes, rules)
-    for name, size, physical in zip(axes, shape or (), where, strict=bool(shape)):
-        ways = math.prod(
-            mesh.shape[m] for m in ((physical,) if isinstance(physical, str) else physical or ())
-        )
+    """Return the NamedSharding of logical axes.
+
+    A dimension of `shape` that its mesh axes do not divide is refused.
+    """
+    spec = partition_spec(axes, rules)
+    for name, size, physical in zip(axes, shape or (), spec, strict=bool(shape)):
+        ways = math.prod(mesh.shape[m] for m in _mesh_axes(physical))
         if size % ways:
             raise ValueError(
-                f"axis {name!r} of size {size} cannot be cut {ways} ways over mesh axis {physical!r}; change config.mesh"
+                f"axis {name!r} of size {size} cannot be cut {ways} ways over mesh axis "
+                f"{physical!r}; change config.mesh"
             )
-    return NamedSharding(mesh, where)
+    return NamedSharding(mesh, spec)
 
 
 def canonical_sharding(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The one name of a place that has several: without mesh axes of one device, and without Nones at the end."""
+    """Return the shortest of several equal shardings.
+
+    It has no mesh axes of one device, and no Nones at the end.
+    """
     if not isinstance(place, NamedSharding):
         return place
-    cut = [
-        tuple(m for m in ((p,) if isinstance(p, str) else p or ()) if place.mesh.shape[m] > 1)
-        for p in place.spec
-    ]
+    cut = [tuple(m for m in _mesh_axes(p) if place.mesh.shape[m] > 1) for p in place.spec]
     while cut and not cut[-1]:
         cut.pop()
     names = (None if not p else p[0] if len(p) == 1 else p for p in cut)
@@ -193,10 +185,12 @@ def abstract_params(
     params: Any, dtype: Any, mesh: Mesh | None = None, rules: dict | None = None
 ) -> Any:
     """Tree of Param -> tree of ShapeDtypeStruct, on the mesh if there is one."""
-    where = lambda p: None if mesh is None else named_sharding(p.axes, mesh, p.shape, rules)
-    return jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=where(p)), params, is_leaf=is_param
-    )
+
+    def abstract(p: Param) -> jax.ShapeDtypeStruct:
+        place = None if mesh is None else named_sharding(p.axes, mesh, p.shape, rules)
+        return jax.ShapeDtypeStruct(p.shape, dtype, sharding=place)
+
+    return jax.tree.map(abstract, params, is_leaf=is_param)
 
 
 def abstract_array(
@@ -210,24 +204,23 @@ def abstract_array(
 def init_params(
     params: Any, key: jax.Array, dtype: Any, mesh: Mesh | None = None, rules: dict | None = None
 ) -> Any:
-    """Random parameters, born where they live; a leaf's numbers depend on the key and its place in the tree only."""
+    """Return random parameters, created with their shardings.
 
-    def make(key):
+    The numbers of a leaf depend only on the key and on the leaf's position in the tree.
+    """
+
+    def make(key: jax.Array) -> Any:
         leaves, tree = jax.tree.flatten(params, is_leaf=is_param)
-        return tree.unflatten(
-            [
-                p.init(jax.random.fold_in(key, i), p.shape, jnp.float32).astype(dtype)
-                for i, p in enumerate(leaves)
-            ]
-        )
+        keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+        arrays = [p.init(k, p.shape, jnp.float32) for k, p in zip(keys, leaves, strict=True)]
+        return tree.unflatten([x.astype(dtype) for x in arrays])
 
-    return jax.jit(
-        make, out_shardings=None if mesh is None else param_shardings(params, mesh, rules)
-    )(key)
+    shardings = None if mesh is None else param_shardings(params, mesh, rules)
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the rules where a mesh is set (`jax.set_mesh`); elsewhere nothing."""
+    """Shard an activation by the rules, where a mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -235,23 +228,42 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def place_rows(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | None = None) -> Any:
-    """Host arrays -> device arrays, first axis cut over the batch shards; each process gives its own rows."""
+    """Place host arrays on the mesh; each process gives its own rows.
+
+    The first axis is cut over the batch shards, unless `axis` returns other logical axes.
+    """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    axis = axis or (lambda x: ("batch",) + (None,) * (np.ndim(x) - 1) if np.ndim(x) else ())
-    put = lambda x: jax.make_array_from_process_local_data(
-        named_sharding(axis(x), mesh), np.asarray(x)
-    )
-    return jax.tree.map(put, batch)
+
+    def place(x: Any) -> jax.Array:
+        rows_first = ("batch", *(None,) * (np.ndim(x) - 1)) if np.ndim(x) else ()
+        where = named_sharding(axis(x) if axis else rows_first, mesh)
+        return jax.make_array_from_process_local_data(where, np.asarray(x))
+
+    return jax.tree.map(place, batch)
+
+
+def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+    """Place a host batch on the mesh, its rows over the batch shards."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    rest = (batch.targets, batch.mask, batch.where, batch.extra)
+    return Batch(place_prompts(batch.prompts, mesh), *place_rows(rest, mesh))
+
+
+def place_prompts(prompts: Prompts, mesh: Mesh | None) -> Prompts:
+    """Place host prompts on the mesh; rows are the second axis of position ids [3 B T]."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, prompts)
+    positions = place_rows(prompts.positions, mesh, lambda x: (None, "batch", None))
+    rest = place_rows(prompts.replace(positions=None), mesh)
+    return rest.replace(positions=positions)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """This process's rows of an array cut along its first axis, in order, copies left out."""
-    parts = {
-        shard.index[0].start or 0 if shard.index else 0: shard for shard in x.addressable_shards
-    }
-    return (
-        np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
-        if x.ndim
-        else np.asarray(x)
-    )
+    """Return the rows that this process has of an array cut along its first axis, in order."""
+    if not x.ndim:
+        return np.asarray(x)
+    # Copies of one part begin at the same row; one of them is taken.
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

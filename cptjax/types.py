@@ -1,10 +1,12 @@
-"""The nouns that flow through cptjax, shapes in the fields.
+"""The data types that flow through cptjax, with the shapes of their fields.
 
-Letters used in every shape and einsum:
+Letters of every shape and einsum:
 
-    B rows          T tokens of a row      R tokens of a response    Q prompts      G responses of a prompt (group)
-    D model width   N query heads          K key/value heads         H head width   F mlp width   V vocabulary
-    S batch shards  W vision rows          P patches of a vision row C values of a patch          L layers
+    B rows           T tokens of a row    R tokens of a response     A targets of a row
+    Q prompts        G responses of a prompt (its group)
+    D model width    N query heads        K key/value heads          H head width
+    F MLP width      V vocabulary         L layers
+    S batch shards   W vision rows        P patches of a vision row  C values of a patch
 """
 
 import dataclasses
@@ -17,25 +19,26 @@ import jax
 
 
 class Mean(NamedTuple):
-    """A mean as its sum and count, so that micro-batches, padding and devices can not change it."""
+    """A mean as its sum and count: micro-batches, padding and devices can not change it."""
 
     sum: Any
     count: Any
 
     def __add__(self, other: "Mean") -> "Mean":
-        return (
-            self if isinstance(other, int) else Mean(self.sum + other.sum, self.count + other.count)
-        )
+        if isinstance(other, int):
+            return self
+        return Mean(self.sum + other.sum, self.count + other.count)
 
     __radd__ = __add__  # lets the built-in sum() start at 0
 
     @property
     def value(self) -> float:
+        """The mean; NaN of no values."""
         return float(self.sum) / float(self.count) if float(self.count) else math.nan
 
 
 def add_means(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Adds up the means of several micro-batches by name."""
+    """Add the means of several micro-batches by name."""
     total: dict[str, Mean] = {}
     for part in parts:
         for name, mean in part.items():
@@ -49,16 +52,15 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question as a task states it; `messages` is the Hugging Face chat form and ends with the user's turn."""
+    """One row of a task; `messages` are in the Hugging Face chat form, and end with the user's."""
 
     id: str
     messages: list[dict[str, Any]]
-    answer: Any  # what reward and scorer compare with
+    answer: Any  # the gold answer, which reward and scorer compare with
     target: str = ""  # the gold completion that SFT learns; "" where a task has none
     task: str = ""
-    meta: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # the row's other columns; a user's reward sees them
+    # The other columns of the row, for a user's reward.
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -81,7 +83,7 @@ class Prompts:
     """Token rows ready for the device.
 
     segments: 0 = padding; packed conversations of one row carry 1, 2, ...
-    slots: -1 for text; else which merged vision feature [W * P / 4] of the row's batch shard stands here.
+    slots: -1 for text; else the number of the vision feature [W * P / 4] within the batch shard.
     """
 
     tokens: Array  # [B T]
@@ -98,25 +100,24 @@ class Rollouts:
     tokens: Array  # [B R]
     mask: Array  # [B R] True up to and including the stop token
     logps: Array  # [B R] under the distribution sampled from (temperature, top-k, top-p applied)
-    policy_logps: Array  # [B R] under the raw policy (temperature 1, nothing cut)
+    policy_logps: Array  # [B R] under the policy itself (temperature 1, no truncation)
     finished: Array  # [B] True when a stop token ended the row, False when the length limit did
 
 
 @flax.struct.dataclass
 class Batch:
-    """Tokens to learn from, each with the state that predicts it.
+    """Target tokens, each with the state that predicts it.
 
-    Rows of plain or packed conversations name those states in `where`; groups (`where` is None) hold B = Q * G responses
-    that follow Q left-padded prompts.
+    Rows of single or packed conversations name these states in `where`. Groups (`where` is None)
+    are B = Q * G responses to Q left-padded prompts.
     """
 
     prompts: Prompts
     targets: Array  # [B A] the tokens (A = R for groups)
     mask: Array  # [B A]
     where: Array | None = None  # [B A] index into the row of the state that predicts each target
-    extra: dict[str, Array] = flax.struct.field(
-        default_factory=dict
-    )  # per row or token: advantages, old_logps, ref_logps, ...
+    # By row or token: advantages, old_logps, ref_logps, ...
+    extra: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -1,4 +1,4 @@
-"""Convert weights: a Hugging Face folder to Orbax and back, or the model of a run's stage to Hugging Face.
+"""Convert weights between Hugging Face and Orbax, and export the model of a stage of a run.
 
 python launch/convert.py --src=HF_DIR --dst=DIR                      Hugging Face -> Orbax
 python launch/convert.py --checkpoint=DIR --dst=HF_DIR               Orbax -> Hugging Face

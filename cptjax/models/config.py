@@ -1,4 +1,4 @@
-"""Model configs: shapes of the towers, presets, and conversion from and to Hugging Face `config.json`."""
+"""Model configs: shapes, presets, and conversion from and to Hugging Face `config.json`."""
 
 import dataclasses
 import functools
