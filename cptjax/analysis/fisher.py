@@ -1,14 +1,14 @@
-"""What a gradient risks: R(g) = g' F g, F the diagonal Fisher information of other tasks under the same model.
+"""Measure the risk of gradients: R(g) = g' F g, F the diagonal Fisher information of other tasks.
 
 "RFT naturally mitigates forgetting" (its second version) claims E[R(g_RFT)] = Var[r] R(g_SFT), hence at most a quarter of SFT's risk.
-Measured here, on the same prompts, from the model's own answers a with rewards r(a) and g(a) the gradient of -log p(a):
+Measured on the same prompts, from sampled responses a with rewards r(a), where g(a) is the gradient of -log p(a):
 
     SFT            R(g(gold))
-    RFT            mean over a of (r(a) - mean r)^2 R(g(a))        one answer at a time, as in the claim
-    RFT, group     R(mean over a of (r(a) - mean r) g(a))          the update that is made of them
+    RFT            mean over a of (r(a) - mean r)^2 R(g(a))        one response at a time, as in the claim
+    RFT, group     R(mean over a of (r(a) - mean r) g(a))          the update of the group
 
-The claim is expected to fail where most answers are right, since g(gold) vanishes there, and with advantages divided by their deviation.
-What holds whatever the algebra: a prompt whose answers all have the same reward moves nothing.
+The claim is expected to fail where most responses are correct, since g(gold) vanishes there, and with advantages divided by
+their deviation. A prompt whose responses all have the same reward has no gradient under any form of advantage.
 """
 
 import collections
@@ -23,6 +23,7 @@ from cptjax.analysis.finding import Finding, FindingChart, FindingTable
 from cptjax.analysis.probe import Probe, open_probe
 from cptjax.common import console
 from cptjax.data.collate import EncodedConversation
+from cptjax.data.prompts import EncodedExample
 from cptjax.evaluation.report import svg
 from cptjax.evaluation.report.svg import Point, Series
 from cptjax.training.algorithms import regularizers
@@ -31,10 +32,10 @@ from cptjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class GradientRisk:
-    """One prompt."""
+    """The risks of the gradients of one prompt."""
 
     id: str
-    mean: float  # reward of its answers
+    mean: float  # reward of its responses
     variance: float
     sft: float
     rft: float
@@ -42,8 +43,9 @@ class GradientRisk:
 
     @property
     def ratio(self) -> float | None:
-        """Of RFT's risk to what the claim says; None where all rewards are equal, or SFT risks nothing."""
-        return self.rft / (self.variance * self.sft) if self.variance * self.sft > 0 else None
+        """RFT's risk divided by the claimed one; None if all rewards are equal or SFT's risk is 0."""
+        claimed = self.variance * self.sft
+        return self.rft / claimed if claimed > 0 else None
 
 
 def analyze(
@@ -57,21 +59,20 @@ def analyze(
 ) -> Finding:
     if samples < 2 or min(rows, probes) < 1:
         raise ValueError(
-            f"--rows={rows} --samples={samples} --probes={probes}: expected at least one row and probe, and two answers"
+            f"--rows={rows} --samples={samples} --probes={probes}: expected at least one row and probe, and two samples"
         )
     with open_probe(folder, stage, others, dtype) as (probe, names):
         with console.progress_bar("Fisher information", probes * len(names)) as bar:
-            fisher = fisher_of_answers(
-                probe, [e for name in names for e in probe.gold_test_responses(name, probes)], bar
-            )
-        found = gradient_risks(probe, probe.training_rows(rows), samples, fisher)
-    return risk_finding(probe.stage.name, names, found)
+            known = [e for name in names for e in probe.gold_test_responses(name, probes)]
+            fisher = fisher_of_responses(probe, known, bar)
+        risks = gradient_risks(probe, probe.training_rows(rows), samples, fisher)
+    return risk_finding(probe.stage.name, names, risks)
 
 
-def fisher_of_answers(
+def fisher_of_responses(
     probe: Probe, known: Sequence[EncodedConversation], bar: console.ProgressBar
 ) -> Params:
-    """The diagonal Fisher of gold answers, one at a time: the same that EWC keeps."""
+    """Compute the diagonal Fisher information of gold responses, one at a time, as EWC does."""
     fisher = regularizers.zero_fisher(probe.trained)
     for encoded in known:
         fisher = _add(fisher, probe.gradient(encoded), len(known))
@@ -82,46 +83,41 @@ def fisher_of_answers(
 def gradient_risks(
     probe: Probe, rows: Sequence[tuple[str, int]], samples: int, fisher: Params
 ) -> list[GradientRisk]:
-    drawn, out = probe.sample_graded(probe.encode_prompts(rows), samples), []
-    with console.progress_bar("gradients of gold and drawn answers", len(rows)) as bar:
-        for graded in drawn:
+    """Measure the risk on each prompt, from its gold response and `samples` sampled ones."""
+    batches, risks = probe.sample_graded(probe.encode_prompts(rows), samples), []
+    with console.progress_bar("gradients of gold and sampled responses", len(rows)) as bar:
+        for graded in batches:
             for q, item in enumerate(graded.items):
-                mine = slice(q * samples, (q + 1) * samples)
-                answers = list(
-                    zip(graded.samples.texts[mine], graded.accuracy[q].tolist(), strict=True)
-                )
-                sft = float(_quadratic(probe.gradient(probe.with_gold_response(item)), fisher))
-                out.append(
-                    prompt_risk(
-                        item.example.id,
-                        sft,
-                        answers,
-                        fisher,
-                        lambda text, item=item: probe.gradient(probe.with_response(item, text)),
-                    )
-                )
+                texts = graded.samples.texts[q * samples : (q + 1) * samples]
+                responses = list(zip(texts, graded.accuracy[q].tolist(), strict=True))
+                gold = probe.gradient(probe.with_gold_response(item))
+                sft = float(_quadratic(gold, fisher))
+
+                def gradient(text: str, item: EncodedExample = item) -> Params:
+                    return probe.gradient(probe.with_response(item, text))
+
+                risks.append(prompt_risk(item.example.id, sft, responses, fisher, gradient))
                 bar.advance()
-    return out
+    return risks
 
 
 def prompt_risk(
     name: str,
     sft: float,
-    answers: Sequence[tuple[str, float]],
+    responses: Sequence[tuple[str, float]],
     fisher: Params,
-    slope: Callable[[str], Params],
+    gradient: Callable[[str], Params],
 ) -> GradientRisk:
-    """Of one prompt, from its answers with their rewards; equal answers have one gradient."""
-    rewards = np.array([r for _, r in answers])
+    """Measure the risk on one prompt from its responses and their rewards; equal responses share one gradient."""
+    rewards = np.array([reward for _, reward in responses])
     mean, rft, total = float(rewards.mean()), 0.0, regularizers.zero_fisher(fisher)
-    for (text, reward), n in collections.Counter(answers).items():
+    for (text, reward), n in collections.Counter(responses).items():
         if advantage := reward - mean:
-            gradient = slope(text)
-            rft += n / len(answers) * advantage**2 * float(_quadratic(gradient, fisher))
-            total = _add_weighted(total, gradient, np.float32(n / len(answers) * advantage))
-    return GradientRisk(
-        name, mean, float(rewards.var()), sft, rft, float(_quadratic(total, fisher))
-    )
+            g = gradient(text)
+            rft += n / len(responses) * advantage**2 * float(_quadratic(g, fisher))
+            total = _add_weighted(total, g, np.float32(n / len(responses) * advantage))
+    group = float(_quadratic(total, fisher))
+    return GradientRisk(name, mean, float(rewards.var()), sft, rft, group)
 
 
 _add = jax.jit(regularizers.add_fisher, donate_argnums=0)
@@ -139,20 +135,22 @@ def _quadratic(gradient: Params, fisher: Params) -> jax.Array:
     )
 
 
-REWARD_GROUPS = {  # of prompts, by the mean reward of their answers
-    "none right": lambda r: r.mean == 0,
+REWARD_GROUPS = {  # of prompts, by the mean reward of their responses
+    "none correct": lambda r: r.mean == 0,
     "up to half": lambda r: 0 < r.mean <= 0.5,
     "over half": lambda r: 0.5 < r.mean < 1,
-    "all right": lambda r: r.mean == 1,
+    "all correct": lambda r: r.mean == 1,
 }
 
 
-def risk_finding(stage: str, names: Sequence[str], found: Sequence[GradientRisk]) -> Finding:
-    groups = {label: [r for r in found if inside(r)] for label, inside in REWARD_GROUPS.items()} | {
-        "all": found
+def risk_finding(stage: str, names: Sequence[str], risks: Sequence[GradientRisk]) -> Finding:
+    groups = {
+        label: [risk for risk in risks if is_inside(risk)]
+        for label, is_inside in REWARD_GROUPS.items()
     }
+    groups["all"] = list(risks)
     header = (
-        "answers right",
+        "responses correct",
         "prompts",
         "SFT",
         "RFT",
@@ -160,40 +158,42 @@ def risk_finding(stage: str, names: Sequence[str], found: Sequence[GradientRisk]
         "RFT / (Var SFT), median",
         "RFT <= SFT / 4",
     )
-    table = FindingTable(
-        "Mean risk of a prompt's gradient",
-        header,
-        [risk_row(label, members) for label, members in groups.items() if members],
-    )
-    sft, rft, group = (
-        _short(np.mean([getattr(r, name) for r in found])) for name in ("sft", "rft", "group")
-    )
-    said = [
-        f"On {len(found)} prompts of {stage}, a gold answer's gradient risks {sft} on {', '.join(names)}; a drawn answer's, times its "
-        f"advantage, {rft}, and a group's update {group}.",
-        f"{sum(not r.variance for r in found)} of {len(found)} prompts have answers of equal reward only: they move nothing.",
+    rows = [risk_row(label, members) for label, members in groups.items() if members]
+    _, _, sft, rft, group, *_ = risk_row("all", risks)
+    sentences = [
+        f"On {len(risks)} prompts of {stage}, the gradient of a gold response has a risk of {sft} on {', '.join(names)}; "
+        f"that of a sampled response times its advantage {rft}, and the update of a group {group}.",
+        f"{sum(not r.variance for r in risks)} of {len(risks)} prompts have responses of equal reward only: "
+        "they have no gradient.",
     ]
-    dots = Series(
-        "", [Point(r.mean, float(np.log10(r.ratio)), r.id) for r in found if r.ratio], 0, line=False
+    points = [Point(r.mean, float(np.log10(r.ratio)), r.id) for r in risks if r.ratio]
+    chart = svg.line_chart(
+        [Series("", points, 0, line=False)],
+        "claim",
+        "share of correct responses",
+        "log10 of E[R(RFT)] / (Var[r] R(SFT))",
+        include=(0,),
     )
-    axes = ("share of right answers", "log10 of E[R(RFT)] / (Var[r] R(SFT))")
-    note = "0: E[R(RFT)] = Var[r] R(SFT), as claimed; above: RFT risks more."
-    picture = FindingChart(
-        "The claim, prompt by prompt", note, svg.line_chart([dots], "claim", *axes, include=(0,))
+    note = "0: E[R(RFT)] = Var[r] R(SFT), as claimed. Above 0: RFT has a higher risk."
+    return Finding(
+        f"Risk of the gradients of {stage}",
+        sentences,
+        [FindingTable("Mean risk of a prompt's gradient", header, rows)],
+        [FindingChart("The claim, prompt by prompt", note, chart)],
+        {
+            "stage": stage,
+            "others": list(names),
+            "prompts": [dataclasses.asdict(risk) | {"ratio": risk.ratio} for risk in risks],
+        },
     )
-    numbers = {
-        "stage": stage,
-        "others": list(names),
-        "prompts": [dataclasses.asdict(r) | {"ratio": r.ratio} for r in found],
-    }
-    return Finding(f"What gradients of {stage} risk", said, [table], [picture], numbers)
 
 
-def risk_row(label: str, found: Sequence[GradientRisk]) -> tuple[str, ...]:
-    means = [_short(np.mean([getattr(r, name) for r in found])) for name in ("sft", "rft", "group")]
-    ratios = [r.ratio for r in found if r.ratio is not None]
-    under = f"{sum(r.rft <= r.sft / 4 for r in found)} of {len(found)}"
-    return label, str(len(found)), *means, _short(np.median(ratios)) if ratios else "–", under
+def risk_row(label: str, risks: Sequence[GradientRisk]) -> tuple[str, ...]:
+    means = [_short(np.mean([getattr(r, name) for r in risks])) for name in ("sft", "rft", "group")]
+    ratios = [r.ratio for r in risks if r.ratio is not None]
+    median = _short(np.median(ratios)) if ratios else "–"
+    under = f"{sum(r.rft <= r.sft / 4 for r in risks)} of {len(risks)}"
+    return label, str(len(risks)), *means, median, under
 
 
 def _short(value: float) -> str:

@@ -1,19 +1,19 @@
-"""What learning one answer does to the answers of other tasks, by the corpus that the answer is from.
+"""Measure what training on one response does to other tasks, by the corpus of the response.
 
     influence of u on v     d(v | u) = log p(v) after one step of gradient descent on -log p(u), minus before; per unit of learning rate
     to first order          d(v | u) = grad log p(v) . grad log p(u), so d(v | u) = d(u | v)
 
     kernel (lower bound)    sum_t d(v_t | u)^2 / (sum_t |a(v_t)|^2  sum_s |a(u_s)|^2),   a(y) = d log p(y) / d logits
 
-"Why RFT preserves prior knowledge" explains what SFT on bare answers destroys by a large kernel (magnitude), and by data that the base
-finds unlikely (direction: by the symmetry, data to which the probes give likelihood gives likelihood to them). Asymmetry is the mean of
-|d(v | u) - d(u | v)| over that of |d|: near 0 while the step is small enough to be a derivative, and large enough to be no rounding.
+"Why RFT preserves prior knowledge" explains the forgetting of SFT on bare answers by a large kernel (magnitude), and by data that the
+base model finds unlikely (direction: by the symmetry, data whose likelihood grows with that of the probes raises that of the probes).
+Asymmetry is the mean of |d(v | u) - d(u | v)| over that of |d|: near 0 while the step is small enough to be a derivative, and large
+enough for rounding not to matter.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,30 +27,31 @@ from cptjax.data.collate import EncodedConversation
 from cptjax.evaluation.report import svg
 from cptjax.evaluation.report.svg import Point, Series
 from cptjax.tasks import rewards
+from cptjax.types import Params
 
-ASYMMETRY_PAIRS = 4  # probes of each corpus that are stepped on in their turn
+ASYMMETRY_PAIRS = 4  # probes that are also trained on, one at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseInfluence:
-    """One answer: how likely it was, and what a step on it did to the probes."""
+    """One response: its likelihood, and the effect of a step on it on the probes."""
 
     tokens: int
     nats: float  # -log p, per token
     steepness: float  # sum of |a|^2
-    change: dict[
-        str, float
-    ]  # of log p per token and unit of learning rate, mean over a task's probes
+    change: dict[str, float]  # of log p per token and learning rate, mean over a task's probes
     kernel: float  # mean over the probes
 
     @property
-    def all(self) -> float:
+    def mean_change(self) -> float:
         """The change over all tasks, each counted the same."""
         return float(np.mean(list(self.change.values())))
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusInfluence:
+    """The responses of one corpus."""
+
     name: str
     pulls: list[ResponseInfluence]
     asymmetry: float
@@ -75,224 +76,231 @@ def analyze(
     lr: float = 1e-4,
     probes: int = 16,
 ) -> Finding:
+    """Compare the influence of the responses of several corpora on the probes of other tasks."""
     if lr <= 0 or min(rows, samples, probes) < 1:
         raise ValueError(
             f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: expected numbers above 0"
         )
     with open_probe(folder, stage, others, dtype) as (probe, names):
         known = {name: probe.gold_test_responses(name, probes) for name in names}
-        made = [
-            (name, corpus_responses(probe, name, rows, samples))
-            for name in corpus.split(",")
-            if name
-        ]
-        with console.progress_bar(
-            "one step on each answer",
-            sum(len(a) + min(ASYMMETRY_PAIRS, len(sum(known.values(), []))) for _, a in made),
-        ) as bar:
-            found = [
-                measure_influence(probe, name, answers, known, lr, bar.advance)
-                for name, answers in made
+        corpora = {
+            name: corpus_responses(probe, name, rows, samples) for name in corpus.split(",") if name
+        }
+        pairs = min(ASYMMETRY_PAIRS, sum(map(len, known.values())))
+        steps = sum(len(responses) + pairs for responses in corpora.values())
+        with console.progress_bar("one step on each response", steps) as bar:
+            influences = [
+                measure_influence(probe, name, responses, known, lr, bar.advance)
+                for name, responses in corpora.items()
             ]
-    return influence_finding(probe.stage.name, names, lr, found)
+    return influence_finding(probe.stage.name, names, lr, influences)
 
 
 def corpus_responses(probe: Probe, name: str, rows: int, samples: int) -> list[EncodedConversation]:
-    """The answers of a corpus to learn from: one a prompt."""
+    """Return the responses of a corpus to train on, one per prompt."""
     if name == "gold":
-        return [
-            probe.with_gold_response(item)
-            for item in probe.encode_prompts(probe.training_rows(rows))
-        ]
+        items = probe.encode_prompts(probe.training_rows(rows))
+        return [probe.with_gold_response(item) for item in items]
     if name == "own":
         return own_correct_responses(probe, rows, samples)
-    path = Path(name)
+    return responses_of_file(probe, name, rows)
+
+
+def responses_of_file(probe: Probe, name: str, rows: int) -> list[EncodedConversation]:
+    """Return correct responses of a rollouts file to prompts of the stage."""
+    path, stage = Path(name), probe.stage
     if not path.is_file():
         raise ValueError(
             f"--corpus names {name!r}; expected gold, own, or the path of a rollouts/*.jsonl"
         )
     lines = [
-        r
-        for r in files.read_jsonl(path)
-        if r.get("task") in probe.stage.tasks and rewards.is_correct(r.get("rewards") or {})
+        line
+        for line in files.read_jsonl(path)
+        if line.get("task") in stage.tasks and rewards.is_correct(line.get("rewards") or {})
     ]
     if not lines:
         raise ValueError(
-            f"{path} has no correct answer to a task of stage {probe.stage.number} ({', '.join(probe.stage.tasks)})"
+            f"{path} has no correct response to a task of stage {stage.number} ({', '.join(stage.tasks)})"
         )
-    if bad := next(
-        (
-            r
-            for r in lines
-            if {"id", "row", "response"} - r.keys()
-            or r["row"] not in range(len(probe.train_examples(r["task"])))
-        ),
-        None,
-    ):
-        shown = {k: bad.get(k) for k in ("task", "id", "row")}
-        raise ValueError(
-            f"{path}: expected lines with id, response and a row of this run's data; got {shown}"
-        )
-    chosen = [
-        lines[i] for i in permutation(len(lines), (probe.run.config.seed, 30_001))[:rows].tolist()
+    for line in lines:
+        has_keys = line.keys() >= {"id", "row", "response"}
+        if not has_keys or line["row"] not in range(len(probe.train_examples(line["task"]))):
+            shown = {key: line.get(key) for key in ("task", "id", "row")}
+            raise ValueError(
+                f"{path}: expected lines with id, response and a row of this run's data; got {shown}"
+            )
+    order = permutation(len(lines), (probe.run.config.seed, 30_001))[:rows].tolist()
+    chosen = [lines[i] for i in order]
+    items = probe.encode_prompts([(line["task"], line["row"]) for line in chosen])
+    for line, item in zip(chosen, items, strict=True):
+        if item.example.id != line["id"]:
+            raise ValueError(
+                f"{path}: {line['id']!r} is another row in this run's data; "
+                "expected rollouts over the same training rows"
+            )
+    return [
+        probe.with_response(item, line["response"])
+        for item, line in zip(items, chosen, strict=True)
     ]
-    items = probe.encode_prompts([(r["task"], r["row"]) for r in chosen])
-    if lost := [
-        r["id"] for r, item in zip(chosen, items, strict=True) if item.example.id != r["id"]
-    ]:
-        raise ValueError(
-            f"{path}: {lost[0]!r} is another row in this run's data; expected rollouts over the same training rows"
-        )
-    return [probe.with_response(item, r["response"]) for item, r in zip(items, chosen, strict=True)]
 
 
 def own_correct_responses(probe: Probe, rows: int, samples: int) -> list[EncodedConversation]:
-    """The model's own first correct answer to each prompt that it answers at all."""
-    found = []
-    for graded in probe.sample_graded(probe.encode_prompts(probe.training_rows(rows)), samples):
+    """Sample responses and return the first correct one to each prompt that has one."""
+    responses = []
+    items = probe.encode_prompts(probe.training_rows(rows))
+    for graded in probe.sample_graded(items, samples):
         for q, item in enumerate(graded.items):
-            right = [
-                r
-                for r in range(q * samples, (q + 1) * samples)
-                if rewards.is_correct(graded.reward_parts[r]) and graded.samples.finished[r]
-            ]
-            found += [probe.with_response(item, graded.samples.texts[right[0]])] if right else []
-    if not found:
+            for r in range(q * samples, (q + 1) * samples):
+                if rewards.is_correct(graded.reward_parts[r]) and graded.samples.finished[r]:
+                    responses.append(probe.with_response(item, graded.samples.texts[r]))
+                    break
+    if not responses:
         raise ValueError(
-            f"none of {samples} answers to {rows} prompts is correct: raise --samples or --rows, or leave own out of --corpus"
+            f"none of {samples} responses to {rows} prompts is correct: raise --samples or --rows, or leave own out of --corpus"
         )
-    return found
+    return responses
 
 
 def measure_influence(
     probe: Probe,
     name: str,
-    answers: Sequence[EncodedConversation],
+    responses: Sequence[EncodedConversation],
     known: dict[str, list[EncodedConversation]],
     lr: float,
-    advance: Callable,
+    advance: Callable[[], None],
 ) -> CorpusInfluence:
-    """What a step on each answer of a corpus does to all probes, and the other way round for some."""
-    v = sum(known.values(), [])
-    was, was_u = probe.token_logprobs(v), probe.token_logprobs(answers)
-    steep, steep_u = ([float(s.sum()) for s in probe.logit_gradient_norms(x)] for x in (v, answers))
-    after = lambda x, old, rows: [
-        (now - b) / lr
-        for now, b in zip(
-            probe.token_logprobs(rows, step_on_response(probe, x, lr)), old, strict=True
-        )
-    ]
-    ends, there, pulls = np.cumsum([0, *map(len, known.values())]).tolist(), [], []
-    for u, encoded in enumerate(answers):
-        moved = after(encoded, was, v)  # of each probe's tokens
-        there.append([float(m.sum()) for m in moved])
+    """Measure the effect of a step on each response of a corpus on all probes, and the reverse for some probes."""
+    probes = [encoded for of_task in known.values() for encoded in of_task]
+    probe_logps, response_logps = probe.token_logprobs(probes), probe.token_logprobs(responses)
+    probe_norms, response_norms = (
+        [float(norms.sum()) for norms in probe.logit_gradient_norms(x)] for x in (probes, responses)
+    )
+
+    def changes(
+        trained_on: EncodedConversation,
+        before: Sequence[np.ndarray],
+        encoded: Sequence[EncodedConversation],
+    ) -> list[np.ndarray]:
+        """The change of each token's log-probability after a step on one response, per unit of learning rate."""
+        after = probe.token_logprobs(encoded, step_on_response(probe, trained_on, lr))
+        return [(a - b) / lr for a, b in zip(after, before, strict=True)]
+
+    ends = np.cumsum([0, *map(len, known.values())]).tolist()
+    forward, pulls = [], []
+    for u, encoded in enumerate(responses):
+        moved = changes(encoded, probe_logps, probes)
+        forward.append([float(m.sum()) for m in moved])
         change = {
-            task: float(np.mean([m.mean() for m in moved[a:b]]))
-            for task, a, b in zip(known, ends, ends[1:], strict=False)
+            task: float(np.mean([m.mean() for m in moved[start:end]]))
+            for task, start, end in zip(known, ends, ends[1:], strict=False)
         }
-        kernel = np.mean(
-            [
-                np.square(m).sum() / max(s * steep_u[u], 1e-30)
-                for m, s in zip(moved, steep, strict=True)
-            ]
-        )
+        kernels = [
+            np.square(m).sum() / max(norm * response_norms[u], 1e-30)
+            for m, norm in zip(moved, probe_norms, strict=True)
+        ]
+        logps = response_logps[u]
         pulls.append(
             ResponseInfluence(
-                len(was_u[u]), float(-was_u[u].mean()), steep_u[u], change, float(kernel)
+                len(logps),
+                float(-logps.mean()),
+                response_norms[u],
+                change,
+                float(np.mean(kernels)),
             )
         )
         advance()
-    places, back = np.linspace(0, len(v) - 1, min(ASYMMETRY_PAIRS, len(v))).astype(int), []
-    for place in places:
-        back.append([float(m.sum()) for m in after(v[place], was_u, answers)])
+    chosen = np.linspace(0, len(probes) - 1, min(ASYMMETRY_PAIRS, len(probes))).astype(int)
+    reverse = []
+    for v in chosen:
+        moved = changes(probes[v], response_logps, responses)
+        reverse.append([float(m.sum()) for m in moved])
         advance()
-    return CorpusInfluence(name, pulls, asymmetry(np.array(there)[:, places].T, np.array(back)))
+    return CorpusInfluence(
+        name, pulls, asymmetry(np.array(forward)[:, chosen].T, np.array(reverse))
+    )
 
 
-def asymmetry(there: np.ndarray, back: np.ndarray) -> float:
-    return float(np.abs(there - back).mean() / max(np.abs([there, back]).mean(), 1e-30))
+def asymmetry(forward: np.ndarray, reverse: np.ndarray) -> float:
+    size = max(np.abs([forward, reverse]).mean(), 1e-30)
+    return float(np.abs(forward - reverse).mean() / size)
 
 
-def step_on_response(probe: Probe, encoded: EncodedConversation, lr: float) -> Any:
-    """The trained weights after one step of plain gradient descent on an answer."""
+def step_on_response(probe: Probe, encoded: EncodedConversation, lr: float) -> Params:
+    """Return the trained weights after one step of plain gradient descent on a response."""
     return _descend(probe.trained, probe.gradient(encoded), np.float32(lr))
 
 
 @jax.jit
-def _descend(trained: Any, gradient: Any, lr: jax.Array) -> Any:
+def _descend(trained: Params, gradient: Params, lr: jax.Array) -> Params:
     return jax.tree.map(lambda p, g: p - (lr * g).astype(p.dtype), trained, gradient)
 
 
 def influence_finding(
-    stage: str, names: Sequence[str], lr: float, found: Sequence[CorpusInfluence]
+    stage: str, names: Sequence[str], lr: float, corpora: Sequence[CorpusInfluence]
 ) -> Finding:
-    header = ("answers", "n", "tokens", "perplexity", "kernel", "asymmetry", "all", *names)
+    header = ("responses", "n", "tokens", "perplexity", "kernel", "asymmetry", "all", *names)
     table = FindingTable(
-        "Change of the log-probability of gold answers, per token and unit of learning rate",
+        "Change of the log-probability of gold responses, per token and unit of learning rate",
         header,
-        [influence_row(c, names) for c in found],
+        [influence_row(corpus, names) for corpus in corpora],
     )
-    said = [
-        f"One step on {c.name} answers of {stage} (perplexity {c.perplexity:.3g}) moves a token of the other tasks' gold answers by "
-        f"{c.mean(lambda p: p.all):+.3g} nats per unit of learning rate; kernel {c.mean(lambda p: p.kernel):.3g}."
-        for c in found
+    sentences = [
+        f"One step on {c.name} responses of {stage} (perplexity {c.perplexity:.3g}) changes a token of the other tasks' gold responses "
+        f"by {c.mean(lambda p: p.mean_change):+.3g} nats per unit of learning rate; kernel {c.mean(lambda p: p.kernel):.3g}."
+        for c in corpora
     ]
     direction = influence_chart(
-        found, lambda p: p.all, "change of log p, per token and lr", include=(0,)
+        corpora, lambda p: p.mean_change, "change of log p, per token and lr", include=(0,)
     )
     magnitude = influence_chart(
-        found, lambda p: float(np.log10(max(p.kernel, 1e-30))), "log10 of the kernel's lower bound"
+        corpora,
+        lambda p: float(np.log10(max(p.kernel, 1e-30))),
+        "log10 of the kernel's lower bound",
     )
-    pictures = [
+    charts = [
         FindingChart(
-            "Direction", "Below 0, a step makes the other tasks' answers less likely.", direction
+            "Direction",
+            "Below 0, a step makes the other tasks' gold responses less likely.",
+            direction,
         ),
         FindingChart(
             "Magnitude",
-            "Higher: the same error in the logits moves the other tasks more.",
+            "Higher: the same error in the logits changes the other tasks more.",
             magnitude,
         ),
     ]
     numbers = {
         "stage": stage,
         "lr": lr,
-        "corpora": [dataclasses.asdict(c) | {"perplexity": c.perplexity} for c in found],
+        "corpora": [dataclasses.asdict(c) | {"perplexity": c.perplexity} for c in corpora],
     }
-    return Finding(f"Influence of learning {stage}", said, [table], pictures, numbers)
+    return Finding(f"Influence of training on {stage}", sentences, [table], charts, numbers)
 
 
-def influence_row(c: CorpusInfluence, names: Sequence[str]) -> tuple[str, ...]:
-    changes = (c.mean(lambda p: p.all), *(c.mean(lambda p, n=n: p.change[n]) for n in names))
-    size = f"{c.mean(lambda p: p.tokens):.1f}"
-    kernel = f"{c.mean(lambda p: p.kernel):.3g}"
+def influence_row(corpus: CorpusInfluence, names: Sequence[str]) -> tuple[str, ...]:
+    changes = [corpus.mean(lambda p: p.mean_change)]
+    changes += [corpus.mean(lambda p, name=name: p.change[name]) for name in names]
     return (
-        c.name,
-        str(len(c.pulls)),
-        size,
-        f"{c.perplexity:.3g}",
-        kernel,
-        f"{c.asymmetry:.2f}",
-        *(f"{x:+.3g}" for x in changes),
+        corpus.name,
+        str(len(corpus.pulls)),
+        f"{corpus.mean(lambda p: p.tokens):.1f}",
+        f"{corpus.perplexity:.3g}",
+        f"{corpus.mean(lambda p: p.kernel):.3g}",
+        f"{corpus.asymmetry:.2f}",
+        *(f"{change:+.3g}" for change in changes),
     )
 
 
 def influence_chart(
-    found: Sequence[CorpusInfluence],
+    corpora: Sequence[CorpusInfluence],
     y: Callable[[ResponseInfluence], float],
     y_label: str,
-    **more: Any,
+    include: Sequence[float] = (),
 ) -> Markup | None:
-    """One dot an answer, by how unlikely it was."""
-    series = [
-        Series(
-            c.name,
-            sorted((Point(p.nats, y(p)) for p in c.pulls), key=lambda p: p.x),
-            k,
-            line=False,
-            named=True,
-        )
-        for k, c in enumerate(found)
-    ]
-    return svg.line_chart(
-        series, y_label, "-log p of the learned answer, per token", y_label, **more
-    )
+    """Plot one dot per response, by how unlikely it was."""
+    series = []
+    for k, corpus in enumerate(corpora):
+        points = sorted((Point(p.nats, y(p)) for p in corpus.pulls), key=lambda point: point.x)
+        series.append(Series(corpus.name, points, k, line=False, named=True))
+    x_label = "-log p of the response trained on, per token"
+    return svg.line_chart(series, y_label, x_label, y_label, include=include)

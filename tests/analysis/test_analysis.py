@@ -366,7 +366,7 @@ def test_weights_of_a_run(workdir):
             ["fisher", "{w}", "--others=none"],
             "--others names none; the config evaluates colour, digit, facts",
         ),
-        (["fisher", "{w}", "--samples=1"], "expected at least one row and probe, and two answers"),
+        (["fisher", "{w}", "--samples=1"], "expected at least one row and probe, and two samples"),
         (["influence", "{w}", "--lr=0"], "expected numbers above 0"),
         (["influence", "nowhere"], "nowhere has no config.json"),
         (["drift", "nowhere"], "nowhere is no run"),
