@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.model = ConfigDict(dict(
         path="",  # Hugging Face folder or hub id; "" = a random model of `preset`
         preset="tiny",  # tiny | 3b | 7b | 32b | 72b; only read where path is ""
-        param_dtype="float32",  # float32 | bfloat16: trained weights; frozen ones have compute_dtype
+        param_dtype="float32",  # float32 | bfloat16: trained weights; frozen: compute_dtype
         compute_dtype="bfloat16",  # bfloat16 | float32
         min_pixels=200704,  # pixels per image, >= one merged patch; for SFT, RL and evaluation
         max_pixels=1003520,  # pixels per image
@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
         # DAPO's dynamic sampling: None | dict(lo=0.01, hi=0.99, max_refills=10)
         online_filter=optional(object),
         corpus="",  # source="corpus": the file
-        corpus_answer="own",  # own: its correct responses | gold: all, each with the gold answer put in
+        corpus_answer="own",  # own: its correct responses | gold: all, with the gold answer put in
         self_samples=4,  # source="self": responses sampled per prompt
         # source="self", how often they are sampled again: never | epoch | a number of steps
         refresh=optional(object, "never"),
@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
         # bfloat16 second moments with b2 = .999 never decay: only for parity with released code
         moments_dtype="float32",
         reset_optimizer=True,  # at each stage
-        max_skipped=10,  # updates in a row that are not finite or have no token, until the run stops
+        max_skipped=10,  # updates in a row that are not finite or have no token; more stop the run
         chunk=1024,  # tokens whose logits exist at one time
     ))  # fmt: skip
 
@@ -159,9 +159,9 @@ def _method(**changes: object) -> dict[str, object]:
     return get_config().method.to_dict() | changes
 
 
-# Complete methods: each sets every setting of `method`, so nothing of an earlier method stays. In a
-# stage `dict(task=..., method=METHODS["rloo"])`, in a config `config.method.update(METHODS["rloo"])`.
-# Own changes come after it: `{**METHODS["grpo"], "kl_coef": 0.0}`.
+# Complete methods: each sets every setting of `method`, so nothing of an earlier method stays.
+# In a stage: `dict(task=..., method=METHODS["rloo"])`; in a config:
+# `config.method.update(METHODS["rloo"])`; with changes: `{**METHODS["grpo"], "kl_coef": 0.0}`.
 _SFT = dict(objective="sft", kl_coef=0.0)
 # The ratios of the first update on a batch are 1, so clips act from the second update on.
 _FOUR_UPDATES = dict(updates_per_batch=4)

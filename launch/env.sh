@@ -1,10 +1,13 @@
-# Makes or reuses a virtual environment with cptjax in it; sourced by the other scripts: `source launch/env.sh "[extras]"`.
-# PYTHON picks the interpreter (>= 3.11), VENV the folder.
+# Make or reuse a virtual environment with cptjax and activate it. The other scripts source this one:
+# `source launch/env.sh "[extras]"`. PYTHON chooses the interpreter (>= 3.11), VENV the folder.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
   "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && PYTHON=$candidate && break
 done
-[ -n "${PYTHON:-}" ] || { echo "cptjax needs Python 3.11 or newer on the PATH; found $(python3 --version 2>&1). Set PYTHON=..." >&2; exit 2; }
+if [ -z "${PYTHON:-}" ]; then
+  echo "expected Python 3.11 or newer on the PATH, got $(python3 --version 2>&1); set PYTHON=..." >&2
+  exit 2
+fi
 VENV=${VENV:-.venv}
 extras=${1:+[$1]}
 stamp="$VENV/.installed$(cat setup.py | cksum | tr -d ' ')${1:-}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs one command on every host of a TPU pod slice; the hosts find each other through jax.distributed.
+# Run one command on every host of a TPU pod slice; jax.distributed connects the hosts.
 #   TPU_NAME=my-slice ZONE=us-east5-a bash launch/tpu_pod.sh --config=configs/cpt7.py:grpo,7b --workdir=/mnt/shared/run
-# The workdir is one folder that every host sees at the same path: NFS, or a bucket mounted on all of them (gcsfuse).
+# The workdir is one folder at the same path on every host: NFS, or a bucket mounted with gcsfuse.
 set -euo pipefail
 : "${TPU_NAME:?set TPU_NAME to the slice}" "${ZONE:?set ZONE}"
 repo=$(basename "$(git rev-parse --show-toplevel)")

@@ -1,4 +1,4 @@
-"""Eight CPU devices, full float32, compiled programs kept between runs; all before jax starts."""
+"""Settings of the tests, made before jax starts: eight CPU devices, float32, a compilation cache."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for slices that this machine does not have
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for slices without any TPU
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
     "1"  # compiling holds no chip, so two test runs need not exclude each other
 )
@@ -15,7 +15,8 @@ os.environ["TPU_STDERR_LOG_LEVEL"] = os.environ["TPU_MIN_LOG_LEVEL"] = os.enviro
 ] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
-# Most of the suite is compiling programs that run for milliseconds; only machine code is made with less care, fusion stays.
+# Most of the time is compilation of programs that run for milliseconds. Level 0 generates machine code
+# faster; fusion stays.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
@@ -30,16 +31,17 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that no process is left with a long one at the end."""
+    """Run files with slow tests first, so that no process has a long one left at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_outlives_its_file():
-    """A compiled CPU program holds memory maps; a whole suite of them meets the kernel's limit (65,530) and LLVM crashes.
+def release_compiled_programs():
+    """Free compiled programs after each file, and reset the console mode.
 
-    How the console speaks is set back too.
+    A compiled CPU program holds memory maps. Those of a whole suite exceed the kernel's limit
+    (65,530), and LLVM crashes.
     """
     yield
     console.set_console_mode("auto")
@@ -52,18 +54,18 @@ def nothing_outlives_its_file():
 
 @pytest.fixture
 def no_broadcast():
-    """Arrays of different rank do not meet by accident: for losses, advantages and other small arithmetic."""
+    """Refuse implicit broadcasting between ranks; for losses, advantages and other arithmetic."""
     with jax.numpy_rank_promotion("raise"):
         yield
 
 
 @pytest.fixture
 def no_cache():
-    """Programs for hardware that is not here can be written to jax's cache but not read back."""
+    """Switch off jax's cache: it can write programs for absent hardware but not read them back."""
     from jax.experimental.compilation_cache import compilation_cache
 
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax looks at the switch once
+    compilation_cache.reset_cache()  # jax reads the switch once
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()

@@ -1,4 +1,4 @@
-"""Write the README's map: every folder and file in import order, with the first line of its docstring.
+"""Write the README's map: every folder and file in import order, with its docstring's first line.
 
 python tests/readme_map.py            print the map
 python tests/readme_map.py --write    put it into README.md, between <!-- map --> and <!-- /map -->
@@ -25,7 +25,7 @@ def first_line(path: Path) -> str:
 
 
 def in_import_order(paths: list[Path]) -> list[Path]:
-    """Sort files so that each follows those that it imports, and by name where that leaves a choice."""
+    """Sort files so that each follows those that it imports; by name where both are possible."""
     waiting = {module_name(path): path for path in sorted(paths)}
     uses = {name: package_imports(path, everywhere=False) for name, path in waiting.items()}
     ordered = []

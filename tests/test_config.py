@@ -1,4 +1,4 @@
-"""Settings: unknown keys, wrong types and what belongs to the whole run are refused in one line; runs and stages resolved."""
+"""Configs resolve into stages and runs; unknown keys and wrong types are refused in one line."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -78,13 +78,13 @@ def test_stages_are_resolved(c):
         ({"method": 3}, "config.method: expected a section \\(dict\\), got 3"),
     ],
 )
-def test_refused(c, override, message):
+def test_an_unknown_key_or_wrong_type_is_refused(c, override, message):
     with pytest.raises(ValueError, match=message):
         merge_config(c, override)
 
 
-def test_accepted(c):
-    found = merge_config(
+def test_values_of_fitting_types_are_converted_and_accepted(c):
+    merged = merge_config(
         c,
         {
             "data": {"limit": 5},
@@ -100,15 +100,15 @@ def test_accepted(c):
         },
     )
     assert (
-        found.data.limit == 5
-        and found.method.tis_cap == 2
-        and found.method.clip_dual is None
-        and found.train.clip is None
+        merged.data.limit == 5
+        and merged.method.tis_cap == 2
+        and merged.method.clip_dual is None
+        and merged.train.clip is None
     )
     assert (
-        found.model.freeze == ("vision",)
-        and found.tasks.mine.train == "x.jsonl"
-        and found.method.filter["samples"] == 2
+        merged.model.freeze == ("vision",)
+        and merged.tasks.mine.train == "x.jsonl"
+        and merged.method.filter["samples"] == 2
     )
 
 
@@ -142,13 +142,13 @@ def test_accepted(c):
         ((dict(task="a", steps=1, seed=3),), "sets seed, which belongs to the whole run"),
     ],
 )
-def test_stages_refused(c, stages, message):
+def test_a_wrong_stage_is_refused(c, stages, message):
     c.stages = stages
     with pytest.raises(ValueError, match=message):
         resolve_stages(c)
 
 
-def test_what_a_stage_may_set(c):
+def test_a_stage_may_set_its_own_sections(c):
     own = dict(
         eval=dict(every=2, mini=3),
         data=dict(template="direct"),
@@ -173,7 +173,7 @@ def test_what_a_stage_may_set(c):
         ("eval.drift", -1),
     ],
 )
-def test_numbers_too_small(c, name, value):
+def test_numbers_that_are_too_small_are_refused(c, name, value):
     check_config_values(c)
     section, key = name.split(".")
     c[section][key] = value
@@ -183,22 +183,23 @@ def test_numbers_too_small(c, name, value):
         check_config_values(c)
 
 
-def test_groups_hold_general_tasks(c):
+def test_groups_hold_only_general_tasks(c):
     c.eval.general, c.eval.groups = ("facts", "pope"), ConfigDict({"text": ("facts",)})
     check_config_values(c)
     for wrong in ("facts", (), ("facts", "mmlu")):
         with pytest.raises(
             ValueError,
-            match="config.eval.groups.text: expected a tuple of tasks of config.eval.general \\(facts, pope\\), got",
+            match=r"config.eval.groups.text: expected a tuple of tasks of config.eval.general "
+            r"\(facts, pope\), got",
         ):
             check_config_values(merge_config(c, {"eval": {"groups": {"text": wrong}}}))
 
 
-def test_one_run_has_no_folder(c):
-    assert [(sub, v.seed) for sub, v in expand_runs(c)] == [("", 0)]
+def test_a_single_run_has_no_sub_folder(c):
+    assert [(folder, run.seed) for folder, run in expand_runs(c)] == [("", 0)]
 
 
-def test_arms_seeds_and_orders(c):
+def test_arms_seeds_and_orders_are_multiplied(c):
     c.seeds, c.orders = (3, 4), ((0, 1), (1, 0))
     c.arms = ConfigDict(
         dict(
@@ -206,24 +207,22 @@ def test_arms_seeds_and_orders(c):
             y=dict(stages=(dict(task="b", steps=1), dict(task="a", steps=1))),
         )
     )
-    found = dict(expand_runs(c))
-    assert list(found) == [
-        f"{arm}/seed{s}_order{o}" for arm in "xy" for s in (3, 4) for o in (0, 1)
-    ]
+    runs = dict(expand_runs(c))
+    assert list(runs) == [f"{arm}/seed{s}_order{o}" for arm in "xy" for s in (3, 4) for o in (0, 1)]
     assert (
-        found["x/seed4_order0"].seed == 4
-        and found["x/seed4_order0"].train.lr == 0.5
-        and found["y/seed3_order0"].train.lr == 1e-6
+        runs["x/seed4_order0"].seed == 4
+        and runs["x/seed4_order0"].train.lr == 0.5
+        and runs["y/seed3_order0"].train.lr == 1e-6
     )
-    assert [s["task"] for s in found["y/seed3_order1"].stages] == ["a", "b"]
-    assert not any(len(v.arms) or v.seeds or v.orders for v in found.values())
-    assert all(dict(expand_runs(v)).keys() == {""} for v in found.values())
+    assert [s["task"] for s in runs["y/seed3_order1"].stages] == ["a", "b"]
+    assert not any(len(run.arms) or run.seeds or run.orders for run in runs.values())
+    assert all(dict(expand_runs(run)).keys() == {""} for run in runs.values())
 
 
 def test_a_schedule_of_another_length_has_no_other_order(c):
     c.orders = ((0, 1), (1, 0))
     c.arms = ConfigDict(dict(joint=dict(stages=(dict(task=("a", "b"), steps=1),)), sft={}))
-    assert [sub for sub, _ in expand_runs(c)] == ["joint", "sft/order0", "sft/order1"]
+    assert [folder for folder, _ in expand_runs(c)] == ["joint", "sft/order0", "sft/order1"]
 
 
 @pytest.mark.parametrize("section", ["arms", "prestage"])
@@ -231,7 +230,7 @@ def test_a_schedule_of_another_length_has_no_other_order(c):
     "name, value",
     [("seeds", (1, 2)), ("orders", ((1, 0),)), ("prestage", {"seed": 1}), ("arms", {"b": {}})],
 )
-def test_what_belongs_to_the_whole_config(c, section, name, value):
+def test_an_arm_and_the_prestage_can_not_set_seeds_orders_arms_or_prestage(c, section, name, value):
     c[section] = ConfigDict({"x": {name: value}} if section == "arms" else {name: value})
     with pytest.raises(
         ValueError, match=f"config.{section}.* sets {name}, which belongs to the whole config"
@@ -239,37 +238,37 @@ def test_what_belongs_to_the_whole_config(c, section, name, value):
         prestage_runs(c), expand_runs(c)
 
 
-def test_an_arm_with_a_model_of_its_own_stands_on_that(c, tmp_path):
+def test_an_arm_with_its_own_model_does_not_use_the_prestage(c, tmp_path):
     c.prestage = ConfigDict(dict(stages=(dict(task="a", steps=1),)))
-    c.arms = ConfigDict(dict(own=dict(model=dict(path="there/hf")), made={}))
-    found = dict(expand_runs(c, tmp_path))
-    assert found["own"].model.path == "there/hf" and not len(found["own"].prestage)
-    assert found["made"].model.path == str(tmp_path / "base" / "hf")
-    assert recorded_config(found["own"], tmp_path / "own")["model"]["path"] == "there/hf"
-    assert recorded_config(found["made"], tmp_path / "made")["model"]["path"] == "../base/hf"
+    c.arms = ConfigDict(dict(own=dict(model=dict(path="elsewhere/hf")), made={}))
+    runs = dict(expand_runs(c, tmp_path))
+    assert runs["own"].model.path == "elsewhere/hf" and not len(runs["own"].prestage)
+    assert runs["made"].model.path == str(tmp_path / "base" / "hf")
+    assert recorded_config(runs["own"], tmp_path / "own")["model"]["path"] == "elsewhere/hf"
+    assert recorded_config(runs["made"], tmp_path / "made")["model"]["path"] == "../base/hf"
     other = dict(expand_runs(c, tmp_path / "moved"))["made"]
     assert (
-        config_fingerprint(found["made"])
+        config_fingerprint(runs["made"])
         == config_fingerprint(other)
-        != config_fingerprint(found["own"])
+        != config_fingerprint(runs["own"])
     )
 
 
-def test_the_template_of_an_evaluation(c):
-    """The one that a task was last trained with; the run's for tasks never trained; or those that are asked for."""
+def test_a_task_is_evaluated_under_the_template_of_its_last_training(c):
+    """A task that is never trained has the run's template; `eval.templates` replaces all of them."""
     direct = dict(data=dict(template="direct"))
     c.stages = (
         dict(task="a", steps=1),
         dict(task=("a", "b"), steps=1, **direct),
         dict(task="b", steps=1, data=dict(template="boxed")),
     )
-    asked = lambda: [eval_templates(c, resolve_stages(c), t) for t in ("a", "b", "general")]
-    assert asked() == [("direct",), ("boxed",), ("cot",)]
+    templates = lambda: [eval_templates(c, resolve_stages(c), t) for t in ("a", "b", "general")]
+    assert templates() == [("direct",), ("boxed",), ("cot",)]
     c.eval.templates = ("answer", "none")
-    assert asked() == [("answer", "none")] * 3
+    assert templates() == [("answer", "none")] * 3
 
 
-def test_orders_refused(c):
+def test_an_order_names_every_stage_once(c):
     c.orders = ((0, 0),)
     with pytest.raises(
         ValueError, match=r"config.orders: expected each of 0..1 once, got \(0, 0\)"
@@ -277,7 +276,7 @@ def test_orders_refused(c):
         expand_runs(c)
 
 
-def test_a_changed_config_is_told(c):
+def test_changes_that_matter_are_listed_and_change_the_fingerprint(c):
     old = config_to_dict(c)
     other = merge_config(
         c,

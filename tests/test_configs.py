@@ -1,4 +1,4 @@
-"""Every arm of the papers' configs: known tasks, locked keys, settings that pass every check; and one line for an unknown word."""
+"""Every arm of the shipped configs resolves and passes the checks; unknown words are one line."""
 
 import importlib
 
@@ -49,18 +49,18 @@ def test_every_arm_resolves(module, arg):
     assert config.is_locked or module is demo
     config.lock()
     with pytest.raises((AttributeError, KeyError)):
-        config.method.advantag = "grpo"  # locked: a misspelt knob is no new knob
+        config.method.advantag = "grpo"  # locked: a misspelt key is refused
     if config.method.source == "corpus":
         with pytest.raises(ValueError, match="needs method.corpus"):
             validate_config.validate_stage(resolve_stages(config)[0])
         config = merge_config(config, CORPUS)
     expect.check_expectations(config)
-    for one in (*prestage_runs(config).values(), *(one for _, one in expand_runs(config))):
-        check_config_values(one)
-        for each in resolve_stages(one):
-            validate_config.validate_stage(each)
-            for name in (*each.tasks, *each.config.eval.general):
-                registry.resolve_task(name, one.tasks.to_dict())
+    for run in (*prestage_runs(config).values(), *(run for _, run in expand_runs(config))):
+        check_config_values(run)
+        for stage in resolve_stages(run):
+            validate_config.validate_stage(stage)
+            for name in (*stage.tasks, *stage.config.eval.general):
+                registry.resolve_task(name, run.tasks.to_dict())
 
 
 @pytest.mark.parametrize("module", [cpt7, jigsaw, retain], ids=lambda m: m.__name__)
@@ -72,7 +72,7 @@ def test_unknown_word_is_one_line_that_names_the_known_ones(module):
     )
 
 
-def test_arms_of_the_papers_are_all_there():
+def test_every_arm_of_the_papers_exists():
     assert set(cpt7.ARMS) >= {
         "sft",
         "joint",
@@ -147,7 +147,7 @@ def test_every_stage_of_a_corpus_arm_has_its_own_file():
         cpt7.get_config("grpo,corpus=runs")
 
 
-def test_every_arm_is_asked_the_same_ways_and_its_own_comes_first():
+def test_every_arm_is_evaluated_under_the_same_templates_its_own_first():
     for module, arms, ways in (
         (cpt7, cpt7.ARMS, {"cot", "direct"}),
         (jigsaw, jigsaw.METHOD, {"answer", "direct"}),
@@ -234,8 +234,10 @@ def test_prompts_and_rewards_with_and_without_reasoning():
         )
 
     cot, direct = prompted("grpo"), prompted("nocot")
-    said = lambda form: "".join(p["text"] for p in form.build_prompt(example)[-1]["content"])
-    assert "<think>" in said(cot) and "boxed" in said(cot) and "<think>" not in said(direct)
+    text_of = lambda form: "".join(p["text"] for p in form.build_prompt(example)[-1]["content"])
+    assert (
+        "<think>" in text_of(cot) and "boxed" in text_of(cot) and "<think>" not in text_of(direct)
+    )
     assert (
         cot.reward.template.format == "think_boxed" and direct.reward.template.format == ""
     )  # 0.9 / 0.1 | the accuracy alone
@@ -258,7 +260,7 @@ def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
 
 
 @pytest.mark.parametrize("name", base.METHODS)
-def test_methods_resolve(name):
+def test_every_preset_passes_the_checks_and_equal_settings_make_equal_objectives(name):
     config = base.get_config()
     corpus = "a.jsonl" if base.METHODS[name].get("source") == "corpus" else ""
     config.stages = (
@@ -432,7 +434,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_has_no_meaning_is_refused_in_one_line(name):
+def test_settings_without_a_meaning_are_refused_in_one_line(name):
     method, more, expected = WRONG[name]
     config = base.get_config()
     config.stages = (dict(task="synthetic_colour", steps=1, method=method, **more),)
@@ -449,13 +451,13 @@ def test_what_has_no_meaning_is_refused_in_one_line(name):
         dict(kl_reference="configs"),
     ],
 )
-def test_what_has_a_meaning_passes(method):
+def test_settings_with_a_meaning_pass(method):
     config = base.get_config()
     config.stages = (dict(task="synthetic_colour", steps=1, method=method),)
     validate_config.validate_stage(resolve_stages(config)[0])
 
 
-def test_configs_name_no_knob_that_base_lacks():
+def test_configs_have_the_settings_of_base_and_no_others():
     known = base.get_config()
     for name in ("cpt7", "jigsaw", "retain"):
         config = importlib.import_module(f"configs.{name}").get_config("tiny")

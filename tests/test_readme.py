@@ -1,4 +1,4 @@
-"""What the README shows works as it is written: its own-task config runs, its commands name what exists, its script starts."""
+"""The README's examples work as written, and its map is current."""
 
 import csv
 import importlib
@@ -40,20 +40,20 @@ def block(words: str) -> str:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, devices):
-    """A hub that has one model, a tiny one; what was asked of it."""
-    folder, asked = tmp_path / "hub", []
+    """A hub with one tiny model; returns the list of downloads."""
+    folder, downloads = tmp_path / "hub", []
     cptjax.save(cptjax.load("tiny", dtype="float32"), folder)
 
     def download(name, allow_patterns):
-        asked.append((name, "*.safetensors" in allow_patterns))
+        downloads.append((name, "*.safetensors" in allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return asked
+    return downloads
 
 
 def write_rows(folder: Path) -> None:
-    """The data that the README describes."""
+    """Write the data that the README describes."""
     (folder / "data" / "cells").mkdir(parents=True)
     rows = [
         {"prompt": "<image>How many cells?", "images": [f"{i}.png"], "answer": str(i % 5)}
@@ -115,7 +115,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[1].removeprefix("launch/"))
-def test_a_command_names_what_exists(command):
+def test_a_command_names_existing_flags_configs_and_tasks(command):
     source = (ROOT / command[1]).read_text()
     known = {
         *re.findall(r'(?:DEFINE_\w+\(\s*|add_argument\(\s*"--)"?(\w+)"', source),
@@ -138,8 +138,8 @@ def test_the_map_is_current():
 
 
 @pytest.mark.parametrize("folder", ["", "elsewhere/demo"])
-def test_the_script_of_the_first_minute(tmp_path, folder):
-    """An interpreter that only writes down what it is told: what is installed, and which command is run."""
+def test_quickstart_installs_and_runs_the_demo(tmp_path, folder):
+    """With an interpreter that only records its arguments: what is installed, which command runs."""
     venv, log = tmp_path / "venv", tmp_path / "log"
     (venv / "bin").mkdir(parents=True)
     python = venv / "bin" / "python"

@@ -170,7 +170,7 @@ def _prepare_override(config: ConfigDict, path: Sequence[str | int], is_none: bo
 def _find_overrides(
     config: ConfigDict, path: Sequence[str | int]
 ) -> tuple[ConfigDict | dict, Sequence[str | int]]:
-    """Return the arm, pre-stage, stage or config that an override belongs to, and its keys there."""
+    """Return the arm, pre-stage, stage or config of an override, and its keys in there."""
     section, keys = config, path
     if path[0] == "arms" and len(path) > 2:
         if path[1] not in config.arms:
@@ -209,7 +209,7 @@ def _check_exists(
 
 
 def _check_free_keys(section: Any, path: Sequence[str | int], keys: Sequence[str | int]) -> None:
-    """Refuse an override of a user's own section, such as `tasks`, that the section does not have."""
+    """Refuse an override of a key that a user's own section, such as `tasks`, does not have."""
     for key in keys:
         if isinstance(section, Mapping | ConfigDict) and key not in section:
             raise flags.IllegalFlagValueError(
@@ -229,7 +229,7 @@ def _setting_names(section: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def refuse_ineffective_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Refuse an override that changes nothing, since every arm, pre-stage or stage sets it again."""
+    """Refuse an override that every arm, pre-stage or stage sets again, so it changes nothing."""
     overridden = [path for path in map(override_path, argv) if path]
     paths = [path for path in overridden if path[0] not in MULTI_RUN_SECTIONS]
     if not paths:

@@ -30,7 +30,7 @@ DEFAULT_MIN_PIXELS = 56 * 56  # as in transformers, like the next two
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
 
-# PIL.Image | path | bytes | uint8 array [height width 3] | {"bytes", "path"} as datasets stores them
+# PIL.Image | path | bytes | uint8 array [height width 3] | {"bytes", "path"} of `datasets`
 ImageSource = Any
 Grid = tuple[int, int, int]  # time, height, width in patches
 

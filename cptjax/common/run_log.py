@@ -43,8 +43,8 @@ APPEND_ONLY_FILES = (
     "rollouts/stage*.jsonl",
     "predictions/stage*.jsonl",
 )
-# What was spent since the line of metrics.jsonl before: seconds, generated tokens, tokens trained on
-# (without padding), responses, floating-point operations.
+# What was spent since the previous line of metrics.jsonl: seconds, generated tokens, tokens trained
+# on (without padding), responses, floating-point operations.
 COST_KEYS = ("seconds", "tokens", "trained", "rollouts", "flops")
 
 

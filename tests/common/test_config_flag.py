@@ -1,4 +1,4 @@
-"""Every setting can be overridden on the command line; what does not exist or changes nothing is refused."""
+"""Every setting can be overridden on the command line; a wrong override is one line."""
 
 import json
 import sys
@@ -17,7 +17,8 @@ from configs.base import METHODS, get_config as base
 
 def get_config():
     c = base()
-    c.stages = (dict(task="a", steps=2, method=METHODS["grpo"]), dict(task="b", epochs=1, method=METHODS["grpo"]))
+    grpo = METHODS["grpo"]
+    c.stages = (dict(task="a", steps=2, method=grpo), dict(task="b", epochs=1, method=grpo))
     shared = dict(method=METHODS["sft"], model=dict(freeze=()))
     c.arms = ConfigDict(dict(one=shared, two=shared))
     c.prestage = ConfigDict(dict(stages=(dict(task="a", steps=1),)))
