@@ -1,4 +1,6 @@
-"""Time each phase of a run on this machine, and against transformers + torch. Random weights; one JSON line on standard output.
+"""Time each phase of a run on this machine, with random weights; --peer=hf times torch in turns.
+
+One JSON line on standard output.
 
 python launch/bench.py --size=cpu-s [--phases=rollout,logp,sft,grpo] [--peer=hf]
 python launch/bench.py --size=3b --dtype=bfloat16 --micro=16
@@ -44,7 +46,7 @@ DTYPE = flags.DEFINE_string(
 REMAT = flags.DEFINE_string(
     "remat",
     "none",
-    "What layers keep for gradients: none (all, as the peer), dots, block or offload (model.remat).",
+    "What layers keep for gradients: none (all, as the peer), dots, block or offload.",
 )
 
 

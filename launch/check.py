@@ -1,4 +1,6 @@
-"""Check a config before any accelerator is used: rows, prompt lengths, padding, memory. Exit code 2 when a run would stop.
+"""Check a config before any accelerator is used: rows, prompt lengths, padding and memory.
+
+The exit code is 2 when a run would stop.
 
 python launch/check.py --config=configs/X.py[:arg] [--rows=N] [--config.data.prompt_limit=4096]
 """

@@ -1,4 +1,4 @@
-"""Batches of mixed image sizes and lengths have shapes from a short list: once each is compiled, nothing compiles again."""
+"""Batches of mixed images and lengths have few shapes: once each is compiled, nothing compiles."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,10 @@ def params(model_ctx):
 
 
 def vision_shapes(model_ctx) -> list[tuple[int, int]]:
-    """Return (patches of a vision row, vision rows) of every batch with at most one image a row; (0, 0) = no image."""
+    """Return (patches of a vision row, vision rows) of every batch with at most one image a row.
+
+    (0, 0) = no image.
+    """
     window, most = (
         model_ctx.cfg.vision.window_slots,
         collate.max_image_slots(model_ctx.cfg, PIXELS[1]) // model_ctx.cfg.vision.window_slots,
@@ -67,7 +70,7 @@ def vision_shapes(model_ctx) -> list[tuple[int, int]]:
 
 
 def conversation(model_ctx, rng, with_response=True, longest=32):
-    """Return a conversation with or without an image, and words until the row has a random length."""
+    """Return a conversation of random length, with or without an image."""
     size = rng.integers(8, 40, 2)
     image = (
         [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]

@@ -1,12 +1,13 @@
 """Time the phases of a run on this machine, alone or in turns with transformers and torch.
 
     rollout   N prompts x G responses of exactly `new` tokens, temperature 1
-    logp      log-probabilities of the `new` tokens of N * G unrelated rows, each with an image of its own
+    logp      log-probabilities of the `new` tokens of N * G unrelated rows, an image each
     sft       forward, backward and AdamW on the same rows
     grpo      rollout, logp and update of N groups, prompts shared
 
-tok_s counts prompt and new tokens of every row (rollout: the new ones), whether or not rows share a prompt. MFU is the arithmetic
-that the phase needs, counted by hand (`models/flops`), over the matrix products per second that this machine reaches in the same call.
+tok_s counts prompt and new tokens of every row (rollout: the new ones), whether or not rows share
+a prompt. MFU is the arithmetic that the phase needs, counted by hand (`models/flops`), over the
+matrix products per second that this machine reaches in the same call.
 """
 
 import contextlib
@@ -67,7 +68,8 @@ class BenchModel:
         shards = sharding.batch_shards(self.mesh)
         if work.prompts % shards:
             raise ValueError(
-                f"--prompts={work.prompts}: expected a multiple of the {shards} devices that share a batch"
+                f"--prompts={work.prompts}: expected a multiple of the {shards} devices "
+                "that share a batch"
             )
         size = BENCH_SIZES[work.size]
         self.cfg = dataclasses.replace(
@@ -202,7 +204,10 @@ PHASE_FUNCTIONS = {
 
 
 def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, float]:
-    """Return the (text, vision) operations that a phase needs; a backward pass is two forward passes."""
+    """Return the (text, vision) operations that a phase needs.
+
+    A backward pass is two forward passes.
+    """
     n, g, p, r = work.prompts, work.group, work.prompt, work.new
     slots = len(positions.frame_layout(work.grid, work.grid, cfg.vision).order)
     image = flops.vision_forward_flops(cfg, slots, slots)
@@ -221,7 +226,7 @@ def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, fl
 
 
 def measure_peak_flops(dtype: Any, repeat: int = 5) -> float:
-    """Return the operations per second of a large matrix product, all devices together: the best of a few."""
+    """Return the operations per second of a large matrix product, all devices together."""
     devices = jax.devices()
     cpu = devices[0].platform == "cpu"
     side, products = (2048, 1) if cpu else (8192, 10)
@@ -321,7 +326,8 @@ def peak_memory_gib() -> float:
 def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[str, Any]]]:
     """Start the peer on our weights and inputs; yield what calls it, and its facts.
 
-    The peer must compute the log-probabilities that we compute, else the two do not do the same work.
+    The peer must compute the log-probabilities that we compute, else the two do not do the same
+    work.
     """
     work = model.work
     with tempfile.TemporaryDirectory() as parent:
@@ -346,7 +352,8 @@ def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[
             limit = 1e-3 if work.dtype == "float32" else 0.1
             if not gap < limit:
                 raise ValueError(
-                    f"the peer's log-probabilities differ from ours by {gap:.2g} on average; expected less than {limit}: not the same work"
+                    f"the peer's log-probabilities differ from ours by {gap:.2g} on average; "
+                    f"expected less than {limit}: not the same work"
                 )
             yield call, facts | {"peer_logp_gap": gap}
 

@@ -1,7 +1,8 @@
 """The load phase: seconds and host memory to read a checkpoint of several files.
 
 load_s_per_gb      seconds for each GB of the checkpoint, file cache warm
-load_peak_ratio    by how much the process grew at its largest, over the checkpoint's size; on a CPU the parameters are a part of it
+load_peak_ratio    growth of the process at its peak, over the checkpoint's size; on a CPU the
+                   parameters are a part of it
 """
 
 import json
@@ -46,18 +47,19 @@ def measure_loading(work: Workload) -> dict[str, float]:
         free = shutil.disk_usage(folder).free
         if free < 1.1 * size:
             raise ValueError(
-                f"the checkpoint takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; point TMPDIR elsewhere"
+                f"the checkpoint takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; "
+                "set TMPDIR to another folder"
             )
         with console.show_waiting(f"load: writing {size / 1e9:.2f} GB"):
             hf_checkpoint.write_random_checkpoint(
                 cfg, Path(folder) / "model", shard_bytes=max(size / 5, 1e6)
             )
         with console.show_waiting("load: loading"):
-            command = [
-                sys.executable,
-                "-c",
-                f"from cptjax.benchmark import checkpoint_loading as c; c.report_loading({str(Path(folder) / 'model')!r})",
-            ]
+            code = (
+                "import sys; from cptjax.benchmark import checkpoint_loading; "
+                "checkpoint_loading.report_loading(sys.argv[1])"
+            )
+            command = [sys.executable, "-c", code, str(Path(folder) / "model")]
             metrics = json.loads(
                 subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             )

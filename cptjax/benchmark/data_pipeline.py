@@ -22,7 +22,7 @@ from cptjax.types import Example
 def measure_data_pipeline(
     rows: int = 20_000, jpegs: int = 160, workers: int = 0
 ) -> dict[str, float]:
-    """Return the rows a second of the pipeline, and of one core, for synthetic images and for JPEGs."""
+    """Return the rows a second of the pipeline, and those of one core, with and without JPEGs."""
     tiny, large = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], vision=VisionConfig())
     examples = dataset.make_synthetic_task("bench", "colour", side=64).load("train", limit=rows)
     words = [
@@ -47,7 +47,10 @@ def time_epoch(
     collate: Callable,
     workers: int,
 ) -> tuple[int, float, float]:
-    """Return (rows, seconds, processor seconds of this process) of an epoch's batches after the first; each row is read once."""
+    """Return (rows, seconds, processor seconds) of an epoch without its first batch.
+
+    Each row is read once.
+    """
     batch = min(32, len(examples) // 2)
     steps = len(examples) // batch - 1
     with BatchStream(
@@ -70,7 +73,7 @@ def _encode(words: Any, example: Example, index: int) -> Any:
 
 
 def _photos(n: int) -> list[Example]:
-    """Return prompts with 448 x 448 JPEGs that cost what a photo costs to decode: soft shapes under fine grain."""
+    """Return prompts with 448 x 448 JPEGs, soft shapes under fine grain, as costly as photos."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(n):

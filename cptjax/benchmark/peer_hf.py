@@ -1,7 +1,7 @@
-"""The peer of the benchmark: transformers and torch on the same weights and inputs, in another process.
+"""The peer of the benchmark: transformers and torch, in another process, on the same work.
 
-`bench` writes a checkpoint and `inputs.npz` into a folder, then sends the name of a phase per line and reads its seconds. torch is
-imported in the other process alone.
+`bench` writes a checkpoint and `inputs.npz` into a folder, then sends the name of a phase per line
+and reads its seconds. torch is imported in the other process alone.
 """
 
 import contextlib
@@ -20,7 +20,10 @@ INPUTS_FILE = "inputs.npz"
 
 @contextlib.contextmanager
 def start_peer(folder: Path, **settings: Any) -> Iterator[Callable[[str], Any]]:
-    """Start the peer; yield a function that runs a phase there and returns its seconds (`facts`: its versions and log-probabilities)."""
+    """Start the peer, and yield a function that runs a phase there and returns its seconds.
+
+    For the phase `facts` it returns the peer's versions and log-probabilities.
+    """
     command = [
         sys.executable,
         "-m",
@@ -36,7 +39,8 @@ def start_peer(folder: Path, **settings: Any) -> Iterator[Callable[[str], Any]]:
             line = child.stdout.readline()
             if not line:
                 raise OSError(
-                    f"the peer ended during {phase!r}; its error is printed above (are torch and transformers installed?)"
+                    f"the peer ended during {phase!r}; its error is printed above "
+                    "(are torch and transformers installed?)"
                 )
             return json.loads(line)
 

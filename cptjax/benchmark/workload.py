@@ -16,7 +16,7 @@ BENCH_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def small_model(width: int, mlp: int, depth: int, vocab: int, vision: VisionConfig) -> ModelConfig:
-    """Return a model of Qwen's shape, 8 query heads over 2 key/value heads, that a CPU can train."""
+    """Return a small model of Qwen's shape, with 8 query heads over 2 key/value heads."""
     head, third = width // 8, width // 8 // 16 * 3
     text = TextConfig(
         vocab=vocab,
@@ -49,7 +49,10 @@ BENCH_SIZES: dict[str, ModelConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The size, shapes and number formats of a benchmark; each field is a flag of `launch/bench.py`."""
+    """The size, shapes and number formats of a benchmark.
+
+    Each field is a flag of `launch/bench.py`.
+    """
 
     size: str = "cpu-s"
     image: int = 112  # pixels of a side
@@ -87,7 +90,8 @@ def check_workload(work: Workload, phases: Sequence[str]) -> None:
     for name, value, allowed in named + [("phases", phase, BENCH_PHASES) for phase in phases]:
         if value not in allowed:
             raise ValueError(
-                f"--{name}={value}: expected {'some' if name == 'phases' else 'one'} of {', '.join(allowed)}"
+                f"--{name}={value}: expected {'some' if name == 'phases' else 'one'} of "
+                f"{', '.join(allowed)}"
             )
     if not phases:
         raise ValueError(f"--phases is empty: expected some of {', '.join(BENCH_PHASES)}")
@@ -102,7 +106,7 @@ def check_workload(work: Workload, phases: Sequence[str]) -> None:
 
 
 def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return random prompts [N P], responses [N * G R] and patches [N P C] in the processor's order."""
+    """Return random prompts [N P], responses [N * G R] and patches [N P C]."""
     rng = np.random.default_rng(seed)
     words = min(cfg.text.vocab, 150_000) - 10
     text = rng.integers(10, words, (work.prompts, work.text))

@@ -15,7 +15,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of a run, the shapes and shardings of its arguments, and how often a step calls it."""
+    """A jitted function of a run with the shapes and shardings of its arguments."""
 
     name: str
     function: Any  # jitted
@@ -35,7 +35,10 @@ class Program:
         return tuple(dict.fromkeys(x.program for x in leaves if _is_output(x)))
 
     def lower(self, outputs: dict[str, Any]) -> Any:
-        """Lower the function for its arguments; `outputs` has the abstract results of earlier programs by name."""
+        """Lower the function for its arguments.
+
+        `outputs` has the abstract results of earlier programs by name.
+        """
         return self.function.lower(
             *jax.tree.map(
                 lambda x: outputs[x.program] if _is_output(x) else x, self.args, is_leaf=_is_output

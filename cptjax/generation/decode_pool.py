@@ -1,13 +1,14 @@
 """The slots in which groups are decoded, as one value: prefill, decode steps, refill.
 
-A slot holds one group: the keys and values of its prompt, and the G responses that are decoded for it. All slots write into one ring
-of R columns: decode step s reads the token of column s % R and writes that of column s + 1, so keys, values and tokens are updated
-in place, without a scatter, whenever a group started. A group that started at step b has its token i in column (b + i) % R and
+A slot holds one group: the keys and values of its prompt, and the G responses that are decoded for
+it. All slots write into one ring of R columns: decode step s reads the token of column s % R and
+writes that of column s + 1, so keys, values and tokens are updated in place, without a scatter,
+whenever a group started. A group that started at step b has its token i in column (b + i) % R and
 attends only to columns that are not older than itself:
 
     R = 6               column  0 1 2 3 4 5
     after step 7:
-    started at 0, done          a b c d e f      reached its limit after step 5; it is not written any more
+    started at 0, done          a b c d e f      reached its limit after step 5
     started at 3                d e . a b c      its token e, in column 7 % 6, was sampled last
     started at 7                . a . . . .
 """
@@ -80,7 +81,7 @@ class StaticSettings:
 
 @flax.struct.dataclass
 class TracedSettings:
-    """The sampling settings that programs take as arrays, so that another value compiles nothing."""
+    """The sampling settings that programs take as arrays: another value compiles nothing."""
 
     key: Array
     controls: token_sampling.SamplingControls
@@ -192,7 +193,7 @@ def _logits(weights: Params, hidden: Array) -> Array:
 
 
 def _sample_and_store(pool: DecodePool, logits: Array, traced: TracedSettings) -> DecodePool:
-    """Sample a token of each row from logits [S G V], and store it in the rows that are not done."""
+    """Sample a token of each row from logits [S G V], and store it where a row is not done."""
 
     def random_number(row_id: Array, length: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(traced.key, row_id), length)
@@ -236,7 +237,10 @@ def slot_results(pool: DecodePool) -> GroupResults:
 
 
 def store_results(pool: DecodePool, results: GroupResults | None, prompts: int) -> GroupResults:
-    """Write the responses of every slot at the index of its prompt; a group that goes on is written again later."""
+    """Write the responses of every slot at the index of its prompt.
+
+    A group that goes on is written again later.
+    """
     new = slot_results(pool)
     if results is None:
         results = jax.tree.map(lambda x: jnp.zeros((prompts, *x.shape[1:]), x.dtype), new)
@@ -273,7 +277,10 @@ def refill_slots(
     cfg: ModelConfig,
     static: StaticSettings,
 ) -> DecodePool:
-    """Start the queue's prompts `index` in `slots`; ring columns need no clearing, as a group sees none that is older than itself."""
+    """Start the queue's prompts `index` in `slots`.
+
+    Ring columns need no clearing, as a group sees none that is older than itself.
+    """
     new = prefill_slots(weights, select_prompts(queue, index), pool.step, traced, cfg, static)
 
     def set_slots(old: Array, x: Array) -> Array:

@@ -27,7 +27,10 @@ class Samples:
 
 
 def prepare_weights(model_ctx: ModelContext, params: Params, sampling: SamplingConfig) -> Params:
-    """Return the weights that `sample_responses` takes: `params`, or a gathered or eight-bit copy. Call it once for several batches."""
+    """Return the weights that `sample_responses` takes: `params`, or a gathered or eight-bit copy.
+
+    Call it once for several batches.
+    """
     with jax.set_mesh(model_ctx.mesh):
         return rollout_weights.prepare_rollout_weights(
             params, model_ctx.cfg, sampling, model_ctx.dtype
@@ -45,7 +48,8 @@ def sample_responses(
 ) -> Samples:
     """Sample responses to encoded prompts with the weights of `prepare_weights`.
 
-    rows: the number of each prompt in the whole run, from which its randomness is derived. limits: tokens at most, per prompt.
+    rows: the number of each prompt in the whole run, from which its random keys are derived.
+    limits: tokens at most, per prompt.
     """
     prompts = model_ctx.prompts(encoded)
     return sample_from_prompts(model_ctx, weights, prompts, key, rows, sampling, limits)

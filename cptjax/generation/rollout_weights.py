@@ -1,4 +1,4 @@
-"""Cast the weights for sampling, gather them over the `fsdp` axis, or round them to eight-bit integers."""
+"""Cast, gather or quantise the weights for sampling."""
 
 import functools
 import importlib
@@ -20,8 +20,9 @@ def prepare_rollout_weights(
 ) -> Params:
     """Return the weights that the sampler takes, for a model that computes in `dtype`.
 
-    `sampling.gather` copies them to every device of the `fsdp` axis; `sampling.dtype` int8 rounds the linear maps of the text blocks.
-    Without either, `params` is returned, and the sampler's own programs cast it.
+    `sampling.gather` copies them to every device of the `fsdp` axis; `sampling.dtype` int8 rounds
+    the linear maps of the text blocks. Without either, `params` is returned, and the sampler's own
+    programs cast it.
     """
     program = weights_program(params, cfg, sampling, dtype)
     return params if program is None else program(params)
@@ -30,13 +31,17 @@ def prepare_rollout_weights(
 def weights_program(
     params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any
 ) -> Callable[[Params], Params] | None:
-    """Return the jitted program that prepares weights like `params` (arrays or shapes); None where nothing is to be done."""
+    """Return the jitted program that prepares weights like `params` (arrays or shapes).
+
+    Without `gather` and int8 the sampler takes `params` as they are: return None.
+    """
     int8 = sampling.dtype == "int8"
     if not (int8 or sampling.gather):
         return None
     if int8 and importlib.util.find_spec("qwix") is None:
         raise ValueError(
-            "rollout.dtype='int8' needs the package qwix; install it with: pip install 'cptjax[int8]'"
+            "rollout.dtype='int8' needs the package qwix; "
+            "install it with: pip install 'cptjax[int8]'"
         )
     leaves, tree = jax.tree.flatten(params)
     shardings = tuple(without_fsdp(x.sharding) if sampling.gather else None for x in leaves)
@@ -85,7 +90,10 @@ def without_fsdp(old: Any) -> NamedSharding | None:
 
 
 def _quantise(params: Params) -> Params:
-    """Replace the linear maps of the text blocks by {int8, scale}: one scale per layer and output, applied to the product."""
+    """Replace the linear maps of the text blocks by {int8, scale}.
+
+    There is one scale per layer and output, so that it multiplies the product.
+    """
     blocks = {
         name: _quantise_linear(p, 2 if name == "o" else 1) if name in DECODER_LINEARS else p
         for name, p in params["text"]["blocks"].items()

@@ -1,12 +1,13 @@
-"""Generate rollouts on the training mesh: each prompt is read once, and its responses are decoded in a loop on the device.
+"""Generate rollouts on the training mesh, for the whole batch at once or slot by slot.
 
-With `slots`, only so many groups are decoded at a time. Every `check_every` steps, the groups whose rows are all done hand in their
-responses, and the next prompts of the queue are prefilled into their slots (a group keeps its slot until its longest row is done, as
-its rows share the prompt's cache):
+Each prompt is read once, and its responses are decoded in a loop on the device. With `slots`, only
+so many groups are decoded at a time. Every `check_every` steps, the groups whose rows are all done
+hand in their responses, and the next prompts of the queue are prefilled into their slots (a group
+keeps its slot until its longest row is done, as its rows share the prompt's cache):
 
     slot     steps 0 .. k     k .. 2k      2k .. 3k
       0      prompt 0         prompt 0     prompt 3
-      1      prompt 1         prompt 2     prompt 2        (prompt 1 was done within the first k steps)
+      1      prompt 1         prompt 2     prompt 2        (prompt 1 was done after k steps)
 """
 
 import functools
@@ -45,18 +46,24 @@ def generate_rollouts(
     limits: np.ndarray | None = None,
     rows: np.ndarray | None = None,
 ) -> Rollouts:
-    """Sample `sampling.group` responses to each left-padded prompt, as row q * group + g; call it under `jax.set_mesh` on a mesh.
+    """Sample `sampling.group` responses to each left-padded prompt, as row q * group + g.
 
-    Equal (key, rows, weights) give equal responses whatever the batch, its order, the slots and the mesh, up to float rounding.
-    params: the model's, or those of `prepare_rollout_weights`. dtype: the type in which the model computes.
-    stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none. limits: [Q] or [Q G] tokens at most.
-    rows: [Q] each prompt's number in the run; None = its index. Empty prompts are padding and get no response.
+    Call it under `jax.set_mesh` on a mesh. Equal (key, rows, weights) give equal responses whatever
+    the batch, its order, the slots and the mesh, up to float rounding. Empty prompts are padding
+    and get no response.
+
+    params: the model's, or those of `prepare_rollout_weights`.
+    dtype: the type in which the model computes.
+    stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none.
+    limits: [Q] or [Q G] tokens at most.
+    rows: [Q] each prompt's number in the run; None = its index.
     """
     static = static_settings(sampling, dtype)
     stops = cfg.eos if stop is None else tuple(stop)
     if not stops:
         raise ValueError(
-            "no stop token: the model names no end token; give stop=(id, ...), or stop=(-1,) to run every row to its limit"
+            "no stop token: the model names no end token; "
+            "give stop=(id, ...), or stop=(-1,) to run every row to its limit"
         )
     sampling.check_batch_shards(_batch_shards())
     queued = len(prompts.tokens)
@@ -96,7 +103,10 @@ def traced_settings(
 
 
 def forbidden_tokens(cfg: ModelConfig, stops: tuple[int, ...]) -> np.ndarray:
-    """Return a mask [V] of the tokens that are never sampled: those only the processor may write, and padding unless it ends a row."""
+    """Return a mask [V] of the tokens that are never sampled.
+
+    These are the tokens that only the processor may write, and padding unless it ends a row.
+    """
     out = np.zeros(cfg.text.vocab, bool)
     out[[t for t in (*cfg.vision_tokens, cfg.pad) if t not in stops and t < cfg.text.vocab]] = True
     return out
@@ -105,14 +115,20 @@ def forbidden_tokens(cfg: ModelConfig, stops: tuple[int, ...]) -> np.ndarray:
 def kv_cache_bytes(
     cfg: ModelConfig, prompts: float, prompt: int, group: int, new: int, dtype: Any
 ) -> float:
-    """Return the bytes of the keys and values of `prompts` groups: `prompt` tokens that a group shares, and `new` of each response."""
+    """Return the bytes of the keys and values of `prompts` groups.
+
+    A group shares the `prompt` tokens, and has `new` tokens of each response.
+    """
     text = cfg.text
     per_token = 2 * text.depth * text.kv_heads * text.head_dim * jnp.dtype(dtype).itemsize
     return per_token * prompts * (prompt + group * new)
 
 
 def place_limits(limits: np.ndarray | None, max_new_tokens: int, prompts: int, group: int) -> Array:
-    """Place this process's limits, [Q] or [Q G], as [Q G] on the mesh; None is `max_new_tokens` for all rows."""
+    """Place this process's limits, [Q] or [Q G], as [Q G] on the mesh.
+
+    None is `max_new_tokens` for all rows.
+    """
     if limits is None:
         return jnp.full((prompts, group), max_new_tokens, jnp.int32)
     x = np.asarray(limits)
@@ -156,14 +172,15 @@ def _check_prompts(
     new = static.max_new_tokens
     if prompts.tokens.shape[1] + new > cfg.text.max_positions < longest + new:
         raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones exceed the model's {cfg.text.max_positions} positions; "
+            f"a prompt of {longest} tokens and {new} new ones exceed the model's "
+            f"{cfg.text.max_positions} positions; "
             "shorten the prompt or lower max_new_tokens"
         )
 
 
 @jax.jit
 def _count_prompts(segments: Array, limits: Array, row_ids: Array) -> Array:
-    """Return the tokens of the longest prompt, the number of prompts that are not empty, and of those without a limit or row id."""
+    """Return (tokens of the longest prompt, filled prompts, those without limit or row id)."""
     count = jnp.sum(segments > 0, 1)
     incomplete = (count > 0) & (jnp.minimum(limits, row_ids)[:, 0] < 0)
     return constrain(jnp.stack([jnp.max(count), jnp.sum(count > 0), jnp.sum(incomplete)]), None)
@@ -217,7 +234,10 @@ def sample_with_refill(
     static: StaticSettings,
     slots: int,
 ) -> tuple[Rollouts, int]:
-    """Decode `slots` groups at a time, and refill free slots from the queue; also return the number of decode steps."""
+    """Decode `slots` groups at a time, and refill free slots from the queue.
+
+    Also return the number of decode steps.
+    """
     weights = cast_program(params, cfg, static)
     queue = queue_program(weights, prompts, limits, row_ids, cfg, static)
     count, batch = queue.segments.shape[0], refill_size(slots, _batch_shards())
@@ -235,7 +255,7 @@ def sample_with_refill(
             chosen = free[at : at + batch]
             index = started + np.arange(len(chosen))
             started += len(chosen)
-            # The last refill repeats some prompts, into the same slots, so that its shape is the compiled one.
+            # The last refill repeats prompts, into the same slots, to have the compiled shape.
             chosen, index = np.resize(chosen, batch), np.resize(index, batch)
             pool = refill_program(weights, pool, queue, chosen, index, traced, cfg, static)
 
@@ -299,7 +319,7 @@ def weights_programs(
     dtype: Any,
     calls: float,
 ) -> tuple[list[Program], Params | Output]:
-    """Return the program that prepares the weights, where there is one, and the weights that the sampler takes."""
+    """Return the program that prepares the weights, if any, and the weights to sample with."""
     prepare = rollout_weights.weights_program(params, cfg, sampling, dtype)
     if prepare is None:
         return [], params
@@ -322,10 +342,13 @@ def sampling_programs(
     vision_flops: float,
     kept: tuple[str, ...] = (),
 ) -> list[Program]:
-    """Return the programs of `generate_rollouts` for abstract prompts, in the order of their first calls.
+    """Return the programs of `generate_rollouts` for abstract prompts, in the order of first calls.
 
-    calls: batches of a training step. vision_flops: operations of the vision tower on these prompts. kept: the program whose result
-    are the weights, where they are a copy. Programs that only move results are left out.
+    Programs that only move results are left out.
+
+    calls: batches of a training step.
+    vision_flops: operations of the vision tower on these prompts.
+    kept: the program whose result is the copy of the weights, if there is one.
     """
     shards = sharding.batch_shards(mesh)
     sampling.check_batch_shards(shards)

@@ -13,7 +13,10 @@ SAMPLING_DTYPES = ("", *MODEL_DTYPES, "int8")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are sampled. The fields are those of `config.rollout`; a field with a default is off."""
+    """How responses are sampled: the fields of `config.rollout`.
+
+    The default of a field turns it off.
+    """
 
     group: int  # responses to each prompt
     max_new_tokens: int
@@ -52,7 +55,8 @@ class SamplingConfig:
         """Refuse a number of slots that the batch shards do not divide."""
         if self.slots % shards:
             raise ValueError(
-                f"rollout.slots={self.slots}: expected a multiple of the {shards} batch shards, or 0 for the whole batch"
+                f"rollout.slots={self.slots}: expected a multiple of the {shards} batch shards, "
+                "or 0 for the whole batch"
             )
 
     def compute_dtype(self, model_dtype: Any) -> jnp.dtype:
@@ -66,7 +70,7 @@ def rollout_sampling(config: ConfigDict) -> SamplingConfig:
 
 
 def eval_sampling(config: ConfigDict) -> SamplingConfig:
-    """Return the sampling of evaluations: one response to each prompt, nothing cut, all rows at once."""
+    """Return the sampling of evaluations: one response to each prompt, nothing cut off."""
     e, r = config.eval, config.rollout
     return SamplingConfig(
         group=1,

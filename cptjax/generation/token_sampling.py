@@ -1,8 +1,9 @@
 """Sample tokens from logits: temperature, top-k, top-p and min-p, without a sort.
 
-Temperature is applied first, then top-k, then top-p among the tokens that top-k kept, then min-p: the order of transformers. Each
-of the three filters is a lowest logit that may still be sampled, so ties stay together. That logit is found by halving the range of
-float bits: 31 passes over the logits whatever the vocabulary, and none where the filter is off. Each row uses one uniform number.
+Temperature is applied first, then top-k, then top-p among the tokens that top-k kept, then min-p:
+the order of transformers. Each of the three filters is a lowest logit that may still be sampled,
+so ties stay together. That logit is found by halving the range of float bits: 31 passes over the
+logits whatever the vocabulary, and none where the filter is off. Each row uses one uniform number.
 """
 
 import flax.struct
@@ -50,8 +51,9 @@ def sample_tokens(
 ) -> tuple[Array, Array, Array]:
     """Sample from logits [B V] in float32 with uniform numbers [B] in [0, 1).
 
-    Return tokens [B], their log-probability under the distribution sampled from, and under the raw policy: the plain softmax over
-    all V, forbidden tokens included, which the trainer's forward computes. The first is 0 for a greedy token.
+    Return tokens [B], their log-probability under the distribution sampled from, and under the raw
+    policy: the plain softmax over all V, forbidden tokens included, which the trainer's forward
+    computes. The first is 0 for a greedy token.
     """
     allowed = jnp.where(controls.forbidden, LOWEST_LOGIT, logits)
 
@@ -73,10 +75,10 @@ def _select(x: Array, tokens: Array) -> Array:
 
 
 def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
-    """Return the token at which the running sum of weights [B V] passes uniform * total, and the total.
+    """Return the token at which the running sum of weights [B V] passes uniform * total, and total.
 
-    The token's block is searched first, then the token within it. A token of weight 0 does not raise the running sum, so it is
-    never the token at which the sum passes.
+    The token's block is searched first, then the token within it. A token of weight 0 does not
+    raise the running sum, so it is never the token at which the sum passes.
     """
     b, v = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -v % TOKEN_BLOCK))).reshape(b, -1, TOKEN_BLOCK)
@@ -89,7 +91,7 @@ def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
 
 
 def _first_above(sums: Array, goal: Array) -> tuple[Array, Array]:
-    """Return where running sums [B n] first exceed goal [B], and by how much the goal exceeds the sum before."""
+    """Return where running sums [B n] first exceed goal [B], and goal minus the sum before."""
     # Rounding may lift the goal to the last sum, which nothing exceeds.
     goal = jnp.minimum(goal, jnp.nextafter(sums[:, -1], jnp.zeros(())))
     below = sums <= goal[:, None]
@@ -119,7 +121,7 @@ def lowest_kept(z: Array, controls: SamplingControls) -> Array:
 
 
 def highest_with_mass(z: Array, mass: Array, goal: Array) -> Array:
-    """Return [B] the highest value such that the entries of z [B V] at or above it hold at least `goal` mass; z <= 0.
+    """Return [B] the highest value at or above which the entries of z [B V] <= 0 hold `goal` mass.
 
     It is the lowest float where all entries together hold less.
     """

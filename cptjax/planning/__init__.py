@@ -1,1 +1,1 @@
-"""Check a config, and compile the programs of a run ahead of time for hardware that need not exist."""
+"""Pre-flight check of a config, and ahead-of-time compilation of all programs of a run."""

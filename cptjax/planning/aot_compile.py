@@ -1,4 +1,4 @@
-"""Compile programs ahead of time for devices that need not exist, to the end or until buffers are assigned."""
+"""Compile programs ahead of time for devices that need not exist."""
 
 import dataclasses
 import multiprocessing
@@ -17,7 +17,7 @@ from cptjax.common.program import Program
 from cptjax.config import config_to_dict
 from cptjax.planning import hlo, programs
 
-# The TPU compiler on a machine without a TPU: no search for one, several processes at once, no log of what is missing.
+# The TPU compiler on a machine without a TPU: no search for one, several processes, no log.
 TPU_COMPILER_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -48,7 +48,8 @@ def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
     except Exception as error:  # jaxlib raises several kinds, each with its reason
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"topology {topology!r}: {reason}; expected the package libtpu and a name like v5e:4x4 or v5p:4x4x4"
+            f"topology {topology!r}: {reason}; "
+            "expected the package libtpu and a name like v5e:4x4 or v5p:4x4x4"
         ) from None
     return list(description.devices)
 
@@ -62,11 +63,14 @@ def planned_mesh(config: ConfigDict, devices: Sequence[Any], slices: int = 1) ->
 def compile_program(
     program: Program, mesh: Mesh, outputs: dict[str, Any], folder: str
 ) -> dict[str, Any]:
-    """Compile to the end and return the sizes that the runtime reports; the abstract results are added to `outputs`."""
+    """Compile to the end and return the sizes that the runtime reports.
+
+    The abstract results are added to `outputs`.
+    """
     tpu = mesh.devices.flat[0].platform == "tpu"
     with jax.set_mesh(mesh):
         lowered = program.lower(outputs)
-        # On TPU the compiler writes the text: jax cannot read back programs that use the sparse core.
+        # On TPU the compiler writes the text: jax cannot read programs that use the sparse core.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
         compiled = lowered.compile(options)
     outputs[program.name] = jax.tree.map(
@@ -88,7 +92,8 @@ def compile_program(
 class SubprocessCompiler:
     """Compile in another process, which ends as soon as buffers are assigned.
 
-    Memory, transfers and arithmetic are known then; the machine code, which is not run, takes ten times as long.
+    Memory, transfers and arithmetic are known then; the machine code, which is not run, takes ten
+    times as long.
     """
 
     config: ConfigDict

@@ -42,7 +42,10 @@ class Padding:
 
 
 def run_preflight(config: ConfigDict, rows: int | None = None) -> list[SplitReport]:
-    """Check every run that a config describes, and print the results; more bad rows than allowed raise a ValueError."""
+    """Check every run that a config describes, and print the results.
+
+    More bad rows than allowed raise a ValueError.
+    """
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: expected a number of rows of at least 1")
     driver.check_all_runs(config)
@@ -60,7 +63,10 @@ def run_preflight(config: ConfigDict, rows: int | None = None) -> list[SplitRepo
 def check_all_rows(
     runs: Sequence[tuple[str, ConfigDict, list[Stage]]], rows: int | None, timeout: float
 ) -> dict[tuple, SplitReport]:
-    """Check and print every split that a run reads; a split that several runs read is checked once."""
+    """Check and print every split that a run reads.
+
+    A split that several runs read is checked once.
+    """
     reports: dict[tuple, SplitReport] = {}
     shown_prompts: set[tuple[str, str]] = set()  # (task, template)
     pool = sandbox.SandboxPool(processes=1, timeout=timeout)
@@ -86,7 +92,8 @@ def refuse_bad_rows(reports: Sequence[SplitReport]) -> None:
         allowed = report.spec.allowed_bad_rows
         if len(report.bad) > allowed:
             raise ValueError(
-                f"{report.name}: {len(report.bad)} bad rows, {allowed} allowed by data.bad_rows; the first: {report.bad[0]}"
+                f"{report.name}: {len(report.bad)} bad rows, {allowed} allowed by data.bad_rows; "
+                f"the first: {report.bad[0]}"
             )
         if not report.rows:
             raise ValueError(
@@ -97,7 +104,10 @@ def refuse_bad_rows(reports: Sequence[SplitReport]) -> None:
 def padding_by_length(
     order: Mixture, sources: Sequence[np.ndarray], buckets: Sequence[int], pack: bool
 ) -> list[Padding]:
-    """Return the padding of a stage's first batches, by row length; `sources` are the token counts of its lists."""
+    """Return the padding of a stage's first batches, by row length.
+
+    `sources` are the token counts of its lists.
+    """
     by_length: dict[int, list[tuple[int, int]]] = {}  # (tokens, slots) of each batch
     for step in range(min(order.steps(1), PADDING_STEPS)):
         sizes = [int(sources[row.source][row.index]) for row in order.rows(step)]
@@ -117,7 +127,7 @@ def padding_by_length(
 
 
 def histogram_lines(title: str, values: Sequence[int], limit: int) -> list[str]:
-    """Return text bars of how often each size occurs, under a line that compares the largest with the limit."""
+    """Return text bars of how often each size occurs, after a line with the largest size."""
     low, top = min(values), max(values)
     width = -(-(top - low + 1) // HISTOGRAM_BINS)
     counts = np.bincount((np.asarray(values) - low) // width)
@@ -190,7 +200,7 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
 
 
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
-    """Print the estimated memory per device for the mesh, or for several numbers of devices where it has a size of -1."""
+    """Print the estimated memory per device, for several device counts where the mesh has a -1."""
     cfg = load.find_model_config(config.model)
     sizes = {
         n: memory.estimate_bytes(stage, prompt, patches)
@@ -205,7 +215,7 @@ def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
 
 
 def stages_by_device_count(config: ConfigDict, cfg: ModelConfig) -> dict[int, AbstractStage]:
-    """Return the shapes of a stage for each number of devices on which its batch and weights can be cut."""
+    """Return the shapes of a stage for each device count that divides its batch and weights."""
     stages, error = {}, None
     for n in memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch):
         try:

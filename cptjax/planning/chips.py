@@ -1,8 +1,10 @@
 """Public figures of accelerators, for each device that jax shows.
 
-Memory, matrix products and memory bandwidth are those of the vendors' data sheets. TPU interconnect is per link and direction
-(Google's documentation and "How to scale your model"): a ring along one mesh axis uses one link in each direction. A tpu7x device is
-half a chip; a v4 device is a whole chip, or half of one where jax shows two. DCN: 200 Gbit/s for a host of four devices; 400 for a GPU.
+Memory, matrix products and memory bandwidth are those of the vendors' data sheets. TPU
+interconnect is per link and direction (Google's documentation and "How to scale your model"): a
+ring along one mesh axis uses one link in each direction. A tpu7x device is half a chip; a v4
+device is a whole chip, or half of one where jax shows two. DCN: 200 Gbit/s for a host of four
+devices; 400 for a GPU.
 """
 
 import dataclasses
@@ -69,9 +71,11 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
 
 
 def transfer_seconds(kind: str, members: int, size: float, chip: Chip, slow: bool) -> float:
-    """Return the time of a collective on a ring: each member sends (members - 1) / members of the array, twice for an all-reduce.
+    """Return the seconds of a collective on a ring.
 
-    `size` is the bytes of the whole array; `slow` crosses slices. A permutation sends its array to one neighbour.
+    Each member sends (members - 1) / members of the array, twice for an all-reduce. `size` is the
+    bytes of the whole array; `slow` crosses slices. A permutation sends its array to one
+    neighbour.
     """
     if kind == "collective-permute":
         return size / (chip.dcn if slow else chip.link)

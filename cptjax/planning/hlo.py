@@ -1,8 +1,9 @@
-"""Read the text of compiled programs: how often each instruction runs, and every transfer with its mesh axis.
+"""Read compiled programs: how often each instruction runs, and every transfer with its mesh axis.
 
-XLA's `cost_analysis` counts the body of a loop once, whatever its trip count. This module counts it as often as the text says, or as
-the condition's one constant says. A loop whose end depends on data counts `dynamic` times, and within another such loop once. The
-branches of a conditional count in equal parts.
+XLA's `cost_analysis` counts the body of a loop once, whatever its trip count. This module counts
+it as often as the text says, or as the condition's one constant says. A loop whose end depends on
+data counts `dynamic` times, and within another such loop once. The branches of a conditional count
+in equal parts.
 """
 
 import dataclasses
@@ -142,7 +143,7 @@ def loop_trips(loop: Instruction, computations: Computations) -> int | None:
 
 
 def _stride(loop: Instruction, condition: list[Instruction], computations: Computations) -> int:
-    """Return what an iteration adds to the counter of the condition: unrolled loops add more than one."""
+    """Return what an iteration adds to the condition's counter: more than 1 in unrolled loops."""
     counter = next(
         (
             int(n[1])
@@ -187,7 +188,10 @@ def run_counts(computations: Computations, entry: str, dynamic: float = 1.0) -> 
 
 
 def shape_bytes(shape: str, only_main: bool = False) -> int:
-    """Return the bytes of a shape or tuple of shapes; `only_main` leaves out a TPU's vector memory (layout S(n))."""
+    """Return the bytes of a shape or tuple of shapes.
+
+    `only_main` leaves out a TPU's vector memory (layout S(n)).
+    """
     arrays = (x for x in SHAPE_PATTERN.findall(shape) if not (only_main and "S(" in x[2]))
     return sum(
         DTYPE_BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n)
@@ -245,7 +249,10 @@ def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, i
 
 
 def _volume(i: Instruction, kind: str, members: int) -> float:
-    """Return the bytes of the whole array; the shape of an asynchronous start has both input and output."""
+    """Return the bytes of the whole array.
+
+    The shape of an asynchronous start has both input and output.
+    """
     volume = float(shape_bytes(i.shape))
     if i.op == "all-gather-start":
         return volume * members / (members + 1)
@@ -302,7 +309,7 @@ def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
 
 
 def read_compiler_dump(folder: str) -> tuple[str, str]:
-    """Return what the TPU compiler wrote: the text of the largest program, and its report of buffers."""
+    """Return the TPU compiler's text of the largest program, and its report of buffers."""
     texts = sorted(
         Path(folder).glob("*.after_optimizations.txt"), key=lambda path: -path.stat().st_size
     )

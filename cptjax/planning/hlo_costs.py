@@ -9,7 +9,10 @@ from cptjax.planning import hlo
 
 
 def count_flops(text: str, dynamic: float = 1.0) -> float:
-    """Return the operations of all matrix products of one device: a multiply-add is two, recomputed products count again."""
+    """Return the operations of all matrix products of one device.
+
+    A multiply-add is two operations, and recomputed products count again.
+    """
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
     return sum(
@@ -80,7 +83,10 @@ def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float
 
 
 def _splash(i: hlo.Instruction) -> float:
-    """Count the TPU's attention kernel, causal outside the vision tower: 2 products forward, 3 for queries' gradients, 4 for keys'."""
+    """Count the TPU's attention kernel, which is causal outside the vision tower.
+
+    It does 2 products forward, 3 for the gradients of queries, and 4 for those of keys.
+    """
     listed = hlo.SHAPE_PATTERN.findall(i.rest.split("operand_layout_constraints=")[1])
     q, k = [
         [int(x) for x in sizes.split(",")] for kind, sizes, _ in listed if kind in ("bf16", "f32")
@@ -105,11 +111,17 @@ def _cudnn(i: hlo.Instruction, shapes: list[list[int]]) -> float:
     return 2.0 * (5 if "Backward" in i.rest else 2) * b * n * t * s * h
 
 
-FREE_OPCODES = "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id iota".split()
+FREE_OPCODES = (
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
+    "partition-id iota"
+).split()
 
 
 def count_memory_traffic(text: str, dynamic: float = 1.0) -> float:
-    """Return the bytes that one device reads from and writes to its main memory: inputs and outputs of each fusion, slices as slices."""
+    """Return the bytes that one device reads from and writes to its main memory.
+
+    These are the inputs and outputs of each fusion; of an array that is sliced, only the slices.
+    """
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
     fused = {
@@ -149,7 +161,10 @@ def _parameter(body: list[hlo.Instruction], number: int) -> str:
 
 
 def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations) -> float:
-    """Return the bytes of a value that a fusion reads: the slices of one that is only sliced, none of one that is only written into."""
+    """Return the bytes of a value that a fusion reads.
+
+    Of a value that is only sliced, these are the slices; of one that is only written into, none.
+    """
     total = 0.0
     for i in body:
         for at in (n for n, operand in enumerate(i.operands) if operand == name):

@@ -1,4 +1,4 @@
-"""The memory of a stage on one device: what stays, exactly; the largest moment, estimated without compiling."""
+"""The memory of a stage on one device: exact for what stays, estimated for the peak."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ def resident_bytes(
 ) -> dict[str, float]:
     """Return the bytes a device of all models and arrays that stay in memory, by name.
 
-    An array counts once, under the first name that has it. Those among `arguments` are left out, and names that are `not_loaded`.
+    An array counts once, under the first name that has it. Those among `arguments` are left out,
+    and names that are `not_loaded`.
     """
     counted = {id(x) for x in jax.tree.leaves(arguments)}
     sizes: dict[str, float] = {}
@@ -43,9 +44,11 @@ def resident_bytes(
 
 
 def estimate_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
-    """Return the bytes a device of a stage by part, for prompts of at most `prompt` tokens and `patches` patches.
+    """Return the bytes a device of a stage by part, without compiling.
 
-    "peak" is what must fit. What the compiler adds (fusion buffers, padding, collectives) is not counted; `launch/plan.py` compiles.
+    The longest prompts have `prompt` tokens and `patches` patches. "peak" is what must fit. What
+    the compiler adds (fusion buffers, padding, collectives) is not counted; `launch/plan.py`
+    compiles.
     """
     resident = resident_bytes(stage)
     update = _update_bytes(stage, prompt, patches)
@@ -104,7 +107,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 
 def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> float:
-    """Return the bytes that the layers keep for the backward pass, and that one layer needs while it runs."""
+    """Return the bytes that all layers keep for the backward pass, and those of one layer."""
     t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
     text_inner = (t.heads + 2 * t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
     vision_inner = 3 * v.width + 2 * v.width + 2 * v.mlp
@@ -126,7 +129,8 @@ def mesh_of_size(settings: ConfigDict, devices: int) -> AbstractMesh:
     sizes = {name: devices // known if n == -1 else n for name, n in sizes.items()}
     if math.prod(sizes.values()) != devices:
         raise ValueError(
-            f"mesh {dict(settings)} does not make {devices} devices; set one of data, fsdp, model to -1"
+            f"mesh {dict(settings)} does not make {devices} devices; "
+            "set one of data, fsdp, model to -1"
         )
     return AbstractMesh(tuple(sizes.values()), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -134,7 +138,10 @@ def mesh_of_size(settings: ConfigDict, devices: int) -> AbstractMesh:
 def possible_device_counts(
     settings: ConfigDict, candidates: Sequence[int], batch: int
 ) -> list[int]:
-    """Return the device count of `config.mesh`; where a size is -1, the candidates on which the batch can be cut."""
+    """Return the device count of `config.mesh`, or candidates where a size is -1.
+
+    Candidates are left out where the batch cannot be cut.
+    """
     known = math.prod(settings[name] for name in sharding.AXES if settings[name] > 0)
     if all(settings[name] > 0 for name in sharding.AXES):
         return [known]

@@ -1,8 +1,11 @@
-"""The plan of a run on a slice: memory, arithmetic and transfers of every program, compiled ahead of time.
+"""The plan of a run on a slice: memory, arithmetic and transfers of every program.
 
-A program's peak is  arguments + outputs - donated + temporaries  + what stays in memory meanwhile (the optimiser's state during
-rollouts, the reference during the update). Seconds are a lower bound: the slowest of compute, memory and network, if all three
-overlap perfectly.
+A program's peak is
+
+    arguments + outputs - donated + temporaries + what else stays in memory
+
+such as the optimiser's state during rollouts, and the reference during the update. Seconds are a
+lower bound: the slowest of compute, memory and network, if all three overlap perfectly.
 """
 
 import dataclasses
@@ -79,7 +82,7 @@ class StagePlan:
         return sum(c.bound * c.calls for c in self.costs)
 
     def mfu(self) -> float | None:
-        """Return the largest possible share of the chips' arithmetic that goes into the model, over one step."""
+        """Return the largest possible share of the chips' arithmetic that a step can use."""
         if self.chip is None or not self.step_seconds():
             return None
         useful = sum(c.useful * c.calls for c in self.costs)
@@ -89,7 +92,10 @@ class StagePlan:
 def make_plans(
     config: ConfigDict, topology: str | None = None, slices: int = 1, thorough: bool = False
 ) -> list[StagePlan]:
-    """Return a plan of every stage of every arm whose programs differ from those before; `thorough` compiles to machine code."""
+    """Return a plan of every stage of every arm whose programs differ from those before.
+
+    `thorough` compiles to machine code.
+    """
     devices = aot_compile.topology_devices(topology, slices)
     plans, planned = [], set()
     for arm, single in expand_runs(config):
@@ -212,7 +218,7 @@ def roofline_seconds(
     chip: Chip | None,
     slices: int,
 ) -> dict[str, float]:
-    """Return the seconds that each resource needs by itself; nothing for a device without public figures."""
+    """Return the seconds that each resource needs by itself; {} for a chip without figures."""
     if chip is None:
         return {}
     network = sum(
@@ -260,7 +266,8 @@ def show_plan(plan: StagePlan) -> None:
     console.print_table("largest transfers of a call", ("what", "axis", "GB", "times"), transfers)
     if (mfu := plan.mfu()) is not None:
         console.print_message(
-            f"a step takes at least {plan.step_seconds():.1f} s; model FLOPs utilisation can not exceed {mfu:.0%}"
+            f"a step takes at least {plan.step_seconds():.1f} s; "
+            f"model FLOPs utilisation cannot exceed {mfu:.0%}"
         )
 
 

@@ -23,7 +23,7 @@ PROGRAM_SECTIONS = ("model", "mesh", "data", "method", "rollout", "train", "eval
 
 
 def stage_programs(stage: AbstractStage) -> list[Program]:
-    """Return the programs of a stage in the order in which it calls them, then those of the evaluation."""
+    """Return the programs of a stage in the order of first calls, then those of the evaluation."""
     rows = max(stage.shards, stage.config.eval.batch // stage.shards * stage.shards)
     sampling = eval_sampling(stage.config)
     return [
@@ -40,7 +40,7 @@ def planned_stage(config: ConfigDict, mesh: Mesh) -> AbstractStage:
 
 
 def planned_model_config(settings: ConfigDict) -> ModelConfig:
-    """Return the model's shape: from its folder, from the size in its name where there is no such folder, or from the hub."""
+    """Return the model's shape from its folder, from the size in its name, or from the hub."""
     size = re.search(r"Qwen2\.5-VL-(\d+)B", settings.path, re.I)
     if size and not Path(settings.path).is_dir() and f"{size[1]}b" in PRESETS:
         return PRESETS[f"{size[1]}b"]
@@ -51,12 +51,24 @@ def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -
     """Return what to change so that a program needs less memory."""
     size = " ".join(f"{k}={v}" for k, v in mesh.items())
     if name.startswith("filter"):
-        return "lower method.filter.samples, set or lower rollout.slots, or lower rollout.max_new_tokens"
+        return (
+            "lower method.filter.samples, set or lower rollout.slots, "
+            "or lower rollout.max_new_tokens"
+        )
     if name.startswith(("rollouts", "greedy")):
-        return "set or lower rollout.slots, lower train.batch, rollout.max_new_tokens or data.prompt_limit, or raise mesh.model"
+        return (
+            "set or lower rollout.slots, lower train.batch, rollout.max_new_tokens or "
+            "data.prompt_limit, or raise mesh.model"
+        )
     if name.startswith("evaluation"):
         return "lower eval.batch, eval.max_new_tokens or data.prompt_limit"
     if name == "apply gradients":
         stays = sum(resident.values()) / 2**30
-        return f"{stays:.2f} GiB of weights and moments stay: add devices to fsdp or model (now {size}), set model.lora.rank or freeze"
-    return f"lower train.micro_batch, set model.remat='block', lower train.chunk, or cut further (mesh now {size})"
+        return (
+            f"{stays:.2f} GiB of weights and moments stay: add devices to fsdp or model "
+            f"(now {size}), set model.lora.rank or freeze"
+        )
+    return (
+        "lower train.micro_batch, set model.remat='block', lower train.chunk, "
+        f"or cut further (mesh now {size})"
+    )

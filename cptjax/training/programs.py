@@ -1,7 +1,8 @@
 """The programs of a training stage at its largest shapes, with abstract arguments, for the planner.
 
-The largest shapes: prompts of `data.prompt_limit` tokens with one image of `model.max_pixels` each (sides up to 4 : 1), responses of
-`rollout.max_new_tokens` (SFT: responses as long as the row), `train.micro_batch` rows in a device pass.
+The largest shapes: prompts of `data.prompt_limit` tokens with one image of `model.max_pixels` each
+(sides up to 4 : 1), responses of `rollout.max_new_tokens` (SFT: responses as long as the row),
+`train.micro_batch` rows in a device pass.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ DEMONSTRATION_TEMPLATE_TOKENS = (
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStage:
-    """A stage on a mesh: its config, and the shapes of all models and arrays that stay in memory while it trains."""
+    """A stage on a mesh: its config, and the shapes of all models that stay in memory."""
 
     config: ConfigDict
     cfg: ModelConfig
@@ -58,7 +59,10 @@ class AbstractStage:
 
     @property
     def resident(self) -> dict[str, Any]:
-        """What stays in memory, by name. Models share arrays: an array counts under the first name that has it."""
+        """What stays in memory, by name.
+
+        Models share arrays: an array counts under the first name that has it.
+        """
         state = self.state
         trees = {
             "trained weights": state.params,
@@ -73,7 +77,10 @@ class AbstractStage:
 
 
 def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> AbstractStage:
-    """Return the shapes of a stage's models on a mesh; `cfg` is the shape of `config.model`, fitted to the mesh."""
+    """Return the shapes of a stage's models on a mesh.
+
+    `cfg` is the shape of `config.model`, fitted to the mesh.
+    """
     model, method = config.model, config.method
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     declared = load.declare_model_params(model, cfg)
@@ -190,7 +197,7 @@ def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
 
 
 def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
-    """Return a device pass of the update: with advantages, and log-probabilities or states of other models."""
+    """Return a device pass of the update, with advantages and the outputs of other models."""
     m, mesh = stage.config.method, stage.mesh
     batch = abstract_scoring_batch(stage, rows)
     b, a = batch.targets.shape
@@ -231,7 +238,10 @@ def text_forward(stage: AbstractStage, rows: int) -> float:
 
 
 def update_flops(stage: AbstractStage, rows: int) -> float:
-    """Return the operations of a forward and backward pass; frozen weights need no gradient, a frozen tower no backward pass."""
+    """Return the operations of a forward and backward pass.
+
+    Frozen weights need no gradient, a frozen tower no backward pass.
+    """
     m = stage.config.model
     text_passes = 2 if m.lora.rank or "language" in m.freeze else 3
     vision_passes = 1 if "vision" in m.freeze else text_passes
@@ -259,7 +269,7 @@ def training_programs(stage: AbstractStage) -> list[Program]:
 
 
 def rollout_programs(stage: AbstractStage) -> list[Program]:
-    """Return the programs of sampling: the offline filter's before the stage, and the stage's own."""
+    """Return the programs of sampling: those of the offline filter, then the stage's own."""
     c, m = stage.config, stage.config.method
     sampling = rollout_sampling(c)
     rows, _ = device_batches.micro_batch_layout(c.train.batch, 0, stage.shards, fill=True)
@@ -286,10 +296,14 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
 def sampling_programs(
     stage: AbstractStage, name: str, rows: int, samplings: list[SamplingConfig], calls: float
 ) -> list[Program]:
-    """Return the programs that sample responses to `rows` prompts; the second of `samplings` is the greedy one."""
+    """Return the programs that sample responses to `rows` prompts.
+
+    The second of `samplings` is the greedy one.
+    """
     if rows % stage.shards:
         raise ValueError(
-            f"{name}: {rows} prompts; config.mesh cuts a batch into {stage.shards} shards (data x fsdp): expected a multiple"
+            f"{name}: {rows} prompts; config.mesh cuts a batch into {stage.shards} shards "
+            "(data x fsdp): expected a multiple"
         )
     programs, weights = sampler.weights_programs(
         name, stage.params, samplings[0], stage.cfg, stage.dtype, calls
@@ -313,7 +327,9 @@ def sampling_programs(
 
 
 def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
-    """Return the programs of log-probabilities: of the reference, and of the policy where an update needs those of its start."""
+    """Return the programs of log-probabilities: of the reference, and of the policy where an
+    update needs those of its start.
+    """
     m = stage.config.method
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
     batch = abstract_scoring_batch(stage, rows)
@@ -373,7 +389,9 @@ def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) 
 def abstract_gradient_sum(
     steps: train_step.StepPrograms, stage: AbstractStage, batch: Batch
 ) -> train_step.GradientSum:
-    """Return the shapes of summed gradients: each is sharded as its parameter, all else is on every device."""
+    """Return the shapes of summed gradients: each is sharded as its parameter, all else is on
+    every device.
+    """
     trained = stage.state.params
     total = jax.eval_shape(steps.begin, trained, stage.frozen, batch)
     gradient = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The benchmark: it does the peer's work, its numbers agree with each other, and each mistake is one line."""
+"""The benchmark does the peer's work, and its numbers agree with each other."""
 
 import mmap
 import os
@@ -31,7 +31,10 @@ def nano(monkeypatch):
 
 @pytest.mark.slow
 def test_every_phase_is_timed_against_the_peer(nano):
-    """The peer gets our weights and inputs; the benchmark stops unless it computes the same log-probabilities."""
+    """The peer gets our weights and inputs.
+
+    The benchmark stops unless it computes the same log-probabilities.
+    """
     pytest.importorskip("torch")
     found = bench.run_benchmark(WORK, MODEL_PHASES, "hf")
     assert found["peer_logp_gap"] < 1e-5

@@ -1,4 +1,4 @@
-"""Rollouts equal transformers' greedy search and the trainer's log-probabilities, and do not depend on the schedule."""
+"""Rollouts equal transformers' greedy search and the trainer's log-probabilities."""
 
 import dataclasses
 
@@ -202,7 +202,8 @@ def test_meshes_do_not_change_rows(cfg, params, shape, slots):
 
 @pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
 def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
-    """256 groups, one row ten times longer than the rest, at any place of the queue: under 1.5 times the steps of the ideal schedule.
+    """256 groups, one row ten times longer than the rest, at any place of the queue: under 1.5
+    times the steps of the ideal schedule.
 
     A group is as long as its longest row: a slot becomes free when all of its rows are done.
     """
@@ -316,7 +317,10 @@ def test_bad_rollout_settings_are_refused_with_the_config(change, words):
 
 
 def test_responses_are_sampled_in_the_type_of_the_setting(cfg, params):
-    """A float32 model's log-probabilities differ a little in bfloat16; int8 keeps the model's type."""
+    """A float32 model's log-probabilities differ a little in bfloat16.
+
+    Int8 keeps the model's type.
+    """
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     tiny_cfg = dataclasses.replace(PRESETS["tiny"], unroll=True)
     model_ctx = model_context.ModelContext(

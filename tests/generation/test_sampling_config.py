@@ -1,4 +1,4 @@
-"""Sampling settings: every value out of range is refused in one line, and the config's sections give the settings."""
+"""Sampling settings come from the config, and a value out of range is refused in one line."""
 
 import dataclasses
 

@@ -118,7 +118,9 @@ def test_ties_at_the_cut_stay_together():
 
 
 def test_thresholds_are_exact_for_extreme_logits():
-    """Halving works on float bits: neighbours one bit apart, zeros and huge negative numbers are distinct."""
+    """Halving works on float bits: neighbours one bit apart, zeros and huge negative numbers are
+    distinct.
+    """
     z = np.array(
         [
             [

@@ -1,4 +1,4 @@
-"""The pre-flight check: it names every bad row with file and row, counts sizes, and sets the exit code."""
+"""The pre-flight check names every bad row with its file, counts sizes, and sets the exit code."""
 
 import dataclasses
 import json
@@ -203,7 +203,9 @@ def test_gold_answers_count_where_they_are_learned(tmp_path):
 
 
 def test_questions_with_their_demonstration_are_measured(tmp_path):
-    """A teacher of SDFT reads the gold answer after the prompt: the task needs one, and the limit must hold it."""
+    """A teacher of SDFT reads the gold answer after the prompt: the task needs one, and the limit
+    must hold it.
+    """
     c = config(mine=write(tmp_path, [row(), row(answer="red " * 40)]))
     c.method.update(METHODS["sdft"])
     c.rollout.max_new_tokens = 64

@@ -1,4 +1,4 @@
-"""Totals of programs: from a small text whose numbers are known, and from programs compiled for eight CPU devices."""
+"""Totals of programs: of a small text with known numbers, and of compiled CPU programs."""
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,9 @@ def test_an_unrolled_loop_runs_less_often():
 
 
 def test_a_transfer_spread_over_fused_groups_counts_once(mesh):
-    """The TPU compiler shows an asynchronous all-gather again in each product that runs at the same time."""
+    """The TPU compiler shows an asynchronous all-gather again in each product that runs at the
+    same time.
+    """
     mark = ', channel_id=5, frontend_attributes={chain_id="3"}'
     again = (
         "  %again = f32[32,128]{1,0} all-gather(%scattered), replica_groups={{0,2,4,6},{1,3,5,7}}"
@@ -121,7 +123,9 @@ def test_a_slice_of_a_stack_moves_the_slice_only():
 
 
 def test_batched_products_of_a_tpu_count_one_window_position_each():
-    """A batch of 16 products [2048, 128] x [128, 64], written as a convolution whose window slides over the batch."""
+    """A batch of 16 products [2048, 128] x [128, 64], written as a convolution whose window slides
+    over the batch.
+    """
     line = (
         "ENTRY %main (a: bf16[16,2048,128], b: bf16[16,128,64]) -> bf16[16,2048,64] {\n"
         "  %a = bf16[16,2048,128]{2,1,0} parameter(0)\n  %b = bf16[16,128,64]{2,1,0} parameter(1)\n"
@@ -156,7 +160,9 @@ def test_a_loop_that_data_ends_counts_as_told():
 
 
 def test_transfers_of_a_sharded_product_have_their_axes(mesh):
-    """x [rows/fsdp, D] times w [D/fsdp, F/model], then back: weights are gathered over fsdp, products summed over model."""
+    """x [rows/fsdp, D] times w [D/fsdp, F/model], then back: weights are gathered over fsdp,
+    products summed over model.
+    """
     put = lambda shape, axes: jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=sharding.named_sharding(axes, mesh, shape)
     )

@@ -1,4 +1,4 @@
-"""Plans: sizes against the declared parameters, bounds, refusals with numbers, and programs for TPU slices."""
+"""Plans: sizes against declared parameters, bounds, refusals, and programs for TPU slices."""
 
 import dataclasses
 import json
@@ -65,7 +65,10 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def local():
-    """Every program of a small run for this machine's eight CPU devices; its two stages need the same programs."""
+    """Every program of a small run for this machine's eight CPU devices.
+
+    Its two stages need the same programs.
+    """
     (found,) = plan.make_plans(
         small(
             mesh={"data": 1, "fsdp": 4, "model": 2},
@@ -143,7 +146,9 @@ def test_a_program_that_does_not_fit_is_named_with_its_excess_and_a_remedy(local
 
 
 def test_the_bound_is_the_slowest_resource():
-    """1e12 operations, 1e9 bytes and an all-reduce of 9e9 bytes among 2 on a v5e: the network's 2 * 9e9 / 2 / 90e9 = 0.1 s."""
+    """1e12 operations, 1e9 bytes and an all-reduce of 9e9 bytes among 2 on a v5e: the network's 2
+    * 9e9 / 2 / 90e9 = 0.1 s.
+    """
     chip = chips.CHIPS["v5e"]
     found = [hlo.Collective("all-reduce", "model", 2, 9e9, 1)]
     times = plan.roofline_seconds(1e12, 1e9, found, chip, 1)
@@ -268,7 +273,9 @@ def test_every_further_program_can_be_lowered(mesh, c, name):
 
 
 def test_copies_of_the_stages_start_stay_in_memory(mesh):
-    """In bytes a device: all weights for an average, the frozen for a penalty that holds the trained itself, and a Fisher in float32."""
+    """In bytes a device: all weights for an average, the frozen for a penalty that holds the
+    trained itself, and a Fisher in float32.
+    """
     sizes = lambda c: resident_bytes(planned_stage(c, mesh))
     average, ewc = small("sft", method=METHODS["sft"] | {"average": 0.5}), penalised()
     ewc.model.freeze = ("vision",)
@@ -304,7 +311,10 @@ def test_the_memory_estimate_follows_rollout_dtype():
 
 
 def test_results_of_earlier_programs_stay_in_memory_during_later_ones(mesh):
-    """The queue while responses are decoded; the teacher's states of all micro-batches during the first gradient."""
+    """The queue while responses are decoded.
+
+    The teacher's states of all micro-batches during the first gradient.
+    """
     text = jax.jit(lambda x: x + 1).lower(1.0).compile().as_text()
 
     class FixedSizes:
@@ -395,7 +405,10 @@ def run_launcher(tmp_path, *flags):
 
 
 def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_not(tmp_path):
-    """Two programs of the tiny model; then 2,048 conversations of 16,384 tokens at a time, which no v5e holds."""
+    """Two programs of the tiny model.
+
+    Then 2,048 conversations of 16,384 tokens at a time, which no v5e holds.
+    """
     pytest.importorskip("libtpu")
     used = lambda: sum(
         resource.getrusage(resource.RUSAGE_CHILDREN)[:2]
@@ -433,7 +446,7 @@ def test_an_unknown_slice_is_one_line():
         aot_compile.topology_devices("v7q:2x2")
 
 
-# ---- TPU slices ----------------------------------------------------------------------------------------------------------
+# ---- TPU slices ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,7 +466,10 @@ class RecordingCompiler(aot_compile.SubprocessCompiler):
 
 
 def tpu(c, topology, name, slices=1, buffers=None):
-    """Return the cost of one program of a config on a TPU slice, and the stage; the shapes of its buffers are added to `buffers`."""
+    """Return the cost of one program of a config on a TPU slice, and the stage.
+
+    The shapes of its buffers are added to `buffers`.
+    """
     pytest.importorskip("libtpu")
     (stage,) = {s.config.to_json(): s for s in resolve_stages(c)}.values()
     devices = aot_compile.topology_devices(topology, slices)
@@ -465,7 +481,9 @@ def tpu(c, topology, name, slices=1, buffers=None):
 
 
 def whole(stage_shapes):
-    """Return the unsharded shapes of all parameters that the mesh cuts, except those that are also the shape of a part."""
+    """Return the unsharded shapes of all parameters that the mesh cuts, except those that are also
+    the shape of a part.
+    """
     params = {
         "/".join(path): x for path, x in trainable.flatten_params(stage_shapes.params).items()
     }
@@ -478,7 +496,9 @@ def axes(shape):
 
 
 def test_update_of_full_width_holds_no_logits_and_no_whole_table():
-    """7B's widths, two layers, on v5e:4x4: the largest buffers are far below [B, T, V] and below the unembedding [D, V]."""
+    """7B's widths, two layers, on v5e:4x4: the largest buffers are far below [B, T, V] and below
+    the unembedding [D, V].
+    """
     c = small(
         mesh={"data": 1, "fsdp": -1, "model": 4},
         data={"prompt_limit": 512},
