@@ -1,4 +1,4 @@
-"""The device mesh, the one table of sharding rules, declared parameters, and placing of arrays."""
+"""The device mesh, the table of sharding rules, declared parameters, placing of arrays."""
 
 import dataclasses
 import math
@@ -120,7 +120,8 @@ def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> P
     unknown = [a for a in axes if a not in rules]
     if unknown:
         raise ValueError(
-            f"no sharding rule for axis {unknown[0]!r}; expected one of {sorted(a for a in rules if a)}"
+            f"no sharding rule for axis {unknown[0]!r}; expected one of "
+            f"{sorted(a for a in rules if a)}"
         )
     physical = [rules[a] for a in axes]
     used = [name for p in physical for name in _mesh_axes(p)]
@@ -135,7 +136,7 @@ def _mesh_axes(physical: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def rules_for(kv_heads: int, mesh: Mesh) -> dict:
-    """Return RULES; key/value heads fewer than the devices on `model` are copied to each of them."""
+    """Return RULES; fewer key/value heads than devices on `model` are copied to each device."""
     return RULES if kv_heads % mesh.shape["model"] == 0 else RULES | {"kv_heads": None}
 
 

@@ -67,10 +67,10 @@ class Example:
 class Vision:
     """Images and video frames as patches in window order, packed into rows.
 
-    A frame's windows are blocks of `window` slots; an edge window leaves the rest of its block empty:
+    The windows of a frame are blocks of slots; an edge window leaves the rest of its block empty:
 
         slot     0 1 2 3 | 4 5 6 7 | 8 9 10 11      (window = 4 slots)
-        frames   1 1 1 1 | 1 1 0 0 | 2 2  2  2      frame 1 has a partial second window; frame 2 starts a new block
+        frames   1 1 1 1 | 1 1 0 0 | 2 2  2  2      the second window of frame 1 is partial
     """
 
     patches: Array  # [S W P C]

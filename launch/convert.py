@@ -1,8 +1,8 @@
 """Convert weights between Hugging Face and Orbax, and export the model of a stage of a run.
 
-python launch/convert.py --src=HF_DIR --dst=DIR                      Hugging Face -> Orbax
-python launch/convert.py --checkpoint=DIR --dst=HF_DIR               Orbax -> Hugging Face
-python launch/convert.py --workdir=DIR [--stage=K] --dst=HF_DIR      a stage of a run -> Hugging Face
+python launch/convert.py --src=HF_DIR --dst=DIR                   # Hugging Face -> Orbax
+python launch/convert.py --checkpoint=DIR --dst=HF_DIR            # Orbax -> Hugging Face
+python launch/convert.py --workdir=DIR [--stage=K] --dst=HF_DIR   # run -> Hugging Face
 
 Adapters are merged. transformers, vLLM and cptjax.load read the Hugging Face folder.
 """
@@ -36,8 +36,8 @@ def main() -> None:
     sources = (SRC.value, CHECKPOINT.value, WORKDIR.value)
     if sum(value is not None for value in sources) != 1 or DST.value is None:
         raise ValueError(
-            "expected --dst and exactly one of --src (Hugging Face folder), --checkpoint (Orbax folder) "
-            "and --workdir (folder of a run)"
+            "expected --dst and exactly one of --src (Hugging Face folder), --checkpoint (Orbax "
+            "folder) and --workdir (folder of a run)"
         )
     if STAGE.value is not None and WORKDIR.value is None:
         raise ValueError(f"--stage={STAGE.value}: expected --workdir with it; add --workdir=DIR")

@@ -1,7 +1,7 @@
 """Send a prompt to a model and print its responses.
 
-python launch/sample.py --model=HF_DIR|ORG/NAME|WORKDIR|tiny --prompt="What is this?" [--image=a.png --image=b.png] \\
-    [--n=4 --temperature=1]
+python launch/sample.py --model=HF_DIR|ORG/NAME|WORKDIR|tiny --prompt="What is this?" \\
+    [--image=a.png --image=b.png] [--n=4 --temperature=1]
 """
 
 from absl import flags

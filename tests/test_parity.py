@@ -76,7 +76,7 @@ def case(request, tmp_path_factory):
     )
     model, cfg, params = _models(str(kwargs), str(root))
     rng = np.random.default_rng(1)
-    drawn = [tiny.draw(row, cfg, rng) for row in rows]
+    drawn = [tiny.random_row(row, cfg, rng) for row in rows]
     return model, cfg, params, tiny.prompts(drawn, cfg, left), tiny.hf_inputs(drawn, cfg, left)
 
 
@@ -205,7 +205,7 @@ def test_three_steps_of_training(tmp_path):
     params = jax.tree.map(
         jnp.asarray, hf_checkpoint.load_hf_checkpoint(tiny.save(tmp_path / "start"), cfg)
     )
-    drawn = [tiny.draw(row, cfg, np.random.default_rng(i)) for i, row in enumerate(MIXED)]
+    drawn = [tiny.random_row(row, cfg, np.random.default_rng(i)) for i, row in enumerate(MIXED)]
     prompts, inputs = tiny.prompts(drawn, cfg), tiny.hf_inputs(drawn, cfg)
     mask = (_real(prompts) & (prompts.slots < 0))[:, 1:] & _real(prompts)[:, :-1]
     targets = prompts.tokens[:, 1:]

@@ -35,7 +35,7 @@ def _run(sizes, group=False):
     """Logits (or group states) and gradients; on one device where `sizes` is None."""
     cfg, params = _model()
     mesh = None if sizes is None else sharding.make_mesh(*sizes)
-    drawn = [tiny.draw(row, cfg, np.random.default_rng(i)) for i, row in enumerate(ROWS)]
+    drawn = [tiny.random_row(row, cfg, np.random.default_rng(i)) for i, row in enumerate(ROWS)]
     prompts = tiny.prompts(drawn, cfg, shards=sharding.batch_shards(mesh))
     responses = np.random.default_rng(5).integers(10, 300, (4, 3, 6)).astype(np.int32)
 

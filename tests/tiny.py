@@ -128,7 +128,7 @@ Row = list  # of int (that many text tokens), Image, Video
 
 
 @dataclasses.dataclass
-class Drawn:
+class PreparedRow:
     """One row before padding."""
 
     tokens: np.ndarray
@@ -136,7 +136,7 @@ class Drawn:
     media: list[tuple[Any, np.ndarray]]  # with its patches, processor order
 
 
-def draw(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Drawn:
+def random_row(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> PreparedRow:
     tokens, types, media = [], [], []
     for part in row:
         if isinstance(part, int):
@@ -152,11 +152,11 @@ def draw(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Drawn:
         )
         types += [0] + [1 if still else 2] * n + [0]
         media.append((part, rng.normal(size=(t * h * w, cfg.vision.patch_dim)).astype(np.float32)))
-    return Drawn(np.array(tokens, np.int32), np.array(types, np.int32), media)
+    return PreparedRow(np.array(tokens, np.int32), np.array(types, np.int32), media)
 
 
 def _vision(
-    rows: list[Drawn], cfg: ModelConfig, spare: int
+    rows: list[PreparedRow], cfg: ModelConfig, spare: int
 ) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
     """Every frame of the rows on one vision row: the slots of each row's placeholders, and (patches, positions, frames)."""
     patches, places, frames, slots, at, number = [], [], [], [], 0, 0
@@ -185,7 +185,7 @@ def _vision(
 
 
 def prompts(
-    rows: list[Drawn],
+    rows: list[PreparedRow],
     cfg: ModelConfig,
     left: bool = True,
     length: int | None = None,
@@ -222,7 +222,7 @@ def prompts(
     return Prompts(**ints, vision=vision)
 
 
-def hf_inputs(rows: list[Drawn], cfg: ModelConfig, left: bool = True) -> dict[str, Any]:
+def hf_inputs(rows: list[PreparedRow], cfg: ModelConfig, left: bool = True) -> dict[str, Any]:
     """The same rows as transformers' keyword arguments."""
     torch = pytest.importorskip("torch")
 

@@ -1,1 +1,1 @@
-"""The network as pure functions over nested dicts, attention back ends, LoRA, checkpoint conversion and loading."""
+"""Network, attention back ends, LoRA, log-probabilities, loading and Hugging Face checkpoints."""

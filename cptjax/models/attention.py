@@ -2,7 +2,7 @@
 
 Each back end equals `reference_attention` in the tests.
 
-A query sees a key of its own segment number (padding, number 0, sees padding only), at or before itself where `causal`:
+A query sees the keys of its own segment (padding is segment 0), with `causal` at or before itself:
 
     segments   1 1 2 2 0
                x . . . .
@@ -11,7 +11,7 @@ A query sees a key of its own segment number (padding, number 0, sees padding on
                . . x x .
                . . . . x
 
-A group is one prompt and G responses; a response sees the whole prompt and its own past, never another response:
+A group is one prompt and G responses; a response sees the prompt and its own past, no other one:
 
                p p | a a | b b
         p      x . | . . | . .
@@ -49,7 +49,7 @@ def short_row_backend(backend: str) -> str:
 
 
 def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
-    """Return the back end that the user names, or the best one for the mesh's platform and the model."""
+    """Return the back end that the user names, or the best for the mesh's platform and the model."""
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
@@ -62,8 +62,8 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
     )
     if wanted == "cudnn" and not fits:
         raise ValueError(
-            "model.attention='cudnn': expected bfloat16 and heads of 8, 16, ... 128 on an NVIDIA GPU, "
-            f"got {jnp.dtype(dtype).name} and heads of {widths[0]} and {widths[1]} on {platform}; "
+            "model.attention='cudnn': expected bfloat16 and heads of 8, 16, ... 128 on an NVIDIA "
+            f"GPU, got {jnp.dtype(dtype).name} and heads of {widths[0]} and {widths[1]} on {platform}; "
             "set it to 'auto'"
         )
     if wanted != "auto":
@@ -121,7 +121,7 @@ def attend_shared(
     prompt_mask: Array,
     own_mask: Array,
 ) -> Array:
-    """Attend with responses q [Q G R N H] to the prompt [Q P K H] and to their own keys [Q G S K H].
+    """Attend with responses q [Q G R N H] to the prompt [Q P K H] and to their keys [Q G S K H].
 
     prompt_mask [Q P]; own_mask broadcasts to [Q G R S]. One softmax over both parts; the prompt is
     never copied.
@@ -213,7 +213,7 @@ def _group_by_copy(
     segments: Array,
     backend: str,
 ) -> Array:
-    """`attend_shared` for kernels that take plain rows: each response gets a copy of the prompt's keys."""
+    """`attend_shared` for kernels that take plain rows: each response gets a copy of the keys."""
     nq, g, r = q.shape[:3]
     p = prompt_k.shape[1]
 

@@ -2,7 +2,7 @@
 
 Scores are computed again for gradients, never kept.
 
-queries [B T N H] --cut--> tiles of r rows: [r K G*T H] x keys [r K S H] -> scores [r K G*T S] -> values
+    queries [B T N H] -> tiles of r rows [r K G*T H] x keys [r K S H] -> scores [r K G*T S]
 """
 
 import functools

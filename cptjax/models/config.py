@@ -236,7 +236,7 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
 
 
 def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
-    """Return the folder of a checkpoint: the path itself, or the local copy of the hub's `org/name`.
+    """Return the folder of a checkpoint: the path, or the local copy of the hub's `org/name`.
 
     Weights are downloaded only if `weights`.
     """
@@ -283,7 +283,7 @@ def _read_json(path: Path) -> dict:
 
 
 def config_to_hf(cfg: ModelConfig, dtype: str = "bfloat16") -> dict:
-    """Return the `config.json` for transformers and vLLM, flat like those of released checkpoints."""
+    """Return a `config.json` for transformers and vLLM, flat like in released checkpoints."""
     t, v = cfg.text, cfg.vision
     rope = {"type": "default", "rope_type": "default", "mrope_section": list(t.rope_sections)}
     return {

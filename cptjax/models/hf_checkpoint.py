@@ -1,4 +1,4 @@
-"""Load and save Hugging Face checkpoints: one table of tensor names, shapes from sharding.Param."""
+"""Load and save Hugging Face checkpoints, by one table of tensor names."""
 
 import dataclasses
 import functools
@@ -360,7 +360,7 @@ def write_random_checkpoint(
     shard_bytes: float = 5e9,
     seed: int = 0,
 ) -> None:
-    """Write a checkpoint of random weights tensor by tensor, for tests and load times of any size."""
+    """Write a checkpoint of random weights, one tensor at a time, for tests and load times."""
     rng = np.random.default_rng(seed)
 
     def make(entry: TensorEntry) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Create the model of `config.model`: its shape on a mesh, and its parameters, random or loaded."""
+"""Create the model of `config.model`: its config, and its parameters, random or loaded."""
 
 import dataclasses
 from pathlib import Path
@@ -76,7 +76,7 @@ def find_model_config(settings: Any) -> ModelConfig:
 def create_params(settings: Any, cfg: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
     """Create the parameters of `config.model` on the mesh, adapters included.
 
-    Trained leaves are in `settings.param_dtype`, frozen leaves in `dtype`, the type of the arithmetic.
+    Trained leaves are in `settings.param_dtype`, frozen leaves in `dtype`, that of the arithmetic.
     """
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     declared = declare_model_params(settings, cfg)

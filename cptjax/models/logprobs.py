@@ -1,4 +1,4 @@
-"""Log-probabilities, entropy and KL of tokens, by chunks: logits [N, V] of all tokens never exist.
+"""Log-probabilities, entropy and KL of tokens, by chunks: never logits [N, V] of all tokens.
 
     hidden [N D] --cut--> chunk [n D] x unembed [D V] -> logits [n V] float32 -> numbers [n]
 
@@ -91,7 +91,7 @@ def distill_kl(
 
 
 def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024) -> Array:
-    """Return the weight [N] of EAFT: the entropy of the k likeliest tokens among themselves, / log k.
+    """Return EAFT's weight [N]: the entropy of the k likeliest tokens among themselves / log k.
 
     It is in [0, 1], and has no gradient.
     """
@@ -158,7 +158,7 @@ def _kept_and_rest(logps: Array, kept: Array) -> Array:
 
 
 def _by_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
-    """Return f(weights, *rows) -> numbers [N], on each batch shard's own rows, `chunk` at a time."""
+    """Return f(weights, *rows), numbers [N], of each batch shard's own rows, `chunk` at a time."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = tuple(a for a in RULES["batch"] if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1)

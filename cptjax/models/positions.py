@@ -15,7 +15,7 @@ from cptjax.models.config import VisionConfig
 class FrameLayout:
     """One frame in window order.
 
-    A frame of 4 x 6 merge units with windows of 4 x 4 units fills two windows, the second one half empty:
+    A frame of 4 x 6 merge units fills two windows of 4 x 4 units, the second one half:
 
         units in text order          windows (each row one window of 16 slots, four slots a unit)
          0  1  2  3 |  4  5          0 1 2 3  6 7 8 9  12 13 14 15  18 19 20 21

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as functions of (params, inputs): forward over rows and groups, prefill, decode."""
+"""Qwen2.5-VL: forward over rows and groups, prefill and decode, as pure functions."""
 
 import flax.struct
 import jax
@@ -133,7 +133,7 @@ def new_kv_cache(
 
 
 def kv_axis(cfg: ModelConfig) -> str | None:
-    """Return the logical axis of key/value heads; None where `model` has more devices than heads."""
+    """Return the logical axis of key/value heads; None if `model` has more devices than heads."""
     mesh = jax.sharding.get_abstract_mesh()
     return "kv_heads" if mesh.empty or cfg.text.kv_heads % mesh.shape["model"] == 0 else None
 

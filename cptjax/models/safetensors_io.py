@@ -128,7 +128,7 @@ def find_tensors(folder: str | Path, rename: Callable[[str], str]) -> dict[str, 
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an empty array that a CPU device uses without a copy, which needs 64-byte alignment."""
+    """Return an empty array with 64-byte alignment, which a CPU device uses without a copy."""
     n = math.prod(shape) * jnp.dtype(dtype).itemsize
     raw = np.empty(n + 64, np.uint8)
     start = -raw.ctypes.data % 64

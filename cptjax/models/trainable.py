@@ -32,7 +32,8 @@ def is_trained(freeze: Sequence[str], lora_rank: int = 0) -> Callable[[tuple[str
     unknown = set(freeze) - set(MODEL_PARTS)
     if unknown:
         raise ValueError(
-            f"model.freeze={list(freeze)}: expected some of {', '.join(MODEL_PARTS)}, got {sorted(unknown)}"
+            f"model.freeze={list(freeze)}: expected some of {', '.join(MODEL_PARTS)}, "
+            f"got {sorted(unknown)}"
         )
     if set(freeze) == set(MODEL_PARTS):
         raise ValueError("model.freeze names every part of the model; nothing is left to train")
@@ -61,7 +62,7 @@ def join_params(trained: Params, rest: Params) -> Params:
 
 
 def cast_params(params: Params, dtype: Any) -> Params:
-    """Return the tree with its floating-point leaves in `dtype`; integer leaves (int8 weights) stay."""
+    """Return the tree with its floating-point leaves in `dtype`; int8 weights stay."""
 
     def cast(x: Any) -> Any:
         keep = x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating)

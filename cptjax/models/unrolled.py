@@ -1,7 +1,7 @@
-"""The decoder's layers without a loop and with fused products: faster on CPUs, and to decode on GPUs.
+"""Speed on CPUs: the decoder's layers without a loop, and with fused products.
 
 A loop over stacked weights copies the weights of each layer before use, and many narrow products
-run slower than few wide ones. `ModelConfig.unroll` asks for another form of the same weights:
+run slower than few wide ones (on GPUs too, when decoding). `ModelConfig.unroll` asks for another form of the same weights:
 
     stacked    blocks = {"q": {"w": [L D N H]}, ...}, run by jax.lax.scan
     unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers
@@ -92,9 +92,9 @@ _gated_silu_of_halves.defvjp(lambda both: (_gated_silu_of_halves(both), both), _
 
 
 def scan_layers(step: Callable, carry: Any, *layers: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` of `step(carry, *layer)` over stacked layers; a Python loop over unrolled ones.
+    """Scan `step(carry, *layer)` over stacked layers, or loop over unrolled ones in Python.
 
-    Each output of the loop is then a tuple of one array per layer.
+    Each output of the Python loop is a tuple of one array per layer.
     """
     if not isinstance(layers[0], tuple):
         return jax.lax.scan(lambda carry, layer: step(carry, *layer), carry, layers)

@@ -80,7 +80,7 @@ def test_rows_equal_those_of_the_processor(nano):
     """Tokens, places and patches of one row as the tests' own builder makes them."""
     inputs = workload.random_inputs(WORK, NANO)
     ours = workload.equal_rows(inputs["prompts"][:1], inputs["patches"][:1], NANO, 1)
-    row = tiny.draw([4, tiny.Image(6, 6), 4], NANO, np.random.default_rng(0))
+    row = tiny.random_row([4, tiny.Image(6, 6), 4], NANO, np.random.default_rng(0))
     row.tokens, row.media[0] = inputs["prompts"][0], (row.media[0][0], inputs["patches"][0])
     theirs = tiny.prompts([row], NANO)
     for name in ("tokens", "positions", "segments", "slots"):

@@ -46,7 +46,7 @@ def params(cfg):
 
 def prompts(cfg, rows=ROWS, shards=1):
     rng = np.random.default_rng(0)
-    return tiny.prompts([tiny.draw(r, cfg, rng) for r in rows], cfg, shards=shards)
+    return tiny.prompts([tiny.random_row(r, cfg, rng) for r in rows], cfg, shards=shards)
 
 
 def sampling(**changes):
@@ -162,7 +162,9 @@ def test_slots_do_not_change_rows(cfg, params, slots, unroll):
 def test_batch_split_does_not_change_rows(cfg, params):
     whole = run(params, prompts(cfg, [[9], [14], [4], [11]]), cfg, rows=np.array([4, 5, 6, 7]))
     rows = [
-        tiny.draw(r, cfg, rng) for rng in [np.random.default_rng(0)] for r in ([9], [14], [4], [11])
+        tiny.random_row(r, cfg, rng)
+        for rng in [np.random.default_rng(0)]
+        for r in ([9], [14], [4], [11])
     ]
     parts = [
         run(params, tiny.prompts(rows[i : i + 2], cfg), cfg, rows=np.array([4, 5]) + i)
@@ -376,7 +378,7 @@ def test_greedy_equals_transformers(tmp_path):
         cfg, model = tiny.our_config(tied=tied), tiny.torch_model(int(tied), tied=tied)
         model.save_pretrained(tmp_path / str(tied))
         params = hf_checkpoint.load_hf_checkpoint(tmp_path / str(tied), cfg)
-        rows = [tiny.draw(row(i), cfg, rng) for i in range(50)]
+        rows = [tiny.random_row(row(i), cfg, rng) for i in range(50)]
         ours = lambda *stop: run(
             params,
             tiny.prompts(rows, cfg),

@@ -243,7 +243,7 @@ def test_adapters_are_merged_on_save(tmp_path):
     merged = hf_checkpoint.load_hf_checkpoint(
         tmp_path / "merged", read_model_config(tmp_path / "merged")
     )
-    prompts = tiny.prompts([tiny.draw([5, tiny.Image(6, 10), 9], cfg, rng)], cfg)
+    prompts = tiny.prompts([tiny.random_row([5, tiny.Image(6, 10), 9], cfg, rng)], cfg)
     logits = jax.jit(lambda p: qwen2_5_vl.forward(p, prompts, cfg) @ decoder.unembedding(p["text"]))
     wanted, text_alone = logits(params), logits(params | {"vision": base["vision"]})
     np.testing.assert_allclose(
@@ -472,7 +472,7 @@ def test_transformers_computes_the_same_logits_from_the_saved_folder(tmp_path, t
             info
         )
         models.append(model.eval())
-    drawn = [tiny.draw([5, tiny.Image(8, 12), 9], cfg, np.random.default_rng(0))]
+    drawn = [tiny.random_row([5, tiny.Image(8, 12), 9], cfg, np.random.default_rng(0))]
     inputs = tiny.hf_inputs(drawn, cfg)
     with torch.no_grad():
         a, b = (m(**inputs).logits for m in models)

@@ -85,7 +85,7 @@ ROWS = [
 @pytest.mark.parametrize("rows", ROWS)
 def test_mrope_is_transformers(rows, per_second, left):
     cfg = tiny.our_config(vision={"tokens_per_second": per_second})
-    drawn = [tiny.draw(row, cfg, np.random.default_rng(0)) for row in rows]
+    drawn = [tiny.random_row(row, cfg, np.random.default_rng(0)) for row in rows]
     ours, inputs = tiny.prompts(drawn, cfg, left), tiny.hf_inputs(drawn, cfg, left)
     inputs = {k: v for k, v in inputs.items() if not k.startswith("pixel")}
     theirs, deltas = _model(per_second).get_rope_index(**inputs)

@@ -30,7 +30,7 @@ def _forward(params, prompts, cfg):
 
 def _draw(rows, cfg, seed=0):
     rng = np.random.default_rng(seed)
-    return [tiny.draw(row, cfg, rng) for row in rows]
+    return [tiny.random_row(row, cfg, rng) for row in rows]
 
 
 QUESTIONS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4]]
