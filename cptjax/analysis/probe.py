@@ -192,7 +192,7 @@ def open_probe(
             raise ValueError(f"--stage={number}; the run has stages 1 to {len(run.stages)}")
         stage = run.stages[number - 1]
         params = restore_stage_params(run.config, run.model_ctx, run.files.checkpoints, number - 1)
-        model_ctx = run.model_ctx.longer(stage.config.rollout.max_new_tokens + 1)
+        model_ctx = run.model_ctx.with_longer_rows(stage.config.rollout.max_new_tokens + 1)
         probe = Probe(run, stage, model_ctx, *split_trained(run.config, params))
         names = [task for task in others.split(",") if task]
         if names:

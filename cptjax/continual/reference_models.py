@@ -44,7 +44,7 @@ def make_teacher(
     if not needs_teacher(stage.config.method):
         return None
     c, d = stage.config, stage.config.method.distill
-    model_ctx = run.model_ctx.longer(
+    model_ctx = run.model_ctx.with_longer_rows(
         prompts.extra_demonstration_tokens(run.model_ctx.processor, c.rollout.max_new_tokens)
     )
     if has_ema_teacher(c.method):

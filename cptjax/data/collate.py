@@ -1,4 +1,4 @@
-"""Encoded conversations -> rows of fixed shapes: padded or packed text, pictures packed in window order."""
+"""Encoded conversations -> rows of fixed shapes: padded or packed text, images packed in window order."""
 
 import dataclasses
 import functools
@@ -26,20 +26,19 @@ class Media:
 
     @functools.cached_property
     def key(self) -> bytes:
-        """Equal for equal pictures."""
-        return hashlib.blake2b(
-            self.patches.tobytes() + repr(self.grid).encode(), digest_size=16
-        ).digest()
+        """Equal for equal images."""
+        content = self.patches.tobytes() + repr(self.grid).encode()
+        return hashlib.blake2b(content, digest_size=16).digest()
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedConversation:
-    """One conversation, ready to be put into rows."""
+    """One conversation, ready to be put into a row."""
 
     tokens: np.ndarray  # [T]
     types: np.ndarray  # [T] 0 text, 1 image, 2 video
     positions: np.ndarray  # [3 T]
-    loss_mask: np.ndarray  # [T] the assistants' words and the end of each of their turns
+    loss_mask: np.ndarray  # [T] what the assistant writes, the end of each of its turns included
     media: tuple[Media, ...]  # in order of appearance
     cfg: ModelConfig
 
@@ -49,7 +48,7 @@ class EncodedConversation:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """What the compiler sees of a batch; every size is one of a few buckets."""
+    """What the compiler sees of a batch; every size is one of a few."""
 
     rows: int
     length: int
@@ -58,12 +57,12 @@ class BatchShape:
 
 
 def length_buckets(limit: int, first: int = 64) -> tuple[int, ...]:
-    """Powers of two from `first`, ending with the limit itself."""
+    """Return the powers of two from `first`, and the limit itself as the last bucket."""
     return (*(first << i for i in range(limit.bit_length()) if first << i < limit), limit)
 
 
 def smallest_bucket(n: int, sizes: Sequence[int]) -> int:
-    """The smallest size that holds n."""
+    """Return the smallest size that holds n."""
     fitting = [size for size in sizes if size >= n]
     if not fitting:
         raise ValueError(
@@ -73,14 +72,14 @@ def smallest_bucket(n: int, sizes: Sequence[int]) -> int:
 
 
 def round_up_size(n: int) -> int:
-    """The smallest 2^k or 3 * 2^k that holds n: at most half is padding, and sizes below N number 2 log2 N."""
+    """Return the smallest 2^k or 3 * 2^k that holds n: at most half is padding, and below N there are 2 log2 N sizes."""
     power = 1 << max(n - 1, 0).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
 @functools.lru_cache(maxsize=64)
 def max_image_slots(cfg: ModelConfig, max_pixels: int) -> int:
-    """Slots of the vision tower that a picture of so many pixels takes at most, with sides up to 4 : 1."""
+    """Return the most slots of the vision tower that an image of so many pixels takes, with sides up to 4 : 1."""
     v = cfg.vision
     units = max(max_pixels // (v.patch * v.merge) ** 2, 1)
     sides = range(max(1, math.isqrt(units) // 2), math.isqrt(units) + 1)
@@ -88,7 +87,7 @@ def max_image_slots(cfg: ModelConfig, max_pixels: int) -> int:
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """(bin, offset) of each size; the largest are placed first, each in the first bin with room."""
+    """Return (bin, offset) of each size; the largest are placed first, each in the first bin with room."""
     filled: list[int] = []
     places = [(0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -102,7 +101,7 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _PlacedFrame:
-    """A frame of a picture of one batch shard, and where it goes."""
+    """A frame of an image of one batch shard, and where it is placed."""
 
     media: Media
     time: int
@@ -111,100 +110,95 @@ class _PlacedFrame:
     offset: int
 
 
-PlacedFrames = dict[tuple[bytes, int], _PlacedFrame]  # by picture and time
+PlacedFrames = dict[tuple[bytes, int], _PlacedFrame]  # by key of the image and time
 
 
 def _unique_frames(
     shard: Sequence[EncodedConversation],
 ) -> list[tuple[bytes, Media, int, FrameLayout]]:
-    """Every frame of a shard once, however often its picture appears."""
-    pictures = {m.key: (m, e.cfg.vision) for e in shard for m in e.media}
+    """Every frame of a shard once, however often its image appears."""
+    unique = {m.key: (m, e.cfg.vision) for e in shard for m in e.media}
     return [
         (key, m, t, frame_layout(*m.grid[1:], cfg))
-        for key, (m, cfg) in pictures.items()
+        for key, (m, cfg) in unique.items()
         for t in range(m.grid[0])
     ]
 
 
 def fit_vision_rows(shards: Sequence[Sequence[int]], most: int) -> tuple[int, int]:
-    """(size of a vision row, vision rows) that hold frames of these sizes; `most` is the size of the largest picture allowed.
+    """Return (size of a vision row, vision rows) that hold frames of these sizes.
 
-    One row of any step up to the largest picture's, else several rows of its step or the one below, whichever pads less: a batch of
-    many small pictures has the shape of one of few large ones.
+    `most` is the size of the largest image allowed. The result is one row of any size up to that image's, else several rows of
+    its size or of the next smaller one, whichever pads less: a batch of many small images has the shape of one of few large images.
 
-        most 96 (steps ... 48 64 96)    8 frames of 11 -> 1 x 96      8 of 16 -> 2 x 64      3 of 81 -> 3 x 96
+        most 96 (sizes ... 48 64 96)    8 frames of 11 -> 1 x 96      8 of 16 -> 2 x 64      3 of 81 -> 3 x 96
     """
-    largest, total = max(max(s, default=0) for s in shards), round_up_size(max(map(sum, shards)))
+    largest = max(max(s, default=0) for s in shards)
+    total = round_up_size(max(map(sum, shards)))
     top = round_up_size(max(most, largest))
     if total <= top:
         return total, 1
-    widths = sorted(
-        n for n in {round_up_size(n) for n in range(top // 2 + 1, top + 1)} if n >= largest
-    )
-    rows = [
-        round_up_size(max(1 + row for s in shards for row, _ in first_fit(s, width)))
-        for width in widths
+    widths = {round_up_size(n) for n in range(top // 2 + 1, top + 1)}
+    shapes = [
+        (width, round_up_size(max(1 + row for s in shards for row, _ in first_fit(s, width))))
+        for width in sorted(widths)
+        if width >= largest
     ]
-    return min(zip(widths, rows, strict=True), key=math.prod)
+    return min(shapes, key=math.prod)
 
 
 def _pack_frames(
     shards: Sequence[Sequence[EncodedConversation]], window: int
 ) -> tuple[int, int, list[PlacedFrames]]:
-    """(patches of a vision row, vision rows, frames of each shard)."""
-    frames = [_unique_frames(shard) for shard in shards]
-    pixels = {(e.cfg, m.pixels.max_pixels) for shard in shards for e in shard for m in e.media}
-    if not pixels:
+    """Return (patches of a vision row, vision rows, placed frames of each shard)."""
+    limits = {(e.cfg, m.pixels.max_pixels) for shard in shards for e in shard for m in e.media}
+    if not limits:
         return 0, 0, [{} for _ in shards]
-    sizes = [[len(f[3].order) // window for f in shard] for shard in frames]
-    width, rows = fit_vision_rows(sizes, max(max_image_slots(*p) for p in pixels) // window)
-    placed = []
-    for shard, each in zip(frames, sizes, strict=True):
-        where = [(row, at * window) for row, at in first_fit(each, width)]
-        placed.append(
-            {
-                (key, t): _PlacedFrame(m, t, layout, *at)
-                for (key, m, t, layout), at in zip(shard, where, strict=True)
-            }
-        )
+    frames = [_unique_frames(shard) for shard in shards]
+    sizes = [[len(layout.order) // window for *_, layout in shard] for shard in frames]
+    most = max(max_image_slots(*limit) for limit in limits) // window
+    width, rows = fit_vision_rows(sizes, most)
+    placed: list[PlacedFrames] = []
+    for shard, shard_sizes in zip(frames, sizes, strict=True):
+        placed.append({})
+        places = first_fit(shard_sizes, width)
+        for (key, media, t, layout), (row, offset) in zip(shard, places, strict=True):
+            placed[-1][key, t] = _PlacedFrame(media, t, layout, row, offset * window)
     return width * window, rows, placed
 
 
-def _fill_vision(
-    placed: Sequence[PlacedFrames], shape: BatchShape, cfg: ModelConfig, dtype: np.dtype
-) -> Vision:
+def _fill_vision(placed: Sequence[PlacedFrames], shape: BatchShape, cfg: ModelConfig) -> Vision:
     lead = (len(placed), shape.vision_rows, shape.patches)
-    out = Vision(
-        np.zeros((*lead, cfg.vision.patch_dim), dtype),
+    vision = Vision(
+        np.zeros((*lead, cfg.vision.patch_dim), np.float32),
         np.zeros((*lead, 2), np.int32),
         np.zeros(lead, np.int32),
     )
     for s, frames in enumerate(placed):
-        numbers = [0] * shape.vision_rows
+        frames_in_row = [0] * shape.vision_rows
         for f in frames.values():
-            numbers[f.row] += 1
-            here = slice(f.offset, f.offset + len(f.layout.order))
+            frames_in_row[f.row] += 1
+            slots = slice(f.offset, f.offset + len(f.layout.order))
             real = f.layout.order >= 0
             n = math.prod(f.media.grid[1:])
-            values = normalise_patches(
-                f.media.patches[f.time * n : (f.time + 1) * n], f.media.pixels
-            )
-            out.patches[s, f.row, here][real] = values[f.layout.order[real]]
-            out.positions[s, f.row, here] = f.layout.positions
-            out.frames[s, f.row, here] = real * numbers[f.row]
-    return out
+            patches = f.media.patches[f.time * n : (f.time + 1) * n]
+            values = normalise_patches(patches, f.media.pixels)
+            vision.patches[s, f.row, slots][real] = values[f.layout.order[real]]
+            vision.positions[s, f.row, slots] = f.layout.positions
+            vision.frames[s, f.row, slots] = real * frames_in_row[f.row]
+    return vision
 
 
 def _feature_slots(e: EncodedConversation, placed: PlacedFrames, patches: int) -> np.ndarray:
-    """[T] which merged feature of the shard stands at each token; -1 for text."""
-    out = np.full(len(e), -1, np.int32)
+    """Return the merged feature of the shard that each token takes [T]; -1 for text."""
+    slots = np.full(len(e), -1, np.int32)
     area = e.cfg.vision.merge**2
     frames = [placed[m.key, t] for m in e.media for t in range(m.grid[0])]
     if frames:
-        out[e.types > 0] = np.concatenate(
+        slots[e.types > 0] = np.concatenate(
             [(f.row * patches + f.offset) // area + f.layout.units for f in frames]
         )
-    return out
+    return slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,41 +219,48 @@ def _place_rows(
     pack: bool,
     side: str,
 ) -> tuple[list[_Placement], int]:
-    """(seats, rows of a shard): in order, a contiguous block of the batch to each shard; packed rows are dealt out in turn."""
+    """Return the placement of each conversation and the rows of a shard.
+
+    Plain rows: each shard takes a contiguous block of the batch. Packed rows are dealt to the shards in turn.
+    """
     if not pack:
-        each = rows // shards or -(-len(encoded) // shards)
-        return [
-            _Placement(*divmod(i, each), length - len(e) if side == "left" else 0, 1)
-            for i, e in enumerate(encoded)
-        ], each
+        shard_rows = rows // shards or -(-len(encoded) // shards)
+        placements = []
+        for i, e in enumerate(encoded):
+            start = length - len(e) if side == "left" else 0
+            placements.append(_Placement(i // shard_rows, i % shard_rows, start, 1))
+        return placements, shard_rows
     places = first_fit([len(e) for e in encoded], length)
-    segments = [1 + sum(row == r and at < start for r, at in places) for row, start in places]
-    seats = [
-        _Placement(row % shards, row // shards, start, n)
-        for (row, start), n in zip(places, segments, strict=True)
-    ]
-    return seats, rows // shards or round_up_size(1 + max(seat.row for seat in seats))
+    placements = []
+    for row, start in places:
+        segment = 1 + sum(other == row and at < start for other, at in places)
+        placements.append(_Placement(row % shards, row // shards, start, segment))
+    return placements, rows // shards or round_up_size(1 + max(p.row for p in placements))
 
 
 def _fill_prompts(
     encoded: Sequence[EncodedConversation],
-    seats: Sequence[_Placement],
+    placements: Sequence[_Placement],
     placed: Sequence[PlacedFrames],
     shape: BatchShape,
 ) -> tuple[Prompts, np.ndarray]:
     size = (shape.rows, shape.length)
-    ints = lambda value, lead=(): np.full((*lead, *size), value, np.int32)
-    out, mask = (
-        Prompts(ints(encoded[0].cfg.pad), ints(0, (3,)), ints(0), ints(-1)),
-        np.zeros(size, bool),
+    prompts = Prompts(
+        tokens=np.full(size, encoded[0].cfg.pad, np.int32),
+        positions=np.zeros((3, *size), np.int32),
+        segments=np.zeros(size, np.int32),
+        slots=np.full(size, -1, np.int32),
     )
-    each = shape.rows // len(placed)
-    for e, seat in zip(encoded, seats, strict=True):
-        at = seat.shard * each + seat.row, slice(seat.start, seat.start + len(e))
-        out.tokens[at], out.segments[at], mask[at] = e.tokens, seat.segment, e.loss_mask
-        out.positions[:, *at] = e.positions
-        out.slots[at] = _feature_slots(e, placed[seat.shard], shape.patches)
-    return out, mask
+    mask = np.zeros(size, bool)
+    shard_rows = shape.rows // len(placed)
+    for e, p in zip(encoded, placements, strict=True):
+        at = p.shard * shard_rows + p.row, slice(p.start, p.start + len(e))
+        prompts.tokens[at] = e.tokens
+        prompts.segments[at] = p.segment
+        prompts.positions[:, *at] = e.positions
+        prompts.slots[at] = _feature_slots(e, placed[p.shard], shape.patches)
+        mask[at] = e.loss_mask
+    return prompts, mask
 
 
 def collate_rows(
@@ -270,51 +271,45 @@ def collate_rows(
     shards: int = 1,
     pack: bool = False,
     rows: int = 0,
-    dtype: np.dtype | type = np.float32,
     agree: Callable[[BatchShape], BatchShape] | None = None,
 ) -> tuple[Prompts, np.ndarray]:
-    """(Prompts of numpy arrays, loss mask [B T]).
+    """Return (Prompts of numpy arrays, loss mask [B T]).
 
-    pack: several conversations in a row, for SFT; else one, padded on `side`.
-    rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards (packed: to a step of it).
-    agree: where several processes make one batch, takes the own Shape to the largest of all of them (`widest`).
+    pack: put several conversations into a row, for SFT; else one, padded on `side`.
+    rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards (packed: to a size of `round_up_size`).
+    agree: where several processes build one batch, maps this process's shape to one that holds all of them (`widest_shape`).
     """
-    if side not in ("left", "right") or not encoded:
-        raise ValueError(
-            f"side={side!r} and {len(encoded)} conversations came; expected left or right and at least one conversation"
-        )
+    if side not in ("left", "right"):
+        raise ValueError(f"side: expected left or right, got {side!r}")
+    if not encoded:
+        raise ValueError("got no conversations; expected at least one")
     cfg, longest = encoded[0].cfg, max(len(e) for e in encoded)
-    length = smallest_bucket(
-        max(longest, min(sum(map(len, encoded)), max(buckets))) if pack else longest, buckets
-    )
-    seats, each = _place_rows(encoded, shards, rows, length, pack, side)
-    if (
-        rows % shards
-        or max(seat.shard for seat in seats) >= shards
-        or max(seat.row for seat in seats) >= each
-    ):
+    if pack:
+        longest = max(longest, min(sum(map(len, encoded)), max(buckets)))
+    length = smallest_bucket(longest, buckets)
+    placements, shard_rows = _place_rows(encoded, shards, rows, length, pack, side)
+    too_few = any(p.shard >= shards or p.row >= shard_rows for p in placements)
+    if rows % shards or too_few:
         raise ValueError(
             f"rows={rows}; expected a multiple of the {shards} shards, with room for {len(encoded)} conversations"
         )
-    parts = [
-        [e for e, seat in zip(encoded, seats, strict=True) if seat.shard == s]
-        for s in range(shards)
-    ]
-    patches, vision_rows, placed = _pack_frames(parts, cfg.vision.window_slots)
-    shape = BatchShape(shards * each, length, patches, vision_rows)
+    by_shard: list[list[EncodedConversation]] = [[] for _ in range(shards)]
+    for e, p in zip(encoded, placements, strict=True):
+        by_shard[p.shard].append(e)
+    patches, vision_rows, placed = _pack_frames(by_shard, cfg.vision.window_slots)
+    shape = BatchShape(shards * shard_rows, length, patches, vision_rows)
     if agree is not None:
         shape = agree(shape)
     if side == "left" and not pack:
-        seats = [
-            dataclasses.replace(seat, start=seat.start + shape.length - length) for seat in seats
-        ]
-    prompts, mask = _fill_prompts(encoded, seats, placed, shape)
-    vision = _fill_vision(placed, shape, cfg, np.dtype(dtype)) if shape.patches else None
+        added = shape.length - length
+        placements = [dataclasses.replace(p, start=p.start + added) for p in placements]
+    prompts, mask = _fill_prompts(encoded, placements, placed, shape)
+    vision = _fill_vision(placed, shape, cfg) if shape.patches else None
     return prompts.replace(vision=vision), mask
 
 
 def widest_shape(shapes: Sequence[BatchShape]) -> BatchShape:
-    """The shape that holds all of these."""
+    """Return the shape that holds all of these."""
     return BatchShape(
         *(max(getattr(s, f.name) for s in shapes) for f in dataclasses.fields(BatchShape))
     )

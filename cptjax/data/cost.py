@@ -1,4 +1,4 @@
-"""What work costs: generated tokens, tokens trained on, and floating-point operations counted by hand."""
+"""The cost of work: generated tokens, tokens trained on, and floating-point operations by formula."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from cptjax.models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class WorkCost:
-    """What a step cost beside its seconds: generated tokens, answers, arithmetic; tokens it went through in all, and learned from."""
+    """The cost of a step, other than its seconds."""
 
-    tokens: int = 0
-    rollouts: int = 0
+    tokens: int = 0  # generated
+    rollouts: int = 0  # generated responses
     flops: float = 0.0
-    seen: int = 0
-    trained: int = 0  # of prompts and answers, without padding; a prompt counts once however many answers it has
+    seen: int = 0  # tokens read or generated
+    trained: int = 0  # tokens of prompts and responses, without padding; a prompt counts once whatever its responses
 
     def __add__(self, other: "WorkCost") -> "WorkCost":
         return WorkCost(
@@ -26,7 +26,7 @@ class WorkCost:
         )
 
     def logged(self) -> dict[str, float]:
-        """What of it goes into metrics.jsonl."""
+        """The fields that metrics.jsonl records."""
         return {
             "tokens": self.tokens,
             "trained": self.trained,
@@ -36,13 +36,13 @@ class WorkCost:
 
 
 def conversation_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:
-    """Arithmetic of one conversation's forward pass; its gradient costs twice as much again."""
-    learned = int(encoded.loss_mask.sum())
-    return flops.text_forward_flops(cfg, 1, len(encoded), learned) + image_flops(cfg, encoded)
+    """Return the FLOPs of a conversation's forward pass; its gradient costs twice as much on top."""
+    targets = int(encoded.loss_mask.sum())
+    return flops.text_forward_flops(cfg, 1, len(encoded), targets) + image_flops(cfg, encoded)
 
 
 def image_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:
-    """Arithmetic of a conversation's pictures."""
+    """Return the FLOPs of the vision tower for a conversation's images and videos."""
     return sum(
         flops.vision_forward_flops(cfg, len(m.patches), len(m.patches) // m.grid[0])
         for m in encoded.media
@@ -52,7 +52,7 @@ def image_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:
 def sampling_cost(
     cfg: ModelConfig, encoded: Sequence[EncodedConversation], lengths: np.ndarray
 ) -> WorkCost:
-    """What answers of these lengths [Q G] to these prompts cost."""
+    """Return the cost of generating responses of these lengths [Q G] to these prompts."""
     q, group = lengths.shape
     mean = sum(map(len, encoded)) / q
     work = (
@@ -60,6 +60,5 @@ def sampling_cost(
         + flops.text_forward_flops(cfg, q, mean, 1)
         + flops.decode_flops(cfg, q, mean, group, lengths.mean())
     )
-    return WorkCost(
-        int(lengths.sum()), lengths.size, work, sum(map(len, encoded)) + int(lengths.sum())
-    )
+    generated = int(lengths.sum())
+    return WorkCost(generated, lengths.size, work, seen=sum(map(len, encoded)) + generated)

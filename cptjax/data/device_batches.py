@@ -1,4 +1,4 @@
-"""Encoded conversations and sampled answers -> device batches of few shapes."""
+"""Encoded conversations and sampled responses -> batches on the mesh, of few shapes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,25 +12,24 @@ from cptjax.data.model_context import ModelContext, gather_batch_shape
 from cptjax.sharding import place_batch, place_rows
 from cptjax.types import Batch, Prompts
 
-MIN_RESPONSE_BUCKET = 8  # tokens of the shortest bucket of answers
+MIN_RESPONSE_BUCKET = 8  # tokens of the shortest bucket of responses
 
 
 def max_over_processes(n: int) -> int:
-    """The largest of all processes' numbers."""
+    """Return the largest value over all processes."""
     return max(distributed.gather_objects(n))
 
 
 def batch_slices(n: int, size: int) -> list[slice]:
-    """n rows in parts of `size`; 0 = one part."""
+    """Cut n rows into parts of `size`; 0 = one part."""
     size = size or n
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def micro_batch_layout(rows: int, micro: int, shards: int, fill: bool) -> tuple[int, int]:
-    """(rows of a device pass, passes of an update), over all processes.
+    """Return (rows of a device pass, passes of an update), over all processes.
 
-    What the batch shards do not divide is filled up with empty rows (conversations: sums and counts do not see them), or refused
-    with the numbers (groups of rollouts).
+    fill: pad a pass that the shards do not divide with empty rows, which sums and counts ignore; else refuse it.
     """
     micro = min(micro or rows, rows)
     if rows % micro:
@@ -39,14 +38,14 @@ def micro_batch_layout(rows: int, micro: int, shards: int, fill: bool) -> tuple[
         )
     if micro % shards and not fill:
         raise ValueError(
-            f"a device pass has {micro} prompts (train.micro_batch, or train.batch / method.updates_per_batch); config.mesh cuts it into "
-            f"{shards} shards (data x fsdp), so it must be a multiple of {shards}"
+            f"a device pass has {micro} prompts (train.micro_batch, or train.batch / method.updates_per_batch); "
+            f"config.mesh cuts it into {shards} shards (data x fsdp), so it must be a multiple of {shards}"
         )
     return -(-micro // shards) * shards, rows // micro
 
 
 def rows_per_process(model_ctx: ModelContext, rows: int, micro: int, fill: bool = False) -> int:
-    """This process's rows of a device pass."""
+    """Return this process's rows of a device pass."""
     count = jax.process_count()
     return micro_batch_layout(rows, micro, model_ctx.shards * count, fill)[0] // count
 
@@ -58,7 +57,7 @@ def conversation_batch(
     rows: int,
     pack: bool = False,
 ) -> Batch:
-    """Conversations whose assistant turns are learned: plain rows, or several in a row with `pack`."""
+    """Return conversations whose assistant turns are trained on; `pack` puts several into a row."""
     prompts, mask = collate_rows(
         list(encoded),
         buckets=model_ctx.buckets,
@@ -68,34 +67,34 @@ def conversation_batch(
         rows=0 if pack else rows,
         agree=gather_batch_shape,
     )
-    count = mask.sum(1)
+    counts = mask.sum(1)
     width = smallest_bucket(
-        max_over_processes(int(count.max())), target_buckets(prompts.tokens.shape[1])
+        max_over_processes(int(counts.max())), target_buckets(prompts.tokens.shape[1])
     )
-    where, targets, keep, segments = (
-        np.zeros((len(mask), width), dtype) for dtype in (np.int32, np.int32, bool, np.int32)
-    )
-    for row, learned in enumerate(mask):
-        at = np.flatnonzero(learned)
-        where[row, : len(at)], targets[row, : len(at)], keep[row, : len(at)] = (
-            at - 1,
-            prompts.tokens[row, at],
-            True,
-        )
-        segments[row, : len(at)] = prompts.segments[row, at]
+    size = (len(mask), width)
+    where = np.zeros(size, np.int32)
+    targets = np.zeros(size, np.int32)
+    target_mask = np.zeros(size, bool)
+    segments = np.zeros(size, np.int32)
+    for row, n in enumerate(counts):
+        at = np.flatnonzero(mask[row])
+        where[row, :n] = at - 1  # the state before a token predicts it
+        targets[row, :n] = prompts.tokens[row, at]
+        target_mask[row, :n] = True
+        segments[row, :n] = prompts.segments[row, at]
     return place_batch(
-        Batch(prompts, targets, keep, where, {"segments": segments}),
+        Batch(prompts, targets, target_mask, where, {"segments": segments}),
         model_ctx.mesh,
     )
 
 
 def target_buckets(length: int) -> list[int]:
-    """Buckets of the answers within rows of `length` tokens: few, as only the unembedding's work depends on them."""
+    """Return the buckets of targets within rows of `length` tokens: few, as only the cost of the unembedding depends on them."""
     return sorted({max(length >> k, min(length, MIN_RESPONSE_BUCKET)) for k in (0, 2, 4)})
 
 
 def response_bucket(mask: np.ndarray, longest: int) -> int:
-    """The bucket that holds the longest of these answers."""
+    """Return the bucket that holds the longest of these responses."""
     return smallest_bucket(
         max_over_processes(max(1, int(mask.sum(1).max()))),
         length_buckets(longest, MIN_RESPONSE_BUCKET),
@@ -111,8 +110,11 @@ def group_batch(
     length: int,
     extra: dict[str, Any],
 ) -> Batch:
-    """Build a batch of Q prompts on the mesh and their Q * G responses, cut to `length` tokens; `extra` arrays of tokens are cut as well."""
-    cut = lambda x: np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)
-    arrays = (cut(tokens), cut(mask).astype(bool), {k: cut(v) for k, v in extra.items()})
-    targets, mask, extra = place_rows(arrays, model_ctx.mesh)
-    return Batch(prompts, targets, mask, None, extra)
+    """Return Q prompts, which are on the mesh, with their Q * G responses, cut to `length` tokens like the token arrays of `extra`."""
+
+    def cut(x: Any) -> np.ndarray:
+        return np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)
+
+    arrays = (cut(tokens), cut(mask).astype(bool), {name: cut(x) for name, x in extra.items()})
+    targets, target_mask, extra = place_rows(arrays, model_ctx.mesh)
+    return Batch(prompts, targets, target_mask, None, extra)

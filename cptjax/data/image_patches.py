@@ -1,4 +1,4 @@
-"""Pictures -> patches in the order of Hugging Face's processor; equal to its PIL back end, without torch."""
+"""Images -> patches in the order of Hugging Face's processor, equal to its PIL back end, without torch."""
 
 import functools
 import math
@@ -11,14 +11,14 @@ from cptjax.common.images import Grid, ImageSettings
 
 
 def count_image_tokens(grid: Grid, merge: int) -> int:
-    """How many tokens stand for a picture: the only count there is."""
+    """Return the number of tokens of an image or a video."""
     return math.prod(grid) // merge**2
 
 
 def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[np.ndarray, Grid]:
-    """RGB frames of one size -> patches [t * h * w, channels * temporal * patch * patch] as bytes, and the grid.
+    """Return the patches of RGB frames of one size, as bytes [t * h * w, channels * temporal * patch * patch], and their grid.
 
-    A still is one frame, shown `temporal` times; so is the last frame of a video that does not fill its patches.
+    A still image is one frame repeated `temporal` times; the last frame of a video is repeated until it fills its patches.
     """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
@@ -26,24 +26,25 @@ def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[n
             f"the frames of a video differ in size: {sorted(sizes)[:2]}; resize them to one size"
         )
     h, w = pixels.size(*frames[0].size)
-    shown = [
+    arrays = [
         np.asarray(f if f.size == (w, h) else f.resize((w, h), pixels.resample)) for f in frames
     ]
-    shown += [shown[-1]] * (-len(shown) % pixels.temporal)
+    arrays += [arrays[-1]] * (-len(arrays) % pixels.temporal)
     m, p, tp = pixels.merge, pixels.patch, pixels.temporal
-    grid = (len(shown) // tp, h // p, w // p)
-    x = np.stack(shown).reshape(grid[0], tp, grid[1] // m, m, p, grid[2] // m, m, p, 3)
-    return np.ascontiguousarray(x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)).reshape(
-        math.prod(grid), -1
-    ), grid
+    grid = (len(arrays) // tp, h // p, w // p)
+    x = np.stack(arrays).reshape(grid[0], tp, grid[1] // m, m, p, grid[2] // m, m, p, 3)
+    x = np.ascontiguousarray(x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
+    return x.reshape(math.prod(grid), -1), grid
 
 
 def normalise_patches(patches: np.ndarray, pixels: ImageSettings) -> np.ndarray:
-    """Bytes -> float32, by a table of the 256 values of each channel: the same roundings as transformers at a fraction of the time."""
+    """Return patches of bytes as float32, with the rounding of transformers.
+
+    A table of the 256 values of each channel takes a fraction of the time of computing every value.
+    """
     tables = _normalised_levels(pixels)
-    return np.concatenate(
-        [t[part] for t, part in zip(tables, np.split(patches, len(tables), 1), strict=True)], 1
-    )
+    channels = np.split(patches, len(tables), 1)
+    return np.concatenate([t[part] for t, part in zip(tables, channels, strict=True)], 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""The model and what surrounds it on this machine: mesh, processor, sampling. What every stage and every evaluation shares."""
+"""What every stage and evaluation shares of a model: its config, processor, mesh and row lengths."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,36 +15,34 @@ from cptjax.data.processor import Processor, load_processor
 from cptjax.models.config import ModelConfig
 from cptjax.models.load import MODEL_DTYPES, find_model_config, fit_config
 from cptjax.sharding import check_batch_shards, place_prompts
+from cptjax.types import Prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelContext:
-    """A model's shape and surroundings; parameters are passed beside it."""
+    """Everything about a model but its parameters, which are passed separately."""
 
     cfg: ModelConfig
     processor: Processor
     mesh: Mesh
     dtype: Any  # of the arithmetic
-    buckets: tuple[int, ...]  # lengths that prompts are padded to
+    buckets: tuple[int, ...]  # token lengths that prompts are padded to
 
     @property
     def shards(self) -> int:
-        """Batch shards of this process."""
+        """The batch shards of this process."""
         return sharding.batch_shards(self.mesh) // jax.process_count()
 
-    def longer(self, more: int) -> "ModelContext":
-        """The same for rows that may be `more` tokens longer than prompts."""
-        top = max(self.buckets)
-        return (
-            dataclasses.replace(
-                self, buckets=(*self.buckets, *collate.length_buckets(top + more, 2 * top))
-            )
-            if more
-            else self
-        )
+    def with_longer_rows(self, added: int) -> "ModelContext":
+        """Return the context for rows that may be `added` tokens longer than prompts."""
+        if not added:
+            return self
+        longest = max(self.buckets)
+        more = collate.length_buckets(longest + added, 2 * longest)
+        return dataclasses.replace(self, buckets=(*self.buckets, *more))
 
-    def prompts(self, encoded: Sequence[EncodedConversation]):
-        """Left-padded prompts on the mesh; the row count is this process's part of the batch."""
+    def place_prompts(self, encoded: Sequence[EncodedConversation]) -> Prompts:
+        """Collate this process's prompts, padded on the left, and place them on the mesh."""
         prompts, _ = collate.collate_rows(
             list(encoded),
             buckets=self.buckets,
@@ -70,9 +68,9 @@ def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]
 
 
 def gather_batch_shape(shape: BatchShape) -> BatchShape:
-    """The shape that holds every process's part of a batch."""
+    """Return the shape that holds every process's part of a batch."""
     return widest_shape(distributed.gather_objects(shape))
 
 
-def describe_pixel_limits(runtime: ModelContext) -> str:
-    return f"{runtime.processor.min_pixels}-{runtime.processor.max_pixels}"
+def describe_pixel_limits(model_ctx: ModelContext) -> str:
+    return f"{model_ctx.processor.min_pixels}-{model_ctx.processor.max_pixels}"

@@ -1,4 +1,4 @@
-"""Training examples as encoded prompts: alone, with their gold answer, or with a demonstration of it."""
+"""Training examples as encoded prompts: alone, with the gold response, or with a demonstration."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,63 +13,59 @@ from cptjax.types import Example
 
 @dataclasses.dataclass(frozen=True)
 class EncodedExample:
-    """A training row as it leaves the data pipeline."""
+    """A training row as the data pipeline returns it."""
 
     example: Example
     encoded: EncodedConversation
-    row: int = -1  # its place in the task's training rows
+    row: int = -1  # index in the task's training rows
 
 
+# The text before and after the demonstration.
 DEMONSTRATION_HINT = (
     "\n\nHere is how someone answered this well:\n",
     "\n\nNow answer in your own words.",
-)  # around the demonstration
+)
 
 
 def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[str, Any]]:
-    """The question with a demonstration behind it, and the request for an answer of one's own."""
+    """Return the prompt followed by a demonstration, the gold response, and the request for an own response."""
     if not example.target:
         raise ValueError(
             f"{example.id}: task {prompted.name} has no gold answers to demonstrate, which method.objective='distill' needs"
         )
     *before, last = prompted.build_prompt(example)
-    content = (
-        [{"type": "text", "text": last["content"]}]
-        if isinstance(last["content"], str)
-        else list(last["content"])
-    )
-    return [
-        *before,
-        {
-            **last,
-            "content": [
-                *content,
-                {"type": "text", "text": prompted.gold_response(example).join(DEMONSTRATION_HINT)},
-            ],
-        },
-    ]
+    demonstration = prompted.gold_response(example).join(DEMONSTRATION_HINT)
+    parts = last["content"]
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
+    return [*before, {**last, "content": [*parts, {"type": "text", "text": demonstration}]}]
 
 
 def extra_demonstration_tokens(processor: Processor, max_new_tokens: int) -> int:
-    """Tokens by which a demonstrated question may be longer than the question: an answer, and the words around it."""
+    """Return how many tokens a demonstration may add to a prompt: a response and the text around it."""
     return max_new_tokens + sum(len(processor.ids(part)) for part in DEMONSTRATION_HINT)
 
 
 def make_example_encoder(
-    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], answered: bool, limit: int
-) -> Callable[[Example], EncodedExample]:
-    """What turns a training example into a row: its prompt, or its prompt and gold answer; safe to send to worker processes."""
-    forms = {
+    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], with_gold: bool, limit: int
+) -> Callable[..., EncodedExample]:
+    """Return a function (example, row=-1) -> EncodedExample, which can be sent to worker processes.
+
+    with_gold: encode the gold response after the prompt.
+    """
+    # A sandbox has processes of its own and does not pickle.
+    sendable = {
         name: dataclasses.replace(prompted, sandbox=None)
         for name, prompted in prompted_tasks.items()
     }
     processor = model_ctx.processor
 
     def encode_example(example: Example, row: int = -1) -> EncodedExample:
-        form = forms[example.task]
-        messages = form.build_prompt(example)
-        if answered:
-            messages = [*messages, {"role": "assistant", "content": form.gold_response(example)}]
+        prompted = sendable[example.task]
+        messages = prompted.build_prompt(example)
+        if with_gold:
+            response = prompted.gold_response(example)
+            messages = [*messages, {"role": "assistant", "content": response}]
         return EncodedExample(example, processor.encode(messages, limit=limit), row)
 
     return encode_example

@@ -51,7 +51,7 @@ def sample_responses(
     rows: the number of each prompt in the whole run, from which its random keys are derived.
     limits: tokens at most, per prompt.
     """
-    prompts = model_ctx.prompts(encoded)
+    prompts = model_ctx.place_prompts(encoded)
     return sample_from_prompts(model_ctx, weights, prompts, key, rows, sampling, limits)
 
 

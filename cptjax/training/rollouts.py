@@ -88,7 +88,7 @@ def sample_rollouts(
     model_ctx, sampling, count = builder.model_ctx, builder.sampling, len(items)
     numbers = first + jax.process_index() * count + np.arange(count)
     encoded = [i.encoded for i in items]
-    prompts = model_ctx.prompts(encoded)
+    prompts = model_ctx.place_prompts(encoded)
     weights = generate.prepare_weights(model_ctx, params, sampling)
     samples = generate.sample_from_prompts(model_ctx, weights, prompts, key, numbers, sampling)
     cost = sampling_cost(model_ctx.cfg, encoded, samples.mask.sum(1).reshape(count, -1))
@@ -296,7 +296,7 @@ def _group_batches(
     for p in slices:
         prompts = graded.prompts
         if prompts is None or len(slices) > 1:
-            prompts = builder.model_ctx.prompts([i.encoded for i in graded.items[p]])
+            prompts = builder.model_ctx.place_prompts([i.encoded for i in graded.items[p]])
         r = slice(p.start * graded.group, p.stop * graded.group)
         extra = {name: x[r] for name, x in arrays.items()}
         batches.append(

@@ -53,7 +53,7 @@ class BatchBuilder:
     def training_ctx(self) -> ModelContext:
         """The model context of rows to train on, which may be longer than prompts."""
         more = extra_response_tokens(self.method, self.sampling.max_new_tokens)
-        return self.model_ctx.longer(more)
+        return self.model_ctx.with_longer_rows(more)
 
     def conversation_batches(self, items: Sequence[EncodedExample]) -> list[Batch]:
         """Build the micro-batches of one update from conversations with their responses."""

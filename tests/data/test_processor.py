@@ -868,17 +868,6 @@ def test_processes_agree_on_one_shape(tiny):
     )
 
 
-def test_patches_may_be_stored_in_half_the_bytes(tiny):
-    import jax.numpy as jnp
-
-    rows = [tiny.encode(ROWS[0])]
-    full, half = (
-        collate_rows(rows, buckets=(64,), dtype=d)[0].vision.patches
-        for d in (np.float32, jnp.bfloat16)
-    )
-    assert half.dtype == jnp.bfloat16 and np.array_equal(half, full.astype(jnp.bfloat16))
-
-
 def test_vision_of_odd_configs():
     cfg = dataclasses.replace(
         TINY,

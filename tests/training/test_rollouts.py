@@ -398,7 +398,7 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
     size = 4 // len(batches)
     for i, batch in enumerate(batches):
         p, r = slice(i * size, (i + 1) * size), slice(i * size * 2, (i + 1) * size * 2)
-        prompts = b.model_ctx.prompts([item.encoded for item in graded.items[p]])
+        prompts = b.model_ctx.place_prompts([item.encoded for item in graded.items[p]])
         jax.tree.map(np.testing.assert_array_equal, batch.prompts, prompts)
         tokens, mask = graded.samples.tokens[r], graded.samples.mask[r]
         alone = device_batches.group_batch(

@@ -94,7 +94,7 @@ class Teacher:
             )
             for i in items
         ]
-        return batch.replace(prompts=self.model_ctx.prompts(encoded), extra={})
+        return batch.replace(prompts=self.model_ctx.place_prompts(encoded), extra={})
 
     def compute_states(self, batch: Batch) -> dict[str, Array]:
         """Compute the teacher's predicting states on these rows, with its unembedding."""
