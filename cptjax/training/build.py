@@ -21,7 +21,10 @@ from cptjax.types import Array, Batch, Params
 
 
 def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
-    """Build the order of a stage's rows; `sizes` are the rows of its own tasks, then of the tasks that it replays."""
+    """Build the order of a stage's rows.
+
+    `sizes` are the rows of its own tasks, then those of the tasks that it replays.
+    """
     c, own = stage.config, len(stage.tasks)
     return Mixture(
         tuple(sizes[:own]),
