@@ -88,11 +88,11 @@ def formed(config, name: str, monkeypatch):
         config.tasks[task] = dict(task="jigsaw", side=42)
     config.data.update(prompt_limit=512, buckets=(512,))
 
-    def graded(builder, items, texts):
-        form = builder.prompted_tasks[task].template
+    def graded(prompted_tasks, items, texts):
+        form = prompted_tasks[task].template
         assert form.name == template
         return grade(
-            builder,
+            prompted_tasks,
             items,
             [form.forced_response(text) if i % 2 else text for i, text in enumerate(texts)],
         )
