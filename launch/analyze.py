@@ -1,4 +1,4 @@
-"""Why something was forgotten; `--help` behind each name says more.
+"""Explain forgetting on finished runs; each analysis has its own --help.
 
 python launch/analyze.py mixture | drift DIR [DIR ...] | influence DIR | fisher DIR [--out=page.html]
 """
@@ -8,92 +8,85 @@ import importlib
 import sys
 from pathlib import Path
 
+ANALYSES = {
+    "mixture": "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain",
+    "drift": "loss on tasks that a stage does not train, against its distance from the base model: fits over all stages",
+    "influence": "effect of one step on a response on the responses of other tasks, by corpus of the response",
+    "fisher": "risk of the gradients of gold and sampled responses on the same prompts, by the Fisher of other tasks",
+}
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sub = top.add_subparsers(dest="what", required=True, metavar="mixture|drift|influence|fisher")
-    add = lambda name, text: sub.add_parser(name, help=text, description=text)
-    mixture = add(
-        "mixture", "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain"
-    )
-    mixture.add_argument("--seed", type=int, default=0)
+    commands = parser.add_subparsers(dest="name", required=True, metavar="|".join(ANALYSES))
+    by_name = {
+        name: commands.add_parser(name, help=text, description=text)
+        for name, text in ANALYSES.items()
+    }
+    by_name["mixture"].add_argument("--seed", type=int, default=0)
 
-    drift = add(
-        "drift",
-        "loss on what a stage does not train, against how far it went from the base: fits over all stages of the runs",
-    )
-    drift.add_argument(
+    drift = by_name["drift"].add_argument
+    drift(
         "folders",
         nargs="+",
         metavar="DIR",
         help="a workdir, or a folder of workdirs (arms or seeds)",
     )
-    drift.add_argument(
-        "--weights",
-        action="store_true",
-        help="also distances of weights, from the stages' checkpoints",
-    )
+    drift("--weights", action="store_true", help="add distances of weights, from the checkpoints")
 
-    influence = add(
-        "influence",
-        "what one step on an answer does to the answers of other tasks, by the corpus that the answer is from",
-    )
-    influence.add_argument(
+    influence = by_name["influence"].add_argument
+    influence(
         "--corpus",
         default="gold,own",
-        help="gold, own (correct answers drawn now), paths of rollouts/*.jsonl",
+        help="gold, own (correct responses sampled now), or paths of rollouts/*.jsonl",
     )
-    influence.add_argument(
-        "--lr", type=float, default=1e-4, help="of the step on one answer, plain gradient descent"
-    )
-    influence.add_argument(
-        "--probes", type=int, default=16, help="answers of each other task that are looked at"
-    )
-    fisher = add(
-        "fisher",
-        "what gradients of gold answers and of drawn answers risk on the same prompts, by the Fisher of other tasks",
-    )
-    fisher.add_argument(
+    influence("--lr", type=float, default=1e-4, help="of the gradient descent step on one response")
+    influence("--probes", type=int, default=16, help="gold responses of each other task")
+    by_name["fisher"].add_argument(
         "--probes", type=int, default=16, help="rows of each other task in the Fisher information"
     )
-    for each in (influence, fisher):
-        each.add_argument("folder", metavar="DIR", help="a workdir")
-        each.add_argument(
+    for name in ("influence", "fisher"):
+        add = by_name[name].add_argument
+        add("folder", metavar="DIR", help="a workdir")
+        add(
             "--stage",
             type=int,
             default=1,
-            help="whose training data; the model is the one that it starts from",
+            help="stage whose training data is used, with the model that it starts from",
         )
-        each.add_argument("--rows", type=int, default=16, help="prompts of the stage")
-        each.add_argument("--samples", type=int, default=8, help="answers drawn to each prompt")
-        each.add_argument(
+        add("--rows", type=int, default=16, help="prompts of the stage")
+        add("--samples", type=int, default=8, help="responses sampled per prompt")
+        add(
             "--others",
             default="",
-            help="the other tasks; left out = those of earlier stages, and the general ones",
+            help="the other tasks; default: those of earlier stages, and the general ones",
         )
-        each.add_argument(
-            "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the arithmetic"
+        add(
+            "--dtype",
+            default="float32",
+            choices=("float32", "bfloat16"),
+            help="of the arithmetic",
         )
-    for each in (mixture, drift, influence, fisher):
-        each.add_argument(
+    for command in by_name.values():
+        command.add_argument(
             "--out",
-            help="the page to write, its numbers beside it as .json; default: {name}.html in the first DIR",
+            help="page to write, with its numbers next to it as .json; default: {name}.html in the first DIR",
         )
-    return top
+    return parser
 
 
 def main() -> None:
-    asked = vars(parser().parse_args())
-    what, out = asked.pop("what"), asked.pop("out")
-    first = asked.get("folder") or asked.get("folders", ["."])[0]
+    arguments = vars(make_parser().parse_args())
+    name, out = arguments.pop("name"), arguments.pop("out")
+    folder = arguments.get("folder") or arguments.get("folders", ["."])[0]
     try:
         from cptjax.analysis import finding
 
-        found = importlib.import_module(f"cptjax.analysis.{what}").analyze(**asked)
-        finding.print_finding(found)
-        print(finding.write_finding(found, Path(out or Path(first) / f"{what}.html")))
+        result = importlib.import_module(f"cptjax.analysis.{name}").analyze(**arguments)
+        finding.print_finding(result)
+        print(finding.write_finding(result, Path(out or Path(folder) / f"{name}.html")))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,7 @@
-"""Write report.html about one run, or about several side by side: python launch/report.py DIR [DIR ...] [--out=report.html]"""
+"""Write the report of one run, or of several runs compared.
+
+python launch/report.py DIR [DIR ...] [--out=report.html]
+"""
 
 import argparse
 import sys
@@ -7,7 +10,9 @@ from cptjax.evaluation import report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "folders",
         nargs="+",
@@ -16,7 +21,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--out",
-        help="the page to write, several runs' numbers beside it as .json; default: report.html in the first DIR",
+        help="page to write; of several runs, with their numbers next to it as .json; default: report.html in the first DIR",
     )
     args = parser.parse_args()
     try:

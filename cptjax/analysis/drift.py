@@ -1,8 +1,9 @@
 """Fit the loss on other tasks to the distance from the base model, one point per stage of any number of runs.
 
-RL's Razor claims a law: the loss on other tasks follows from KL(base || current) on the *new* task's prompts alone, whatever the method.
-The loss is that of earlier and general tasks. The other predictors are the KL on the prompts of those tasks and distances of weights.
-Sparsity is counted in float32 and above rounding: in bfloat16, small updates vanish and look sparse.
+RL's Razor claims a law: the loss on other tasks follows from KL(base || current) on the *new*
+task's prompts alone, whatever the method. The loss is that of earlier and general tasks. The other
+predictors are the KL on the prompts of those tasks and distances of weights. Sparsity is counted in
+float32 and above rounding: in bfloat16, small updates vanish and look sparse.
 """
 
 import collections
@@ -63,7 +64,7 @@ def analyze(folders: Sequence[str], weights: bool = False) -> Finding:
     ]
     if len(drifts) < FIT_DEGREE + 2:
         raise ValueError(
-            f"{len(drifts)} stages have a loss and KL(base || now): a fit of degree {FIT_DEGREE} needs at least "
+            f"{len(drifts)} stages have a loss and KL(base || current): a fit of degree {FIT_DEGREE} needs at least "
             f"{FIT_DEGREE + 2}. Expected runs with eval.drift > 0 and, where a run has one stage, tasks in eval.general"
         )
     measures = dict.fromkeys(measure for drift in drifts for measure in drift.far)
@@ -136,7 +137,7 @@ def drift_chart(fit: QuadraticFit, drifts: Sequence[StageDrift]) -> Markup | Non
     return svg.line_chart(series, fit.measure, fit.measure, "loss on others, points", include=(0,))
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def add_weight_distances(run: read.ReportRun, drifts: Sequence[StageDrift]) -> list[StageDrift]:

@@ -1,14 +1,16 @@
 """Measure the risk of gradients: R(g) = g' F g, F the diagonal Fisher information of other tasks.
 
-"RFT naturally mitigates forgetting" (its second version) claims E[R(g_RFT)] = Var[r] R(g_SFT), hence at most a quarter of SFT's risk.
-Measured on the same prompts, from sampled responses a with rewards r(a), where g(a) is the gradient of -log p(a):
+"RFT naturally mitigates forgetting" (its second version) claims E[R(g_RFT)] = Var[r] R(g_SFT),
+hence at most a quarter of SFT's risk. Measured on the same prompts, from sampled responses a with
+rewards r(a), where g(a) is the gradient of -log p(a):
 
     SFT            R(g(gold))
     RFT            mean over a of (r(a) - mean r)^2 R(g(a))        one response at a time, as in the claim
     RFT, group     R(mean over a of (r(a) - mean r) g(a))          the update of the group
 
-The claim is expected to fail where most responses are correct, since g(gold) vanishes there, and with advantages divided by
-their deviation. A prompt whose responses all have the same reward has no gradient under any form of advantage.
+The claim is expected to fail where most responses are correct, since g(gold) vanishes there, and
+with advantages divided by their deviation. A prompt whose responses all have the same reward has no
+gradient under any form of advantage.
 """
 
 import collections
@@ -161,10 +163,11 @@ def risk_finding(stage: str, names: Sequence[str], risks: Sequence[GradientRisk]
     rows = [risk_row(label, members) for label, members in groups.items() if members]
     _, _, sft, rft, group, *_ = risk_row("all", risks)
     sentences = [
-        f"On {len(risks)} prompts of {stage}, the gradient of a gold response has a risk of {sft} on {', '.join(names)}; "
-        f"that of a sampled response times its advantage {rft}, and the update of a group {group}.",
-        f"{sum(not r.variance for r in risks)} of {len(risks)} prompts have responses of equal reward only: "
-        "they have no gradient.",
+        f"On {len(risks)} prompts of {stage}, the gradient of a gold response "
+        f"has a risk of {sft} on {', '.join(names)}; that of a sampled response times its advantage "
+        f"{rft}, and the update of a group {group}.",
+        f"{sum(not r.variance for r in risks)} of {len(risks)} prompts have responses of equal reward "
+        "only: they have no gradient.",
     ]
     points = [Point(r.mean, float(np.log10(r.ratio)), r.id) for r in risks if r.ratio]
     chart = svg.line_chart(

@@ -1,14 +1,16 @@
 """Measure what training on one response does to other tasks, by the corpus of the response.
 
-    influence of u on v     d(v | u) = log p(v) after one step of gradient descent on -log p(u), minus before; per unit of learning rate
+    influence of u on v     d(v | u) = log p(v) after one step of gradient descent on -log p(u), minus before;
+                            per unit of learning rate
     to first order          d(v | u) = grad log p(v) . grad log p(u), so d(v | u) = d(u | v)
 
     kernel (lower bound)    sum_t d(v_t | u)^2 / (sum_t |a(v_t)|^2  sum_s |a(u_s)|^2),   a(y) = d log p(y) / d logits
 
-"Why RFT preserves prior knowledge" explains the forgetting of SFT on bare answers by a large kernel (magnitude), and by data that the
-base model finds unlikely (direction: by the symmetry, data whose likelihood grows with that of the probes raises that of the probes).
-Asymmetry is the mean of |d(v | u) - d(u | v)| over that of |d|: near 0 while the step is small enough to be a derivative, and large
-enough for rounding not to matter.
+"Why RFT preserves prior knowledge" explains the forgetting of SFT on bare answers by a large kernel
+(magnitude), and by data that the base model finds unlikely (direction: by the symmetry, data whose
+likelihood grows when the model trains on the probes makes the probes more likely in turn).
+Asymmetry is the mean of |d(v | u) - d(u | v)| over that of |d|: near 0 while the step is small
+enough to be a derivative, and large enough for rounding not to matter.
 """
 
 import dataclasses
@@ -156,7 +158,8 @@ def own_correct_responses(probe: Probe, rows: int, samples: int) -> list[Encoded
                     break
     if not responses:
         raise ValueError(
-            f"none of {samples} responses to {rows} prompts is correct: raise --samples or --rows, or leave own out of --corpus"
+            f"none of {samples} responses to {rows} prompts is correct: raise --samples or --rows, "
+            "or leave own out of --corpus"
         )
     return responses
 
@@ -245,8 +248,9 @@ def influence_finding(
         [influence_row(corpus, names) for corpus in corpora],
     )
     sentences = [
-        f"One step on {c.name} responses of {stage} (perplexity {c.perplexity:.3g}) changes a token of the other tasks' gold responses "
-        f"by {c.mean(lambda p: p.mean_change):+.3g} nats per unit of learning rate; kernel {c.mean(lambda p: p.kernel):.3g}."
+        f"One step on {c.name} responses of {stage} (perplexity {c.perplexity:.3g}) "
+        f"changes a token of the other tasks' gold responses by {c.mean(lambda p: p.mean_change):+.3g} "
+        f"nats per unit of learning rate; kernel {c.mean(lambda p: p.kernel):.3g}."
         for c in corpora
     ]
     direction = influence_chart(

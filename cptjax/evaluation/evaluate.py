@@ -43,7 +43,8 @@ class TaskResult:
 class EvalPrompts:
     """The test rows of a task as encoded prompts, for all evaluations of a run.
 
-    Rows are measured once and encoded one batch ahead of the device. Encoded rows are kept in memory if all of them fit.
+    Rows are measured once and encoded one batch ahead of the device.
+    Encoded rows are kept in memory if all of them fit.
     """
 
     def __init__(

@@ -1,24 +1,27 @@
-"""The accuracy matrix R and every number that continual learning reads off it.
+"""The accuracy matrix R and the forgetting metrics that follow from it.
 
-R[i, j] is the score on task j after stage i; row 0 is the base model. With A[s] the tasks that stage s trains:
+R[i, j] is the score on task j after stage i; row 0 is the base model. With A[s] the tasks that
+stage s trains:
 
     S         the last stage whose row is complete (of a running or crashed run: so far)
-    first(j)  the first stage with j in A[s]        last(j)  the last such stage up to S: R[last(j), j] is j's "diagonal"
-    old       tasks with last(j) < S: trained, and then left behind. Only these can be forgotten; in a plain sequence they are T-1
-    general   tasks that are evaluated and that no stage trains; a config may name groups of them
+    first(j)  the first stage with j in A[s]
+    last(j)   the last such stage up to S: R[last(j), j] is the "diagonal" of j
+    old       tasks with last(j) < S: only these can be forgotten; in a plain sequence there are T-1
+    general   evaluated tasks that no stage trains; a config may name groups of them
 
-Only examined tasks count: what a stage trains and `eval` does not name has no column.
+Only evaluated tasks count: a trained task that `eval` does not name has no column.
 
-So a task that two stages train is judged from the second on, a joint stage puts several tasks on the diagonal at once,
-and a joint run (one stage) has no old tasks and no forgetting measure. Each number is a mean of small weighted sums of
-cells; a sum with an unmeasured cell is left out, and `terms` says how many went in. Its standard error follows from the
-cells', taken as independent (the same test items at each stage make differences a little surer than stated).
-All scores and differences are fractions of 1; reports show points.
+A task that two stages train is therefore measured from the second stage on, a joint stage puts
+several tasks on the diagonal at once, and a joint run (one stage) has no old tasks and no
+forgetting. Each metric is a mean of small weighted sums of cells. A sum with an unmeasured cell is
+left out, and `terms` is the number of sums in the mean. The standard error follows from those of
+the cells, taken as independent (since each stage is tested on the same items, the true error of a
+difference is a little smaller). All scores and differences are fractions of 1; reports show points.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +29,7 @@ import numpy as np
 
 class Formula(NamedTuple):
     text: str
-    better: str  # higher | lower: the direction a reader should wish for
+    better: str  # higher | lower
 
 
 FORMULAS = {
@@ -34,7 +37,7 @@ FORMULAS = {
     "base_acc": Formula("mean over tasks of R[0,j]", "higher"),
     "learned_acc": Formula("mean over trained tasks of R[last(j),j]", "higher"),
     "learned_gain": Formula(
-        "mean over trained tasks of R[last(j),j] - R[0,j]; what the stages taught, kept or not",
+        "mean over trained tasks of R[last(j),j] - R[0,j]; what the stages improved, kept or not",
         "higher",
     ),
     "fm_peak": Formula(
@@ -74,16 +77,16 @@ FORMULAS = {
         "lower",
     ),
     "fm_forced": Formula(
-        "fm_diagonal of answers after the forced prefix: forgetting that is not format", "higher"
+        "fm_diagonal of responses after the forced prefix: forgetting that is not format", "higher"
     ),
     "general_delta_forced": Formula(
-        "general_delta of answers after the forced prefix: change that is not format", "higher"
+        "general_delta of responses after the forced prefix: change that is not format", "higher"
     ),
     "kl_new": Formula(
-        "mean over tasks of stage S of KL(base || now) per token on their prompts", "lower"
+        "mean over tasks of stage S of KL(base || current) per token on their prompts", "lower"
     ),
     "kl_old": Formula(
-        "mean over old and general tasks of KL(base || now) per token on their prompts", "lower"
+        "mean over old and general tasks of KL(base || current) per token on their prompts", "lower"
     ),
 }
 FORMAT_SHARE = Formula(
@@ -99,25 +102,23 @@ class Cell(NamedTuple):
 
 
 Cells = dict[tuple[int | str, str], Cell]  # (row, task); the row of a joint run is called "joint"
-CellWeights = dict[tuple[int | str, str], float]  # weights of cells
+CellWeights = dict[tuple[int | str, str], float]
 NO_CELL = Cell(math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyTable:
-    """All evaluations of one run: the tasks each stage trains, and what was measured."""
+    """All evaluations of one run: the tasks that each stage trains, and the measured cells."""
 
     stages: tuple[tuple[str, ...], ...]
     cells: Cells
     forced: Cells = dataclasses.field(default_factory=dict)
     base_kl: Cells = dataclasses.field(default_factory=dict)
-    within_stage: tuple[
-        tuple[int, int, str, float], ...
-    ] = ()  # (stage, step, task, accuracy) within stages, fixed small sets
+    # (stage, step, task, accuracy) within stages, on fixed small sets
+    within_stage: tuple[tuple[int, int, str, float], ...] = ()
     evaluated: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
-    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # of general tasks, by the config's names
+    # groups of general tasks, by the config's names
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -130,7 +131,7 @@ class AccuracyTable:
 
     @property
     def final(self) -> int:
-        """S: the last complete row; the last row with anything where none after the base is complete."""
+        """S: the last complete row; the last row with a cell if no row after the base is complete."""
         rows = [
             i
             for i in range(1, len(self.stages) + 1)
@@ -144,7 +145,7 @@ class AccuracyTable:
         return bool(self.stages) and self.final == len(self.stages) and not self.missing(base=False)
 
     def missing(self, base: bool = True) -> list[tuple[int, str]]:
-        """Returns the cells up to S, or the end of the schedule, that have no value."""
+        """Return the cells of the whole schedule that have no value."""
         return [
             (i, t)
             for i in range(0 if base else 1, len(self.stages) + 1)
@@ -167,12 +168,12 @@ class AccuracyTable:
         return [t for t in self.trained() if self.last(t) < self.final]
 
     def peak(self, task: str, upto: int) -> int:
-        """Returns the stage of 1..upto at which the task scored best, the earliest of equals."""
+        """Return the stage of 1..upto at which the task scored best; of equals, the earliest."""
         rows = [i for i in range(1, upto + 1) if (i, task) in self.cells]
         return max(rows, key=lambda i: self.cells[i, task].value, default=self.final)
 
     def array(self) -> np.ndarray:
-        """Returns R, [stages + 1, tasks], NaN where nothing was measured."""
+        """Return R, [stages + 1, tasks], NaN in unmeasured cells."""
         return np.array(
             [
                 [self.cells.get((i, t), NO_CELL).value for t in self.tasks]
@@ -182,6 +183,7 @@ class AccuracyTable:
 
 
 def add_cell_weights(*terms: tuple[float, int | str, str]) -> CellWeights:
+    """Sum terms of (weight, row, task) by cell."""
     total: CellWeights = {}
     for weight, row, task in terms:
         total[row, task] = total.get((row, task), 0.0) + weight
@@ -189,13 +191,13 @@ def add_cell_weights(*terms: tuple[float, int | str, str]) -> CellWeights:
 
 
 def mean_of_sums(sums: Sequence[CellWeights], cells: Mapping) -> dict[str, Any]:
-    """Averages those sums whose cells are all known; returns value, stderr, 95 % interval, and how many went in."""
+    """Average the sums whose cells are all known; return value, stderr, 95 % interval and their number."""
     known = [s for s in sums if all(key in cells for key in s)]
     weights = add_cell_weights(*((w / len(known), *key) for s in known for key, w in s.items()))
     if not known:
         return {"value": None, "stderr": None, "ci95": None, "terms": 0}
     value = math.fsum(w * cells[key].value for key, w in weights.items())
-    # a weight of 0 (the peak is the last row) takes its cell out of the error too
+    # a weight of 0 (if the peak is the last row) removes its cell from the error too
     error = math.sqrt(math.fsum((w * cells[key].stderr) ** 2 for key, w in weights.items() if w))
     error = error if math.isfinite(error) else None
     interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
@@ -203,14 +205,19 @@ def mean_of_sums(sums: Sequence[CellWeights], cells: Mapping) -> dict[str, Any]:
 
 
 def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
-    """States each number of `formulas` as weighted sums of cells of the accuracy table."""
+    """Express each metric of FORMULAS as weighted sums of cells of the accuracy table."""
     S, old, trained = t.final, t.old(), t.trained()
     seen = {
         i: [j for j in t.tasks if 1 <= t.first(j) <= i and (i, j) in t.cells]
         for i in range(1, S + 1)
     }
-    since_base = lambda tasks: [add_cell_weights((1, S, j), (-1, 0, j)) for j in tasks if S]
-    to_peak = lambda j: add_cell_weights((1, S, j), (-1, t.peak(j, S), j))
+
+    def since_base(tasks: Iterable[str]) -> list[CellWeights]:
+        return [add_cell_weights((1, S, j), (-1, 0, j)) for j in tasks if S]
+
+    def to_peak(j: str) -> CellWeights:
+        return add_cell_weights((1, S, j), (-1, t.peak(j, S), j))
+
     to_diagonal = [add_cell_weights((1, S, j), (-1, t.last(j), j)) for j in old]
     return {
         "avg_acc": [add_cell_weights((1, S, j)) for j in t.tasks],
@@ -239,46 +246,41 @@ def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
 
 
 def formulas_of_table(t: AccuracyTable) -> dict[str, Formula]:
-    """FORMULAS, and two more for each group of general tasks."""
-    found = dict(FORMULAS)
+    """Return FORMULAS, and two more for each group of general tasks."""
+    formulas = dict(FORMULAS)
     for name, tasks in t.groups.items():
-        found[name] = Formula(f"mean over {', '.join(tasks)} of R[S,j] - R[0,j]", "higher")
-        found[f"{name}_forced"] = Formula(
-            f"{name} of answers after the forced prefix: change that is not format", "higher"
+        formulas[name] = Formula(f"mean over {', '.join(tasks)} of R[S,j] - R[0,j]", "higher")
+        formulas[f"{name}_forced"] = Formula(
+            f"{name} of responses after the forced prefix: change that is not format", "higher"
         )
-    return found
+    return formulas
 
 
 def forgetting_metrics(
     t: AccuracyTable, joint: AccuracyTable | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Computes every number of `formulas`; formula and wished-for direction travel with each."""
-    final = (
-        {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final}
-        if joint and joint.final
-        else {}
-    )
-    parts = formula_sums(t)
-    found = {name: mean_of_sums(part, t.cells | final) for name, part in parts.items()}
-    found["fm_forced"] = mean_of_sums(parts["fm_diagonal"], t.forced)
-    found |= {
-        f"{name}_forced": mean_of_sums(parts[name], t.forced)
-        for name in ("general_delta", *t.groups)
-    }
-    now = t.stages[t.final - 1] if t.final else ()
-    found["kl_new"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in now], t.base_kl)
-    found["kl_old"] = mean_of_sums(
-        [add_cell_weights((1, t.final, j)) for j in [*t.old(), *t.general]], t.base_kl
-    )
+    """Compute every metric, each with its formula and the direction that is better."""
+    joint_cells: Cells = {}
+    if joint and joint.final:
+        joint_cells = {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final}
+    sums = formula_sums(t)
+    metrics = {name: mean_of_sums(parts, t.cells | joint_cells) for name, parts in sums.items()}
+    metrics["fm_forced"] = mean_of_sums(sums["fm_diagonal"], t.forced)
+    for name in ("general_delta", *t.groups):
+        metrics[f"{name}_forced"] = mean_of_sums(sums[name], t.forced)
+    new = t.stages[t.final - 1] if t.final else ()
+    old = [*t.old(), *t.general]
+    metrics["kl_new"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in new], t.base_kl)
+    metrics["kl_old"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in old], t.base_kl)
     return {
-        name: {**found[name], "formula": f.text, "better": f.better}
+        name: {**metrics[name], "formula": f.text, "better": f.better}
         for name, f in formulas_of_table(t).items()
     }
 
 
 def measure_format_share(t: AccuracyTable) -> dict[str, Any]:
-    """Splits the loss on old and general tasks into format (gone once the prefix is forced) and the rest."""
-    kept = {"formula": FORMAT_SHARE.text, "better": FORMAT_SHARE.better}
+    """Split the loss on old and general tasks into format, which a forced prefix removes, and the rest."""
+    formula = {"formula": FORMAT_SHARE.text, "better": FORMAT_SHARE.better}
     pairs = [(t.last(j), j) for j in t.old()] + [(0, j) for j in t.general]
     pairs = [
         (i, j)
@@ -286,39 +288,45 @@ def measure_format_share(t: AccuracyTable) -> dict[str, Any]:
         if all(key in cells for key in ((i, j), (t.final, j)) for cells in (t.cells, t.forced))
     ]
     if not pairs or not t.final:
-        return {"value": None, "loss": None, "loss_forced": None, "terms": 0, **kept}
+        return {"value": None, "loss": None, "loss_forced": None, "terms": 0, **formula}
     loss, forced = (
         float(np.mean([c[i, j].value - c[t.final, j].value for i, j in pairs]))
         for c in (t.cells, t.forced)
     )
     share = float(np.clip(1 - forced / loss, 0, 1)) if loss >= 0.02 else None
-    return {"value": share, "loss": loss, "loss_forced": forced, "terms": len(pairs), **kept}
+    return {"value": share, "loss": loss, "loss_forced": forced, "terms": len(pairs), **formula}
 
 
 def per_stage_metrics(t: AccuracyTable) -> list[dict[str, Any]]:
-    """Returns for each stage: gain on its tasks and drop on all others (paper C, from the stage's start), loss so far, KL."""
+    """Compute the metrics of each stage.
+
+    Gain on its tasks and drop on all others are measured from the stage's start (paper C),
+    loss from the stage that last trained each task before.
+    """
+
+    def mean(sums: Sequence[CellWeights], cells: Cells) -> float | None:
+        return mean_of_sums(sums, cells)["value"]
+
     rows = []
     for s, tasks in enumerate(t.stages, 1):
-        change = lambda j, i, s=s: add_cell_weights((1, i, j), (-1, s, j))
         others = [j for j in (*t.tasks, *t.general) if j not in tasks]
-        before = {
-            j: max((i for i, a in enumerate(t.stages[: s - 1], 1) if j in a), default=0)
+        learned = {
+            j: max((i for i, trained in enumerate(t.stages[: s - 1], 1) if j in trained), default=0)
             for j in others
         }
-        lost = [change(j, i) for j, i in before.items() if i or j in t.general]
-        values = {
-            "gain": mean_of_sums(
-                [add_cell_weights((1, s, j), (-1, s - 1, j)) for j in tasks], t.cells
-            )["value"],
-            "drop": mean_of_sums([change(j, s - 1) for j in others], t.cells)["value"],
-            "loss": mean_of_sums(lost, t.cells)["value"],
-            "kl_new": mean_of_sums([add_cell_weights((1, s, j)) for j in tasks], t.base_kl)[
-                "value"
-            ],
-            "kl_old": mean_of_sums(
-                [add_cell_weights((1, s, j)) for j in others if before[j] or j in t.general],
-                t.base_kl,
-            )["value"],
-        }
-        rows.append({"stage": s, "tasks": list(tasks), **values})
+        known = [j for j in others if learned[j] or j in t.general]
+        gain = [add_cell_weights((1, s, j), (-1, s - 1, j)) for j in tasks]
+        drop = [add_cell_weights((1, s - 1, j), (-1, s, j)) for j in others]
+        loss = [add_cell_weights((1, learned[j], j), (-1, s, j)) for j in known]
+        rows.append(
+            {
+                "stage": s,
+                "tasks": list(tasks),
+                "gain": mean(gain, t.cells),
+                "drop": mean(drop, t.cells),
+                "loss": mean(loss, t.cells),
+                "kl_new": mean([add_cell_weights((1, s, j)) for j in tasks], t.base_kl),
+                "kl_old": mean([add_cell_weights((1, s, j)) for j in known], t.base_kl),
+            }
+        )
     return rows

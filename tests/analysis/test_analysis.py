@@ -22,7 +22,7 @@ from cptjax.models import logprobs
 
 ROOT = Path(__file__).parents[2]
 
-# ---- mixture -------------------------------------------------------------------------------------------------------------
+# ---- mixture -------------------------------------------------------------------------------------
 
 FORWARD, SLOW_FORWARD, REVERSE, ONE_FORWARD, ONE_REVERSE = mixture.MIXTURE_SETTINGS
 
@@ -87,7 +87,7 @@ def test_the_finding_compares_at_equal_gain(tmp_path):
     )
 
 
-# ---- drift ---------------------------------------------------------------------------------------------------------------
+# ---- drift ---------------------------------------------------------------------------------------
 
 
 def run_with(folder, rows):
@@ -160,7 +160,7 @@ def test_distances_of_weights_by_part():
     assert drift.distance_metrics(found["vision"], "x ")["x L2"] == 0
 
 
-# ---- fisher --------------------------------------------------------------------------------------------------------------
+# ---- fisher --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_equal_rewards_risk_nothing_and_ask_for_no_gradient():
     assert (found.rft, found.group, found.ratio) == (0, 0, None)
 
 
-# ---- influence -----------------------------------------------------------------------------------------------------------
+# ---- influence -----------------------------------------------------------------------------------
 
 
 def test_steepness_is_the_squared_gradient_by_the_logits():

@@ -36,7 +36,7 @@ CURVE_POINTS = 300  # at most, of one curve
 Curve = list[tuple[int, float]]  # (position in the run, value)
 
 
-# ---- one run -------------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def stage_lengths(run: ReportRun) -> dict[int, int]:
@@ -133,7 +133,7 @@ def base_kl_chart(runs: Sequence[tuple[str, int, ReportRun]]) -> Markup | None:
     return svg.line_chart(
         series,
         "KL against forgetting",
-        "KL(base || now) per token, on the stage's prompts",
+        "KL(base || current) per token, on the stage's prompts",
         "loss on other tasks, points",
         include=(0,),
         span=(0, 10),
@@ -204,7 +204,7 @@ def smooth_curve(values: Sequence[float]) -> list[float]:
     return averages
 
 
-# ---- several arms --------------------------------------------------------------------------------------------------------
+# ---- several arms --------------------------------------------------------------------------------
 
 
 def arms_plasticity_chart(arms: Sequence[Arm]) -> Markup | None:

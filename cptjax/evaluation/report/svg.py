@@ -54,7 +54,10 @@ def format_tick(value: float) -> str:
 
 
 def widen_range(values: Sequence[float], span: float, most: float = math.inf) -> list[float]:
-    """Return the range of values, widened to at least `span` so that noise does not fill an axis, and at most up to `most`."""
+    """Return the range of values, widened to at least `span` so that noise does not fill an axis.
+
+    Where possible it does not go above `most`.
+    """
     low, high = min(values), max(values)
     spare = max(0.0, span - (high - low)) / 2
     over = max(0.0, min(high + spare - most, spare))
@@ -140,7 +143,8 @@ def line_chart(
 ) -> Markup | None:
     """Plot lines and dots, None without a point.
 
-    `borders` are dashed vertical lines, `include` y values to reach, `span` the least range of each axis, `most` the end of x.
+    `borders` are dashed vertical lines, `include` y values to reach, `span` the least range of each
+    axis, and `most` the end of the x axis.
     """
     points = [p for s in series for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not points:

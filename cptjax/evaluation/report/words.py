@@ -95,7 +95,7 @@ def html_sentence(text: str, **parts: Any) -> Markup:
     return Markup(text).format(**{k: Markup("<b>{}</b>").format(v) for k, v in parts.items()})
 
 
-# ---- one run -------------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def run_headline(run: ReportRun) -> list[Markup]:
@@ -165,8 +165,8 @@ def format_share_sentence(run: ReportRun) -> list[Markup]:
         return []
     return [
         html_sentence(
-            "With a forced response prefix, the loss on earlier and general tasks is {forced} instead of {loss} points: "
-            "{share} of the loss is format.",
+            "With a forced response prefix, the loss on earlier and general tasks is {forced} "
+            "instead of {loss} points: {share} of the loss is format.",
             forced=format_percent(share["loss_forced"]),
             loss=format_percent(share["loss"]),
             share=f"{100 * share['value']:.0f}%",
@@ -174,7 +174,7 @@ def format_share_sentence(run: ReportRun) -> list[Markup]:
     ]
 
 
-# ---- several arms --------------------------------------------------------------------------------------------------------
+# ---- several arms --------------------------------------------------------------------------------
 
 
 def arm_mean(arm: Arm, name: str) -> float:
@@ -251,7 +251,7 @@ def best_and_worst_sentence(
 
 
 def count_agreeing_seeds(best: Arm, worst: Arm, name: str) -> int:
-    """Return the number of seeds or orders that both arms have, if `best` is above in each and they are three or more; else 0."""
+    """Return the number of seeds or orders that both arms have, 0 unless `best` is above in each of three or more."""
     high, low = (
         {run.variant: run.metric(name)["value"] for run in arm.runs} for arm in (best, worst)
     )
@@ -271,7 +271,10 @@ def _plasticity_sentence(arms: Sequence[Arm]) -> list[Markup]:
     if arm_mean(high, "learned_acc") - arm_mean(low, "learned_acc") <= EQUAL_LEARNING_GAP:
         text = "All learned about equally much: {l} to {h} right after each task's stage."
         return [html_sentence(text, **values)]
-    text = "They did not learn equally much ({low} {l}, {high} {h}): part of “forgets less” may be “learned less”."
+    text = (
+        "They did not learn equally much ({low} {l}, {high} {h}): "
+        "part of “forgets less” may be “learned less”."
+    )
     return [html_sentence(text, low=low.label, high=high.label, **values)]
 
 
