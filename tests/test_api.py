@@ -1,4 +1,4 @@
-"""load, generate, score, logits, save from Python, and launch/sample.py."""
+"""The Python interface, and launch/sample.py."""
 
 import dataclasses
 import os
@@ -17,14 +17,14 @@ from cptjax import sharding
 from cptjax.data import processor
 from cptjax.models.config import locate_checkpoint, read_model_config
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
-TALKS = [
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
+CONVERSATIONS = [
     [{"role": "user", "content": "Name a colour."}],
     [
         {
             "role": "user",
             "content": [
-                {"type": "image", "image": PICTURE},
+                {"type": "image", "image": IMAGE},
                 {"type": "text", "text": "What is this?"},
             ],
         }
@@ -35,63 +35,73 @@ TALKS = [
 
 @pytest.fixture(scope="module")
 def model():
-    """The tiny preset with logits wide enough to answer differently."""
+    """The tiny preset with logits wide enough for different responses."""
     plain = cptjax.load("tiny", mesh=sharding.make_mesh(devices=jax.devices()[:1]), dtype="float32")
     return dataclasses.replace(
         plain, params=jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, plain.params)
     )
 
 
-def test_generate_shape_seed_and_batches(model):
-    greedy = cptjax.generate(model, TALKS, max_new_tokens=8)
+def test_generate_depends_on_the_seed_and_not_on_the_batch(model):
+    greedy = cptjax.generate(model, CONVERSATIONS, max_new_tokens=8)
     assert [len(a) for a in greedy] == [1, 1, 1] and all(
-        isinstance(a, str) for answers in greedy for a in answers
+        isinstance(a, str) for texts in greedy for a in texts
     )
-    drawn = cptjax.generate(model, TALKS, n=3, temperature=1.0, max_new_tokens=8)
-    assert [len(a) for a in drawn] == [3, 3, 3] and len(
-        {a for answers in drawn for a in answers}
+    sampled = cptjax.generate(model, CONVERSATIONS, n=3, temperature=1.0, max_new_tokens=8)
+    assert [len(a) for a in sampled] == [3, 3, 3] and len(
+        {a for texts in sampled for a in texts}
     ) > 5
-    assert drawn == cptjax.generate(model, TALKS, n=3, temperature=1.0, max_new_tokens=8, batch=2)
-    assert drawn != cptjax.generate(model, TALKS, n=3, temperature=1.0, max_new_tokens=8, seed=1)
+    assert sampled == cptjax.generate(
+        model, CONVERSATIONS, n=3, temperature=1.0, max_new_tokens=8, batch=2
+    )
+    assert sampled != cptjax.generate(
+        model, CONVERSATIONS, n=3, temperature=1.0, max_new_tokens=8, seed=1
+    )
 
 
-def test_an_answer_ends_before_its_stop_string(model):
-    free = cptjax.generate(model, TALKS, n=2, temperature=1.0, max_new_tokens=12)
-    longest = max((a for answers in free for a in answers), key=len)
+def test_a_response_ends_before_its_stop_string(model):
+    free = cptjax.generate(model, CONVERSATIONS, n=2, temperature=1.0, max_new_tokens=12)
+    longest = max((a for texts in free for a in texts), key=len)
     for stop in (longest[3:5], longest[4]):
-        cut = cptjax.generate(model, TALKS, n=2, temperature=1.0, max_new_tokens=12, stop=[stop])
-        assert cut == [[a.split(stop)[0] for a in answers] for answers in free]
+        cut = cptjax.generate(
+            model, CONVERSATIONS, n=2, temperature=1.0, max_new_tokens=12, stop=[stop]
+        )
+        assert cut == [[a.split(stop)[0] for a in texts] for texts in free]
         assert cut != free
 
 
-def test_score_equals_logits(model):
+def test_score_is_the_log_probability_by_the_logits(model):
     """The log-probability of a completion is that of its tokens after the conversation."""
     words = ["blue", "a cat sat", "1 2 3"]
-    found = cptjax.score(model, TALKS, words)
-    prompts = cptjax.logits(model, TALKS)
-    for talk, word, scores, before in zip(TALKS, words, found, prompts, strict=True):
+    found = cptjax.score(model, CONVERSATIONS, words)
+    prompts = cptjax.logits(model, CONVERSATIONS)
+    for conversation, word, scores, before in zip(
+        CONVERSATIONS, words, found, prompts, strict=True
+    ):
         ids = model.processor.ids(word)
         assert scores.shape == (len(ids),)
         want = before[-1] - np.logaddexp.reduce(before[-1].astype(np.float64))
         np.testing.assert_allclose(scores[0], want[ids[0]], atol=1e-4)
-        np.testing.assert_allclose(cptjax.score(model, [talk], [ids])[0], scores, atol=1e-4)
+        np.testing.assert_allclose(cptjax.score(model, [conversation], [ids])[0], scores, atol=1e-4)
 
 
-def test_save_and_load(model, tmp_path):
-    """A saved folder gives the same answers and logits, on eight devices too."""
+def test_a_saved_folder_loads_as_the_same_model(model, tmp_path):
+    """With the same responses and logits, on eight devices too."""
     cptjax.save(model, tmp_path / "saved")
     for mesh in (model.mesh, sharding.make_mesh(2, 2, 2)):
         again = cptjax.load(tmp_path / "saved", mesh=mesh, dtype="float32")
         assert again.config.text == model.config.text and again.config.eos == model.config.eos
-        for a, b in zip(cptjax.logits(model, TALKS), cptjax.logits(again, TALKS), strict=True):
+        for a, b in zip(
+            cptjax.logits(model, CONVERSATIONS), cptjax.logits(again, CONVERSATIONS), strict=True
+        ):
             np.testing.assert_allclose(a, b, atol=2e-4)
-        assert cptjax.generate(again, TALKS, max_new_tokens=6) == cptjax.generate(
-            model, TALKS, max_new_tokens=6
+        assert cptjax.generate(again, CONVERSATIONS, max_new_tokens=6) == cptjax.generate(
+            model, CONVERSATIONS, max_new_tokens=6
         )
 
 
-def test_a_model_of_the_hub(model, tmp_path, monkeypatch):
-    """The same model as from its folder; for its shape and tokenizer alone no weights are asked for; a hub that fails is one line."""
+def test_a_hub_id_loads_as_its_folder(model, tmp_path, monkeypatch):
+    """Config and tokenizer alone download no weights; a hub that fails is one line."""
     cptjax.save(model, tmp_path / "saved")
     asked = []
 
@@ -109,7 +119,7 @@ def test_a_model_of_the_hub(model, tmp_path, monkeypatch):
     again = cptjax.load("org/a.Model-3", mesh=model.mesh, dtype="float32")
     assert asked[1:] == [(*asked[0], "*.safetensors")]
     np.testing.assert_array_equal(
-        cptjax.logits(again, TALKS[:1])[0], cptjax.logits(model, TALKS[:1])[0]
+        cptjax.logits(again, CONVERSATIONS[:1])[0], cptjax.logits(model, CONVERSATIONS[:1])[0]
     )
     with pytest.raises(
         ValueError,
@@ -121,7 +131,7 @@ def test_a_model_of_the_hub(model, tmp_path, monkeypatch):
             locate_checkpoint(path)
 
 
-def test_names_are_looked_up_when_used():
+def test_public_names_are_imported_on_first_use():
     """The package itself loads without jax, for modules that only read text."""
     code = "import sys, cptjax, cptjax.common.run_log; assert 'jax' not in sys.modules; print(sorted(cptjax.__all__)); cptjax.nothing"
     out = subprocess.run(
@@ -143,27 +153,30 @@ def test_names_are_looked_up_when_used():
             "dtype='float8'; expected one of float32, bfloat16",
         ),
         (lambda m: cptjax.generate(m, []), "expected a list of conversations"),
-        (lambda m: cptjax.generate(m, TALKS[0]), "expected a list of conversations"),
+        (lambda m: cptjax.generate(m, CONVERSATIONS[0]), "expected a list of conversations"),
         (
-            lambda m: cptjax.generate(m, TALKS, stop=[""]),
+            lambda m: cptjax.generate(m, CONVERSATIONS, stop=[""]),
             "expected strings with at least one character",
         ),
-        (lambda m: cptjax.generate(m, TALKS, batch=0), "batch=0"),
-        (lambda m: cptjax.generate(m, TALKS, max_new_tokens=0), "max_new_tokens=0"),
-        (lambda m: cptjax.generate(m, TALKS, max_new_tokens=5000), "5000 new ones exceed"),
-        (lambda m: cptjax.score(m, TALKS, ["a"]), "got 1 completions for 3 conversations"),
-        (lambda m: cptjax.score(m, TALKS[:1], [""]), "completion 0: expected at least one token"),
+        (lambda m: cptjax.generate(m, CONVERSATIONS, batch=0), "batch=0"),
+        (lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=0), "max_new_tokens=0"),
+        (lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=5000), "5000 new ones exceed"),
+        (lambda m: cptjax.score(m, CONVERSATIONS, ["a"]), "got 1 completions for 3 conversations"),
+        (
+            lambda m: cptjax.score(m, CONVERSATIONS[:1], [""]),
+            "completion 0: expected at least one token",
+        ),
     ],
 )
-def test_wrong_calls_are_one_line(model, call, words):
+def test_a_wrong_call_is_one_line(model, call, words):
     with pytest.raises(ValueError, match=words) as error:
         call(model)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-def test_launcher_prints_answers_and_ends_with_one_line_on_a_mistake(tmp_path):
-    PICTURE.save(tmp_path / "a.png")
+def test_sample_prints_responses_and_one_line_on_a_mistake(tmp_path):
+    IMAGE.save(tmp_path / "a.png")
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root)}
     run = lambda *flags: subprocess.run(

@@ -1,4 +1,4 @@
-"""Our model against transformers' on random tiny checkpoints that transformers saves and our loader reads."""
+"""Our model equals transformers on random tiny checkpoints that transformers saves and we load."""
 
 import functools
 
@@ -58,7 +58,7 @@ CASES = {
 
 @functools.cache
 def _models(key: str, folder: str):
-    """(transformers' model, our config, our parameters)."""
+    """Return (transformers' model, our config, our parameters)."""
     kwargs = dict(next(k for k, *_ in CASES.values() if str(k) == key))
     return (
         tiny.torch_model(**kwargs),
@@ -76,8 +76,8 @@ def case(request, tmp_path_factory):
     )
     model, cfg, params = _models(str(kwargs), str(root))
     rng = np.random.default_rng(1)
-    drawn = [tiny.random_row(row, cfg, rng) for row in rows]
-    return model, cfg, params, tiny.prompts(drawn, cfg, left), tiny.hf_inputs(drawn, cfg, left)
+    rows = [tiny.random_row(row, cfg, rng) for row in rows]
+    return model, cfg, params, tiny.prompts(rows, cfg, left), tiny.hf_inputs(rows, cfg, left)
 
 
 def _real(prompts) -> np.ndarray:
@@ -86,7 +86,7 @@ def _real(prompts) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _layers(params, prompts, cfg):
-    """The hidden states after every vision block, after every text block, and the logits: `forward`, written out."""
+    """Return the hidden states after every vision block, after every text block, and the logits."""
     tower, seen = [], []
     take = lambda blocks, i: jax.tree.map(lambda x: x[i], blocks)
     if (v := prompts.vision) is not None:
@@ -117,7 +117,7 @@ def _layers(params, prompts, cfg):
     )
 
 
-def test_logits_and_every_layer(case):
+def test_logits_and_every_layer_equal_transformers(case):
     model, cfg, params, prompts, inputs = case
     caught = {"vision": [], "text": []}
     hooks = [
@@ -159,7 +159,7 @@ def _loss(params, prompts, weights, cfg):
 
 
 def _stored(grads, cfg):
-    """Our gradients under transformers' names and in its shapes."""
+    """Return our gradients by the names of transformers and in its shapes."""
     declared = hf_checkpoint.declared_leaves(cfg)
     for name, entry in hf_checkpoint.tensor_table(cfg).items():
         leaf = grads
@@ -177,7 +177,7 @@ def _stored(grads, cfg):
         )
 
 
-def test_gradients_of_a_token_loss(case):
+def test_gradients_equal_transformers(case):
     model, cfg, params, prompts, inputs = case
     weights = (_real(prompts) & (prompts.slots < 0)).astype(np.float32)
     weights[:, 1:] *= _real(prompts)[:, :-1]  # a row's first token has nothing before it
@@ -198,15 +198,15 @@ def test_gradients_of_a_token_loss(case):
         assert off < 1e-3, f"gradient of {name} is off by {off:.1e}"
 
 
-def test_three_steps_of_training(tmp_path):
-    """AdamW, clip and decay as torch has them: the same losses and norms, and every weight goes the same way."""
+def test_three_steps_of_training_equal_torch(tmp_path):
+    """AdamW, clipping and decay as in torch: the same losses and norms, and the same updates."""
     lr, decay, clip, betas = 1e-3, 0.1, 1.0, (0.9, 0.99)
     model, cfg = tiny.torch_model(), tiny.our_config()
     params = jax.tree.map(
         jnp.asarray, hf_checkpoint.load_hf_checkpoint(tiny.save(tmp_path / "start"), cfg)
     )
-    drawn = [tiny.random_row(row, cfg, np.random.default_rng(i)) for i, row in enumerate(MIXED)]
-    prompts, inputs = tiny.prompts(drawn, cfg), tiny.hf_inputs(drawn, cfg)
+    rows = [tiny.random_row(row, cfg, np.random.default_rng(i)) for i, row in enumerate(MIXED)]
+    prompts, inputs = tiny.prompts(rows, cfg), tiny.hf_inputs(rows, cfg)
     mask = (_real(prompts) & (prompts.slots < 0))[:, 1:] & _real(prompts)[:, :-1]
     targets = prompts.tokens[:, 1:]
     batch = Batch(

@@ -1,4 +1,4 @@
-"""The model on meshes of eight CPU devices: the numbers of one device."""
+"""Sharding: a mesh of eight CPU devices gives the numbers of one device."""
 
 import dataclasses
 import functools
@@ -32,11 +32,11 @@ def _loss(params, prompts, cfg):
 
 @functools.cache
 def _run(sizes, group=False):
-    """Logits (or group states) and gradients; on one device where `sizes` is None."""
+    """Return logits (or group states) and gradients; on one device where `sizes` is None."""
     cfg, params = _model()
     mesh = None if sizes is None else sharding.make_mesh(*sizes)
-    drawn = [tiny.random_row(row, cfg, np.random.default_rng(i)) for i, row in enumerate(ROWS)]
-    prompts = tiny.prompts(drawn, cfg, shards=sharding.batch_shards(mesh))
+    rows = [tiny.random_row(row, cfg, np.random.default_rng(i)) for i, row in enumerate(ROWS)]
+    prompts = tiny.prompts(rows, cfg, shards=sharding.batch_shards(mesh))
     responses = np.random.default_rng(5).integers(10, 300, (4, 3, 6)).astype(np.int32)
 
     def group_loss(params, prompts, responses):
@@ -63,7 +63,7 @@ def _run(sizes, group=False):
 
 
 @pytest.mark.parametrize("sizes, group", [((1, 1, 8), False), *((sizes, True) for sizes in MESHES)])
-def test_mesh_equals_one_device(sizes, group):
+def test_a_mesh_gives_the_numbers_of_one_device(sizes, group):
     """Rows on the other meshes: test_train."""
     (a, da, real), (b, db, _) = _run(sizes, group), _run(None, group)
     keep = slice(None) if group else real
@@ -72,8 +72,8 @@ def test_mesh_equals_one_device(sizes, group):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y) + 1e-7, jax.tree_util.keystr(path)
 
 
-def test_parameters_are_cut_over_fsdp_and_model():
-    """No large leaf is whole on a device of a mesh that can cut it; fewer key/value heads than `model` are copied."""
+def test_parameters_are_sharded_over_fsdp_and_model():
+    """No device holds a large leaf whole; fewer key/value heads than devices on `model` are copied."""
     cfg, _ = _model()
     mesh = sharding.make_mesh(1, 2, 4)
     tree = sharding.abstract_params(
@@ -91,7 +91,7 @@ def test_parameters_are_cut_over_fsdp_and_model():
             ) or name.endswith("['b']"), name
 
 
-def test_init_does_not_depend_on_the_mesh():
+def test_initial_parameters_do_not_depend_on_the_mesh():
     cfg, _ = _model()
     small = {"text": qwen2_5_vl.declare_params(cfg)["text"]}
     wanted = sharding.init_params(small, jax.random.key(3), jnp.float32)
@@ -106,7 +106,7 @@ def test_init_does_not_depend_on_the_mesh():
     )
 
 
-def test_mesh_fills_the_free_axis():
+def test_the_free_axis_of_a_mesh_takes_the_other_devices():
     assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "model": 1}
     assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "model": 2}
     assert (
@@ -127,7 +127,7 @@ def test_slices_must_divide_the_data_axis():
         sharding.make_mesh(slices=0)
 
 
-def test_what_cannot_be_cut_is_refused_with_the_numbers():
+def test_a_dimension_that_the_mesh_does_not_divide_is_refused():
     mesh = sharding.make_mesh(1, 1, 8)
     with pytest.raises(ValueError, match="'heads' of size 28 cannot be cut 8 ways"):
         sharding.named_sharding((None, "heads"), mesh, (3, 28))
@@ -139,8 +139,8 @@ def test_what_cannot_be_cut_is_refused_with_the_numbers():
         sharding.partition_spec(("heads", "mlp"))
 
 
-def test_param_counts_its_inputs():
-    """Each linear leaf says which axes meet x: the converter and the adapters trust it."""
+def test_params_count_their_inputs():
+    """Checkpoint conversion and adapters need the number of contracted axes of each leaf."""
     for path, p in jax.tree.leaves_with_path(
         qwen2_5_vl.declare_params(_model()[0]), is_leaf=sharding.is_param
     ):

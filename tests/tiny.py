@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL on both sides, random checkpoints saved by transformers, and rows built for both."""
+"""A tiny Qwen2.5-VL in cptjax and transformers, random checkpoints, and input rows for both."""
 
 import copy
 import dataclasses
@@ -43,7 +43,7 @@ VISION = {
 
 
 def hf_config(tied: bool = False, text: dict | None = None, vision: dict | None = None) -> Any:
-    """transformers' config of the tiny model; 8 heads, so that every mesh of the tests divides them."""
+    """Return transformers' config of the tiny model; every mesh of the tests divides its 8 heads."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -62,7 +62,7 @@ def our_config(**kwargs: Any) -> ModelConfig:
 
 
 def torch_model(seed: int = 0, **kwargs: Any) -> Any:
-    """A random transformers model in float32 whose every weight matters: no zero biases, no unit norms, visible logits."""
+    """Return a random transformers model in which every weight matters: no zero biases or unit norms."""
     torch = pytest.importorskip("torch")
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -76,7 +76,7 @@ def torch_model(seed: int = 0, **kwargs: Any) -> Any:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Our tree in numpy, as visible as `torch_model`."""
+    """Return our parameters in numpy, at the scale of `torch_model`."""
     import jax
 
     rng = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
 def save(
     folder: str | Path, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **kwargs: Any
 ) -> Path:
-    """A random checkpoint folder as transformers writes it; `shard` ("100KB") splits it into several files."""
+    """Write a random checkpoint with transformers; `shard` ("100KB") splits it into several files."""
     torch = pytest.importorskip("torch")
 
     torch_model(seed, **kwargs).to(getattr(torch, dtype)).save_pretrained(
@@ -158,7 +158,7 @@ def random_row(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Prepared
 def _vision(
     rows: list[PreparedRow], cfg: ModelConfig, spare: int
 ) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
-    """Every frame of the rows on one vision row: the slots of each row's placeholders, and (patches, positions, frames)."""
+    """Return the slots of each row's placeholders, and (patches, positions, frames) of one vision row."""
     patches, places, frames, slots, at, number = [], [], [], [], 0, 0
     for row in rows:
         mine = []
@@ -191,7 +191,7 @@ def prompts(
     length: int | None = None,
     shards: int = 1,
 ) -> Prompts:
-    """Padded rows; the vision of each of `shards` equal parts of the batch on one vision row of its own."""
+    """Return padded rows; each of `shards` equal parts of the batch has a vision row."""
     length = length or max(len(r.tokens) for r in rows)
     b, per = len(rows), len(rows) // shards
     out = Prompts(
@@ -223,7 +223,7 @@ def prompts(
 
 
 def hf_inputs(rows: list[PreparedRow], cfg: ModelConfig, left: bool = True) -> dict[str, Any]:
-    """The same rows as transformers' keyword arguments."""
+    """Return the same rows as keyword arguments of transformers."""
     torch = pytest.importorskip("torch")
 
     ours = prompts(rows, cfg, left)

@@ -49,7 +49,7 @@ def short_row_backend(backend: str) -> str:
 
 
 def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
-    """Return the back end that the user names, or the best for the mesh's platform and the model."""
+    """Return the back end that the user names, or the best for the mesh and the model."""
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
@@ -63,8 +63,8 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
     if wanted == "cudnn" and not fits:
         raise ValueError(
             "model.attention='cudnn': expected bfloat16 and heads of 8, 16, ... 128 on an NVIDIA "
-            f"GPU, got {jnp.dtype(dtype).name} and heads of {widths[0]} and {widths[1]} on {platform}; "
-            "set it to 'auto'"
+            f"GPU, got {jnp.dtype(dtype).name} and heads of {widths[0]} and {widths[1]} on "
+            f"{platform}; set it to 'auto'"
         )
     if wanted != "auto":
         return wanted

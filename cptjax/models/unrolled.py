@@ -1,7 +1,8 @@
 """Speed on CPUs: the decoder's layers without a loop, and with fused products.
 
 A loop over stacked weights copies the weights of each layer before use, and many narrow products
-run slower than few wide ones (on GPUs too, when decoding). `ModelConfig.unroll` asks for another form of the same weights:
+run slower than few wide ones (on GPUs too, when decoding). `ModelConfig.unroll` asks for another
+form of the same weights:
 
     stacked    blocks = {"q": {"w": [L D N H]}, ...}, run by jax.lax.scan
     unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers

@@ -1,4 +1,4 @@
-"""Every attention kernel equals `reference`, values and gradients; the TPU kernel runs here by interpretation."""
+"""Every attention back end equals the reference, values and gradients; the TPU kernel is interpreted."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def interpret(monkeypatch):
 
 @pytest.fixture
 def portable_cudnn(monkeypatch):
-    """The call that goes to cuDNN, answered by XLA: the same arguments, the same conventions."""
+    """The call of cuDNN, computed by XLA: the same arguments, the same conventions."""
     calls, original = [], jax.nn.dot_product_attention
 
     def answer(*args, implementation, **kwargs):
@@ -63,7 +63,7 @@ def portable_cudnn(monkeypatch):
 
 
 def _naive(q, k, v, segments, causal):
-    """Attention by loops, to hold the reference itself to account."""
+    """Attention by loops, to test the reference itself."""
     out = np.zeros(q.shape)
     b, t, n, h = q.shape
     for i, j, head in np.ndindex(b, t, n):
@@ -77,7 +77,7 @@ def _naive(q, k, v, segments, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_reference_is_attention_within_segments(causal):
+def test_the_reference_attends_within_segments(causal):
     q, k, v, _ = _draw(2, 9, 9, 4, 2, 8)
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
     out = attention.attend(q, k, v, segments, segments, causal=causal, backend="xla")
@@ -86,7 +86,7 @@ def test_reference_is_attention_within_segments(causal):
     )
 
 
-def test_mask_picture():
+def test_the_mask_is_the_diagram_of_the_docstring():
     segments = jnp.array([[1, 1, 2, 2, 0]])
     mask = attention.segment_mask(segments, segments, True)[0]
     assert ["".join(".x"[int(x)] for x in row) for row in mask] == [
@@ -98,8 +98,8 @@ def test_mask_picture():
     ]
 
 
-def test_group_picture():
-    """A response sees the whole prompt and its own past: the gradient of each output says which inputs it read."""
+def test_a_response_reads_the_prompt_and_its_own_past():
+    """The gradient of each output says which inputs it read."""
     q, k, v, _ = _draw(1, 6, 6, 2, 1, 8)
     run = lambda v: attention.attend_group(q, k, v, jnp.ones((1, 2), int), 2, 2, "xla")[0].sum(
         (-1, -2)
@@ -124,7 +124,7 @@ SPLASH = {  # heads, kv heads, head width, segments, causal
 
 
 @pytest.mark.parametrize("name", SPLASH)
-def test_splash(name, interpret):
+def test_splash_equals_the_reference(name, interpret):
     n, kv, h, segments, causal = SPLASH[name]
     segments = np.array(segments)
     b, t = segments.shape
@@ -141,8 +141,8 @@ def test_splash(name, interpret):
     "scores", [1, 200 * 200 * 4, 1 << 19], ids=["a row", "two rows", "all rows"]
 )
 @pytest.mark.parametrize("causal", [True, False])
-def test_tiled(scores, causal, monkeypatch):
-    """However many rows a tile has; the rows of padding see themselves, so nothing is left without a key."""
+def test_tiles_equal_the_reference(scores, causal, monkeypatch):
+    """For any number of rows in a tile; padding sees padding, so no query is without a key."""
     monkeypatch.setattr(attention_tiled, "SCORES", scores)
     segments = np.array([PACKED, LEFT, PACKED[::-1], LEFT[::-1]])
     q, k, v, weight = _draw(4, 200, 200, 4, 2, 32)
@@ -154,8 +154,8 @@ def test_tiled(scores, causal, monkeypatch):
     _compare(run("tiled"), run("xla"), q, k, v, weight, segments >= 0, 1e-5)
 
 
-def test_tiled_keeps_no_scores():
-    """What the backward pass is given has no array of queries x keys."""
+def test_tiles_keep_no_scores_for_the_gradient():
+    """The arrays kept for the backward pass hold none of queries x keys."""
     q, k, v, _ = _draw(64, 96, 96, 4, 2, 16)
     segments = np.ones((64, 96), np.int32)
     for backend, kept in (("xla", True), ("tiled", False)):
@@ -174,7 +174,7 @@ def test_tiled_keeps_no_scores():
     )
 
 
-def test_splash_bfloat16(interpret):
+def test_splash_in_bfloat16_is_close_to_float32(interpret):
     segments = np.array([PACKED])
     q, k, v, weight = _draw(1, 200, 200, 4, 2, 64, jnp.bfloat16)
     run = lambda backend: (
@@ -187,8 +187,10 @@ def test_splash_bfloat16(interpret):
 
 @pytest.mark.parametrize("backend", ["splash", "cudnn", "tiled"])
 @pytest.mark.parametrize("shape", [(150, 30), (128, 128)])
-def test_group(backend, shape, interpret, portable_cudnn, monkeypatch):
-    """Prompt and responses in one row, left padded, through kernels that know plain rows only."""
+def test_group_attention_equals_copies_of_the_prompt(
+    backend, shape, interpret, portable_cudnn, monkeypatch
+):
+    """With left-padded prompts, through kernels that take plain rows only."""
     monkeypatch.setattr(attention_tiled, "SCORES", 200 * 200)
     p, r = shape
     g, nq = 3, 2
@@ -206,8 +208,8 @@ def test_group(backend, shape, interpret, portable_cudnn, monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("h", [80, 128])
-def test_cudnn_arguments(h, causal, portable_cudnn):
-    """Packing reaches the GPU kernel (a peer's drops it there)."""
+def test_the_arguments_of_cudnn_give_the_reference(h, causal, portable_cudnn):
+    """Segments of packed rows reach the GPU kernel."""
     segments = np.array([PACKED, LEFT])
     q, k, v, weight = _draw(2, 200, 200, 4, 2, h, jnp.bfloat16)
     run = lambda backend: (
@@ -224,8 +226,8 @@ MESHES = {"2,2,2": (2, 2, 2), "1,4,2": (1, 4, 2), "1,1,8": (1, 1, 8)}
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("kernel", ["splash", "tiled"])
-def test_kernel_on_a_mesh(sizes, kernel, interpret, monkeypatch):
-    """Each device runs its own rows and heads; key/value heads are copied where `model` has more members than they are."""
+def test_a_mesh_does_not_change_a_kernel(sizes, kernel, interpret, monkeypatch):
+    """Each device runs its own rows and heads; few key/value heads are copied over `model`."""
     monkeypatch.setattr(attention_tiled, "SCORES", 100 * 100)
     mesh = sharding.make_mesh(*sizes)
     segments = np.array([PACKED, LEFT] * 2)[:, 60:]
@@ -240,7 +242,7 @@ def test_kernel_on_a_mesh(sizes, kernel, interpret, monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_backend_follows_the_mesh():
+def test_the_platform_of_the_mesh_chooses_the_back_end():
     cfg = PRESETS["7b"]
     assert (
         attention.choose_backend(None, cfg, "float32") == "tiled"
@@ -256,8 +258,8 @@ def test_backend_follows_the_mesh():
         attention.choose_backend(None, cfg, "bfloat16", "flash")
 
 
-def test_cudnn_is_named_only_where_it_runs():
-    """float32, or a tower whose heads it does not take, means another kernel, and saying so; asked for by name it is refused."""
+def test_cudnn_is_chosen_only_where_it_runs():
+    """float32, or heads of other sizes, choose another back end; cudnn by name is then refused."""
     cfg = PRESETS["7b"]
     odd = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=16 * 84))
     gpu, cpu = (
@@ -281,8 +283,8 @@ def test_cudnn_is_named_only_where_it_runs():
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 1, 8)])
 @pytest.mark.parametrize("t", [127, 128])
-def test_cudnn_lowers_for_a_gpu(t, sizes, monkeypatch):
-    """The program that a CUDA machine would run calls cuDNN's fused attention, forward and backward, odd lengths and meshes too."""
+def test_a_gpu_program_calls_cudnn(t, sizes, monkeypatch):
+    """Forward and backward, with odd lengths and on meshes, without a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -320,7 +322,7 @@ def _arguments(tree, mesh, axes):
 
 
 def _compiled_for_tpu(f, params, *inputs):
-    """The gradient's program for a v5e slice, and how often it calls the flash kernels."""
+    """Return the program of the gradient for a v5e slice, and its number of flash kernel calls."""
     mesh = _slice()
     weights = sharding.abstract_params(params, jnp.bfloat16, mesh, sharding.rules_for(2, mesh))
     rows = _arguments(inputs, mesh, lambda x: ("batch",) + (None,) * (len(x.shape) - 1))
@@ -330,8 +332,8 @@ def _compiled_for_tpu(f, params, *inputs):
 
 
 @pytest.mark.slow
-def test_text_block_compiles_for_a_tpu_slice(no_cache):
-    """3B's decoder block, packed rows of 1,000 tokens, forward and backward, on v5e:2x2 that this machine does not have."""
+def test_the_decoder_block_compiles_for_a_tpu_slice(no_cache):
+    """The block of the 3B model, packed rows of 1,000 tokens, forward and backward, on v5e:2x2."""
     pytest.importorskip("libtpu")
     t = dataclasses.replace(PRESETS["3b"].text, depth=1)
     cfg = dataclasses.replace(PRESETS["3b"], text=t, attention="splash")
@@ -364,7 +366,7 @@ def test_text_block_compiles_for_a_tpu_slice(no_cache):
 
 
 @pytest.mark.slow
-def test_vision_tower_compiles_for_a_tpu_slice(no_cache):
+def test_the_vision_tower_compiles_for_a_tpu_slice(no_cache):
     """The released tower (head width 80) with a window block and a full block in one scan, under remat."""
     pytest.importorskip("libtpu")
     v = dataclasses.replace(PRESETS["3b"].vision, depth=2, full_blocks=(1,))

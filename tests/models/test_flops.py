@@ -1,4 +1,4 @@
-"""Hand counts against the parameters' own sizes, against small sums, and against compiled programs."""
+"""FLOPs by hand equal sizes of parameters, small sums, and the counts of compiled programs."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ TINY = PRESETS["tiny"]
 
 
 def _weights(tree, top):
-    """Elements of the linear maps below one part of the tree, the embedding left out."""
+    """Return the number of weights of the linear maps in a part of the tree, without the embedding."""
     flat = trainable.flatten_params(tree)
     return sum(math.prod(p.shape) for path, p in flat.items() if path[0] == top and path[-1] == "w")
 
@@ -60,7 +60,7 @@ def test_prefill_and_decode_make_a_forward_pass():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_compiled_forward_does_what_was_counted(depth):
-    """The plain attention computes whole squares: the hand count with every pair in place of the causal half."""
+    """The reference attention computes whole squares: every pair instead of the causal half."""
     cfg = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, depth=depth))
     b, t = 2, 48
     ids = jax.ShapeDtypeStruct((b, t), jnp.int32)

@@ -1,4 +1,4 @@
-"""Weights: Hugging Face folders in and out, streamed, strict, bit for bit."""
+"""Hugging Face checkpoints are read and written bit for bit, and damaged ones are refused."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def rewrite(folder: Path, change) -> None:
-    """All tensors in one file after `change(dict)`."""
+    """Apply `change(dict)` to the tensors, and write them to one file."""
     found = tensors(folder)
     for file in folder.glob("model*"):
         file.unlink()
@@ -158,7 +158,7 @@ def test_the_index_lists_every_tensor_where_it_is(folder):
 
 @pytest.mark.parametrize("source", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("wanted", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_any_type_in_any_type_out(tmp_path, source, wanted):
+def test_every_type_is_read_as_every_type(tmp_path, source, wanted):
     hf_checkpoint.write_random_checkpoint(CFG, tmp_path / "a", source)
     found = hf_checkpoint.load_hf_checkpoint(tmp_path / "a", CFG, dtype=wanted)["text"]["blocks"][
         "up"
@@ -171,7 +171,7 @@ def test_any_type_in_any_type_out(tmp_path, source, wanted):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1), (1, 1, 4)])
-def test_on_a_mesh_the_tree_is_the_same_and_lies_as_declared(folder, shape):
+def test_a_mesh_loads_the_same_tree_with_the_declared_shardings(folder, shape):
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
     params = hf_checkpoint.load_hf_checkpoint(folder, CFG, mesh)
     rules = sharding.rules_for(CFG.text.kv_heads, mesh)
@@ -187,7 +187,7 @@ def test_on_a_mesh_the_tree_is_the_same_and_lies_as_declared(folder, shape):
         )
 
 
-def test_parts_of_an_array_as_contiguous_runs():
+def test_contiguous_runs_cover_a_box():
     x = np.arange(4 * 3 * 5).reshape(4, 3, 5)
     whole = slice(None)
     for box in [
@@ -229,7 +229,7 @@ def test_the_names_of_newer_transformers_are_read(copy):
 
 
 def test_adapters_are_merged_on_save(tmp_path):
-    """The export answers by itself as the model with its adapters does, and both towers' adapters count."""
+    """The export has the logits of the model with adapters; those of both towers matter."""
     cfg, rng = dataclasses.replace(tiny.our_config(), lora_scale=0.5), np.random.default_rng(1)
     declared = trainable.flatten_params(add_lora(qwen2_5_vl.declare_params(cfg), 4, vision=True))
     lora = {
@@ -297,13 +297,13 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_spoiled_tensors_are_one_line_each(copy, case):
+def test_damaged_tensors_are_one_line_each(copy, case):
     change, words = SPOILED[case]
     rewrite(copy, change)
     fails(lambda: hf_checkpoint.load_hf_checkpoint(copy, CFG), words)
 
 
-def test_spoiled_files_are_one_line_each(copy, tmp_path):
+def test_damaged_files_are_one_line_each(copy, tmp_path):
     file = sorted(copy.glob("*.safetensors"))[1]
     whole = file.read_bytes()
     for spoiled in (whole[:-5], whole[:6], b"", b"not safetensors at all"):
@@ -335,7 +335,7 @@ def test_the_index_may_not_leave_its_folder(copy, tmp_path):
     fails(lambda: hf_checkpoint.load_hf_checkpoint(copy, CFG), "outside.safetensors")
 
 
-def test_another_models_config_is_refused(copy):
+def test_the_config_of_another_model_is_refused(copy):
     raw = config_to_hf(CFG) | {"model_type": "llama"}
     (copy / "config.json").write_text(json.dumps(raw))
     fails(lambda: read_model_config(copy), "model_type", "llama")
@@ -472,8 +472,8 @@ def test_transformers_computes_the_same_logits_from_the_saved_folder(tmp_path, t
             info
         )
         models.append(model.eval())
-    drawn = [tiny.random_row([5, tiny.Image(8, 12), 9], cfg, np.random.default_rng(0))]
-    inputs = tiny.hf_inputs(drawn, cfg)
+    rows = [tiny.random_row([5, tiny.Image(8, 12), 9], cfg, np.random.default_rng(0))]
+    inputs = tiny.hf_inputs(rows, cfg)
     with torch.no_grad():
         a, b = (m(**inputs).logits for m in models)
     assert torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""Chunked log-probabilities against the whole-logits formula: values, gradients, memory, meshes."""
+"""Log-probabilities by chunks equal the formula over all logits: values, gradients, memory, meshes."""
 
 import os
 
@@ -63,7 +63,7 @@ def test_a_logged_entropy_carries_no_gradient(arrays):
 
 @pytest.mark.parametrize("top_k", [0, 5, V - 1])
 @pytest.mark.parametrize("direction", logprobs.KL_DIRECTIONS)
-def test_distill_kl_against_numpy(arrays, direction, top_k):
+def test_distill_kl_equals_numpy(arrays, direction, top_k):
     hidden, unembed, _ = arrays
     rng = np.random.default_rng(1)
     teacher, other = (
@@ -105,7 +105,7 @@ def test_top_k_is_a_lower_bound_that_reaches_the_full_divergence(arrays):
 
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("direction", logprobs.KL_DIRECTIONS)
-def test_a_teacher_equal_to_the_student_teaches_nothing(arrays, direction, top_k):
+def test_a_teacher_equal_to_the_student_gives_no_gradient(arrays, direction, top_k):
     hidden, unembed, _ = arrays
     kl = lambda h, w: logprobs.distill_kl(
         h, hidden, w, unembed, direction=direction, top_k=top_k, chunk=10
@@ -123,7 +123,7 @@ def test_no_gradient_reaches_the_teacher(arrays):
     assert not any(np.any(g) for g in grads)
 
 
-def test_top_entropy_is_one_where_all_are_equal_and_small_where_one_stands_out():
+def test_top_entropy_is_one_for_equal_logits_and_small_for_one_large_logit():
     hidden = jnp.array([[0.0], [1.0]])
     unembed = jnp.zeros((1, V)).at[0, 3].set(30.0)
     got = logprobs.top_entropy(hidden, unembed, k=20)
@@ -159,7 +159,7 @@ def test_on_a_mesh_values_and_gradients_are_the_same(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
-def test_rows_that_the_mesh_does_not_divide(arrays):
+def test_rows_that_the_mesh_does_not_divide_are_padded(arrays):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
     with jax.set_mesh(make_mesh(1, 8, 1, devices=jax.devices()[:8])):
@@ -176,7 +176,7 @@ def test_rows_that_the_mesh_does_not_divide(arrays):
         ({"top_k": -1}, "whole vocabulary"),
     ],
 )
-def test_bad_settings_are_one_clear_line(settings, words):
+def test_bad_settings_are_one_line(settings, words):
     with pytest.raises(ValueError, match=words) as error:
         logprobs.check_logprobs(**settings)
     assert "\n" not in str(error.value)
@@ -209,7 +209,7 @@ SIZES = ((8192, 2048), jnp.bfloat16), ((2048, 151936), jnp.bfloat16), ((8192,), 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_cache")
-def test_memory_of_the_compiled_gradient_on_a_tpu():
+def test_the_compiled_gradient_on_a_tpu_holds_one_chunk_of_logits():
     def gradients(chunk):
         return jax.grad(lambda h, w, t: logprobs.token_logps(h, w, t, chunk=chunk)[0].sum(), (0, 1))
 
@@ -223,7 +223,7 @@ def test_memory_of_the_compiled_gradient_on_a_tpu():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_cache")
-def test_on_a_tpu_mesh_the_unembedding_travels_once_and_logits_never():
+def test_a_tpu_mesh_gathers_the_unembedding_once_and_never_the_logits():
     gradients = jax.grad(lambda h, w, t: logprobs.token_logps(h, w, t, chunk=512)[0].sum(), (0, 1))
     rows = ("data", "fsdp")
     text = compiled_for_tpu(

@@ -1,4 +1,4 @@
-"""Reading of released and newer config.json files, the presets, and what is refused."""
+"""Model configs: released and newer config.json files, presets, and what is refused."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ GENERATION = {
 
 
 def released(size: str) -> dict:
-    """The config.json on the Hub: the text model's keys beside everything else."""
+    """The config.json on the Hub, with the keys of the text model at the top."""
     width, mlp, heads, layers, kv, tied, vocab, tower = SIZES[size]
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -81,7 +81,7 @@ def test_presets_are_the_released_configs(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_newer_layout_reads_the_same(size, tmp_path):
+def test_the_newer_layout_reads_the_same(size, tmp_path):
     """transformers 5 nests the text keys and writes rope_parameters."""
     from transformers import Qwen2_5_VLConfig
 
@@ -92,7 +92,7 @@ def test_newer_layout_reads_the_same(size, tmp_path):
     assert read_model_config(tmp_path) == PRESETS[size]
 
 
-def test_nested_with_rope_scaling_and_tying_inside():
+def test_nested_text_config_with_rope_scaling_and_tying():
     """transformers 4.52-4.57: nested, but rope_scaling, and tying in text_config alone."""
     flat = released("3b")
     vision = flat.pop("vision_config")
@@ -115,7 +115,7 @@ def test_nested_with_rope_scaling_and_tying_inside():
     assert config_from_hf(nested | {"tie_word_embeddings": False}, GENERATION) == PRESETS["3b"]
 
 
-def test_left_out_keys_take_transformers_defaults():
+def test_missing_keys_have_the_defaults_of_transformers():
     from transformers import Qwen2_5_VLConfig
 
     raw = released("7b")
@@ -150,7 +150,7 @@ def test_left_out_keys_take_transformers_defaults():
 
 
 @pytest.mark.parametrize("size", PRESETS)
-def test_written_config_reads_back(size):
+def test_a_written_config_reads_back(size):
     from transformers import Qwen2_5_VLConfig
 
     cfg = PRESETS[size]
@@ -203,14 +203,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_qwen25_vl_is_refused_in_one_line(name):
+def test_another_architecture_is_refused_in_one_line(name):
     raw, expected = REFUSED[name]
     with pytest.raises(ValueError) as error:
         config_from_hf(raw)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_folder_without_config(tmp_path):
+def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json does not exist"):
         read_model_config(tmp_path)
 

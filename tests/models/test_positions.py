@@ -1,4 +1,4 @@
-"""Window order, rotary ids and M-RoPE ids: equal to transformers' own functions, and to the pictures in the docstrings."""
+"""Window order and M-RoPE ids equal those of transformers, and the diagrams of the docstrings."""
 
 import functools
 
@@ -25,7 +25,7 @@ def _window_index(h, w, cfg):
 
 @pytest.mark.parametrize("window", [56, 112, 120, 168])
 @pytest.mark.parametrize("h,w", GRIDS)
-def test_window_order_is_transformers(h, w, window):
+def test_the_window_order_is_that_of_transformers(h, w, window):
     cfg = VisionConfig(window=window)
     layout = positions.frame_layout(h, w, cfg)
     index, bounds, places = _window_index(h, w, cfg)
@@ -40,7 +40,7 @@ def test_window_order_is_transformers(h, w, window):
     np.testing.assert_array_equal(merged[layout.units], np.arange(h * w // 4))
 
 
-def test_window_picture():
+def test_the_window_order_is_the_diagram_of_the_docstring():
     layout = positions.frame_layout(8, 12, VisionConfig())
     units = layout.order[::4].reshape(2, 16) // 4
     assert units[0].tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21]
@@ -53,7 +53,7 @@ def test_a_frame_that_cannot_be_merged_is_refused():
         positions.frame_layout(5, 8, VisionConfig())
 
 
-def test_text_image_text_picture():
+def test_mrope_is_the_diagram_of_the_docstring():
     ids = positions.mrope(np.array([0, 0, 1, 1, 1, 1, 0, 0]), [(1, 4, 4)], [], VisionConfig())
     assert ids.tolist() == [
         [0, 1, 2, 2, 2, 2, 4, 5],
@@ -83,15 +83,15 @@ ROWS = [
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("per_second", [2, 25])
 @pytest.mark.parametrize("rows", ROWS)
-def test_mrope_is_transformers(rows, per_second, left):
+def test_mrope_is_that_of_transformers(rows, per_second, left):
     cfg = tiny.our_config(vision={"tokens_per_second": per_second})
-    drawn = [tiny.random_row(row, cfg, np.random.default_rng(0)) for row in rows]
-    ours, inputs = tiny.prompts(drawn, cfg, left), tiny.hf_inputs(drawn, cfg, left)
+    rows = [tiny.random_row(row, cfg, np.random.default_rng(0)) for row in rows]
+    ours, inputs = tiny.prompts(rows, cfg, left), tiny.hf_inputs(rows, cfg, left)
     inputs = {k: v for k, v in inputs.items() if not k.startswith("pixel")}
     theirs, deltas = _model(per_second).get_rope_index(**inputs)
     real = ours.segments > 0
     np.testing.assert_array_equal(ours.positions[:, real], theirs.numpy()[:, real])
-    for row, delta in zip(drawn, deltas[:, 0].tolist(), strict=True):
+    for row, delta in zip(rows, deltas[:, 0].tolist(), strict=True):
         grids = [part.grid() for part, _ in row.media]
         seconds = [part.seconds for part, _ in row.media if isinstance(part, Video)]
         ids = positions.mrope(row.types, grids, seconds, cfg.vision)

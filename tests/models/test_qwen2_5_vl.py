@@ -1,4 +1,4 @@
-"""Properties of the whole model: groups, causality, packing, padding, and how often it compiles."""
+"""The whole model: groups, causality, packing, padding, and the number of compilations."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import tiny
 from tiny import Image
 
 from cptjax import sharding
-from cptjax.models import attention, decoder, positions, qwen2_5_vl, unrolled
+from cptjax.models import attention, decoder, positions, qwen2_5_vl
 from cptjax.models.config import PRESETS
 from cptjax.types import Prompts
 
@@ -28,17 +28,17 @@ def _forward(params, prompts, cfg):
     return qwen2_5_vl.forward(params, prompts, cfg)
 
 
-def _draw(rows, cfg, seed=0):
+def _random_rows(rows, cfg, seed=0):
     rng = np.random.default_rng(seed)
     return [tiny.random_row(row, cfg, rng) for row in rows]
 
 
-QUESTIONS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4]]
+PROMPTS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4]]
 G, R = 3, 7
 
 
 def _copies(prompts: Prompts, responses: np.ndarray) -> Prompts:
-    """Every response behind its own copy of the prompt."""
+    """Return rows of a copy of the prompt and one response each."""
     nq, p = prompts.tokens.shape
     again = lambda x: np.repeat(x, G, -2)
     after = (np.where(prompts.segments > 0, prompts.positions, -1).max((0, 2)) + 1)[
@@ -55,10 +55,10 @@ def _copies(prompts: Prompts, responses: np.ndarray) -> Prompts:
     )
 
 
-def test_group_equals_full_copies(model):
-    """Values and all gradients, with and without a vision tower in reach."""
+def test_a_group_equals_copies_of_its_prompt(model):
+    """Values and all gradients, of prompts with and without images."""
     cfg, params = model
-    prompts = tiny.prompts(_draw(QUESTIONS, cfg), cfg)
+    prompts = tiny.prompts(_random_rows(PROMPTS, cfg), cfg)
     nq, p = prompts.tokens.shape
     responses = np.random.default_rng(1).integers(10, 300, (nq, G, R)).astype(np.int32)
     weight = np.random.default_rng(2).normal(size=(nq, G, R, cfg.text.width)).astype(np.float32)
@@ -83,8 +83,8 @@ def _with(out, weight):
     return jnp.sum(out * weight), out
 
 
-def test_group_needs_a_third_of_the_arithmetic():
-    """3B widths, prompt 1,000, answer 200, G = 8; one layer, so that no loop body hides its trips from the count."""
+def test_a_group_needs_a_third_of_the_flops():
+    """Widths of the 3B model, prompt 1,000, response 200, G = 8; one layer: loops are counted once."""
     base = PRESETS["3b"]
     cfg = dataclasses.replace(base, text=dataclasses.replace(base.text, depth=1, vocab=256))
     params = sharding.abstract_params({"text": qwen2_5_vl.declare_params(cfg)["text"]}, jnp.float32)
@@ -115,9 +115,9 @@ def test_group_needs_a_third_of_the_arithmetic():
 
 
 def test_no_state_depends_on_a_later_token(model):
-    """The gradient of a state by the embeddings is exactly zero behind it, image features included."""
+    """The gradient of a state by later embeddings is exactly zero, image features included."""
     cfg, params = model
-    prompts = tiny.prompts(_draw([[4, Image(4, 6), 5]], cfg), cfg)
+    prompts = tiny.prompts(_random_rows([[4, Image(4, 6), 5]], cfg), cfg)
     attend = lambda q, k, v: (
         attention.attend(q, k, v, prompts.segments, prompts.segments, causal=True, backend="xla"),
         None,
@@ -133,26 +133,26 @@ def test_no_state_depends_on_a_later_token(model):
         assert (by[: i + 1] > 0).all() and not by[i + 1 :].any()
 
 
-def _packed(drawn, cfg):
-    """Conversations behind one another in one row."""
-    alone = [tiny.prompts([d], cfg) for d in drawn]
-    together = tiny.prompts(drawn, cfg)
+def _packed(rows, cfg):
+    """Return one row of several conversations, and each conversation alone."""
+    alone = [tiny.prompts([d], cfg) for d in rows]
+    together = tiny.prompts(rows, cfg)
     row = lambda field: np.concatenate([getattr(a, field) for a in alone], -1)
-    slots = np.concatenate(
-        [together.slots[i, together.segments[i] > 0] for i in range(len(drawn))]
-    )[None]
+    slots = np.concatenate([together.slots[i, together.segments[i] > 0] for i in range(len(rows))])[
+        None
+    ]
     segments = np.concatenate([np.full_like(a.segments, i + 1) for i, a in enumerate(alone)], -1)
     return Prompts(row("tokens"), row("positions"), segments, slots, together.vision), alone
 
 
 def test_packed_conversations_do_not_leak(model):
-    """The other conversation's states keep their bits; and equal those of the conversation alone."""
+    """Another conversation in the row changes no bit; states equal those of the conversation alone."""
     cfg, params = model
-    drawn = _draw([[5, Image(6, 10), 9], [4, Image(8, 4), 6, Image(4, 4), 3], [8]], cfg)
-    packed, alone = _packed(drawn, cfg)
+    rows = _random_rows([[5, Image(6, 10), 9], [4, Image(8, 4), 6, Image(4, 4), 3], [8]], cfg)
+    packed, alone = _packed(rows, cfg)
     first = np.asarray(_forward(params, packed, cfg))
-    other = _draw([[5, Image(6, 10), 9]], cfg, seed=9)
-    changed = np.asarray(_forward(params, _packed(other + drawn[1:], cfg)[0], cfg))
+    other = _random_rows([[5, Image(6, 10), 9]], cfg, seed=9)
+    changed = np.asarray(_forward(params, _packed(other + rows[1:], cfg)[0], cfg))
     mine = packed.segments[0] == 1
     assert (
         np.array_equal(first[0, ~mine], changed[0, ~mine])
@@ -163,11 +163,11 @@ def test_packed_conversations_do_not_leak(model):
         np.testing.assert_allclose(states, np.asarray(_forward(params, a, cfg))[0], atol=2e-5)
 
 
-def test_padding_changes_nothing(model):
+def test_padding_does_not_change_the_states(model):
     cfg, params = model
-    drawn = _draw(QUESTIONS, cfg)
+    rows = _random_rows(PROMPTS, cfg)
     rows = [
-        tiny.prompts(drawn, cfg, left, length)
+        tiny.prompts(rows, cfg, left, length)
         for left, length in ((True, None), (False, None), (True, 64), (False, 80))
     ]
     states = [np.asarray(_forward(params, x, cfg))[x.segments > 0] for x in rows]
@@ -175,9 +175,9 @@ def test_padding_changes_nothing(model):
         np.testing.assert_allclose(other, states[0], atol=2e-5)
 
 
-def test_what_stands_in_padding_changes_nothing(model):
+def test_the_content_of_padding_does_not_change_the_states(model):
     cfg, params = model
-    prompts = tiny.prompts(_draw(QUESTIONS, cfg), cfg)
+    prompts = tiny.prompts(_random_rows(PROMPTS, cfg), cfg)
     real = prompts.segments > 0
     junk = dataclasses.replace(
         prompts,
@@ -197,9 +197,9 @@ def test_what_stands_in_padding_changes_nothing(model):
 
 
 def _within_bucket(h, w, cfg, slots=512, length=96):
-    """One image in arrays of fixed size."""
-    drawn = _draw([[7, Image(h, w), 6]], cfg)
-    prompts = tiny.prompts(drawn, cfg, length=length)
+    """Return one image in arrays of fixed size."""
+    rows = _random_rows([[7, Image(h, w), 6]], cfg)
+    prompts = tiny.prompts(rows, cfg, length=length)
     more = slots - prompts.vision.frames.shape[-1]
     pad = lambda x: np.pad(x, [(0, more if i == 2 else 0) for i in range(x.ndim)])
     return prompts.replace(vision=jax.tree.map(pad, prompts.vision))
@@ -219,89 +219,22 @@ def test_image_sizes_of_one_bucket_share_one_program(model):
     assert len(traces) == 1 and forward._cache_size() == 1
 
 
-def test_layers_without_a_loop_equal_the_loop(model):
-    """Their wide products too (q, k and v at once; gate and up): values and all gradients of prompts with responses."""
-    cfg, params = model
-    prompts = tiny.prompts(_draw(QUESTIONS, cfg), cfg)
-    responses = (
-        np.random.default_rng(1).integers(10, 300, (len(prompts.tokens), G, R)).astype(np.int32)
-    )
-    weight = (
-        np.random.default_rng(2).normal(size=(*responses.shape, cfg.text.width)).astype(np.float32)
-    )
-
-    def run(cfg):
-        loss = lambda p: (weight * qwen2_5_vl.forward_group(p, prompts, responses, cfg)).sum()
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    layer = unrolled.unstack_layers(params, dataclasses.replace(cfg, unroll=True))["text"][
-        "blocks"
-    ][0]
-    assert {"qkv", "gate_up"} <= layer.keys() and not {"q", "gate"} & layer.keys()
-    a, wanted = run(dataclasses.replace(cfg, attention="xla"))
-    for backend in ("xla", "tiled"):
-        b, found = run(dataclasses.replace(cfg, unroll=True, attention=backend))
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-        for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(x).max())
-
-
-def test_layers_with_adapters_or_heads_on_several_devices_stay_narrow(model):
-    cfg, params = dataclasses.replace(model[0], unroll=True), model[1]
-    first = lambda p: unrolled.unstack_layers(p, cfg)["text"]["blocks"][0]
-    blocks = params["text"]["blocks"]
-    low = {
-        n: jnp.zeros(s)
-        for n, s in (
-            ("lora_a", (cfg.text.depth, cfg.text.width, 2)),
-            ("lora_b", (cfg.text.depth, 2, cfg.text.mlp)),
-        )
-    }
-    adapted = params | {"text": params["text"] | {"blocks": blocks | {"up": blocks["up"] | low}}}
-    assert first(adapted).keys() == blocks.keys()
-    with jax.set_mesh(sharding.make_mesh(model=2, fsdp=-1)):
-        assert first(params).keys() == blocks.keys()
-
-
-def test_block_remat_saves_memory_where_layers_are_unrolled(model):
-    """Six layers keep their inputs: less than half of what all their arrays take."""
-    cfg = dataclasses.replace(
-        model[0], text=dataclasses.replace(model[0].text, depth=6), unroll=True
-    )
-    params = sharding.abstract_params({"text": qwen2_5_vl.declare_params(cfg)["text"]}, jnp.float32)
-    prompts = Prompts(
-        *(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8, 128), (3, 8, 128), (8, 128), (8, 128)))
-    )
-
-    def temporaries(remat):
-        loss = lambda p, x: jnp.sum(
-            qwen2_5_vl.forward(p, x, dataclasses.replace(cfg, remat=remat)) ** 2
-        )
-        return (
-            jax.jit(jax.grad(loss))
-            .lower(params, prompts)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
-
-    assert temporaries("block") < temporaries("none") / 2
-
-
-def test_unknown_remat_is_refused(model):
+def test_an_unknown_remat_is_refused(model):
     cfg, params = model
     with pytest.raises(ValueError, match="model.remat='all'"):
         qwen2_5_vl.forward(
-            params, tiny.prompts(_draw([[4]], cfg), cfg), dataclasses.replace(cfg, remat="all")
+            params,
+            tiny.prompts(_random_rows([[4]], cfg), cfg),
+            dataclasses.replace(cfg, remat="all"),
         )
 
 
-def test_positions_continue_after_a_prompt(model):
+def test_positions_continue_after_the_prompt(model):
     cfg, _ = model
-    drawn = _draw(QUESTIONS, cfg)
+    rows = _random_rows(PROMPTS, cfg)
     for left in (True, False):
         wanted = [
             positions.mrope(d.types, [part.grid() for part, _ in d.media], [], cfg.vision).max() + 1
-            for d in drawn
+            for d in rows
         ]
-        assert qwen2_5_vl.next_positions(tiny.prompts(drawn, cfg, left)).tolist() == wanted
+        assert qwen2_5_vl.next_positions(tiny.prompts(rows, cfg, left)).tolist() == wanted

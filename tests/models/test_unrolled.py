@@ -1,0 +1,98 @@
+"""Unrolled layers with fused products: the numbers of the loop, and what is not fused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import Image
+
+from cptjax import sharding
+from cptjax.models import qwen2_5_vl, unrolled
+from cptjax.types import Prompts
+
+PROMPTS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4]]
+G, R = 3, 7
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(config, random parameters)."""
+    cfg = tiny.our_config()
+    return cfg, jax.tree.map(jnp.asarray, tiny.random_params(cfg))
+
+
+def _random_rows(rows, cfg, seed=0):
+    rng = np.random.default_rng(seed)
+    return [tiny.random_row(row, cfg, rng) for row in rows]
+
+
+def test_unrolled_layers_equal_the_loop(model):
+    """Fused products too (q, k and v; gate and up): values and all gradients of prompts with responses."""
+    cfg, params = model
+    prompts = tiny.prompts(_random_rows(PROMPTS, cfg), cfg)
+    responses = (
+        np.random.default_rng(1).integers(10, 300, (len(prompts.tokens), G, R)).astype(np.int32)
+    )
+    weight = (
+        np.random.default_rng(2).normal(size=(*responses.shape, cfg.text.width)).astype(np.float32)
+    )
+
+    def run(cfg):
+        loss = lambda p: (weight * qwen2_5_vl.forward_group(p, prompts, responses, cfg)).sum()
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    layer = unrolled.unstack_layers(params, dataclasses.replace(cfg, unroll=True))["text"][
+        "blocks"
+    ][0]
+    assert {"qkv", "gate_up"} <= layer.keys() and not {"q", "gate"} & layer.keys()
+    a, wanted = run(dataclasses.replace(cfg, attention="xla"))
+    for backend in ("xla", "tiled"):
+        b, found = run(dataclasses.replace(cfg, unroll=True, attention=backend))
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(x).max())
+
+
+def test_layers_with_adapters_or_cut_heads_are_not_fused(model):
+    cfg, params = dataclasses.replace(model[0], unroll=True), model[1]
+    first = lambda p: unrolled.unstack_layers(p, cfg)["text"]["blocks"][0]
+    blocks = params["text"]["blocks"]
+    low = {
+        n: jnp.zeros(s)
+        for n, s in (
+            ("lora_a", (cfg.text.depth, cfg.text.width, 2)),
+            ("lora_b", (cfg.text.depth, 2, cfg.text.mlp)),
+        )
+    }
+    adapted = params | {"text": params["text"] | {"blocks": blocks | {"up": blocks["up"] | low}}}
+    assert first(adapted).keys() == blocks.keys()
+    with jax.set_mesh(sharding.make_mesh(model=2, fsdp=-1)):
+        assert first(params).keys() == blocks.keys()
+
+
+def test_block_remat_saves_memory_with_unrolled_layers(model):
+    """Six layers keep only their inputs: less than half of all their arrays."""
+    cfg = dataclasses.replace(
+        model[0], text=dataclasses.replace(model[0].text, depth=6), unroll=True
+    )
+    params = sharding.abstract_params({"text": qwen2_5_vl.declare_params(cfg)["text"]}, jnp.float32)
+    prompts = Prompts(
+        *(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8, 128), (3, 8, 128), (8, 128), (8, 128)))
+    )
+
+    def temporaries(remat):
+        loss = lambda p, x: jnp.sum(
+            qwen2_5_vl.forward(p, x, dataclasses.replace(cfg, remat=remat)) ** 2
+        )
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(params, prompts)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
+
+    assert temporaries("block") < temporaries("none") / 2
