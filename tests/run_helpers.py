@@ -27,7 +27,7 @@ METHOD = {
 
 
 def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDict:
-    """Two stages of a drawn task each; sections are updated by name."""
+    """Two stages with a synthetic task each; sections are updated by name."""
     c = base()
     c.model.update(
         preset="tiny", compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none"
@@ -49,6 +49,23 @@ def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDic
     return c
 
 
+QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
+
+
+def run_quickly(workdir: Path, method: str = "sft", /, **sections: Any) -> tuple[ConfigDict, Any]:
+    """Run two stages of two steps in this process; return the config and the accuracy matrix."""
+    from cptjax.continual import driver
+
+    c = config(method, **{**QUICK, **sections})
+    return c, driver.run(c, workdir)
+
+
+def metrics_lines(workdir: Path, events: bool = False) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl, or its other events."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if ("event" in row) == events]
+
+
 def environment(**more: str) -> dict[str, str]:
     """One device, and the tests' cache of compiled programs."""
     return (
@@ -66,7 +83,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def process(plan: dict[str, Any], **more: str) -> subprocess.Popen:
-    """A process that does `plan`, see `main`."""
+    """Start a process that carries out `plan`, see `main`."""
     order = [sys.executable, __file__, json.dumps(plan)]
     return subprocess.Popen(
         order,
@@ -78,22 +95,24 @@ def process(plan: dict[str, Any], **more: str) -> subprocess.Popen:
     )
 
 
-def metrics(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
-    """What each child of such a process came to: seconds, exit code, its words."""
+def run_processes(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
+    """Carry out `plan` in a process; return seconds, exit code and output of each of its children."""
     running = process(plan, **more)
     out, err = running.communicate(timeout=limit)
     assert running.returncode == 0, err[-2000:]
     return [json.loads(line) for line in out.splitlines()]
 
 
-def state(workdir: Path) -> dict[str, Any]:
-    """Everything that two equal runs share: their records, and the arrays of the stages' ends."""
-    return records(workdir) | {
-        f"stage {n}: {path}": x for n in stages(workdir) for path, x in arrays(workdir, n).items()
+def run_state(workdir: Path) -> dict[str, Any]:
+    """Everything that two equal runs share: their records, and the arrays saved at the end of each stage."""
+    return read_records(workdir) | {
+        f"stage {n}: {path}": x
+        for n in saved_stages(workdir)
+        for path, x in stage_arrays(workdir, n).items()
     }
 
 
-def records(workdir: Path) -> dict[str, Any]:
+def read_records(workdir: Path) -> dict[str, Any]:
     """The csv files, rollouts and predictions, and metrics without their times."""
     found: dict[str, Any] = {
         name: (workdir / name).read_bytes() for name in ("matrix.csv", "evals.csv")
@@ -111,14 +130,14 @@ def records(workdir: Path) -> dict[str, Any]:
     return found
 
 
-def stages(workdir: Path) -> list[int]:
+def saved_stages(workdir: Path) -> list[int]:
     return sorted(
         int(p.name) for p in (workdir / "checkpoints" / "stages").iterdir() if p.name.isdigit()
     )
 
 
-def arrays(workdir: Path, number: int) -> dict[str, bytes]:
-    """The arrays of a stage's end by name, as bytes."""
+def stage_arrays(workdir: Path, number: int) -> dict[str, bytes]:
+    """The arrays saved at the end of a stage, by name, as bytes."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -132,14 +151,14 @@ def arrays(workdir: Path, number: int) -> dict[str, bytes]:
     }
 
 
-def same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """Byte for byte; says what differs."""
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Assert equality byte for byte; name what differs."""
     assert a.keys() == b.keys()
     different = [name for name in a if a[name] != b[name]]
     assert not different, f"{len(different)} of {len(a)} differ: {different[:5]}"
 
 
-def evals(workdir: Path) -> list[dict[str, str]]:
+def read_evals(workdir: Path) -> list[dict[str, str]]:
     with (workdir / "evals.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -160,11 +179,11 @@ def child(method: str, workdir: str, sections: dict[str, Any], log: str) -> int:
 
 
 def main() -> None:
-    """Does the run `plan["signals"]` times with a signal after so many seconds (None = to the end), each in a fresh process.
+    """Start the run once per item of `plan["signals"]`, each in a fresh process, and send a signal after some seconds (None = never).
 
-    The processes are forks of this one, which has imported everything but started no device: starting Python costs more than the run.
+    The processes are forks of this one, which imports everything but starts no device: starting Python takes longer than the run.
     """
-    pass  # noqa: F401
+    from cptjax.continual import driver  # noqa: F401
 
     plan = json.loads(sys.argv[1])
     for number, seconds in plan["signals"]:

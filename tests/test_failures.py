@@ -32,7 +32,7 @@ def go(workdir, **sections):
 def whole(tmp_path_factory):
     """One stage of facts, uninterrupted, in a process of its own; read only."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    (metrics,) = run_helpers.metrics(
+    (metrics,) = run_helpers.run_processes(
         {"method": "sft", "workdir": str(folder), "sections": TINY, "signals": [(KILL, None)]}
     )
     assert metrics["code"] == 0, metrics["said"]
@@ -54,7 +54,7 @@ def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, g
     err = capsys.readouterr().err
     assert f"warning: checkpoint {gone} of stage 1" in err and "can not be read" in err
     assert ("going on from step 2 of stage 1" in err) == (gone == "stages")
-    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
+    run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
 def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
@@ -68,7 +68,7 @@ def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
     assert json.loads((folder / "config.json").read_text())["train"]["lr"] == 0.5
-    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
+    run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
 def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devices):
@@ -81,7 +81,7 @@ def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devic
         go(folder, train={"lr": 0.5})
     assert not (folder / "config.json").exists()
     go(folder)
-    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
+    run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
 def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, devices):
@@ -119,7 +119,7 @@ def test_two_processes_on_one_workdir(whole, tmp_path, devices):
     finally:
         holder.kill()
         holder.wait()
-    run_helpers.same(run_helpers.state(whole), run_helpers.state(folder))
+    run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
 def test_an_address_is_no_folder(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_another_mesh_goes_on(whole, tmp_path, devices):
     (folder / "progress.json").unlink()
     devices(4)
     go(folder)
-    one, four = run_helpers.state(whole), run_helpers.state(folder)
+    one, four = run_helpers.run_state(whole), run_helpers.run_state(folder)
     assert one["matrix.csv"] == four["matrix.csv"] and one.keys() == four.keys()
     pairs = [
         (a, b)
@@ -165,7 +165,9 @@ def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
     (folder / "progress.json").unlink()
     driver.run(c, folder)
-    run_helpers.same(run_helpers.state(tmp_path / "whole"), run_helpers.state(folder))
+    run_helpers.assert_same(
+        run_helpers.run_state(tmp_path / "whole"), run_helpers.run_state(folder)
+    )
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):
@@ -260,7 +262,7 @@ def error_line(metrics: dict) -> str:
 
 def test_a_workdir_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    (metrics,) = run_helpers.metrics(
+    (metrics,) = run_helpers.run_processes(
         {
             "method": "sft",
             "workdir": str(tmp_path / "file" / "run"),
@@ -307,7 +309,7 @@ def test_a_disk_that_may_not_be_written(tmp_path):
                 "signals": [(KILL, None)],
                 "log": str(tmp_path / "log"),
             }
-            (metrics,) = run_helpers.metrics(plan)
+            (metrics,) = run_helpers.run_processes(plan)
             assert f"Read-only file system: '{place}" in error_line(metrics)
 
 
@@ -320,10 +322,10 @@ def test_a_full_disk(whole, small_disk, tmp_path):
         "signals": [(KILL, None)],
         "log": str(tmp_path / "log"),
     }
-    (metrics,) = run_helpers.metrics(plan)
+    (metrics,) = run_helpers.run_processes(plan)
     line = error_line(metrics)
     assert "space" in line and "run the same command again" in line
     moved = shutil.copytree(small_disk / "run", tmp_path / "run")
-    (metrics,) = run_helpers.metrics({**plan, "workdir": str(moved)})
+    (metrics,) = run_helpers.run_processes({**plan, "workdir": str(moved)})
     assert metrics["code"] == 0, metrics["said"]
-    run_helpers.same(run_helpers.state(whole), run_helpers.state(moved))
+    run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(moved))

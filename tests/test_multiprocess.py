@@ -115,7 +115,7 @@ def test_two_processes_are_one(tmp_path, method):
     assert (tmp_path / "one" / "matrix.csv").read_bytes() == (
         tmp_path / "two" / "matrix.csv"
     ).read_bytes()
-    a, b = run_helpers.records(tmp_path / "one"), run_helpers.records(tmp_path / "two")
+    a, b = run_helpers.read_records(tmp_path / "one"), run_helpers.read_records(tmp_path / "two")
     assert a.keys() == b.keys() and a["evals.csv"] == b["evals.csv"]
     for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])

@@ -92,7 +92,7 @@ def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, sai
     assert {name for name, _ in hub} == {"Qwen/Qwen2.5-VL-3B-Instruct"} and {
         weights for _, weights in hub
     } == {False, True}
-    asked = {(r["task"], r["template"]) for r in run_helpers.evals(tmp_path / "run")}
+    asked = {(r["task"], r["template"]) for r in run_helpers.read_evals(tmp_path / "run")}
     assert asked == {
         ("cells", "boxed"),
         ("signs", "direct"),

@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
     def get(method: str, sections: dict):
         if method not in made:
             folder = tmp_path_factory.mktemp(method) / "whole"
-            (metrics,) = run_helpers.metrics(
+            (metrics,) = run_helpers.run_processes(
                 {
                     "method": method,
                     "workdir": str(folder),
@@ -53,7 +53,7 @@ def whole(tmp_path_factory):
             assert metrics["code"] == 0, metrics["said"]
             # compiled programs were being written: how long it takes with all of them is told by a second run
             again = folder.with_name("again")
-            (metrics,) = run_helpers.metrics(
+            (metrics,) = run_helpers.run_processes(
                 {
                     "method": method,
                     "workdir": str(again),
@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
                     "signals": [(KILL, None)],
                 }
             )
-            run_helpers.same(run_helpers.state(folder), run_helpers.state(again))
+            run_helpers.assert_same(run_helpers.run_state(folder), run_helpers.run_state(again))
             made[method] = folder, metrics["seconds"]
         return made[method]
 
@@ -77,7 +77,7 @@ def interrupted(
         "sections": sections,
         "signals": [*((number, s) for s in seconds), (KILL, None)],
     }
-    metrics = run_helpers.metrics(plan)
+    metrics = run_helpers.run_processes(plan)
     assert metrics[-1]["code"] == 0, metrics[-1]["said"]
     assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in metrics), [
         (t["code"], t["after"], t["said"][-700:]) for t in metrics
@@ -95,7 +95,9 @@ def instants(count: int, length: float, seed: int) -> list[float]:
 def test_killed_at_some_instants(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
     interrupted(tmp_path / "run", method, sections, instants(4, length, 1))
-    run_helpers.same(run_helpers.state(reference), run_helpers.state(tmp_path / "run"))
+    run_helpers.assert_same(
+        run_helpers.run_state(reference), run_helpers.run_state(tmp_path / "run")
+    )
 
 
 @pytest.mark.slow
@@ -105,13 +107,13 @@ def test_killed_at_some_instants(whole, tmp_path, method, sections):
 @pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT), ("iterative", SELF)])
 def test_killed_at_25_instants(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
-    wanted = run_helpers.state(reference)
+    wanted = run_helpers.run_state(reference)
     for round in range(5):  # fresh runs, or the last kills would find nothing left to do
         metrics = interrupted(
             tmp_path / f"run{round}", method, sections, instants(5, length, round)
         )
         assert any(t["code"] == -KILL for t in metrics)
-        run_helpers.same(wanted, run_helpers.state(tmp_path / f"run{round}"))
+        run_helpers.assert_same(wanted, run_helpers.run_state(tmp_path / f"run{round}"))
 
 
 def test_sigterm_saves_and_says_so(whole, tmp_path):
@@ -122,17 +124,19 @@ def test_sigterm_saves_and_says_so(whole, tmp_path):
     stopped = [t for t in metrics if "stopped by SIGTERM" in t["said"]]
     assert stopped and all("run the same command again to go on" in t["said"] for t in stopped)
     assert all(t["after"] < 20 for t in stopped)
-    run_helpers.same(run_helpers.state(reference), run_helpers.state(tmp_path / "run"))
+    run_helpers.assert_same(
+        run_helpers.run_state(reference), run_helpers.run_state(tmp_path / "run")
+    )
 
 
 def test_a_finished_run_stays_as_it_is(whole):
     reference, _ = whole("grpo", GRPO)
-    before = run_helpers.state(reference)
-    (metrics,) = run_helpers.metrics(
+    before = run_helpers.run_state(reference)
+    (metrics,) = run_helpers.run_processes(
         {"method": "grpo", "workdir": str(reference), "sections": GRPO, "signals": [(KILL, None)]}
     )
     assert metrics["code"] == 0 and "the end of stage 2" in metrics["said"]
-    run_helpers.same(before, run_helpers.state(reference))
+    run_helpers.assert_same(before, run_helpers.run_state(reference))
 
 
 def test_cost_is_counted_once(whole):
@@ -178,4 +182,6 @@ def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monke
         said
     )
     driver.run(c, tmp_path / "whole")
-    run_helpers.same(run_helpers.state(tmp_path / "whole"), run_helpers.state(tmp_path / "run"))
+    run_helpers.assert_same(
+        run_helpers.run_state(tmp_path / "whole"), run_helpers.run_state(tmp_path / "run")
+    )

@@ -4,7 +4,10 @@ import collections
 import math
 import sys
 
+import numpy as np
 import pytest
+import run_helpers
+from device_fixtures import devices  # noqa: F401
 
 from cptjax.common import console, files, run_log
 from cptjax.continual import stage_evaluation
@@ -48,3 +51,90 @@ def test_each_result_file_is_read_once_after_a_stage(tmp_path, capsys):
     assert {name: reads[str(tmp_path / name)] for name in names} == dict.fromkeys(names, 1)
     assert "after stage 2 b: a 75.0, b 100.0" in "".join(capsys.readouterr())
     assert all((tmp_path / name).exists() for name in ("matrix.csv", "summary.json", "report.html"))
+
+
+@pytest.mark.slow
+def test_kl_to_base_counts_the_rows_of_the_config_on_any_device_count(tmp_path, devices):
+    """Three rows do not fill eight shards; how many devices there are changes nothing."""
+    found = {}
+    for count in (1, 8):
+        devices(count)
+        small = {"train": {"batch": 8}, "eval": {"drift": 3, "limit": 4, "batch": 8}}
+        run_helpers.run_quickly(
+            tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small
+        )
+        found[count] = [
+            (r["stage"], r["n"], float(r["value"]))
+            for r in run_helpers.read_evals(tmp_path / str(count))
+            if r["metric"] == "kl_base"
+        ]
+    assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
+    assert [x[:2] for x in found[8]] == [x[:2] for x in found[1]]
+    assert np.allclose([x[2] for x in found[8]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_evaluation_records_templates_prefixes_scorers_and_kl(
+    tmp_path, devices, monkeypatch, capsys
+):
+    """Templates, forced prefix, drift, further scorers, small evaluations inside a stage, general tasks, no base row."""
+    shown = []
+    monkeypatch.setattr(
+        console._PlainBar, "_show", lambda bar: shown.append(bar.shown.get("accuracy"))
+    )
+    digit = {
+        "task": "synthetic",
+        "family": "digit",
+        "side": 32,
+        "also": ("contains",),
+        "template": "",
+    }
+    tasks = {"digit": digit, "facts": {"task": "synthetic", "family": "facts"}}
+    wanted = {
+        "before": False,
+        "general": ("facts",),
+        "templates": ("none", "answer"),
+        "forced_prefix": True,
+    }
+    wanted |= {"drift": 2, "every": 1, "mini": 2, **run_helpers.QUICK["eval"]}
+    long = {"prompt_limit": 256, "buckets": (256,)}
+    _, matrix = run_helpers.run_quickly(
+        tmp_path, tasks=tasks, stages=({"task": "digit", "steps": 3},), eval=wanted, data=long
+    )
+    assert np.isnan(matrix[0]).all() and np.isfinite(matrix[1]).all()
+    rows = run_helpers.read_evals(tmp_path)
+    of = lambda metric: [
+        (r["step"], r["task"], r["template"], r["n"]) for r in rows if r["metric"] == metric
+    ]
+    both = [
+        ("3", "digit", "none", "4"),
+        ("3", "digit", "answer", "4"),
+        ("3", "facts", "none", "4"),
+    ]  # drawn facts have their own template
+    assert of("accuracy") == of("accuracy_forced") == both
+    assert of("contains/accuracy") == of("contains/extraction_failure") == both[:2]
+    assert {r["scorer"] for r in rows if r["metric"] == "contains/accuracy"} == {"contains@1"}
+    assert all(int(r["n"]) > 0 and float(r["stderr"]) >= 0 for r in rows)
+    value = lambda metric: [float(r["value"]) for r in rows if r["metric"] == metric]
+    assert set(shown) - {None} == set(value("accuracy_mini"))
+    first = [
+        100 * value("accuracy")[i] for i in (0, 2)
+    ]  # of the first template, and of the general task
+    assert (
+        f"after stage 1 digit: digit {first[0]:.1f}; general {first[1]:.1f}\n"
+        in capsys.readouterr().err
+    )
+    assert of("accuracy_mini") == [("1", "digit", "none", "2"), ("2", "digit", "none", "2")]
+    assert [x[:2] for x in of("kl_base")] == [("3", "digit"), ("3", "facts")]
+    drifted = [r for r in rows if r["metric"] == "kl_base"]
+    assert all(
+        float(r["value"]) > 0 and r["decoding"] == "the base's own, T=1, 4 tokens" for r in drifted
+    )
+    events = run_helpers.metrics_lines(tmp_path, events=True)
+    assert [(e["step"], e.get("task"), e["rollouts"]) for e in events] == [
+        (1, None, 2),
+        (2, None, 2),
+        (3, "digit", 16),
+        (3, "facts", 8),
+    ]
+    assert all(e["tokens"] > 0 and e["seconds"] > 0 for e in events)

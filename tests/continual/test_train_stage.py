@@ -1,13 +1,16 @@
-"""A stage of a run: refused before it samples; penalties and averages keep weights near the start."""
+"""The training of a stage: what it refuses, what it takes from the stage before, what it compiles, and how far it moves."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+import run_helpers
 import stage_fixtures
+from device_fixtures import devices  # noqa: F401
 from stage_fixtures import method_config
 
+from cptjax.benchmark.bench import CompilationCounter
 from cptjax.config import merge_config
 from cptjax.continual import offline_filter, train_stage
 from cptjax.data import model_context
@@ -55,3 +58,58 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
             distance[name] = np.sqrt(sum(jax.tree.leaves(gaps)))
     assert distance["wise"] == pytest.approx(0.25 * distance["none"], rel=1e-3)
     assert distance["l2"] < 0.8 * distance["none"]
+
+
+def test_the_optimizer_state_is_kept_between_stages_where_asked(tmp_path, devices):
+    """Two stages on one task with the optimizer kept are one stage of twice the steps in what AdamW knows; a reset is not."""
+    two = ({"task": "facts", "steps": 2}, {"task": "facts", "steps": 2})
+    losses = {}
+    for keep in (True, False):
+        run_helpers.run_quickly(
+            tmp_path / str(keep),
+            stages=two,
+            train={"reset_optimizer": not keep},
+            eval={"before": False, "limit": 2},
+            seed=3,
+        )
+        losses[keep] = [x["loss"] for x in run_helpers.metrics_lines(tmp_path / str(keep))]
+        kept = tmp_path / str(keep) / "checkpoints" / "stages"
+        assert [(p / "opt_state").exists() for p in sorted(kept.iterdir())] == [keep, False]
+    assert losses[True][:3] == losses[False][:3] and losses[True][3] != losses[False][3]
+    other = (
+        {"task": "facts", "steps": 1},
+        {
+            "task": "facts",
+            "steps": 1,
+            "train": {"optimizer": "adafactor", "reset_optimizer": False},
+        },
+    )
+    with pytest.raises(
+        ValueError,
+        match="stage 2: train.reset_optimizer=False needs the optimiser of the stage before",
+    ):
+        run_helpers.run_quickly(
+            tmp_path / "other", stages=other, eval={"before": False, "limit": 2}
+        )
+
+
+@pytest.mark.parametrize("count, mesh", [(1, {}), (8, {}), (8, dict(data=2, fsdp=2, model=2))])
+def test_a_later_stage_compiles_nothing_new(tmp_path, monkeypatch, devices, count, mesh):
+    """Programs return arrays in the places that were declared, but name them otherwise."""
+    devices(count)
+    heard, found, learn = CompilationCounter(), [], train_stage.train_stage
+
+    def counted(*args):
+        before = heard.count
+        model_state = learn(*args)
+        found.append(heard.count - before)
+        return model_state
+
+    monkeypatch.setattr(train_stage, "train_stage", counted)
+    run_helpers.run_quickly(
+        tmp_path,
+        stages=[dict(task=t, steps=2) for t in (*run_helpers.TASKS, "colour")],
+        mesh=mesh,
+        train=dict(batch=8),
+    )
+    assert found[0] > found[1] == found[2] == 0

@@ -106,5 +106,7 @@ def test_a_run_that_ends_while_it_samples_resumes_there(tmp_path, monkeypatch, s
     assert saved == ([str(10**9 + 2)] if stop == "sigterm" else [])
     driver.run(c, tmp_path / "run")
     driver.run(c, tmp_path / "whole")
-    run_helpers.same(run_helpers.state(tmp_path / "whole"), run_helpers.state(tmp_path / "run"))
+    run_helpers.assert_same(
+        run_helpers.run_state(tmp_path / "whole"), run_helpers.run_state(tmp_path / "run")
+    )
     assert not list((tmp_path / "run" / "corpus").glob(".*"))
