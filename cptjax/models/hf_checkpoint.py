@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,12 @@ HF_MODULES = {
 HF_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 HEAD_TENSOR, EMBED_TENSOR = "lm_head.weight", "model.embed_tokens.weight"
 LeafPath = tuple[str, ...]
+
+
+class ProcessorFiles(Protocol):
+    """A processor, as a checkpoint needs it: it writes its files into the folder."""
+
+    def save(self, folder: Path) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +338,7 @@ def save_hf_checkpoint(
     params: Params,
     cfg: ModelConfig,
     folder: str | Path,
-    processor: Any = None,
+    processor: ProcessorFiles | None = None,
     dtype: str = "bfloat16",
     shard_bytes: float = 5e9,
 ) -> None:

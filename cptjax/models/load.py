@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from cptjax import sharding
 from cptjax.models import attention, hf_checkpoint, lora, qwen2_5_vl, trainable
@@ -19,7 +20,7 @@ MAX_UNROLLED_LAYERS = 12
 MODEL_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def fit_config(cfg: ModelConfig, settings: Any, mesh: Mesh) -> ModelConfig:
+def fit_config(cfg: ModelConfig, settings: ConfigDict, mesh: Mesh) -> ModelConfig:
     """Return the config with the settings that `config.model` and the mesh decide."""
     dtype = MODEL_DTYPES[settings.compute_dtype]
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -43,7 +44,7 @@ def fit_for_inference(cfg: ModelConfig, mesh: Mesh, dtype: str, scale: float = 1
     )
 
 
-def lora_scale(settings: Any) -> float:
+def lora_scale(settings: ConfigDict) -> float:
     """Return the factor alpha / rank of the adapters."""
     return settings.lora.alpha / max(settings.lora.rank, 1)
 
@@ -55,7 +56,7 @@ def find_preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
-def declare_model_params(settings: Any, cfg: ModelConfig) -> Params:
+def declare_model_params(settings: ConfigDict, cfg: ModelConfig) -> Params:
     """Declare the parameters of `config.model`, adapters included."""
     tree = qwen2_5_vl.declare_params(cfg)
     if not settings.lora.rank:
@@ -63,17 +64,19 @@ def declare_model_params(settings: Any, cfg: ModelConfig) -> Params:
     return lora.add_lora(tree, settings.lora.rank, settings.lora.targets, settings.lora.vision)
 
 
-def describe_model_source(settings: Any) -> str:
+def describe_model_source(settings: ConfigDict) -> str:
     """Return where the weights are from: a folder, a hub id, or a random preset."""
     return str(Path(settings.path)) if settings.path else f"random {settings.preset}"
 
 
-def find_model_config(settings: Any) -> ModelConfig:
+def find_model_config(settings: ConfigDict) -> ModelConfig:
     """Return the shape of the model that `config.model` names by folder, hub id or preset."""
     return read_model_config(settings.path) if settings.path else find_preset(settings.preset)
 
 
-def create_params(settings: Any, cfg: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
+def create_params(
+    settings: ConfigDict, cfg: ModelConfig, mesh: Mesh, dtype: Any, seed: int
+) -> Params:
     """Create the parameters of `config.model` on the mesh, adapters included.
 
     Trained leaves are in `settings.param_dtype`, frozen leaves in `dtype`, that of the arithmetic.

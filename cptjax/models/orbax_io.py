@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,12 +12,15 @@ from jax.sharding import Mesh
 from cptjax import sharding
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.config import ModelConfig, read_model_config
+from cptjax.models.hf_checkpoint import ProcessorFiles
 from cptjax.types import Params
 
 ORBAX_FOLDER, LORA_SCALE_FILE = "params", "lora.json"
 
 
-def save_orbax(params: Params, cfg: ModelConfig, folder: str | Path, processor: Any = None) -> None:
+def save_orbax(
+    params: Params, cfg: ModelConfig, folder: str | Path, processor: ProcessorFiles | None = None
+) -> None:
     """Write an Orbax checkpoint with its config and processor files; adapters are not merged."""
     folder = Path(folder).absolute()
     if (folder / ORBAX_FOLDER).exists():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import run_helpers
 from absl import flags
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 
 import cptjax
 from cptjax.config import recorded_config
-from cptjax.models import hf_checkpoint
+from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -73,11 +74,9 @@ def test_the_base_model_of_a_run_is_exported(launcher, folders, tmp_path, capsys
     assert "exported the base model" in capsys.readouterr().out
     exported = cptjax.load(tmp_path / "hf", dtype="float32")
     base = cptjax.load(run, dtype="float32", stage=0)
-    # Preset and file name the same shape; transformers has no name for the window in pixels.
     assert dataclasses.asdict(exported.config.text) == dataclasses.asdict(base.config.text)
-    assert cptjax.generate(exported, [[{"role": "user", "content": "a"}]], max_new_tokens=4) == (
-        cptjax.generate(base, [[{"role": "user", "content": "a"}]], max_new_tokens=4)
-    )
+    a, b = trainable.flatten_params(exported.params), trainable.flatten_params(base.params)
+    assert a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
     with pytest.raises(ValueError, match="no finished stage; --stage=0 exports the base model"):
         convert(launcher, workdir=run, dst=tmp_path / "other")
 
