@@ -173,7 +173,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
         }
         length = device_batches.response_bucket(out.mask, 4)
         batch: Batch = device_batches.group_batch(
-            short, short.prompts(rows), out.tokens, out.mask, length=length, extra=numbers
+            short, short.place_prompts(rows), out.tokens, out.mask, length=length, extra=numbers
         )
         return steps.run(state, {}, [batch], 1e-3)[0]
 

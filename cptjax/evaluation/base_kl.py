@@ -73,12 +73,13 @@ def sample_base_responses(
     key = jax.random.fold_in(jax.random.key(seed), 20_000)
     responses = []
     for part in batch_slices(len(rows), max(shards, batch // shards * shards)):
-        samples = generate.sample_responses(
-            model_ctx, base, encoded[part], key, np.asarray(rows[part]), sampling
+        prompts = model_ctx.place_prompts(encoded[part])  # once, for the sampler and the KL
+        samples = generate.sample_from_prompts(
+            model_ctx, base, prompts, key, np.asarray(rows[part]), sampling
         )
         length = response_bucket(samples.mask, sampling.max_new_tokens)
         device_batch = group_batch(
-            model_ctx, encoded[part], samples.tokens, samples.mask, length=length, extra={}
+            model_ctx, prompts, samples.tokens, samples.mask, length=length, extra={}
         )
         responses.append((device_batch, samples.mask.sum(1) * is_counted[part]))
     return responses
