@@ -31,6 +31,7 @@ setup(
         "pillow",
         "jinja2",
         "math-verify>=0.9",
+        "rapidfuzz>=3.9",
         "rich",
     ],
     extras_require={

@@ -104,10 +104,10 @@ def _load_scorer(scorer: str | Callable, sandbox: SandboxPool) -> scorers.Scorer
     """Return a scorer by name; a user's file is loaded at once, so that its errors show before step 0."""
     if not isinstance(scorer, str):
         return scorers.Scorer(scorer.__name__, scorer)
-    found = scorers.find_scorer(scorer)
-    if found.own:
-        sandbox.load(found.rule)
-    return found
+    by_name = scorers.find_scorer(scorer)
+    if by_name.is_users:
+        sandbox.load(by_name.rule)
+    return by_name
 
 
 def _scoring_columns(

@@ -276,5 +276,5 @@ def test_settings_are_checked(user, pool):
         rewards.find_reward("", load_template("cot"), find_scorer("exact"), on_error="skip")
     with pytest.raises(ValueError, match="weights must be >= 0"):
         rewards.find_reward("", load_template("cot"), find_scorer("exact"), format=-1)
-    with pytest.raises(ValueError, match="unknown scorer 'exactt', did you mean 'exact'"):
+    with pytest.raises(ValueError, match="unknown scorer 'exactt'; did you mean 'exact'"):
         rewards.find_reward("exactt", load_template("cot"), find_scorer("exact"))

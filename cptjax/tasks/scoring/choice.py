@@ -1,4 +1,4 @@
-"""Multiple choice as each benchmark reads it: option letters, MMMU and MMLU-Pro."""
+"""Score multiple choice as each benchmark reads it: option letters, MMMU, MMLU-Pro."""
 
 import ast
 import contextlib
@@ -26,7 +26,7 @@ ANSWER_KEY_WORDS = (
     "result ",
 )
 NUMBER_PATTERN = r"-?\b\d{1,3}(?:,\d{3})+\b|-?\d+(?:\.\d+)?[eE][+-]?\d+|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d)(?![,\d])"
-MMMU_DISCIPLINES = {  # of MMMU, with their subjects as they stand in a row's id
+MMMU_DISCIPLINES = {  # with their subjects, spelled as in a row's id
     "art_and_design": "Art Art_Theory Design Music",
     "business": "Accounting Economics Finance Manage Marketing",
     "science": "Biology Chemistry Geography Math Physics",
@@ -38,56 +38,53 @@ MMMU_DISCIPLINES = {  # of MMMU, with their subjects as they stand in a row's id
 
 
 def gold_letter(answer: Any) -> str:
-    """The gold option as a letter; an integer counts from 0."""
+    """Return the gold option as a letter; an integer counts from 0."""
     if isinstance(answer, str):
         return answer.strip().strip("().").upper()
     return CHOICE_LETTERS[int(answer)]
 
 
 def score_mcq_letter(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Is the stated letter the gold one? "B", "b", "(B).", "B. cat" and "The answer is B." state B."""
+    """Return 1 if the stated letter is the gold one: "B", "b", "(B).", "B. cat" and "The answer is B." state B."""
     return float(option_letter(prediction) == gold_letter(answer))
 
 
 def find_mmlu_pro_letter(text: str) -> str | None:
-    """ "answer is (X)", else "Answer: X", else the last lone capital A-J, as the benchmark's own script reads it."""
+    """Return the X of "answer is (X)", else of "Answer: X", else the last lone capital A-J, as the benchmark's script."""
     for pattern in MMLU_PRO_PATTERNS:
-        if found := re.search(pattern, text, re.DOTALL):
-            return found[1]
+        if match := re.search(pattern, text, re.DOTALL):
+            return match[1]
     return None
 
 
 def score_mmlu_pro(prediction: str, answer: Any, meta: Any = None) -> float:
-    """MMLU-Pro's rule; no letter is wrong (upstream guesses at random)."""
+    """Score by MMLU-Pro's rule; a response without a letter is wrong (upstream guesses at random)."""
     return float(find_mmlu_pro_letter(prediction) == gold_letter(answer))
 
 
 def row_options(meta: Mapping[str, Any]) -> list[str]:
-    """The row's options; MMMU holds them as the text of a Python list."""
+    """Return the row's options; MMMU holds them as the text of a Python list."""
     return as_strings(meta.get("options", ()))
 
 
 def as_strings(value: Any) -> list[str]:
-    """A list of strings, given as such, as the text of a Python list, or as one string."""
+    """Return a list of strings for a list, the text of a Python list, or one string."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        with contextlib.suppress(
-            ValueError, SyntaxError
-        ):  # an answer that only looks like a list is itself
+        # An answer that only looks like a list stays a text.
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-    return (
-        [str(v) for v in value]
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else [str(value)]
-    )
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [str(v) for v in value]
+    return [str(value)]
 
 
 def score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
-    """MMMU's official rule; a choice that can not be read is drawn at random, always the same one for the same row."""
+    """Score by MMMU's official rule; a choice that cannot be read is a random guess, the same one for the same row."""
     return _score_mmmu(prediction, answer, meta, guess=True)
 
 
 def score_mmmu_strict(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
-    """MMMU's official rule, with a choice that can not be read counted as wrong."""
+    """Score by MMMU's official rule, but count a choice that cannot be read as wrong."""
     return _score_mmmu(prediction, answer, meta, guess=False)
 
 
@@ -98,39 +95,40 @@ def _score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any], guess: bo
     choices = row_options(meta)
     if not choices:
         raise ValueError(
-            "a multiple-choice row of MMMU needs the column `options`; it is missing or empty"
+            "a multiple-choice row of MMMU: expected the column `options`, got none or an empty one"
         )
-    said = parse_mmmu_choice(prediction, choices)
-    if said is None and guess:
-        said = random.Random(f"mmmu:{meta.get('id', '')}").choice(CHOICE_LETTERS[: len(choices)])
-    return float(said in golds)
+    letter = parse_mmmu_choice(prediction, choices)
+    if letter is None and guess:
+        letter = random.Random(f"mmmu:{meta.get('id', '')}").choice(CHOICE_LETTERS[: len(choices)])
+    return float(letter in golds)
 
 
 def parse_mmmu_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The chosen letter by MMMU's parser: "(X)", else "X ", else "X.", else an option's own words; of several, the last.
+    """Return the letter that MMMU's parser reads: "(X)", else "X ", else "X.", else an option's words; the last of several.
 
-    Quirk kept: "A " is also the article, so a chain of thought must be reduced to its final answer first (the template's extraction).
+    Quirk kept: "A " is also the article, so a chain of thought must be reduced to its final answer first, by the template's
+    extraction.
     """
     for mark in ",.!?;:'":
         text = text.strip(mark)
     text = f" {text} "
     letters = CHOICE_LETTERS[: len(choices)]
     for test, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        if found := [c for c in letters if test.format(c) in text]:
-            return max(found, key=lambda c: text.rfind(place.format(c)))
+        if stated := [c for c in letters if test.format(c) in text]:
+            return max(stated, key=lambda c: text.rfind(place.format(c)))
     if len(text.split()) > 5:
-        said = {
+        ends = {
             c: text.lower().rfind(words.lower()) for c, words in zip(letters, choices, strict=True)
         }
-        if max(said.values()) >= 0:
-            return max(said, key=said.__getitem__)
+        if max(ends.values()) >= 0:
+            return max(ends, key=ends.__getitem__)
     return None
 
 
 def matches_mmmu_open(text: str, golds: Sequence[str]) -> bool:
-    """Does a key part of the response equal a gold number (to 2 decimals), or contain a gold string?"""
+    """Return whether a key part of the response equals a gold number (to 2 decimals) or contains a gold string."""
     parts = answer_parts(text)
-    said = {
+    predicted = {
         form
         for part in parts
         for piece in (part, *re.findall(NUMBER_PATTERN, part))
@@ -138,11 +136,13 @@ def matches_mmmu_open(text: str, golds: Sequence[str]) -> bool:
     }
     gold = {form for answer in golds for form in normal_forms(answer)}
     gold_texts = [g for g in gold if isinstance(g, str)]
-    return any(any(g in s for g in gold_texts) if isinstance(s, str) else s in gold for s in said)
+    return any(
+        any(g in p for g in gold_texts) if isinstance(p, str) else p in gold for p in predicted
+    )
 
 
 def answer_parts(text: str) -> list[str]:
-    """The tails of lines after "is ", "so ", "answer " and the like ("=" in the last line), or else the whole text."""
+    """Return the ends of lines after "is ", "so ", "answer " etc. ("=" in the last line), or else the whole text."""
     text = text.strip().strip(".").lower()
     lines, parts = text.split("\n"), []
     for i, line in enumerate(lines):
@@ -158,7 +158,7 @@ def answer_parts(text: str) -> list[str]:
 
 
 def normal_forms(text: str) -> list[str | float]:
-    """A number rounded to 2 decimals, else lower-case text; a single letter only with a space beside it."""
+    """Return a number rounded to 2 decimals, else lower-case text; a single letter gets a space before or after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -168,18 +168,17 @@ def normal_forms(text: str) -> list[str | float]:
 
 
 def mmmu_subject(meta: Mapping[str, Any]) -> str:
-    """ "validation_Art_Theory_12" -> "Art_Theory"."""
-    found = re.fullmatch(r"[^_]+_(.+?)_\d+", str(meta.get("id", "")))
-    return str(meta["subject"]) if "subject" in meta else found[1] if found else ""
+    """Return the subject in a row's id: "validation_Art_Theory_12" -> "Art_Theory"."""
+    if "subject" in meta:
+        return str(meta["subject"])
+    match = re.fullmatch(r"[^_]+_(.+?)_\d+", str(meta.get("id", "")))
+    return match[1] if match else ""
 
 
 def mmmu_discipline(meta: Mapping[str, Any]) -> str:
-    """The MMMU discipline of a row, "other" for an id of another form."""
-    return next(
-        (
-            name
-            for name, subjects in MMMU_DISCIPLINES.items()
-            if mmmu_subject(meta) in subjects.split()
-        ),
-        "other",
-    )
+    """Return the MMMU discipline of a row, "other" for an id of another form."""
+    subject = mmmu_subject(meta)
+    for discipline, subjects in MMMU_DISCIPLINES.items():
+        if subject in subjects.split():
+            return discipline
+    return "other"

@@ -1,4 +1,4 @@
-"""Find the final answer in a response. None = there is none, which is reported beside the accuracy and never hidden in it."""
+"""Find the final answer in a response; a response without one is counted apart from a wrong one."""
 
 import re
 from collections.abc import Callable
@@ -13,16 +13,14 @@ LETTER_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])[.:)](?:\s|$)")
 
 
 def whole_text(text: str) -> str | None:
-    """The response as it is."""
+    """Return the response as it is."""
     return text.strip() or None
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The inside of the last `\boxed{...}` whose braces close; `\{` and `\}` are text."""
+    r"""Return the inside of the last `\boxed{...}` whose braces close; `\{` and `\}` are text."""
     opened, closed = [], {}
-    for token in BRACES.finditer(
-        text
-    ):  # one pass, so that a thousand open boxes cost no more than one
+    for token in BRACES.finditer(text):  # one pass: a thousand open boxes cost no more than one
         if token[0].endswith("{") and token[0] != r"\{":
             opened.append(token.end() if "boxed" in token[0] else None)
         elif token[0] == "}" and opened and (start := opened.pop()) is not None:
@@ -31,13 +29,13 @@ def boxed_answer(text: str) -> str | None:
 
 
 def tagged_answer(text: str) -> str | None:
-    """The inside of the last `<answer>...</answer>`."""
+    """Return the inside of the last `<answer>...</answer>`."""
     inside = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
     return inside[-1].strip() if inside else None
 
 
 def stated_answer(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:", to the end of its sentence or line."""
+    """Return what follows the last "answer is" or "answer:", to the end of its sentence or line."""
     *_, tail = ANSWER_IS.split(text)
     if tail == text:
         return None
@@ -45,15 +43,18 @@ def stated_answer(text: str) -> str | None:
 
 
 def option_letter(text: str) -> str | None:
-    """An option letter: the text states one ("the answer is B, since ..."), is one ("b", "(B)."), or starts with one ("B. cat")."""
+    """Return the option letter that a text states, is, or starts with.
+
+    "the answer is B, since ..." states B, "b" and "(B)." are B, "B. cat" starts with B.
+    """
     for part, form in (
         ((stated_answer(text) or "").strip("* "), LETTER_STATED),
         (text.strip("* \n"), LETTER_FIRST),
     ):
-        if found := LETTER_ALONE.fullmatch(part):
-            return found[1].upper()
-        if found := form.match(part):
-            return found[1] or found[2]
+        if match := LETTER_ALONE.fullmatch(part):
+            return match[1].upper()
+        if match := form.match(part):
+            return match[1] or match[2]
     return None
 
 
@@ -67,7 +68,7 @@ EXTRACTIONS: dict[str, Callable[[str], str | None]] = {
 
 
 def extract_answer(text: str, how: str) -> str | None:
-    """The final answer of a response, or None."""
+    """Return the final answer of a response, or None if it has none in the expected form."""
     if how not in EXTRACTIONS:
-        raise ValueError(f"extraction must be one of {', '.join(EXTRACTIONS)}; got {how!r}")
+        raise ValueError(f"extraction: expected {', '.join(EXTRACTIONS)}; got {how!r}")
     return EXTRACTIONS[how](text)

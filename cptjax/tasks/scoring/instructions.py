@@ -1,8 +1,12 @@
-"""Checkable constraints on the form of a response, under the ids and arguments of IFEval (arXiv 2311.07911).
+"""Check constraints on the form of a response: a re-implementation of IFEval's, not its code.
 
-An answer is a list of constraints: `[{"id": "punctuation:no_comma"}, {"id": "length_constraints:number_words", "relation": "less than",
-"num_words": 50}]`. Departures from the original: words and sentences are split by rules of ours instead of nltk's, "English" is not
-verified where capitals are, and `language:response_language` is left out (it needs a language detector).
+Ids and arguments are those of IFEval (arXiv 2311.07911). An answer is a list of constraints:
+
+    [{"id": "punctuation:no_comma"}, {"id": "length_constraints:number_words", "relation": "less than", "num_words": 50}]
+
+Scores differ from the original's in some responses: words and sentences are split by regular expressions instead of nltk,
+capitals are checked without checking that the text is English, and `language:response_language` is missing, because it needs
+a language detector.
 """
 
 import json
@@ -15,7 +19,7 @@ CONSTRAINED_RESPONSES = ("My answer is yes.", "My answer is no.", "My answer is 
 
 def _compare(count: int, relation: str, threshold: int) -> bool:
     if relation not in ("less than", "at least"):
-        raise ValueError(f"relation must be 'less than' or 'at least'; got {relation!r}")
+        raise ValueError(f"relation: expected 'less than' or 'at least', got {relation!r}")
     return count < threshold if relation == "less than" else count >= threshold
 
 
@@ -24,7 +28,7 @@ def _count(pattern: str, text: str, flags: int = 0) -> int:
 
 
 def _trim_blocks(blocks: Sequence[str]) -> list[str] | None:
-    """Blocks without the empty ones at either end; None when one in the middle is empty."""
+    """Return the blocks without empty ones at either end; None if one in the middle is empty."""
     inner = [b.strip() for b in blocks]
     inner = inner[1:] if inner and not inner[0] else inner
     inner = inner[:-1] if inner and not inner[-1] else inner
@@ -140,10 +144,10 @@ CONSTRAINT_CHECKS: dict[str, Callable[..., bool]] = {
 def make_constraints(
     ids: Sequence[str], arguments: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """IFEval's columns `instruction_id_list` and `kwargs` as an answer; arguments that are None are left out."""
+    """Return the constraints of IFEval's columns `instruction_id_list` and `kwargs`; arguments that are None are left out."""
     if len(ids) != len(arguments):
         raise ValueError(
-            f"a row has {len(ids)} instruction ids and {len(arguments)} sets of arguments; they must pair"
+            f"expected a set of arguments for each of {len(ids)} instruction ids, got {len(arguments)}"
         )
     return [
         {"id": i, **{k: v for k, v in a.items() if v is not None}}
@@ -152,7 +156,7 @@ def make_constraints(
 
 
 def follows_constraint(text: str, constraint: Mapping[str, Any]) -> bool:
-    """Does a response meet one constraint? An empty response meets none."""
+    """Return whether a response meets one constraint; an empty response meets none."""
     arguments = dict(constraint)
     check = CONSTRAINT_CHECKS.get(arguments.pop("id", None))
     if check is None:
@@ -168,5 +172,5 @@ def follows_constraint(text: str, constraint: Mapping[str, Any]) -> bool:
 
 
 def score_ifeval(prediction: str, answer: Sequence[Mapping[str, Any]], meta: Any = None) -> float:
-    """Are all constraints met (prompt-level, strict)?"""
+    """Return 1 if all constraints are met (prompt-level, strict)."""
     return float(all(follows_constraint(prediction, c) for c in answer))

@@ -1,10 +1,10 @@
 """Call functions of a file in worker processes, each call under a hard time limit.
 
-Model text reaches symbolic algebra and users' own code, and both may loop for ever inside C code that no Python signal interrupts.
-So a call is sent to a process of its own, and a process that is late is killed and replaced:
+Responses reach symbolic algebra and users' own code, and both may loop for ever inside C code that no Python signal
+interrupts. So a call is sent to another process, and a process that misses its time limit is killed and replaced:
 
-    parent  --(pickled arguments)-->  worker      a fresh interpreter that runs this file by its path, so it imports neither jax
-    parent  <--(one line of json)---  worker      nor the user's main script, and no fork ever happens beside jax's threads
+    parent  --(pickled arguments)-->  worker      a fresh interpreter that runs this file by its path: it imports neither jax
+    parent  <--(one line of json)---  worker      nor the user's main script, and a process with jax's threads never forks
 
 A function is named `file.py:function`. It returns a number, a string, None, or lists and dicts of these.
 """
@@ -30,34 +30,33 @@ from typing import Any, NamedTuple
 WORKER_START = (
     "import runpy, sys; runpy.run_path(sys.argv[1])['serve'](int(sys.argv[2]), sys.argv[3:])"
 )
-LOAD_TIME_LIMIT = (
-    120.0  # seconds for importing a file; the first import of a large library is slow on some disks
-)
+# Seconds for importing a file: the first import of a large library is slow on some disks.
+LOAD_TIME_LIMIT = 120.0
 
 
 class SandboxCall(NamedTuple):
-    """Positional arguments, and a row's columns, of which the function gets the ones it has room for."""
+    """Positional arguments, and a row's columns, of which the function gets those that it has parameters for."""
 
     args: tuple
     columns: Mapping[str, Any] = {}
 
 
 class SandboxOutcome(NamedTuple):
-    """What a call gave: a value, or the reason why there is none."""
+    """The value that a call returned, or the reason why there is none."""
 
     value: Any = None
     error: str | None = None
-    late: bool = False  # the error is a missed time limit
+    late: bool = False  # the call missed its time limit
 
 
 class SandboxPool:
-    """Worker processes that start when first needed and live until `close`; safe to share between threads."""
+    """Worker processes that start when first needed and stop at `close`; threads may share them."""
 
     def __init__(self, processes: int = 2, timeout: float = 10.0, memory: int = 0):
         """`timeout`: seconds per call; `memory`: bytes of address space per worker, 0 = no limit."""
         if processes < 1 or timeout <= 0:
             raise ValueError(
-                f"a pool needs processes >= 1 and timeout > 0 s; got processes={processes}, timeout={timeout}"
+                f"a pool: expected processes >= 1 and timeout > 0 s, got processes={processes}, timeout={timeout}"
             )
         self.processes, self.timeout = processes, timeout
         self._idle: queue.Queue[_Worker] = queue.Queue()
@@ -68,18 +67,17 @@ class SandboxPool:
     def map(
         self, target: str, calls: Sequence[SandboxCall], patience: float = 1.0
     ) -> list[SandboxOutcome]:
-        """The outcome of each call of `file.py:function`, in order.
+        """Return the outcome of each call of `file.py:function`, in order.
 
-        With patience > 1 the time limit is of processor time, and on a busy machine a call may take that many times as long.
+        With patience > 1 the limit is on processor time, and on a busy machine a call may take that many times as long.
         """
-        run = lambda call: self._run(target, call, patience)
         if len(calls) == 1 or self.processes == 1:
-            return [run(call) for call in calls]
+            return [self._run(target, call, patience) for call in calls]
         with ThreadPoolExecutor(self.processes) as threads:
-            return list(threads.map(run, calls))
+            return list(threads.map(lambda call: self._run(target, call, patience), calls))
 
     def load(self, target: str) -> None:
-        """Import a target now, so that a missing file, a syntax error or an unknown name stops the run before it starts."""
+        """Import a target, so that a missing file, a syntax error or an unknown name stops the run before it starts."""
         outcome = self._run(target, None)
         if outcome.error:
             raise ValueError(f"{target}: {outcome.error}")
@@ -138,7 +136,7 @@ class _Worker:
         timer.start()
         with contextlib.suppress(
             OSError
-        ):  # the worker is dead: told apart below, by the empty line
+        ):  # a dead worker leaves the line empty, which is checked below
             process.stdin.write(struct.pack(">Q", len(message)) + message)
             process.stdin.flush()
             line = process.stdout.readline()
@@ -180,7 +178,7 @@ class _Worker:
         self.loaded.clear()
         if process is None:
             return 0
-        # A worker that died by itself says so within this second; what it started itself is killed with its session.
+        # A worker that died by itself has its exit code within this second; its own children are killed with its session.
         with contextlib.suppress(OSError):
             process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -196,14 +194,14 @@ def _kill_session(process: subprocess.Popen) -> None:
 
 
 def shared_sandbox_pool(_pools: list[SandboxPool] = []) -> SandboxPool:  # noqa: B006
-    """The pool of the built-in symbolic scorers, one per process, made when first used."""
+    """Return this process's pool for the built-in symbolic scorers, made at the first call."""
     if not _pools:
         _pools.append(SandboxPool(processes=2, timeout=10.0, memory=4 << 30))
     return _pools[0]
 
 
 def split_target(target: str) -> tuple[Path, str]:
-    """`dir/file.py:function` -> (path, function name)."""
+    """Split `dir/file.py:function` into the path and the function's name."""
     path, colon, name = target.rpartition(":")
     if not colon or not path.endswith(".py") or not name.isidentifier():
         raise ValueError(f"expected file.py:function, got {target!r}")
@@ -214,7 +212,7 @@ def split_target(target: str) -> tuple[Path, str]:
 
 
 def serve(memory: int, path: list[str]) -> None:
-    """Answer requests from standard input until it closes."""
+    """Reply to the requests on standard input until it closes."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a user's function prints goes to the terminal, not into the protocol
@@ -236,8 +234,9 @@ def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
         target, call, limit, patience = pickle.loads(message)
         file = str(split_target(target)[0])
         # If the parent dies meanwhile, the kernel ends this process; the default action of the alarm needs no Python.
-        # Signals that the parent ignores or holds back (libtpu and others do so with SIGPROF) would be lost here as well.
-        for number in (alarms := (signal.SIGALRM, signal.SIGPROF)):
+        # A worker inherits the signals that its parent ignores or blocks, as libtpu does with SIGPROF: undo that.
+        alarms = (signal.SIGALRM, signal.SIGPROF)
+        for number in alarms:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, alarms)
         signal.setitimer(signal.ITIMER_REAL, limit * patience + 5.0)
@@ -260,7 +259,7 @@ def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
 
 
 def call_in_process(function: Any, call: SandboxCall) -> SandboxOutcome:
-    """A call in this process, without a time limit."""
+    """Call a function in this process, without a time limit."""
     try:
         return SandboxOutcome(
             _to_json_value(function(*call.args, **_accepted_columns(function, call.columns)))
@@ -280,9 +279,8 @@ def _load_function(target: str) -> Any:
     module_spec = importlib.util.spec_from_file_location(f"cptjax_user_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
-    sys.path.append(
-        str(path.parent.resolve())
-    )  # last, so that a file beside it never hides a library
+    # Last, so that a file in the same folder never hides a library.
+    sys.path.append(str(path.parent.resolve()))
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         known = sorted(
@@ -295,7 +293,7 @@ def _load_function(target: str) -> Any:
 
 
 def _accepted_columns(function: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that a function takes: all of them if it has `**columns`, else those it names."""
+    """Return the columns that a function takes: all of them if it has `**columns`, else those it names."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(columns)
@@ -307,7 +305,7 @@ def _accepted_columns(function: Any, columns: Mapping[str, Any]) -> dict[str, An
 
 
 def _to_json_value(value: Any) -> Any:
-    """A value as json holds it; numpy and torch scalars become numbers."""
+    """Return a value as json holds it; numpy and torch scalars become numbers."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

@@ -1,13 +1,13 @@
-"""How good is an answer? Text in, number out; each scorer has a version id that stands beside every number it gives.
+"""The table of scorers, and scoring responses with one: text in, number out.
 
-    response --extract--> prediction --score--> Record --summarise--> {"accuracy": Metric(value, n, stderr), ...}
+    response --extract--> prediction --score--> ScoreRecord --summarise--> {"accuracy": Metric(value, n, stderr), ...}
 
-A response without an answer in the expected form scores 0 and is counted as an extraction failure beside the accuracy, because much
-"forgetting" is only a change of form. Symbolic algebra and a user's own `file.py:function` run in worker processes under a time limit.
+The version of a scorer is written with every number that it gives. A response without an answer in the expected form scores
+0 and is also counted as an extraction failure, because much "forgetting" is only a change of form. Symbolic algebra and a
+user's own `file.py:function` run in worker processes under a time limit.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,16 @@ from cptjax.tasks.scoring import choice, instructions, puzzles, summaries, text
 from cptjax.tasks.scoring.extract import extract_answer
 from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, shared_sandbox_pool, split_target
 from cptjax.tasks.scoring.summaries import Metric, Summary
+from cptjax.tasks.task import did_you_mean
 
 SYMBOLIC_FILE = str(Path(__file__).with_name("symbolic.py"))
-SYMBOLIC_PATIENCE = (
-    6.0  # times the time limit that algebra may take where other programs keep the processors busy
-)
+# Algebra may take so many times its limit of processor time where other programs keep the processors busy.
+SYMBOLIC_PATIENCE = 6.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRecord:
-    """One scored answer."""
+    """One scored response."""
 
     id: str
     score: float
@@ -44,25 +44,25 @@ class Scorer:
     """A rule that turns (prediction, answer, the row's columns) into a number, usually in [0, 1]."""
 
     name: str
-    rule: (
-        Callable[[str, Any, Mapping[str, Any]], float] | str
-    )  # a string is file.py:function, called in a worker process
+    # A string is file.py:function, called in a worker process.
+    rule: Callable[[str, Any, Mapping[str, Any]], float] | str
     version: str = "1"
     extraction: str = ""  # "" = as the prompt template says
-    missing: str | None = None  # what is scored where nothing was extracted; None = score 0
-    summary: Summary | None = None  # metrics beside the mean
-    own: bool = False  # a user's: an error stops the run, where a built-in one scores 0
+    missing: str | None = None  # the prediction where nothing was extracted; None = score 0
+    summary: Summary | None = None  # further metrics of the records
+    is_users: bool = (
+        False  # an error of a user's scorer stops the run, one of a built-in scorer scores 0
+    )
 
     @property
     def id(self) -> str:
-        """Name and version, as written beside each result."""
+        """Name and version, as written with each result."""
         return f"{self.name}@{self.version}"
 
     def score(self, prediction: str, answer: Any, meta: Mapping[str, Any] | None = None) -> float:
-        """The score of one prediction."""
-        return score_responses(self, [prediction], [answer], [meta or {}], extraction="whole")[
-            0
-        ].score
+        """Return the score of one prediction."""
+        (record,) = score_responses(self, [prediction], [answer], [meta or {}])
+        return record.score
 
 
 _BUILT_IN = (
@@ -77,9 +77,8 @@ _BUILT_IN = (
     Scorer("anls", text.score_anls),
     Scorer("numeric", puzzles.score_numeric),
     Scorer("math", f"{SYMBOLIC_FILE}:any_equal"),
-    Scorer(
-        "mathruler_parity", f"{SYMBOLIC_FILE}:any_lenient", missing="None"
-    ),  # the paper's code scores a missing box as the text "None"
+    # The paper's code scores a missing box as the text "None".
+    Scorer("mathruler_parity", f"{SYMBOLIC_FILE}:any_lenient", missing="None"),
     Scorer("mmmu_official", choice.score_mmmu, "2", summary=summaries.summarise_mmmu),
     Scorer("mmmu_strict", choice.score_mmmu_strict, summary=summaries.summarise_mmmu),
     Scorer("mmlu_pro", choice.score_mmlu_pro, summary=summaries.summarise_mmlu_pro),
@@ -98,24 +97,23 @@ SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _BUILT_IN}
 
 
 def find_scorer(name: str) -> Scorer:
-    """A built-in scorer by name, or a user's by `file.py:function`."""
+    """Return a built-in scorer by name, or a user's by `file.py:function`."""
     if name in SCORERS:
         return SCORERS[name]
     if ".py:" in name:
         return load_user_scorer(name)
-    near = difflib.get_close_matches(name, SCORERS, 1)
     raise ValueError(
-        f"unknown scorer {name!r}{f', did you mean {near[0]!r}?' if near else ''}; built in: {', '.join(SCORERS)}"
+        f"unknown scorer {name!r}{did_you_mean(name, SCORERS)}; built in: {', '.join(SCORERS)}"
     )
 
 
 def load_user_scorer(target: str) -> Scorer:
-    """A user's `score(prediction, answer, **columns) -> float`; its version is a hash of the file."""
+    """Return a user's `score(prediction, answer, **columns) -> float` as a scorer; its version is a hash of the file."""
     path, function = split_target(target)
     if not path.is_file():
         raise ValueError(f"scorer {target}: there is no file {path}")
     version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    return Scorer(f"{path.name}:{function}", f"{path.resolve()}:{function}", version, own=True)
+    return Scorer(f"{path.name}:{function}", f"{path.resolve()}:{function}", version, is_users=True)
 
 
 def score_responses(
@@ -129,54 +127,50 @@ def score_responses(
     pool: SandboxPool | None = None,
     on_error: str = "stop",
 ) -> list[ScoreRecord]:
-    """The record of each response; `on_error` = stop | zero is for a user's scorer, and `pool` for those that run in workers."""
+    """Return the record of each response.
+
+    `on_error` = stop | zero: what an error of a user's scorer does. `pool`: the worker processes, for scorers that need them.
+    """
     ids = [str(i) for i in range(len(responses))] if ids is None else ids
-    said = [extract_answer(r, scorer.extraction or extraction) for r in responses]
-    inputs = [scorer.missing if s is None else s for s in said]
+    predictions = [extract_answer(r, scorer.extraction or extraction) for r in responses]
+    inputs = [scorer.missing if p is None else p for p in predictions]
     rows = [i for i, value in enumerate(inputs) if value is not None]
-    found = _apply_rule(
+    scored = _apply_rule(
         scorer, [(inputs[i], answers[i], metas[i], ids[i]) for i in rows], pool, on_error
     )
-    results = dict(zip(rows, found, strict=True))
-    missed = (0.0, "")
+    results = [(0.0, "")] * len(responses)
+    for i, result in zip(rows, scored, strict=True):
+        results[i] = result
     return [
-        ScoreRecord(
-            ids[i],
-            results.get(i, missed)[0],
-            said[i],
-            answers[i],
-            metas[i],
-            results.get(i, missed)[1],
+        ScoreRecord(row_id, score, prediction, answer, meta, error)
+        for row_id, (score, error), prediction, answer, meta in zip(
+            ids, results, predictions, answers, metas, strict=True
         )
-        for i in range(len(responses))
     ]
 
 
 def _apply_rule(
     scorer: Scorer, rows: Sequence[tuple], pool: SandboxPool | None, on_error: str
 ) -> list[tuple[float, str]]:
-    """(score, error) of each (prediction, answer, columns, id)."""
+    """Return the score and error of each (prediction, answer, columns, id)."""
     if callable(scorer.rule):
         return [(_checked_score(scorer, *row), "") for row in rows]
     pool = pool or shared_sandbox_pool()
-    if scorer.own:
+    if scorer.is_users:
         outcomes = pool.map(
             scorer.rule, [SandboxCall((p, a), keyword_columns(meta)) for p, a, meta, _ in rows]
         )
     else:  # the responses of a group often agree: each pair of texts is compared once
         pairs = [(p, tuple(text.gold_answers(a))) for p, a, *_ in rows]
         unique = list(dict.fromkeys(pairs))
-        found = pool.map(
-            scorer.rule,
-            [SandboxCall((p, list(golds))) for p, golds in unique],
-            patience=SYMBOLIC_PATIENCE,
-        )
-        known = dict(zip(unique, found, strict=True))
-        outcomes = [known[pair] for pair in pairs]
+        calls = [SandboxCall((p, list(golds))) for p, golds in unique]
+        compared = pool.map(scorer.rule, calls, patience=SYMBOLIC_PATIENCE)
+        by_pair = dict(zip(unique, compared, strict=True))
+        outcomes = [by_pair[pair] for pair in pairs]
     results = []
     for (*_, row_id), outcome in zip(rows, outcomes, strict=True):
         error = outcome.error or describe_non_number(outcome.value)
-        if error and scorer.own and on_error == "stop":
+        if error and scorer.is_users and on_error == "stop":
             raise ValueError(f"scorer {scorer.name} failed on row {row_id}: {error}")
         results.append((0.0, error) if error else (float(outcome.value), ""))
     return results
@@ -199,7 +193,7 @@ def _checked_score(
 
 
 def keyword_columns(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's columns as keyword arguments; one named like a positional argument gets a final underscore."""
+    """Return a row's columns as keyword arguments; one named like a positional argument gets a final underscore."""
     return {
         f"{k}_" if k in ("completion", "prediction", "answer") else str(k): v
         for k, v in meta.items()
@@ -207,7 +201,7 @@ def keyword_columns(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_non_number(value: Any) -> str:
-    """What is wrong with a score; "" for a finite number."""
+    """Return what is wrong with a score; "" for a finite number."""
     if isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)) and math.isfinite(
         value
     ):
@@ -216,5 +210,5 @@ def describe_non_number(value: Any) -> str:
 
 
 def summarise_records(scorer: Scorer, records: Sequence[ScoreRecord]) -> dict[str, Metric]:
-    """Every metric of a scorer's records."""
+    """Return every metric of a scorer's records."""
     return summaries.summarise_scores(records, scorer.summary)

@@ -1,4 +1,4 @@
-"""What records amount to: every metric with the number of rows it is of and its standard error."""
+"""Summarise scored responses: each metric with its number of rows and its standard error."""
 
 import math
 from collections import defaultdict
@@ -11,39 +11,36 @@ from cptjax.tasks.scoring import choice, instructions, puzzles, text
 
 
 class Metric(NamedTuple):
-    """A number of one evaluation; the standard error of a single row is unknown (NaN)."""
+    """The value of a metric over n rows; the standard error of a single row is unknown (NaN)."""
 
     value: float
     n: int
     stderr: float
 
 
-Records = Sequence[Any]  # of scorers.Record
+Records = Sequence[Any]  # of scorers.ScoreRecord, which imports this module
 Summary = Callable[[Records], dict[str, Metric]]
 
 
 def ratio_metric(parts: Sequence[float], wholes: Sequence[float]) -> Metric:
-    """Sum of the parts over the sum of the wholes, of the rows that have a whole; its error by the delta method."""
+    """Return the sum of the parts over the sum of the wholes, of rows with a whole > 0; its error by the delta method."""
     a, b = np.asarray(parts, float), np.asarray(wholes, float)
     a, b = a[b > 0], b[b > 0]
     n = len(b)
     if not n:
         return Metric(0.0, 0, math.nan)
     value = float(a.sum() / b.sum())
-    return Metric(
-        value,
-        n,
-        float(math.sqrt(n) * np.std(a - value * b, ddof=1) / b.sum()) if n > 1 else math.nan,
-    )
+    error = math.sqrt(n) * np.std(a - value * b, ddof=1) / b.sum() if n > 1 else math.nan
+    return Metric(value, n, float(error))
 
 
 def mean_metric(values: Sequence[float]) -> Metric:
-    """A plain mean with its standard error."""
+    """Return a plain mean with its standard error."""
     return ratio_metric(values, np.ones(len(values)))
 
 
 def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> dict[str, Metric]:
-    """The mean score of each group of rows."""
+    """Return the mean score of each group of rows."""
     groups = defaultdict(list)
     for record in records:
         groups[name(record)].append(record.score)
@@ -51,21 +48,21 @@ def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> di
 
 
 def summarise_yes_no(records: Records) -> dict[str, Metric]:
-    """POPE's numbers: yes is the positive class, and the yes-ratio is that of the predictions."""
-    said = [text.parse_yes_no(r.prediction or "") for r in records]
-    yes = np.array([s == "yes" for s in said], int)
+    """Return POPE's metrics: yes is the positive class, and the yes-ratio is that of the predictions."""
+    predicted = [text.parse_yes_no(r.prediction or "") for r in records]
+    yes = np.array([p == "yes" for p in predicted], int)
     gold = np.array([text.gold_yes_no(r.answer) == "yes" for r in records], int)
     return {
         "precision": ratio_metric(yes * gold, yes),
         "recall": ratio_metric(yes * gold, gold),
         "f1": ratio_metric(2 * yes * gold, yes + gold),
         "yes_ratio": mean_metric(yes),
-        "neither": mean_metric([s is None for s in said]),
+        "neither": mean_metric([p is None for p in predicted]),
     }
 
 
 def summarise_pathvqa(records: Records) -> dict[str, Metric]:
-    """Yes/no questions apart from open ones; the open ones also by token recall and F1."""
+    """Return the accuracy of yes/no rows and of open rows, and the token recall and F1 of the open ones."""
     closed = [r for r in records if text.normalise_text(str(r.answer)) in ("yes", "no")]
     rest = [r for r in records if text.normalise_text(str(r.answer)) not in ("yes", "no")]
     overlap = [text.token_overlap(r.prediction or "", str(r.answer)) for r in rest]
@@ -78,7 +75,7 @@ def summarise_pathvqa(records: Records) -> dict[str, Metric]:
 
 
 def summarise_mmmu(records: Records) -> dict[str, Metric]:
-    """By discipline, and the share of choices that were not read (and so guessed, or wrong)."""
+    """Return the accuracy by discipline, and the share of choices that could not be read (guessed, or wrong)."""
     closed = [r for r in records if r.meta.get("question_type", "multiple-choice") != "open"]
     unread = [
         r.prediction is None
@@ -111,7 +108,7 @@ def summarise_jigsaw(records: Records) -> dict[str, Metric]:
 
 
 def summarise_constraints(records: Records) -> dict[str, Metric]:
-    """Of all constraints; those of one response stand or fall together, so the rows are responses."""
+    """Return the share of all constraints that are met; those of one response are correlated, so rows are responses."""
     met = [
         sum(instructions.follows_constraint(r.prediction or "", c) for c in r.answer)
         for r in records
@@ -120,12 +117,13 @@ def summarise_constraints(records: Records) -> dict[str, Metric]:
 
 
 def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:
-    """Mean score, extraction failures and worker errors as shares of the records, then a scorer's own metrics of rows that there are."""
-    common = {
+    """Return the mean score, the shares of extraction failures and of errors, and the scorer's own metrics with rows."""
+    metrics = {
         "accuracy": mean_metric([r.score for r in records]),
         "extraction_failure": mean_metric([r.prediction is None for r in records]),
         "error": mean_metric([bool(r.error) for r in records]),
     }
-    return common | {
-        name: metric for name, metric in (summary(records) if summary else {}).items() if metric.n
-    }
+    for name, metric in (summary(records) if summary else {}).items():
+        if metric.n:
+            metrics[name] = metric
+    return metrics

@@ -1,11 +1,14 @@
-r"""Mathematical equality of two answers.
+r"""Decide the mathematical equality of two answers; runs in worker processes only.
 
-Only worker processes (`cptjax/tasks/scoring/sandbox.py`) import this file: any of it may loop for ever.
+Any of this code may loop for ever, so that only `cptjax/tasks/scoring/sandbox.py` calls it. There are two graders:
 
-`lenient` re-creates, from its behaviour, the grader that arXiv 2507.05386 scored with (the package mathruler). What it forgives:
-letter case; every space; `$`, `%` and the names of units wherever they stand ("football" = "ball"); "or" and "and" as a comma;
-letters multiply ("on" = "no"). What it does not: "A." is not "A", "two" is not "2", an integer must be met literally.
-Departure: LaTeX commands outside the table below vanish, where the original has a larger table.
+`equal_by_math_verify` calls the package math-verify.
+
+`equal_by_mathruler` is a re-implementation of the grader that arXiv 2507.05386 scored with, the package mathruler, written
+from its behaviour; it is not that package, and grades may differ in rare cases. What it forgives: letter case; every space;
+`$`, `%` and the names of units anywhere ("football" = "ball"); "or" and "and" as a comma; letters multiply ("on" = "no").
+What it does not forgive: "A." is not "A", "two" is not "2", an integer must be equal literally. Known difference: LaTeX
+commands outside the table below are removed, where mathruler has a larger table.
 """
 
 import functools
@@ -45,31 +48,34 @@ PARSER_TRANSFORMATIONS = (
 
 
 def any_equal(prediction: str, answers: list[str]) -> bool:
-    """Is the prediction equal to one of the answers?"""
+    """Return whether the prediction equals one of the answers by math-verify."""
     return any(equal_by_math_verify(prediction, answer) for answer in answers)
 
 
 def any_lenient(prediction: str, answers: list[str]) -> bool:
-    """Would mathruler grade the prediction as equal to one of the answers?"""
+    """Return whether the prediction equals one of the answers by the rules of mathruler."""
     return any(equal_by_mathruler(prediction, answer) for answer in answers)
 
 
 def equal_by_math_verify(prediction: str, answer: str) -> bool:
-    """Equality by math-verify, both read as LaTeX or as a plain expression; words and what it can not read must be met literally."""
-    said, gold_text = (
+    """Return whether two answers, read as LaTeX or as plain expressions, are equal by math-verify.
+
+    Words, and what math-verify cannot read, must be equal literally.
+    """
+    predicted, gold_text = (
         " ".join(t.lower().strip().strip("$").rstrip(".").split()) for t in (prediction, answer)
     )
-    if said == gold_text:
+    if predicted == gold_text:
         return True
     if re.fullmatch(r"[a-z][a-z ]+", gold_text):  # as letters to multiply, "on" would be "no"
         return False
-    if len(said) > MAX_ANSWER_LENGTH:
+    if len(predicted) > MAX_ANSWER_LENGTH:
         return False
     gold = _parse_math(answer)
     return bool(gold) and verify(gold, _parse_math(prediction), timeout_seconds=None)
 
 
-@functools.lru_cache(maxsize=1 << 12)  # a gold answer meets every response of its group
+@functools.lru_cache(maxsize=1 << 12)  # a gold answer is compared with every response of its group
 def _parse_math(text: str) -> list:
     text = text.strip().strip("$").rstrip(".")
     # The pool limits the time; math-verify's own limit is a signal that C code outlasts.
@@ -79,22 +85,25 @@ def _parse_math(text: str) -> list:
 
 
 def equal_by_mathruler(prediction: str, answer: str) -> bool:
-    """Equality as mathruler grades it."""
+    """Return whether two answers are equal by the rules of mathruler."""
     if normalise_latex(prediction) == normalise_latex(answer):
         return True
-    said, gold = normalise_loosely(prediction), normalise_loosely(answer)
-    if said == gold:
+    predicted, gold = normalise_loosely(prediction), normalise_loosely(answer)
+    if predicted == gold:
         return True
-    parts, gold_parts = _split_elements(said), _split_elements(gold)
-    if not said or len(parts) != len(gold_parts):
+    parts, gold_parts = _split_elements(predicted), _split_elements(gold)
+    if not predicted or len(parts) != len(gold_parts):
         return False
-    if len(parts) > 1 and (said[0], said[-1]) != (gold[0], gold[-1]):
+    if len(parts) > 1 and (predicted[0], predicted[-1]) != (gold[0], gold[-1]):
         return False
     return all(map(_same_value, parts, gold_parts))
 
 
 def normalise_latex(text: str) -> str:
-    r"""One spelling of simple LaTeX: `\frac12`, `1/2`, `.5` and `\dfrac{1}{2}` are one; "x=5" is "5"; degrees, percent, units go."""
+    r"""Return one spelling of simple LaTeX.
+
+    `\frac12`, `1/2`, `.5` and `\dfrac{1}{2}` become one; "x=5" becomes "5"; degrees, percent signs and units are removed.
+    """
     text = text.strip()
     if whole := re.search(r"^\\text\{(.+?)\}$", text):
         text = whole[1].strip()
@@ -128,7 +137,7 @@ def normalise_latex(text: str) -> str:
 
 
 def normalise_loosely(text: str) -> str:
-    """Lower case without spaces, units, `$`, `%` and braces; LaTeX as plain arithmetic."""
+    """Return the text in lower case, without spaces, units, `$`, `%` and braces, and LaTeX as plain arithmetic."""
     if whole := re.search(r"^\\text\{(.+?)\}$", text):
         text = whole[1]
     text = text.replace("\\%", "").replace("\\$", "").replace("$", "").replace("%", "")
@@ -149,7 +158,7 @@ def normalise_loosely(text: str) -> str:
 
 
 def _write_integer(text: str, number: Callable[[str], float]) -> str:
-    """ "2.0" -> "2"; what is not a whole number stays."""
+    """Write a whole number without decimals, "2.0" -> "2"; any other text stays."""
     try:
         value = number(text)
         return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
@@ -158,12 +167,12 @@ def _write_integer(text: str, number: Callable[[str], float]) -> str:
 
 
 def _without_commas(text: str) -> str:
-    """1,234,567 -> 1234567, while the comma of a pair stays."""
+    """Remove the commas of thousands, 1,234,567 -> 1234567; the comma of a pair stays."""
     return re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", text)
 
 
 def _latex_to_arithmetic(text: str) -> str:
-    r"""`2\sqrt{3}` -> `2sqrt(3)`, `\frac{1}{2}` -> ` 1/2` (without parentheses, as the original)."""
+    r"""Write LaTeX as arithmetic: `2\sqrt{3}` -> `2sqrt(3)`, `\frac{1}{2}` -> ` 1/2` (no parentheses, as in mathruler)."""
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*([^\s{}])\s*(?=[^\s{}]|\{)", r"\\frac{\1}", text)
     text = re.sub(r"\\(frac\{[^{}]*\}|sqrt)\s*([^\s{}])", r"\\\1{\2}", text)
@@ -178,7 +187,7 @@ def _latex_to_arithmetic(text: str) -> str:
 
 
 def _split_elements(text: str) -> list[str]:
-    """The elements of a tuple or interval."""
+    """Return the elements of a tuple or interval."""
     text = _without_commas(text)
     if (
         len(text) > 2
@@ -190,13 +199,13 @@ def _split_elements(text: str) -> list[str]:
     return [text] if text else []
 
 
-def _same_value(said: str, gold: str) -> bool:
+def _same_value(predicted: str, gold: str) -> bool:
     fraction = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
-    if fraction.fullmatch(said) and fraction.fullmatch(gold):
-        return said == gold  # an unreduced fraction is wrong
-    if _is_integer(said) != _is_integer(gold):
+    if fraction.fullmatch(predicted) and fraction.fullmatch(gold):
+        return predicted == gold  # an unreduced fraction is wrong
+    if _is_integer(predicted) != _is_integer(gold):
         return False
-    difference = f"({gold})-({said})"
+    difference = f"({gold})-({predicted})"
     letters = {c for c in difference.replace("sqrt", "").replace("frac", "") if c.isalpha()}
     if len(letters) > 2 or re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]+", difference):
         return False

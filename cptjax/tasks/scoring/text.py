@@ -1,4 +1,4 @@
-"""Short answers compared as text: the VQA benchmarks, yes/no questions and document reading."""
+"""Score short answers as text: the VQA benchmarks, yes/no questions, document reading."""
 
 import functools
 import re
@@ -6,6 +6,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from rapidfuzz.distance import Levenshtein
 
 NUMBER_WORDS = dict(
     zip(
@@ -27,7 +29,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've 'ow's'at you'd you'd've 
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
-    """The forms of a contraction with exactly one apostrophe missing: `they'dve` and `theyd've` of `they'd've`."""
+    """Return the forms of a contraction that lack one apostrophe: `they'dve` and `theyd've` for `they'd've`."""
     return [word[:i] + word[i + 1 :] for i, c in enumerate(word) if c == "'"]
 
 
@@ -37,18 +39,21 @@ COMPLETED_CONTRACTIONS = {
 LAST_PERIOD = re.compile(r"\.(?!\d)")
 
 
-@functools.lru_cache(
-    maxsize=1 << 16
-)  # the ten answers of a question meet every response of its group
+# The ten answers of a row are compared with every response of its group.
+@functools.lru_cache(maxsize=1 << 16)
 def normalise_vqa_answer(text: str) -> str:
-    """EvalAI's normaliser of VQA answers, quirks included: "Yes." -> "yes", "U.S.A." -> "usa", "none" -> "0", "it's" -> "it 's"."""
+    """Normalise a VQA answer as EvalAI does, quirks included.
+
+    "Yes." -> "yes", "U.S.A." -> "usa", "none" -> "0", "it's" -> "it 's"
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    # Quirk: a mark that stands beside a space anywhere is deleted everywhere, else it becomes a space.
-    beside_space = {mark: f"{mark} " in text or f" {mark}" in text for mark in PUNCTUATION_MARKS}
-    for mark, delete in beside_space.items():
+    # Quirk: a mark next to a space anywhere is deleted everywhere, else it becomes a space.
+    next_to_space = {mark: f"{mark} " in text or f" {mark}" in text for mark in PUNCTUATION_MARKS}
+    for mark, delete in next_to_space.items():
         text = text.replace(mark, "" if delete else " ")
-    # Quirk: the original passes a flag where the count belongs, so only 32 periods go; one after a digit goes too ("5." -> "5").
+    # Quirk: the original passes a flag where the count belongs, so only 32 periods go;
+    # one after a digit goes too ("5." -> "5").
     text = LAST_PERIOD.sub("", text, count=32)
     words = [NUMBER_WORDS.get(word, word) for word in text.split()]
     return " ".join(
@@ -57,44 +62,41 @@ def normalise_vqa_answer(text: str) -> str:
 
 
 def normalise_text(text: str) -> str:
-    """Lower case without punctuation, single spaces: the GQA rule."""
+    """Return the text in lower case, without punctuation, with single spaces (the GQA rule)."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def gold_answers(answer: Any) -> list[str]:
-    """The gold answers as a list of strings: one answer or several, of any type."""
-    answer = (
-        answer.tolist() if hasattr(answer, "tolist") else answer
-    )  # parquet columns come as arrays
-    return (
-        [str(a) for a in answer]
-        if isinstance(answer, Sequence) and not isinstance(answer, str)
-        else [str(answer)]
-    )
+    """Return the gold answers as a list of strings: one answer or several, of any type."""
+    if hasattr(answer, "tolist"):  # a parquet column is an array
+        answer = answer.tolist()
+    if isinstance(answer, Sequence) and not isinstance(answer, str):
+        return [str(a) for a in answer]
+    return [str(answer)]
 
 
 def score_exact(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Is the prediction one of the answers, letter for letter (outer space aside)?"""
+    """Return 1 if the prediction is one of the answers, letter for letter (outer space aside)."""
     return float(prediction.strip() in [a.strip() for a in gold_answers(answer)])
 
 
 def score_contains(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Does an answer occur in the prediction, in any case?"""
+    """Return 1 if one of the answers occurs in the prediction, in any case."""
     return float(
         any(a.strip().lower() in prediction.lower() for a in gold_answers(answer) if a.strip())
     )
 
 
 def score_exact_match(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Equality without case and punctuation (GQA as lmms-eval scores it)."""
+    """Return 1 for equality without case and punctuation (GQA as lmms-eval scores it)."""
     return float(normalise_text(prediction) in [normalise_text(a) for a in gold_answers(answer)])
 
 
 def score_vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
-    """VQA accuracy: mean over the annotators of min(1, matches among the *others* / 3); 3 of 10 -> 0.9, 4 of 10 -> 1.
+    """Return the VQA accuracy: the mean over the annotators of min(1, matches among the *others* / 3).
 
-    A file with fewer than four answers can not reach 3 matches among the others: there all of the others suffice. Where a task trains
-    on one answer, its rows keep all of them in the column `annotators`.
+    3 of 10 -> 0.9, 4 of 10 -> 1. A row with fewer than four answers cannot reach 3 matches among the others: all of the
+    others suffice there. Where a task trains on one answer, its rows keep all of them in the column `annotators`.
     """
     normal = [normalise_vqa_answer(a) for a in gold_answers((meta or {}).get("annotators", answer))]
     matches = [normalise_vqa_answer(prediction) == a for a in normal]
@@ -105,71 +107,49 @@ def score_vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def score_vqa_em_modal(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Equality with the most frequent answer (the first of those that tie), both through EvalAI's normaliser."""
-    return float(
-        normalise_vqa_answer(prediction)
-        == Counter(normalise_vqa_answer(a) for a in gold_answers(answer)).most_common(1)[0][0]
-    )
+    """Return 1 for equality with the most frequent answer (the first of those that tie), both normalised as by EvalAI."""
+    counts = Counter(normalise_vqa_answer(a) for a in gold_answers(answer))
+    return float(normalise_vqa_answer(prediction) == counts.most_common(1)[0][0])
 
 
 def parse_yes_no(text: str) -> str | None:
-    """ "yes" or "no" if the text starts with it or has only one of the two as a word; else None."""
+    """Return "yes" or "no" if the text starts with it or has only one of the two as a word, else None."""
     words = re.findall(r"[a-z']+", text.lower())
-    found = {"yes", "no"} & set(words)
-    if words and words[0] in found:
+    stated = {"yes", "no"} & set(words)
+    if words and words[0] in stated:
         return words[0]
-    return found.pop() if len(found) == 1 else None
+    return stated.pop() if len(stated) == 1 else None
 
 
 def score_yes_no(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Is the prediction's yes or no the gold one? Neither is wrong."""
+    """Return 1 if the prediction's yes or no is the gold one; a prediction with neither scores 0."""
     return float(parse_yes_no(prediction) == gold_yes_no(answer))
 
 
 def gold_yes_no(answer: Any) -> str:
-    """ "yes" or "no" of a gold answer, which may be a truth value."""
-    gold = {"true": "yes", "false": "no"}.get(str(answer).strip().lower()) or parse_yes_no(
-        str(answer)
-    )
+    """Return "yes" or "no" for a gold answer, which may be a truth value."""
+    truth = {"true": "yes", "false": "no"}.get(str(answer).strip().lower())
+    gold = truth or parse_yes_no(str(answer))
     if gold is None:
-        raise ValueError(f"a yes/no question needs the answer yes or no; got {answer!r}")
+        raise ValueError(f"a yes/no task: expected the answer yes or no, got {answer!r}")
     return gold
 
 
 def token_overlap(prediction: str, answer: str) -> tuple[float, float]:
-    """(recall, F1) of the gold answer's words, after the GQA rule."""
-    said, gold = (
-        Counter(normalise_text(prediction).split()),
-        Counter(normalise_text(answer).split()),
-    )
-    common = sum((said & gold).values())
-    return common / max(1, sum(gold.values())), 2 * common / max(
-        1, sum(gold.values()) + sum(said.values())
-    )
+    """Return the recall and F1 of the gold answer's words, after the GQA rule."""
+    predicted = Counter(normalise_text(prediction).split())
+    gold = Counter(normalise_text(answer).split())
+    common = (predicted & gold).total()
+    recall = common / max(1, gold.total())
+    return recall, 2 * common / max(1, gold.total() + predicted.total())
 
 
 def score_anls(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Average normalised Levenshtein similarity of one question: the best of the answers, 0 below one half."""
+    """Return the normalised Levenshtein similarity to the nearest of the answers; below one half it is 0."""
+    predicted = " ".join(prediction.lower().split())
+    golds = [" ".join(gold.lower().split()) for gold in gold_answers(answer)]
     best = max(
-        _similarity(" ".join(prediction.lower().split()), " ".join(a.lower().split()))
-        for a in gold_answers(answer)
+        1.0 - Levenshtein.distance(predicted, gold) / max(len(predicted), len(gold), 1)
+        for gold in golds
     )
     return best if best >= 0.5 else 0.0
-
-
-def _similarity(a: str, b: str) -> float:
-    longer = max(len(a), len(b), 1)
-    if min(len(a), len(b)) < longer / 2 and longer > 1:
-        return 0.0  # below one half whatever the letters; saves the table for a rambling response
-    return 1.0 - levenshtein_distance(a, b) / longer
-
-
-def levenshtein_distance(a: str, b: str) -> int:
-    """The number of insertions, deletions and replacements that turn a into b."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(row[-1] + 1, previous[j] + 1, previous[j - 1] + (x != y)))
-        previous = row
-    return previous[-1]
