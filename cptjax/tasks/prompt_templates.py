@@ -1,12 +1,12 @@
-r"""Prompt templates: what is asked around a question, and where the answer is then expected.
+r"""Prompt templates: the instruction around a row's text, and where the answer is then expected.
 
-A template is a jinja file. The text of the row is `content`, the row's columns are variables, and what the rest of cptjax must know
-stands in the file itself, as constants at its top:
+A template is a jinja file. In it `content` is the text of the row, and the row's columns are variables. Constants at its top
+tell the rest of cptjax how to read the responses:
 
-    {% set extract = "boxed" %}            how the answer is found (cptjax/tasks/scoring/extract.py); "whole" where it is not set
-    {% set format = "think_boxed" %}       what the format reward asks for (cptjax/tasks/rewards.py); "" = no format term
-    {% set forced_prefix = "\\boxed{" %}   what the response is made to begin with when knowledge is scored apart from form
-    {% set forced_extract = "boxed" %}     how the answer is found in forced_prefix + completion; as `extract` where it is not set
+    {% set extract = "boxed" %}            how the answer is found (cptjax/tasks/scoring/extract.py); "whole" if not set
+    {% set format = "think_boxed" %}       the form that earns the format reward (cptjax/tasks/rewards.py); "" = no format term
+    {% set forced_prefix = "\\boxed{" %}   forced begin of a response, to score knowledge apart from form
+    {% set forced_extract = "boxed" %}     how the answer is found in forced_prefix + completion; as `extract` if not set
     {{ content }}
     Write the final answer inside \boxed{}.
 """
@@ -30,7 +30,7 @@ TEMPLATE_SETTINGS = {"extract": "whole", "format": "", "forced_prefix": "", "for
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt template and the form of answer that it asks for."""
+    """A prompt template and the form of response that it asks for."""
 
     name: str
     source: str
@@ -40,32 +40,25 @@ class PromptTemplate:
     forced_extract: str
 
     def render(self, content: str, columns: Mapping[str, Any] | None = None) -> str:
-        """The prompt's text; placeholders such as <image> inside `content` pass through."""
+        """Return the prompt's text; placeholders such as <image> inside `content` stay."""
         try:
-            return (
-                _compile_template(self.source)
-                .render({**(columns or {}), "content": content})
-                .strip()
-            )
+            text = _compile_template(self.source).render({**(columns or {}), "content": content})
         except jinja2.UndefinedError as error:
             known = ", ".join(["content", *map(str, columns or {})])
             raise ValueError(
                 f"template {self.name}: {error.message}; the row has {known}"
             ) from error
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-        ) as error:  # forbidden, or of a wrong type
+        # An attribute that the sandbox forbids, or a column of the wrong type.
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"template {self.name}: {error}") from error
+        return text.strip()
 
     def answer(self, response: str) -> str | None:
-        """The final answer of a response, None where the response does not have the form."""
+        """Return the final answer of a response, or None if the response does not have the form."""
         return extract_answer(response, self.extract)
 
     def forced_response(self, completion: str) -> str:
-        """The forced prefix with its completion; a box or answer tag that the completion left open is closed at the end of its line."""
+        """Return the forced prefix with its completion; a box or answer tag left open is closed at the end of its line."""
         if (
             self.forced_extract == "boxed"
             and extract_answer(self.forced_prefix + completion, "boxed") is None
@@ -90,7 +83,7 @@ def _compile_template(source: str) -> jinja2.Template:
 
 @functools.cache
 def load_template(name: str) -> PromptTemplate:
-    """A built-in template by name, or a user's by the path of its `.jinja` file."""
+    """Load a built-in template by name, or a user's by the path of its `.jinja` file."""
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in BUILT_IN_TEMPLATES else Path(name)
     if path.suffix != ".jinja":
         raise ValueError(
@@ -110,26 +103,26 @@ def load_template(name: str) -> PromptTemplate:
 
 
 def _read_settings(source: str) -> dict[str, str]:
-    """The constants that a template sets under the names of SETTINGS."""
-    found = {}
+    """Return the constants of TEMPLATE_SETTINGS that a template sets."""
+    settings = {}
     for node in _jinja_environment().parse(source).body:
         if (
             isinstance(node, jinja2.nodes.Assign)
             and getattr(node.target, "name", None) in TEMPLATE_SETTINGS
         ):
             try:
-                found[node.target.name] = node.node.as_const()
+                settings[node.target.name] = node.node.as_const()
             except jinja2.nodes.Impossible as error:
                 raise jinja2.TemplateSyntaxError(
-                    f"{node.target.name} must be a constant text", node.lineno
+                    f"{node.target.name}: expected a constant text", node.lineno
                 ) from error
-    return found
+    return settings
 
 
 def _check_template(path: Path, settings: Mapping[str, Any]) -> None:
     if not isinstance(settings["forced_prefix"], str):
         raise ValueError(
-            f"template {path}: forced_prefix must be a text; got {settings['forced_prefix']!r}"
+            f"template {path}: forced_prefix: expected a text, got {settings['forced_prefix']!r}"
         )
     allowed = {
         "extract": tuple(EXTRACTIONS),
@@ -139,5 +132,5 @@ def _check_template(path: Path, settings: Mapping[str, Any]) -> None:
     for key, values in allowed.items():
         if settings[key] not in values:
             raise ValueError(
-                f"template {path}: {key} must be one of {', '.join(map(repr, values))}; got {settings[key]!r}"
+                f"template {path}: {key}: expected {', '.join(map(repr, values))}; got {settings[key]!r}"
             )

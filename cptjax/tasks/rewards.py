@@ -1,11 +1,11 @@
-r"""What a response earns: parts by name, of which "reward" is learned from and the others are logged.
+r"""The reward of a response: named parts, of which "reward" is trained on and the others are logged.
 
-    reward = weight(accuracy) * scorer(extracted answer) + weight(format) * (does the whole response have the form?)
+    reward = weight(accuracy) * scorer(extracted answer) + weight(format) * (1 if the whole response has the form)
 
-The papers' weights are 0.9 and 0.1. A template that asks for no form has no format term, and there the reward is the accuracy.
-The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's function replaces all of this: as
-`file.py:function` it runs in worker processes under a time limit, as a function of a task or config in this process, without one.
-Departure: `<think>...</think><answer>...</answer>` must hold each tag once, so that a response can not hide a second answer.
+The papers' weights are 0.9 and 0.1. A template without a form has no format term: the reward is the accuracy. The jigsaw's
+reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's function replaces all of this: as
+`file.py:function` it runs in worker processes under a time limit, as a function object in this process, without one.
+Departure: `<think>...</think><answer>...</answer>` must hold each tag once, so that a response cannot hide a second answer.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ THINK_ANSWER_PATTERN = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re
 
 
 def has_box(response: str) -> bool:
-    r"""Is there a `\boxed{}` whose braces close?"""
+    r"""Return whether there is a `\boxed{}` whose braces close."""
     return boxed_answer(response) is not None
 
 
 def thinks_then_boxes(response: str) -> bool:
-    r"""Is the whole response `<think>...</think>...\boxed{...}...`? Space around `<`, `>` and `/` is squeezed out first."""
+    r"""Return whether the whole response is `<think>...</think>...\boxed{...}...`, ignoring space around `<`, `>`, `/`."""
     rest = re.sub(r"\s*([<>/])\s*", r"\1", response)
-    # Searched mark by mark, in linear time: as a pattern of `.*` a degenerate response of repeated tags would take minutes.
+    # Mark by mark, in linear time: a regular expression with `.*` takes minutes on a response of repeated tags.
     for mark in ("</think>", "\\boxed{", "}"):
-        before, found, rest = rest.partition(mark)
-        if not found or (mark == "</think>" and not before.startswith("<think>")):
+        before, match, rest = rest.partition(mark)
+        if not match or (mark == "</think>" and not before.startswith("<think>")):
             return False
     return True
 
 
 def thinks_then_answers(response: str) -> bool:
-    """Is the whole response `<think>...</think><answer>...</answer>`, each tag once?"""
+    """Return whether the whole response is `<think>...</think><answer>...</answer>`, each tag once."""
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     return (
         all(response.count(tag) == 1 for tag in tags)
@@ -65,17 +65,18 @@ FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """How a task's responses are rewarded: by its scorer and template, by the jigsaw's sum, or by a user's function."""
+    """The rule that rewards a task's responses: its scorer and template, the jigsaw's sum, or a user's function."""
 
     name: str
     template: PromptTemplate
     scorer: Scorer
-    accuracy: float = 0.9  # weights
-    format: float = 0.1
+    accuracy: float = 0.9  # weight
+    format: float = 0.1  # weight
     target: str | Callable = (
-        ""  # a user's: file.py:function, or a function (completion, answer, **columns)
+        ""  # a user's file.py:function or function (completion, answer, **columns)
     )
-    on_error: str = "stop"  # stop | zero: a user's function (or scorer) that raises, hangs or gives no finite number
+    # stop | zero, where a user's function or scorer raises, hangs or returns no finite number
+    on_error: str = "stop"
     extraction: str = ""  # "" = the template's
 
     def __call__(
@@ -86,17 +87,17 @@ class Reward:
         ids: Sequence[str],
         pool: SandboxPool | None = None,
     ) -> list[RewardParts]:
-        """The parts of each completion; `pool` gives the time limit for what runs in worker processes."""
+        """Return the parts of each completion; `pool` holds the worker processes and their time limit."""
         if self.target:
             return _user_parts(self, completions, answers, metas, ids, pool)
-        how = self.extraction or self.template.extract
+        extraction = self.extraction or self.template.extract
         records = scorers.score_responses(
             self.scorer,
             completions,
             answers,
             metas,
             ids,
-            extraction=how,
+            extraction=extraction,
             pool=pool,
             on_error=self.on_error,
         )
@@ -118,12 +119,15 @@ def find_reward(
     extraction: str = "",
     pool: SandboxPool | None = None,
 ) -> Reward:
-    """The reward of a task: "" or "default" = its scorer's, "jigsaw", another scorer, `file.py:function` (loaded now), a function."""
+    """Return the reward of a task.
+
+    `name`: "" or "default" for its scorer's, "jigsaw", another scorer, `file.py:function` (loaded at once), or a function.
+    """
     if on_error not in ("stop", "zero"):
-        raise ValueError(f"rewards.on_error must be stop or zero; got {on_error!r}")
+        raise ValueError(f"rewards.on_error: expected stop or zero, got {on_error!r}")
     if min(accuracy, format) < 0 or accuracy + format == 0:
         raise ValueError(
-            f"reward weights must be >= 0 and not both 0; got accuracy={accuracy}, format={format}"
+            f"reward weights: expected >= 0 and not both 0, got accuracy={accuracy}, format={format}"
         )
     settings = {
         "template": template,
@@ -141,8 +145,9 @@ def find_reward(
         return Reward(f"{path.name}:{function}", scorer=scorer, target=target, **settings)
     if name == "jigsaw":
         return Reward(name, scorer=scorers.SCORERS["jigsaw"], **settings)
-    chosen = scorer if name in ("", "default") else scorers.find_scorer(name)
-    return Reward(chosen.name, scorer=chosen, **settings)
+    if name not in ("", "default"):
+        scorer = scorers.find_scorer(name)
+    return Reward(scorer.name, scorer=scorer, **settings)
 
 
 def _weighted_parts(reward: Reward, completion: str, record: scorers.ScoreRecord) -> RewardParts:
@@ -152,24 +157,16 @@ def _weighted_parts(reward: Reward, completion: str, record: scorers.ScoreRecord
     if not reward.template.format:
         return {"reward": record.score, **parts}
     form = float(FORMAT_CHECKS[reward.template.format](completion))
-    return {
-        "reward": reward.accuracy * record.score + reward.format * form,
-        **parts,
-        "format": form,
-    }
+    total = reward.accuracy * record.score + reward.format * form
+    return {"reward": total, **parts, "format": form}
 
 
 def _jigsaw_parts(reward: Reward, completion: str, record: scorers.ScoreRecord) -> RewardParts:
     hit = jigsaw_hit_rate(record.prediction or "", record.answer)
-    form = (
-        float(FORMAT_CHECKS[reward.template.format](completion)) if reward.template.format else 0.0
-    )
-    return {
-        "reward": hit + record.score + form,
-        "hit": hit,
-        "accuracy": record.score,
-        "format": form,
-    }
+    has_form = FORMAT_CHECKS.get(reward.template.format)
+    form = float(has_form(completion)) if has_form else 0.0
+    total = hit + record.score + form
+    return {"reward": total, "hit": hit, "accuracy": record.score, "format": form}
 
 
 def _user_parts(
@@ -184,13 +181,11 @@ def _user_parts(
         SandboxCall((c, a), scorers.keyword_columns(m))
         for c, a, m in zip(completions, answers, metas, strict=True)
     ]
-    here = callable(reward.target)
-    outcomes = (
-        [call_in_process(reward.target, c) for c in calls]
-        if here
-        else (pool or shared_sandbox_pool()).map(reward.target, calls)
-    )
-    name = reward.name if here else Path(reward.target).parent / reward.name
+    if callable(reward.target):
+        name, outcomes = reward.name, [call_in_process(reward.target, call) for call in calls]
+    else:
+        name = Path(reward.target).parent / reward.name
+        outcomes = (pool or shared_sandbox_pool()).map(reward.target, calls)
     parts = []
     for row_id, outcome in zip(ids, outcomes, strict=True):
         value = outcome.value if isinstance(outcome.value, Mapping) else {"reward": outcome.value}
@@ -198,24 +193,23 @@ def _user_parts(
         if error and reward.on_error == "stop":
             hint = "correct the function, or set rewards.on_error=zero to score such rows 0"
             raise ValueError(f"reward {name} failed on row {row_id}: {error}; {hint}")
-        parts.append(
-            {"reward": 0.0, "error": 1.0} if error else {k: float(v) for k, v in value.items()}
-        )
+        if error:
+            parts.append({"reward": 0.0, "error": 1.0})
+        else:
+            parts.append({key: float(v) for key, v in value.items()})
     return parts
 
 
 def _describe_wrong_parts(value: Mapping[str, Any]) -> str:
-    """What is wrong with the parts of a user's reward; "" for finite numbers with "reward" among them."""
+    """Return what is wrong with the parts of a user's reward; "" for finite numbers with "reward" among them."""
     if "reward" not in value:
         return f"returned the parts {', '.join(map(str, value)) or 'none'}; expected one named 'reward'"
-    wrong = [
-        f"{key}: {message}"
-        for key, v in value.items()
-        if (message := scorers.describe_non_number(v))
-    ]
-    return wrong[0] if wrong else ""
+    for key, v in value.items():
+        if message := scorers.describe_non_number(v):
+            return f"{key}: {message}"
+    return ""
 
 
 def is_correct(parts: dict[str, float]) -> bool:
-    """Fully right: by accuracy where there is one, else by reward."""
+    """Return whether a response is fully right: by its accuracy if the reward has that part, else by the reward."""
     return parts.get("accuracy", parts.get("reward", 0.0)) >= 1.0

@@ -105,10 +105,10 @@ def test_rendering_errors_name_the_template(tmp_path, source, message):
     ("source", "message"),
     [
         ("{{ content", r"mine\.jinja, line 1: unexpected end"),
-        ('{% set extract = "box" %}', r"extract must be one of 'whole', 'boxed', .*; got 'box'"),
-        ('{% set format = "cot" %}', r"format must be one of '', 'boxed', .*; got 'cot'"),
-        ("\n{% set extract = content %}", r"line 2: extract must be a constant text"),
-        ("{% set forced_prefix = 3 %}", r"forced_prefix must be a text; got 3"),
+        ('{% set extract = "box" %}', r"extract: expected 'whole', 'boxed', .*; got 'box'"),
+        ('{% set format = "cot" %}', r"format: expected '', 'boxed', .*; got 'cot'"),
+        ("\n{% set extract = content %}", r"line 2: extract: expected a constant text"),
+        ("{% set forced_prefix = 3 %}", r"forced_prefix: expected a text, got 3"),
     ],
 )
 def test_loading_errors_name_the_file(tmp_path, source, message):

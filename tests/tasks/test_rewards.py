@@ -272,9 +272,9 @@ def test_a_function_as_scorer_that_gives_no_number_stops_at_its_row(rule, messag
 def test_settings_are_checked(user, pool):
     with pytest.raises(ValueError, match="no function 'nope'"):
         load_user(user, "nope", pool)
-    with pytest.raises(ValueError, match="on_error must be stop or zero; got 'skip'"):
+    with pytest.raises(ValueError, match="on_error: expected stop or zero, got 'skip'"):
         rewards.find_reward("", load_template("cot"), find_scorer("exact"), on_error="skip")
-    with pytest.raises(ValueError, match="weights must be >= 0"):
+    with pytest.raises(ValueError, match="weights: expected >= 0"):
         rewards.find_reward("", load_template("cot"), find_scorer("exact"), format=-1)
     with pytest.raises(ValueError, match="unknown scorer 'exactt'; did you mean 'exact'"):
         rewards.find_reward("exactt", load_template("cot"), find_scorer("exact"))
