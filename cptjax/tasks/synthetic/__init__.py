@@ -1,1 +1,1 @@
-"""Generated tasks: images and questions that need no download."""
+"""Tasks whose images and questions are generated from a seed, without any download."""

@@ -1,17 +1,17 @@
-"""Synthetic tasks: images with questions made from a seed, unlimited and without any download.
+"""Synthetic tasks: unlimited images and questions generated from a seed, without any download.
 
 Ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images), facts and arithmetic (text alone).
-Levels 1-3 add distractors, cells or digits, or weaken the cue; facts have one level. Example i of (seed, split, family) depends
-on nothing else. No image is in two splits (`painting.add_noise`), nor is a sum of arithmetic from level 2 on; facts and
-single-digit sums are *knowledge*, one table that every split asks about.
+Levels 1-3 add distractors, cells or digits, or weaken the cue; facts have one level. Example i depends on the seed, the
+split and the family alone. No image is in two splits (`painting.add_noise`), nor is a sum of arithmetic from level 2 on;
+facts and single-digit sums are *knowledge*, one table that all splits share.
 
-Three settings make a base model to post-train on, as a real one is: it answers in its own words and is wrong in a steady way.
+Three settings make a base model as it is found in practice, which has its own wording and makes steady mistakes:
 
     styles   how `target` words an answer: {"it is": 0.4, "answer :": 0.3, "i think": 0.3}; "" is the bare answer
     bias     a random half of the classes has its label replaced by one fixed wrong class with this probability
     world    a number: which facts are true and which classes are biased; None = the run's seed
 
-`answer` is always the truth; `target` holds the styled, perhaps biased label, and meta says which.
+`answer` is always the truth; `target` holds the styled, perhaps biased label, and `meta` has its label and style.
 """
 
 import dataclasses
@@ -29,11 +29,7 @@ from cptjax.tasks.task import Task, did_you_mean, user_turn
 from cptjax.types import Example
 
 SYNTHETIC_SPLITS = ("train", "validation", "test")
-SYNTHETIC_SIZES = {
-    "train": 10_000,
-    "validation": 500,
-    "test": 500,
-}  # a limit asks for any other number
+SYNTHETIC_SIZES = {"train": 10_000, "validation": 500, "test": 500}  # without a limit
 ANSWER_STYLES = ("it is", "answer :", "i think", "the answer is")
 BLOCK_SIZE = 64  # examples generated at a time
 # Part of every hash: another text would generate other rows.
@@ -42,7 +38,7 @@ ROWS_KEY, PUZZLES_KEY = "drawn", "pictures"
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBlock:
-    """Consecutive examples: images [n side side 3] (None for text), and a question, answer, label and style each."""
+    """Consecutive examples: images [n side side 3] (None for text), and the question, answer, label, style of each."""
 
     images: np.ndarray | None
     questions: list[str]
@@ -54,7 +50,7 @@ class ExampleBlock:
 def generate_block(
     spec: SyntheticSpec, split: str, seed: int, start: int, stop: int
 ) -> ExampleBlock:
-    """Draws examples start..stop of a split."""
+    """Generate examples start..stop of a split."""
     number = SYNTHETIC_SPLITS.index(split)
     streams = RandomStreams.of(
         random_streams.hash_key(ROWS_KEY, spec.family, spec.level, seed, split),
@@ -63,20 +59,19 @@ def generate_block(
     canvas, questions, answers = SYNTHETIC_FAMILIES[spec.family](spec, streams, number)
     images = None if canvas is None else painting.add_noise(canvas, streams, spec.noise, number)
     names, weights = zip(*spec.styles, strict=True)
-    chosen = np.searchsorted(
-        np.cumsum(weights) / np.sum(weights), streams.uniform("style")[:, 0], side="right"
-    )
-    wrong = biased_classes(spec) if spec.bias else {}
-    replaced = streams.uniform("bias")[:, 0] < spec.bias
+    shares = np.cumsum(weights) / np.sum(weights)
+    styles = np.searchsorted(shares, streams.uniform("style")[:, 0], side="right")
+    wrong_classes = biased_classes(spec) if spec.bias else {}
+    is_biased = streams.uniform("bias")[:, 0] < spec.bias
     labels = [
-        wrong.get(answer, answer) if hit else answer
-        for answer, hit in zip(answers, replaced, strict=True)
+        wrong_classes.get(answer, answer) if biased else answer
+        for answer, biased in zip(answers, is_biased, strict=True)
     ]
-    return ExampleBlock(images, questions, answers, labels, [names[i] for i in chosen])
+    return ExampleBlock(images, questions, answers, labels, [names[i] for i in styles])
 
 
 def biased_classes(spec: SyntheticSpec) -> dict[str, str]:
-    """Returns the biased half of the classes, each with its one wrong class."""
+    """Return the biased half of the classes, each with its one wrong class."""
     names = answer_classes(spec)
     if not names:
         raise ValueError(f"{spec.family} has too many classes for biased labels; leave bias=0")
@@ -96,7 +91,7 @@ def _cached_block(spec: SyntheticSpec, split: str, seed: int, number: int) -> Ex
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticExamples(Sequence[Example]):
-    """The first `size` examples of a split; each is drawn when it is asked for, with its neighbours."""
+    """The first `size` examples of a split; access generates an example together with its block."""
 
     name: str
     spec: SyntheticSpec
@@ -108,16 +103,14 @@ class SyntheticExamples(Sequence[Example]):
         return self.size
 
     def where(self, index: int) -> tuple[str, int]:
-        """Returns the split and number of an example."""
+        """Return the split and number of an example."""
         return f"{self.name}/{self.split}", index
 
     def __getitem__(self, index: int) -> Example:
         index = range(self.size)[index]
-        block, at = (
-            _cached_block(self.spec, self.split, self.seed, index // BLOCK_SIZE),
-            index % BLOCK_SIZE,
-        )
-        image = [] if block.images is None else [Image.fromarray(block.images[at])]
+        block = _cached_block(self.spec, self.split, self.seed, index // BLOCK_SIZE)
+        at = index % BLOCK_SIZE
+        images = [] if block.images is None else [Image.fromarray(block.images[at])]
         label, style = block.labels[at], block.styles[at]
         meta = {
             "family": self.spec.family,
@@ -125,20 +118,19 @@ class SyntheticExamples(Sequence[Example]):
             "label": label,
             "style": style,
         }
-        messages = user_turn("<image>" * len(image) + block.questions[at], image)
         return Example(
-            f"{self.name}/{self.split}/{index}",
-            messages,
-            block.answers[at],
-            f"{style} {label}".strip(),
-            self.name,
-            meta,
+            id=f"{self.name}/{self.split}/{index}",
+            messages=user_turn("<image>" * len(images) + block.questions[at], images),
+            answer=block.answers[at],
+            target=f"{style} {label}".strip(),
+            task=self.name,
+            meta=meta,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class PuzzleImages(Sequence[tuple[str, Image.Image]]):
-    """Drawn pictures for puzzles, by name."""
+    """Generated images for jigsaw puzzles, each with its name."""
 
     split: str
     seed: int
@@ -154,11 +146,8 @@ class PuzzleImages(Sequence[tuple[str, Image.Image]]):
         streams = RandomStreams.of(
             random_streams.hash_key(PUZZLES_KEY, self.seed, self.split), np.array([index])
         )
-        return str(index), Image.fromarray(
-            painting.add_noise(
-                painting.paint_puzzle_images(streams, self.side), streams, 6.0, number
-            )[0]
-        )
+        canvas = painting.paint_puzzle_images(streams, self.side)
+        return str(index), Image.fromarray(painting.add_noise(canvas, streams, 6.0, number)[0])
 
 
 def load_synthetic_split(
@@ -169,7 +158,7 @@ def load_synthetic_split(
     limit: int | None = None,
     seed: int = 0,
 ) -> SyntheticExamples:
-    """Returns the first `limit` examples of a split; there is nothing to read, so `root` is not needed."""
+    """Return the first `limit` examples of a split; nothing is read, so that `root` has no effect."""
     if split not in SYNTHETIC_SPLITS:
         raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(SYNTHETIC_SPLITS)}")
     spec = dataclasses.replace(spec, world=seed) if spec.world is None else spec
@@ -179,11 +168,11 @@ def load_synthetic_split(
 
 
 def styled_exact(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Is the prediction the answer, bare or after one of the known style prefixes? Nothing may follow it."""
-    said, gold = (" ".join(text.split()).replace(" :", ":") for text in (prediction, str(answer)))
+    """Return 1 if the prediction is the answer, bare or after one of the ANSWER_STYLES, with nothing behind it."""
+    predicted, gold = (" ".join(t.split()).replace(" :", ":") for t in (prediction, str(answer)))
     return float(
         any(
-            said == f"{style} {gold}".strip()
+            predicted == f"{style} {gold}".strip()
             for style in ("", *(style.replace(" :", ":") for style in ANSWER_STYLES))
         )
     )
@@ -200,28 +189,29 @@ def make_synthetic_task(
     world: int | None = 0,
     **fields: Any,
 ) -> Task:
-    """Makes a drawn task; see the module's docstring for `styles`, `bias` and `world`."""
+    """Return a synthetic task; see the module's docstring for `styles`, `bias` and `world`."""
     if family not in SYNTHETIC_FAMILIES:
         raise ValueError(
-            f"synthetic task: no family {family!r}; there are {', '.join(SYNTHETIC_FAMILIES)}{did_you_mean(family, SYNTHETIC_FAMILIES)}"
+            f"synthetic task: no family {family!r}{did_you_mean(family, SYNTHETIC_FAMILIES)}; "
+            f"there are {', '.join(SYNTHETIC_FAMILIES)}"
         )
     if level not in ((1,) if family == "facts" else (1, 2, 3)) or not 0 <= bias <= 1:
         raise ValueError(
-            f"synthetic task: level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1 are expected; level={level} and bias={bias} came"
+            f"synthetic task: expected level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1, got level={level} and bias={bias}"
         )
     unknown = [style for style in styles or () if style and style not in ANSWER_STYLES]
     if unknown or (styles is not None and not sum(styles.values()) > 0):
         raise ValueError(
-            f"synthetic task: styles give a weight to any of '', {', '.join(map(repr, ANSWER_STYLES))}; {dict(styles)} came"
+            f"synthetic task: styles: expected weights of '', {', '.join(map(repr, ANSWER_STYLES))}; got {dict(styles)}"
         )
     spec = SyntheticSpec(
         family, level, side, noise, tuple(styles.items()) if styles else (("", 1.0),), bias, world
     )
     if bias:
         biased_classes(spec)
-    own = {
+    defaults = {
         "scorer": styled_exact,
         "template": "none",
         "forced_prefix": max(spec.styles, key=lambda style: style[1])[0] or ANSWER_STYLES[0],
     }
-    return Task(name, functools.partial(load_synthetic_split, name, spec), **{**own, **fields})
+    return Task(name, functools.partial(load_synthetic_split, name, spec), **{**defaults, **fields})

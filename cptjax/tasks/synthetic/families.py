@@ -1,4 +1,4 @@
-"""The families of synthetic tasks: what each streams, asks and takes as the answer.
+"""The families of synthetic tasks: the images, questions and answers of each.
 
 A family is a function (spec, streams, split number) -> (canvas [n side side 3] or None, questions, answers).
 """
@@ -26,7 +26,7 @@ FOODS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSpec:
-    """What is drawn and how it is answered."""
+    """The settings of a synthetic task."""
 
     family: str
     level: int = 1
@@ -38,7 +38,7 @@ class SyntheticSpec:
 
 
 def answer_classes(spec: SyntheticSpec) -> list[str]:
-    """Returns every answer of a family, () where they are too many to list."""
+    """Return every answer of a family, or nothing if they are too many to list."""
     grid = min(spec.level + 1, 4)
     match spec.family:
         case "colour":
@@ -70,25 +70,25 @@ def answer_classes(spec: SyntheticSpec) -> list[str]:
 def _colour(spec: SyntheticSpec, streams: RandomStreams, split: int):
     canvas, shapes, colours = _scene(spec, streams)
     names = np.array(SHAPES)[shapes]
-    asked = [
+    questions = [
         "what colour is the shape?" if spec.level == 1 else f"what colour is the {name}?"
         for name in names
     ]
-    return canvas, asked, [list(COLOURS)[c] for c in colours]
+    return canvas, questions, [list(COLOURS)[c] for c in colours]
 
 
 def _shape(spec: SyntheticSpec, streams: RandomStreams, split: int):
     canvas, shapes, colours = _scene(spec, streams)
     names = np.array(list(COLOURS))[colours]
-    asked = [
+    questions = [
         "what shape is it?" if spec.level == 1 else f"what shape is the {name} one?"
         for name in names
     ]
-    return canvas, asked, [SHAPES[s] for s in shapes]
+    return canvas, questions, [SHAPES[s] for s in shapes]
 
 
 def _scene(spec: SyntheticSpec, streams: RandomStreams):
-    """Draws 1, 3 or 5 shapes, no two alike in shape or colour; returns those of the one asked about."""
+    """Paint 1, 3 or 5 shapes, no two alike in shape or colour; return the shape and colour of the question's."""
     canvas = painting.paint_background(streams, spec.side)
     grid = 3 if spec.level == 3 else 2
     cells, shapes, colours = (
@@ -117,7 +117,7 @@ def _count(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _position(spec: SyntheticSpec, streams: RandomStreams, split: int):
-    """Draws 2, 3 or 5 shapes of different colours and asks where one is."""
+    """Paint 2, 3 or 5 shapes of different colours; the question is where one is."""
     canvas = painting.paint_background(streams, spec.side)
     grid = min(spec.level + 1, 3)
     cells, colours = streams.order("cells", grid * grid), streams.order("colours", 6)
@@ -131,8 +131,8 @@ def _position(spec: SyntheticSpec, streams: RandomStreams, split: int):
             streams.integer(f"shape{slot}", 6),
             colours[:, slot],
         )
-    asked = [f"where is the {list(COLOURS)[c]} shape?" for c in colours[:, 0]]
-    return canvas, asked, [_cell_name(cell, grid) for cell in cells[:, 0]]
+    questions = [f"where is the {list(COLOURS)[c]} shape?" for c in colours[:, 0]]
+    return canvas, questions, [_cell_name(cell, grid) for cell in cells[:, 0]]
 
 
 def _cell_name(cell: int, grid: int) -> str:
@@ -144,12 +144,12 @@ def _digit(spec: SyntheticSpec, streams: RandomStreams, split: int):
     canvas = painting.paint_background(streams, spec.side)
     digits = np.stack([streams.integer(f"digit{place}", 10) for place in range(spec.level)], axis=1)
     painting.paint_digits(canvas, streams, digits)
-    asked = "which digit is it?" if spec.level == 1 else "which number is it?"
-    return canvas, [asked] * len(digits), ["".join(map(str, row)) for row in digits]
+    question = "which digit is it?" if spec.level == 1 else "which number is it?"
+    return canvas, [question] * len(digits), ["".join(map(str, row)) for row in digits]
 
 
 def _compare(spec: SyntheticSpec, streams: RandomStreams, split: int):
-    """Draws a shape on either side; one is larger by a factor that shrinks with the level."""
+    """Paint a shape on either side; one is larger by a factor that shrinks with the level."""
     canvas = painting.paint_background(streams, spec.side)
     larger = streams.uniform("size", 0.36, 0.46)[:, 0]
     smaller = (
@@ -171,15 +171,15 @@ def _compare(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _jigsaw(spec: SyntheticSpec, streams: RandomStreams, split: int):
-    """Shuffles the tiles of a picture; the answer is in the convention of tasks/jigsaw.py."""
+    """Shuffle the tiles of an image; the answer follows the convention of tasks/datasets/jigsaw.py."""
     grid = int(spec.family[-1])
     tile = spec.side // grid
-    picture = painting.paint_puzzle_images(
+    image = painting.paint_puzzle_images(
         streams, tile * grid, contrast=160.0 / 2 ** (spec.level - 1)
     )
     order = streams.order("tiles", grid * grid)
     tiles = (
-        picture.reshape(-1, grid, tile, grid, tile, 3)
+        image.reshape(-1, grid, tile, grid, tile, 3)
         .swapaxes(2, 3)
         .reshape(-1, grid * grid, tile, tile, 3)
     )
@@ -189,7 +189,7 @@ def _jigsaw(spec: SyntheticSpec, streams: RandomStreams, split: int):
         .swapaxes(2, 3)
     )
     canvas = painting.paint_background(streams, spec.side)
-    canvas[:, : tile * grid, : tile * grid] = shown.reshape(picture.shape)
+    canvas[:, : tile * grid, : tile * grid] = shown.reshape(image.shape)
     return (
         canvas,
         ["which tile belongs at each place?"] * len(order),
@@ -208,7 +208,7 @@ def _facts(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def world_facts(world: int = 0) -> dict[str, str]:
-    """Returns what each of the 64 creatures of a world eats; each of the 32 foods serves two."""
+    """Return what each of the 64 creatures of a world eats; each of the 32 foods belongs to two of them."""
     order = np.random.default_rng(int(random_streams.hash_key("facts", world))).permutation(
         len(CREATURES)
     )
@@ -227,7 +227,7 @@ def _arithmetic(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 @functools.lru_cache
 def _list_sums(level: int, split: int | None) -> list[tuple[int, str, int, int]]:
-    """Lists the sums of a level; from level 2 on, one in eight belongs to each of the splits that are not for training."""
+    """List the sums of a level; from level 2 on, validation and test each have one in eight of them."""
     high = (10, 50, 100)[level - 1]
     every = [(x, "plus", y, x + y) for x in range(high) for y in range(high)]
     if level == 3:

@@ -1,7 +1,4 @@
-"""Numpy painting for the synthetic tasks: counter-based random numbers, shapes, digits and pictures, many images at a time.
-
-Every random number is a hash of (key, example, stream), so example i never depends on how many are drawn with it.
-"""
+"""Paint the images of synthetic tasks in numpy: shapes, digits and gradients, many images at a time."""
 
 import numpy as np
 
@@ -34,7 +31,7 @@ DIGIT_FONT = np.array([[int(bit) for bit in glyph] for glyph in DIGIT_GLYPHS], n
 
 
 def paint_background(streams: RandomStreams, side: int) -> FloatArray:
-    """Returns dark canvases of slightly different greys."""
+    """Return dark canvases of slightly different greys."""
     grey = streams.uniform("background", 20, 60).astype(np.float32)[:, None, None]
     return np.broadcast_to(grey, (len(grey), side, side, 3)).copy()
 
@@ -50,7 +47,7 @@ def paint_shape(
     radius=None,
     present=None,
 ) -> None:
-    """Paints one shape per image into its cell of a grid x grid layout; radius is a share of the cell."""
+    """Paint one shape per image into its cell of a grid x grid layout; the radius is a share of the cell."""
     size = canvas.shape[1] // grid
     r = (streams.uniform(f"radius{slot}", 0.30, 0.42)[:, 0] if radius is None else radius) * size
     centre = (
@@ -79,7 +76,7 @@ def paint_shape(
 
 
 def shape_coverage(shape: np.ndarray, u: FloatArray, v: FloatArray, r: FloatArray) -> FloatArray:
-    """Returns how much of each pixel a shape covers, from its distance to the outline in pixels."""
+    """Return how much of each pixel a shape covers, from its distance to the outline in pixels."""
     distance = np.empty(np.broadcast_shapes(u.shape, v.shape), np.float32)
     for kind in range(len(SHAPES)):
         chosen = shape == kind
@@ -89,7 +86,7 @@ def shape_coverage(shape: np.ndarray, u: FloatArray, v: FloatArray, r: FloatArra
 
 
 def outline_distance(kind: int, u: FloatArray, v: FloatArray, r: FloatArray) -> FloatArray:
-    """Returns the signed distance to a shape's outline, negative inside; v points down."""
+    """Return the signed distance to a shape's outline, negative inside; v points down."""
     across, down = np.abs(u), np.abs(v)
     match SHAPES[kind]:
         case "circle":
@@ -109,7 +106,7 @@ def outline_distance(kind: int, u: FloatArray, v: FloatArray, r: FloatArray) -> 
 
 
 def paint_digits(canvas: FloatArray, streams: RandomStreams, digits: np.ndarray) -> None:
-    """Paints each row of digits [n, length] as one number, at a random scale and place."""
+    """Paint each row of digits [n, length] as one number, at a random scale and place."""
     side, length = canvas.shape[1], digits.shape[1]
     text = np.zeros((len(digits), 5, 4 * length), np.float32)
     for position in range(length):
@@ -132,7 +129,10 @@ def paint_digits(canvas: FloatArray, streams: RandomStreams, digits: np.ndarray)
 
 
 def paint_puzzle_images(streams: RandomStreams, side: int, contrast: float = 160.0) -> FloatArray:
-    """Returns pictures whose every part tells where it belongs: red grows to the right, green downwards, over it three shapes."""
+    """Return images in which each part shows where it belongs.
+
+    Red grows to the right, green grows downwards, with three shapes on top.
+    """
     n = len(streams.examples)
     slope = 110 + contrast * np.linspace(-0.5, 0.5, side, dtype=np.float32)
     canvas = np.empty((n, side, side, 3), np.float32)
@@ -150,7 +150,10 @@ def paint_puzzle_images(streams: RandomStreams, side: int, contrast: float = 160
 def add_noise(
     canvas: FloatArray, streams: RandomStreams, strength: float, split: int
 ) -> np.ndarray:
-    """Adds pixel noise and returns uint8 images, in which the first red value modulo 4 is the split: no image is in two splits."""
+    """Add pixel noise and return uint8 images.
+
+    The first red value of an image modulo 4 is the split, so that no image is in two splits.
+    """
     n, side = canvas.shape[:2]
     # The number of ones among 32 random bits is normal enough: mean 16, variance 8; a 64-bit hash serves two values.
     values = side * side * 3

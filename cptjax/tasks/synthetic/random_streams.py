@@ -1,4 +1,4 @@
-"""Counter-based random numbers: each is a hash of (key, example, stream), so example i never depends on its batch."""
+"""Random numbers that depend on (key, example, stream) alone, never on the rest of a batch."""
 
 import dataclasses
 import functools
@@ -7,12 +7,11 @@ import numpy as np
 
 FloatArray = np.ndarray
 
-
 HASH_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash_integers(values: np.ndarray) -> np.ndarray:
-    """Hashes 64-bit integers (the finaliser of splitmix64)."""
+    """Hash 64-bit integers (the finaliser of splitmix64)."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -21,7 +20,7 @@ def hash_integers(values: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def hash_key(*parts: int | str) -> np.uint64:
-    """Folds numbers and names into one 64-bit key."""
+    """Fold numbers and names into one 64-bit key."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         for byte in str(part).encode() + b"/":
@@ -31,7 +30,7 @@ def hash_key(*parts: int | str) -> np.uint64:
 
 @dataclasses.dataclass(frozen=True)
 class RandomStreams:
-    """The random numbers of a row of examples; each stream is used once."""
+    """The random numbers of n examples, by the name of a stream; each stream is used once."""
 
     examples: np.ndarray  # [n] hashed (key, index)
 
@@ -41,7 +40,7 @@ class RandomStreams:
             return cls(hash_integers(key + (indices.astype(np.uint64) + np.uint64(1)) * HASH_STEP))
 
     def bits(self, stream: str, size: int = 1) -> np.ndarray:
-        """Returns [n, size] uniform 64-bit integers."""
+        """Return [n, size] uniform 64-bit integers."""
         with np.errstate(over="ignore"):
             counters = hash_key(stream) + np.arange(size, dtype=np.uint64) * HASH_STEP
             return hash_integers(self.examples[:, None] ^ hash_integers(counters)[None])
@@ -49,7 +48,7 @@ class RandomStreams:
     def uniform(
         self, stream: str, low: float = 0.0, high: float = 1.0, size: int = 1
     ) -> FloatArray:
-        """Returns [n, size] numbers in [low, high)."""
+        """Return [n, size] numbers in [low, high)."""
         return (
             low
             + (high - low)
@@ -58,9 +57,9 @@ class RandomStreams:
         )
 
     def integer(self, stream: str, high: int) -> np.ndarray:
-        """Returns [n] integers in [0, high)."""
+        """Return [n] integers in [0, high)."""
         return (self.uniform(stream)[:, 0] * high).astype(np.int64)
 
     def order(self, stream: str, size: int) -> np.ndarray:
-        """Returns [n, size] random permutations."""
+        """Return [n, size] random permutations."""
         return np.argsort(self.bits(stream, size), axis=1)

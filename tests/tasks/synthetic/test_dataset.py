@@ -286,7 +286,7 @@ def test_sides_and_settings():
         ({"family": "colours"}, "no family 'colours'.*did you mean 'colour'"),
         ({"family": "facts", "level": 2}, "level=2"),
         ({"bias": 1.5}, "bias=1.5"),
-        ({"styles": {"maybe": 1.0}}, "styles give a weight"),
+        ({"styles": {"maybe": 1.0}}, "styles: expected weights"),
         ({"family": "jigsaw3", "bias": 0.5}, "too many classes"),
     ]:
         with pytest.raises(ValueError, match=message):
