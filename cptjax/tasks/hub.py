@@ -1,4 +1,4 @@
-"""Rows of a public dataset, from the hub or from a local copy of the same files, through one code path."""
+"""Read the rows of a public dataset, from the hub or from a local copy of the same files."""
 
 import dataclasses
 import functools
@@ -15,22 +15,20 @@ from cptjax.tasks.task import Examples, Task, did_you_mean, limit_rows
 from cptjax.types import Example
 
 SPLIT_NAME = re.compile(r"(^|[-_.])(train|validation|val|valid|dev|test|testdev|eval)([-_.]|$)")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # lie beside the data
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # are no data files
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 
 
 @dataclasses.dataclass(frozen=True)
 class HubSource:
-    """Where one split lives, and which of its rows are used."""
+    """The hub's name of one split, and which of its rows are used."""
 
     dataset: str
     split: str
     config: str | None = None
     needs: str = ""  # only rows in which this column is not null
-    part: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # a share of the rows in a fixed random order, where a dataset has no split of its own
+    # A share of the rows in a fixed random order, for a dataset that has no such split.
+    part: tuple[float, float] = (0.0, 1.0)
     most: int | None = None  # at most so many rows of that order
 
 
@@ -40,7 +38,7 @@ BuildExample = Callable[[dict[str, Any]], Example]
 def make_hub_task(
     name: str, sources: dict[str, HubSource], build: BuildExample, scorer: str, **fields: Any
 ) -> Task:
-    """Makes a task whose splits are public datasets."""
+    """Return a task whose splits are public datasets."""
     return Task(name, functools.partial(load_hub_split, name, sources, build), scorer, **fields)
 
 
@@ -53,14 +51,14 @@ def load_hub_split(
     limit: int | None = None,
     seed: int = 0,
 ):
-    """Loads a split's examples; images stay encoded until an example is asked for."""
+    """Load a split's examples; images stay encoded until an example is accessed."""
     source = pick_source(name, sources, split)
     rows = load_rows(source, root)
     return Examples(name, split, rows, build, limit_rows(usable_rows(rows, source), limit, seed))
 
 
 def pick_source(name: str, sources: dict[str, HubSource], split: str) -> HubSource:
-    """Returns the source of a split or says which splits there are."""
+    """Return the source of a split, or raise a ValueError that names the splits."""
     if split not in sources:
         raise ValueError(
             f"task {name}: no split {split!r}; it has {', '.join(sources)}{did_you_mean(split, sources)}"
@@ -69,7 +67,7 @@ def pick_source(name: str, sources: dict[str, HubSource], split: str) -> HubSour
 
 
 class ArrowRows(Sequence[dict[str, Any]]):
-    """A datasets.Dataset read row by row as plain values; images stay {"bytes", "path"}, whatever their feature says."""
+    """The rows of a datasets.Dataset as plain values; images stay {"bytes", "path"}, whatever their feature type."""
 
     def __init__(self, dataset: Any):
         self.table = dataset.with_format("arrow")
@@ -81,7 +79,7 @@ class ArrowRows(Sequence[dict[str, Any]]):
         return self.table[int(index)].to_pylist()[0]
 
     def column(self, name: str):
-        """Returns one column as an Arrow array, without reading the others."""
+        """Return one column as an Arrow array, without reading the others."""
         return self.table.select_columns([name])[:].column(name)
 
     @property
@@ -90,7 +88,7 @@ class ArrowRows(Sequence[dict[str, Any]]):
 
 
 def load_rows(source: HubSource, root: str = "") -> ArrowRows:
-    """Loads the rows of a split from the copy under `root`, or where there is none from the hub."""
+    """Load the rows of a split from the copy under `root`, or from the hub if there is none."""
     import datasets  # slow to import, and synthetic tasks never need it
 
     if folder := find_local_copy(source.dataset, root):
@@ -106,25 +104,29 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
 
 @functools.cache
 def find_local_copy(dataset: str, root: str) -> Path | None:
-    """Returns the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>; None (said once) = take the hub's."""
+    """Return the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>.
+
+    None means that the hub's is used, which is printed once.
+    """
     if not root:
         return None
     if not Path(root).is_dir():
         raise ValueError(
-            f"data.root={root!r}: no such folder; give the one that holds the datasets, or leave it empty to use the hub"
+            f"data.root={root!r}: no such folder; give the one with the datasets, or leave it empty to use the hub"
         )
     org, _, name = dataset.rpartition("/")
     candidates = [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
-    found = next((folder for folder in candidates if folder.is_dir()), None)
-    if found is None:
-        console.print_message(
-            f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}), so the hub's is used"
-        )
-    return found
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    console.print_message(
+        f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}); the hub's is used"
+    )
+    return None
 
 
 def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:
-    """Returns the indices of the rows that a source uses."""
+    """Return the indices of the rows that a source uses."""
     order = np.arange(len(rows))
     if source.needs:
         order = order[np.asarray(rows.column(source.needs).is_valid())]
@@ -136,7 +138,7 @@ def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:
 
 
 def _from_folder(folder: Path, source: HubSource):
-    """Reads one split of a copied dataset: save_to_disk, a clone of the repository, or bare data files."""
+    """Read one split of a copied dataset: save_to_disk, a clone of the repository, or bare data files."""
     import datasets
 
     inner = folder / source.config if source.config else folder
@@ -163,9 +165,10 @@ def _pick_split(splits, source: HubSource, place: Path):
 
 
 def find_split_files(folder: Path, source: HubSource) -> list[str]:
-    """Returns the data files of a split: named after it, or in a folder of that name; one file named after no split is the training split.
+    """Return the data files of a split: named after it, or in a folder of that name.
 
-    A dataset with several configs keeps each in its own folder; the default one, or a copy of one config alone, lies at the top.
+    One file that is named after no split is the training split. A dataset with several configs has a folder for each; the
+    default config, or a copy of one config alone, is at the top.
     """
     inner = folder / source.config if source.config else folder
     top = [
@@ -180,29 +183,26 @@ def find_split_files(folder: Path, source: HubSource) -> list[str]:
             for path in candidates
             if path.suffix in DATA_FILES and path.name not in DESCRIPTIONS
         )
-        own = [
+        matching = [
             path
             for path in files
             if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split
         ]
         if (
-            not own
+            not matching
             and source.split == "train"
             and len(files) == 1
             and not SPLIT_NAME.search(files[0].stem)
         ):
-            own = files
-        if own:
+            matching = files
+        if matching:
             return [
                 str(path)
-                for path in own
-                if path.suffix == own[0].suffix and path.parent == own[0].parent
+                for path in matching
+                if path.suffix == matching[0].suffix and path.parent == matching[0].parent
             ]
-    found = (
-        ", ".join(sorted({path.name for path in (*top, *deep) if path.suffix in DATA_FILES})[:5])
-        or "nothing"
-    )
+    present = sorted({path.name for path in (*top, *deep) if path.suffix in DATA_FILES})[:5]
     raise ValueError(
-        f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet (or .arrow, "
-        f".jsonl, .json) or a folder {source.split}/, found {found}"
+        f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet "
+        f"(or .arrow, .jsonl, .json) or a folder {source.split}/, found {', '.join(present) or 'nothing'}"
     )

@@ -1,4 +1,8 @@
-"""Every task by name. A new one is a file with a `make` and a line here; a user's own needs neither (`user.py`)."""
+"""The table of tasks by name, built in or from a config.
+
+A new dataset is a file in datasets/ with a `make_task`, and a row in TASK_MAKERS. A user's own data needs neither, see
+user_data/task.py.
+"""
 
 import functools
 import inspect
@@ -30,11 +34,11 @@ from cptjax.tasks.user_data import task
 
 
 def find_built_in(name: str) -> Task | None:
-    """The built-in task of that name, if there is one; workers that read rows import it by name."""
+    """Return the built-in task of that name, if there is one; a function by name, which worker processes can import."""
     return BUILT_IN_TASKS.get(name)
 
 
-# What a config's tasks.<name>.task may name; the other settings go to these functions.
+# tasks.<name>.task of a config names one of these functions; the other settings are its arguments.
 TASK_MAKERS: dict[str, Callable[..., Task]] = {
     "scienceqa": scienceqa.make_task,
     "textvqa": textvqa.make_task,
@@ -58,8 +62,8 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
 
 _PARITY = {"scorer": "mathruler_parity"}
 _VARIANTS = [
-    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its general benchmarks; all scored by the
-    # lenient scorer, with the benchmark's own beside it.
+    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its general benchmarks. All have
+    # its lenient scorer, and report the benchmark's own as well.
     scienceqa.make_task("cpt7_scienceqa", also=("mcq_letter",), **_PARITY),
     textvqa.make_task("cpt7_textvqa", ocr=True, single=True, also=("vqa_soft",), **_PARITY),
     vizwiz.make_task("cpt7_vizwiz", single=True, also=("vqa_soft",), **_PARITY),
@@ -89,19 +93,17 @@ def resolve_task(
     user_tasks: Mapping[str, Mapping[str, Any]] | None = None,
     pixels: tuple[int, int] | None = None,
 ) -> Task:
-    """Returns a task by name: the config's own first (its data, or a built-in with other settings), then the built-in.
+    """Return a task by name: one of the config's tasks, or else a built-in one.
 
-    `pixels` are the model's limits; a task whose answers are places in pixels is refused under others.
+    `pixels` are the model's limits (min_pixels, max_pixels). A task whose answers are positions in pixels must have the same.
     """
-    task = _find_task(name, user_tasks or {})
-    if pixels and task.pixels not in (None, pixels):
-        of = "states places in images of {} to {} pixels, but the model sees {} to {}".format(
-            *task.pixels, *pixels
-        )
+    resolved = _find_task(name, user_tasks or {})
+    if pixels and resolved.pixels not in (None, pixels):
         raise ValueError(
-            f"task {name} {of}; set min_pixels and max_pixels of tasks.{name} or of model so that they agree"
+            f"task {name}: its answers are positions in images of {resolved.pixels[0]} to {resolved.pixels[1]} pixels, but "
+            f"the model sees {pixels[0]} to {pixels[1]}; set min_pixels and max_pixels of tasks.{name} or of model to agree"
         )
-    return task
+    return resolved
 
 
 def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
@@ -120,23 +122,20 @@ def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
     if base not in TASK_MAKERS:
         refuse_old_name(f"tasks.{name}.task", base)
         raise ValueError(
-            f"tasks.{name}.task: no task {base!r}{did_you_mean(base, TASK_MAKERS)}; there are {', '.join(TASK_MAKERS)}"
+            f"tasks.{name}.task: no task {base!r}{did_you_mean(base, TASK_MAKERS)}; "
+            f"there are {', '.join(TASK_MAKERS)}"
         )
     _check_task_settings(name, TASK_MAKERS[base], settings)
     return TASK_MAKERS[base](name, **settings)
 
 
 def _check_task_settings(name: str, make: Callable[..., Task], settings: Mapping[str, Any]) -> None:
-    known = ({*inspect.signature(make).parameters, *inspect.signature(Task).parameters}) - {
-        "name",
-        "load",
-        "fields",
-        "pixels",
-        "find_task",
-    }
+    known = {*inspect.signature(make).parameters, *inspect.signature(Task).parameters}
+    known -= {"name", "load", "fields", "pixels", "find_task"}
     for key in settings:
         if key not in known:
             refuse_old_name(f"tasks.{name}", key)
             raise ValueError(
-                f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; there are {', '.join(sorted(known))}"
+                f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; "
+                f"there are {', '.join(sorted(known))}"
             )

@@ -1,4 +1,4 @@
-"""A task is a name and a few functions: how its examples are loaded, asked, rewarded and scored."""
+"""What a task is, and the parts that datasets are built from: examples, prompts, options."""
 
 import dataclasses
 import difflib
@@ -18,36 +18,32 @@ OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What training and evaluation need to know of a dataset.
+    """A dataset as training and evaluation use it.
 
-    Messages hold the question alone; the template adds its own instruction, so one example serves every template.
-    `direct_suffix` is what the template "direct" appends; an example's meta["direct_suffix"] goes before it.
+    The messages of its examples hold no instruction: the template adds one, so that an example works under every template.
     """
 
     name: str
-    load: Callable[
-        ..., Sequence[Example]
-    ]  # (split, root="", limit=None, seed=0); split = train | validation | test
-    scorer: (
-        str | Callable
-    )  # a name of scorers.py, "file.py:function", or a function (prediction, answer, meta)
-    reward: str | Callable = (
-        ""  # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a function
-    )
+    # (split, root="", limit=None, seed=0) with split = train | validation | test
+    load: Callable[..., Sequence[Example]]
+    # a name in scoring/scorers.py, "file.py:function", or a function (prediction, answer, meta)
+    scorer: str | Callable
+    # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a function
+    reward: str | Callable = ""
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
-    direct_suffix: str = ""
-    forced_prefix: str = (
-        ""  # what evaluation forces to tell format from knowledge; "" = the template's
+    direct_suffix: str = (
+        ""  # the instruction of the template "direct"; meta["direct_suffix"] goes before it
     )
-    also: tuple[str, ...] = ()  # further scorers reported beside `scorer`
-    pixels: tuple[int, int] | None = (
-        None  # the model's limits that the answers are stated for; None = any
-    )
+    # what evaluation makes a response begin with, to score knowledge apart from format; "" = the template's
+    forced_prefix: str = ""
+    also: tuple[str, ...] = ()  # further scorers that are reported
+    # the limits of the model's image size that the answers depend on; None = any
+    pixels: tuple[int, int] | None = None
 
 
 class Examples(Sequence[Example]):
-    """Rows that become examples when they are asked for, so that no image is decoded before it is needed."""
+    """Rows that become examples on access, so that no image is decoded before it is needed."""
 
     def __init__(
         self,
@@ -64,7 +60,7 @@ class Examples(Sequence[Example]):
         return len(self.order)
 
     def where(self, index: int) -> tuple[str, int]:
-        """Returns the split and row of an example."""
+        """Return the split and row of an example."""
         return f"{self.task}/{self.split}", int(self.order[index])
 
     def __getitem__(self, index: int) -> Example:
@@ -98,19 +94,19 @@ class Subset(Sequence[Example]):
 
 
 def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
-    """Returns `limit` of the indices, chosen by seed and kept in order; a smaller limit gives a subset of a larger one's."""
+    """Return `limit` of the indices, chosen by seed, in order; a smaller limit gives a subset of a larger one's."""
     order = np.asarray(order, dtype=np.int64)
     if limit is None or limit >= len(order):
         return order
     if limit < 0:
-        raise ValueError(f"limit: a number of rows >= 0 is expected, {limit} came")
+        raise ValueError(f"limit: expected a number of rows >= 0, got {limit}")
     return order[np.sort(permutation(len(order), (seed,))[:limit])]
 
 
 def user_turn(
     text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()
 ) -> list[dict[str, Any]]:
-    """Return one user turn in which each <image> and <video> of the text is replaced by the next image or video."""
+    """Return one user turn; each <image> and <video> of the text is replaced by the next image or video."""
     return place_media([{"role": "user", "content": text}], list(images), list(videos))
 
 
@@ -173,42 +169,42 @@ def conversation_images(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:
 
 
 def format_options(options: Sequence[str]) -> str:
-    """Writes options one a line, as "A. red"."""
+    """Write options one a line, as "A. red"."""
     return "\n".join(
         f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=False)
     )
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """Returns the most frequent answer, the first such when several are."""
+    """Return the most frequent answer, the first of several."""
     return max(dict.fromkeys(answers), key=list(answers).count)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean X?" when a known word is close, else nothing."""
+    """Return "; did you mean X?" if a known word is close, else ""."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def refuse_old_name(setting: str, name: str) -> None:
-    """Raise a ValueError that gives the new name of what was called "drawn" before."""
+    """Raise a ValueError with the new name of a task or setting that begins with its former name "drawn"."""
     if re.fullmatch(r"drawn(_\w+)?", name):
         new = name.replace("drawn", "synthetic", 1)
         raise ValueError(f"{setting}: {name!r} was renamed; write {new!r}")
 
 
 def select_columns(row: dict[str, Any], *columns: str) -> dict[str, Any]:
-    """Returns the named columns that are not None, for an example's meta."""
+    """Return the named columns that are not None, for an example's meta."""
     return {name: row[name] for name in columns if row.get(name) is not None}
 
 
 def example_text(example: Example) -> str:
-    """An example's messages as text."""
+    """Return an example's messages as text."""
     return "\n".join(content_text(turn["content"]) for turn in example.messages)
 
 
 def content_text(content: str | list[dict[str, Any]]) -> str:
-    """What a turn says, with <image> and <video> where those stand."""
+    """Return the text of a turn, with <image> and <video> in the places of images and videos."""
     if isinstance(content, str):
         return content
     return "".join(

@@ -1,1 +1,1 @@
-"""One built-in dataset per file."""
+"""The built-in datasets, one per file."""

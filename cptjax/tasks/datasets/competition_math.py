@@ -1,4 +1,4 @@
-"""MATH: 7,500 competition problems to train on, the 500 of MATH-500 to test; the answer is what the solution boxes."""
+"""MATH: 7,500 competition problems to train on, MATH-500 to test; the answer is in the solution's box."""
 
 from typing import Any
 

@@ -1,6 +1,7 @@
 """Countdown: reach a target from given numbers with + - * /, each number used exactly once.
 
-Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `make(synthetic=True)` draws its own: no download.
+Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `synthetic=True` generates puzzles instead,
+without a download.
 """
 
 import functools
@@ -34,7 +35,7 @@ def build_example(row: dict[str, Any]) -> Example:
 
 
 def make_puzzle(split: str, seed: int, index: int, count: int, largest: int) -> dict[str, Any]:
-    """Draws a solvable puzzle; the sum of its numbers modulo 3 is the split, so no puzzle is in two."""
+    """Generate a solvable puzzle; the sum of its numbers modulo 3 is the split, so that no puzzle is in two."""
     rng = np.random.default_rng([int(hash_key("countdown", split, seed)), index])
     while True:
         numbers = [int(n) for n in rng.integers(1, largest + 1, count)]
@@ -54,7 +55,7 @@ def make_puzzle(split: str, seed: int, index: int, count: int, largest: int) -> 
 def _extend_expression(
     rng: np.random.Generator, value: int, expression: str, number: int
 ) -> tuple[int, str]:
-    """Appends one operation whose result is a whole number."""
+    """Append one operation whose result is a whole number."""
     wrapped = f"({expression})" if any(sign in expression for sign in "+-") else expression
     choices = [
         (value + number, f"{expression} + {number}"),
@@ -93,7 +94,7 @@ def make_task(
     largest: int = 20,
     **fields: Any,
 ) -> Task:
-    """Makes the task; drawn puzzles have `count` numbers from 1 to `largest` and come with one solution as SFT target."""
+    """Return the task; synthetic puzzles have `count` numbers from 1 to `largest`, and a solution as SFT target."""
     load = (
         functools.partial(load_generated_split, name, count, largest)
         if synthetic

@@ -1,4 +1,4 @@
-"""DocVQA: 39,463 questions to train on, 5,349 of the validation split to test, scored by ANLS over all accepted answers."""
+"""DocVQA: 39,463 questions to train on, 5,349 (validation) to test; ANLS over all accepted answers."""
 
 from typing import Any
 

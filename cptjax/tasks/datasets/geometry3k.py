@@ -1,4 +1,4 @@
-"""Geometry3K with free-form answers (2,101 / 300 / 601), not the four-choice set of the same size that lmms-eval uses."""
+"""Geometry3K with free-form answers (2,101 / 300 / 601), not the four-choice set of lmms-eval."""
 
 from typing import Any
 

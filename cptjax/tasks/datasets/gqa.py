@@ -1,4 +1,7 @@
-"""GQA, balanced: 943,000 questions to train on, 12,578 of testdev to test; images are a dataset of their own, joined on imageId."""
+"""GQA, balanced: 943,000 questions to train on, 12,578 (testdev) to test.
+
+The images are another dataset, joined on imageId.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -44,7 +47,7 @@ def load_split(
     limit: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
-    """Loads questions and their images; the join is a dictionary from imageId to row, no image is copied."""
+    """Load questions and their images; the join is a dictionary from imageId to row, no image is copied."""
     sources = {
         ours: hub.HubSource(DATASET, theirs, f"{theirs}_balanced_instructions")
         for ours, theirs in SPLITS.items()
@@ -71,7 +74,7 @@ def load_split(
 def make_task(
     name: str = "gqa", train_rows: int | None = None, scorer: str = "exact_match", **fields: Any
 ) -> Task:
-    """Makes the task; `train_rows` trains on a fixed random subset (paper A saw about 80,000)."""
+    """Return the task; `train_rows` trains on a fixed random subset (paper A used about 80,000)."""
     return Task(
         name,
         functools.partial(load_split, name, train_rows),

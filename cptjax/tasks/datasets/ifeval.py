@@ -1,9 +1,9 @@
-"""Instructions that a program can check ("no commas", "at least 3 paragraphs"): IFEval's prompts to test, RLVR-IFeval to train.
+"""IFEval: instructions that a program can check ("no commas"); RLVR-IFeval to train, IFEval to test.
 
-The two datasets write a constraint differently; both become the scorer's form, a list of {"id": ..., arguments}. Rows that ask for a
-language are left out, because the scorer has no language detector. Departure: RLVR's own lists of options are not compared, an answer
-in IFEval's three wordings is.
-Paper C's 13,000 training and 1,972 evaluation prompts add up to RLVR-IFeval, so `paper_c` splits that one.
+The two datasets write a constraint differently; both become the scorer's form, a list of {"id": ..., arguments}. Rows with a
+constraint on the language are left out, because the scorer has no language detector. Departure: RLVR's own lists of options
+are not compared; a response in one of IFEval's three wordings is accepted.
+Paper C's 13,000 training and 1,972 evaluation prompts add up to RLVR-IFeval, so that `paper_c` splits that one.
 """
 
 import functools
@@ -77,7 +77,8 @@ RLVR_INSTRUCTIONS = {
     "validate_quotation": ("startend:quotation", {}),
     "validate_no_commas": ("punctuation:no_comma", {}),
 }
-COUNTED_INSTRUCTIONS = {  # instructions that compare a count: the arguments of IFEval for the relation and the number
+# Instructions that compare a count: the arguments of IFEval for the relation and the number.
+COUNTED_INSTRUCTIONS = {
     "verify_keyword_frequency": ("relation", "frequency"),
     "verify_letter_frequency": ("let_relation", "let_frequency"),
     "validate_word_constraint": ("relation", "num_words"),
@@ -87,7 +88,7 @@ COUNTED_INSTRUCTIONS = {  # instructions that compare a count: the arguments of 
 
 
 def build_example(row: dict[str, Any]) -> Example:
-    """Reads a row of either dataset."""
+    """Return the example of a row of either dataset."""
     if "ground_truth" in row:
         turns = [
             {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
@@ -108,7 +109,7 @@ def build_example(row: dict[str, Any]) -> Example:
 
 
 def translate_constraint(ground_truth: str) -> list[dict[str, Any]]:
-    """Turns RLVR's function and arguments into constraints of IFEval."""
+    """Return RLVR's function and arguments as constraints of IFEval."""
     given = json.loads(ground_truth)
     if given["func_name"] not in RLVR_INSTRUCTIONS:
         raise ValueError(
@@ -126,22 +127,24 @@ def translate_constraint(ground_truth: str) -> list[dict[str, Any]]:
 
 
 def count_bounds(quantifier: str, n: int) -> list[tuple[str, int]]:
-    """Writes "at most 5", "exactly 5" or "around 5" (a tenth, at least 1) with IFEval's two relations."""
+    """Return "at most 5", "exactly 5" or "around 5" (a tenth, at least 1) in IFEval's two relations."""
     slack = max(1, round(n / 10)) if quantifier == "around" else 0
     lower, upper = ("at least", n - slack), ("less than", n + slack + 1)
     return {"at least": [lower], "at most": [upper]}.get(quantifier, [lower, upper])
 
 
 def checkable_rows(rows: hub.ArrowRows) -> np.ndarray:
-    """Returns which rows have only constraints that the scorer knows."""
+    """Return a mask of the rows that have only constraints that the scorer knows."""
     if "ground_truth" in rows.names:
-        asked = [
+        constraints = [
             [RLVR_INSTRUCTIONS.get(json.loads(text)["func_name"], ("",))[0]]
             for text in rows.column("ground_truth").to_pylist()
         ]
     else:
-        asked = rows.column("instruction_id_list").to_pylist()
-    return np.array([all(name in CONSTRAINT_CHECKS for name in names) for names in asked], bool)
+        constraints = rows.column("instruction_id_list").to_pylist()
+    return np.array(
+        [all(name in CONSTRAINT_CHECKS for name in names) for names in constraints], bool
+    )
 
 
 def load_split(
@@ -157,7 +160,7 @@ def load_split(
     order, known = hub.usable_rows(rows, source), checkable_rows(rows)
     if not known[order].all():
         _log.warning(
-            "%s/%s: %d rows with a constraint that can not be checked are left out",
+            "%s/%s: %d rows with a constraint that cannot be checked are left out",
             name,
             split,
             (~known[order]).sum(),

@@ -1,4 +1,4 @@
-"""Jigsaw: an image is cut into rows x cols tiles, which are shown shuffled; the answer says how to put it back together.
+"""Jigsaw: an image is cut into tiles, which are shown shuffled; the answer puts it back together.
 
 Tiles and places are numbered from 1 in reading order. The answer lists, for each place of the ORIGINAL image in reading
 order, which SHOWN tile belongs there:
@@ -8,7 +8,7 @@ order, which SHOWN tile belongs there:
     ---+---         ---+---         place 3 (c) is shown as tile 2
      c | d           a | b          place 4 (d) is shown as tile 1     answer: 3 4 2 1
 
-`permutation[k]` is the place (from 0) that shown tile k came from: here (3, 2, 0, 1); the answer is its inverse, plus 1.
+`permutation[k]` is the original place (from 0) of shown tile k: (3, 2, 0, 1) above; the answer is its inverse, plus 1.
 """
 
 import functools
@@ -43,34 +43,31 @@ QUESTION = (
 def shuffle_tiles(
     image: Image.Image, permutation: Sequence[int], rows: int, cols: int
 ) -> Image.Image:
-    """Shows the tile of place permutation[k] as tile k; the image is first cropped to a multiple of the grid, at its centre."""
+    """Return the image with the tile of place permutation[k] as tile k, first cropped to a multiple of the grid."""
     image = crop_to_grid(image, rows, cols)
+    boxes = _tile_boxes(image, rows, cols)
     shown = Image.new("RGB", image.size)
-    for corner, box in zip(
-        _tile_boxes(image, rows, cols),
-        [_tile_boxes(image, rows, cols)[place] for place in permutation],
-        strict=True,
-    ):
-        shown.paste(image.crop(box), corner[:2])
+    for box, place in zip(boxes, permutation, strict=True):
+        shown.paste(image.crop(boxes[place]), box[:2])
     return shown
 
 
 def restore_tiles(shown: Image.Image, answer: Sequence[int], rows: int, cols: int) -> Image.Image:
-    """Puts the original back together: place p gets shown tile answer[p]."""
+    """Return the original of a shuffled image: place p gets shown tile answer[p]."""
     return shuffle_tiles(shown, [tile - 1 for tile in answer], rows, cols)
 
 
 def answer_of_permutation(permutation: Sequence[int]) -> list[int]:
-    """Returns the answer to a permutation: its inverse, counted from 1."""
+    """Return the answer to a permutation: its inverse, counted from 1."""
     return [int(tile) + 1 for tile in np.argsort(permutation)]
 
 
 def crop_to_grid(image: Image.Image, rows: int, cols: int) -> Image.Image:
-    """Crops to a multiple of the grid around the centre."""
+    """Crop to a multiple of the grid around the centre."""
     width, height = image.width // cols * cols, image.height // rows * rows
     if not width or not height:
         raise ValueError(
-            f"an image of {image.width} x {image.height} pixels can not be cut into {rows} x {cols} tiles"
+            f"an image of {image.width} x {image.height} pixels is too small for {rows} x {cols} tiles"
         )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -82,7 +79,7 @@ def _tile_boxes(image: Image.Image, rows: int, cols: int) -> list[tuple[int, int
 
 
 def build_example(row: tuple[str, Any], rows: int, cols: int, seed: int) -> Example:
-    """Makes the puzzle of one image; its permutation depends on the seed and the image's name alone and is never the identity."""
+    """Return the puzzle of one image; the permutation depends on seed and image name alone, and is not the identity."""
     name, source = row
     image = open_image(source)
     digest = hashlib.blake2b(f"{seed}/{rows}x{cols}/{name}".encode(), digest_size=8).digest()
@@ -120,25 +117,28 @@ class TaskImages(Sequence[tuple[str, Any]]):
 
 
 def list_folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
-    """Lists a folder's images; its subfolders train/ and test/ are the splits, without them one file in ten, by name, is a test."""
+    """List a folder's images.
+
+    Its subfolders train/ and test/ are the splits. Without them one file in ten, by the hash of its name, is in the test split.
+    """
     if not folder.is_dir():
         raise ValueError(
-            f'jigsaw: images={str(folder)!r} is neither a folder, nor a task, nor "synthetic"'
+            f'jigsaw: images: expected a folder, a task or "synthetic", got {str(folder)!r}'
         )
-    own = (folder / split).is_dir()
-    if not own and (
+    has_split = (folder / split).is_dir()
+    if not has_split and (
         split == "validation" or any((folder / other).is_dir() for other in ("train", "test"))
     ):
         raise ValueError(
             f"jigsaw: no images for split {split!r}: there is no folder {folder / split}"
         )
-    base = folder / split if own else folder
+    base = folder / split if has_split else folder
     files = sorted(
         path.relative_to(base).as_posix()
         for path in base.rglob("*")
         if path.suffix.lower() in IMAGE_FILE_SUFFIXES
     )
-    if not own:
+    if not has_split:
         files = [name for name in files if _held_out(name) == (split == "test")]
     if not files:
         raise ValueError(f"jigsaw: no images for split {split!r} in {base}")
@@ -182,7 +182,7 @@ def load_split(
 
 
 def no_task(name: str) -> None:
-    """Finds no task: `images` is a folder then."""
+    """Return None for every name: `images` is then a folder."""
 
 
 def make_task(
@@ -195,10 +195,10 @@ def make_task(
     find_task: Callable[[str], Task | None] = no_task,
     **fields: Any,
 ) -> Task:
-    """Makes the task from a folder of images, another task's images or drawn pictures of `side` pixels."""
+    """Return the task of a folder of images, of another task's images, or of synthetic images of `side` pixels."""
     if rows < 1 or cols < 1 or rows * cols < 2:
         raise ValueError(
-            f"jigsaw: a grid of at least two tiles is expected, rows={rows} cols={cols} came"
+            f"jigsaw: expected a grid of at least two tiles, got rows={rows} cols={cols}"
         )
     if not Path(images).is_dir():
         refuse_old_name(f"tasks.{name}.images", images)

@@ -1,4 +1,7 @@
-"""MMLU: four options, 57 subjects. Paper C trains on 12,000 questions of the test split and evaluates on the other 2,042."""
+"""MMLU: four options, 57 subjects.
+
+Paper C trains on 12,000 questions of the test split and evaluates on the other 2,042.
+"""
 
 from typing import Any
 

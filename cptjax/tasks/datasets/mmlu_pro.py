@@ -1,4 +1,7 @@
-"""MMLU-Pro: 12,032 questions with up to ten options, asked after five worked ones of the same category (validation split)."""
+"""MMLU-Pro: 12,032 questions with up to ten options, behind five worked examples of the category.
+
+The worked examples are the validation split.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -54,7 +57,7 @@ def format_question(row: dict[str, Any]) -> str:
 
 
 def format_solution(row: dict[str, Any]) -> str:
-    """Writes a worked answer; the dataset's own begins with "A: ", which reads as option A."""
+    """Return a worked answer; the dataset's begins with "A: ", which reads as option A."""
     return "Answer: " + row["cot_content"].removeprefix("A: ").removeprefix("Answer: ")
 
 
@@ -75,6 +78,9 @@ def load_split(
 def make_task(
     name: str = "mmlu_pro", shots: int = 5, scorer: str = "mmlu_pro", **fields: Any
 ) -> Task:
-    """Makes the task; with `shots` the prompt carries its own instruction (template "none"), without (paper A) the template gives it."""
+    """Return the task.
+
+    With `shots` the prompt has its own instruction (template "none"); without them (paper A) the template adds one.
+    """
     own = {"direct_suffix": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}
     return Task(name, functools.partial(load_split, name, shots), scorer, **{**own, **fields})

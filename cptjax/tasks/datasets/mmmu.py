@@ -1,4 +1,4 @@
-"""MMMU: 900 validation questions over 30 subjects are the test, the 150 of dev the training split; images stand inside the text."""
+"""MMMU: 150 questions (dev) to train on, 900 (validation) to test, with images inside the text."""
 
 import ast
 import re
@@ -45,7 +45,7 @@ def build_example(row: dict[str, Any]) -> Example:
 
 
 def inline_images(text: str, present: list[int]) -> tuple[str, list[int]]:
-    """Turns <image 2> into <image> and returns which image each stands for; images never mentioned go first."""
+    """Replace <image 2> by <image> and return the number of each image; images that the text does not mention go first."""
     mentioned = [int(n) for n in re.findall(r"<image (\d)>", text)]
     absent = [n for n in mentioned if n not in present]
     if absent:
@@ -57,12 +57,12 @@ def inline_images(text: str, present: list[int]) -> tuple[str, list[int]]:
 
 
 def parse_gold_answers(answer: str) -> str | list[str]:
-    """Returns the gold answer; an open question may list several as the text of a Python list."""
+    """Return the gold answer; an open question may list several as the text of a Python list."""
     return [str(item) for item in ast.literal_eval(answer)] if answer.startswith("[") else answer
 
 
 def subject_of_id(question: str) -> str:
-    """Takes the subject out of an id such as validation_Art_Theory_3."""
+    """Return the subject in an id such as validation_Art_Theory_3."""
     return "_".join(question.split("_")[1:-1])
 
 

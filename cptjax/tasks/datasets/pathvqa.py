@@ -1,4 +1,4 @@
-"""PathVQA (19,654 / 6,259 / 6,719): half of the test is yes/no, half free text, so the scorer reports the two apart."""
+"""PathVQA (19,654 / 6,259 / 6,719): half yes/no, half free text; the scorer also reports them apart."""
 
 from typing import Any
 

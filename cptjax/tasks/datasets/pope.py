@@ -1,4 +1,7 @@
-"""POPE: is the object in the image? 9,000 yes/no questions in three kinds (random, popular, adversarial); for evaluation only."""
+"""POPE: 9,000 yes/no questions about objects in images, for evaluation only.
+
+There are three kinds: random, popular, adversarial.
+"""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""RefCOCO grounding: name the box of what an expression means, in pixels of the image that the model sees; scored by acc@0.5.
+"""RefCOCO grounding: give the box of an expression, in pixels that the model sees; scored by acc@0.5.
 
-Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So the image is resized here, to the size that the
-processor would choose within `min_pixels` and `max_pixels`, and the box with it; the processor then leaves both alone.
-The limits must be those of model.min_pixels and model.max_pixels, or a run is refused. The public copy has no training split:
+Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So `build_example` resizes the image,
+and the box with it, to the size that the processor would choose within `min_pixels` and `max_pixels`; the processor then
+changes neither. The limits must be those of model.min_pixels and model.max_pixels. The public copy has no training split:
 train is its "val".
 """
 
@@ -51,7 +51,7 @@ def make_task(
     scorer: str = "iou50",
     **fields: Any,
 ) -> Task:
-    """Makes the task; `dataset` may be lmms-lab/RefCOCOplus, whose files look the same."""
+    """Return the task; `dataset` may be lmms-lab/RefCOCOplus, whose files have the same form."""
     sources = {ours: hub.HubSource(dataset, theirs) for ours, theirs in SPLITS.items()}
     build_row = functools.partial(build_example, min_pixels=min_pixels, max_pixels=max_pixels)
     own = {"direct_suffix": "Give only the box.", "pixels": (min_pixels, max_pixels)}

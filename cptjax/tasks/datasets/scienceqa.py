@@ -1,4 +1,4 @@
-"""ScienceQA, the questions that have an image: 6,218 to train on, 2,017 to test. One letter is the answer."""
+"""ScienceQA, the questions with an image: 6,218 to train on, 2,017 to test; the answer is a letter."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ SOURCES = {
 
 
 def build_example(row: dict[str, Any]) -> Example:
-    """Asks as lmms-eval does: the hint as context, the question, the lettered choices."""
+    """Return an example with the prompt of lmms-eval: the hint as context, the question, the lettered choices."""
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
     question = f"<image>{context}{row['question']}\n{format_options(row['choices'])}"
     letter = OPTION_LETTERS[row["answer"]]

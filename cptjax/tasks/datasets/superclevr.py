@@ -1,6 +1,6 @@
-"""Super-CLEVR as MathV360K words it: 8,642 rows in one split, of which 642 fixed random ones are the test (paper A's numbers).
+"""Super-CLEVR in the wording of MathV360K: 8,000 rows to train on, 642 to test.
 
-The scorer's normaliser takes "three" for "3".
+The two are a fixed random division of its one split, with paper A's numbers. The scorer's normaliser takes "three" for "3".
 """
 
 from typing import Any

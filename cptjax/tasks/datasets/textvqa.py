@@ -1,4 +1,4 @@
-"""TextVQA: 34,602 questions to train on; the 5,000 of the validation split are the test (the test split has no gold)."""
+"""TextVQA: 34,602 questions to train on, 5,000 (validation) to test; the test split has no answers."""
 
 import functools
 from typing import Any
@@ -36,7 +36,10 @@ def make_task(
     scorer: str = "vqa_soft",
     **fields: Any,
 ) -> Task:
-    """Makes the task; `ocr` lists the given OCR tokens in the prompt, `single` keeps the most frequent of the ten answers (paper A)."""
+    """Return the task.
+
+    `ocr` lists the dataset's OCR tokens in the prompt, `single` keeps the most frequent of the ten answers (paper A).
+    """
     build_row = functools.partial(build_example, ocr=ocr, single=single)
     return hub.make_hub_task(
         name, SOURCES, build_row, scorer, **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields}

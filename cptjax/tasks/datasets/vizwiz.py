@@ -1,6 +1,7 @@
-"""VizWiz-VQA: 4,319 validation questions are the test; 43.3% of them are unanswerable, so a constant answer scores that.
+"""VizWiz-VQA: 4,319 questions (validation) to test; the training split is read from the official files.
 
-The hub has no training split. The official files serve, as they unpack, under data.root:
+43.3% of the test is unanswerable, so that a constant response scores that much. The hub has no training split; the official
+files are read as they unpack under data.root:
 
     vizwiz/Annotations/train.json     [{"image": "VizWiz_train_00000000.jpg", "question": ..., "answers": [{"answer": ...}, ...]}]
     vizwiz/train/VizWiz_train_00000000.jpg
@@ -59,7 +60,7 @@ def load_split(
 
 
 def read_official_annotations(root: str) -> list[dict[str, Any]]:
-    """Reads the official training annotations into the columns of the hub dataset."""
+    """Return the official training annotations in the columns of the hub dataset."""
     for folder in (Path(root, "vizwiz"), Path(root, "VizWiz"), Path(root, "lmms-lab__VizWiz-VQA")):
         for annotations in (folder / "Annotations" / "train.json", folder / "train.json"):
             if root and annotations.is_file():
@@ -86,7 +87,7 @@ def _to_hub_columns(entry: dict[str, Any], images: Path) -> dict[str, Any]:
 def make_task(
     name: str = "vizwiz", single: bool = False, scorer: str = "vqa_soft", **fields: Any
 ) -> Task:
-    """Makes the task; `single` keeps the most frequent of the ten answers, as paper A and MCITlib do."""
+    """Return the task; `single` keeps the most frequent of the ten answers, as paper A and MCITlib do."""
     build_row = functools.partial(build_example, single=single)
     return Task(
         name,

@@ -1,1 +1,1 @@
-"""Scorers by name, and the worker processes that run user code with time limits."""
+"""Scorers, and the worker processes that run user code with time limits."""

@@ -978,7 +978,7 @@ def test_jigsaws_from_a_folder_another_task_and_drawings(tmp_path):
         len(BUILT_IN_TASKS["jigsaw"].load("test", limit=3)) == 3
         and BUILT_IN_TASKS["jigsaw"].load("test", limit=3)[2].id == "jigsaw/test/2"
     )
-    with pytest.raises(ValueError, match="neither a folder, nor a task"):
+    with pytest.raises(ValueError, match="expected a folder, a task or"):
         TASK_MAKERS["jigsaw"]("bad", images="nowhere").load("train")
     with pytest.raises(ValueError, match="no images for split 'validation'"):
         task.load("validation")
@@ -1074,7 +1074,7 @@ def test_boxes_in_pixels_are_refused_under_other_limits():
     assert resolve_task("refcoco", pixels=(200_704, 1_003_520)) is BUILT_IN_TASKS["refcoco"]
     with pytest.raises(
         ValueError,
-        match="refcoco states places in images of 200704 to 1003520 pixels, but the model sees 784 to",
+        match="refcoco: its answers are positions in images of 200704 to 1003520 pixels, but the model sees 784 to",
     ):
         resolve_task("refcoco", pixels=(784, 50_000))
     assert resolve_task(
