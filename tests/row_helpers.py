@@ -1,8 +1,40 @@
-"""Read every row of a split as a run does, and return the ones that cannot be used."""
+"""A small file of a user's rows, and the rows of it that cannot be used."""
+
+import json
 
 from cptjax.common.images import ImageSettings, open_image
 from cptjax.tasks.bad_rows import make_bad_row
+from cptjax.tasks.registry import resolve_task
 from cptjax.tasks.task import conversation_images
+
+RED = (200, 30, 30)
+
+
+def row(**changes):
+    return {"prompt": "<image>What colour?", "images": ["a.png"], "answer": "red"} | changes
+
+
+def write(folder, *rows, name="train.jsonl"):
+    lines = [
+        each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in rows
+    ]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder / name)
+
+
+def load(source, split="train", seed=0, limit=None, **settings):
+    return resolve_task("mine", {"mine": {"train": source, **settings}}).load(
+        split, seed=seed, limit=limit
+    )
+
+
+def only_bad(examples):
+    (bad,) = bad_rows(examples)
+    return bad
+
+
+def pixel(example, part=0):
+    return open_image(example.messages[0]["content"][part]["image"]).getpixel((0, 0))
 
 
 def find_bad_row(examples, index):

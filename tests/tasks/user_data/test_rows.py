@@ -1,165 +1,23 @@
-"""A user's own data: every container, every way a row can be wrong, and what is then said."""
+"""A user's row: prompts, images, videos and answers, and every way in which they can be wrong."""
 
-import csv
 import io
-import json
 import logging
 import unicodedata
 import warnings
 import zlib
 
-import cloudpickle
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from row_helpers import bad_rows
+from row_helpers import RED, bad_rows, load, only_bad, pixel, row, write
 
 from cptjax.common.images import MAX_FILE_PIXELS, open_image
-from cptjax.tasks.bad_rows import BadRow, drop_bad_rows
-from cptjax.tasks.registry import resolve_task
+from cptjax.tasks.bad_rows import BadRow
 from cptjax.tasks.task import example_text
-
-RED = (200, 30, 30)
-
-
-@pytest.fixture(autouse=True)
-def quiet_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    Image.new("RGB", (12, 8), RED).save(tmp_path / "a.png")
-    Image.new("RGB", (8, 12), "blue").save(tmp_path / "b.jpg")
-    return tmp_path
-
-
-def row(**changes):
-    return {"prompt": "<image>What colour?", "images": ["a.png"], "answer": "red"} | changes
-
-
-def write(folder, *rows, name="train.jsonl"):
-    lines = [
-        each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in rows
-    ]
-    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder / name)
-
-
-def load(source, split="train", seed=0, limit=None, **settings):
-    return resolve_task("mine", {"mine": {"train": source, **settings}}).load(
-        split, seed=seed, limit=limit
-    )
-
-
-def only_bad(examples):
-    (bad,) = bad_rows(examples)
-    return bad
-
-
-def pixel(example, part=0):
-    return open_image(example.messages[0]["content"][part]["image"]).getpixel((0, 0))
 
 
 def image_size(example, turn=0, part=0):
     return open_image(example.messages[turn]["content"][part]["image"]).size
-
-
-# --- containers
-
-
-def as_json(folder):
-    (folder / "d.json").write_text(
-        json.dumps({"data": [row(), row(images="b.jpg", answer="blue")]})
-    )
-    return "d.json"
-
-
-def as_csv(folder):
-    with open(folder / "d.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.writer(file)
-        writer.writerows(
-            [
-                ["prompt", "images", "answer"],
-                ["<image>What colour?", "a.png", "red"],
-                ["<image>What colour?", '["b.jpg"]', "blue"],
-            ]
-        )
-    return "d.csv"
-
-
-def as_parquet(folder):
-    features = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "images": datasets.List(datasets.Image()),
-            "answer": datasets.Value("string"),
-        }
-    )
-    rows = [row(images=[str(folder / "a.png")]), row(images=[str(folder / "b.jpg")], answer="blue")]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "d.parquet")
-    return "d.parquet"
-
-
-def as_folder(folder):
-    write(
-        folder,
-        {"file_name": "a.png", "prompt": "<image>What colour?", "answer": "red"},
-        {"file_name": "b.jpg", "prompt": "<image>What colour?", "answer": "blue"},
-        name="metadata.jsonl",
-    )
-    return "."
-
-
-def as_saved_dataset(folder):
-    datasets.Dataset.from_list(
-        [row(images=[str(folder / "a.png")]), row(images=[str(folder / "b.jpg")], answer="blue")]
-    ).save_to_disk(folder / "saved")
-    return "saved"
-
-
-def as_json_lines_named_json(folder):
-    return write(folder, row(), row(images=["b.jpg"], answer="blue"), name="d.json").rpartition(
-        "/"
-    )[2]
-
-
-@pytest.mark.parametrize(
-    "container",
-    [as_json, as_csv, as_parquet, as_folder, as_saved_dataset, as_json_lines_named_json],
-)
-def test_every_container_gives_the_same_examples(folder, container):
-    examples = load(str(folder / container(folder)))
-    assert bad_rows(examples) == []
-    assert [(example_text(e), e.answer, e.target) for e in examples] == [
-        ("<image>What colour?", "red", "red"),
-        ("<image>What colour?", "blue", "blue"),
-    ]
-    assert pixel(examples[0]) == RED and image_size(examples[1]) == (8, 12)
-
-
-def test_a_folder_of_classes_needs_only_a_question(folder):
-    (folder / "pets" / "cat").mkdir(parents=True)
-    Image.new("RGB", (9, 9)).save(folder / "pets" / "cat" / "1.png")
-    (example,) = load(str(folder / "pets"), prompt="<image>Which animal?")
-    assert (example_text(example), example.answer) == ("<image>Which animal?", "cat")
-
-
-def test_a_hub_dataset_by_id_config_and_split(folder, monkeypatch):
-    asked = []
-
-    def hub(name, config, split):
-        asked.append((name, config, split))
-        return datasets.Dataset.from_list([{"question": "Why?", "image": None, "label": 3}])
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    (example,) = load("org/name:small@dev", columns={"answer": "label"})
-    assert asked == [("org/name", "small", "dev")] and (example_text(example), example.answer) == (
-        "Why?",
-        "3",
-    )
 
 
 def test_a_prompt_is_built_from_columns(folder):
@@ -266,9 +124,6 @@ def test_answers_of_a_reward_of_ones_own_may_be_missing_or_objects(folder):
         write(folder, {"prompt": "Write.", "answer": {"max": 3}}), reward="my.py:reward"
     )
     assert example.answer == {"max": 3} and example.target == ""
-
-
-# --- the fifteen ways in which a row can be wrong
 
 
 def test_missing_file(folder):
@@ -391,46 +246,6 @@ def test_answers_that_are_no_text_become_text(folder):
     assert [e.target for e in examples] == ["3", "2.5", "True", "red", "0"]
 
 
-def test_bad_json_lines(folder):
-    examples = load(write(folder, row(), '{"prompt": "cut', "", "[1, 2]", row()))
-    assert len(examples) == 2
-    assert [(bad.row, bad.reason.partition(" (")[0]) for bad in examples.bad] == [
-        (2, "not JSON in UTF-8"),
-        (4, "expected an object {...}, got list"),
-    ]
-    (folder / "latin.jsonl").write_bytes(json.dumps(row()).encode() + b'\n{"prompt": "caf\xe9"}\n')
-    assert only_bad(load(str(folder / "latin.jsonl"))).row == 2
-
-
-def test_bad_csv_rows(folder):
-    (folder / "d.csv").write_text('prompt,answer\n"one\nline",1\na,b,c\nonly\n')
-    examples = load(str(folder / "d.csv"))
-    assert example_text(examples[0]) == "one\nline"
-    assert [(bad.row, bad.reason.split(";")[0]) for bad in examples.bad] == [
-        (4, "more fields than the header's 2"),
-        (5, "fewer fields than the header's 2"),
-    ]
-
-
-def test_unknown_columns_and_settings_name_the_nearest(folder):
-    source = write(folder, {"questions": "a", "label": "b"})
-    with pytest.raises(
-        ValueError,
-        match="no column 'question'; did you mean 'questions'.; it has questions, label; set columns.prompt",
-    ):
-        load(source, columns={"prompt": "question"})
-    with pytest.raises(ValueError, match="no column 'prompt'; it has questions, label"):
-        load(source)
-    with pytest.raises(ValueError, match="no column 'labels'; did you mean 'label'"):
-        load(source, prompt="{questions} {labels}")
-    with pytest.raises(ValueError, match="unknown role 'prompts'; did you mean 'prompt'"):
-        load(source, columns={"prompts": "questions"})
-    with pytest.raises(ValueError, match="unknown setting 'scorrer'; did you mean 'scorer'"):
-        load(source, scorrer="exact")
-    (example,) = load(write(folder, row(extra=1)))
-    assert example.meta == {"extra": 1}
-
-
 def test_a_column_missing_from_one_row_is_that_rows_fault(folder):
     assert str(only_bad(load(write(folder, row(), {"images": [], "answer": "x"})))).endswith(
         "train.jsonl:2: the prompt is empty"
@@ -476,18 +291,6 @@ def test_addresses_are_not_fetched(folder):
     )
 
 
-def test_duplicate_ids(folder):
-    examples = load(write(folder, row(id="x"), row(id="y"), row(id="x"), row(id=7), row(id=7)))
-    assert [(bad.row, bad.reason) for bad in examples.bad] == [
-        (3, "the id 'x' is already in use by an earlier row"),
-        (5, "the id '7' is already in use by an earlier row"),
-    ]
-    assert [e.id for e in load(write(folder, row(), row()))] == ["train.jsonl:1", "train.jsonl:2"]
-
-
-# --- around the rows
-
-
 @pytest.mark.parametrize("warned", ["error", "ignore"])
 def test_decompression_bombs_are_refused_before_decoding(folder, warned):
     """Whatever becomes of Pillow's warning: filters belong to the process, and any thread may change them."""
@@ -527,98 +330,3 @@ def test_bytes_arrays_pil_and_rotated_photos_open_alike(folder):
     for nothing in (None, "", 3, {"bytes": None, "path": None}):
         with pytest.raises(ValueError, match="image: expected a path, bytes or a PIL image, got"):
             open_image(nothing)
-
-
-def test_a_share_held_out_is_the_same_tenth_whatever_the_seed_and_the_bad_rows(folder):
-    rows = [{"id": f"r{n}", "prompt": "q", "answer": str(n)} for n in range(100)]
-    ids = lambda split, source, **options: [e.id for e in load(source, split, test=0.1, **options)]
-    train, test = (ids(split, write(folder, *rows)) for split in ("train", "test"))
-    assert len(test) == 10 and sorted(train + test) == sorted(r["id"] for r in rows)
-    assert ids("test", write(folder, *rows), seed=5) == test
-    shuffled = write(folder, *reversed(rows))
-    assert sorted(ids("test", shuffled)) == sorted(test)
-    worse = [r | {"answer": ""} if r["id"] == test[0] else r for r in rows]
-    assert (
-        ids("test", write(folder, *worse)) == test[1:]
-        and ids("train", write(folder, *worse)) == train
-    )
-    limited = ids("train", write(folder, *rows), limit=20)
-    assert len(limited) == 20 and set(limited) < set(train)
-
-
-def test_check_prints_every_bad_row_and_stops_unless_so_many_are_allowed(folder):
-    source = write(folder, row(), "nonsense", row(images=["no.png"]), row(answer=""), row())
-    said, examples = [], load(source)
-    with pytest.raises(
-        ValueError,
-        match=r"3 bad row\(s\), 2 allowed by data.bad_rows; the first: .*train.jsonl:2: not JSON",
-    ):
-        drop_bad_rows(examples, bad_rows(examples), allowed=2, print_line=said.append)
-    assert (
-        said[0] == "3 bad row(s) and 2 good ones:"
-        and len(said) == 4
-        and "train.jsonl:4: the answer is empty" in said[3]
-    )
-    (folder / "a.png").write_bytes(b"")
-    examples = load(source)
-    with pytest.raises(ValueError, match="5 bad"):
-        drop_bad_rows(examples, bad_rows(examples), allowed=4, print_line=said.append)
-    with pytest.raises(ValueError, match="no good row is left"):
-        drop_bad_rows(examples, bad_rows(examples), allowed=5, print_line=said.append)
-
-
-def test_check_leaves_out_rows_whose_image_does_not_open(folder):
-    (folder / "bad.png").write_bytes(b"x")
-    examples = load(write(folder, row(images=["bad.png"]), row(answer="kept")))
-    good = drop_bad_rows(examples, bad_rows(examples), allowed=1, print_line=lambda line: None)
-    assert [e.answer for e in good] == ["kept"] and good.where(0) == (
-        str(folder / "train.jsonl"),
-        2,
-    )
-
-
-def test_sources_that_make_no_sense_are_one_line(folder):
-    with pytest.raises(
-        ValueError, match="no/such/file.jsonl: no such file or folder, nor a hub dataset"
-    ):
-        load("no/such/file.jsonl")
-    with pytest.raises(
-        ValueError,
-        match="train.txt: expected a data file that ends in .jsonl, .json, .csv, .parquet",
-    ):
-        load(write(folder, row(), name="train.txt"))
-    with pytest.raises(
-        ValueError,
-        match="tasks.mine.test: expected a file, folder or hub id, or a share of train between 0 and 1; got 1.5",
-    ):
-        load(write(folder, row()), test=1.5)
-    with pytest.raises(ValueError, match="tasks.mine: give train, test or both"):
-        resolve_task("mine", {"mine": {"scorer": "exact"}})
-    with pytest.raises(ValueError, match="task mine: no test data; it has train"):
-        load(write(folder, row()), "test")
-    with pytest.raises(ValueError, match="no rows for train"):
-        load(write(folder))
-    (folder / "broken.json").write_text('[{"prompt": ')
-    with pytest.raises(ValueError, match="broken.json: not JSON"):
-        load(str(folder / "broken.json"))
-
-
-def test_settings_pass_through_to_the_task_and_examples_to_workers(folder):
-    task = resolve_task(
-        "mine",
-        {
-            "mine": {
-                "test": write(folder, row()),
-                "reward": "my.py:reward",
-                "scorer": "my.py:score",
-                "template": "t.jinja",
-            }
-        },
-    )
-    assert (task.name, task.reward, task.scorer, task.template) == (
-        "mine",
-        "my.py:reward",
-        "my.py:score",
-        "t.jinja",
-    )
-    assert cloudpickle.loads(cloudpickle.dumps(task.load("test")))[0].answer == "red"

@@ -1,0 +1,124 @@
+"""Metrics of scored responses: values, rows and standard errors."""
+
+import numpy as np
+import pytest
+
+from cptjax.tasks.scoring.scorers import (
+    find_scorer,
+    score_responses,
+    summarise_records,
+)
+from cptjax.tasks.scoring.summaries import mean_metric, ratio_metric
+
+
+def values(scorer, records):
+    return {name: metric.value for name, metric in summarise_records(scorer, records).items()}
+
+
+def test_pope_yes_ratio_counts_predictions():
+    yes_no = find_scorer("yes_no")
+    said = ["Yes, there is.", "yes", "yes", "There is a dog in it: yes", "no", "maybe"]
+    gold = ["yes", "yes", "no", "no", "yes", "no"]
+    metrics = values(yes_no, score_responses(yes_no, said, gold, [{}] * 6))
+    assert metrics["accuracy"] == pytest.approx(2 / 6)
+    assert metrics["precision"] == pytest.approx(2 / 4) and metrics["recall"] == pytest.approx(
+        2 / 3
+    )
+    assert metrics["f1"] == pytest.approx(4 / 7)
+    assert metrics["yes_ratio"] == pytest.approx(4 / 6)  # of the gold answers it would be 3/6
+    assert metrics["neither"] == pytest.approx(1 / 6)
+
+
+def test_pathvqa_reports_both_kinds():
+    scorer = find_scorer("pathvqa_split")
+    gold = ["yes", "no", "acute lung injury", "liver"]
+    metrics = values(
+        scorer, score_responses(scorer, ["Yes.", "yes", "lung injury", "liver"], gold, [{}] * 4)
+    )
+    assert (metrics["yes_no"], metrics["open"], metrics["accuracy"]) == (0.5, 0.5, 0.5)
+    assert metrics["open_recall"] == pytest.approx((2 / 3 + 1) / 2) and metrics[
+        "open_f1"
+    ] == pytest.approx((0.8 + 1) / 2)
+
+
+def test_every_metric_has_the_rows_and_the_error_of_its_own_group():
+    found = summarise_records(
+        find_scorer("pathvqa_split"),
+        score_responses(
+            find_scorer("pathvqa_split"),
+            ["yes", "yes", "x", "no"],
+            ["yes", "no", "liver", "no"],
+            [{}] * 4,
+        ),
+    )
+    assert {
+        name: metric.n for name, metric in found.items() if "open" in name or "yes" in name
+    } == {
+        "yes_no": 3,
+        "open": 1,
+        "open_recall": 1,
+        "open_f1": 1,
+    }
+    assert found["yes_no"].stderr == pytest.approx(
+        (2 / 3 * 1 / 3 / 2) ** 0.5
+    )  # p (1 - p) / (n - 1)
+    assert np.isnan(found["open"].stderr)  # of one row
+    closed = score_responses(find_scorer("pathvqa_split"), ["yes"], ["yes"], [{}])
+    assert "open" not in summarise_records(find_scorer("pathvqa_split"), closed)
+    metas = [{"category": "law"}] * 3 + [{"category": "math"}]
+    groups = summarise_records(
+        find_scorer("mmlu_pro"),
+        score_responses(find_scorer("mmlu_pro"), ["B"] * 4, ["B"] * 4, metas),
+    )
+    assert (groups["category/law"].n, groups["category/math"].n, groups["accuracy"].n) == (3, 1, 4)
+
+
+def test_errors_of_ratios_are_those_of_many_repetitions():
+    """Precision, recall and F1 as POPE has them, redrawn a thousand times."""
+    rng = np.random.default_rng(0)
+    yes, gold = rng.random((2, 1000, 400)) < [[[0.3]], [[0.6]]]
+    hit = yes & gold
+    for parts, wholes in ((hit, yes), (hit, gold), (2 * hit, yes * 1 + gold)):
+        told = [ratio_metric(a, b) for a, b in zip(parts, wholes, strict=True)]
+        assert np.mean([t.stderr for t in told]) == pytest.approx(
+            np.std([t.value for t in told]), rel=0.1
+        )
+        assert told[0].n == (wholes[0] > 0).sum()
+    assert mean_metric([1, 0, 0, 1]) == pytest.approx((0.5, 4, np.std([1, 0, 0, 1], ddof=1) / 2))
+
+
+def test_mmmu_guess_is_the_same_each_time_and_reported():
+    subjects = ("Art_Theory", "Math")
+    metas = [
+        {"id": f"validation_{subject}_{i}", "options": "['a', 'b', 'c', 'd']"}
+        for i in range(50)
+        for subject in subjects
+    ]
+    official, strict = find_scorer("mmmu_official"), find_scorer("mmmu_strict")
+    runs = [score_responses(official, ["no idea"] * 100, ["B"] * 100, metas) for _ in range(2)]
+    assert [r.score for r in runs[0]] == [r.score for r in runs[1]]
+    metrics = values(official, runs[0])
+    assert 0.1 < metrics["accuracy"] < 0.45 and metrics["unread_choice"] == 1.0
+    assert {"discipline/art_and_design", "discipline/science"} <= set(metrics)
+    unboxed = score_responses(official, ["I guess B"] * 100, ["B"] * 100, metas, extraction="boxed")
+    assert (
+        values(official, unboxed)["accuracy"] == 0.0
+        and values(official, unboxed)["extraction_failure"] == 1.0
+    )
+    assert (
+        values(strict, score_responses(strict, ["no idea"] * 100, ["B"] * 100, metas))["accuracy"]
+        == 0.0
+    )
+
+
+def test_mmlu_pro_mean_is_weighted_by_size():
+    scorer = find_scorer("mmlu_pro")
+    metas = [{"category": "law"}] * 3 + [{"category": "math"}]
+    metrics = values(
+        scorer, score_responses(scorer, ["The answer is (A)"] * 4, ["A", "A", "A", "B"], metas)
+    )
+    assert (
+        metrics["accuracy"] == 0.75
+        and metrics["category/law"] == 1.0
+        and metrics["category/math"] == 0.0
+    )

@@ -1,0 +1,90 @@
+"""Golden vectors of the rules for short answers."""
+
+import pytest
+
+from cptjax.tasks.scoring import text
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("Yes.", "yes"),
+        ("1,000", "1000"),
+        ("it's", "it 's"),
+        ("Coca-Cola", "coca cola"),
+        ("U.S.A.", "usa"),
+        ("none", "0"),
+        ("dont", "don't"),
+        ("a.b", "ab"),
+        ("5:4", "5:4"),
+        ("3.5", "3.5"),
+        ("$5.00", "$5.00"),
+        ("Ten", "10"),
+        ("The  cat\n", "cat"),
+        ("a -b-c", "bc"),
+        ("they'dve", "they'd've"),
+        ("somebody'd", "somebodyd"),
+        (".5", ".5"),
+        ("5.", "5"),
+        ("." * 40, "." * 8),
+    ],
+)
+def test_evalai_normaliser(raw, normal):
+    assert text.normalise_vqa_answer(raw) == normal
+
+
+def test_vqa_soft_leaves_the_compared_annotator_out():
+    answers = ["red"] * 3 + ["blue"] * 7
+    assert text.score_vqa_soft("Red.", answers) == pytest.approx(
+        0.9
+    )  # 7 see 3 matches -> 1, 3 see 2 matches -> 2/3; the plain rule gives 1
+    assert text.score_vqa_soft("red", ["red"] * 4 + ["blue"] * 6) == 1.0
+    assert text.score_vqa_soft("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)
+    assert text.score_vqa_soft("red", ["red"] * 2 + ["blue"] * 8) == pytest.approx(0.6)
+    assert text.score_vqa_soft("green", answers) == 0.0
+    assert (
+        text.score_vqa_soft("the Red", "red") == 1.0
+        and text.score_vqa_soft("red", ["red", "red"]) == 1.0
+    )
+
+
+def test_modal_answer():
+    answers = ["unanswerable"] * 4 + ["Dog", "dog", "a dog", "DOG.", "dog"] + ["cat"]
+    assert (
+        text.score_vqa_em_modal("dog", answers) == 1.0
+    )  # only after normalisation is "dog" the most frequent
+    assert text.score_vqa_em_modal("unanswerable", answers) == 0.0
+    assert text.score_vqa_em_modal("two", "2") == 1.0
+
+
+def test_exact_rules_differ_where_they_should():
+    cases = {"blue": (1, 1, 1), "Blue.": (0, 1, 1), "it is blue": (0, 0, 1), "blu": (0, 0, 0)}
+    for said, expected in cases.items():
+        assert (
+            text.score_exact(said, "blue"),
+            text.score_exact_match(said, "blue"),
+            text.score_contains(said, "blue"),
+        ) == expected
+    assert text.score_exact_match("on", "no") == 0.0
+    assert text.score_exact("b", ["a", "b"]) == 1.0
+    assert text.score_contains("anything", "") == 0.0
+
+
+def test_anls():
+    assert text.score_anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
+    assert text.score_anls("Kitten ", ["dog", "kitten"]) == 1.0
+    assert text.score_anls("abcd", ["abxy"]) == 0.5 and text.score_anls("abcd", ["axyz"]) == 0.0
+    assert text.score_anls("a" * 20_000, ["a"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("No, yes is wrong", "no"),
+        ("yes and no", "yes"),
+        ("is it yes or no", None),
+        ("nothing", None),
+    ],
+)
+def test_yes_or_no(said, found):
+    assert text.parse_yes_no(said) == found
