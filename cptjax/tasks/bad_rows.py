@@ -23,7 +23,7 @@ class BadRow:
 
 
 def make_bad_row(examples: Sequence[Example], index: int, error: Exception) -> BadRow:
-    """Return the bad row of an example that raised an error, the error's message on one line as the reason."""
+    """Return the bad row of an example that raised an error; the reason is the message on one line."""
     file, row = examples.where(index)
     reason = " ".join(str(error).split())
     for place in (f"{file}:{row}: ", f"{file}, row {row}: "):  # the bad row itself names its place
@@ -37,7 +37,10 @@ def drop_bad_rows(
     allowed: int,
     print_line: Callable[[str], Any],
 ) -> Sequence[Example]:
-    """Print the bad rows of a split and return its good rows; raise a ValueError if more than `allowed` are bad."""
+    """Print the bad rows of a split and return its good rows.
+
+    Raise a ValueError if more than `allowed` are bad.
+    """
     if not bad:
         return examples
     places = {(row.file, row.row) for row in bad}

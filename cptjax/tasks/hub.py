@@ -67,7 +67,10 @@ def pick_source(name: str, sources: dict[str, HubSource], split: str) -> HubSour
 
 
 class ArrowRows(Sequence[dict[str, Any]]):
-    """The rows of a datasets.Dataset as plain values; images stay {"bytes", "path"}, whatever their feature type."""
+    """The rows of a datasets.Dataset as plain values.
+
+    Images stay {"bytes", "path"}, whatever their feature type.
+    """
 
     def __init__(self, dataset: Any):
         self.table = dataset.with_format("arrow")
@@ -167,8 +170,8 @@ def _pick_split(splits, source: HubSource, place: Path):
 def find_split_files(folder: Path, source: HubSource) -> list[str]:
     """Return the data files of a split: named after it, or in a folder of that name.
 
-    One file that is named after no split is the training split. A dataset with several configs has a folder for each; the
-    default config, or a copy of one config alone, is at the top.
+    One file that is named after no split is the training split. A dataset with several configs
+    has a folder for each; the default config, or a copy of one config alone, is at the top.
     """
     inner = folder / source.config if source.config else folder
     top = [

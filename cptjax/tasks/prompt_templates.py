@@ -1,12 +1,12 @@
 r"""Prompt templates: the instruction around a row's text, and where the answer is then expected.
 
-A template is a jinja file. In it `content` is the text of the row, and the row's columns are variables. Constants at its top
-tell the rest of cptjax how to read the responses:
+A template is a jinja file. In it `content` is the text of the row, and the row's columns are
+variables. Constants at its top tell the rest of cptjax how to read the responses:
 
     {% set extract = "boxed" %}            how the answer is found (cptjax/tasks/scoring/extract.py); "whole" if not set
-    {% set format = "think_boxed" %}       the form that earns the format reward (cptjax/tasks/rewards.py); "" = no format term
-    {% set forced_prefix = "\\boxed{" %}   forced begin of a response, to score knowledge apart from form
-    {% set forced_extract = "boxed" %}     how the answer is found in forced_prefix + completion; as `extract` if not set
+    {% set format = "think_boxed" %}       the form that is rewarded (cptjax/tasks/rewards.py); "" = no format term
+    {% set forced_prefix = "\\boxed{" %}   a forced start of the response, to score knowledge apart from form
+    {% set forced_extract = "boxed" %}     the same for forced_prefix + completion; as `extract` if not set
     {{ content }}
     Write the final answer inside \boxed{}.
 """
@@ -58,7 +58,10 @@ class PromptTemplate:
         return extract_answer(response, self.extract)
 
     def forced_response(self, completion: str) -> str:
-        """Return the forced prefix with its completion; a box or answer tag left open is closed at the end of its line."""
+        """Return the forced prefix with its completion.
+
+        A box or answer tag left open is closed at the end of its line.
+        """
         if (
             self.forced_extract == "boxed"
             and extract_answer(self.forced_prefix + completion, "boxed") is None

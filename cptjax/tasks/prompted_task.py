@@ -32,7 +32,7 @@ class PromptedTask:
         return self.task.forced_prefix or self.template.forced_prefix
 
     def build_prompt(self, example: Example) -> list[dict[str, Any]]:
-        """Return the conversation of an example, with the template's instruction in its last user turn."""
+        """Return an example's conversation with the template's instruction in its last user turn."""
         *before, last = example.messages
         text = content_text(last["content"])
         # Under "direct", a dataset's own instruction for short answers replaces the template's.
@@ -47,7 +47,7 @@ class PromptedTask:
         return [*before, *place_media([{**last, "content": text}], images, videos)]
 
     def gold_response(self, example: Example) -> str:
-        """Return the response that SFT trains on: the example's target, put into the template's form if it lacks it."""
+        """Return the response that SFT trains on: the target, in the template's form."""
         if not example.target:
             raise ValueError(
                 f"{example.id}: task {self.name} has no gold answers to train on; use a method with source='rollouts'"
@@ -84,7 +84,10 @@ class PromptedTask:
 def make_prompted_task(
     task: Task, template: str, settings: Any, sandbox: SandboxPool
 ) -> PromptedTask:
-    """Return the task under a template; the task's own template goes first, `settings` are `config.rewards`."""
+    """Return the task under a template.
+
+    The task's own template goes first, `settings` are `config.rewards`.
+    """
     loaded = prompt_templates.load_template(task.template or template)
     scorer, *extra = (_load_scorer(each, sandbox) for each in (task.scorer, *task.also))
     reward = rewards.find_reward(
@@ -101,7 +104,10 @@ def make_prompted_task(
 
 
 def _load_scorer(scorer: str | Callable, sandbox: SandboxPool) -> scorers.Scorer:
-    """Return a scorer by name; a user's file is loaded at once, so that its errors show before step 0."""
+    """Return a scorer by name.
+
+    A user's file is loaded at once, so that its errors show before step 0.
+    """
     if not isinstance(scorer, str):
         return scorers.Scorer(scorer.__name__, scorer)
     by_name = scorers.find_scorer(scorer)

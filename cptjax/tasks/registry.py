@@ -1,7 +1,7 @@
 """The table of tasks by name, built in or from a config.
 
-A new dataset is a file in datasets/ with a `make_task`, and a row in TASK_MAKERS. A user's own data needs neither, see
-user_data/task.py.
+A new dataset is a file in datasets/ with a `make_task`, and a row in TASK_MAKERS. A user's own
+data needs neither, see user_data/task.py.
 """
 
 import functools
@@ -34,7 +34,10 @@ from cptjax.tasks.user_data import task
 
 
 def find_built_in(name: str) -> Task | None:
-    """Return the built-in task of that name, if there is one; a function by name, which worker processes can import."""
+    """Return the built-in task of that name, if there is one.
+
+    A function by name, which worker processes can import.
+    """
     return BUILT_IN_TASKS.get(name)
 
 
@@ -62,8 +65,8 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
 
 _PARITY = {"scorer": "mathruler_parity"}
 _VARIANTS = [
-    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its general benchmarks. All have
-    # its lenient scorer, and report the benchmark's own as well.
+    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its
+    # general benchmarks. All have its lenient scorer, and report the benchmark's own as well.
     scienceqa.make_task("cpt7_scienceqa", also=("mcq_letter",), **_PARITY),
     textvqa.make_task("cpt7_textvqa", ocr=True, single=True, also=("vqa_soft",), **_PARITY),
     vizwiz.make_task("cpt7_vizwiz", single=True, also=("vqa_soft",), **_PARITY),
@@ -95,13 +98,15 @@ def resolve_task(
 ) -> Task:
     """Return a task by name: one of the config's tasks, or else a built-in one.
 
-    `pixels` are the model's limits (min_pixels, max_pixels). A task whose answers are positions in pixels must have the same.
+    `pixels` are the model's limits (min_pixels, max_pixels). A task whose answers are positions
+    in pixels must have the same.
     """
     resolved = _find_task(name, user_tasks or {})
     if pixels and resolved.pixels not in (None, pixels):
         raise ValueError(
-            f"task {name}: its answers are positions in images of {resolved.pixels[0]} to {resolved.pixels[1]} pixels, but "
-            f"the model sees {pixels[0]} to {pixels[1]}; set min_pixels and max_pixels of tasks.{name} or of model to agree"
+            f"task {name}: its answers are positions in images of {resolved.pixels[0]} to "
+            f"{resolved.pixels[1]} pixels, but the model sees {pixels[0]} to {pixels[1]}; "
+            f"set min_pixels and max_pixels of tasks.{name} or of model to agree"
         )
     return resolved
 

@@ -1,11 +1,13 @@
-r"""The reward of a response: named parts, of which "reward" is trained on and the others are logged.
+r"""The reward of a response: named parts; "reward" is trained on, the others are logged.
 
     reward = weight(accuracy) * scorer(extracted answer) + weight(format) * (1 if the whole response has the form)
 
-The papers' weights are 0.9 and 0.1. A template without a form has no format term: the reward is the accuracy. The jigsaw's
-reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's function replaces all of this: as
-`file.py:function` it runs in worker processes under a time limit, as a function object in this process, without one.
-Departure: `<think>...</think><answer>...</answer>` must hold each tag once, so that a response cannot hide a second answer.
+The papers' weights are 0.9 and 0.1. A template without a form has no format term: the reward is
+the accuracy. The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A
+user's function replaces all of this: as `file.py:function` it runs in worker processes under a
+time limit, as a function object in this process, without one. Departure:
+`<think>...</think><answer>...</answer>` must hold each tag once, so that a response cannot hide a
+second answer.
 """
 
 import dataclasses
@@ -37,9 +39,13 @@ def has_box(response: str) -> bool:
 
 
 def thinks_then_boxes(response: str) -> bool:
-    r"""Return whether the whole response is `<think>...</think>...\boxed{...}...`, ignoring space around `<`, `>`, `/`."""
+    r"""Return whether the whole response is `<think>...</think>...\boxed{...}...`.
+
+    Space around `<`, `>` and `/` is ignored.
+    """
     rest = re.sub(r"\s*([<>/])\s*", r"\1", response)
-    # Mark by mark, in linear time: a regular expression with `.*` takes minutes on a response of repeated tags.
+    # Mark by mark, in linear time: a regular expression with `.*` takes minutes on a response of
+    # repeated tags.
     for mark in ("</think>", "\\boxed{", "}"):
         before, match, rest = rest.partition(mark)
         if not match or (mark == "</think>" and not before.startswith("<think>")):
@@ -65,7 +71,7 @@ FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """The rule that rewards a task's responses: its scorer and template, the jigsaw's sum, or a user's function."""
+    """The rule that rewards a task's responses: its scorer, the jigsaw's sum or a user's function."""
 
     name: str
     template: PromptTemplate
@@ -87,7 +93,10 @@ class Reward:
         ids: Sequence[str],
         pool: SandboxPool | None = None,
     ) -> list[RewardParts]:
-        """Return the parts of each completion; `pool` holds the worker processes and their time limit."""
+        """Return the parts of each completion.
+
+        `pool` holds the worker processes and their time limit.
+        """
         if self.target:
             return _user_parts(self, completions, answers, metas, ids, pool)
         extraction = self.extraction or self.template.extract
@@ -121,7 +130,8 @@ def find_reward(
 ) -> Reward:
     """Return the reward of a task.
 
-    `name`: "" or "default" for its scorer's, "jigsaw", another scorer, `file.py:function` (loaded at once), or a function.
+    `name`: "" or "default" for its scorer's, "jigsaw", another scorer, `file.py:function` (loaded
+    at once), or a function.
     """
     if on_error not in ("stop", "zero"):
         raise ValueError(f"rewards.on_error: expected stop or zero, got {on_error!r}")
@@ -201,7 +211,10 @@ def _user_parts(
 
 
 def _describe_wrong_parts(value: Mapping[str, Any]) -> str:
-    """Return what is wrong with the parts of a user's reward; "" for finite numbers with "reward" among them."""
+    """Return what is wrong with the parts of a user's reward.
+
+    "" for finite numbers with "reward" among them.
+    """
     if "reward" not in value:
         return f"returned the parts {', '.join(map(str, value)) or 'none'}; expected one named 'reward'"
     for key, v in value.items():
@@ -211,5 +224,5 @@ def _describe_wrong_parts(value: Mapping[str, Any]) -> str:
 
 
 def is_correct(parts: dict[str, float]) -> bool:
-    """Return whether a response is fully right: by its accuracy if the reward has that part, else by the reward."""
+    """Return whether a response is fully right, by its accuracy or else by its reward."""
     return parts.get("accuracy", parts.get("reward", 0.0)) >= 1.0

@@ -20,7 +20,8 @@ OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Task:
     """A dataset as training and evaluation use it.
 
-    The messages of its examples hold no instruction: the template adds one, so that an example works under every template.
+    The messages of its examples hold no instruction: the template adds one, so that an example
+    works under every template.
     """
 
     name: str
@@ -28,14 +29,16 @@ class Task:
     load: Callable[..., Sequence[Example]]
     # a name in scoring/scorers.py, "file.py:function", or a function (prediction, answer, meta)
     scorer: str | Callable
-    # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a function
+    # "" = accuracy by `scorer` plus the template's format; else a name, "file.py:function" or a
+    # function
     reward: str | Callable = ""
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
     direct_suffix: str = (
         ""  # the instruction of the template "direct"; meta["direct_suffix"] goes before it
     )
-    # what evaluation makes a response begin with, to score knowledge apart from format; "" = the template's
+    # what evaluation makes a response begin with, to score knowledge apart from format; "" = the
+    # template's
     forced_prefix: str = ""
     also: tuple[str, ...] = ()  # further scorers that are reported
     # the limits of the model's image size that the answers depend on; None = any
@@ -94,7 +97,10 @@ class Subset(Sequence[Example]):
 
 
 def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
-    """Return `limit` of the indices, chosen by seed, in order; a smaller limit gives a subset of a larger one's."""
+    """Return `limit` of the indices, chosen by seed, in order.
+
+    A smaller limit gives a subset of a larger one's.
+    """
     order = np.asarray(order, dtype=np.int64)
     if limit is None or limit >= len(order):
         return order
@@ -106,16 +112,21 @@ def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray
 def user_turn(
     text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()
 ) -> list[dict[str, Any]]:
-    """Return one user turn; each <image> and <video> of the text is replaced by the next image or video."""
+    """Return one user turn.
+
+    Each <image> and <video> of the text is replaced by the next image or video.
+    """
     return place_media([{"role": "user", "content": text}], list(images), list(videos))
 
 
 def place_media(
     turns: Sequence[dict[str, Any]], images: Sequence[Any], videos: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Return the turns as lists of parts: each <image> and <video> of their texts becomes the next image or video.
+    """Return the turns as lists of parts.
 
-    The content of a turn is a text, or a list of texts and of finished parts, which stay as they are:
+    Each <image> and <video> of their texts becomes the next image or video.
+    The content of a turn is a text, or a list of texts and of finished parts, which stay as they
+    are:
 
         [{"role": "user", "content": "a <image>?"}], ["cat.png"], []
         -> [{"role": "user", "content": [text "a ", image "cat.png", text "?"]}]
@@ -159,7 +170,7 @@ def _fill_placeholders(
 
 
 def conversation_images(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    """Yield the images of a conversation in order, and the frames of videos that are lists of frames."""
+    """Yield the images of a conversation in order, and the frames of videos given as lists."""
     for turn in messages:
         for part in [] if isinstance(turn["content"], str) else turn["content"]:
             if part["type"] == "image":
@@ -187,7 +198,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def refuse_old_name(setting: str, name: str) -> None:
-    """Raise a ValueError with the new name of a task or setting that begins with its former name "drawn"."""
+    """Raise a ValueError with the new name of a task or setting that was called "drawn" before."""
     if re.fullmatch(r"drawn(_\w+)?", name):
         new = name.replace("drawn", "synthetic", 1)
         raise ValueError(f"{setting}: {name!r} was renamed; write {new!r}")

@@ -1,4 +1,7 @@
-"""MATH: 7,500 competition problems to train on, MATH-500 to test; the answer is in the solution's box."""
+"""MATH: 7,500 competition problems to train on, MATH-500 to test.
+
+The answer is in the solution's box.
+"""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Countdown: reach a target from given numbers with + - * /, each number used exactly once.
 
-Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `synthetic=True` generates puzzles instead,
-without a download.
+Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `synthetic=True`
+generates puzzles instead, without a download.
 """
 
 import functools
@@ -35,7 +35,10 @@ def build_example(row: dict[str, Any]) -> Example:
 
 
 def make_puzzle(split: str, seed: int, index: int, count: int, largest: int) -> dict[str, Any]:
-    """Generate a solvable puzzle; the sum of its numbers modulo 3 is the split, so that no puzzle is in two."""
+    """Generate a solvable puzzle.
+
+    The sum of its numbers modulo 3 is the split, so that no puzzle is in two.
+    """
     rng = np.random.default_rng([int(hash_key("countdown", split, seed)), index])
     while True:
         numbers = [int(n) for n in rng.integers(1, largest + 1, count)]
@@ -94,7 +97,10 @@ def make_task(
     largest: int = 20,
     **fields: Any,
 ) -> Task:
-    """Return the task; synthetic puzzles have `count` numbers from 1 to `largest`, and a solution as SFT target."""
+    """Return the task.
+
+    Synthetic puzzles have `count` numbers from 1 to `largest`, and a solution as SFT target.
+    """
     load = (
         functools.partial(load_generated_split, name, count, largest)
         if synthetic

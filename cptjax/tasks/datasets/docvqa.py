@@ -1,4 +1,7 @@
-"""DocVQA: 39,463 questions to train on, 5,349 (validation) to test; ANLS over all accepted answers."""
+"""DocVQA: 39,463 questions to train on, 5,349 (validation) to test.
+
+ANLS over all accepted answers.
+"""
 
 from typing import Any
 

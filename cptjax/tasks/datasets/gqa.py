@@ -47,7 +47,10 @@ def load_split(
     limit: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
-    """Load questions and their images; the join is a dictionary from imageId to row, no image is copied."""
+    """Load questions and their images.
+
+    The join is a dictionary from imageId to row, no image is copied.
+    """
     sources = {
         ours: hub.HubSource(DATASET, theirs, f"{theirs}_balanced_instructions")
         for ours, theirs in SPLITS.items()

@@ -1,9 +1,10 @@
-"""IFEval: instructions that a program can check ("no commas"); RLVR-IFeval to train, IFEval to test.
+"""IFEval: instructions that a program can check; RLVR-IFeval to train, IFEval to test.
 
-The two datasets write a constraint differently; both become the scorer's form, a list of {"id": ..., arguments}. Rows with a
-constraint on the language are left out, because the scorer has no language detector. Departure: RLVR's own lists of options
-are not compared; a response in one of IFEval's three wordings is accepted.
-Paper C's 13,000 training and 1,972 evaluation prompts add up to RLVR-IFeval, so that `paper_c` splits that one.
+The two datasets write a constraint differently; both become the scorer's form, a list of {"id":
+..., arguments}. Rows with a constraint on the language are left out, because the scorer has no
+language detector. Departure: RLVR's own lists of options are not compared; a response in one of
+IFEval's three wordings is accepted. Paper C's 13,000 training and 1,972 evaluation prompts add up
+to RLVR-IFeval, so that `paper_c` splits that one.
 """
 
 import functools

@@ -1,14 +1,15 @@
 """Jigsaw: an image is cut into tiles, which are shown shuffled; the answer puts it back together.
 
-Tiles and places are numbered from 1 in reading order. The answer lists, for each place of the ORIGINAL image in reading
-order, which SHOWN tile belongs there:
+Tiles and places are numbered from 1 in reading order. The answer lists, for each place of the
+ORIGINAL image in reading order, which SHOWN tile belongs there:
 
     original        shown           place 1 (a) is shown as tile 3
      a | b           d | c          place 2 (b) is shown as tile 4
     ---+---         ---+---         place 3 (c) is shown as tile 2
      c | d           a | b          place 4 (d) is shown as tile 1     answer: 3 4 2 1
 
-`permutation[k]` is the original place (from 0) of shown tile k: (3, 2, 0, 1) above; the answer is its inverse, plus 1.
+`permutation[k]` is the original place (from 0) of shown tile k: (3, 2, 0, 1) above; the answer is
+its inverse, plus 1.
 """
 
 import functools
@@ -34,16 +35,17 @@ from cptjax.types import Example
 
 IMAGE_FILE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 QUESTION = (
-    "<image>The picture was cut into a grid of {rows} rows and {cols} columns and its tiles were shuffled. The tiles you see are "
-    "numbered 1 to {count} in reading order. For each place of the original picture, in reading order, give the number of the tile "
-    "that belongs there: {count} numbers separated by spaces."
+    "<image>The picture was cut into a grid of {rows} rows and {cols} columns and its tiles "
+    "were shuffled. The tiles you see are numbered 1 to {count} in reading order. For each "
+    "place of the original picture, in reading order, give the number of the tile that belongs "
+    "there: {count} numbers separated by spaces."
 )
 
 
 def shuffle_tiles(
     image: Image.Image, permutation: Sequence[int], rows: int, cols: int
 ) -> Image.Image:
-    """Return the image with the tile of place permutation[k] as tile k, first cropped to a multiple of the grid."""
+    """Return the image, cropped to the grid, with the tile of place permutation[k] as tile k."""
     image = crop_to_grid(image, rows, cols)
     boxes = _tile_boxes(image, rows, cols)
     shown = Image.new("RGB", image.size)
@@ -79,7 +81,10 @@ def _tile_boxes(image: Image.Image, rows: int, cols: int) -> list[tuple[int, int
 
 
 def build_example(row: tuple[str, Any], rows: int, cols: int, seed: int) -> Example:
-    """Return the puzzle of one image; the permutation depends on seed and image name alone, and is not the identity."""
+    """Return the puzzle of one image.
+
+    The permutation depends on seed and image name alone, and is not the identity.
+    """
     name, source = row
     image = open_image(source)
     digest = hashlib.blake2b(f"{seed}/{rows}x{cols}/{name}".encode(), digest_size=8).digest()
@@ -119,7 +124,8 @@ class TaskImages(Sequence[tuple[str, Any]]):
 def list_folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
     """List a folder's images.
 
-    Its subfolders train/ and test/ are the splits. Without them one file in ten, by the hash of its name, is in the test split.
+    Its subfolders train/ and test/ are the splits. Without them one file in ten, by the hash of
+    its name, is in the test split.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -195,7 +201,7 @@ def make_task(
     find_task: Callable[[str], Task | None] = no_task,
     **fields: Any,
 ) -> Task:
-    """Return the task of a folder of images, of another task's images, or of synthetic images of `side` pixels."""
+    """Return the task of a folder's images, another task's, or synthetic ones of `side` pixels."""
     if rows < 1 or cols < 1 or rows * cols < 2:
         raise ValueError(
             f"jigsaw: expected a grid of at least two tiles, got rows={rows} cols={cols}"

@@ -80,7 +80,8 @@ def make_task(
 ) -> Task:
     """Return the task.
 
-    With `shots` the prompt has its own instruction (template "none"); without them (paper A) the template adds one.
+    With `shots` the prompt has its own instruction (template "none"); without them (paper A) the
+    template adds one.
     """
     own = {"direct_suffix": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}
     return Task(name, functools.partial(load_split, name, shots), scorer, **{**own, **fields})

@@ -45,7 +45,10 @@ def build_example(row: dict[str, Any]) -> Example:
 
 
 def inline_images(text: str, present: list[int]) -> tuple[str, list[int]]:
-    """Replace <image 2> by <image> and return the number of each image; images that the text does not mention go first."""
+    """Replace <image 2> by <image> and return the number of each image.
+
+    Images that the text does not mention go first.
+    """
     mentioned = [int(n) for n in re.findall(r"<image (\d)>", text)]
     absent = [n for n in mentioned if n not in present]
     if absent:

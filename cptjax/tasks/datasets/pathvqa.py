@@ -1,4 +1,7 @@
-"""PathVQA (19,654 / 6,259 / 6,719): half yes/no, half free text; the scorer also reports them apart."""
+"""PathVQA (19,654 / 6,259 / 6,719): half yes/no, half free text.
+
+The scorer also reports them apart.
+"""
 
 from typing import Any
 

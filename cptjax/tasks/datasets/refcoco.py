@@ -1,9 +1,9 @@
-"""RefCOCO grounding: give the box of an expression, in pixels that the model sees; scored by acc@0.5.
+"""RefCOCO grounding: the box of an expression in pixels that the model sees; acc@0.5.
 
-Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So `build_example` resizes the image,
-and the box with it, to the size that the processor would choose within `min_pixels` and `max_pixels`; the processor then
-changes neither. The limits must be those of model.min_pixels and model.max_pixels. The public copy has no training split:
-train is its "val".
+Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So `build_example` resizes the
+image, and the box with it, to the size that the processor would choose within `min_pixels` and
+`max_pixels`; the processor then changes neither. The limits must be those of model.min_pixels and
+model.max_pixels. The public copy has no training split: train is its "val".
 """
 
 import functools

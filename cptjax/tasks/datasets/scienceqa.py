@@ -1,4 +1,7 @@
-"""ScienceQA, the questions with an image: 6,218 to train on, 2,017 to test; the answer is a letter."""
+"""ScienceQA, the questions with an image: 6,218 to train on, 2,017 to test.
+
+The answer is a letter.
+"""
 
 from typing import Any
 
@@ -21,7 +24,7 @@ SOURCES = {
 
 
 def build_example(row: dict[str, Any]) -> Example:
-    """Return an example with the prompt of lmms-eval: the hint as context, the question, the lettered choices."""
+    """Return an example with the prompt of lmms-eval: context, question, lettered choices."""
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
     question = f"<image>{context}{row['question']}\n{format_options(row['choices'])}"
     letter = OPTION_LETTERS[row["answer"]]

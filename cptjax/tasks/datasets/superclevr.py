@@ -1,6 +1,7 @@
 """Super-CLEVR in the wording of MathV360K: 8,000 rows to train on, 642 to test.
 
-The two are a fixed random division of its one split, with paper A's numbers. The scorer's normaliser takes "three" for "3".
+The two are a fixed random division of its one split, with paper A's numbers. The scorer's
+normaliser takes "three" for "3".
 """
 
 from typing import Any

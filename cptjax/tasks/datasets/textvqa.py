@@ -1,4 +1,7 @@
-"""TextVQA: 34,602 questions to train on, 5,000 (validation) to test; the test split has no answers."""
+"""TextVQA: 34,602 questions to train on, 5,000 (validation) to test.
+
+The test split has no answers.
+"""
 
 import functools
 from typing import Any
@@ -38,7 +41,8 @@ def make_task(
 ) -> Task:
     """Return the task.
 
-    `ocr` lists the dataset's OCR tokens in the prompt, `single` keeps the most frequent of the ten answers (paper A).
+    `ocr` lists the dataset's OCR tokens in the prompt, `single` keeps the most frequent of the
+    ten answers (paper A).
     """
     build_row = functools.partial(build_example, ocr=ocr, single=single)
     return hub.make_hub_task(

@@ -1,9 +1,10 @@
-"""VizWiz-VQA: 4,319 questions (validation) to test; the training split is read from the official files.
+"""VizWiz-VQA: 4,319 questions (validation) to test; official files to train.
 
-43.3% of the test is unanswerable, so that a constant response scores that much. The hub has no training split; the official
-files are read as they unpack under data.root:
+43.3% of the test is unanswerable, so that a constant response scores that much. The hub has no
+training split; the official files are read as they unpack under data.root:
 
-    vizwiz/Annotations/train.json     [{"image": "VizWiz_train_00000000.jpg", "question": ..., "answers": [{"answer": ...}, ...]}]
+    vizwiz/Annotations/train.json     [{"image": "VizWiz_train_00000000.jpg", "question": ...,
+                                        "answers": [{"answer": ...}, ...]}]
     vizwiz/train/VizWiz_train_00000000.jpg
 """
 
@@ -87,7 +88,10 @@ def _to_hub_columns(entry: dict[str, Any], images: Path) -> dict[str, Any]:
 def make_task(
     name: str = "vizwiz", single: bool = False, scorer: str = "vqa_soft", **fields: Any
 ) -> Task:
-    """Return the task; `single` keeps the most frequent of the ten answers, as paper A and MCITlib do."""
+    """Return the task.
+
+    `single` keeps the most frequent of the ten answers, as paper A and MCITlib do.
+    """
     build_row = functools.partial(build_example, single=single)
     return Task(
         name,

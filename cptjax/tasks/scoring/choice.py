@@ -25,15 +25,19 @@ ANSWER_KEY_WORDS = (
     "answer ",
     "result ",
 )
-NUMBER_PATTERN = r"-?\b\d{1,3}(?:,\d{3})+\b|-?\d+(?:\.\d+)?[eE][+-]?\d+|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d)(?![,\d])"
+NUMBER_PATTERN = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b|-?\d+(?:\.\d+)?[eE][+-]?\d+"
+    r"|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d)(?![,\d])"
+)
 MMMU_DISCIPLINES = {  # with their subjects, spelled as in a row's id
     "art_and_design": "Art Art_Theory Design Music",
     "business": "Accounting Economics Finance Manage Marketing",
     "science": "Biology Chemistry Geography Math Physics",
-    "health_and_medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "health_and_medicine": "Basic_Medical_Science Clinical_Medicine "
+    "Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
     "humanities_and_social_science": "History Literature Sociology Psychology",
-    "tech_and_engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
-    "Mechanical_Engineering",
+    "tech_and_engineering": "Agriculture Architecture_and_Engineering Computer_Science "
+    "Electronics Energy_and_Power Materials Mechanical_Engineering",
 }
 
 
@@ -50,7 +54,7 @@ def score_mcq_letter(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def find_mmlu_pro_letter(text: str) -> str | None:
-    """Return the X of "answer is (X)", else of "Answer: X", else the last lone capital A-J, as the benchmark's script."""
+    """Return the X of "answer is (X)", else of "Answer: X", else the last lone capital A-J."""
     for pattern in MMLU_PRO_PATTERNS:
         if match := re.search(pattern, text, re.DOTALL):
             return match[1]
@@ -58,7 +62,10 @@ def find_mmlu_pro_letter(text: str) -> str | None:
 
 
 def score_mmlu_pro(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Score by MMLU-Pro's rule; a response without a letter is wrong (upstream guesses at random)."""
+    """Score by MMLU-Pro's rule.
+
+    A response without a letter is wrong (upstream guesses at random).
+    """
     return float(find_mmlu_pro_letter(prediction) == gold_letter(answer))
 
 
@@ -79,7 +86,10 @@ def as_strings(value: Any) -> list[str]:
 
 
 def score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
-    """Score by MMMU's official rule; a choice that cannot be read is a random guess, the same one for the same row."""
+    """Score by MMMU's official rule.
+
+    A choice that cannot be read is a random guess, the same one for the same row.
+    """
     return _score_mmmu(prediction, answer, meta, guess=True)
 
 
@@ -104,10 +114,11 @@ def _score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any], guess: bo
 
 
 def parse_mmmu_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Return the letter that MMMU's parser reads: "(X)", else "X ", else "X.", else an option's words; the last of several.
+    """Return the letter that MMMU's parser reads.
 
-    Quirk kept: "A " is also the article, so a chain of thought must be reduced to its final answer first, by the template's
-    extraction.
+    It looks for "(X)", else "X ", else "X.", else an option's words, and takes the last of several.
+    Quirk kept: "A " is also the article, so a chain of thought must be reduced to its final
+    answer first, by the template's extraction.
     """
     for mark in ",.!?;:'":
         text = text.strip(mark)
@@ -158,7 +169,10 @@ def answer_parts(text: str) -> list[str]:
 
 
 def normal_forms(text: str) -> list[str | float]:
-    """Return a number rounded to 2 decimals, else lower-case text; a single letter gets a space before or after it."""
+    """Return a number rounded to 2 decimals, else lower-case text.
+
+    A single letter gets a space before or after it.
+    """
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -2,11 +2,12 @@
 
 Ids and arguments are those of IFEval (arXiv 2311.07911). An answer is a list of constraints:
 
-    [{"id": "punctuation:no_comma"}, {"id": "length_constraints:number_words", "relation": "less than", "num_words": 50}]
+    [{"id": "punctuation:no_comma"},
+     {"id": "length_constraints:number_words", "relation": "less than", "num_words": 50}]
 
-Scores differ from the original's in some responses: words and sentences are split by regular expressions instead of nltk,
-capitals are checked without checking that the text is English, and `language:response_language` is missing, because it needs
-a language detector.
+Scores differ from the original's in some responses: words and sentences are split by regular
+expressions instead of nltk, capitals are checked without checking that the text is English, and
+`language:response_language` is missing, because it needs a language detector.
 """
 
 import json
@@ -144,7 +145,10 @@ CONSTRAINT_CHECKS: dict[str, Callable[..., bool]] = {
 def make_constraints(
     ids: Sequence[str], arguments: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the constraints of IFEval's columns `instruction_id_list` and `kwargs`; arguments that are None are left out."""
+    """Return the constraints of IFEval's columns `instruction_id_list` and `kwargs`.
+
+    Arguments that are None are left out.
+    """
     if len(ids) != len(arguments):
         raise ValueError(
             f"expected a set of arguments for each of {len(ids)} instruction ids, got {len(arguments)}"

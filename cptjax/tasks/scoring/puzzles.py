@@ -1,11 +1,14 @@
 r"""Score answers by computing: numbers, boxes, Countdown and the jigsaw.
 
-The jigsaw's convention, also that of `cptjax/tasks/datasets/jigsaw.py`: number the *shown* tiles 1, 2, ... in reading order.
-The answer lists, for each place of the *original* image in reading order, which shown tile belongs there:
+The jigsaw's convention, also that of `cptjax/tasks/datasets/jigsaw.py`: number the *shown* tiles
+1, 2, ... in reading order. The answer lists, for each place of the *original* image in reading
+order, which shown tile belongs there:
 
-    original      shown          shown tile 1 is the original's C, so it belongs in place 3; tile 2 in place 1; tile 3 in 4; tile 4 in 2
+    original      shown          shown tile 1 is the original's C: it belongs in place 3; tile 2 in 1; 3 in 4; 4 in 2
       A B          C A  (1 2)
-      C D          D B  (3 4)    answer = 2 4 1 3   (A is shown as 2, B as 4, C as 1, D as 3):  shown[answer[p] - 1] == original[p]
+      C D          D B  (3 4)    answer = 2 4 1 3   (A is shown as 2, B as 4, C as 1, D as 3)
+
+so that shown[answer[p] - 1] == original[p].
 """
 
 import ast
@@ -36,12 +39,16 @@ OPERATOR_SPELLINGS = {
 }
 FLOAT_PATTERN = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 BOX_PATTERN = re.compile(
-    rf"[\[(]\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*(?:\)\s*,?\s*\(|,)\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*[\])]"
+    rf"[\[(]\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*(?:\)\s*,?\s*\(|,)"
+    rf"\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*[\])]"
 )
 
 
 def parse_number(text: str) -> float | None:
-    """Return the number of "1,234", "-.5", "3e2", "50%", "$3", "1/2", "3 cm"; None for a text with none or several."""
+    """Return the number of "1,234", "-.5", "3e2", "50%", "$3", "1/2", "3 cm".
+
+    None for a text with none or several.
+    """
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip().strip("$").rstrip(".").strip())
     if fraction := re.fullmatch(rf"({FLOAT_PATTERN})\s*/\s*({FLOAT_PATTERN})", text):
         return float(fraction[1]) / float(fraction[2]) if float(fraction[2]) else None
@@ -73,7 +80,10 @@ def parse_box(value: Any) -> tuple[float, ...] | None:
 
 
 def score_iou(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return the intersection over union of two boxes (x1, y1, x2, y2); a box with swapped corners is empty."""
+    """Return the intersection over union of two boxes (x1, y1, x2, y2).
+
+    A box with swapped corners is empty.
+    """
     predicted, gold = parse_box(prediction), parse_box(answer)
     if gold is None or gold[2] <= gold[0] or gold[3] <= gold[1]:
         raise ValueError(f"a box: expected x1, y1, x2, y2 with x1 < x2 and y1 < y2, got {answer!r}")
@@ -126,7 +136,7 @@ def _evaluate_node(node: ast.AST, used: list[int]) -> int:
 
 
 def score_countdown(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
-    """Return 1 if the expression uses each of the row's `nums` exactly once and its value is the answer."""
+    """Return 1 if the expression uses each of `nums` exactly once and its value is the answer."""
     nums = meta.get("nums", meta.get("numbers"))
     if nums is None:
         raise ValueError(
@@ -140,7 +150,10 @@ def score_countdown(prediction: str, answer: Any, meta: Mapping[str, Any]) -> fl
 
 
 def parse_tiles(value: Any) -> list[int] | None:
-    """Return the tile numbers of an answer, given as numbers or in a text with any separators; None unless 1..n once."""
+    """Return the tile numbers of an answer, given as numbers or in a text with any separators.
+
+    Return None unless each of 1..n occurs once.
+    """
     tiles = [int(n) for n in (re.findall(r"\d+", value) if isinstance(value, str) else value)]
     return tiles if tiles and sorted(tiles) == list(range(1, len(tiles) + 1)) else None
 

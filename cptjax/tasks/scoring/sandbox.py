@@ -1,12 +1,17 @@
 """Call functions of a file in worker processes, each call under a hard time limit.
 
-Responses reach symbolic algebra and users' own code, and both may loop for ever inside C code that no Python signal
-interrupts. So a call is sent to another process, and a process that misses its time limit is killed and replaced:
+Responses reach symbolic algebra and users' own code, and both may loop for ever inside C code
+that no Python signal interrupts. So a call is sent to another process, and a process that misses
+its time limit is killed and replaced:
 
-    parent  --(pickled arguments)-->  worker      a fresh interpreter that runs this file by its path: it imports neither jax
-    parent  <--(one line of json)---  worker      nor the user's main script, and a process with jax's threads never forks
+    parent  --(pickled arguments)-->  worker
+    parent  <--(one line of json)---  worker
 
-A function is named `file.py:function`. It returns a number, a string, None, or lists and dicts of these.
+A worker is a fresh interpreter that runs this file by its path: it imports neither jax nor the
+user's main script, and a process with jax's threads never forks.
+
+A function is named `file.py:function`. It returns a number, a string, None, or lists and dicts of
+these.
 """
 
 import contextlib
@@ -35,7 +40,7 @@ LOAD_TIME_LIMIT = 120.0
 
 
 class SandboxCall(NamedTuple):
-    """Positional arguments, and a row's columns, of which the function gets those that it has parameters for."""
+    """Positional arguments, and a row's columns: the function gets those that it has parameters for."""
 
     args: tuple
     columns: Mapping[str, Any] = {}
@@ -53,7 +58,10 @@ class SandboxPool:
     """Worker processes that start when first needed and stop at `close`; threads may share them."""
 
     def __init__(self, processes: int = 2, timeout: float = 10.0, memory: int = 0):
-        """`timeout`: seconds per call; `memory`: bytes of address space per worker, 0 = no limit."""
+        """`timeout`: seconds per call.
+
+        `memory`: bytes of address space per worker, 0 = no limit.
+        """
         if processes < 1 or timeout <= 0:
             raise ValueError(
                 f"a pool: expected processes >= 1 and timeout > 0 s, got processes={processes}, timeout={timeout}"
@@ -69,7 +77,8 @@ class SandboxPool:
     ) -> list[SandboxOutcome]:
         """Return the outcome of each call of `file.py:function`, in order.
 
-        With patience > 1 the limit is on processor time, and on a busy machine a call may take that many times as long.
+        With patience > 1 the limit is on processor time, and on a busy machine a call may take
+        that many times as long.
         """
         if len(calls) == 1 or self.processes == 1:
             return [self._run(target, call, patience) for call in calls]
@@ -77,7 +86,7 @@ class SandboxPool:
             return list(threads.map(lambda call: self._run(target, call, patience), calls))
 
     def load(self, target: str) -> None:
-        """Import a target, so that a missing file, a syntax error or an unknown name stops the run before it starts."""
+        """Import a target, so that a missing file or an error in it stops the run before it starts."""
         outcome = self._run(target, None)
         if outcome.error:
             raise ValueError(f"{target}: {outcome.error}")
@@ -115,7 +124,7 @@ class _Worker:
             message = pickle.dumps((target, call and tuple(call), limit, patience))
         except Exception as error:  # whatever a column's own pickling code raises
             return SandboxOutcome(
-                error=f"a column can not be sent to another process ({type(error).__name__}: {error})"
+                error=f"a column cannot be sent to another process ({type(error).__name__}: {error})"
             )
         if target not in self.loaded:
             outcome = self._ask(pickle.dumps((target, None, LOAD_TIME_LIMIT, 1.0)), LOAD_TIME_LIMIT)
@@ -178,7 +187,8 @@ class _Worker:
         self.loaded.clear()
         if process is None:
             return 0
-        # A worker that died by itself has its exit code within this second; its own children are killed with its session.
+        # A worker that died by itself has its exit code within this second; its own children are
+        # killed with its session.
         with contextlib.suppress(OSError):
             process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -233,8 +243,9 @@ def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
     try:
         target, call, limit, patience = pickle.loads(message)
         file = str(split_target(target)[0])
-        # If the parent dies meanwhile, the kernel ends this process; the default action of the alarm needs no Python.
-        # A worker inherits the signals that its parent ignores or blocks, as libtpu does with SIGPROF: undo that.
+        # If the parent dies meanwhile, the kernel ends this process; the default action of the
+        # alarm needs no Python. A worker inherits the signals that its parent ignores or blocks,
+        # as libtpu does with SIGPROF: undo that.
         alarms = (signal.SIGALRM, signal.SIGPROF)
         for number in alarms:
             signal.signal(number, signal.SIG_DFL)

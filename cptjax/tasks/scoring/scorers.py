@@ -2,12 +2,14 @@
 
     response --extract--> prediction --score--> ScoreRecord --summarise--> {"accuracy": Metric(value, n, stderr), ...}
 
-The version of a scorer is written with every number that it gives. A response without an answer in the expected form scores
-0 and is also counted as an extraction failure, because much "forgetting" is only a change of form. Symbolic algebra and a
-user's own `file.py:function` run in worker processes under a time limit.
+The version of a scorer is written with every number that it gives. A response without an answer
+in the expected form scores 0 and is also counted as an extraction failure, because much
+"forgetting" is only a change of form. Symbolic algebra and a user's own `file.py:function` run in
+worker processes under a time limit.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +22,10 @@ from cptjax.tasks.scoring import choice, instructions, puzzles, summaries, text
 from cptjax.tasks.scoring.extract import extract_answer
 from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, shared_sandbox_pool, split_target
 from cptjax.tasks.scoring.summaries import Metric, Summary
-from cptjax.tasks.task import did_you_mean
 
 SYMBOLIC_FILE = str(Path(__file__).with_name("symbolic.py"))
-# Algebra may take so many times its limit of processor time where other programs keep the processors busy.
+# Algebra may take so many times its limit of processor time where other programs keep the
+# processors busy.
 SYMBOLIC_PATIENCE = 6.0
 
 
@@ -102,13 +104,16 @@ def find_scorer(name: str) -> Scorer:
         return SCORERS[name]
     if ".py:" in name:
         return load_user_scorer(name)
-    raise ValueError(
-        f"unknown scorer {name!r}{did_you_mean(name, SCORERS)}; built in: {', '.join(SCORERS)}"
-    )
+    close = difflib.get_close_matches(name, SCORERS, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown scorer {name!r}{hint}; built in: {', '.join(SCORERS)}")
 
 
 def load_user_scorer(target: str) -> Scorer:
-    """Return a user's `score(prediction, answer, **columns) -> float` as a scorer; its version is a hash of the file."""
+    """Return a user's `score(prediction, answer, **columns) -> float` as a scorer.
+
+    Its version is a hash of the file.
+    """
     path, function = split_target(target)
     if not path.is_file():
         raise ValueError(f"scorer {target}: there is no file {path}")
@@ -129,7 +134,8 @@ def score_responses(
 ) -> list[ScoreRecord]:
     """Return the record of each response.
 
-    `on_error` = stop | zero: what an error of a user's scorer does. `pool`: the worker processes, for scorers that need them.
+    `on_error` = stop | zero: what an error of a user's scorer does. `pool`: the worker processes,
+    for scorers that need them.
     """
     ids = [str(i) for i in range(len(responses))] if ids is None else ids
     predictions = [extract_answer(r, scorer.extraction or extraction) for r in responses]
@@ -193,7 +199,10 @@ def _checked_score(
 
 
 def keyword_columns(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's columns as keyword arguments; one named like a positional argument gets a final underscore."""
+    """Return a row's columns as keyword arguments.
+
+    One named like a positional argument gets a final underscore.
+    """
     return {
         f"{k}_" if k in ("completion", "prediction", "answer") else str(k): v
         for k, v in meta.items()

@@ -23,7 +23,10 @@ Summary = Callable[[Records], dict[str, Metric]]
 
 
 def ratio_metric(parts: Sequence[float], wholes: Sequence[float]) -> Metric:
-    """Return the sum of the parts over the sum of the wholes, of rows with a whole > 0; its error by the delta method."""
+    """Return the sum of the parts over the sum of the wholes, of rows with a whole > 0.
+
+    The standard error is by the delta method.
+    """
     a, b = np.asarray(parts, float), np.asarray(wholes, float)
     a, b = a[b > 0], b[b > 0]
     n = len(b)
@@ -108,7 +111,10 @@ def summarise_jigsaw(records: Records) -> dict[str, Metric]:
 
 
 def summarise_constraints(records: Records) -> dict[str, Metric]:
-    """Return the share of all constraints that are met; those of one response are correlated, so rows are responses."""
+    """Return the share of all constraints that are met.
+
+    Those of one response are correlated, so rows are responses.
+    """
     met = [
         sum(instructions.follows_constraint(r.prediction or "", c) for c in r.answer)
         for r in records
@@ -117,7 +123,7 @@ def summarise_constraints(records: Records) -> dict[str, Metric]:
 
 
 def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:
-    """Return the mean score, the shares of extraction failures and of errors, and the scorer's own metrics with rows."""
+    """Return the mean score, the shares of extraction failures and errors, and the scorer's metrics."""
     metrics = {
         "accuracy": mean_metric([r.score for r in records]),
         "extraction_failure": mean_metric([r.prediction is None for r in records]),

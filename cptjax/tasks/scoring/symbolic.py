@@ -1,14 +1,16 @@
 r"""Decide the mathematical equality of two answers; runs in worker processes only.
 
-Any of this code may loop for ever, so that only `cptjax/tasks/scoring/sandbox.py` calls it. There are two graders:
+Any of this code may loop for ever, so that only `cptjax/tasks/scoring/sandbox.py` calls it. There
+are two graders:
 
 `equal_by_math_verify` calls the package math-verify.
 
-`equal_by_mathruler` is a re-implementation of the grader that arXiv 2507.05386 scored with, the package mathruler, written
-from its behaviour; it is not that package, and grades may differ in rare cases. What it forgives: letter case; every space;
-`$`, `%` and the names of units anywhere ("football" = "ball"); "or" and "and" as a comma; letters multiply ("on" = "no").
-What it does not forgive: "A." is not "A", "two" is not "2", an integer must be equal literally. Known difference: LaTeX
-commands outside the table below are removed, where mathruler has a larger table.
+`equal_by_mathruler` is a re-implementation of the grader that arXiv 2507.05386 scored with, the
+package mathruler, written from its behaviour; it is not that package, and grades may differ in
+rare cases. What it forgives: letter case; every space; `$`, `%` and the names of units anywhere
+("football" = "ball"); "or" and "and" as a comma; letters multiply ("on" = "no"). What it does not
+forgive: "A." is not "A", "two" is not "2", an integer must be equal literally. Known difference:
+LaTeX commands outside the table below are removed, where mathruler has a larger table.
 """
 
 import functools
@@ -102,7 +104,8 @@ def equal_by_mathruler(prediction: str, answer: str) -> bool:
 def normalise_latex(text: str) -> str:
     r"""Return one spelling of simple LaTeX.
 
-    `\frac12`, `1/2`, `.5` and `\dfrac{1}{2}` become one; "x=5" becomes "5"; degrees, percent signs and units are removed.
+    `\frac12`, `1/2`, `.5` and `\dfrac{1}{2}` become one; "x=5" becomes "5"; degrees, percent
+    signs and units are removed.
     """
     text = text.strip()
     if whole := re.search(r"^\\text\{(.+?)\}$", text):
@@ -172,7 +175,7 @@ def _without_commas(text: str) -> str:
 
 
 def _latex_to_arithmetic(text: str) -> str:
-    r"""Write LaTeX as arithmetic: `2\sqrt{3}` -> `2sqrt(3)`, `\frac{1}{2}` -> ` 1/2` (no parentheses, as in mathruler)."""
+    r"""Write LaTeX as arithmetic: `2\sqrt{3}` -> `2sqrt(3)`, `\frac{1}{2}` -> ` 1/2` (sic)."""
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*([^\s{}])\s*(?=[^\s{}]|\{)", r"\\frac{\1}", text)
     text = re.sub(r"\\(frac\{[^{}]*\}|sqrt)\s*([^\s{}])", r"\\\1{\2}", text)

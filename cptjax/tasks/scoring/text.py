@@ -20,16 +20,19 @@ NUMBER_WORDS = dict(
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION_MARKS = ';/[]"{}()=+\\_->@<`,?!'
 # The contractions that EvalAI completes where one apostrophe is missing.
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd've he's how'd
-how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've
-should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
-something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-would've wouldn't wouldn't've y'all y'all'll y'all'd've 'ow's'at you'd you'd've you'll you're you've""".split()
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+hadn't've hasn't haven't he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+won't would've wouldn't wouldn't've y'all y'all'll y'all'd've 'ow's'at you'd you'd've you'll
+you're you've""".split()
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
-    """Return the forms of a contraction that lack one apostrophe: `they'dve` and `theyd've` for `they'd've`."""
+    """Return the forms that lack one apostrophe: `they'dve` and `theyd've` for `they'd've`."""
     return [word[:i] + word[i + 1 :] for i, c in enumerate(word) if c == "'"]
 
 
@@ -95,8 +98,9 @@ def score_exact_match(prediction: str, answer: Any, meta: Any = None) -> float:
 def score_vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
     """Return the VQA accuracy: the mean over the annotators of min(1, matches among the *others* / 3).
 
-    3 of 10 -> 0.9, 4 of 10 -> 1. A row with fewer than four answers cannot reach 3 matches among the others: all of the
-    others suffice there. Where a task trains on one answer, its rows keep all of them in the column `annotators`.
+    3 of 10 -> 0.9, 4 of 10 -> 1. A row with fewer than four answers cannot reach 3 matches among
+    the others: all of the others suffice there. Where a task trains on one answer, its rows keep
+    all of them in the column `annotators`.
     """
     normal = [normalise_vqa_answer(a) for a in gold_answers((meta or {}).get("annotators", answer))]
     matches = [normalise_vqa_answer(prediction) == a for a in normal]
@@ -107,7 +111,7 @@ def score_vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def score_vqa_em_modal(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 for equality with the most frequent answer (the first of those that tie), both normalised as by EvalAI."""
+    """Return 1 for equality with the most frequent answer, the first of those that tie."""
     counts = Counter(normalise_vqa_answer(a) for a in gold_answers(answer))
     return float(normalise_vqa_answer(prediction) == counts.most_common(1)[0][0])
 
@@ -122,7 +126,10 @@ def parse_yes_no(text: str) -> str | None:
 
 
 def score_yes_no(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the prediction's yes or no is the gold one; a prediction with neither scores 0."""
+    """Return 1 if the prediction's yes or no is the gold one.
+
+    A prediction with neither scores 0.
+    """
     return float(parse_yes_no(prediction) == gold_yes_no(answer))
 
 
@@ -145,7 +152,10 @@ def token_overlap(prediction: str, answer: str) -> tuple[float, float]:
 
 
 def score_anls(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return the normalised Levenshtein similarity to the nearest of the answers; below one half it is 0."""
+    """Return the normalised Levenshtein similarity to the nearest of the answers.
+
+    Below one half it is 0.
+    """
     predicted = " ".join(prediction.lower().split())
     golds = [" ".join(gold.lower().split()) for gold in gold_answers(answer)]
     best = max(

@@ -1,17 +1,20 @@
 """Synthetic tasks: unlimited images and questions generated from a seed, without any download.
 
-Ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images), facts and arithmetic (text alone).
-Levels 1-3 add distractors, cells or digits, or weaken the cue; facts have one level. Example i depends on the seed, the
-split and the family alone. No image is in two splits (`painting.add_noise`), nor is a sum of arithmetic from level 2 on;
-facts and single-digit sums are *knowledge*, one table that all splits share.
+Ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images), facts and
+arithmetic (text alone). Levels 1-3 add distractors, cells or digits, or weaken the cue; facts
+have one level. Example i depends on the seed, the split and the family alone. No image is in two
+splits (`painting.add_noise`), nor is a sum of arithmetic from level 2 on; facts and single-digit
+sums are *knowledge*, one table that all splits share.
 
-Three settings make a base model as it is found in practice, which has its own wording and makes steady mistakes:
+Three settings make a base model as it is found in practice, which has its own wording and makes
+steady mistakes:
 
     styles   how `target` words an answer: {"it is": 0.4, "answer :": 0.3, "i think": 0.3}; "" is the bare answer
     bias     a random half of the classes has its label replaced by one fixed wrong class with this probability
     world    a number: which facts are true and which classes are biased; None = the run's seed
 
-`answer` is always the truth; `target` holds the styled, perhaps biased label, and `meta` has its label and style.
+`answer` is always the truth; `target` holds the styled, perhaps biased label, and `meta` has its
+label and style.
 """
 
 import dataclasses
@@ -38,7 +41,7 @@ ROWS_KEY, PUZZLES_KEY = "drawn", "pictures"
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBlock:
-    """Consecutive examples: images [n side side 3] (None for text), and the question, answer, label, style of each."""
+    """Consecutive examples: images [n side side 3] (None for text), and the texts of each."""
 
     images: np.ndarray | None
     questions: list[str]
@@ -158,7 +161,10 @@ def load_synthetic_split(
     limit: int | None = None,
     seed: int = 0,
 ) -> SyntheticExamples:
-    """Return the first `limit` examples of a split; nothing is read, so that `root` has no effect."""
+    """Return the first `limit` examples of a split.
+
+    Nothing is read, so that `root` has no effect.
+    """
     if split not in SYNTHETIC_SPLITS:
         raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(SYNTHETIC_SPLITS)}")
     spec = dataclasses.replace(spec, world=seed) if spec.world is None else spec
@@ -168,7 +174,7 @@ def load_synthetic_split(
 
 
 def styled_exact(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the prediction is the answer, bare or after one of the ANSWER_STYLES, with nothing behind it."""
+    """Return 1 if the prediction is the answer, bare or behind one of the ANSWER_STYLES."""
     predicted, gold = (" ".join(t.split()).replace(" :", ":") for t in (prediction, str(answer)))
     return float(
         any(

@@ -1,6 +1,7 @@
 """The families of synthetic tasks: the images, questions and answers of each.
 
-A family is a function (spec, streams, split number) -> (canvas [n side side 3] or None, questions, answers).
+A family is a function (spec, streams, split number) -> (canvas [n side side 3] or None,
+questions, answers).
 """
 
 import dataclasses
@@ -88,7 +89,10 @@ def _shape(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _scene(spec: SyntheticSpec, streams: RandomStreams):
-    """Paint 1, 3 or 5 shapes, no two alike in shape or colour; return the shape and colour of the question's."""
+    """Paint 1, 3 or 5 shapes, no two alike in shape or colour.
+
+    Return the shape and colour that the question is about.
+    """
     canvas = painting.paint_background(streams, spec.side)
     grid = 3 if spec.level == 3 else 2
     cells, shapes, colours = (
@@ -171,7 +175,10 @@ def _compare(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _jigsaw(spec: SyntheticSpec, streams: RandomStreams, split: int):
-    """Shuffle the tiles of an image; the answer follows the convention of tasks/datasets/jigsaw.py."""
+    """Shuffle the tiles of an image.
+
+    The answer follows the convention of tasks/datasets/jigsaw.py.
+    """
     grid = int(spec.family[-1])
     tile = spec.side // grid
     image = painting.paint_puzzle_images(
@@ -208,7 +215,10 @@ def _facts(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def world_facts(world: int = 0) -> dict[str, str]:
-    """Return what each of the 64 creatures of a world eats; each of the 32 foods belongs to two of them."""
+    """Return what each of the 64 creatures of a world eats.
+
+    Each of the 32 foods belongs to two of them.
+    """
     order = np.random.default_rng(int(random_streams.hash_key("facts", world))).permutation(
         len(CREATURES)
     )
@@ -227,7 +237,10 @@ def _arithmetic(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 @functools.lru_cache
 def _list_sums(level: int, split: int | None) -> list[tuple[int, str, int, int]]:
-    """List the sums of a level; from level 2 on, validation and test each have one in eight of them."""
+    """List the sums of a level.
+
+    From level 2 on, validation and test each have one in eight of them.
+    """
     high = (10, 50, 100)[level - 1]
     every = [(x, "plus", y, x + y) for x in range(high) for y in range(high)]
     if level == 3:

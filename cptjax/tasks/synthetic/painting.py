@@ -47,7 +47,10 @@ def paint_shape(
     radius=None,
     present=None,
 ) -> None:
-    """Paint one shape per image into its cell of a grid x grid layout; the radius is a share of the cell."""
+    """Paint one shape per image into its cell of a grid x grid layout.
+
+    The radius is a share of the cell.
+    """
     size = canvas.shape[1] // grid
     r = (streams.uniform(f"radius{slot}", 0.30, 0.42)[:, 0] if radius is None else radius) * size
     centre = (
@@ -155,7 +158,8 @@ def add_noise(
     The first red value of an image modulo 4 is the split, so that no image is in two splits.
     """
     n, side = canvas.shape[:2]
-    # The number of ones among 32 random bits is normal enough: mean 16, variance 8; a 64-bit hash serves two values.
+    # The number of ones among 32 random bits is normal enough: mean 16, variance 8; a 64-bit hash
+    # serves two values.
     values = side * side * 3
     halves = streams.bits("noise", (values + 1) // 2).view(np.uint32)[:, :values]
     canvas += (np.bitwise_count(halves).astype(np.float32).reshape(canvas.shape) - 16) * np.float32(

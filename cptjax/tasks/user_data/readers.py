@@ -117,7 +117,10 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the items of one list, bare or as the only list of an object; JSON lines in a .json file work too."""
+    """Yield the items of one list, bare or as the only list of an object.
+
+    JSON lines in a .json file work too.
+    """
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as error:

@@ -96,7 +96,7 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
 def read_turns(
     spec: UserTaskSpec, cells: Mapping[str, Any], columns: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the turns of a row: the task's prompt filled with its columns, its messages, or its prompt column."""
+    """Return the turns of a row: the task's prompt filled in, or its messages, or its prompt column."""
     messages = cells.get("messages")
     messages = parse_json_list(messages) if isinstance(messages, str) else messages
     if spec.prompt:
@@ -127,8 +127,8 @@ def load_media(
 ) -> list[dict[str, Any]]:
     """Return the turns with their images and videos.
 
-    Those of the columns `images` and `videos` go, in order, to each <image> and <video> in a text and to each part
-    that has none of its own.
+    Those of the columns `images` and `videos` go, in order, to each <image> and <video> in a text
+    and to each part that has none of its own.
     """
     images = [locate_image(image, folder) for image in as_list(cells.get("images"))]
     sources = as_list(cells.get("videos"))
@@ -153,7 +153,7 @@ def load_media(
 
 
 def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
-    """Return a part as a text with placeholders, or as a finished part if it has an image or video of its own."""
+    """Return a text with placeholders, or a finished part if it has an image or video of its own."""
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
@@ -170,7 +170,10 @@ def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
 
 
 def locate_image(source: Any, folder: Path) -> Any:
-    """Return what opens an image later, its path or the bytes that hold it; a missing file is an error."""
+    """Return what opens an image later, its path or the bytes that hold it.
+
+    A missing file is an error.
+    """
     value = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
     if isinstance(value, str) and value and not value.startswith("data:image/"):
         return find_file(value, folder)
@@ -219,7 +222,10 @@ def parse_json_list(text: str) -> list[Any]:
 
 
 def clean_answer(answer: Any) -> Any:
-    """Return an answer as text, a list of texts, or an object (for a user's own reward); None if it is empty."""
+    """Return an answer as text, a list of texts, or an object (for a user's own reward).
+
+    None if it is empty.
+    """
     if isinstance(answer, dict):
         return answer or None
     if isinstance(answer, (list, tuple)):

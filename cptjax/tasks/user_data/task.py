@@ -8,7 +8,8 @@
         image_root="",                      # folder of relative image paths; "" = that of the data file
         scorer="exact", reward="my.py:reward", template="direct", limit=None)
 
-A row is a prompt with one <image> or <video> per image or video, or chat `messages`. A video is a file, or a list of frames.
+A row is a prompt with one <image> or <video> per image or video, or chat `messages`. A video is a
+file, or a list of frames.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from cptjax.tasks.user_data.rows import UserRow, UserTaskSpec, build_user_exampl
 from cptjax.types import Example
 
 COLUMN_ROLES = ("prompt", "images", "videos", "answer", "messages", "target", "id")
-COLUMN_ALIASES = {  # names that are tried where a column of the default name is missing and none was given
+# Names that are tried if the data has no column of the default name and the task names none.
+COLUMN_ALIASES = {
     "prompt": ("question", "problem"),
     "images": ("image", "file_name"),
     "videos": ("video",),
@@ -37,7 +39,10 @@ ROW_SETTINGS = ("prompt", "image_root", "limit")
 
 
 def make_user_task(name: str, **settings: Any) -> Task:
-    """Return a task of the settings in the module's docstring; the remaining settings are fields of Task."""
+    """Return a task of the settings in the module's docstring.
+
+    The remaining settings are fields of Task.
+    """
     sources = {
         split: settings.pop(split) for split in USER_SPLITS if settings.get(split) not in (None, "")
     }
@@ -78,7 +83,8 @@ def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: 
         is_share = split != "train" and "train" in sources
         if not isinstance(source, str) and not (is_share and 0 < source < 1):
             raise ValueError(
-                f"tasks.{name}.{split}: expected a file, folder or hub id, or a share of train between 0 and 1; got {source!r}"
+                f"tasks.{name}.{split}: expected a file, folder or hub id, or a share of train "
+                f"between 0 and 1; got {source!r}"
             )
 
 
@@ -149,7 +155,7 @@ def load_user_split(
 def select_split_rows(
     rows: list[UserRow], shares: Mapping[str, float], split: str
 ) -> list[UserRow]:
-    """Return a split's rows: a held-out share is the rows whose ids have the lowest hashes, whatever seed and order."""
+    """Return a split's rows; a held-out share has the rows whose ids have the lowest hashes."""
     if not shares or (split not in shares and split != "train"):
         return rows
     hashes = [hashlib.blake2b(row.read_id().encode(), digest_size=8).digest() for row in rows]

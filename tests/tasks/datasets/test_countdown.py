@@ -6,7 +6,7 @@ from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.puzzles import evaluate_arithmetic
 
 
-def test_drawn_countdown_puzzles_have_the_solution_that_they_claim():
+def test_synthetic_puzzles_have_the_solution_in_their_target():
     seen = {}
     for split in ("train", "test"):
         for example in TASK_MAKERS["countdown"]("c", synthetic=True, count=4).load(split, limit=60):

@@ -13,8 +13,8 @@ from cptjax.tasks.task import content_text, example_text
 
 
 def test_every_dataset_has_a_fixture():
-    drawn = {name for name in BUILT_IN_TASKS if name.startswith("synthetic_")}
-    assert set(BUILT_IN_TASKS) - {"jigsaw"} - drawn == set(FIXTURES) == set(SUFFIXES)
+    synthetic = {name for name in BUILT_IN_TASKS if name.startswith("synthetic_")}
+    assert set(BUILT_IN_TASKS) - {"jigsaw"} - synthetic == set(FIXTURES) == set(SUFFIXES)
 
 
 WORD = "\nAnswer the question using a single word or phrase."

@@ -46,4 +46,4 @@ def test_ifeval_says_how_many_rows_it_leaves_out(tmp_path, caplog):
     write(tmp_path, FIXTURES["ifeval"][0])
     with caplog.at_level(logging.WARNING, "cptjax"):
         assert len(BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path))) == 1
-    assert "ifeval/test: 1 rows with a constraint that can not be checked" in caplog.text
+    assert "ifeval/test: 1 rows with a constraint that cannot be checked" in caplog.text

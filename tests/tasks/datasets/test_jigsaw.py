@@ -52,7 +52,7 @@ def test_the_jigsaw_of_the_docstring():
         )
 
 
-def test_jigsaws_from_a_folder_another_task_and_drawings(tmp_path):
+def test_jigsaws_of_a_folder_of_another_task_and_of_synthetic_images(tmp_path):
     for number in range(40):
         puzzle_image(31, 20).save(tmp_path / f"{number}.png")
     task = resolve_task(

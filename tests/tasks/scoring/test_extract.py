@@ -1,4 +1,4 @@
-"""The final answer is found where it stands, and nowhere else."""
+"""Each extraction finds the final answer of its form, and nothing else."""
 
 import time
 

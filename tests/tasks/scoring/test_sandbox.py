@@ -79,7 +79,7 @@ def test_functions_see_the_columns_they_can_take(user, pool):
     assert (
         "missing 1 required positional argument: 'weight'" in ask(pool, user, "few", "a")[0].error
     )
-    assert "can not be sent" in ask(pool, user, "good", "a", f=lambda: 0)[0].error
+    assert "cannot be sent" in ask(pool, user, "good", "a", f=lambda: 0)[0].error
 
 
 def test_neither_the_package_nor_a_worker_imports_jax(user, tmp_path):

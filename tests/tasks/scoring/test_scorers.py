@@ -37,7 +37,7 @@ def values(scorer, records):
     return {name: metric.value for name, metric in summarise_records(scorer, records).items()}
 
 
-def test_extraction_failure_stands_beside_the_accuracy():
+def test_extraction_failures_are_reported_with_the_accuracy():
     scorer = find_scorer("exact_match")
     records = score_responses(
         scorer,

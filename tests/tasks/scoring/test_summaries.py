@@ -79,11 +79,11 @@ def test_errors_of_ratios_are_those_of_many_repetitions():
     yes, gold = rng.random((2, 1000, 400)) < [[[0.3]], [[0.6]]]
     hit = yes & gold
     for parts, wholes in ((hit, yes), (hit, gold), (2 * hit, yes * 1 + gold)):
-        told = [ratio_metric(a, b) for a, b in zip(parts, wholes, strict=True)]
-        assert np.mean([t.stderr for t in told]) == pytest.approx(
-            np.std([t.value for t in told]), rel=0.1
+        metrics = [ratio_metric(a, b) for a, b in zip(parts, wholes, strict=True)]
+        assert np.mean([t.stderr for t in metrics]) == pytest.approx(
+            np.std([t.value for t in metrics]), rel=0.1
         )
-        assert told[0].n == (wholes[0] > 0).sum()
+        assert metrics[0].n == (wholes[0] > 0).sum()
     assert mean_metric([1, 0, 0, 1]) == pytest.approx((0.5, 4, np.std([1, 0, 0, 1], ddof=1) / 2))
 
 

@@ -146,7 +146,7 @@ def test_sides_and_settings():
         BUILT_IN_TASKS["synthetic_shape"].load("dev")
 
 
-def test_drawing_is_fast_enough_to_draw_while_training():
+def test_generation_is_fast_enough_for_training():
     """5,000 images/s are asked for; the bound leaves room for a machine that is busy with other tests."""
     generate_block(SyntheticSpec("colour"), "train", 0, 0, 64)
     started = time.process_time()

@@ -50,7 +50,7 @@ def centre_colour(image, cell, side=16):
     )
 
 
-def test_the_colour_asked_for_is_the_colour_drawn():
+def test_the_answer_is_the_painted_colour():
     block = generate_block(SyntheticSpec("colour", noise=0.0), "train", 0, 0, 100)
     for image, answer in zip(block.images, block.answers, strict=True):
         brightest = image.reshape(-1, 3)[image.reshape(-1, 3).max(1).argmax()].astype(float)
@@ -102,7 +102,7 @@ def test_digits_are_those_of_the_answer():
 
 
 @pytest.mark.parametrize("grid", [2, 3])
-def test_drawn_jigsaws_follow_the_convention_of_the_jigsaw_task(grid):
+def test_synthetic_jigsaws_follow_the_convention_of_the_jigsaw_task(grid):
     """Put back together by the answer, red grows to the right and green downwards."""
     side = 30 if grid == 3 else 32
     for example in SyntheticExamples(
