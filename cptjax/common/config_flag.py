@@ -87,6 +87,7 @@ class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         config = self.parser.parse(argument)
         if not isinstance(config, ConfigDict):
+            getattr(config, "lock", None)  # raises the OSError of a file that could not be loaded
             raise ValueError(f"get_config() returns {type(config).__name__}; expected a ConfigDict")
         with config.unlocked():
             _separate_arms_and_stages(config)
