@@ -388,7 +388,7 @@ WRONG = {
         {},
         "'nowhere': expected base, stage or an existing folder",
     ),
-    "kl beside accuracies": (
+    "kl in the reward with accuracies as advantages": (
         dict(advantage="reinforce01", kl_place="reward"),
         {},
         "set method.kl_place='loss'",

@@ -1,4 +1,4 @@
-"""Imports point one way: a folder uses only folders on an earlier line of the order, and no files import in a circle."""
+"""A folder imports only from folders on an earlier line of ORDER; no files import in a circle."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every method and every arm of the papers takes a step through the driver's own stage code, and what it logs is what the docs name."""
+"""Every method and every arm of the papers takes a step through the driver, and logs its metrics."""
 
 import math
 
@@ -80,7 +80,7 @@ def corpus(folder, task: str) -> str:
 
 
 def formed(config, name: str, monkeypatch):
-    """The config with its own template and task, every second answer put into the form that a random model never finds."""
+    """The config on a small task; every second response gets the form that a random model never has."""
     template, grade = OWN_FORM[name][0], rollouts.grade_responses
     task = config.stages[0]["task"]
     config.tasks[task].template = template
@@ -132,7 +132,8 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
         )
         assert (config.method.kl_coef > 0) == ("kl" in line)
     if config.method.objective == "policy":
-        # At another temperature the sampler's distribution leaves out the 5 tokens that are never drawn, about 5 / 384 of the mass.
+        # At another temperature the sampler's distribution leaves out the 5 tokens that are never
+        # sampled, about 5 / 384 of the mass.
         assert (
             steps[0]["mismatch"] < (1e-4 if config.rollout.temperature == 1 else 0.02)
             and steps[0]["rollouts"] > 0

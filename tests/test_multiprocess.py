@@ -13,7 +13,8 @@ from PIL import Image
 
 from cptjax.data import model_context
 
-ROWS = 6  # of the task whose first half has pictures: in an evaluation one process then has all of them, and longer rows
+# The first half of the task has images: in an evaluation one process has all of them, and longer rows.
+ROWS = 6
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
 SCRIPT = """
 import json, sys

@@ -92,8 +92,8 @@ def test_a_users_own_tasks_on_a_model_of_the_hub(tmp_path, monkeypatch, hub, sai
     assert {name for name, _ in hub} == {"Qwen/Qwen2.5-VL-3B-Instruct"} and {
         weights for _, weights in hub
     } == {False, True}
-    asked = {(r["task"], r["template"]) for r in run_helpers.read_evals(tmp_path / "run")}
-    assert asked == {
+    evaluated = {(r["task"], r["template"]) for r in run_helpers.read_evals(tmp_path / "run")}
+    assert evaluated == {
         ("cells", "boxed"),
         ("signs", "direct"),
     }  # as each was trained, whatever the run's template

@@ -1,4 +1,4 @@
-"""A run killed at any instant and started again ends as one that was never killed: parameters, csv files, rollouts, logs."""
+"""A run that is killed and resumed ends with the files and parameters of one never killed."""
 
 import json
 import os

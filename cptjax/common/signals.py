@@ -36,7 +36,7 @@ class SigtermHandler:
         return self._deferring_set_to(True)
 
     def immediate(self) -> contextlib.AbstractContextManager[None]:
-        """Inside a `deferred` block, handle SIGTERM at once again: for long work that need not finish."""
+        """Handle SIGTERM at once again inside a `deferred` block: for work that need not finish."""
         return self._deferring_set_to(False)
 
     @contextlib.contextmanager
@@ -59,7 +59,10 @@ class SigtermHandler:
 
 @contextlib.contextmanager
 def handle_sigterm(sigterm: SigtermHandler) -> Iterator[None]:
-    """Send SIGTERM to `sigterm` inside this block. Python allows that in the main thread alone; elsewhere nothing changes."""
+    """Send SIGTERM to `sigterm` inside this block.
+
+    Python allows that only in the main thread; in another thread nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
