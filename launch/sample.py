@@ -21,7 +21,7 @@ IMAGE = flags.DEFINE_multi_string(
 VIDEO = flags.DEFINE_multi_string(
     "video", [], "Video file, placed before the text; may be repeated."
 )
-SYSTEM = flags.DEFINE_string("system", "", "System message; empty = the template's own.")
+SYSTEM = flags.DEFINE_string("system", "", "System message; empty = that of the template.")
 STAGE = flags.DEFINE_integer(
     "stage",
     None,

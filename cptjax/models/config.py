@@ -97,7 +97,7 @@ PRESETS: dict[str, ModelConfig] = {
         vision=VisionConfig(mlp=3456),
         text=TextConfig(vocab=152064, width=8192, mlp=29568, depth=80, heads=64, kv_heads=8),
     ),
-    "tiny": ModelConfig(  # of the demo: 0.2 M parameters and a vocabulary of 384 tokens of its own
+    "tiny": ModelConfig(  # of the demo: 0.2 M parameters, 384 tokens
         vision=VisionConfig(
             depth=2, width=48, mlp=96, heads=4, patch=8, window=32, full_blocks=(1,)
         ),

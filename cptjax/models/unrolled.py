@@ -107,7 +107,7 @@ def scan_layers(step: Callable, carry: Any, *layers: Any) -> tuple[Any, Any]:
 
 
 def layer_numbers(blocks: Blocks, depth: int) -> Any:
-    """Return the numbers of the layers, for `scan_layers` to walk beside the blocks."""
+    """Return the numbers of the layers, for `scan_layers` to scan with the blocks."""
     return range(depth) if isinstance(blocks, tuple) else jnp.arange(depth)
 
 

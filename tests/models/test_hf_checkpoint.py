@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cptjax import sharding
-from cptjax.models import decoder, hf_checkpoint, orbax_io, qwen2_5_vl, safetensors_io, trainable
+from cptjax.models import decoder, hf_checkpoint, qwen2_5_vl, safetensors_io, trainable
 from cptjax.models.config import (
     PRESETS,
     ModelConfig,
@@ -187,24 +187,6 @@ def test_a_mesh_loads_the_same_tree_with_the_declared_shardings(folder, shape):
         )
 
 
-def test_contiguous_runs_cover_a_box():
-    x = np.arange(4 * 3 * 5).reshape(4, 3, 5)
-    whole = slice(None)
-    for box in [
-        (whole,) * 3,
-        (slice(1, 3), whole, whole),
-        (whole, slice(0, 2), whole),
-        (slice(2, 4), slice(1, 2), slice(1, 4)),
-    ]:
-        assert (
-            np.concatenate(
-                [x.reshape(-1)[r] for r in safetensors_io.contiguous_runs(box, x.shape)]
-            ).tolist()
-            == x[box].reshape(-1).tolist()
-        )
-    assert len(safetensors_io.contiguous_runs((slice(1, 3), whole, whole), x.shape)) == 1
-
-
 def test_saving_from_a_mesh_writes_the_same_file(folder, tmp_path):
     mesh = sharding.make_mesh(2, 2, 2)
     hf_checkpoint.save_hf_checkpoint(
@@ -359,22 +341,6 @@ def test_save_refuses_what_it_cannot_write(folder, tmp_path):
     )
     fails(lambda: hf_checkpoint.save_hf_checkpoint(params, PRESETS["7b"], tmp_path / "x"), "shape")
     assert list(tmp_path.iterdir()) == [], "a failed save leaves nothing behind"
-
-
-def test_orbax_keeps_every_bit_and_the_adapters(folder, tmp_path):
-    cfg = dataclasses.replace(CFG, lora_scale=2.0)
-    params = hf_checkpoint.load_hf_checkpoint(folder, cfg)
-    params["text"]["blocks"]["q"] |= {
-        "lora_a": jnp.ones((2, 32, 3)),
-        "lora_b": jnp.ones((2, 3, 4, 8)),
-    }
-    orbax_io.save_orbax(params, cfg, tmp_path / "orbax")
-    for mesh in (None, sharding.make_mesh(2, 2, 2)):
-        found, found_cfg = orbax_io.load_orbax(tmp_path / "orbax", mesh)
-        assert found_cfg == cfg and equal(found, params)
-    fails(
-        lambda: orbax_io.save_orbax(params, cfg, tmp_path / "orbax"), "holds a checkpoint already"
-    )
 
 
 TWO = """

@@ -18,8 +18,8 @@ N, D, V = 37, 12, 50
 @pytest.fixture
 def arrays():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return draw(N, D), draw(D, V), jnp.asarray(rng.integers(0, V, N))
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return normal(N, D), normal(D, V), jnp.asarray(rng.integers(0, V, N))
 
 
 def reference(hidden, unembed, targets, temperature=1.0):
