@@ -350,8 +350,7 @@ def sampling_programs(
     vision_flops: operations of the vision tower on these prompts.
     kept: the program whose result is the copy of the weights, if there is one.
     """
-    shards = sharding.batch_shards(mesh)
-    sampling.check_batch_shards(shards)
+    sampling.check_batch_shards(sharding.batch_shards(mesh))
     static = static_settings(sampling, dtype)
     rows, length = prompts.tokens.shape
     per_response = abstract_array((rows, sampling.group), jnp.int32, mesh, ("batch",))
@@ -366,45 +365,71 @@ def sampling_programs(
         useful = vision_flops + prefill_flops + decode_flops
         trips = float(static.max_new_tokens - 1)
         return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips)]
-    slots, refill = sampling.slots, refill_size(sampling.slots, shards)
+    cast, queue = Output(f"{name}: cast"), Output(f"{name}: queue")
+    queue_args = (cast, prompts, per_response, per_response, cfg, static)
+    return [
+        Program(cast.program, cast_program, (weights, cfg, static), calls, 0.0),
+        Program(queue.program, queue_program, queue_args, calls, vision_flops, kept),
+        *_slot_programs(
+            name,
+            cast,
+            queue,
+            (traced, cfg, static),
+            rows,
+            sampling.slots,
+            mesh,
+            calls,
+            kept,
+            prefill_flops / rows,
+            decode_flops / rows,
+        ),
+    ]
+
+
+def _slot_programs(
+    name: str,
+    weights: Output,
+    queue: Output,
+    settings: tuple[TracedSettings, ModelConfig, StaticSettings],
+    rows: int,
+    slots: int,
+    mesh: Mesh,
+    calls: float,
+    kept: tuple[str, ...],
+    prefill_flops: float,
+    decode_flops: float,
+) -> list[Program]:
+    """Return the programs that decode in slots; operations are those of one prompt."""
+    pool, refill = Output(f"{name}: prefill"), refill_size(slots, sharding.batch_shards(mesh))
+    static = settings[-1]
     checks = static.max_new_tokens / static.check_every  # calls of `decode_program` for one group
-    cast, queue, pool = (Output(f"{name}: {part}") for part in ("cast", "queue", "prefill"))
 
     def index(n: int) -> jax.ShapeDtypeStruct:
         return abstract_array((n,), jnp.int32, mesh)
 
     return [
-        Program(cast.program, cast_program, (weights, cfg, static), calls, 0.0),
-        Program(
-            queue.program,
-            queue_program,
-            (cast, prompts, per_response, per_response, cfg, static),
-            calls,
-            vision_flops,
-            kept,
-        ),
         Program(
             pool.program,
             prefill_program,
-            (cast, queue, index(slots), traced, cfg, static),
+            (weights, queue, index(slots), *settings),
             calls,
-            prefill_flops * slots / rows,
+            prefill_flops * slots,
             kept,
         ),
         Program(
             f"{name}: decode",
             decode_program,
-            (cast, pool, traced, cfg, static),
+            (weights, pool, *settings),
             calls * rows / slots * checks,
-            decode_flops * slots / rows / checks,
+            decode_flops * slots / checks,
             (*kept, queue.program),
         ),
         Program(
             f"{name}: refill",
             refill_program,
-            (cast, pool, queue, index(refill), index(refill), traced, cfg, static),
+            (weights, pool, queue, index(refill), index(refill), *settings),
             calls * (rows - slots) / refill,
-            prefill_flops * refill / rows,
+            prefill_flops * refill,
             kept,
         ),
     ]

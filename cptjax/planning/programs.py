@@ -14,7 +14,7 @@ from cptjax.models.config import PRESETS, ModelConfig
 from cptjax.training.programs import (
     AbstractStage,
     abstract_stage,
-    sampling_programs,
+    response_programs,
     training_programs,
 )
 
@@ -29,7 +29,7 @@ def stage_programs(stage: AbstractStage) -> list[Program]:
     return [
         *training_programs(stage),
         *fisher_programs(stage),
-        *sampling_programs(stage, "evaluation", rows, [sampling], 0.0),
+        *response_programs(stage, "evaluation", rows, [sampling], 0.0),
     ]
 
 

@@ -203,14 +203,14 @@ def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
     b, a = batch.targets.shape
     per_token = abstract_array((b, a), jnp.float32, mesh, ("batch",))
     extra: dict[str, Any] = {}
-    if m.objective == "policy":
+    if m.source == "rollouts":
         extra["advantages"] = abstract_array((b,), jnp.float32, mesh, ("batch",))
         extra["sampler_logps"] = per_token
         if m.tis_cap is not None:
             extra["behaviour_logps"] = per_token
         if m.updates_per_batch * m.passes > 1:
             extra["old_logps"] = per_token
-    if m.kl_coef and m.kl_place == "loss":
+    if m.kl_coef and (m.source != "rollouts" or m.kl_place == "loss"):
         extra["ref_logps"] = per_token
     if stage.teacher is not None:
         text = stage.cfg.text
@@ -281,19 +281,19 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
         not_loaded = tuple(name for name in stage.resident if name not in loaded)
         programs += [
             dataclasses.replace(program, not_loaded=not_loaded)
-            for program in sampling_programs(stage, "filter", rows, [several], 0.0)
+            for program in response_programs(stage, "filter", rows, [several], 0.0)
         ]
     if m.source == "self":
         several = dataclasses.replace(sampling, group=m.self_samples)
-        programs += sampling_programs(stage, "rollouts", rows, [several], 0.0)
+        programs += response_programs(stage, "rollouts", rows, [several], 0.0)
     if m.source == "rollouts":
         greedy = dataclasses.replace(sampling, group=1, temperature=0.0)
         samplings = [sampling, greedy] if m.advantage == "remax" else [sampling]
-        programs += sampling_programs(stage, "rollouts", c.train.batch, samplings, 1.0)
+        programs += response_programs(stage, "rollouts", c.train.batch, samplings, 1.0)
     return programs
 
 
-def sampling_programs(
+def response_programs(
     stage: AbstractStage, name: str, rows: int, samplings: list[SamplingConfig], calls: float
 ) -> list[Program]:
     """Return the programs that sample responses to `rows` prompts.
