@@ -29,7 +29,7 @@ def measure_data_pipeline(
         processor.load_processor(None, cfg, side * side, side * side)
         for cfg, side in ((tiny, 64), (large, 448))
     ]
-    collate = lambda batch: collate_rows(batch, buckets=(64, 512))
+    collate = functools.partial(collate_rows, buckets=(64, 512))
     count, wall, cpu = time_epoch(examples, functools.partial(_encode, words[0]), collate, workers)
     photos, _, jpeg = time_epoch(_photos(jpegs), functools.partial(_encode, words[1]), collate, 0)
     return {

@@ -64,8 +64,13 @@ class HFPeer:
         ).to(device)
         self.image_token = self.model.config.image_token_id
         given = np.load(Path(folder) / INPUTS_FILE)
-        on_device = lambda x: torch.from_numpy(x).to(device)
-        repeated = lambda x: on_device(np.repeat(x, group, 0))
+
+        def on_device(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x).to(device)
+
+        def repeated(x: np.ndarray) -> torch.Tensor:
+            return on_device(np.repeat(x, group, 0))
+
         self.prompts = repeated(given["prompts"])
         self.rows = torch.cat([self.prompts, on_device(given["responses"])], 1)
         self.patches = repeated(given["patches"]).to(getattr(torch, dtype))

@@ -57,9 +57,11 @@ def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float
     window = re.search(r"window=\{([^}]*)\}", i.rest)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = sorted(name for name in out if name.isdigit())
-    every = lambda name, default: (
-        fields[name].split("x") if name in fields else [default] * len(spatial)
-    )
+
+    def every(name: str, default: str) -> list[str]:
+        """Return a window's setting for each spatial axis."""
+        return fields[name].split("x") if name in fields else [default] * len(spatial)
+
     pairs = 1
     settings = (
         every("pad", "0_0"),

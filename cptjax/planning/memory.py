@@ -58,7 +58,7 @@ def estimate_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str,
 
 
 def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
-    """Return what a device pass of the update holds beside the resident arrays."""
+    """Return what a device pass of the update holds in addition to the resident arrays."""
     c, trained = stage.config, stage.state.params
     m, t, r = c.method, c.train, c.rollout
     batch = t.batch // m.updates_per_batch
@@ -77,7 +77,7 @@ def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, 
 
 
 def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
-    """Return what sampling holds beside the resident arrays."""
+    """Return what sampling holds in addition to the resident arrays."""
     c, cfg = stage.config, stage.cfg
     if c.method.source not in ("rollouts", "self"):
         return {"rollout weights": 0.0, "cache": 0.0}

@@ -36,20 +36,20 @@ def test_every_phase_is_timed_against_the_peer(nano):
     The benchmark stops unless it computes the same log-probabilities.
     """
     pytest.importorskip("torch")
-    found = bench.run_benchmark(WORK, MODEL_PHASES, "hf")
-    assert found["peer_logp_gap"] < 1e-5
-    assert found["prompt"] == 8 + 9 + 2 and found["seqs"] == 16
+    metrics = bench.run_benchmark(WORK, MODEL_PHASES, "hf")
+    assert metrics["peer_logp_gap"] < 1e-5
+    assert metrics["prompt"] == 8 + 9 + 2 and metrics["seqs"] == 16
     for phase in MODEL_PHASES:
         tokens = 16 * (4 if phase == "rollout" else 19 + 4)
-        assert found[f"{phase}_tok_s"] == pytest.approx(tokens / found[f"{phase}_s"])
-        assert found[f"ratio_{phase}"] == pytest.approx(
-            found[f"peer_{phase}_s"] / found[f"{phase}_s"]
+        assert metrics[f"{phase}_tok_s"] == pytest.approx(tokens / metrics[f"{phase}_s"])
+        assert metrics[f"ratio_{phase}"] == pytest.approx(
+            metrics[f"peer_{phase}_s"] / metrics[f"{phase}_s"]
         )
-        assert found[f"{phase}_compilations_after_warmup"] == 0
-        assert 0 < found[f"{phase}_mfu_text"] < found[f"{phase}_mfu"]
-        assert "x the peer" in bench.phase_line(phase, found)
-    assert found["logp_compilations"] == 1 and found["logp_compile_s"] > 0
-    assert found["params"] == sum(int(np.prod(s)) for s in _shapes())
+        assert metrics[f"{phase}_compilations_after_warmup"] == 0
+        assert 0 < metrics[f"{phase}_mfu_text"] < metrics[f"{phase}_mfu"]
+        assert "x the peer" in bench.phase_line(phase, metrics)
+    assert metrics["logp_compilations"] == 1 and metrics["logp_compile_s"] > 0
+    assert metrics["params"] == sum(int(np.prod(s)) for s in _shapes())
 
 
 def _shapes():
@@ -59,9 +59,9 @@ def _shapes():
 
 
 def test_without_a_peer_no_number_names_one(nano):
-    found = bench.run_benchmark(WORK, ["logp"])
-    assert not [k for k in found if "peer" in k or "ratio" in k]
-    assert "peer" not in bench.phase_line("logp", found)
+    metrics = bench.run_benchmark(WORK, ["logp"])
+    assert not [k for k in metrics if "peer" in k or "ratio" in k]
+    assert "peer" not in bench.phase_line("logp", metrics)
 
 
 def test_micro_batches_are_the_same_rows(nano):
@@ -72,8 +72,8 @@ def test_micro_batches_are_the_same_rows(nano):
         for m in (0, 8)
     )
     assert [len(b.targets) for b in parts.micro_batches] == [8, 8]
-    found = [np.concatenate([np.asarray(x) for x in bench.logp_phase(s)()]) for s in (whole, parts)]
-    np.testing.assert_allclose(*found, atol=1e-5)
+    logps = [np.concatenate([np.asarray(x) for x in bench.logp_phase(s)()]) for s in (whole, parts)]
+    np.testing.assert_allclose(*logps, atol=1e-5)
 
 
 def test_rows_equal_those_of_the_processor(nano):
@@ -105,11 +105,13 @@ def test_operations_follow_from_the_shapes():
 
 
 def test_loading_is_measured_in_another_process(nano):
-    found = bench.run_benchmark(WORK, ["load"])
-    assert found["load_gb"] == pytest.approx(2 * sum(int(np.prod(s)) for s in _shapes()) / 1e9)
-    assert found["load_s_per_gb"] == pytest.approx(found["load_s"] / found["load_gb"])
-    assert 0 < found["load_peak_ratio"] < found["load_peak_gib"] * 2**30 / found["load_gb"] / 1e9
-    assert bench.phase_line("load", found).startswith("load")
+    metrics = bench.run_benchmark(WORK, ["load"])
+    assert metrics["load_gb"] == pytest.approx(2 * sum(int(np.prod(s)) for s in _shapes()) / 1e9)
+    assert metrics["load_s_per_gb"] == pytest.approx(metrics["load_s"] / metrics["load_gb"])
+    assert (
+        0 < metrics["load_peak_ratio"] < metrics["load_peak_gib"] * 2**30 / metrics["load_gb"] / 1e9
+    )
+    assert bench.phase_line("load", metrics).startswith("load")
 
 
 def test_resident_memory_grows_with_an_array():

@@ -71,19 +71,19 @@ def row(prompt="<image>what colour?", images=("good.png",), answer="red"):
 
 
 def test_counts_tokens_and_pictures():
-    found = check.run_preflight(config())
-    assert [f.name for f in found] == ["synthetic_colour train", "synthetic_colour test"]
-    assert [(f.read, f.total, len(f.bad)) for f in found] == [(40, 40, 0), (10, 10, 0)]
-    assert {r.image_tokens for r in found[0].rows} == {
+    reports = check.run_preflight(config())
+    assert [f.name for f in reports] == ["synthetic_colour train", "synthetic_colour test"]
+    assert [(f.read, f.total, len(f.bad)) for f in reports] == [(40, 40, 0), (10, 10, 0)]
+    assert {r.image_tokens for r in reports[0].rows} == {
         4
     }  # 32 x 32 pixels of 8 x 8 patches, 4 of which make a token
-    assert {r.patches for r in found[0].rows} == {16}
-    assert len(found[0].prompts) == 3 and "what colour" in found[0].prompts[0]
+    assert {r.patches for r in reports[0].rows} == {16}
+    assert len(reports[0].prompts) == 3 and "what colour" in reports[0].prompts[0]
 
 
 def test_rows_limits_what_is_read():
-    found = check.run_preflight(config(), rows=7)
-    assert [(f.read, f.total) for f in found] == [(7, 40), (7, 10)]
+    reports = check.run_preflight(config(), rows=7)
+    assert [(f.read, f.total) for f in reports] == [(7, 40), (7, 10)]
     with pytest.raises(ValueError, match="--rows=0"):
         check.run_preflight(config(), rows=0)
 
@@ -147,18 +147,18 @@ def test_a_run_leaves_out_the_rows_that_the_check_finds(tmp_path, monkeypatch):
     c.stages = ({"task": "mine", "steps": 1}, {"task": "pathvqa", "steps": 1})
     broken_pathvqa(tmp_path)
     c.data.update(root=str(tmp_path), bad_rows=2)
-    found = {f.name: f for f in check.run_preflight(c)}
+    reports = {f.name: f for f in check.run_preflight(c)}
     for name, left in (("mine", [1, 4]), ("pathvqa", [0])):
         for split in ("train", "test"):
             examples = opened(c, tmp_path / "run").examples(name, split, c)
             assert [examples.where(i)[1] for i in range(len(examples))] == left
             assert (
-                len(found[f"{name} {split}"].rows) == len(left)
-                and len(found[f"{name} {split}"].bad) == 2
+                len(reports[f"{name} {split}"].rows) == len(left)
+                and len(reports[f"{name} {split}"].bad) == 2
             )
     assert (
-        found["pathvqa train"].bad[0].file == "pathvqa/train"
-        and found["pathvqa train"].bad[0].row == 1
+        reports["pathvqa train"].bad[0].file == "pathvqa/train"
+        and reports["pathvqa train"].bad[0].row == 1
     )
     monkeypatch.setattr(
         row_checks, "measure_row", lambda *_: pytest.fail("public rows were looked at again")
@@ -279,8 +279,8 @@ def test_padding_of_batches():
         for p in check.padding_by_length(order, [tokens], (16, 64), pack=False)
     ] == [(16, 2, 1 - 10 / 16)]
     tokens[order.rows(0)[0].index] = 40
-    found = check.padding_by_length(order, [tokens], (16, 64), pack=False)
-    assert [(p.length, p.tokens, p.slots) for p in found] == [(16, 20, 32), (64, 50, 128)]
+    padding = check.padding_by_length(order, [tokens], (16, 64), pack=False)
+    assert [(p.length, p.tokens, p.slots) for p in padding] == [(16, 20, 32), (64, 50, 128)]
     packed = check.padding_by_length(Mixture((6,), 6), [np.full(6, 10)], (16, 64), pack=True)
     assert [(p.length, p.tokens, p.slots) for p in packed] == [(64, 60, 64)]
 

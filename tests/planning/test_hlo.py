@@ -179,11 +179,15 @@ def test_transfers_of_a_sharded_product_have_their_axes(mesh):
 
     with jax.set_mesh(mesh):
         text = jax.jit(run).lower(*args).compile().as_text()
-    found = {(c.kind, c.axis): c for c in hlo.find_collectives(text, mesh)}
+    collectives = {(c.kind, c.axis): c for c in hlo.find_collectives(text, mesh)}
     assert hlo_costs.count_flops(text) == 2 * 2 * (64 // 4) * 128 * (256 // 2)
-    assert found["all-reduce", "model"].bytes == 64 // 4 * 128 * 4
+    assert collectives["all-reduce", "model"].bytes == 64 // 4 * 128 * 4
     assert (
-        sum(c.bytes for (kind, axis), c in found.items() if (kind, axis) == ("all-gather", "fsdp"))
+        sum(
+            c.bytes
+            for (kind, axis), c in collectives.items()
+            if (kind, axis) == ("all-gather", "fsdp")
+        )
         == 2 * 128 * (256 // 2) * 4
     )
 

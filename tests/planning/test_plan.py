@@ -69,13 +69,13 @@ def local():
 
     Its two stages need the same programs.
     """
-    (found,) = plan.make_plans(
+    (stage_plan,) = plan.make_plans(
         small(
             mesh={"data": 1, "fsdp": 4, "model": 2},
             model={"compute_dtype": "float32", "param_dtype": "bfloat16"},
         )
     )
-    return found
+    return stage_plan
 
 
 def test_every_program_of_a_run_is_compiled_once(local):
@@ -150,10 +150,12 @@ def test_the_bound_is_the_slowest_resource():
     * 9e9 / 2 / 90e9 = 0.1 s.
     """
     chip = chips.CHIPS["v5e"]
-    found = [hlo.Collective("all-reduce", "model", 2, 9e9, 1)]
-    times = plan.roofline_seconds(1e12, 1e9, found, chip, 1)
+    collectives = [hlo.Collective("all-reduce", "model", 2, 9e9, 1)]
+    times = plan.roofline_seconds(1e12, 1e9, collectives, chip, 1)
     assert times == pytest.approx({"compute": 1e12 / 197e12, "memory": 1e9 / 819e9, "network": 0.1})
-    across = plan.roofline_seconds(0, 0, [dataclasses.replace(found[0], axis="data")], chip, 2)
+    across = plan.roofline_seconds(
+        0, 0, [dataclasses.replace(collectives[0], axis="data")], chip, 2
+    )
     assert across["network"] == pytest.approx(9e9 / 6.25e9)
 
 
@@ -283,11 +285,13 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
     assert (
         "stage's start" not in plain and sizes(average)["stage's start"] == plain["trained weights"]
     )
-    found = sizes(ewc)
+    penalised_sizes = sizes(ewc)
     assert (
-        found["stage's start"] == 2 * found["frozen weights"] > 0
+        penalised_sizes["stage's start"] == 2 * penalised_sizes["frozen weights"] > 0
     )  # a copy in float32 of leaves held in bfloat16
-    assert found["penalty"] == pytest.approx(2 * found["trained weights"], rel=1e-3)
+    assert penalised_sizes["penalty"] == pytest.approx(
+        2 * penalised_sizes["trained weights"], rel=1e-3
+    )
 
 
 def test_the_memory_estimate_follows_rollout_dtype():
@@ -363,11 +367,11 @@ def test_the_largest_image_and_prompt_are_those_of_the_config(mesh):
     assert (
         collate.max_image_slots(stage.cfg, 64 * 64) == 6 * 16
     )  # of 16 merge units 3 x 5 spread over six windows of 2 x 2 units
-    found = abstract_prompts(stage, 8, stage.config.data.prompt_limit)
+    prompts = abstract_prompts(stage, 8, stage.config.data.prompt_limit)
     assert (
-        isinstance(found, Prompts)
-        and found.tokens.shape == (8, 64)
-        and found.vision.patches.shape[:2] == (4, 2)
+        isinstance(prompts, Prompts)
+        and prompts.tokens.shape == (8, 64)
+        and prompts.vision.patches.shape[:2] == (4, 2)
     )
     big = collate.max_image_slots(PRESETS["7b"], 1003520)
     assert 5120 <= big <= 6400
@@ -480,13 +484,11 @@ def tpu(c, topology, name, slices=1, buffers=None):
     return plan.program_cost(program, planned, chip, {}, short, (), slices), planned
 
 
-def whole(stage_shapes):
+def whole(planned):
     """Return the unsharded shapes of all parameters that the mesh cuts, except those that are also
     the shape of a part.
     """
-    params = {
-        "/".join(path): x for path, x in trainable.flatten_params(stage_shapes.params).items()
-    }
+    params = {"/".join(path): x for path, x in trainable.flatten_params(planned.params).items()}
     parts = {axes(x.sharding.shard_shape(x.shape)) for x in params.values()}
     return {axes(x.shape): name for name, x in params.items() if axes(x.shape) not in parts}
 
@@ -508,14 +510,14 @@ def test_update_of_full_width_holds_no_logits_and_no_whole_table():
     c.model.path, c.stages = "Qwen/Qwen2.5-VL-7B-Instruct", c.stages[:1]
     c.model.max_pixels = 28 * 28 * 64
     buffers = []
-    cost, stage_shapes = tpu(c, "v5e:4x4", "add gradients", buffers=buffers)
-    unsharded = whole(stage_shapes)
+    cost, planned = tpu(c, "v5e:4x4", "add gradients", buffers=buffers)
+    unsharded = whole(planned)
     assert len(buffers) > 500 and len(unsharded) > 10
     gathered = {unsharded[axes(shape)] for _, shape in buffers if axes(shape) in unsharded}
     assert gathered <= {
         "vision/patch/w"
     }  # it has no layers and is cut by fsdp alone: whole for its one product
-    text, vocab = stage_shapes.cfg.text, stage_shapes.cfg.text.vocab
+    text, vocab = planned.cfg.text, planned.cfg.text.vocab
     assert cost.buffers and all(size < 2 * text.width * vocab / 2 for size, _ in cost.buffers)
     assert not [name for name, shape in buffers if vocab in shape]  # cut by words always
     assert cost.peak < 16 * GIB and not cost.over
@@ -529,10 +531,10 @@ def test_update_of_full_width_holds_no_logits_and_no_whole_table():
 def test_two_slices_share_the_batch_and_sum_gradients_across():
     c = small(mesh={"data": 2, "fsdp": 2, "model": 2})
     c.stages = c.stages[:1]
-    cost, stage_shapes = tpu(c, "v5e:2x2", "add gradients", slices=2)
+    cost, planned = tpu(c, "v5e:2x2", "add gradients", slices=2)
     assert (
-        stage_shapes.mesh.devices[0, 0, 0].slice_index == 0
-        and stage_shapes.mesh.devices[1, 0, 0].slice_index == 1
+        planned.mesh.devices[0, 0, 0].slice_index == 0
+        and planned.mesh.devices[1, 0, 0].slice_index == 1
     )
     assert any("data" in x.axis for x in cost.collectives) and cost.seconds["network"] > 0
 
