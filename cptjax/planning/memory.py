@@ -83,14 +83,10 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
         return {"rollout weights": 0.0, "cache": 0.0}
     sampling = rollout_sampling(c)
     dtype = sampling.compute_dtype(stage.dtype)
-    weights = _cast(stage.params, jnp.int8 if sampling.dtype == "int8" else dtype)
+    weights = stage.params
     if sampling.gather:
-        weights = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=rollout_weights.without_fsdp(x.sharding)
-            ),
-            weights,
-        )
+        weights = rollout_weights.weights_output(weights, sampling, stage.dtype)
+    weights = _cast(weights, jnp.int8 if sampling.dtype == "int8" else dtype)
     groups, model = (sampling.slots or c.train.batch) / stage.shards, stage.mesh.shape["model"]
     cache = sampler.kv_cache_bytes(
         cfg, groups, prompt, sampling.group, sampling.max_new_tokens, dtype
