@@ -64,8 +64,8 @@ class EvalPrompts:
         ] = {}  # what scorers read of the encoded rows, without images
         self.row_cache = loader.RowCache(len(examples))
 
-    def order(self, rows: Sequence[int]) -> list[int]:
-        """Long prompts first, so that one batch holds similar lengths and memory peaks at once."""
+    def order_by_length(self, rows: Sequence[int]) -> list[int]:
+        """Sort rows by length, longest first: a batch has similar lengths and memory peaks at once."""
 
         def measure(example: Example, _: int) -> int:
             return self.model_ctx.processor.measure(self.prompted.build_prompt(example))[0]
@@ -78,8 +78,10 @@ class EvalPrompts:
             self.lengths[unmeasured] = list(threads.map(measure_row, unmeasured))
         return sorted(rows, key=lambda i: (-self.lengths[i], i))
 
-    def encoded(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, EncodedConversation]]:
-        """Yield the encoded prompts of each batch by row; the next batch is encoded while the device works."""
+    def encode_batches(
+        self, batches: Sequence[Sequence[int]]
+    ) -> Iterator[dict[int, EncodedConversation]]:
+        """Yield the encoded prompts of each batch by row, and encode the next while the device works."""
         prompted = dataclasses.replace(self.prompted, sandbox=None)  # a pool can not be pickled
         processor = self.model_ctx.processor
 
@@ -111,14 +113,14 @@ def generate_responses(
     prefix: Sequence[int] = (),
 ) -> tuple[list[str], WorkCost]:
     """Generate responses to some rows, in their order; each response continues the tokens of `prefix`."""
-    order = eval_prompts.order(rows)
+    order = eval_prompts.order_by_length(rows)
     batch = max(
         model_ctx.shards, batch // jax.process_count() // model_ctx.shards * model_ctx.shards
     )
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     responses: dict[int, str] = {}
     cost = WorkCost()
-    with contextlib.closing(eval_prompts.encoded(batches)) as encoded_batches:
+    with contextlib.closing(eval_prompts.encode_batches(batches)) as encoded_batches:
         for batch_rows, prompts in zip(batches, encoded_batches, strict=True):
             encoded = {
                 i: append_response_prefix(prompt, prefix) if prefix else prompt

@@ -76,10 +76,10 @@ def test_an_image_of_a_test_row_is_opened_once_to_check_it_and_once_to_use_it(tm
     rows, prompted, model_ctx = load(c, "mine", "test", tmp_path)
     assert len(opened) == ROWS and set(opened.values()) == {1}
     eval_prompts = EvalPrompts(model_ctx, prompted, rows)
-    order = eval_prompts.order(range(ROWS))
+    order = eval_prompts.order_by_length(range(ROWS))
     assert set(opened.values()) == {1}
     for _ in range(2):  # small sets stay in memory from one evaluation to the next
-        encoded = {i: e for batch in eval_prompts.encoded([order]) for i, e in batch.items()}
+        encoded = {i: e for batch in eval_prompts.encode_batches([order]) for i, e in batch.items()}
     assert len(opened) == ROWS and set(opened.values()) == {2}
     assert [len(encoded[i]) for i in range(ROWS)] == rows.tokens.tolist()
     assert order == sorted(range(ROWS), key=lambda i: (-len(encoded[i]), i))
@@ -136,7 +136,7 @@ def test_token_counts_of_a_public_dataset_are_stored_with_its_bad_rows(
     opened.clear()
     again, _, _ = load(c, "pathvqa", "test", tmp_path)
     assert np.array_equal(again.tokens, rows.tokens)
-    EvalPrompts(model_ctx, prompted, again).order(range(3))
+    EvalPrompts(model_ctx, prompted, again).order_by_length(range(3))
     assert not opened
     encoded = [model_ctx.processor.encode(prompted.build_prompt(row)) for row in again]
     assert [len(e) for e in encoded] == rows.tokens.tolist()
@@ -149,7 +149,7 @@ def test_only_the_first_synthetic_rows_are_checked_and_the_others_are_measured_w
     checked = row_checks.SYNTHETIC_ROWS_CHECKED
     assert (rows.tokens[:checked] > 0).all() and not rows.tokens[checked:].any()
     eval_prompts = EvalPrompts(model_ctx, prompted, rows)
-    eval_prompts.order([70])
+    eval_prompts.order_by_length([70])
     assert eval_prompts.lengths[70] > 0 and not eval_prompts.lengths[71]
 
 

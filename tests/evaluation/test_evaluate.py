@@ -1,4 +1,4 @@
-"""Evaluation without a model: a sampler that repeats its prompt shows what is asked, in which batches, and how much is in memory."""
+"""Evaluation of a task without a model: the sampler is replaced by one that repeats its prompt."""
 
 import types
 
@@ -23,29 +23,29 @@ ROWS = 22
 
 
 @pytest.fixture
-def desk(monkeypatch):
-    """A runtime whose sampler says the prompt's last words; `told` keeps the batches, `made` counts encoded prompts."""
-    words = processor.load_processor(None, PRESETS["tiny"], 1024, 1024)
-    model_ctx = types.SimpleNamespace(processor=words, cfg=PRESETS["tiny"], shards=1)
-    metrics, made = [], []
+def recording_context(monkeypatch):
+    """A model context whose sampler repeats the end of each prompt, its batches, and one entry per encoded prompt."""
+    text_processor = processor.load_processor(None, PRESETS["tiny"], 1024, 1024)
+    model_ctx = types.SimpleNamespace(processor=text_processor, cfg=PRESETS["tiny"], shards=1)
+    batches, encoded_rows = [], []
 
     def sample(model_ctx, params, encoded, key, rows, sampling, **more):
-        metrics.append((rows.tolist(), [len(e) for e in encoded], len(made)))
-        texts = words.decode([e.tokens[-12:] for e in encoded])
+        batches.append((rows.tolist(), [len(e) for e in encoded], len(encoded_rows)))
+        texts = text_processor.decode([e.tokens[-12:] for e in encoded])
         return types.SimpleNamespace(texts=texts, mask=np.ones((len(encoded), 4), bool))
 
     def encode(self, *args, **kwargs):
-        made.append(1)
-        return plain(self, *args, **kwargs)
+        encoded_rows.append(1)
+        return original(self, *args, **kwargs)
 
-    plain = processor.Processor.encode
+    original = processor.Processor.encode
     monkeypatch.setattr(processor.Processor, "encode", encode)
     monkeypatch.setattr(generate, "sample_responses", sample)
     monkeypatch.setattr(generate, "prepare_weights", lambda model_ctx, params, sampling: params)
-    return model_ctx, metrics, made
+    return model_ctx, batches, encoded_rows
 
 
-def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1):
+def evaluate_digits(model_ctx, cache_bytes, workers=0, rows=range(ROWS), forced=False, times=1):
     weights = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
     task = dataset.make_synthetic_task(
         "digits", "digit", level=3, also=("contains",), scorer="exact"
@@ -61,7 +61,7 @@ def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1)
             ),
             workers,
         )
-        eval_prompts.row_cache.max_bytes = ctx
+        eval_prompts.row_cache.max_bytes = cache_bytes
         key, sampling = jax.random.key(0), SamplingConfig(1, 4, 0.0, 1)
         for _ in range(times):
             result = evaluate.evaluate_task(
@@ -77,41 +77,44 @@ def examined(model_ctx, ctx, workers=0, rows=range(ROWS), forced=False, times=1)
     return result
 
 
-def test_answers_are_the_same_kept_or_made_again_and_memory_is_bounded(desk):
+def test_responses_do_not_depend_on_the_row_cache_and_memory_is_bounded(recording_context):
     console.set_console_mode("silent")
-    model_ctx, metrics, made = desk
-    exams = [examined(model_ctx, ctx, times=2, forced=True) for ctx in (1 << 29, 0)]
+    model_ctx, batches, encoded_rows = recording_context
+    results = [
+        evaluate_digits(model_ctx, cache_bytes, times=2, forced=True)
+        for cache_bytes in (1 << 29, 0)
+    ]
     passes, size = 2 * 2, -(-ROWS // 4)  # two evaluations, free and forced; batches of each
-    assert len(metrics) == 2 * passes * size and len(made) == ROWS + passes * ROWS
+    assert len(batches) == 2 * passes * size and len(encoded_rows) == ROWS + passes * ROWS
     assert (
-        exams[0].responses == exams[1].responses
-        and exams[0].records == exams[1].records
-        and exams[0].forced_records == exams[1].forced_records
+        results[0].responses == results[1].responses
+        and results[0].records == results[1].records
+        and results[0].forced_records == results[1].forced_records
     )
-    assert [r.id for r in exams[0].records] == [f"digits/test/{i}" for i in range(ROWS)]
-    for number, (rows, lengths, count) in enumerate(metrics[passes * size :]):
+    assert [r.id for r in results[0].records] == [f"digits/test/{i}" for i in range(ROWS)]
+    for number, (rows, lengths, count) in enumerate(batches[passes * size :]):
         before, batch = divmod(number, size)
         assert len(rows) == 4 and (
-            not batch or metrics[passes * size + number - 1][1][-1] >= lengths[0] >= lengths[-1]
+            not batch or batches[passes * size + number - 1][1][-1] >= lengths[0] >= lengths[-1]
         )
         assert count - ROWS * (1 + before) <= 4 * (
             batch + 2
         )  # up to this batch and the one after it
-    assert {scorer.name: len(records) for scorer, records in exams[0].extra_records.items()} == {
+    assert {scorer.name: len(records) for scorer, records in results[0].extra_records.items()} == {
         "contains": ROWS
     }
 
 
-def test_some_rows_are_asked_as_they_are_among_all(desk):
+def test_a_subset_of_rows_gets_the_same_responses(recording_context):
     console.set_console_mode("silent")
-    model_ctx, metrics, _ = desk
-    every, some = examined(model_ctx, 0), examined(model_ctx, 0, rows=[3, 17, 9])
-    assert some.responses == [every.responses[i] for i in (3, 17, 9)] and {
-        row for rows, *_ in metrics[-1:] for row in rows
+    model_ctx, batches, _ = recording_context
+    all_rows, some = evaluate_digits(model_ctx, 0), evaluate_digits(model_ctx, 0, rows=[3, 17, 9])
+    assert some.responses == [all_rows.responses[i] for i in (3, 17, 9)] and {
+        row for rows, *_ in batches[-1:] for row in rows
     } == {3, 9, 17}
 
 
-def test_a_row_that_can_not_be_asked_is_named(desk, monkeypatch):
+def test_a_row_that_can_not_be_measured_is_named(recording_context, monkeypatch):
     console.set_console_mode("silent")
 
     def refuse(self, *args, **kwargs):
@@ -119,4 +122,4 @@ def test_a_row_that_can_not_be_asked_is_named(desk, monkeypatch):
 
     monkeypatch.setattr(processor.Processor, "measure", refuse)
     with pytest.raises(ValueError, match="digits/test/0: too long"):
-        examined(desk[0], 0)
+        evaluate_digits(recording_context[0], 0)
