@@ -1,0 +1,44 @@
+"""A task under a template: the prompt, the gold response, and the forced prefix of scoring."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from cptjax.tasks.prompted_task import make_prompted_task
+from cptjax.tasks.task import Task, user_turn
+from cptjax.types import Example
+
+SETTINGS = ConfigDict(dict(accuracy=0.9, format=0.1, on_error="stop"))
+EXAMPLE = Example("t/0", user_turn("<image>What?", ["a.png"]), "cat", "cat")
+
+
+def prompted(template, /, **fields):
+    return make_prompted_task(Task("t", list, "exact", **fields), template, SETTINGS, None)
+
+
+def test_direct_uses_the_instruction_of_the_dataset_and_keeps_the_image_in_its_place():
+    (turn,) = prompted("direct", direct_suffix="Be short.").build_prompt(EXAMPLE)
+    assert turn["content"] == [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "What?\nBe short."},
+    ]
+    (turn,) = prompted("boxed", direct_suffix="Be short.").build_prompt(EXAMPLE)
+    text = turn["content"][1]["text"]
+    assert text.startswith("What?\n") and "\\boxed{}" in text and "Be short." not in text
+
+
+def test_the_gold_response_has_the_form_of_the_template():
+    assert prompted("direct").gold_response(EXAMPLE) == "cat"
+    assert prompted("boxed").gold_response(EXAMPLE) == "\\boxed{cat}"
+    with pytest.raises(ValueError, match="t/0: task t has no gold answers to train on"):
+        prompted("boxed").gold_response(Example("t/0", EXAMPLE.messages, "cat"))
+
+
+def test_a_forced_response_is_scored_after_its_prefix():
+    (record,) = prompted("boxed").score(["cat}"], [EXAMPLE], forced=True)
+    assert record.score == 1.0
+    (record,) = prompted("boxed").score(["cat}"], [EXAMPLE])
+    assert record.score == 0.0 and record.prediction is None
+
+
+def test_the_tasks_own_template_goes_first():
+    assert prompted("boxed", template="none").template.name == "none"
