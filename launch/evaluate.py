@@ -1,4 +1,4 @@
-"""Evaluate the model of a run's stage, or any Hugging Face folder, on the tasks of a config, and print a table.
+"""Evaluate a stage of a run, or any Hugging Face folder, and print a table.
 
 python launch/evaluate.py --config=configs/demo.py --workdir=runs/demo/grpo [--stage=2] [--tasks=colour,facts] [--record]
 """

@@ -1,4 +1,4 @@
-"""Run what a config describes: stages, checkpoints, evaluations, report. A run that was stopped continues.
+"""Train and evaluate what a config describes; a run that was stopped continues.
 
 python launch/train.py --config=configs/demo.py --workdir=runs/demo [--config.seeds=0,1,2 --config.arms.grpo.train.lr=2e-4]
 

@@ -1,4 +1,4 @@
-"""Runs that take seconds: the tiny model, synthetic tasks, a few steps; and what two of them must have in common."""
+"""Runs that take seconds, and the comparison of two runs."""
 
 import csv
 import json
@@ -104,7 +104,9 @@ def run_processes(plan: dict[str, Any], limit: float = 900, **more: str) -> list
 
 
 def run_state(workdir: Path) -> dict[str, Any]:
-    """Everything that two equal runs share: their records, and the arrays saved at the end of each stage."""
+    """Everything that two equal runs share: their records, and the arrays saved at the end of each
+    stage.
+    """
     return read_records(workdir) | {
         f"stage {n}: {path}": x
         for n in saved_stages(workdir)

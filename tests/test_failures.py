@@ -40,7 +40,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("gone", ["stages", "steps"])
-def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, gone):
+def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
+    whole, tmp_path, devices, said, capsys, gone
+):
     folder = shutil.copytree(whole, tmp_path / "run")
     number = 10**9 + (4 if gone == "stages" else 2)
     if gone == "steps":  # killed in the stage, and the newest step checkpoint is the only one
@@ -57,7 +59,7 @@ def test_a_truncated_newest_checkpoint(whole, tmp_path, devices, said, capsys, g
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
-def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
+def test_another_config_is_refused_and_its_differences_are_named(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(
@@ -71,8 +73,8 @@ def test_another_config_is_refused_with_what_differs(whole, tmp_path, devices):
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
-def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devices):
-    """Where config.json is gone, what the checkpoint says of itself still counts; and nothing is signed before."""
+def test_another_config_is_refused_by_the_record_of_a_checkpoint(whole, tmp_path, devices):
+    """Without config.json, the record of the checkpoint decides, and no config.json is written."""
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "config.json").unlink()
     with pytest.raises(
@@ -84,7 +86,7 @@ def test_another_config_is_refused_by_its_checkpoints_too(whole, tmp_path, devic
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
-def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, devices):
+def test_another_optimizer_is_refused_and_no_checkpoint_is_moved(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
     (folder / "progress.json").unlink()
@@ -97,7 +99,7 @@ def test_another_optimiser_does_not_fit_and_nothing_is_moved(whole, tmp_path, de
     assert json.loads((folder / "config.json").read_text())["train"]["optimizer"] == "adamw"
 
 
-def test_two_processes_on_one_workdir(whole, tmp_path, devices):
+def test_a_second_process_on_a_workdir_is_refused(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
     with (
         workdir.lock_workdir(folder),
@@ -122,7 +124,7 @@ def test_two_processes_on_one_workdir(whole, tmp_path, devices):
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
-def test_an_address_is_no_folder(tmp_path, monkeypatch):
+def test_the_address_of_a_bucket_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for address in ("gs://bucket/run", Path("s3://bucket/run")):
         with pytest.raises(
@@ -132,7 +134,7 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_mesh_goes_on(whole, tmp_path, devices):
+def test_a_run_continues_on_another_mesh(whole, tmp_path, devices):
     """Killed in the stage on one device, finished on four."""
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
@@ -152,8 +154,10 @@ def test_another_mesh_goes_on(whole, tmp_path, devices):
 
 
 @pytest.mark.slow
-def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):
-    """Killed in a stage of SDFT: the teacher that follows in float32 is read back beside weights used in bfloat16."""
+def test_a_teacher_that_follows_is_restored_in_float32(tmp_path, devices):
+    """Killed in a stage of SDFT: the teacher that follows in float32 is restored, while the weights
+    are used in bfloat16.
+    """
     changes = {
         "model": {"compute_dtype": "bfloat16"},
         "rollout": {"group": 1},
@@ -170,7 +174,7 @@ def test_a_teacher_goes_on_from_where_it_was(tmp_path, devices):
     )
 
 
-def test_numbers_that_are_not_finite_stop_the_run(tmp_path, devices):
+def test_losses_that_are_not_finite_stop_the_run(tmp_path, devices):
     with pytest.raises(
         ValueError,
         match="3 steps in a row had a gradient or loss that is not finite .*Lower train.lr",
@@ -211,7 +215,7 @@ def reward(completion, answer, **columns):
     ],
     ids=["raises", "hangs", "nan"],
 )
-def test_a_reward_that_fails(tmp_path, devices, body, line):
+def test_a_reward_that_fails_stops_the_run_with_the_steps_saved(tmp_path, devices, body, line):
     (tmp_path / "mine.py").write_text(
         REWARD.format(Mixture((8,), 1, stage=1).rows(4)[0].index, body)
     )  # the fifth step's
@@ -260,7 +264,7 @@ def error_line(metrics: dict) -> str:
     return lines[0]
 
 
-def test_a_workdir_that_can_not_be_made(tmp_path):
+def test_a_workdir_that_cannot_be_created_ends_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     (metrics,) = run_helpers.run_processes(
         {
@@ -283,7 +287,7 @@ def mounted(folder: Path, options: str):
         check=False,
     )
     if done.returncode:
-        pytest.skip("mounting a disk is not permitted here")
+        pytest.skip("mounting a disk is not permitted")
     try:
         yield folder
     finally:
@@ -298,7 +302,7 @@ def small_disk(whole, tmp_path):
         yield folder
 
 
-def test_a_disk_that_may_not_be_written(tmp_path):
+def test_a_read_only_disk_ends_in_one_line(tmp_path):
     """Read only, which stops even root: a folder that can not be made, and one that is there."""
     with mounted(tmp_path / "disk", "ro") as folder:
         for place in (folder, folder / "run"):
@@ -313,7 +317,7 @@ def test_a_disk_that_may_not_be_written(tmp_path):
             assert f"Read-only file system: '{place}" in error_line(metrics)
 
 
-def test_a_full_disk(whole, small_disk, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_the_run_continues_later(whole, small_disk, tmp_path):
     """Not enough for a second checkpoint: one line; with space the run goes on to the same end."""
     plan = {
         "method": "sft",

@@ -1,4 +1,4 @@
-"""Every method and every arm of the papers takes a step through the driver, and logs its metrics."""
+"""Every method and every arm of the papers takes a step and logs what the docs name."""
 
 import math
 
@@ -15,7 +15,7 @@ ARMS |= {f"jigsaw:{arm}": lambda arm=arm: jigsaw.get_config(f"{arm},tiny") for a
 ARMS |= {
     f"retain:{arm}": lambda arm=arm: retain.get_config(f"{arm},mmlu,tiny") for arm in retain.ARMS
 }
-OWN_FORM = {  # arms asked under their own template, and what an answer then earns
+OWN_FORM = {  # arms with a template of their own, and the reward of a response then
     "cpt7:grpo": ("cot", lambda parts: 0.9 * parts["accuracy"] + 0.1 * parts["format"]),
     "cpt7:nocot": ("direct", lambda parts: parts["accuracy"]),
     "jigsaw:grpo": ("answer", lambda parts: parts["hit"] + parts["accuracy"] + parts["format"]),
@@ -68,7 +68,7 @@ def plain(method: dict, stages: int = 1):
 
 
 def corpus(folder, task: str) -> str:
-    """A rollouts file of another run: one correct answer to each of eight rows, and wrong ones."""
+    """A rollouts file of another run: one correct response to each of eight rows, and wrong ones."""
     path = folder / "rollouts.jsonl"
     row = '{"id": "%s/train/%d", "response": "%s", "rewards": {"accuracy": %d}}\n'
     path.write_text(
@@ -79,8 +79,10 @@ def corpus(folder, task: str) -> str:
     return str(path)
 
 
-def formed(config, name: str, monkeypatch):
-    """The config on a small task; every second response gets the form that a random model never has."""
+def with_own_template(config, name: str, monkeypatch):
+    """The config with its own template and task, every second response put into the
+    form that a random model never finds.
+    """
     template, grade = OWN_FORM[name][0], rollouts.grade_responses
     task = config.stages[0]["task"]
     config.tasks[task].template = template
@@ -106,7 +108,7 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
     config = ARMS[name]()
     stages = 2 if config.method.replay.fraction or config.method.penalty.name == "ewc" else 1
     config = stage_fixtures.tiny(config, stages=stages)
-    config = formed(config, name, monkeypatch) if name in OWN_FORM else config
+    config = with_own_template(config, name, monkeypatch) if name in OWN_FORM else config
     if config.method.objective == "distill":
         config.data.update(
             prompt_limit=128, buckets=(128,)

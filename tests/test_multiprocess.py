@@ -1,4 +1,4 @@
-"""Two processes, as on two hosts, end where one process with as many devices and the same batches ends."""
+"""Two processes reach the same result as one process with as many devices."""
 
 import json
 import socket
@@ -13,7 +13,8 @@ from PIL import Image
 
 from cptjax.data import model_context
 
-# The first half of the task has images: in an evaluation one process has all of them, and longer rows.
+# Rows of a task whose first half has images: in an evaluation one process has all of them, and
+# longer rows.
 ROWS = 6
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
 SCRIPT = """
@@ -51,7 +52,7 @@ def sections(folder) -> dict:
     (folder / "mixed.jsonl").write_text(
         "".join(json.dumps(ask(i) | {"answer": "red"}) + "\n" for i in range(ROWS))
     )
-    drawn = {"task": "synthetic", "family": "facts", "side": 32}
+    facts = {"task": "synthetic", "family": "facts", "side": 32}
     mixed = {
         "train": str(folder / "mixed.jsonl"),
         "test": str(folder / "mixed.jsonl"),
@@ -60,7 +61,7 @@ def sections(folder) -> dict:
     }
     return {
         "stages": ({"task": "facts", "steps": 2}, {"task": "mixed", "steps": 2}),
-        "tasks": {"facts": drawn, "mixed": mixed},
+        "tasks": {"facts": facts, "mixed": mixed},
         "eval": {"limit": ROWS, "batch": 4, "every": 1, "mini": 4},
         "data": {"buckets": (16, 32)},
     }
@@ -99,7 +100,7 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
-def test_processes_that_would_feed_the_same_rows_are_refused(monkeypatch):
+def test_a_mesh_without_batch_shards_for_every_process_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda *_: 2)
     with pytest.raises(ValueError, match=r"1 shards \(data x fsdp\) for 2 processes.*mesh.model"):
         model_context.load_model_context(
@@ -109,7 +110,7 @@ def test_processes_that_would_feed_the_same_rows_are_refused(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "grpo"])
-def test_two_processes_are_one(tmp_path, method):
+def test_two_processes_equal_one(tmp_path, method):
     (one,) = ended(started(method, tmp_path / "one", 1))
     first, second = ended(started(method, tmp_path / "two", 2))
     assert first == second and np.allclose(first, one)

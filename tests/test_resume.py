@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends with the files and parameters of one never killed."""
+"""A run that is killed at any instant and started again ends in the same bits."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SFT = {
     "train": {"reset_optimizer": False},
     "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}},
 }
-SELF = {  # a model that has learned nothing gives no correct answer to learn from
+SELF = {  # a model that is not trained gives no correct response to train on
     "stages": [
         {"task": "colour", "steps": 30, "method": run_helpers.METHOD["sft"]},
         {"task": "colour", "steps": 4},
@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
                 }
             )
             assert metrics["code"] == 0, metrics["said"]
-            # compiled programs were being written: how long it takes with all of them is told by a second run
+            # The first run compiled its programs; the second measures the time without that.
             again = folder.with_name("again")
             (metrics,) = run_helpers.run_processes(
                 {
@@ -92,7 +92,7 @@ def instants(count: int, length: float, seed: int) -> list[float]:
 
 
 @pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT)])
-def test_killed_at_some_instants(whole, tmp_path, method, sections):
+def test_a_run_killed_at_some_instants_ends_in_the_same_bits(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
     interrupted(tmp_path / "run", method, sections, instants(4, length, 1))
     run_helpers.assert_same(
@@ -105,7 +105,7 @@ def test_killed_at_some_instants(whole, tmp_path, method, sections):
     not os.environ.get("CPTJAX_LONG"), reason="75 killed processes: set CPTJAX_LONG=1"
 )
 @pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT), ("iterative", SELF)])
-def test_killed_at_25_instants(whole, tmp_path, method, sections):
+def test_a_run_killed_at_25_instants_ends_in_the_same_bits(whole, tmp_path, method, sections):
     reference, length = whole(method, sections)
     wanted = run_helpers.run_state(reference)
     for round in range(5):  # fresh runs, or the last kills would find nothing left to do
@@ -116,7 +116,7 @@ def test_killed_at_25_instants(whole, tmp_path, method, sections):
         run_helpers.assert_same(wanted, run_helpers.run_state(tmp_path / f"run{round}"))
 
 
-def test_sigterm_saves_and_says_so(whole, tmp_path):
+def test_sigterm_saves_and_says_how_to_continue(whole, tmp_path):
     reference, length = whole("grpo", GRPO)
     metrics = interrupted(
         tmp_path / "run", "grpo", GRPO, [length * f for f in (0.3, 0.5, 0.5, 0.4)], END
@@ -129,7 +129,7 @@ def test_sigterm_saves_and_says_so(whole, tmp_path):
     )
 
 
-def test_a_finished_run_stays_as_it_is(whole):
+def test_a_finished_run_does_not_change_when_started_again(whole):
     reference, _ = whole("grpo", GRPO)
     before = run_helpers.run_state(reference)
     (metrics,) = run_helpers.run_processes(
@@ -139,8 +139,10 @@ def test_a_finished_run_stays_as_it_is(whole):
     run_helpers.assert_same(before, run_helpers.run_state(reference))
 
 
-def test_cost_is_counted_once(whole):
-    """Lines hold what was spent since the last, whatever log.every: every answer of every step is in one of them."""
+def test_every_response_is_counted_in_one_line_of_metrics(whole):
+    """Lines hold what was spent since the last, whatever log.every: every answer of every step is
+    in one of them.
+    """
     reference, _ = whole("grpo", GRPO)
     lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "event" not in line]
@@ -150,11 +152,14 @@ def test_cost_is_counted_once(whole):
         (2, 3, 24),
         (2, 4, 8),
     ]
-    exams = [line for line in lines if line.get("event") == "evaluate"]
-    assert len(exams) == 3 * 3 + 2 and sum(line["rollouts"] for line in exams) == 9 * 16 + 2 * 8
+    evaluations = [line for line in lines if line.get("event") == "evaluate"]
+    assert (
+        len(evaluations) == 3 * 3 + 2
+        and sum(line["rollouts"] for line in evaluations) == 9 * 16 + 2 * 8
+    )
 
 
-def test_sigterm_ends_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):
+def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):
     """The stage's last step is saved then, and the next start only estimates again."""
     short = {"stages": ({"task": "facts", "steps": 2},), "eval": {"before": False, "limit": 2}}
     c, estimated, agreed, answers = (

@@ -1,11 +1,12 @@
-"""The checkpoints of a run on disk: saved in the background, restored onto any mesh, damaged ones set aside.
+"""Checkpoints on disk: saved in the background, restored onto any mesh.
 
     steps/      the newest few inside a stage
     stages/     one at the end of each stage, kept for good
     damaged/    those that could not be read
 
-A checkpoint holds named trees of arrays and a JSON record called `progress`. Orbax renames it into place when it is complete, so
-a kill leaves the one before. Their numbers, stage * STEPS_PER_STAGE + step, sort in time.
+A checkpoint holds named trees of arrays and a JSON record called `progress`. Orbax renames it into
+place when it is complete, so a kill leaves the one before. Their numbers, stage * STEPS_PER_STAGE +
+step, sort in time.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ CHECKPOINT_KINDS = ("steps", "stages")
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Drop Orbax's errors: they are raised where the run waits for its threads, and its log repeats them in hundreds of lines."""
+    """Drop Orbax's errors: they are raised where the run waits for its threads, and its log repeats
+    them in hundreds of lines.
+    """
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
@@ -46,7 +49,9 @@ logging.getLogger("absl").addFilter(_keep_log_record)
 
 
 class RunRefused(ValueError):
-    """Raised for a workdir or a readable checkpoint that must not be used, such as one of another config; never skipped."""
+    """Raised for a workdir or a readable checkpoint that must not be used, such as one of another
+    config; never skipped.
+    """
 
 
 class CheckpointDamaged(ValueError):
@@ -54,7 +59,9 @@ class CheckpointDamaged(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. `tidy` removes what a killed writer left, so only the run itself may set it."""
+    """The checkpoints of one run. `tidy` removes what a killed writer left, so only the run itself
+    may set it.
+    """
 
     def __init__(
         self,
@@ -67,7 +74,8 @@ class Checkpoints:
     ):
         if every < 0 or minutes < 0 or keep < 1:
             raise ValueError(
-                f"checkpoint: every={every} minutes={minutes} keep={keep}; expected every, minutes >= 0 and keep >= 1"
+                f"checkpoint: expected every, minutes >= 0 and keep >= 1, got every={every} "
+                f"minutes={minutes} keep={keep}"
             )
         self.folder = Path(folder).absolute()
         self.every, self.seconds, self.saved = every, minutes * 60, time.monotonic()
@@ -88,7 +96,9 @@ class Checkpoints:
         }
 
     def due(self, step: int) -> bool:
-        """Whether the interval in steps or in minutes has passed, by the clock of the first process."""
+        """Whether the interval in steps or in minutes has passed, by the clock of the first
+        process.
+        """
         late = False
         if self.seconds:
             late = distributed.gather_objects(time.monotonic() - self.saved >= self.seconds)[0]
@@ -97,7 +107,10 @@ class Checkpoints:
     def save(
         self, kind: str, stage: int, step: int, trees: Mapping[str, Any], progress: dict
     ) -> None:
-        """Start saving in the background, which ends with the next save or `wait`; a checkpoint that exists is kept."""
+        """Start saving in the background, which ends with the next save or `wait`.
+
+        A checkpoint that exists is kept.
+        """
         number, manager = stage * STEPS_PER_STAGE + step, self.managers[kind]
         if number in manager.all_steps():  # the run was resumed from this one
             return
@@ -113,7 +126,10 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until everything saved is on disk; an error of the background thread is raised here."""
+        """Wait until everything saved is on disk.
+
+        An error of the background thread is raised here.
+        """
         with _explain_failed_save(self.folder):
             for manager in self.managers.values():
                 manager.wait_until_finished()
@@ -129,7 +145,10 @@ class Checkpoints:
             )
 
     def found(self) -> list[tuple[int, int, str]]:
-        """List the checkpoints as (stage, step, kind), the newest first; at the same step, the end of the stage first."""
+        """List the checkpoints as (stage, step, kind), the newest first.
+
+        At the same step, the end of the stage first.
+        """
         numbers = [
             (n, kind == "stages", kind)
             for kind, manager in self.managers.items()
@@ -146,7 +165,9 @@ class Checkpoints:
             ]
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Load the trees that `like` names, with its types and shardings (trees of ShapeDtypeStruct), onto any mesh."""
+        """Load the trees that `like` names, with its types and shardings (trees of
+        ShapeDtypeStruct), onto any mesh.
+        """
         refuse_other_shapes(
             self.progress(kind, stage, step)["trees"],
             like,
@@ -180,9 +201,10 @@ class Checkpoints:
         return max(steps)
 
     def newest(self, read: Callable[[str, int, int], Any]) -> Any | None:
-        """Return `read(kind, stage, step)` of the newest readable checkpoint; damaged ones are set aside with a warning.
+        """Return `read(kind, stage, step)` of the newest readable checkpoint.
 
-        Returns None where no checkpoint exists, or only damaged ones inside the first stage. Refuses where a finished stage is lost.
+        Damaged ones are set aside with a warning. Returns None where no checkpoint exists, or only
+        damaged ones inside the first stage. Refuses where a finished stage is lost.
         """
         damaged: list[tuple[str, int, int]] = []
         first_problem = ""

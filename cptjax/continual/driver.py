@@ -1,4 +1,4 @@
-"""Run what a config describes: for each run and each stage train -> checkpoint -> evaluate every task -> record."""
+"""Run a config: for each stage train -> checkpoint -> evaluate every task -> record."""
 
 import contextlib
 import errno
@@ -23,9 +23,10 @@ from cptjax.training import validate_config
 
 
 def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
-    """Run everything that a config describes, each run from where it was stopped; return the accuracy matrix.
+    """Run everything that a config describes, each run from where it was stopped.
 
-    Row 0 of the matrix is the base model. Several runs (arms, seeds, orders) are stacked, [run, stage, task], padded with NaN.
+    Returns the accuracy matrix; row 0 is the base model. Several runs (arms, seeds, orders) are
+    stacked, [run, stage, task], padded with NaN.
     """
     workdir = local_folder(workdir)
     check_all_runs(config)
@@ -95,7 +96,10 @@ def check_all_runs(config: ConfigDict) -> None:
 
 
 def make_base_model(config: ConfigDict, folder: Path, sigterm: SigtermHandler) -> None:
-    """Train the pre-stage once and save its model in `hf/`; refuse another config for a base model that runs use."""
+    """Train the pre-stage once and save its model in `hf/`.
+
+    Another config is refused once the model exists, since other runs start from it.
+    """
     if not (folder / "hf" / "config.json").is_file():
         run_one(config, folder, sigterm, export=folder / "hf")
         return
@@ -122,12 +126,16 @@ def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def explain_full_disk(workdir: Path) -> Iterator[None]:
-    """Name the workdir and say what to do when the disk is full; the system's own error names no folder."""
+    """Name the workdir and say what to do when the disk is full.
+
+    The system's own error names no folder.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            f"{workdir}: no space left on the disk; free some and run the same command again. What was saved is intact"
+            f"{workdir}: no space left on the disk; free some and run the same command again. "
+            "What was saved is intact"
         ) from error

@@ -1,4 +1,4 @@
-"""Fisher information for EWC: squared gradients of the gold answers' log-likelihood, summed over the stages."""
+"""Fisher information for EWC: squared gradients of the gold answers' likelihood."""
 
 import functools
 from collections.abc import Callable
@@ -30,7 +30,10 @@ from cptjax.types import Params
 
 
 def make_likelihood_programs(cfg: ModelConfig, config: ConfigDict, dtype: Any) -> StepPrograms:
-    """Return the programs whose gradient is that of the negative log-likelihood; only `begin` is called."""
+    """Return the programs whose gradient is that of the negative log-likelihood.
+
+    Only `begin` is called.
+    """
     return train_step.make_step_programs(
         cfg,
         Objective(LossConfig.plain("sft", config.train.chunk)),
@@ -43,7 +46,9 @@ def make_likelihood_programs(cfg: ModelConfig, config: ConfigDict, dtype: Any) -
 def make_example_gradient(
     model_ctx: ModelContext, config: ConfigDict
 ) -> Callable[[Params, Params, EncodedConversation], Params]:
-    """Build f(trained, frozen, conversation) -> gradient of its negative log-likelihood, summed over the response tokens."""
+    """Build f(trained, frozen, conversation) -> gradient of its negative log-likelihood, summed
+    over the response tokens.
+    """
     begin = make_likelihood_programs(model_ctx.cfg, config, model_ctx.dtype).begin
 
     def example_gradient(trained: Params, frozen: Params, encoded: EncodedConversation) -> Params:
@@ -55,13 +60,18 @@ def make_example_gradient(
 
 @functools.partial(jax.jit, static_argnames=("rows", "processes"), donate_argnums=0)
 def _add_example(fisher: Params, gradient: Params, rows: int, processes: int) -> Params:
-    """Add the squared gradient of one of `rows` examples, which every process brought into the batch."""
+    """Add the squared gradient of one of `rows` examples, which every process brought into the
+    batch.
+    """
     gradient = jax.tree.map(lambda g: g / processes, gradient)
     return regularizers.add_fisher(fisher, gradient, rows)
 
 
 def fisher_programs(stage: AbstractStage) -> list[Program]:
-    """Return the programs of `update_fisher` with abstract arguments; they run once, after a stage with EWC."""
+    """Return the programs of `update_fisher` with abstract arguments.
+
+    They run once, after a stage with EWC.
+    """
     penalty, trained = stage.config.method.penalty, stage.state.params
     if penalty.name != "ewc":
         return []

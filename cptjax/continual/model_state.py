@@ -1,4 +1,4 @@
-"""The model between two stages: its weights, what the next stage continues with, and how a stage's weights are restored."""
+"""The model between two stages, and how the weights of a stage are restored."""
 
 import dataclasses
 
@@ -15,8 +15,9 @@ from cptjax.types import Params
 class ModelState:
     """The model at the end of a stage, and what the next stage continues with.
 
-    A stage takes a ModelState and returns the next one. Its first step donates the trained weights and the optimizer state, so
-    the arrays of the value that it took are deleted: use the returned value alone.
+    A stage takes a ModelState and returns the next one. Its first step donates the trained weights
+    and the optimizer state, so the arrays of the value that it took are deleted: use the returned
+    value alone.
     """
 
     params: Params  # all leaves, trained and frozen
@@ -33,7 +34,10 @@ def split_trained(config: ConfigDict, params: Params) -> tuple[Params, Params]:
 def restore_stage_params(
     config: ConfigDict, model_ctx: ModelContext, checkpoints: Checkpoints | None, stage: int
 ) -> Params:
-    """Load the weights that a stage left behind, in the number formats of the run; stage 0 is the base model."""
+    """Load the weights that a stage left behind, in the number formats of the run.
+
+    Stage 0 is the base model.
+    """
     params = load.create_params(
         config.model, model_ctx.cfg, model_ctx.mesh, model_ctx.dtype, config.seed
     )

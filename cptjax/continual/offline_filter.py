@@ -1,4 +1,4 @@
-"""The offline filter of a stage (RIF-RFT): sample K responses per prompt, keep prompts inside a window of success counts."""
+"""Offline filter (RIF-RFT): keep prompts by how many of K sampled responses are correct."""
 
 import json
 from collections.abc import Sequence
@@ -31,7 +31,10 @@ def filter_prompts(
     params: Params,
     resumed: bool,
 ) -> list[Sequence[Example]]:
-    """Return the examples that the filter keeps; a resumed stage reads the decision of its start and does not log it again."""
+    """Return the examples that the filter keeps.
+
+    A resumed stage reads the decision of its start and does not log it again.
+    """
     kept_sources = []
     for name, examples in zip(stage.tasks, sources, strict=True):
         path = filter_path(run.files.workdir, stage, name)
@@ -64,7 +67,9 @@ def decide_prompts(
     examples: Sequence[Example],
     cache: SamplingCache,
 ) -> tuple[list[dict[str, Any]], WorkCost]:
-    """Return a line per example, with `kept` and, where responses were sampled, how many of them were correct; and the cost."""
+    """Return a line per example, with `kept` and, where responses were sampled, how many of them
+    were correct; and the cost.
+    """
     window, seed = dict(stage.config.method.filter), stage.config.seed
     other_run = window.pop("like", "")
     lines = [{"row": i, "id": examples[i].id} for i in range(len(examples))]
@@ -89,7 +94,8 @@ def count_kept_prompts(folder: Path, stage: Stage, name: str, prompts: int) -> i
     if len(rows) != prompts:
         got = f"{len(rows)} prompts" if rows else "a missing or empty file"
         raise ValueError(
-            f"method.filter.like: {path}: expected the {prompts} prompts of the same stage in a run with a filter, got {got}"
+            f"method.filter.like: {path}: expected the {prompts} prompts of the same stage in a "
+            f"run with a filter, got {got}"
         )
     return sum(r["kept"] for r in rows)
 
@@ -132,7 +138,10 @@ def count_correct(
     samples: int,
     cache: SamplingCache,
 ) -> tuple[np.ndarray, WorkCost]:
-    """Count, for each example, how many of K responses of the current model are correct; processes share the examples."""
+    """Count, for each example, how many of K responses of the current model are correct.
+
+    Processes share the examples.
+    """
     model_ctx, count, index = builder.model_ctx, jax.process_count(), jax.process_index()
     encode = make_example_encoder(model_ctx, builder.prompted_tasks, False, max(model_ctx.buckets))
     share = -(-len(examples) // count)

@@ -1,4 +1,4 @@
-"""A run while it is open: its config and stages, its model context, and the values that its stages share."""
+"""An open run: config, stages, model context, and the values that its stages share."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,8 @@ from cptjax.models import load
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.types import Params
 
-# Bytes of address space of a sandbox process. A user's large libraries take much of it; the limit ends runaway algebra.
+# Bytes of address space of a sandbox process. A user's large libraries take much of it; the limit
+# ends runaway algebra.
 SANDBOX_MEMORY = 16 << 30
 
 
@@ -76,7 +77,10 @@ class Run:
         )
 
     def copy_for_comparison(self, params: Params, dtype: str = "") -> Params:
-        """Copy parameters that training steps are going to donate; in the compute dtype unless told otherwise."""
+        """Copy parameters that training steps are going to donate.
+
+        The copy is in the compute dtype unless `dtype` names another.
+        """
         return load.copy_params(params, dtype or self.config.model.compute_dtype)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate a finished stage of a run again, or any Hugging Face model, on tasks of the config (launch/evaluate.py)."""
+"""Evaluate a stage again, or any Hugging Face model (the library of launch/evaluate.py)."""
 
 import contextlib
 from pathlib import Path
@@ -26,9 +26,9 @@ def reevaluate_stage(
     tasks: tuple[str, ...] = (),
     record: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the rows of evals.csv for a stage (None = the newest finished one), or for the folder or hub id `model`.
+    """Return the rows of evals.csv for a stage, or for the Hugging Face folder or hub id `model`.
 
-    With `record`, the rows of a stage are appended to evals.csv.
+    stage: None = the newest finished one. record: append the rows of a stage to evals.csv.
     """
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
@@ -59,13 +59,15 @@ def reevaluate_stage(
 
 
 def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """Return the one run of the config that the workdir belongs to, with the base model that its pre-stage made."""
+    """Return the one run of the config that the workdir belongs to, with the base model that its
+    pre-stage made.
+    """
     root, subfolder = split_run_folder(config, workdir)
     return dict(expand_runs(config, root))[subfolder]
 
 
 def split_run_folder(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
-    """Split the folder of one run into the workdir of all runs of the config and the sub-folder of this one.
+    """Split the folder of one run into the workdir of all runs and the sub-folder of this one.
 
     runs/demo/grpo/seed1 -> (runs/demo, grpo/seed1); a config with one run -> (workdir, "").
     """
@@ -99,12 +101,16 @@ def reevaluate_task(
 
 
 def append_evals(run: Run, rows: list[dict[str, Any]]) -> None:
-    """Append rows to evals.csv of a finished run; a run that continues later would cut them off again."""
+    """Append rows to evals.csv of a finished run.
+
+    A run that continues later would cut them off again.
+    """
     workdir, progress = run.files.workdir, resume.read_eval_progress(run)
     every_task = set(stage_evaluation.all_tasks_to_evaluate(run))
     if progress.get("stage") != len(run.stages) or set(progress["done"]) != every_task:
         raise ValueError(
-            f"--record: expected a finished run, got {workdir}, which would cut the rows off when it continues; leave out --record"
+            f"--record: expected a finished run, got {workdir}, which would cut the rows off "
+            "when it continues; leave out --record"
         )
     if distributed.is_main_process():
         log = run_log.RunLog(workdir)

@@ -1,4 +1,4 @@
-"""The models that a stage compares itself with: its start, the KL reference, the teacher, the anchor of a penalty."""
+"""Models that a stage is compared with: its start, KL reference, teacher, penalty anchor."""
 
 from typing import Any
 
@@ -19,7 +19,8 @@ from cptjax.types import Params
 def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> Params | None:
     """Copy the model at the start of a stage, where something needs it.
 
-    `params` is the current model; a stage that is resumed in its middle reads its start from the checkpoint before it.
+    `params` is the current model. A stage that is resumed in its middle reads its start from the
+    checkpoint before it.
     """
     m = stage.config.method
     exact = regularizers.needs_exact_start(m)
@@ -40,7 +41,9 @@ def make_teacher(
     params: Params,
     start: Params | None,
 ) -> Teacher | None:
-    """Build the teacher of a stage: the start of the stage, or a copy of `params` that follows the student."""
+    """Build the teacher of a stage: the start of the stage, or a copy of `params` that follows the
+    student.
+    """
     if not needs_teacher(stage.config.method):
         return None
     c, d = stage.config, stage.config.method.distill
@@ -54,7 +57,10 @@ def make_teacher(
 
 
 def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | None:
-    """Return the model of the KL term: the base, the start of the stage, or that of a folder; None without a KL term."""
+    """Return the model of the KL term: the base, the start of the stage, or that of a folder.
+
+    Returns None without a KL term.
+    """
     m = stage.config.method
     if not m.kl_coef:
         return None
@@ -71,7 +77,10 @@ def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | Non
 def make_penalty(
     run: Run, stage: Stage, start: Params | None, fisher: Params | None
 ) -> tuple[PenaltyFn | None, dict[str, Any] | None]:
-    """Return the function of a penalty and its arrays; EWC has none before Fisher information exists."""
+    """Return the function of a penalty and its arrays.
+
+    EWC has none before Fisher information exists.
+    """
     p = stage.config.method.penalty
     penalty = regularizers.PENALTY_FUNCTIONS.get(p.name)
     if penalty is None or (p.name == "ewc" and fisher is None):

@@ -5,10 +5,12 @@ The state comes from the newest of these that can be read:
     1. a checkpoint: inside a stage (kind `steps`) or at the end of a stage (kind `stages`)
     2. nothing: the base model, before the first stage
 
-After the end of a stage, or with the base model, progress.json says which tasks of the evaluation that follows are recorded already.
+After the end of a stage, or with the base model, progress.json says which tasks of the evaluation
+that follows are recorded already.
 
-Checkpoints and progress.json both record how long the append-only files were. What a killed run wrote after that is cut off.
-progress.json is deleted before the files are cut below the lengths that it records, so it never describes lines that are gone.
+Checkpoints and progress.json both record how long the append-only files were. What a killed run
+wrote after that is cut off. progress.json is deleted before the files are cut below the lengths
+that it records, so it never describes lines that are gone.
 """
 
 import dataclasses
@@ -84,7 +86,7 @@ def resume_run(run: Run) -> tuple[ResumePoint, ModelState]:
     return point, model_state
 
 
-# ---- progress of an evaluation -------------------------------------------------------------------------------------------
+# ---- progress of an evaluation -------------------------------------------------------------------
 
 
 def eval_progress_file(run: Run) -> Path:
@@ -98,7 +100,9 @@ def read_eval_progress(run: Run) -> dict[str, Any]:
 
 
 def write_eval_progress(run: Run, stage: int, done: list[str]) -> None:
-    """Record that these tasks are evaluated after a stage, once the checkpoint of the stage is on disk."""
+    """Record that these tasks are evaluated after a stage, once the checkpoint of the stage is on
+    disk.
+    """
     if len(done) == 1:
         run.files.checkpoints.wait()
     if run.files.log:
@@ -106,11 +110,14 @@ def write_eval_progress(run: Run, stage: int, done: list[str]) -> None:
         files.write_json(eval_progress_file(run), progress)
 
 
-# ---- what a checkpoint holds ---------------------------------------------------------------------------------------------
+# ---- what a checkpoint holds ---------------------------------------------------------------------
 
 
 def checkpoint_record(run: Run) -> dict[str, Any]:
-    """Return what every checkpoint stores beside its arrays. A score means nothing without pixel limits and template."""
+    """Return what every checkpoint stores in addition to its arrays.
+
+    A score means nothing without pixel limits and template.
+    """
     return {
         "positions": run.files.positions(),
         "spent": dict(run.files.unlogged_cost),
@@ -124,7 +131,10 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
 def restore_checkpoint(
     run: Run, base: Params, kind: str, number: int, step: int
 ) -> tuple[ResumePoint, ModelState, dict[str, Any]]:
-    """Load a checkpoint onto the mesh of this run; frozen leaves, which no checkpoint stores, are those of `base`."""
+    """Load a checkpoint onto the mesh of this run.
+
+    Frozen leaves, which no checkpoint stores, are those of `base`.
+    """
     workdir, record = run.files.workdir, run.files.checkpoints.progress(kind, number, step)
     if number > len(run.stages):
         raise RunRefused(
@@ -149,7 +159,9 @@ def restore_checkpoint(
 
 
 def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:
-    """Return shapes, types and shardings of the trees in a checkpoint, which follow from the config alone."""
+    """Return shapes, types and shardings of the trees in a checkpoint, which follow from the config
+    alone.
+    """
     structure: dict[str, Any] = {}
     if has_fisher(run, stage.number if kind == "stages" else stage.number - 1):
         structure["fisher"] = abstract_float32(trained)

@@ -1,4 +1,4 @@
-"""What happens between the training steps of a stage: log, save, evaluate a little, stop."""
+"""What happens between the steps of a stage: log, save, evaluate a few rows, stop."""
 
 import dataclasses
 from typing import Any
@@ -69,7 +69,8 @@ class StageCallbacks:
     def evaluate_if_due(self, state: TrainState, progress: StageProgress) -> None:
         """Run the small evaluation of this step, if it has one.
 
-        The step is always saved or logged first: a run that continues from it repeats the evaluation.
+        The step is always logged first, and saved where that is due: a run that continues from
+        it repeats the evaluation.
         """
         every, run, step = self.stage.config.eval.every, self.run, progress.step
         if not every or not step or step % every or step >= self.ctx.steps:
@@ -88,7 +89,9 @@ class StageCallbacks:
 
 
 def add_thumbnails(rows: list[dict], ctx: StageContext, gallery: int, step: int) -> list[dict]:
-    """Add an image to the rows of the first `gallery` prompts, in the first and the last step of a stage."""
+    """Add an image to the rows of the first `gallery` prompts, in the first and the last step of a
+    stage.
+    """
     if step not in (1, ctx.steps):
         return rows
     thumbnails: dict[str, str | None] = {}

@@ -1,4 +1,4 @@
-"""The evaluations of a run: all tasks after each stage, small ones inside a stage, and how they are recorded."""
+"""Evaluations of a run: all tasks after each stage, a few rows inside a stage."""
 
 import dataclasses
 import time
@@ -37,7 +37,10 @@ def all_tasks_to_evaluate(run: Run) -> list[str]:
 
 
 def select_tasks(run: Run, tasks: Sequence[str], flag: str) -> list[str]:
-    """Return the tasks that a flag names, or all evaluated tasks where it names none; refuse others."""
+    """Return the tasks that a flag names, or all evaluated tasks where it names none.
+
+    Other names are refused.
+    """
     known = all_tasks_to_evaluate(run)
     if unknown := [task for task in tasks if task not in known]:
         raise ValueError(
@@ -47,7 +50,10 @@ def select_tasks(run: Run, tasks: Sequence[str], flag: str) -> list[str]:
 
 
 def templates_of_task(run: Run, task: str) -> list[str]:
-    """Return the templates that a task is evaluated with; a task with a template of its own uses that one alone."""
+    """Return the templates that a task is evaluated with.
+
+    A task with a template of its own uses that one alone.
+    """
     by_name: dict[str, str] = {}
     for template in eval_templates(run.config, run.stages, task):
         name = run.datasets.prompted_task(task, run.config, template).template.name
@@ -56,7 +62,9 @@ def templates_of_task(run: Run, task: str) -> list[str]:
 
 
 def check_remaining_splits(run: Run, resume_point: ResumePoint) -> None:
-    """Load and check every split that is still to be read, so that a bad row is reported before the first step."""
+    """Load and check every split that is still to be read, so that a bad row is reported before the
+    first step.
+    """
     remaining = [stage for stage in run.stages if not resume_point.is_trained(stage.number)]
     tasks = all_tasks_to_evaluate(run)
     if remaining or not set(tasks) <= set(resume_point.evaluated):
@@ -68,13 +76,15 @@ def check_remaining_splits(run: Run, resume_point: ResumePoint) -> None:
             run.datasets.examples(task, "train", stage.config)
 
 
-# ---- after a stage -------------------------------------------------------------------------------------------------------
+# ---- after a stage -------------------------------------------------------------------------------
 
 
 def evaluate_stage(
     run: Run, number: int, params: Params, evaluated_before: Sequence[str] = ()
 ) -> None:
-    """Evaluate all tasks after a stage and record its row, without the tasks that were recorded before a kill."""
+    """Evaluate all tasks after a stage and record its row, without the tasks that were recorded
+    before a kill.
+    """
     done = list(evaluated_before)
     step = run.files.checkpoints.stage_end(number) if number else 0
     columns = shared_eval_columns(run, number, step)
@@ -91,7 +101,9 @@ def evaluate_stage(
 def evaluate_and_record(
     run: Run, number: int, params: Params, task: str, columns: dict[str, Any]
 ) -> None:
-    """Evaluate a task with each of its templates, measure how far the model has moved on it, and record both."""
+    """Evaluate a task with each of its templates, measure how far the model has moved on it, and
+    record both.
+    """
     e, log, began = run.config.eval, run.files.log, time.perf_counter()
     cost = WorkCost()
     for i, template in enumerate(templates_of_task(run, task)):
@@ -111,7 +123,10 @@ def evaluate_and_record(
 
 
 def measure_base_kl(run: Run, params: Params, task: str, columns: dict[str, Any]) -> dict[str, Any]:
-    """Return the line of evals.csv with KL(base || model) on a task; the base model's responses are sampled once a run."""
+    """Return the line of evals.csv with KL(base || model) on a task.
+
+    The base model's responses are sampled once a run.
+    """
     c, e, base = run.config, run.config.eval, run.base_params
     template = eval_templates(c, run.stages, task)[0]
     prompted = run.datasets.prompted_task(task, c, template)
@@ -133,7 +148,10 @@ def measure_base_kl(run: Run, params: Params, task: str, columns: dict[str, Any]
 
 
 def write_results(workdir: Path, number: int, name: str) -> None:
-    """Write summary and report after a stage and print its accuracies; each result file is parsed once."""
+    """Write summary and report after a stage and print its accuracies.
+
+    Each result file is parsed once.
+    """
     tables = summary.load_run_tables(workdir)
     totals = summary.write_summary(tables)
     console.print_message(format_accuracies(tables.accuracy, number, name))
@@ -141,7 +159,10 @@ def write_results(workdir: Path, number: int, name: str) -> None:
 
 
 def format_accuracies(table: AccuracyTable, number: int, name: str) -> str:
-    """Return the accuracies after a stage in one line, in percent; of the general tasks the mean."""
+    """Return the accuracies after a stage in one line, in percent.
+
+    General tasks are averaged.
+    """
     cells = table.cells.items()
     row = {task: 100 * cell.value for (stage, task), cell in cells if stage == number}
     general = [row[task] for task in table.general if task in row]
@@ -167,7 +188,7 @@ def shared_eval_columns(run: Run, number: int, step: int) -> dict[str, Any]:
     }
 
 
-# ---- one task, at any time -----------------------------------------------------------------------------------------------
+# ---- one task, at any time -----------------------------------------------------------------------
 
 
 def evaluate_with_template(
@@ -207,13 +228,16 @@ def evaluate_with_template(
     )
 
 
-# ---- inside a stage ------------------------------------------------------------------------------------------------------
+# ---- inside a stage ------------------------------------------------------------------------------
 
 
 def evaluate_within_stage(
     run: Run, stage: Stage, trained: Params, frozen: Params, step: int
 ) -> dict[str, float]:
-    """Evaluate a few rows of each task after a step; return the mean accuracy on the stage's tasks and on the others."""
+    """Evaluate a few rows of each task after a step.
+
+    Return the mean accuracy on the stage's tasks and on the others.
+    """
     params, log = trainable.join_params(trained, frozen), run.files.log
     began, cost = time.perf_counter(), WorkCost()
     columns = shared_eval_columns(run, stage.number, step)

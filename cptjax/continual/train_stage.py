@@ -1,4 +1,4 @@
-"""The training of one stage: what it is built from, the steps, and what it leaves behind."""
+"""The training of one stage: what it is built from, its steps, what it leaves behind."""
 
 import time
 from typing import Any
@@ -83,14 +83,17 @@ def train_stage(
 def init_stage(
     run: Run, stage: Stage, opt: Optimizer, trained: Params, model_state: ModelState
 ) -> TrainState:
-    """Return a fresh training state, with the optimizer state of the stage before where the config keeps it."""
+    """Return a fresh training state, with the optimizer state of the stage before where the config
+    keeps it.
+    """
     state = init_state(opt, trained, run.model_ctx.mesh)
     if stage.config.train.reset_optimizer or stage.number == 1:
         return state
     kept = model_state.opt_state
     if jax.tree.structure(kept) != jax.tree.structure(state.opt_state):
         raise ValueError(
-            f"stage {stage.number}: train.reset_optimizer=False needs the optimiser of the stage before; it has another"
+            f"stage {stage.number}: train.reset_optimizer=False needs the "
+            "optimiser of the stage before; it has another"
         )
     return state.replace(opt_state=kept)
 
@@ -98,7 +101,9 @@ def init_stage(
 def make_stage_context(
     run: Run, stage: Stage, params: Params, start: Params | None, resumed: bool = False
 ) -> StageContext:
-    """Build what a stage trains with: rows, their order, batches, and the models that it compares itself with."""
+    """Build what a stage trains with: rows, their order, batches, and the models that it compares
+    itself with.
+    """
     c, model_ctx, datasets = stage.config, run.model_ctx, run.datasets
     replayed = replayed_tasks(run.stages, stage)
     names = (*stage.tasks, *replayed)
@@ -141,7 +146,10 @@ def finish_stage(
     fisher_before: Params | None,
     progress: StageProgress,
 ) -> ModelState | None:
-    """Average the weights, update the Fisher information of EWC, save the stage; None where SIGTERM stopped that."""
+    """Average the weights, update the Fisher information of EWC, save the stage.
+
+    Returns None where SIGTERM stopped the estimate of the Fisher information.
+    """
     m, trained, new_fisher = stage.config.method, state.params, fisher_before
     if m.average:
         start_trained, _ = split_trained(run.config, start)

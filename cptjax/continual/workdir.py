@@ -1,4 +1,4 @@
-"""The folder of a run: where it may be, which process holds it, which config started it, and which software ran in it."""
+"""The folder of a run: its lock, the config that started it, the software versions."""
 
 import contextlib
 import fcntl
@@ -40,17 +40,21 @@ def local_folder(workdir: str | Path) -> Path:
     """Return the path of a folder; refuse the address of a bucket."""
     if re.match(r"\w{2,}:/", str(workdir)):
         raise ValueError(
-            f"--workdir={workdir}: expected a folder; mount the bucket (gcsfuse) or a shared disk and give the path"
+            f"--workdir={workdir}: expected a folder; mount the bucket (gcsfuse) or a shared disk "
+            "and give the path"
         )
     return Path(workdir)
 
 
-# ---- one process at a time -----------------------------------------------------------------------------------------------
+# ---- one process at a time -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. The lock is the system's: it is released however this process ends."""
+    """Keep other processes out of the folder.
+
+    The lock is the system's: it is released however this process ends.
+    """
     holder = ""
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
@@ -84,11 +88,14 @@ def _take_lock(file: IO[str], workdir: Path) -> str:
     return ""
 
 
-# ---- one config ----------------------------------------------------------------------------------------------------------
+# ---- one config ----------------------------------------------------------------------------------
 
 
 def read_run_config(workdir: Path) -> ConfigDict:
-    """Load the config that started the workdir; the path of a pre-stage's model, stored relative to it, is made absolute."""
+    """Load the config that started the workdir.
+
+    The path of a pre-stage's model, stored relative to it, is made absolute.
+    """
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     if len(config.prestage):
         config.model.path = str(workdir / config.model.path)
@@ -117,7 +124,7 @@ def format_changes(changed: list[str]) -> str:
     return "; ".join(changed[:8]) + " ..." * (len(changed) > 8)
 
 
-# ---- software ------------------------------------------------------------------------------------------------------------
+# ---- software ------------------------------------------------------------------------------------
 
 
 def software_versions(model_ctx: ModelContext) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tasks and rows that a run reads: each task is prompted once, each split loaded and checked once."""
+"""The tasks and rows that a run reads, each split loaded and checked once."""
 
 import dataclasses
 import hashlib
@@ -47,7 +47,10 @@ class Datasets:
     def examples(
         self, name: str, split: str, config: ConfigDict, template: str = ""
     ) -> CheckedRows:
-        """Return the good rows of a split; bad rows are printed, and refused above `data.bad_rows`."""
+        """Return the good rows of a split.
+
+        Bad rows are printed, and refused above `data.bad_rows`.
+        """
         spec = row_checks.split_spec(config, name, split, template)
         if spec not in self._examples:
             self._examples[spec] = self._load(spec, self.prompted_task(name, config, template))
@@ -57,7 +60,8 @@ class Datasets:
         examples = row_checks.load_split(self.config, spec, prompted.task)
         if not len(examples) and not getattr(examples, "bad", ()):
             raise ValueError(f"task {spec.task}: its {spec.split} split has no rows")
-        # The user's files may change between two starts. Public datasets do not, and reading all their rows takes long.
+        # The user's files may change between two starts. Public datasets do not, and reading all
+        # their rows takes long.
         read = self._read_or_check if isinstance(examples, Examples) else self._check
         checks = read(spec, prompted, examples)
         allowed = spec.allowed_bad_rows
@@ -75,7 +79,9 @@ class Datasets:
     def _read_or_check(
         self, spec: SplitSpec, prompted: PromptedTask, examples: Sequence[Example]
     ) -> RowChecks:
-        """Return the checks that an earlier start of this run recorded, or check the rows and record the result."""
+        """Return the checks that an earlier start of this run recorded, or check the rows and
+        record the result.
+        """
         key = repr(row_checks.split_key(self.config, dataclasses.replace(spec, allowed_bad_rows=0)))
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         path = self.workdir / "rows" / f"{spec.task}_{spec.split}_{digest}.json"

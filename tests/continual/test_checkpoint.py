@@ -38,7 +38,7 @@ def equal(a, b):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Stage 1 with steps 2 and 4 and its end at 5; stage 2 with step 2. The seed of a tree identifies it."""
+    """Stage 1 with steps 2 and 4 and its end at 5; stage 2 with step 2. Seeds identify trees."""
     kept = Checkpoints(tmp_path / "c", keep=3)
     for kind, stage, step, seed in (
         ("steps", 1, 2, 12),

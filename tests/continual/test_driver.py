@@ -1,4 +1,4 @@
-"""The driver from end to end on configs of seconds: stages, arms, seeds, orders, pre-stage, joint."""
+"""The driver from end to end: stages, arms, seeds, orders, pre-stage, joint."""
 
 import csv
 import json

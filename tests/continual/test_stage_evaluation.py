@@ -77,7 +77,9 @@ def test_kl_to_base_counts_the_rows_of_the_config_on_any_device_count(tmp_path, 
 def test_an_evaluation_records_templates_prefixes_scorers_and_kl(
     tmp_path, devices, monkeypatch, capsys
 ):
-    """Templates, forced prefix, drift, further scorers, small evaluations inside a stage, general tasks, no base row."""
+    """Templates, forced prefix, drift, further scorers, small evaluations inside a stage, general
+    tasks, no base row.
+    """
     shown = []
     monkeypatch.setattr(
         console._PlainBar, "_show", lambda bar: shown.append(bar.shown.get("accuracy"))
@@ -110,7 +112,7 @@ def test_an_evaluation_records_templates_prefixes_scorers_and_kl(
         ("3", "digit", "none", "4"),
         ("3", "digit", "answer", "4"),
         ("3", "facts", "none", "4"),
-    ]  # drawn facts have their own template
+    ]  # synthetic facts have their own template
     assert of("accuracy") == of("accuracy_forced") == both
     assert of("contains/accuracy") == of("contains/extraction_failure") == both[:2]
     assert {r["scorer"] for r in rows if r["metric"] == "contains/accuracy"} == {"contains@1"}

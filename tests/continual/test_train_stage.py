@@ -1,4 +1,4 @@
-"""The training of a stage: what it refuses, what it takes from the stage before, what it compiles, and how far it moves."""
+"""The training of a stage: refusals, optimizer state, compilation, distance from its start."""
 
 import dataclasses
 
@@ -61,7 +61,9 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
 
 
 def test_the_optimizer_state_is_kept_between_stages_where_asked(tmp_path, devices):
-    """Two stages on one task with the optimizer kept are one stage of twice the steps in what AdamW knows; a reset is not."""
+    """Two stages on one task with the optimizer kept are one stage of twice the steps in what AdamW
+    knows; a reset is not.
+    """
     two = ({"task": "facts", "steps": 2}, {"task": "facts", "steps": 2})
     losses = {}
     for keep in (True, False):
