@@ -254,7 +254,7 @@ def test_several_runs_read_what_they_share_once():
 def test_settings_are_refused_before_any_row_is_read(monkeypatch):
     monkeypatch.setattr(row_checks, "check_split", lambda *_: pytest.fail("rows were read"))
     wrong = {
-        "does not learn from": ("method", dict(source="gold")),
+        "does not train on": ("method", dict(source="gold")),
         "config.mesh.slices: expected a whole number of at least 1, got 0": (
             "mesh",
             dict(slices=0),
