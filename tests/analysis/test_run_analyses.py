@@ -164,7 +164,7 @@ def test_weight_distances_of_a_run_add_up_over_parts(workdir):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, message",
     [
         (["influence", "{w}", "--stage=3"], "--stage=3; the run has stages 1 to 2"),
         (
@@ -177,11 +177,11 @@ def test_weight_distances_of_a_run_add_up_over_parts(workdir):
         (["drift", "nowhere"], "nowhere is no run"),
     ],
 )
-def test_a_mistake_prints_one_line(workdir, argv, said, monkeypatch, capsys):
+def test_a_mistake_prints_one_line(workdir, argv, message, monkeypatch, capsys):
     from launch import analyze
 
     monkeypatch.setattr(sys, "argv", ["analyze.py", *(a.format(w=workdir) for a in argv)])
     with pytest.raises(SystemExit) as left:
         analyze.main()
     error = capsys.readouterr().err
-    assert left.value.code == 2 and said in error and len(error.strip().splitlines()) == 1
+    assert left.value.code == 2 and message in error and len(error.strip().splitlines()) == 1

@@ -135,29 +135,29 @@ def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
 
     Joint training is the reference for the intransigence of the others.
     """
-    found: list[tuple[str, list[Path]]] = []
+    folders_by_arm: list[tuple[str, list[Path]]] = []
     for folder in map(Path, folders):
         arms_of_folder = find_arm_folders(folder)
         if not arms_of_folder:
             raise ValueError(
                 f"{folder} is no run: expected a workdir with config.json, or a folder of such workdirs"
             )
-        found += arms_of_folder
-    labels = _distinct_labels(found)
+        folders_by_arm += arms_of_folder
+    labels = _distinct_labels(folders_by_arm)
     arms = [
         Arm(label, tuple(read_run(path, label) for path in paths))
-        for label, (_, paths) in zip(labels, found, strict=True)
+        for label, (_, paths) in zip(labels, folders_by_arm, strict=True)
     ]
     arms = [add_joint_reference(arm, arms) for arm in arms]
     return sorted(arms, key=lambda arm: (arm.is_joint, not arm.label.startswith("sft")))
 
 
-def _distinct_labels(found: Sequence[tuple[str, list[Path]]]) -> list[str]:
+def _distinct_labels(arms: Sequence[tuple[str, list[Path]]]) -> list[str]:
     """The folder names of the arms, with the parent's name where several arms have the same."""
-    names = [name for name, _ in found]
+    names = [name for name, _ in arms]
     return [
         name if names.count(name) == 1 else f"{paths[0].resolve().parent.name}/{name}"
-        for name, paths in found
+        for name, paths in arms
     ]
 
 

@@ -138,7 +138,7 @@ def run_headline(run: ReportRun) -> list[Markup]:
 
 
 def is_within_interval(metric: dict[str, Any]) -> bool:
-    """Return whether a difference is too small to be told from 0."""
+    """Return whether a difference is too small to be distinguished from 0."""
     return abs(metric["value"]) <= max(1.96 * (metric["stderr"] or 0.0), 0.0005)
 
 

@@ -115,7 +115,7 @@ def test_expectations_that_no_report_can_judge_are_refused(entry, message):
     config.expect = (entry,)
     with pytest.raises(ValueError, match=message):
         expect.check_expectations(config)
-    if "the arm" in message:  # of a run without arms they are the folders beside it
+    if "the arm" in message:  # of a run without arms they are the folders next to it
         config.arms = ConfigDict()
         expect.check_expectations(config)
     config.expect, config.eval.groups = (), ConfigDict({"gain": ("facts",)})

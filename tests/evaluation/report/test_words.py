@@ -24,8 +24,8 @@ def test_changes_within_their_interval_are_not_called_changes():
 def test_arms_within_noise_are_not_ranked(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         make_run(tmp_path / name, "grpo", seed=seed)
-    said = words.comparison_headline(read.read_arms([tmp_path]))
-    assert said[0].startswith("All keep about equally much of what they learned (FM <b>−")
+    sentences = words.comparison_headline(read.read_arms([tmp_path]))
+    assert sentences[0].startswith("All keep about equally much of what they learned (FM <b>−")
 
 
 def test_arms_that_differ_in_every_seed_are_ranked_although_seeds_vary():
@@ -38,15 +38,15 @@ def test_arms_that_differ_in_every_seed_are_ranked_although_seeds_vary():
     arm = lambda label, values: read.Arm(
         label, tuple(run(seed, v) for seed, v in enumerate(values))
     )
-    said = lambda *values: words.best_and_worst_sentence(
+    sentences = lambda *values: words.best_and_worst_sentence(
         [arm("calm", (0.0, -0.01, 0.0)), arm("wild", values)],
         "fm_diagonal",
         "{best} {worst}",
         "alike",
     )
-    assert "each of the <b>3</b> seeds" in said(-0.1, -0.7, -0.15) and said(
+    assert "each of the <b>3</b> seeds" in sentences(-0.1, -0.7, -0.15) and sentences(
         -0.1, -0.7, 0.01
-    ) == "alike" == said(-0.1, -0.7)
+    ) == "alike" == sentences(-0.1, -0.7)
 
 
 def test_every_metric_has_a_title():
