@@ -188,7 +188,7 @@ def logits(model: Model, conversations: Sequence[Conversation]) -> list[np.ndarr
 def save(model: Model, folder: str | Path, dtype: str | None = None) -> None:
     """Write a folder that transformers, vLLM and `load` read; `dtype` None keeps the model's."""
     hf_checkpoint.save_hf_checkpoint(
-        model.params, model.config, folder, model.processor, dtype or model.dtype
+        model.params, model.config, folder, model.processor.save, dtype or model.dtype
     )
 
 

@@ -7,6 +7,8 @@ python launch/convert.py --workdir=DIR [--stage=K] --dst=HF_DIR   # run -> Huggi
 Adapters are merged. transformers, vLLM and cptjax.load read the Hugging Face folder.
 """
 
+import functools
+
 from absl import flags
 
 from cptjax.common import cli
@@ -45,7 +47,7 @@ def main() -> None:
 
     from cptjax import sharding
     from cptjax.continual.stage_model import check_folder_kind, export_stage
-    from cptjax.data.processor_files import CopiedProcessor
+    from cptjax.data.processor_files import copy_processor_files
     from cptjax.models.config import locate_checkpoint, read_model_config
     from cptjax.models.hf_checkpoint import load_hf_checkpoint, save_hf_checkpoint
     from cptjax.models.orbax_io import load_orbax, save_orbax
@@ -56,13 +58,18 @@ def main() -> None:
         check_folder_kind("--src", SRC.value, "hf")
         cfg = read_model_config(SRC.value)
         params = load_hf_checkpoint(SRC.value, cfg, mesh, DTYPE.value)
-        save_orbax(params, cfg, DST.value, CopiedProcessor(locate_checkpoint(SRC.value)))
+        save_orbax(
+            params,
+            cfg,
+            DST.value,
+            functools.partial(copy_processor_files, locate_checkpoint(SRC.value)),
+        )
     elif CHECKPOINT.value:
         check_folder_kind("--checkpoint", CHECKPOINT.value, "orbax")
         params, cfg = load_orbax(CHECKPOINT.value, mesh)
         dtype = DTYPE.value or str(params["text"]["embed"].dtype)
-        processor = CopiedProcessor(CHECKPOINT.value)
-        save_hf_checkpoint(params, cfg, DST.value, processor, dtype, shard_bytes)
+        save_processor = functools.partial(copy_processor_files, CHECKPOINT.value)
+        save_hf_checkpoint(params, cfg, DST.value, save_processor, dtype, shard_bytes)
     else:
         check_folder_kind("--workdir", WORKDIR.value, "run")
         dtype = DTYPE.value or ""

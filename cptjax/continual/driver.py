@@ -69,7 +69,7 @@ def run_one(
                 model_state.params,
                 run.model_ctx.cfg,
                 export,
-                run.model_ctx.processor,
+                run.model_ctx.processor.save,
                 config.model.param_dtype,
             )
     return matrix

@@ -101,5 +101,5 @@ def export_stage(
     if stage is None and number == 0:
         raise ValueError(f"{workdir} has no finished stage; --stage=0 exports the base model")
     dtype = dtype or jnp.dtype(model_ctx.dtype).name
-    save_hf_checkpoint(params, model_ctx.cfg, folder, model_ctx.processor, dtype, shard_bytes)
+    save_hf_checkpoint(params, model_ctx.cfg, folder, model_ctx.processor.save, dtype, shard_bytes)
     return number

@@ -72,7 +72,10 @@ def smallest_bucket(n: int, sizes: Sequence[int]) -> int:
 
 
 def round_up_size(n: int) -> int:
-    """Return the smallest 2^k or 3 * 2^k that holds n: at most half is padding, and below N there are 2 log2 N sizes."""
+    """Return the smallest 2^k or 3 * 2^k that holds n.
+
+    At most half is padding, and below N there are 2 log2 N sizes.
+    """
     power = 1 << max(n - 1, 0).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
@@ -128,8 +131,9 @@ def _unique_frames(
 def fit_vision_rows(shards: Sequence[Sequence[int]], most: int) -> tuple[int, int]:
     """Return (size of a vision row, vision rows) that hold frames of these sizes.
 
-    `most` is the size of the largest image allowed. The result is one row of any size up to that image's, else several rows of
-    its size or of the next smaller one, whichever pads less: a batch of many small images has the shape of one of few large images.
+    `most` is the size of the largest image allowed. The result is one row of any size up to that image's, else
+    several rows of its size or of the next smaller one, whichever pads less: a batch of many small images has the
+    shape of one of few large images.
 
         most 96 (sizes ... 48 64 96)    8 frames of 11 -> 1 x 96      8 of 16 -> 2 x 64      3 of 81 -> 3 x 96
     """
@@ -276,8 +280,8 @@ def collate_rows(
     """Return (Prompts of numpy arrays, loss mask [B T]).
 
     pack: put several conversations into a row, for SFT; else one, padded on `side`.
-    rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards (packed: to a size of `round_up_size`).
-    agree: where several processes build one batch, maps this process's shape to one that holds all of them (`widest_shape`).
+    rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards (packed: `round_up_size`).
+    agree: where several processes build one batch, maps this process's shape to one that holds all of them.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side: expected left or right, got {side!r}")

@@ -89,7 +89,7 @@ def conversation_batch(
 
 
 def target_buckets(length: int) -> list[int]:
-    """Return the buckets of targets within rows of `length` tokens: few, as only the cost of the unembedding depends on them."""
+    """Return the buckets of targets in rows of `length` tokens; few, as only the unembedding's cost depends on them."""
     return sorted({max(length >> k, min(length, MIN_RESPONSE_BUCKET)) for k in (0, 2, 4)})
 
 
@@ -110,7 +110,7 @@ def group_batch(
     length: int,
     extra: dict[str, Any],
 ) -> Batch:
-    """Return Q prompts, which are on the mesh, with their Q * G responses, cut to `length` tokens like the token arrays of `extra`."""
+    """Return Q prompts on the mesh with their Q * G responses; token arrays, those of `extra` too, are cut to `length`."""
 
     def cut(x: Any) -> np.ndarray:
         return np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)

@@ -16,9 +16,9 @@ def count_image_tokens(grid: Grid, merge: int) -> int:
 
 
 def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[np.ndarray, Grid]:
-    """Return the patches of RGB frames of one size, as bytes [t * h * w, channels * temporal * patch * patch], and their grid.
+    """Return RGB frames of one size as patches of bytes [t * h * w, channels * temporal * patch * patch], and their grid.
 
-    A still image is one frame repeated `temporal` times; the last frame of a video is repeated until it fills its patches.
+    A still image is one frame repeated `temporal` times; the last frame of a video is repeated to fill its patches.
     """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:

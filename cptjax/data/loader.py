@@ -1,11 +1,13 @@
 """The batches of a stage: rows are read, decoded and encoded ahead of the step that needs them.
 
-The order is a function of (seed, stage, position), see `mixture.py`; any number of worker processes gives the same batches.
+The order is a function of (seed, stage, position), see `mixture.py`. Any number of worker processes gives the same
+batches.
 
-Grain maps and prefetches the batches. The order and the worker pool are ours: grain's shuffle and mix give no exact shares with epochs
-and replay. Its `mp_prefetch` reads as many rows/s with two workers (448 x 448 JPEGs: 90 to 160, the pool 185; small rows: 700 to 1040,
-the pool 1020) for 1.3 to 2 times the CPU time of this process. It needs parsed absl flags, does not name the row at which a worker
-dies, waits for ever for a row that does not pickle, and takes 25 s per worker to close when rows are not arrays.
+Grain maps and prefetches the batches; the order and the worker pool are not grain's. Its shuffle and mix give no exact
+shares over epochs and replay. Its `mp_prefetch` with two workers reads 90 to 160 rows/s of 448 x 448 JPEGs (the pool
+185) and 700 to 1040 small rows/s (the pool 1020), for 1.3 to 2 times the CPU time of this process. It also needs parsed
+absl flags, does not name the row at which a worker dies, waits forever for a row that does not pickle, and closes in
+25 s per worker when rows are not arrays.
 """
 
 import concurrent.futures
@@ -27,7 +29,8 @@ import grain
 from cptjax.data.mixture import Mixture, RowRef
 from cptjax.types import Example
 
-ROWS_PER_TASK = 2  # rows that a worker takes at a time; 8 leave workers idle at the end of a batch (110 rows/s, not 180)
+# Rows that a worker takes at a time; with 8, workers idle at the end of a batch (110 rows/s, not 180).
+ROWS_PER_TASK = 2
 ROW_NAME_BYTES = 160  # bytes kept of the name of the row that a worker is busy with
 ROW_CACHE_BYTES = 1 << 29
 
@@ -38,8 +41,8 @@ PrepareRow = Callable[[Example, int], Any]  # (example, its index in its list) -
 class BatchStream:
     """An endless iterator over a stage's batches from `step` on, read ahead in threads or processes.
 
-    `prepare` turns an example and its index into anything that pickles, `collate` turns a list of these into a batch; both
-    must be functions of their arguments alone. `waited` is the time in seconds that the caller has waited for all batches so far.
+    `prepare` turns an example and its index into anything that pickles, `collate` turns a list of these into a batch;
+    both must be functions of their arguments alone. `waited` is how many seconds the caller has waited for batches.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class BatchStream:
 
 
 class RowCache:
-    """Keeps prepared rows if all of them fit into `max_bytes`, judged by the first; small datasets are read many times."""
+    """Keeps prepared rows if all of them fit into `max_bytes`, judged by the first row."""
 
     def __init__(self, rows: int, max_bytes: int = ROW_CACHE_BYTES):
         self.rows, self.max_bytes = rows, max_bytes
@@ -199,8 +202,8 @@ class _WorkerPool:
             return [value for values in self.pool.map(_prepare_rows, chunks) for value in values]
         except BrokenProcessPool:
             raise OSError(
-                f"a data worker died (out of memory, or a crash in a decoder) at {self.current_rows()}; lower data.workers "
-                "or look at that row"
+                f"a data worker died (out of memory, or a crash in a decoder) at {self.current_rows()}; "
+                "lower data.workers or look at that row"
             ) from None
 
     def current_rows(self) -> str:

@@ -1,13 +1,14 @@
 """The order of a stage's rows: shuffled, mixed by weights, with replayed rows of earlier stages.
 
-The order is endless and follows from (seed, stage, position) alone. Every position can be computed without the positions before it,
-so the state of a stage's data is one integer, the step:
+The order is endless and follows from (seed, stage, position) alone. Every position can be computed without the
+positions before it, so the state of a stage's data is one integer, the step:
 
     position n = step * batch + row      0 1 2 3 | 4 5 6 7 | ...     batch = 4
     process                              0 0 1 1 | 0 0 1 1 | ...     two processes, each reads a block of every batch
     component                            a a a r | a a a r | ...     replay fraction 1/4: exact after any number of rows
 
-A component is one or several example lists that are shuffled together, epoch after epoch: no example repeats within an epoch.
+A component is one or several example lists that are shuffled together, epoch after epoch: no example repeats within
+an epoch.
 """
 
 import dataclasses
@@ -63,14 +64,14 @@ class Mixture:
     @cached_property
     def components(self) -> tuple["Component", ...]:
         """The lists that are shuffled together, each group with its share of all rows; replay comes first."""
-        own = range(len(self.sizes))
-        groups = [(list(own), Fraction(1))]
+        own_lists = range(len(self.sizes))
+        groups = [(list(own_lists), Fraction(1))]
         if self.weights:
-            groups = [([i], _exact_fraction(self.weights[i])) for i in own]
+            groups = [([i], _exact_fraction(self.weights[i])) for i in own_lists]
         total = sum(weight for _, weight in groups)
         groups = [(lists, self.own_share * weight / total) for lists, weight in groups]
         if self.own_share < 1:
-            replayed = list(range(len(own), len(own) + len(self.replay)))
+            replayed = [len(own_lists) + i for i in range(len(self.replay))]
             groups.insert(0, (replayed, 1 - self.own_share))
         sizes = self.sizes + self.replay
         return tuple(
@@ -102,7 +103,8 @@ class Mixture:
         index, count = shard
         if self.batch % count or not 0 <= index < count:
             raise ValueError(
-                f"train.batch={self.batch} cannot be cut into {count} equal blocks for the processes; change train.batch"
+                f"train.batch={self.batch} cannot be cut into {count} equal blocks for the processes; "
+                "change train.batch"
             )
         rows = self.batch // count
         start = step * self.batch + index * rows

@@ -54,7 +54,7 @@ class ModelContext:
 
 
 def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]) -> ModelContext:
-    """Build the context of the model that `config.model` names, on the mesh that `config.mesh` describes; no parameters."""
+    """Build the context of the model of `config.model` on the mesh of `config.mesh`; no parameters."""
     for name in ("param_dtype", "compute_dtype"):
         if settings[name] not in MODEL_DTYPES:
             raise ValueError(

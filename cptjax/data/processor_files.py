@@ -1,6 +1,5 @@
-"""The files of a processor: pixel limits, chat template, what is copied from checkpoint to checkpoint."""
+"""The files of a checkpoint's processor: tokenizer, chat template and pixel limits, read, copied and written."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -34,7 +33,7 @@ def _read_json_file(path: Path) -> dict[str, Any]:
 
 
 def write_processor_files(folder: Path, pixels: ImageSettings, template: str) -> None:
-    """Chat template and pixel limits, over what was copied."""
+    """Write chat template and pixel limits over copied files."""
     if not (folder / "chat_template.json").is_file():
         (folder / "chat_template.jinja").write_text(template)
     limits = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels}
@@ -70,45 +69,31 @@ def _hf_image_settings(pixels: ImageSettings) -> dict[str, Any]:
 
 
 def copy_processor_files(source: str | Path, folder: str | Path) -> None:
-    """A checkpoint's tokenizer, template and processor files, as far as it has them."""
+    """Copy a checkpoint's tokenizer, template and processor files, those it has."""
     for name in PROCESSOR_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(folder) / name)
 
 
-@dataclasses.dataclass(frozen=True)
-class CopiedProcessor:
-    """Stands in for a Processor where a checkpoint's files are only carried over."""
-
-    source: str | Path
-
-    def save(self, folder: str | Path) -> None:
-        copy_processor_files(self.source, folder)
-
-
 def read_image_settings(
     folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
 ) -> ImageSettings:
-    """The checkpoint's settings with the given limits."""
+    """Return the image settings of a checkpoint, with the given pixel limits in place of its own."""
     v = cfg.vision
-    own = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
+    sizes = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
     raw = {}
     if folder is not None:
         raw = _read_json_file(folder / "preprocessor_config.json") or _read_json_file(
             folder / "processor_config.json"
         ).get("image_processor", {})
-    for name, expected in own.items():
+    for name, expected in sizes.items():
         if raw.get(name, expected) != expected:
             raise ValueError(
-                f"preprocessor_config.json has {name}={raw[name]}; config.json makes it {expected}"
+                f"preprocessor_config.json has {name}={raw[name]}; expected {expected} as in config.json"
             )
-    off = [
-        name
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-        if raw.get(name) is False
-    ]
-    if off:
-        raise ValueError(f"preprocessor_config.json has {off[0]}=false; Qwen2.5-VL needs it")
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if raw.get(name) is False:
+            raise ValueError(f"preprocessor_config.json has {name}=false; expected true")
     size = raw.get("size") or {}
     least = (v.patch * v.merge) ** 2
     low = (
@@ -124,28 +109,29 @@ def read_image_settings(
         or max(images.DEFAULT_MAX_PIXELS, low)
     )
     return ImageSettings(
-        low,
-        high,
-        v.patch,
-        v.temporal,
-        v.merge,
-        tuple(raw.get("image_mean") or images.CLIP_MEAN),
-        tuple(raw.get("image_std") or images.CLIP_STD),
-        raw.get("rescale_factor", ImageSettings.scale),
-        raw.get("resample", ImageSettings.resample),
+        min_pixels=low,
+        max_pixels=high,
+        patch=v.patch,
+        temporal=v.temporal,
+        merge=v.merge,
+        mean=tuple(raw.get("image_mean") or images.CLIP_MEAN),
+        std=tuple(raw.get("image_std") or images.CLIP_STD),
+        scale=raw.get("rescale_factor", ImageSettings.scale),
+        resample=raw.get("resample", ImageSettings.resample),
     )
 
 
-def read_chat_template(folder: Path, own: str | None) -> str:
-    """The processor's template comes before the tokenizer's, which in released checkpoints knows no pictures."""
-    jinja = folder / "chat_template.jinja"
-    found = (
-        jinja.read_text()
-        if jinja.is_file()
-        else _read_json_file(folder / "chat_template.json").get("chat_template") or own
-    )
-    if not isinstance(found, str):
+def read_chat_template(folder: Path, tokenizer_template: str | None) -> str:
+    """Return the processor's chat template, else the tokenizer's, which in released checkpoints has no images."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        template = path.read_text()
+    else:
+        stored = _read_json_file(folder / "chat_template.json")
+        template = stored.get("chat_template") or tokenizer_template
+    if not isinstance(template, str):
         raise ValueError(
-            f"{folder} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+            f"{folder} has no chat template; expected chat_template.jinja, chat_template.json or one in "
+            "tokenizer_config.json"
         )
-    return found
+    return template

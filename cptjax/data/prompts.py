@@ -31,7 +31,8 @@ def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[
     """Return the prompt followed by a demonstration, the gold response, and the request for an own response."""
     if not example.target:
         raise ValueError(
-            f"{example.id}: task {prompted.name} has no gold answers to demonstrate, which method.objective='distill' needs"
+            f"{example.id}: task {prompted.name} has no gold answers to demonstrate, which "
+            "method.objective='distill' needs"
         )
     *before, last = prompted.build_prompt(example)
     demonstration = prompted.gold_response(example).join(DEMONSTRATION_HINT)

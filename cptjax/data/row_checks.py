@@ -1,4 +1,4 @@
-"""The check of every row that a run reads: its images are decoded, its prompt is rendered and its tokens are counted."""
+"""Check every row that a run reads: decode its images, render its prompt, count its tokens."""
 
 import concurrent.futures
 import dataclasses

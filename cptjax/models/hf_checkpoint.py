@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,6 @@ HF_MODULES = {
 HF_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 HEAD_TENSOR, EMBED_TENSOR = "lm_head.weight", "model.embed_tokens.weight"
 LeafPath = tuple[str, ...]
-
-
-class ProcessorFiles(Protocol):
-    """A processor, as a checkpoint needs it: it writes its files into the folder."""
-
-    def save(self, folder: Path) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +332,7 @@ def save_hf_checkpoint(
     params: Params,
     cfg: ModelConfig,
     folder: str | Path,
-    processor: ProcessorFiles | None = None,
+    save_processor: Callable[[Path], None] | None = None,
     dtype: str = "bfloat16",
     shard_bytes: float = 5e9,
 ) -> None:
@@ -351,8 +345,8 @@ def save_hf_checkpoint(
         with safetensors_io.new_folder(folder) as temporary:
             safetensors_io.write_safetensors(temporary, plan, dtype, shard_bytes)
             write_hf_config(cfg, temporary, dtype)
-            if processor is not None:
-                processor.save(temporary)
+            if save_processor is not None:
+                save_processor(temporary)
     else:
         safetensors_io.write_safetensors(None, plan, dtype, shard_bytes)
     if jax.process_count() > 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,14 +13,16 @@ from jax.sharding import Mesh
 from cptjax import sharding
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.config import ModelConfig, read_model_config
-from cptjax.models.hf_checkpoint import ProcessorFiles
 from cptjax.types import Params
 
 ORBAX_FOLDER, LORA_SCALE_FILE = "params", "lora.json"
 
 
 def save_orbax(
-    params: Params, cfg: ModelConfig, folder: str | Path, processor: ProcessorFiles | None = None
+    params: Params,
+    cfg: ModelConfig,
+    folder: str | Path,
+    save_processor: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an Orbax checkpoint with its config and processor files; adapters are not merged."""
     folder = Path(folder).absolute()
@@ -31,8 +34,8 @@ def save_orbax(
     if jax.process_index() == 0:
         hf_checkpoint.write_hf_config(cfg, folder, str(params["text"]["embed"].dtype))
         (folder / LORA_SCALE_FILE).write_text(json.dumps({"lora_scale": cfg.lora_scale}))
-        if processor is not None:
-            processor.save(folder)
+        if save_processor is not None:
+            save_processor(folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from cptjax import sharding
 from cptjax.config import Stage
+from cptjax.data.data_config import DataConfig
 from cptjax.data.mixture import Mixture
 from cptjax.data.model_context import ModelContext
 from cptjax.generation.sampling_config import rollout_sampling
@@ -29,7 +30,7 @@ def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
     return Mixture(
         tuple(sizes[:own]),
         c.train.batch,
-        tuple(c.data.weights),
+        DataConfig.from_config(c.data).weights,
         tuple(sizes[own:]),
         c.method.replay.fraction,
         seed,

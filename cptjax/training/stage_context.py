@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cptjax.config import Stage
+from cptjax.data.data_config import DataConfig
 from cptjax.data.loader import BatchStream, LocalReader
 from cptjax.data.mixture import Mixture
 from cptjax.data.prompts import make_example_encoder
@@ -60,7 +61,7 @@ class StageContext:
 
     def open_stream(self, batches_taken: int) -> BatchStream:
         """Open the stream of the stage's batches behind those already taken."""
-        data, builder = self.config.data, self.builder
+        data, builder = DataConfig.from_config(self.config.data), self.builder
         with_gold = self.config.method.source == "gold"
         limit = max(builder.model_ctx.buckets)
         encode = make_example_encoder(builder.model_ctx, builder.prompted_tasks, with_gold, limit)
