@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from cptjax.types import Array, Params
 
@@ -76,12 +75,10 @@ def interpolate(a: Params, b: Params, weight: float | Array) -> Params:
 
     WiSE-FT with b the stage's start; an EMA teacher with b the student.
     """
-    mean = optax.incremental_update(_float_tree(b), _float_tree(a), weight)
-    return jax.tree.map(lambda x, m: m.astype(x.dtype), a, mean)
-
-
-def _float_tree(tree: Params) -> Params:
-    return jax.tree.map(_float, tree)
+    # optax.incremental_update adds in the other order, which rounds differently, and computes bfloat16 leaves in bfloat16.
+    return jax.tree.map(
+        lambda x, y: ((1 - weight) * _float(x) + weight * _float(y)).astype(x.dtype), a, b
+    )
 
 
 def _float(x: Array) -> Array:
