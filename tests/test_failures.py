@@ -177,7 +177,7 @@ def test_a_teacher_that_follows_is_restored_in_float32(tmp_path, devices):
 def test_losses_that_are_not_finite_stop_the_run(tmp_path, devices):
     with pytest.raises(
         ValueError,
-        match="3 updates in a row had a gradient or loss that is not finite .*Lower train.lr",
+        match="3 updates in a row had a gradient or loss that is not finite, .*Lower train.lr",
     ):
         go(
             tmp_path,
