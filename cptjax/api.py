@@ -17,7 +17,7 @@ from cptjax import sharding
 from cptjax.continual.stage_model import check_folder_kind, folder_kind, load_stage_model
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, round_up_size
 from cptjax.data.processor import Processor, load_processor
-from cptjax.generation import sampler
+from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
@@ -120,7 +120,7 @@ def generate(
     for start in range(0, len(encoded), batch):
         part = encoded[start : start + batch]
         with jax.set_mesh(model.mesh):
-            rollouts = sampler.generate_rollouts(
+            rollouts = decode_loop.generate_rollouts(
                 model.params,
                 _prompts(model, part),
                 jax.random.key(seed),

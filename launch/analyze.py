@@ -14,6 +14,13 @@ ANALYSES = {
     "influence": "effect of one step on a response on the responses of other tasks, by corpus of the response",
     "fisher": "risk of the gradients of gold and sampled responses on the same prompts, by the Fisher of other tasks",
 }
+# Only the module of the chosen analysis is imported: the simulation needs no JAX.
+MODULES = {
+    "mixture": "gaussian_mixtures",
+    "drift": "drift",
+    "influence": "influence",
+    "fisher": "gradient_risk",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,7 +91,8 @@ def main() -> None:
     try:
         from cptjax.analysis import finding
 
-        result = importlib.import_module(f"cptjax.analysis.{name}").analyze(**arguments)
+        module = importlib.import_module(f"cptjax.analysis.{MODULES[name]}")
+        result = module.analyze(**arguments)
         finding.print_finding(result)
         print(finding.write_finding(result, Path(out or Path(folder) / f"{name}.html")))
     except (ValueError, OSError) as error:

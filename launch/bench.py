@@ -6,7 +6,7 @@ python launch/bench.py --size=cpu-s [--phases=rollout,logp,sft,grpo] [--peer=hf]
 python launch/bench.py --size=3b --dtype=bfloat16 --micro=16
 python launch/bench.py --size=3b --phases=load
 
-cptjax/benchmark/bench.py describes the phases and the numbers.
+cptjax/benchmark/phase_times.py describes the phases and the numbers.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ REMAT = flags.DEFINE_string(
 def main() -> None:
     import jax
 
-    from cptjax.benchmark import bench, workload
+    from cptjax.benchmark import phase_times, workload
     from cptjax.common import console
 
     work = workload.Workload(
@@ -69,7 +69,7 @@ def main() -> None:
         dtype=DTYPE.value,
         remat=REMAT.value,
     )
-    metrics = bench.run_benchmark(work, PHASES.value, PEER.value)
+    metrics = phase_times.run_benchmark(work, PHASES.value, PEER.value)
     if jax.default_backend() == "cpu" and "glibc.malloc" not in os.environ.get(
         "GLIBC_TUNABLES", ""
     ):
@@ -77,7 +77,7 @@ def main() -> None:
             "on a CPU, `source launch/cpu_memory.sh` first; without it, large steps of both sides are slow"
         )
     for phase in PHASES.value:
-        console.print_message(bench.phase_line(phase, metrics))
+        console.print_message(phase_times.phase_line(phase, metrics))
     numbers = dataclasses.asdict(work) | metrics
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}
     print(json.dumps(rounded))

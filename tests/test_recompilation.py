@@ -11,7 +11,7 @@ from PIL import Image
 from stage_fixtures import SMALL
 
 from cptjax import sharding
-from cptjax.benchmark.bench import CompilationCounter
+from cptjax.benchmark.phase_times import CompilationCounter
 from cptjax.data import collate, device_batches, model_context, processor
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig

@@ -21,7 +21,7 @@ from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import make_example_encoder
 from cptjax.models.config import ModelConfig
 from cptjax.training import build, programs, train_step
-from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms import weight_penalties
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.programs import AbstractStage
@@ -64,7 +64,7 @@ def _add_example(fisher: Params, gradient: Params, rows: int, processes: int) ->
     batch.
     """
     gradient = jax.tree.map(lambda g: g / processes, gradient)
-    return regularizers.add_fisher(fisher, gradient, rows)
+    return weight_penalties.add_fisher(fisher, gradient, rows)
 
 
 def fisher_programs(stage: AbstractStage) -> list[Program]:
@@ -104,7 +104,7 @@ def update_fisher(
         order = permutation(len(source), (run.config.seed, stage.number, i))
         examples += [source[row] for row in order[:share].tolist()]
     example_gradient = make_example_gradient(model_ctx, c)
-    fisher, cost = regularizers.zero_fisher(trained), WorkCost()
+    fisher, cost = weight_penalties.zero_fisher(trained), WorkCost()
     with (
         jax.set_mesh(model_ctx.mesh),
         console.progress_bar("Fisher information", total=len(examples)) as bar,
@@ -117,4 +117,4 @@ def update_fisher(
             fisher = _add_example(fisher, gradient, len(examples), jax.process_count())
             cost += WorkCost(flops=3 * conversation_flops(model_ctx.cfg, encoded))
             bar.advance()
-    return fisher if before is None else regularizers.merge_fisher(before, fisher), cost
+    return fisher if before is None else weight_penalties.merge_fisher(before, fisher), cost

@@ -10,7 +10,7 @@ from cptjax.continual.open_run import Run
 from cptjax.data import prompts
 from cptjax.models import load
 from cptjax.tasks.prompted_task import PromptedTask
-from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms import weight_penalties
 from cptjax.training.algorithms.distillation import Teacher, has_ema_teacher, needs_teacher
 from cptjax.training.train_step import PenaltyFn
 from cptjax.types import Params
@@ -23,7 +23,7 @@ def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> P
     checkpoint before it.
     """
     m = stage.config.method
-    exact = regularizers.needs_exact_start(m)
+    exact = weight_penalties.needs_exact_start(m)
     frozen_teacher = needs_teacher(m) and not has_ema_teacher(m)
     if not (exact or frozen_teacher or (m.kl_coef > 0 and m.kl_reference == "stage")):
         return None
@@ -82,7 +82,7 @@ def make_penalty(
     EWC has none before Fisher information exists.
     """
     p = stage.config.method.penalty
-    penalty = regularizers.PENALTY_FUNCTIONS.get(p.name)
+    penalty = weight_penalties.PENALTY_FUNCTIONS.get(p.name)
     if penalty is None or (p.name == "ewc" and fisher is None):
         return None, None
     anchor, _ = split_trained(run.config, start)

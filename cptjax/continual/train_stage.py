@@ -23,7 +23,7 @@ from cptjax.data import prompts
 from cptjax.data.device_batches import rows_per_process
 from cptjax.models import load, trainable
 from cptjax.training import build, train_loop
-from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms import weight_penalties
 from cptjax.training.algorithms.optimizers import Optimizer
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.train_step import StateShardings, init_state, make_step_programs
@@ -153,7 +153,7 @@ def finish_stage(
     m, trained, new_fisher = stage.config.method, state.params, fisher_before
     if m.average:
         start_trained, _ = split_trained(run.config, start)
-        trained = regularizers.interpolate(trained, start_trained, m.average)
+        trained = weight_penalties.interpolate(trained, start_trained, m.average)
     if m.penalty.name == "ewc":
         began = time.perf_counter()
         try:

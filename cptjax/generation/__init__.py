@@ -1,1 +1,1 @@
-"""Rollouts on the training mesh: sampler, decode pool, token sampling, rollout weights."""
+"""Rollouts on the training mesh: decode loop, decode pool, token sampling, rollout weights."""

@@ -9,7 +9,7 @@ import numpy as np
 from cptjax import sharding
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.model_context import ModelContext
-from cptjax.generation import rollout_weights, sampler
+from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.types import Params, Prompts
 
@@ -66,7 +66,7 @@ def sample_from_prompts(
 ) -> Samples:
     """Sample responses to left-padded prompts that are on the mesh already; see `sample_responses`."""
     with jax.set_mesh(model_ctx.mesh):
-        out = sampler.generate_rollouts(
+        out = decode_loop.generate_rollouts(
             weights,
             prompts,
             key,

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from cptjax import sharding
-from cptjax.generation import rollout_weights, sampler
+from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.training.programs import AbstractStage
 
@@ -88,7 +88,7 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
         weights = rollout_weights.weights_output(weights, sampling, stage.dtype)
     weights = _cast(weights, jnp.int8 if sampling.dtype == "int8" else dtype)
     groups, model = (sampling.slots or c.train.batch) / stage.shards, stage.mesh.shape["model"]
-    cache = sampler.kv_cache_bytes(
+    cache = decode_loop.kv_cache_bytes(
         cfg, groups, prompt, sampling.group, sampling.max_new_tokens, dtype
     )
     is_cut = cfg.text.kv_heads % model == 0  # else every device of the model axis has all heads

@@ -17,13 +17,13 @@ from cptjax import sharding
 from cptjax.common.program import Program
 from cptjax.data import device_batches
 from cptjax.data.collate import fit_vision_rows, max_image_slots
-from cptjax.generation import sampler
+from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
 from cptjax.models import flops, load, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array
 from cptjax.training import build, step_batch, train_step
-from cptjax.training.algorithms import distillation, regularizers
+from cptjax.training.algorithms import distillation, weight_penalties
 from cptjax.types import Batch, Params, Prompts, TrainState, Vision
 
 TEACHER_STATES = "teacher states"
@@ -97,7 +97,7 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
     optimizer = build.optimizer_from_config(config, declared)
     state = train_step.abstract_state(optimizer, abstract(trained_params, param_dtype), mesh)
 
-    needs_exact_start = regularizers.needs_exact_start(method)
+    needs_exact_start = weight_penalties.needs_exact_start(method)
     has_ema_teacher = distillation.has_ema_teacher(method)
     needs_fixed_teacher = distillation.needs_teacher(method) and not has_ema_teacher
     start = reference = teacher = None
@@ -113,7 +113,7 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         teacher = trainable.join_params(abstract(trained_params, jnp.float32), frozen)
     elif needs_fixed_teacher:
         teacher = start
-    penalty = regularizers.PENALTY_FUNCTIONS.get(method.penalty.name)
+    penalty = weight_penalties.PENALTY_FUNCTIONS.get(method.penalty.name)
     penalty_arrays = None
     if penalty:
         anchor = trainable.split_params(start, is_trained)[0]
@@ -305,13 +305,13 @@ def response_programs(
             f"{name}: {rows} prompts; config.mesh cuts a batch into {stage.shards} shards "
             "(data x fsdp): expected a multiple"
         )
-    programs, weights = sampler.weights_programs(
+    programs, weights = decode_loop.weights_programs(
         name, stage.params, samplings[0], stage.cfg, stage.dtype, calls
     )
     kept = tuple(program.name for program in programs)
     prompts = abstract_prompts(stage, rows, stage.config.data.prompt_limit)
     for label, sampling in zip((name, "greedy responses"), samplings, strict=False):
-        programs += sampler.sampling_programs(
+        programs += decode_loop.sampling_programs(
             label,
             weights,
             prompts,

@@ -10,7 +10,7 @@ from cptjax.config import Stage
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models import layers, lora
 from cptjax.training import corpus
-from cptjax.training.algorithms import advantages, distillation, prompt_filters, regularizers
+from cptjax.training.algorithms import advantages, distillation, prompt_filters, weight_penalties
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.optimizers import OptimizerConfig, ScheduleConfig
 
@@ -31,7 +31,7 @@ def validate_stage(stage: Stage) -> None:
     LossConfig.from_config(config).validate()
     OptimizerConfig.from_config(t).validate()
     ScheduleConfig.from_config(t).validate()
-    regularizers.check_penalty(m.penalty.name, m.penalty.coef, m.penalty.samples, m.average)
+    weight_penalties.check_penalty(m.penalty.name, m.penalty.coef, m.penalty.samples, m.average)
     if m.kl_reference not in ("base", "stage") and not Path(m.kl_reference).is_dir():
         raise ValueError(
             f"method.kl_reference={m.kl_reference!r}: expected base, stage or an existing folder "

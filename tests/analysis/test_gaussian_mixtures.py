@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cptjax.analysis import finding, mixture
-from cptjax.analysis.mixture import MixtureSetting
+from cptjax.analysis import finding, gaussian_mixtures
+from cptjax.analysis.gaussian_mixtures import MixtureSetting
 
 ROOT = Path(__file__).parents[2]
-FORWARD, SLOW_FORWARD, REVERSE, ONE_FORWARD, ONE_REVERSE = mixture.MIXTURE_SETTINGS
+FORWARD, SLOW_FORWARD, REVERSE, ONE_FORWARD, ONE_REVERSE = gaussian_mixtures.MIXTURE_SETTINGS
 
 
 def at_enough(path):
@@ -20,8 +20,10 @@ def at_enough(path):
 
 
 def test_the_start_covers_what_the_authors_script_says():
-    assert mixture.mode_overlaps(FORWARD, FORWARD.start) == pytest.approx((0.803, 0.032), abs=5e-4)
-    assert mixture.mode_overlaps(ONE_FORWARD, ONE_FORWARD.start) == pytest.approx(
+    assert gaussian_mixtures.mode_overlaps(FORWARD, FORWARD.start) == pytest.approx(
+        (0.803, 0.032), abs=5e-4
+    )
+    assert gaussian_mixtures.mode_overlaps(ONE_FORWARD, ONE_FORWARD.start) == pytest.approx(
         (0.900, 0.0001), abs=5e-4
     )
 
@@ -29,20 +31,23 @@ def test_the_start_covers_what_the_authors_script_says():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_modes_forget_by_forward_kl_only(seed):
     """Reference: gain .9 after 83 to 87 steps with drop .124 to .129, and after 124 to 126 with .027 to .031."""
-    forward, reverse = (mixture.simulate_mixture(s, seed) for s in (FORWARD, REVERSE))
+    forward, reverse = (gaussian_mixtures.simulate_mixture(s, seed) for s in (FORWARD, REVERSE))
     assert at_enough(forward) == (pytest.approx(85, abs=4), pytest.approx(0.126, abs=0.006))
     assert at_enough(reverse) == (pytest.approx(125, abs=5), pytest.approx(0.03, abs=0.012))
     assert (forward.gain[-1], forward.drop[-1], forward.share) == pytest.approx(
         (0.968, 0.290, 0.397), abs=2e-3
     )
-    slow = mixture.simulate_mixture(SLOW_FORWARD, seed)
+    slow = gaussian_mixtures.simulate_mixture(SLOW_FORWARD, seed)
     assert slow.enough is None and (slow.gain.max(), slow.drop[-1]) == pytest.approx(
         (0.435, 0.021), abs=2e-3
     )
 
 
 def test_one_mode_forgets_by_either_and_more_by_reverse_kl():
-    forward, reverse = mixture.simulate_mixture(ONE_FORWARD), mixture.simulate_mixture(ONE_REVERSE)
+    forward, reverse = (
+        gaussian_mixtures.simulate_mixture(ONE_FORWARD),
+        gaussian_mixtures.simulate_mixture(ONE_REVERSE),
+    )
     assert at_enough(forward)[1] == pytest.approx(0.639, abs=0.006)
     assert at_enough(reverse) == (pytest.approx(295, abs=12), pytest.approx(0.692, abs=0.012))
     assert forward.drop[-1] == pytest.approx(0.9, abs=1e-3) and reverse.drop[-1] == pytest.approx(
@@ -53,15 +58,15 @@ def test_one_mode_forgets_by_either_and_more_by_reverse_kl():
 def test_the_score_is_the_gradient_of_the_log_density():
     x, q = np.linspace(-4, 3, 13), np.array([0.3, -2.0, 1.3, 1.5, 0.6])
     logq = lambda q: np.log(
-        q[0] * mixture.normal_density(x, q[1], q[2])
-        + (1 - q[0]) * mixture.normal_density(x, q[3], q[4])
+        q[0] * gaussian_mixtures.normal_density(x, q[1], q[2])
+        + (1 - q[0]) * gaussian_mixtures.normal_density(x, q[3], q[4])
     )
     slopes = [(logq(q + h) - logq(q - h)) / 2e-6 for h in 1e-6 * np.eye(5)]
-    assert np.allclose(mixture.density_and_score(x, q)[1], slopes, atol=1e-5)
+    assert np.allclose(gaussian_mixtures.density_and_score(x, q)[1], slopes, atol=1e-5)
 
 
 def test_the_finding_compares_at_equal_gain(tmp_path):
-    found = mixture.analyze()
+    found = gaussian_mixtures.analyze()
     page = finding.write_finding(found, tmp_path / "mixture.html")
     assert "0.124" in found.sentences[0] and page.read_text().count("<svg") == 2
     assert (
@@ -70,8 +75,10 @@ def test_the_finding_compares_at_equal_gain(tmp_path):
         == 11
     )
     assert (
-        mixture.simulate_mixture(MixtureSetting(2, "reverse", 0.01, 5), 3).gain.tolist()
-        == mixture.simulate_mixture(MixtureSetting(2, "reverse", 0.01, 5), 3).gain.tolist()
+        gaussian_mixtures.simulate_mixture(MixtureSetting(2, "reverse", 0.01, 5), 3).gain.tolist()
+        == gaussian_mixtures.simulate_mixture(
+            MixtureSetting(2, "reverse", 0.01, 5), 3
+        ).gain.tolist()
     )
 
 

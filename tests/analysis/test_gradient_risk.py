@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptjax.analysis import fisher
+from cptjax.analysis import gradient_risk
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ def test_the_claim_fails_where_most_responses_are_correct(p, ratio):
     slope = {"right": np.array([p - 1, 1 - p]), "wrong": np.array([p, -p])}
     gradient = lambda name: {"z": jnp.asarray(slope[name], jnp.float32)}
     answers = [("right", 1.0)] * round(100 * p) + [("wrong", 0.0)] * round(100 * (1 - p))
-    found = fisher.prompt_risk("x", 2 * (1 - p) ** 2, answers, {"z": jnp.ones(2)}, gradient)
+    found = gradient_risk.prompt_risk("x", 2 * (1 - p) ** 2, answers, {"z": jnp.ones(2)}, gradient)
     assert found.ratio == pytest.approx(ratio, rel=0.01)
     assert (found.mean, found.variance) == pytest.approx((p, p * (1 - p)))
     assert found.group == pytest.approx(
@@ -25,7 +25,7 @@ def test_the_claim_fails_where_most_responses_are_correct(p, ratio):
 
 
 def test_equal_rewards_have_no_risk_and_need_no_gradient():
-    found = fisher.prompt_risk(
+    found = gradient_risk.prompt_risk(
         "x", 1.0, [("a", 1.0), ("b", 1.0)], {"z": jnp.ones(2)}, lambda name: pytest.fail("asked")
     )
     assert (found.rft, found.group, found.ratio) == (0, 0, None)

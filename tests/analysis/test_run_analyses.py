@@ -10,7 +10,7 @@ import pytest
 import run_helpers
 from device_fixtures import see
 
-from cptjax.analysis import drift, finding, fisher, influence
+from cptjax.analysis import drift, finding, gradient_risk, influence
 from cptjax.analysis.probe import open_probe
 from cptjax.continual import driver
 from cptjax.evaluation.report import read
@@ -127,7 +127,7 @@ def test_all_corpora_are_compared(workdir, tmp_path):
 
 
 def test_risks_of_a_run_follow_from_its_gradients(workdir, tmp_path):
-    found = fisher.analyze(str(workdir), 2, rows=4, samples=4, others="facts", probes=2)
+    found = gradient_risk.analyze(str(workdir), 2, rows=4, samples=4, others="facts", probes=2)
     prompts = found.numbers["prompts"]
     assert len(prompts) == 4 and all(p["sft"] > 0 for p in prompts)
     assert {(p["variance"] > 0, p["rft"] > 0, p["ratio"] is not None) for p in prompts} <= {

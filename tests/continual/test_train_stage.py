@@ -10,7 +10,7 @@ import stage_fixtures
 from device_fixtures import devices  # noqa: F401
 from stage_fixtures import method_config
 
-from cptjax.benchmark.bench import CompilationCounter
+from cptjax.benchmark.phase_times import CompilationCounter
 from cptjax.config import merge_config
 from cptjax.continual import offline_filter, train_stage
 from cptjax.data import model_context

@@ -17,7 +17,7 @@ from cptjax.data.prompts import EncodedExample, demonstration_prompt
 from cptjax.models import decoder, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.tasks.prompted_task import PromptedTask
-from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms import weight_penalties
 from cptjax.types import Array, Batch, Params
 
 TEACHERS = ("ema", "frozen", "current")
@@ -49,7 +49,7 @@ def make_teacher_program(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update_average(teacher: Params, student: Params, rate: float) -> Params:
-    return regularizers.interpolate(teacher, student, rate)
+    return weight_penalties.interpolate(teacher, student, rate)
 
 
 class Teacher:

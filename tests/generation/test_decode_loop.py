@@ -12,7 +12,7 @@ import tiny
 from cptjax import sharding
 from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
-from cptjax.generation import generate, rollout_weights, sampler
+from cptjax.generation import decode_loop, generate, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import decoder, logprobs, qwen2_5_vl
 from cptjax.models.config import PRESETS, ModelConfig
@@ -55,7 +55,7 @@ def sampling(**changes):
 
 
 def run(params, prompts, cfg, key=KEY, stop=None, limits=None, rows=None, **changes):
-    out = sampler.generate_rollouts(
+    out = decode_loop.generate_rollouts(
         params,
         prompts,
         key,
@@ -214,14 +214,14 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
     limits = np.random.default_rng(0).integers(1, n + 1, (count, group))
     limits[:, 0], limits[at, -1] = n, 10 * n
     settings = sampling(group=group, max_new_tokens=10 * n, check_every=every)
-    out, steps = sampler.sample_with_refill(
+    out, steps = decode_loop.sample_with_refill(
         params,
         batch,
-        sampler.place_limits(limits, 10 * n, count, group),
-        sampler.place_row_ids(None, count, group),
-        sampler.traced_settings(settings, KEY, cfg, (-1,)),
+        decode_loop.place_limits(limits, 10 * n, count, group),
+        decode_loop.place_row_ids(None, count, group),
+        decode_loop.traced_settings(settings, KEY, cfg, (-1,)),
         cfg,
-        sampler.static_settings(settings, jnp.float32),
+        decode_loop.static_settings(settings, jnp.float32),
         slots,
     )
     longest = limits.max(1)
@@ -232,7 +232,7 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
 
 def test_other_settings_compile_nothing_again(cfg, params):
     run(params, prompts(cfg), cfg)
-    before = sampler.sample_whole_batch._cache_size()
+    before = decode_loop.sample_whole_batch._cache_size()
     for settings in (
         {"temperature": 0.3},
         {"temperature": 0.0},
@@ -240,20 +240,20 @@ def test_other_settings_compile_nothing_again(cfg, params):
         {"stop": (9, 11)},
     ):
         run(params, prompts(cfg), cfg, jax.random.key(3), **settings)
-    assert sampler.sample_whole_batch._cache_size() == before
+    assert decode_loop.sample_whole_batch._cache_size() == before
 
 
 def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     """16 responses of 100 tokens to a prompt of 1,000: under a fifth of copied prompts."""
-    shared = sampler.kv_cache_bytes(cfg, 64, 1000, 16, 100, jnp.bfloat16)
-    copied = sampler.kv_cache_bytes(cfg, 64 * 16, 1000, 1, 100, jnp.bfloat16)
+    shared = decode_loop.kv_cache_bytes(cfg, 64, 1000, 16, 100, jnp.bfloat16)
+    copied = decode_loop.kv_cache_bytes(cfg, 64 * 16, 1000, 1, 100, jnp.bfloat16)
     assert copied > 5 * shared
     batch = prompts(cfg)
     x = qwen2_5_vl.embed_inputs(params, batch, cfg, jnp.float32)
     _, k, v = qwen2_5_vl.prefill(params, x, batch.positions, batch.segments, cfg)
     cache = qwen2_5_vl.new_kv_cache(k, v, batch.segments, 3, 12, cfg)
     held = sum(x.nbytes for x in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v))
-    assert held == sampler.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
+    assert held == decode_loop.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
 
 
 def test_integer_weights_stay_near_the_policy(cfg, params):

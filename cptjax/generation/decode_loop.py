@@ -1,4 +1,4 @@
-"""Generate rollouts on the training mesh, for the whole batch at once or slot by slot.
+"""The decode loop: generate rollouts on the mesh, for the whole batch at once or slot by slot.
 
 Each prompt is read once, and its responses are decoded in a loop on the device. With `slots`, only
 so many groups are decoded at a time. Every `check_every` steps, the groups whose rows are all done

@@ -28,7 +28,7 @@ from cptjax.data.collate import EncodedConversation
 from cptjax.data.prompts import EncodedExample
 from cptjax.evaluation.report import svg
 from cptjax.evaluation.report.svg import Point, Series
-from cptjax.training.algorithms import regularizers
+from cptjax.training.algorithms import weight_penalties
 from cptjax.types import Params
 
 
@@ -75,7 +75,7 @@ def fisher_of_responses(
     probe: Probe, known: Sequence[EncodedConversation], bar: console.ProgressBar
 ) -> Params:
     """Compute the diagonal Fisher information of gold responses, one at a time, as EWC does."""
-    fisher = regularizers.zero_fisher(probe.trained)
+    fisher = weight_penalties.zero_fisher(probe.trained)
     for encoded in known:
         fisher = _add(fisher, probe.gradient(encoded), len(known))
         bar.advance()
@@ -112,7 +112,7 @@ def prompt_risk(
 ) -> GradientRisk:
     """Measure the risk on one prompt from its responses and their rewards; equal responses share one gradient."""
     rewards = np.array([reward for _, reward in responses])
-    mean, rft, total = float(rewards.mean()), 0.0, regularizers.zero_fisher(fisher)
+    mean, rft, total = float(rewards.mean()), 0.0, weight_penalties.zero_fisher(fisher)
     for (text, reward), n in collections.Counter(responses).items():
         if advantage := reward - mean:
             g = gradient(text)
@@ -122,7 +122,7 @@ def prompt_risk(
     return GradientRisk(name, mean, float(rewards.var()), sft, rft, group)
 
 
-_add = jax.jit(regularizers.add_fisher, donate_argnums=0)
+_add = jax.jit(weight_penalties.add_fisher, donate_argnums=0)
 _add_weighted = jax.jit(
     lambda total, gradient, weight: jax.tree.map(lambda t, g: t + weight * g, total, gradient),
     donate_argnums=0,

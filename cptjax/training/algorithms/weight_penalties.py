@@ -1,4 +1,4 @@
-"""Quadratic penalties (L2, EWC) and weight averages (WiSE-FT, EMA).
+"""Quadratic penalties on the weights (L2, EWC) and weight averages (WiSE-FT, EMA).
 
     l2    1/2 sum (p - anchor)^2
     ewc   1/2 sum F (p - anchor)^2      F = mean over examples of (gradient of the log-likelihood)^2, the diagonal Fisher

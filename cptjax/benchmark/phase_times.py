@@ -38,7 +38,7 @@ from cptjax.benchmark.workload import (
     random_inputs,
 )
 from cptjax.common import console
-from cptjax.generation import sampler
+from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import (
     attention,
@@ -147,7 +147,7 @@ def rollout_phase(model: BenchModel) -> Callable[[], Rollouts]:
     )
 
     def run() -> Rollouts:
-        return sampler.generate_rollouts(
+        return decode_loop.generate_rollouts(
             model.params,
             model.prompts,
             model.key,

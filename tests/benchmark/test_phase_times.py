@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cptjax.benchmark import bench, checkpoint_loading, data_pipeline, workload
+from cptjax.benchmark import checkpoint_loading, data_pipeline, phase_times, workload
 from cptjax.benchmark.workload import MODEL_PHASES, Workload
 from cptjax.models import flops
 from cptjax.models.config import VisionConfig
@@ -36,7 +36,7 @@ def test_every_phase_is_timed_against_the_peer(nano):
     The benchmark stops unless it computes the same log-probabilities.
     """
     pytest.importorskip("torch")
-    metrics = bench.run_benchmark(WORK, MODEL_PHASES, "hf")
+    metrics = phase_times.run_benchmark(WORK, MODEL_PHASES, "hf")
     assert metrics["peer_logp_gap"] < 1e-5
     assert metrics["prompt"] == 8 + 9 + 2 and metrics["seqs"] == 16
     for phase in MODEL_PHASES:
@@ -47,7 +47,7 @@ def test_every_phase_is_timed_against_the_peer(nano):
         )
         assert metrics[f"{phase}_compilations_after_warmup"] == 0
         assert 0 < metrics[f"{phase}_mfu_text"] < metrics[f"{phase}_mfu"]
-        assert "x the peer" in bench.phase_line(phase, metrics)
+        assert "x the peer" in phase_times.phase_line(phase, metrics)
     assert metrics["logp_compilations"] == 1 and metrics["logp_compile_s"] > 0
     assert metrics["params"] == sum(int(np.prod(s)) for s in _shapes())
 
@@ -59,20 +59,22 @@ def _shapes():
 
 
 def test_without_a_peer_no_number_names_one(nano):
-    metrics = bench.run_benchmark(WORK, ["logp"])
+    metrics = phase_times.run_benchmark(WORK, ["logp"])
     assert not [k for k in metrics if "peer" in k or "ratio" in k]
-    assert "peer" not in bench.phase_line("logp", metrics)
+    assert "peer" not in phase_times.phase_line("logp", metrics)
 
 
 def test_micro_batches_are_the_same_rows(nano):
     whole, parts = (
-        bench.BenchModel(
+        phase_times.BenchModel(
             Workload("nano", image=84, prompts=8, group=2, text=8, new=4, micro=m), False
         )
         for m in (0, 8)
     )
     assert [len(b.targets) for b in parts.micro_batches] == [8, 8]
-    logps = [np.concatenate([np.asarray(x) for x in bench.logp_phase(s)()]) for s in (whole, parts)]
+    logps = [
+        np.concatenate([np.asarray(x) for x in phase_times.logp_phase(s)()]) for s in (whole, parts)
+    ]
     np.testing.assert_allclose(*logps, atol=1e-5)
 
 
@@ -94,24 +96,24 @@ def test_rows_equal_those_of_the_processor(nano):
 
 def test_operations_follow_from_the_shapes():
     work, cfg = Workload("cpu-s", prompts=4, image=448), workload.BENCH_SIZES["cpu-s"]
-    forward, step = (bench.phase_flops(phase, work, cfg) for phase in ("logp", "sft"))
+    forward, step = (phase_times.phase_flops(phase, work, cfg) for phase in ("logp", "sft"))
     assert step == tuple(3 * x for x in forward)
     assert forward[1] == flops.vision_forward_flops(cfg, 32 * 1024, 1024)
-    shared = bench.phase_flops("grpo", work, cfg)
+    shared = phase_times.phase_flops("grpo", work, cfg)
     assert forward[0] + step[0] > 2 * shared[0], "groups share their prompts"
-    assert forward[1] + step[1] == 8 * (shared[1] - bench.phase_flops("rollout", work, cfg)[1]), (
-        "and their images"
-    )
+    assert forward[1] + step[1] == 8 * (
+        shared[1] - phase_times.phase_flops("rollout", work, cfg)[1]
+    ), "and their images"
 
 
 def test_loading_is_measured_in_another_process(nano):
-    metrics = bench.run_benchmark(WORK, ["load"])
+    metrics = phase_times.run_benchmark(WORK, ["load"])
     assert metrics["load_gb"] == pytest.approx(2 * sum(int(np.prod(s)) for s in _shapes()) / 1e9)
     assert metrics["load_s_per_gb"] == pytest.approx(metrics["load_s"] / metrics["load_gb"])
     assert (
         0 < metrics["load_peak_ratio"] < metrics["load_peak_gib"] * 2**30 / metrics["load_gb"] / 1e9
     )
-    assert bench.phase_line("load", metrics).startswith("load")
+    assert phase_times.phase_line("load", metrics).startswith("load")
 
 
 def test_resident_memory_grows_with_an_array():
@@ -126,11 +128,11 @@ def test_resident_memory_grows_with_an_array():
 
 def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
     monkeypatch.setattr(data_pipeline, "measure_data_pipeline", lambda: {"data_rows_s": 7.0})
-    assert bench.run_benchmark(WORK.__class__(), ["data"]) == {"data_rows_s": 7.0}
-    both = bench.run_benchmark(WORK, ["data", "sft"])
+    assert phase_times.run_benchmark(WORK.__class__(), ["data"]) == {"data_rows_s": 7.0}
+    both = phase_times.run_benchmark(WORK, ["data", "sft"])
     assert both["data_over_sft"] == pytest.approx(
         7.0 / (16 / both["sft_s"])
-    ) and "over_sft" in bench.phase_line("data", both)
+    ) and "over_sft" in phase_times.phase_line("data", both)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
 )
 def test_a_mistake_is_one_line(settings, phases, message):
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")) as error:
-        bench.run_benchmark(Workload(**settings), phases)
+        phase_times.run_benchmark(Workload(**settings), phases)
     assert "\n" not in str(error.value)
 
 
