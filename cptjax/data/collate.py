@@ -1,4 +1,4 @@
-"""Encoded conversations -> rows of fixed shapes: padded or packed text, images packed in window order."""
+"""Collate encoded conversations into rows of fixed shapes, with their images in window order."""
 
 import dataclasses
 import functools
@@ -33,12 +33,12 @@ class Media:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedConversation:
-    """One conversation, ready to be put into a row."""
+    """One conversation as arrays, ready to be placed in a row."""
 
     tokens: np.ndarray  # [T]
     types: np.ndarray  # [T] 0 text, 1 image, 2 video
     positions: np.ndarray  # [3 T]
-    loss_mask: np.ndarray  # [T] what the assistant writes, the end of each of its turns included
+    loss_mask: np.ndarray  # [T] True for the assistant's tokens, including the end of each turn
     media: tuple[Media, ...]  # in order of appearance
     cfg: ModelConfig
 
@@ -48,7 +48,7 @@ class EncodedConversation:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """What the compiler sees of a batch; every size is one of a few."""
+    """The shape of a batch, for which programs are compiled; each size takes only a few values."""
 
     rows: int
     length: int
@@ -66,7 +66,8 @@ def smallest_bucket(n: int, sizes: Sequence[int]) -> int:
     fitting = [size for size in sizes if size >= n]
     if not fitting:
         raise ValueError(
-            f"a row of {n} tokens is longer than the largest bucket of {max(sizes)}; raise data.prompt_limit"
+            f"a row of {n} tokens is longer than the largest bucket of {max(sizes)}; "
+            "raise data.prompt_limit"
         )
     return min(fitting)
 
@@ -74,7 +75,7 @@ def smallest_bucket(n: int, sizes: Sequence[int]) -> int:
 def round_up_size(n: int) -> int:
     """Return the smallest 2^k or 3 * 2^k that holds n.
 
-    At most half is padding, and below N there are 2 log2 N sizes.
+    At most half of a size is padding, and there are only 2 log2 N sizes below N.
     """
     power = 1 << max(n - 1, 0).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
@@ -82,7 +83,7 @@ def round_up_size(n: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def max_image_slots(cfg: ModelConfig, max_pixels: int) -> int:
-    """Return the most slots of the vision tower that an image of so many pixels takes, with sides up to 4 : 1."""
+    """Return the most vision slots that an image of `max_pixels` takes, with sides up to 4 : 1."""
     v = cfg.vision
     units = max(max_pixels // (v.patch * v.merge) ** 2, 1)
     sides = range(max(1, math.isqrt(units) // 2), math.isqrt(units) + 1)
@@ -90,7 +91,7 @@ def max_image_slots(cfg: ModelConfig, max_pixels: int) -> int:
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """Return (bin, offset) of each size; the largest are placed first, each in the first bin with room."""
+    """Return the (bin, offset) of each size by first-fit decreasing bin packing."""
     filled: list[int] = []
     places = [(0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -119,7 +120,7 @@ PlacedFrames = dict[tuple[bytes, int], _PlacedFrame]  # by key of the image and 
 def _unique_frames(
     shard: Sequence[EncodedConversation],
 ) -> list[tuple[bytes, Media, int, FrameLayout]]:
-    """Every frame of a shard once, however often its image appears."""
+    """Return every frame of a shard once, even if its image appears several times."""
     unique = {m.key: (m, e.cfg.vision) for e in shard for m in e.media}
     return [
         (key, m, t, frame_layout(*m.grid[1:], cfg))
@@ -131,11 +132,14 @@ def _unique_frames(
 def fit_vision_rows(shards: Sequence[Sequence[int]], most: int) -> tuple[int, int]:
     """Return (size of a vision row, vision rows) that hold frames of these sizes.
 
-    `most` is the size of the largest image allowed. The result is one row of any size up to that image's, else
-    several rows of its size or of the next smaller one, whichever pads less: a batch of many small images has the
-    shape of one of few large images.
+    `most` is the size of the largest image allowed. If one row of at most that size is enough, the
+    result is one row. Otherwise it is several rows of that size or of the next smaller one,
+    whichever pads less. So a batch of many small images has the same shape as a batch of a few
+    large images.
 
-        most 96 (sizes ... 48 64 96)    8 frames of 11 -> 1 x 96      8 of 16 -> 2 x 64      3 of 81 -> 3 x 96
+        most = 96 (row sizes ... 48 64 96)      8 frames of 11    1 row of 96
+                                                8 frames of 16    2 rows of 64
+                                                3 frames of 81    3 rows of 96
     """
     largest = max(max(s, default=0) for s in shards)
     total = round_up_size(max(map(sum, shards)))
@@ -194,7 +198,7 @@ def _fill_vision(placed: Sequence[PlacedFrames], shape: BatchShape, cfg: ModelCo
 
 
 def _feature_slots(e: EncodedConversation, placed: PlacedFrames, patches: int) -> np.ndarray:
-    """Return the merged feature of the shard that each token takes [T]; -1 for text."""
+    """Return the number [T] of the vision feature that each token takes; -1 for text."""
     slots = np.full(len(e), -1, np.int32)
     area = e.cfg.vision.merge**2
     frames = [placed[m.key, t] for m in e.media for t in range(m.grid[0])]
@@ -207,7 +211,7 @@ def _feature_slots(e: EncodedConversation, placed: PlacedFrames, patches: int) -
 
 @dataclasses.dataclass(frozen=True)
 class _Placement:
-    """Where a conversation goes."""
+    """The position of a conversation in the batch."""
 
     shard: int
     row: int  # within the shard
@@ -225,7 +229,8 @@ def _place_rows(
 ) -> tuple[list[_Placement], int]:
     """Return the placement of each conversation and the rows of a shard.
 
-    Plain rows: each shard takes a contiguous block of the batch. Packed rows are dealt to the shards in turn.
+    Without packing, each shard takes a contiguous block of the batch. Packed rows are assigned to
+    the shards in turn.
     """
     if not pack:
         shard_rows = rows // shards or -(-len(encoded) // shards)
@@ -279,9 +284,11 @@ def collate_rows(
 ) -> tuple[Prompts, np.ndarray]:
     """Return (Prompts of numpy arrays, loss mask [B T]).
 
-    pack: put several conversations into a row, for SFT; else one, padded on `side`.
-    rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards (packed: `round_up_size`).
-    agree: where several processes build one batch, maps this process's shape to one that holds all of them.
+    pack: put several conversations into a row, for SFT; otherwise one, padded on `side`.
+    rows: pad the batch with empty rows to this number; 0 = to a multiple of the shards, or with
+        `pack` to `round_up_size` rows per shard.
+    agree: if several processes build one batch, a function from this process's shape to one that
+        holds the shapes of all processes.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side: expected left or right, got {side!r}")
@@ -295,7 +302,8 @@ def collate_rows(
     too_few = any(p.shard >= shards or p.row >= shard_rows for p in placements)
     if rows % shards or too_few:
         raise ValueError(
-            f"rows={rows}; expected a multiple of the {shards} shards, with room for {len(encoded)} conversations"
+            f"rows={rows}; expected a multiple of the {shards} shards, with room for "
+            f"{len(encoded)} conversations"
         )
     by_shard: list[list[EncodedConversation]] = [[] for _ in range(shards)]
     for e, p in zip(encoded, placements, strict=True):
@@ -313,7 +321,7 @@ def collate_rows(
 
 
 def widest_shape(shapes: Sequence[BatchShape]) -> BatchShape:
-    """Return the shape that holds all of these."""
+    """Return the smallest shape that holds all of `shapes`."""
     return BatchShape(
         *(max(getattr(s, f.name) for s in shapes) for f in dataclasses.fields(BatchShape))
     )

@@ -1,4 +1,4 @@
-"""A conversation's messages without media, as chat templates take them, and its images and videos in order."""
+"""Separate a conversation into messages for the chat template and its images and videos."""
 
 import dataclasses
 import re
@@ -9,7 +9,8 @@ from PIL import Image
 
 from cptjax.common.images import ImageSource, open_image
 
-# Only the template and the processor write these; in the text of a row they would be read as turns and images.
+# Only the template and the processor write these; in the text of a row they would be read as turns
+# and images.
 RESERVED_TOKENS = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad)\|>"
 )
@@ -29,7 +30,7 @@ class MediaSource:
 def separate_media(
     messages: Messages, fps: float
 ) -> tuple[list[dict[str, Any]], list[MediaSource]]:
-    """Return the messages with bare placeholders for media, and the media in order."""
+    """Return the messages with an empty placeholder for each image or video, and these in order."""
     bare: list[dict[str, Any]] = []
     media: list[MediaSource] = []
     for message in messages:
@@ -64,17 +65,18 @@ def separate_media(
 
 
 def refuse_reserved_tokens(text: str) -> str:
-    """Return a row's text; a token that only templates write is an error."""
+    """Return a row's text; raise a ValueError if it contains a reserved token."""
     token = RESERVED_TOKENS.search(text)
     if token:
         raise ValueError(
-            f"the text of a message contains {token[0]}, which only the processor writes; remove it from the row"
+            f"the text of a message contains {token[0]}, which only the processor writes; "
+            "remove it from the row"
         )
     return text
 
 
 def open_conversation_images(messages: Messages) -> list[dict[str, Any]]:
-    """Return the conversation with every image, and every frame of a list of frames, opened."""
+    """Return the conversation with its images opened, and the frames of videos given as lists."""
 
     def open_part(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] == "image":

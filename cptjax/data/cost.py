@@ -1,4 +1,4 @@
-"""The cost of work: generated tokens, tokens trained on, and floating-point operations by formula."""
+"""The cost of work: generated tokens, trained tokens, and FLOPs by formula."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ class WorkCost:
     rollouts: int = 0  # generated responses
     flops: float = 0.0
     seen: int = 0  # tokens read or generated
-    trained: int = 0  # tokens of prompts and responses, without padding; a prompt counts once whatever its responses
+    # Tokens of prompts and responses without padding; a prompt counts once for its whole group.
+    trained: int = 0
 
     def __add__(self, other: "WorkCost") -> "WorkCost":
         return WorkCost(
@@ -36,7 +37,7 @@ class WorkCost:
 
 
 def conversation_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:
-    """Return the FLOPs of a conversation's forward pass; its gradient costs twice as much on top."""
+    """Return the FLOPs of a conversation's forward pass; the backward pass costs twice as much."""
     targets = int(encoded.loss_mask.sum())
     return flops.text_forward_flops(cfg, 1, len(encoded), targets) + image_flops(cfg, encoded)
 

@@ -1,4 +1,4 @@
-"""The data section of a config as one frozen value."""
+"""The `data` section of a config as a frozen dataclass."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The tasks and rows that a run reads, each split loaded and checked once."""
+"""Load the tasks and splits of a run, each once, and check their rows."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ class Datasets:
     _examples: dict[SplitSpec, CheckedRows] = dataclasses.field(default_factory=dict)
 
     def prompted_task(self, name: str, config: ConfigDict, template: str = "") -> PromptedTask:
-        """Return a task under the template and the reward weights of a stage or of the evaluation."""
+        """Return a task with the template and the reward weights of a stage or the evaluation."""
         template = template or config.data.template
         key = (name, template, tuple(config.rewards.items()))
         if key not in self._prompted:
@@ -60,8 +60,8 @@ class Datasets:
         examples = row_checks.load_split(self.config, spec, prompted.task)
         if not len(examples) and not getattr(examples, "bad", ()):
             raise ValueError(f"task {spec.task}: its {spec.split} split has no rows")
-        # The user's files may change between two starts. Public datasets do not, and reading all
-        # their rows takes long.
+        # The user's files may change between two starts of the run. Public datasets do not, and
+        # reading all their rows takes a long time.
         read = self._read_or_check if isinstance(examples, Examples) else self._check
         checks = read(spec, prompted, examples)
         allowed = spec.allowed_bad_rows
@@ -79,9 +79,7 @@ class Datasets:
     def _read_or_check(
         self, spec: SplitSpec, prompted: PromptedTask, examples: Sequence[Example]
     ) -> RowChecks:
-        """Return the checks that an earlier start of this run recorded, or check the rows and
-        record the result.
-        """
+        """Return the recorded checks of an earlier start of this run; else check and record."""
         key = repr(row_checks.split_key(self.config, dataclasses.replace(spec, allowed_bad_rows=0)))
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         path = self.workdir / "rows" / f"{spec.task}_{spec.split}_{digest}.json"

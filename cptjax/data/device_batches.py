@@ -1,4 +1,4 @@
-"""Encoded conversations and sampled responses -> batches on the mesh, of few shapes."""
+"""Build batches on the mesh from encoded conversations or sampled responses, in few shapes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,17 +29,20 @@ def batch_slices(n: int, size: int) -> list[slice]:
 def micro_batch_layout(rows: int, micro: int, shards: int, fill: bool) -> tuple[int, int]:
     """Return (rows of a device pass, passes of an update), over all processes.
 
-    fill: pad a pass that the shards do not divide with empty rows, which sums and counts ignore; else refuse it.
+    fill: if the shards do not divide a pass, pad it with empty rows, which sums and counts ignore;
+        otherwise raise a ValueError.
     """
     micro = min(micro or rows, rows)
     if rows % micro:
         raise ValueError(
-            f"a batch of {rows} rows can not be cut into micro-batches of {micro}; train.micro_batch must divide it"
+            f"a batch of {rows} rows can not be cut into micro-batches of {micro}; "
+            "train.micro_batch must divide it"
         )
     if micro % shards and not fill:
         raise ValueError(
-            f"a device pass has {micro} prompts (train.micro_batch, or train.batch / method.updates_per_batch); "
-            f"config.mesh cuts it into {shards} shards (data x fsdp), so it must be a multiple of {shards}"
+            f"a device pass has {micro} prompts (train.micro_batch, or train.batch / "
+            f"method.updates_per_batch); config.mesh cuts it into {shards} shards (data x fsdp), "
+            f"so it must be a multiple of {shards}"
         )
     return -(-micro // shards) * shards, rows // micro
 
@@ -57,7 +60,10 @@ def conversation_batch(
     rows: int,
     pack: bool = False,
 ) -> Batch:
-    """Return conversations whose assistant turns are trained on; `pack` puts several into a row."""
+    """Return a batch that trains on the assistant turns of conversations.
+
+    `pack` puts several conversations into a row.
+    """
     prompts, mask = collate_rows(
         list(encoded),
         buckets=model_ctx.buckets,
@@ -89,12 +95,15 @@ def conversation_batch(
 
 
 def target_buckets(length: int) -> list[int]:
-    """Return the buckets of targets in rows of `length` tokens; few, as only the unembedding's cost depends on them."""
+    """Return the buckets for the number of targets in rows of `length` tokens.
+
+    There are only three: the buckets affect nothing but the cost of the unembedding.
+    """
     return sorted({max(length >> k, min(length, MIN_RESPONSE_BUCKET)) for k in (0, 2, 4)})
 
 
 def response_bucket(mask: np.ndarray, longest: int) -> int:
-    """Return the bucket that holds the longest of these responses."""
+    """Return the bucket that holds the longest response of the mask, over all processes."""
     return smallest_bucket(
         max_over_processes(max(1, int(mask.sum(1).max()))),
         length_buckets(longest, MIN_RESPONSE_BUCKET),
@@ -110,7 +119,10 @@ def group_batch(
     length: int,
     extra: dict[str, Any],
 ) -> Batch:
-    """Return Q prompts on the mesh with their Q * G responses; token arrays, those of `extra` too, are cut to `length`."""
+    """Return Q prompts on the mesh with their Q * G responses.
+
+    The token arrays, including those of `extra`, are cut to `length`.
+    """
 
     def cut(x: Any) -> np.ndarray:
         return np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)

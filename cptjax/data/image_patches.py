@@ -1,4 +1,4 @@
-"""Images -> patches in the order of Hugging Face's processor, equal to its PIL back end, without torch."""
+"""Cut images into patches exactly as Hugging Face's processor with Pillow does, without torch."""
 
 import functools
 import math
@@ -11,14 +11,15 @@ from cptjax.common.images import Grid, ImageSettings
 
 
 def count_image_tokens(grid: Grid, merge: int) -> int:
-    """Return the number of tokens of an image or a video."""
+    """Return the number of tokens that an image or a video takes."""
     return math.prod(grid) // merge**2
 
 
 def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[np.ndarray, Grid]:
-    """Return RGB frames of one size as patches of bytes [t * h * w, channels * temporal * patch * patch], and their grid.
+    """Resize RGB frames of one size, and return them as patches of bytes with their grid.
 
-    A still image is one frame repeated `temporal` times; the last frame of a video is repeated to fill its patches.
+    The patches are [t * h * w, channels * temporal * patch * patch]. A still image is one frame
+    repeated `temporal` times; the last frame of a video is repeated to fill its patches.
     """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
@@ -40,7 +41,7 @@ def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[n
 def normalise_patches(patches: np.ndarray, pixels: ImageSettings) -> np.ndarray:
     """Return patches of bytes as float32, with the rounding of transformers.
 
-    A table of the 256 values of each channel takes a fraction of the time of computing every value.
+    Looking each byte up in a table of 256 values per channel is much faster than computing it.
     """
     tables = _normalised_levels(pixels)
     channels = np.split(patches, len(tables), 1)

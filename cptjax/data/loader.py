@@ -1,13 +1,14 @@
-"""The batches of a stage: rows are read, decoded and encoded ahead of the step that needs them.
+"""Prefetch the batches of a stage: rows are read, decoded and encoded before they are needed.
 
-The order is a function of (seed, stage, position), see `mixture.py`. Any number of worker processes gives the same
-batches.
+The order is a function of (seed, stage, position); see `mixture.py`. Any number of worker processes
+gives the same batches.
 
-Grain maps and prefetches the batches; the order and the worker pool are not grain's. Its shuffle and mix give no exact
-shares over epochs and replay. Its `mp_prefetch` with two workers reads 90 to 160 rows/s of 448 x 448 JPEGs (the pool
-185) and 700 to 1040 small rows/s (the pool 1020), for 1.3 to 2 times the CPU time of this process. It also needs parsed
-absl flags, does not name the row at which a worker dies, waits forever for a row that does not pickle, and closes in
-25 s per worker when rows are not arrays.
+Grain maps and prefetches the batches, but the order and the worker pool are our own. Grain's
+shuffle and mix do not give exact shares over epochs and replay. Its `mp_prefetch` with two workers
+reads 90 to 160 rows/s of 448 x 448 JPEGs (our pool 185) and 700 to 1040 small rows/s (our pool
+1020), and takes 1.3 to 2 times as much CPU time of this process. It also needs parsed absl flags,
+does not name the row at which a worker dies, waits forever for a row that does not pickle, and
+takes 25 s per worker to close when rows are not arrays.
 """
 
 import concurrent.futures
@@ -29,7 +30,8 @@ import grain
 from cptjax.data.mixture import Mixture, RowRef
 from cptjax.types import Example
 
-# Rows that a worker takes at a time; with 8, workers idle at the end of a batch (110 rows/s, not 180).
+# Rows that a worker takes at a time; with 8, workers idle at the end of a batch (110 rows/s
+# instead of 180).
 ROWS_PER_TASK = 2
 ROW_NAME_BYTES = 160  # bytes kept of the name of the row that a worker is busy with
 ROW_CACHE_BYTES = 1 << 29
@@ -39,10 +41,11 @@ PrepareRow = Callable[[Example, int], Any]  # (example, its index in its list) -
 
 
 class BatchStream:
-    """An endless iterator over a stage's batches from `step` on, read ahead in threads or processes.
+    """An endless iterator over a stage's batches from `step` on, prefetched by threads or workers.
 
-    `prepare` turns an example and its index into anything that pickles, `collate` turns a list of these into a batch;
-    both must be functions of their arguments alone. `waited` is how many seconds the caller has waited for batches.
+    `prepare` turns an example and its index into any picklable value, and `collate` turns a list of
+    these values into a batch. Both must depend on nothing but their arguments. `waited` is the
+    number of seconds that the caller has waited for batches.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class BatchStream:
         sizes = tuple(map(len, sources))
         if sizes != mixture.sizes + mixture.replay:
             raise ValueError(
-                f"the mixture is of lists of {mixture.sizes + mixture.replay} examples, got lists of {sizes}"
+                f"the mixture is of lists of {mixture.sizes + mixture.replay} examples, "
+                f"got lists of {sizes}"
             )
         self.step, self.waited = step, 0.0
         self._reader = (
@@ -72,11 +76,12 @@ class BatchStream:
             .map(self._reader)
             .map(collate)
         )
-        # One thread where rows are prepared in this process: a second thread would compete for the interpreter lock.
-        threads = grain.ReadOptions(
+        # Rows that are prepared in this process use one thread: a second one would only compete for
+        # the interpreter lock.
+        options = grain.ReadOptions(
             num_threads=min(prefetch, prefetch if workers else 1), prefetch_buffer_size=prefetch
         )
-        self._batches = iter(batches.to_iter_dataset(threads))
+        self._batches = iter(batches.to_iter_dataset(options))
         self._batches.start_prefetch()
 
     def __iter__(self) -> Iterator[Any]:
@@ -90,7 +95,7 @@ class BatchStream:
         return batch
 
     def close(self) -> None:
-        """Stop reading ahead and end the worker processes."""
+        """Stop prefetching and end the worker processes."""
         self._batches.close()
         self._reader.close()
 
@@ -102,7 +107,10 @@ class BatchStream:
 
 
 class RowCache:
-    """Keeps prepared rows if all of them fit into `max_bytes`, judged by the first row."""
+    """A cache of prepared rows, used only if all rows fit into `max_bytes`.
+
+    The size of the first row times the number of rows is the estimate.
+    """
 
     def __init__(self, rows: int, max_bytes: int = ROW_CACHE_BYTES):
         self.rows, self.max_bytes = rows, max_bytes
@@ -110,7 +118,7 @@ class RowCache:
         self.fits: bool | None = None  # unknown before the first row
 
     def get(self, keys: Sequence[Hashable], make: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """Return the values of keys; the missing ones are made in one call."""
+        """Return the values of `keys`; one call of `make` computes those that are missing."""
         missing = [key for key in dict.fromkeys(keys) if key not in self.values]
         made = dict(zip(missing, make(missing), strict=True)) if missing else {}
         if missing and self.fits is None:
@@ -124,7 +132,10 @@ class RowCache:
 def open_reader(
     sources: Sources, prepare: PrepareRow, workers: int = 0
 ) -> Iterator[Callable[[Sequence[RowRef]], list[Any]]]:
-    """A function that prepares rows, in this process or in worker processes that live as long as the context."""
+    """Yield a function that prepares rows, in this process or in worker processes.
+
+    The workers end with the context.
+    """
     if not workers:
         yield lambda refs: [prepare_row(sources, prepare, ref) for ref in refs]
         return
@@ -135,7 +146,10 @@ def open_reader(
 def prefetch_map(
     make: Callable[[Any], Any], batches: Sequence[Any], prefetch: int = 1
 ) -> Iterator[Any]:
-    """Yield `make(batch)` in order; a thread makes the next `prefetch` of them while the caller works."""
+    """Yield `make(batch)` of each batch in order.
+
+    A thread computes the next `prefetch` results while the caller uses the current one.
+    """
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     made = iter(grain.MapDataset.source(batches).map(make).to_iter_dataset(options))
     try:
@@ -145,7 +159,7 @@ def prefetch_map(
 
 
 class LocalReader:
-    """Prepares rows in this process, and keeps them if they fit."""
+    """Prepares rows in this process, and caches them if all of them fit."""
 
     def __init__(self, sources: Sources, prepare: PrepareRow):
         self.sources, self.prepare = sources, prepare
@@ -202,12 +216,12 @@ class _WorkerPool:
             return [value for values in self.pool.map(_prepare_rows, chunks) for value in values]
         except BrokenProcessPool:
             raise OSError(
-                f"a data worker died (out of memory, or a crash in a decoder) at {self.current_rows()}; "
-                "lower data.workers or look at that row"
+                "a data worker died (out of memory, or a crash in a decoder) at "
+                f"{self.current_rows()}; lower data.workers or look at that row"
             ) from None
 
     def current_rows(self) -> str:
-        """The names of the rows that the workers are busy with."""
+        """Return the names of the rows that the workers are busy with."""
         names = [
             self.row_names[i * ROW_NAME_BYTES : (i + 1) * ROW_NAME_BYTES]
             .rstrip(b"\0")
@@ -224,7 +238,10 @@ _prepare: Callable[[RowRef], Any]  # of a worker process, set once by _start_wor
 
 
 def _start_worker(job: bytes, started: Any, row_names: Any) -> None:
-    """Set up a worker: it never uses an accelerator, leaves Ctrl-C to its parent, and exits with its parent."""
+    """Set up a worker process.
+
+    A worker never uses an accelerator, ignores Ctrl-C, and exits when its parent process does.
+    """
     global _prepare
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -1,14 +1,15 @@
 """The order of a stage's rows: shuffled, mixed by weights, with replayed rows of earlier stages.
 
-The order is endless and follows from (seed, stage, position) alone. Every position can be computed without the
-positions before it, so the state of a stage's data is one integer, the step:
+The order is endless and depends only on (seed, stage, position). The row at a position is computed
+without the rows before it, so the state of a stage's data is one integer, the step:
 
     position n = step * batch + row      0 1 2 3 | 4 5 6 7 | ...     batch = 4
-    process                              0 0 1 1 | 0 0 1 1 | ...     two processes, each reads a block of every batch
-    component                            a a a r | a a a r | ...     replay fraction 1/4: exact after any number of rows
+    process                              0 0 1 1 | 0 0 1 1 | ...     each reads a block of a batch
+    component                            a a a r | a a a r | ...     replay fraction 1/4, exact
+                                                                     after any number of rows
 
-A component is one or several example lists that are shuffled together, epoch after epoch: no example repeats within
-an epoch.
+A component is one or more lists of examples that are shuffled together, in a new order each epoch:
+no example repeats within an epoch.
 """
 
 import dataclasses
@@ -32,7 +33,10 @@ class RowRef:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Maps every position of a stage to a row; replayed lists are numbered after the stage's own lists."""
+    """Maps every position of a stage to a row.
+
+    The lists are numbered: first the stage's own lists, then those that it replays.
+    """
 
     sizes: tuple[int, ...]  # examples of each of the stage's own lists
     batch: int  # rows of a step, over all processes
@@ -45,15 +49,18 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes + self.replay) < 1:
             raise ValueError(
-                f"a stage needs example lists with at least one row each, got sizes {self.sizes + self.replay}"
+                "a stage needs example lists with at least one row each, got sizes "
+                f"{self.sizes + self.replay}"
             )
         if self.weights and (len(self.weights) != len(self.sizes) or min(self.weights) <= 0):
             raise ValueError(
-                f"data.weights: expected {len(self.sizes)} numbers > 0, one per task of the stage, got {self.weights}"
+                f"data.weights: expected {len(self.sizes)} numbers > 0, one per task of the stage, "
+                f"got {self.weights}"
             )
         if self.batch < 1 or not 0 <= self.fraction < 1:
             raise ValueError(
-                f"expected train.batch >= 1 and 0 <= method.replay.fraction < 1, got {self.batch} and {self.fraction}"
+                "expected train.batch >= 1 and 0 <= method.replay.fraction < 1, "
+                f"got {self.batch} and {self.fraction}"
             )
 
     @property
@@ -63,7 +70,7 @@ class Mixture:
 
     @cached_property
     def components(self) -> tuple["Component", ...]:
-        """The lists that are shuffled together, each group with its share of all rows; replay comes first."""
+        """The groups of lists that are shuffled together; replayed lists are the first group."""
         own_lists = range(len(self.sizes))
         groups = [(list(own_lists), Fraction(1))]
         if self.weights:
@@ -86,7 +93,10 @@ class Mixture:
 
     @cached_property
     def remaining_shares(self) -> tuple[Fraction, ...]:
-        """Each component's share of the rows that the components before it leave; the last component takes the rest."""
+        """The share that each component takes of the rows that the components before it leave.
+
+        The last component takes the rest and has no entry.
+        """
         shares = [component.share for component in self.components]
         return tuple(share / sum(shares[i:]) for i, share in enumerate(shares[:-1]))
 
@@ -103,15 +113,15 @@ class Mixture:
         index, count = shard
         if self.batch % count or not 0 <= index < count:
             raise ValueError(
-                f"train.batch={self.batch} cannot be cut into {count} equal blocks for the processes; "
-                "change train.batch"
+                f"train.batch={self.batch} cannot be cut into {count} equal blocks for the "
+                "processes; change train.batch"
             )
         rows = self.batch // count
         start = step * self.batch + index * rows
         return [self.row_at(n) for n in range(start, start + rows)]
 
     def steps(self, epochs: float) -> int:
-        """Return the steps of a number of passes over the stage's own rows."""
+        """Return the number of steps that `epochs` passes over the stage's own rows take."""
         return math.ceil(_exact_fraction(epochs) * sum(self.sizes) / (self.batch * self.own_share))
 
 
@@ -138,7 +148,7 @@ class Component:
 
 
 def component_at(n: int, remaining_shares: Sequence[Fraction]) -> tuple[int, int]:
-    """Return the component of position n and how many of its rows come before."""
+    """Return the component of position n, and how many of its rows are before that position."""
     for component, share in enumerate(remaining_shares):
         before = n * share.numerator // share.denominator
         if (n + 1) * share.numerator // share.denominator > before:
@@ -157,5 +167,5 @@ def component_counts(n: int, remaining_shares: Sequence[Fraction]) -> list[int]:
 
 
 def _exact_fraction(x: float) -> Fraction:
-    """The fraction that the user meant: 0.1 is one tenth, not the nearest binary number."""
+    """Return the fraction that the user meant: 0.1 is one tenth, not the nearest binary number."""
     return Fraction(x).limit_denominator(1_000_000)

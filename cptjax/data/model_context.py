@@ -1,4 +1,4 @@
-"""What every stage and evaluation shares of a model: its config, processor, mesh and row lengths."""
+"""The context of a model that stages and evaluations share: config, processor, mesh, buckets."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from cptjax.types import Prompts
 
 @dataclasses.dataclass(frozen=True)
 class ModelContext:
-    """Everything about a model but its parameters, which are passed separately."""
+    """Everything about a model except its parameters, which are passed separately."""
 
     cfg: ModelConfig
     processor: Processor
@@ -34,7 +34,7 @@ class ModelContext:
         return sharding.batch_shards(self.mesh) // jax.process_count()
 
     def with_longer_rows(self, added: int) -> "ModelContext":
-        """Return the context for rows that may be `added` tokens longer than prompts."""
+        """Return a context for rows that may be `added` tokens longer than prompts."""
         if not added:
             return self
         longest = max(self.buckets)
@@ -54,7 +54,7 @@ class ModelContext:
 
 
 def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]) -> ModelContext:
-    """Build the context of the model of `config.model` on the mesh of `config.mesh`; no parameters."""
+    """Build the context of the model of `config.model` on the mesh of `config.mesh`."""
     for name in ("param_dtype", "compute_dtype"):
         if settings[name] not in MODEL_DTYPES:
             raise ValueError(
@@ -68,7 +68,7 @@ def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]
 
 
 def gather_batch_shape(shape: BatchShape) -> BatchShape:
-    """Return the shape that holds every process's part of a batch."""
+    """Return a shape that holds every process's part of a batch."""
     return widest_shape(distributed.gather_objects(shape))
 
 

@@ -20,17 +20,17 @@ from cptjax.models.config import ModelConfig, locate_checkpoint
 from cptjax.models.positions import mrope
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-# The odd pieces of a split are what the assistant writes, up to the end of its turn.
+# The odd pieces of a split are the assistant's responses, each with the end of its turn.
 ASSISTANT_TURN = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)
 MAX_CACHED_LAYOUTS = 512
 
-# An image or a video: its kind, its grid, and the seconds from one frame pair of a video to the next.
+# The kind of an image or video, its grid, and the seconds between two frame pairs of a video.
 MediaGrid = tuple[str, Grid, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """A conversation's tokens and their positions: everything but its pixels."""
+    """A conversation's tokens and their positions: everything except its pixels."""
 
     tokens: np.ndarray
     types: np.ndarray
@@ -47,7 +47,7 @@ class Processor:
     cfg: ModelConfig
     pixels: ImageSettings
     source: Path | None = None
-    fps: float = video.DEFAULT_FPS  # frames used of a second of video
+    fps: float = video.DEFAULT_FPS  # frames used per second of video
 
     @property
     def min_pixels(self) -> int:
@@ -60,7 +60,8 @@ class Processor:
     def render(self, messages: Messages, generation: bool | None = None) -> str:
         """Write the conversation with the chat template.
 
-        generation: end with the start of an assistant turn; None = unless the assistant has the last turn.
+        generation: end with the start of an assistant turn; None = only if the last turn is not the
+            assistant's.
         """
         generation = messages[-1]["role"] != "assistant" if generation is None else generation
         try:
@@ -75,7 +76,7 @@ class Processor:
             raise ValueError(f"the chat template cannot render this conversation: {reason}") from e
 
     def render_text(self, messages: Messages) -> str:
-        """Write a conversation with bare placeholders for its images and videos."""
+        """Write a conversation with one placeholder for each of its images and videos."""
         return self.render(separate_media(messages, self.fps)[0])
 
     def encode(
@@ -86,10 +87,10 @@ class Processor:
         limit: int | None = None,
         media: Sequence[Media] | None = None,
     ) -> EncodedConversation:
-        """Encode a conversation: tokens, positions, loss mask, and the patches of its images and videos.
+        """Encode a conversation: tokens, positions, loss mask, patches of its images and videos.
 
-        limit: tokens; a longer conversation is an error.
-        media: the conversation's images and videos where they are open already; None = open them.
+        limit: the most tokens allowed; a longer conversation raises a ValueError.
+        media: the conversation's images and videos if they are already open; None = open them.
         """
         bare, sources = separate_media(messages, self.fps)
         media = tuple(map(self._open, sources)) if media is None else tuple(media)
@@ -103,7 +104,7 @@ class Processor:
     def append_response(
         self, prompt: EncodedConversation, text: str, limit: int | None = None
     ) -> EncodedConversation:
-        """Return what `encode` returns for the prompt and its response, without opening images again."""
+        """Return what `encode` returns for the prompt and its response, and open no image again."""
         ending, after_turn = self._turn_ending
         response = self.ids(refuse_reserved_tokens(text) + ending)
         added = response + self.ids(after_turn)
@@ -122,7 +123,7 @@ class Processor:
 
     @functools.cached_property
     def _turn_ending(self) -> tuple[str, str]:
-        """What the chat template writes at the end of a response, and after it."""
+        """The texts that the chat template writes at the end of a response and after it."""
         turn = self.render(
             [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
             generation=False,
@@ -133,18 +134,21 @@ class Processor:
     def measure(
         self, messages: Messages, *, generation: bool | None = None
     ) -> tuple[int, list[Grid]]:
-        """Return the number of tokens and the grid of each image and video, from file headers alone."""
+        """Return the number of tokens and the grids of all images and videos, from file headers."""
         bare, sources = separate_media(messages, self.fps)
         grids = [(source.kind, *self._probe(source)) for source in sources]
         layout = self._cached_layout(bare, generation, grids)
         return len(layout.tokens), [grid for _, grid, _ in grids]
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of plain text."""
+        """Return the tokens of plain text."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def prefix_ids(self, text: str) -> list[int]:
-        """The tokens of a text that continues: those that begin within it when another word follows."""
+        """Return the tokens of a text that continues.
+
+        They are the tokens that begin within the text when another word follows it.
+        """
         encoding = self.tokenizer.backend_tokenizer.encode(f"{text} x", add_special_tokens=False)
         return [
             token
@@ -170,7 +174,10 @@ class Processor:
     def _cached_layout(
         self, bare: Messages, generation: bool | None, grids: list[MediaGrid]
     ) -> TokenLayout:
-        """Return the layout of a conversation; many rows of a task have the same prompt and image size."""
+        """Return the layout of a conversation from a cache.
+
+        Many rows of a task have the same prompt and image size.
+        """
         key = repr((bare, generation, grids))
         layout = self._layouts.get(key)
         if layout is None:
@@ -191,9 +198,11 @@ class Processor:
         turns = sum(m["role"] == "assistant" for m in bare)
         if len(pieces) // 2 != turns:
             raise ValueError(
-                f"the chat template wrote {len(pieces) // 2} ChatML assistant turns for {turns}; use a ChatML template"
+                f"the chat template wrote {len(pieces) // 2} ChatML assistant turns for {turns}; "
+                "use a ChatML template"
             )
-        # A response is tokenised apart from its prompt, as when it is sampled: no token spans the two.
+        # A response is tokenised separately from its prompt, so that no token spans the two, as in
+        # a sampled response.
         ids = [self.ids(piece) for piece in pieces]
         tokens = np.array([token for piece in ids for token in piece], np.int32)
         mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(piece) for piece in ids])
@@ -203,10 +212,12 @@ class Processor:
         if written != [kind for kind, _, _ in grids]:
             counts = collections.Counter(written)
             raise ValueError(
-                f"the chat template wrote placeholders for {counts['image']} images and {counts['video']} videos; "
-                f"the conversation has {len(grids)} images and videos in another order or number"
+                f"the chat template wrote placeholders for {counts['image']} images and "
+                f"{counts['video']} videos; the conversation has {len(grids)} images and videos in "
+                "another order or number"
             )
-        # A placeholder becomes as many tokens as its image has merged patches; nothing else in the package does this.
+        # A placeholder becomes as many tokens as its image has merged patches; this is the only
+        # place that expands placeholders.
         repeats = np.ones(len(tokens), np.int64)
         repeats[types > 0] = [
             image_patches.count_image_tokens(grid, self.pixels.merge) for _, grid, _ in grids
@@ -219,7 +230,7 @@ class Processor:
         return TokenLayout(tokens, types, positions, mask)
 
     def _probe(self, source: MediaSource) -> tuple[Grid, float]:
-        """Return the grid, and the seconds from one frame pair to the next, without decoding."""
+        """Return the grid, and the seconds between two frame pairs, without decoding."""
         if source.kind == "image":
             return self.pixels.grid(*images.image_size(source.source)), 0.0
         clip = video.probe_video(source.source, source.fps, self.pixels.temporal)
@@ -240,8 +251,8 @@ def _check_prompt_limit(n: int, media: Sequence[Media], merge: int, limit: int |
     if limit is not None and n > limit:
         image_tokens = sum(image_patches.count_image_tokens(m.grid, merge) for m in media)
         raise ValueError(
-            f"a prompt of {n} tokens ({image_tokens} of them for {len(media)} images) is over the limit of {limit}; "
-            "raise data.prompt_limit or lower model.max_pixels"
+            f"a prompt of {n} tokens ({image_tokens} of them for {len(media)} images) is over the "
+            f"limit of {limit}; raise data.prompt_limit or lower model.max_pixels"
         )
 
 
@@ -251,7 +262,10 @@ def load_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Processor:
-    """Load the processor of a Hugging Face checkpoint (folder or hub id); None = the package's own small one."""
+    """Load the processor of a Hugging Face checkpoint, a folder or a hub id.
+
+    None is the package's own small processor.
+    """
     source = None if folder is None else locate_checkpoint(folder)
     pixels = processor_files.read_image_settings(source, cfg, min_pixels, max_pixels)
     if source is None:
@@ -265,9 +279,10 @@ def load_processor(
         except (OSError, ValueError, KeyError, ImportError, AttributeError) as e:
             reason = str(e).splitlines()[0][:120]
             raise ValueError(
-                f"{source} has no tokenizer that can be read ({reason}); copy the tokenizer files there"
+                f"{source} has no tokenizer that can be read ({reason}); "
+                "copy the tokenizer files there"
             ) from e
-        tokenizer.backend_tokenizer.no_truncation()  # which some tokenizer files ask for
+        tokenizer.backend_tokenizer.no_truncation()  # some tokenizer files turn these on
         tokenizer.backend_tokenizer.no_padding()
         template = processor_files.read_chat_template(source, tokenizer.chat_template)
     expected = {

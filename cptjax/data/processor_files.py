@@ -1,4 +1,4 @@
-"""The files of a checkpoint's processor: tokenizer, chat template and pixel limits, read, copied and written."""
+"""Read, copy and write a checkpoint's processor files: tokenizer, chat template, pixel limits."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def _read_json_file(path: Path) -> dict[str, Any]:
 
 
 def write_processor_files(folder: Path, pixels: ImageSettings, template: str) -> None:
-    """Write chat template and pixel limits over copied files."""
+    """Write the chat template and the pixel limits over copied files."""
     if not (folder / "chat_template.json").is_file():
         (folder / "chat_template.jinja").write_text(template)
     limits = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels}
@@ -69,7 +69,7 @@ def _hf_image_settings(pixels: ImageSettings) -> dict[str, Any]:
 
 
 def copy_processor_files(source: str | Path, folder: str | Path) -> None:
-    """Copy a checkpoint's tokenizer, template and processor files, those it has."""
+    """Copy those of the tokenizer, template and processor files that a checkpoint has."""
     for name in PROCESSOR_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(folder) / name)
@@ -78,7 +78,7 @@ def copy_processor_files(source: str | Path, folder: str | Path) -> None:
 def read_image_settings(
     folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
 ) -> ImageSettings:
-    """Return the image settings of a checkpoint, with the given pixel limits in place of its own."""
+    """Return the image settings of a checkpoint; given pixel limits replace its own."""
     v = cfg.vision
     sizes = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
     raw = {}
@@ -89,7 +89,8 @@ def read_image_settings(
     for name, expected in sizes.items():
         if raw.get(name, expected) != expected:
             raise ValueError(
-                f"preprocessor_config.json has {name}={raw[name]}; expected {expected} as in config.json"
+                f"preprocessor_config.json has {name}={raw[name]}; expected {expected} as in "
+                "config.json"
             )
     for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if raw.get(name) is False:
@@ -122,7 +123,10 @@ def read_image_settings(
 
 
 def read_chat_template(folder: Path, tokenizer_template: str | None) -> str:
-    """Return the processor's chat template, else the tokenizer's, which in released checkpoints has no images."""
+    """Return the processor's chat template, or the tokenizer's if there is none.
+
+    The processor's has priority: in released checkpoints the tokenizer's does not know images.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         template = path.read_text()
@@ -131,7 +135,7 @@ def read_chat_template(folder: Path, tokenizer_template: str | None) -> str:
         template = stored.get("chat_template") or tokenizer_template
     if not isinstance(template, str):
         raise ValueError(
-            f"{folder} has no chat template; expected chat_template.jinja, chat_template.json or one in "
-            "tokenizer_config.json"
+            f"{folder} has no chat template; expected chat_template.jinja, chat_template.json or "
+            "one in tokenizer_config.json"
         )
     return template

@@ -1,4 +1,4 @@
-"""Training examples as encoded prompts: alone, with the gold response, or with a demonstration."""
+"""Build and encode the prompts of examples: alone, with the gold response or a demonstration."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,10 @@ DEMONSTRATION_HINT = (
 
 
 def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[str, Any]]:
-    """Return the prompt followed by a demonstration, the gold response, and the request for an own response."""
+    """Return the prompt with the gold response as a demonstration.
+
+    It ends with a request to answer in the model's own words.
+    """
     if not example.target:
         raise ValueError(
             f"{example.id}: task {prompted.name} has no gold answers to demonstrate, which "
@@ -43,7 +46,7 @@ def demonstration_prompt(prompted: PromptedTask, example: Example) -> list[dict[
 
 
 def extra_demonstration_tokens(processor: Processor, max_new_tokens: int) -> int:
-    """Return how many tokens a demonstration may add to a prompt: a response and the text around it."""
+    """Return the most tokens that a demonstration adds: a response and the text around it."""
     return max_new_tokens + sum(len(processor.ids(part)) for part in DEMONSTRATION_HINT)
 
 
@@ -54,7 +57,7 @@ def make_example_encoder(
 
     with_gold: encode the gold response after the prompt.
     """
-    # A sandbox has processes of its own and does not pickle.
+    # A sandbox owns processes and does not pickle.
     sendable = {
         name: dataclasses.replace(prompted, sandbox=None)
         for name, prompted in prompted_tasks.items()

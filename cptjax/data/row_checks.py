@@ -26,9 +26,8 @@ from cptjax.tasks.task import Subset, Task, limit_rows
 from cptjax.types import Example
 
 PROMPTS_PER_SPLIT = 3  # rendered prompts in a split's report
-SYNTHETIC_ROWS_CHECKED = (
-    64  # synthetic rows are alike: if the first are good, the others are not checked
-)
+# Synthetic rows are alike: if the first ones are good, the others are not checked.
+SYNTHETIC_ROWS_CHECKED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,8 @@ class SplitSpec:
     split: str
     template: str
     with_gold: bool  # the gold response is part of the row
-    demonstration_tokens: (
-        int  # of the longest gold response that a teacher reads after the prompt; 0 = no teacher
-    )
+    # Of the longest gold response that a teacher reads after the prompt; 0 = no teacher.
+    demonstration_tokens: int
     limit: int | None
     root: str
     allowed_bad_rows: int
@@ -67,7 +65,7 @@ class RowChecks:
 class CheckedRows(Subset):
     """The good rows of a split, each with the token count that the check measured.
 
-    A row holds references to its images, or encoded images; the pixels that the check decoded are not kept.
+    A row holds references to its images, or the encoded images; the decoded pixels are not kept.
     """
 
     def __init__(self, examples: Sequence[Example], indices: Sequence[int], tokens: np.ndarray):
@@ -77,7 +75,7 @@ class CheckedRows(Subset):
 
 @dataclasses.dataclass(frozen=True)
 class SplitReport:
-    """What the pre-flight check finds in a split."""
+    """The results of the pre-flight check of a split."""
 
     spec: SplitSpec
     rows: list[RowSize]  # the good rows
@@ -112,13 +110,13 @@ def split_spec(config: ConfigDict, task: str, split: str, template: str = "") ->
 
 
 def training_splits(stage: Stage, stages: Sequence[Stage]) -> list[SplitSpec]:
-    """The splits that a stage trains on: its own tasks, then those it replays."""
+    """Return the splits that a stage trains on: those of its own tasks, then the replayed ones."""
     tasks = (*stage.tasks, *replayed_tasks(stages, stage))
     return [split_spec(stage.config, task, "train") for task in tasks]
 
 
 def run_splits(config: ConfigDict, stages: Sequence[Stage]) -> list[SplitSpec]:
-    """Every split that a run reads, each once: those its stages train on, then those it is evaluated on."""
+    """Return every split that a run reads, each once: training splits, then evaluation splits."""
     training = [spec for stage in stages for spec in training_splits(stage, stages)]
     evaluation = [
         split_spec(config, task, "test", template)
@@ -129,7 +127,7 @@ def run_splits(config: ConfigDict, stages: Sequence[Stage]) -> list[SplitSpec]:
 
 
 def split_key(config: ConfigDict, spec: SplitSpec) -> tuple:
-    """Equal for two runs that read the same rows in the same way."""
+    """Return a key that is equal for two runs that read the same rows in the same way."""
     model = config.model
     return (
         spec,
@@ -143,7 +141,7 @@ def split_key(config: ConfigDict, spec: SplitSpec) -> tuple:
 
 
 def resolve_config_task(config: ConfigDict, name: str) -> Task:
-    """Return a task of the config; one that needs other pixel limits than the model's is an error."""
+    """Return a task of the config; raise a ValueError if it needs other pixel limits."""
     pixels = (config.model.min_pixels, config.model.max_pixels)
     return registry.resolve_task(name, config.tasks.to_dict(), pixels)
 
@@ -160,7 +158,10 @@ def check_rows(
     spec: SplitSpec,
     limit: int,
 ) -> RowChecks:
-    """Check all rows of a split, each process its share; of synthetic rows only the first if these are good."""
+    """Check all rows of a split; each process checks a part of them.
+
+    Of synthetic rows only the first are checked, if these are good.
+    """
     tokens = np.zeros(len(examples), np.int32)
     if isinstance(examples, SyntheticExamples):
         first = range(min(len(examples), SYNTHETIC_ROWS_CHECKED))
@@ -184,7 +185,7 @@ def check_rows(
 def check_split(
     config: ConfigDict, spec: SplitSpec, rows: int | None, sandbox: SandboxPool
 ) -> SplitReport:
-    """Check a split, or `rows` of it chosen by seed, and report sizes and prompts."""
+    """Check a split, or `rows` of its rows chosen by the seed, and report sizes and prompts."""
     task = resolve_config_task(config, spec.task)
     prompted = make_prompted_task(task, spec.template, config.rewards, sandbox)
     examples = load_split(config, spec, task)
@@ -235,7 +236,7 @@ def _measure_rows(
 def _conversation(
     example: Example, prompted: PromptedTask, spec: SplitSpec
 ) -> list[dict[str, Any]]:
-    """The conversation that is tokenised."""
+    """Return the conversation that is tokenised."""
     messages = prompted.build_prompt(example)
     if spec.with_gold:
         messages = [*messages, {"role": "assistant", "content": prompted.gold_response(example)}]
@@ -253,15 +254,15 @@ def measure_row(
     """Return the size of a row, or the reason why it cannot be used."""
     try:
         example = examples[row]
-        # Decode each image once: a header alone does not show that the rest of the file is complete.
+        # Decode each image once: a header does not show that the rest of the file is complete.
         opened = dataclasses.replace(example, messages=open_conversation_images(example.messages))
         tokens, grids = processor.measure(_conversation(opened, prompted, spec))
         merge = processor.cfg.vision.merge
         image_tokens = sum(image_patches.count_image_tokens(grid, merge) for grid in grids)
         if tokens > limit:
             raise ValueError(
-                f"{tokens} tokens ({image_tokens} of them for {len(grids)} images) are over the limit of {limit}; "
-                "raise data.prompt_limit or lower model.max_pixels"
+                f"{tokens} tokens ({image_tokens} of them for {len(grids)} images) are over the "
+                f"limit of {limit}; raise data.prompt_limit or lower model.max_pixels"
             )
         if spec.demonstration_tokens:
             demonstration = prompts.demonstration_prompt(prompted, opened)
@@ -269,7 +270,8 @@ def measure_row(
             extra = prompts.extra_demonstration_tokens(processor, spec.demonstration_tokens)
             if total > limit + extra:
                 raise ValueError(
-                    f"its gold answer after the prompt makes {total} tokens, more than data.prompt_limit and "
+                    f"its gold answer after the prompt makes {total} tokens, more than "
+                    "data.prompt_limit and "
                     f"rollout.max_new_tokens={spec.demonstration_tokens} hold; raise one of them"
                 )
         return RowSize(tokens, image_tokens, image_tokens * merge**2)

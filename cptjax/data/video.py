@@ -1,4 +1,4 @@
-"""Video files and lists of frames -> frames at a steady rate, sampled as transformers samples them."""
+"""Choose and read frames of a video at a steady rate, as transformers does."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MIN_FRAMES, MAX_FRAMES = 4, 768
 
 @dataclasses.dataclass(frozen=True)
 class VideoClip:
-    """Which frames of a video the model gets."""
+    """The frames of a video that the model gets."""
 
     size: tuple[int, int]  # width, height
     indices: tuple[int, ...]
@@ -28,7 +28,7 @@ def choose_frames(
 ) -> tuple[tuple[int, ...], float]:
     """Return the frames to use of `total` and their rate.
 
-    They are evenly spaced, and a multiple of `temporal` where there are enough.
+    The frames are evenly spaced; their number is a multiple of `temporal` if there are enough.
     """
     most = min(MAX_FRAMES, total) // temporal * temporal
     n = int(min(max(total / native_fps * fps, MIN_FRAMES), most)) // temporal * temporal or 1
@@ -37,7 +37,7 @@ def choose_frames(
 
 
 def probe_video(source: Any, fps: float, temporal: int) -> VideoClip:
-    """Choose the frames of a video from its header; a list of frames is used whole, with the rate `fps`."""
+    """Choose the frames of a video from its header; of a list of frames, all are used, at `fps`."""
     if fps <= 0:
         raise ValueError(f"fps={fps}; expected frames per second > 0")
     if is_frame_list(source):
@@ -90,6 +90,7 @@ def _import_av() -> ModuleType:
         import av
     except ImportError as e:
         raise ValueError(
-            "reading video files needs the package av: pip install 'cptjax[video]'; a list of frames needs nothing"
+            "reading video files needs the package av: pip install 'cptjax[video]'; "
+            "a list of frames needs nothing"
         ) from e
     return av
