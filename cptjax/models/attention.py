@@ -1,8 +1,9 @@
 """Attention behind one function, with a back end for each platform (CPU, TPU, NVIDIA GPU).
 
-Each back end equals `reference_attention` in the tests.
+The tests compare each back end with `reference_attention`.
 
-A query sees the keys of its own segment (padding is segment 0), with `causal` at or before itself:
+A query attends to the keys of its own segment (padding is segment 0); with `causal`, only to those
+at its own position or before:
 
     segments   1 1 2 2 0
                x . . . .
@@ -11,7 +12,8 @@ A query sees the keys of its own segment (padding is segment 0), with `causal` a
                . . x x .
                . . . . x
 
-A group is one prompt and G responses; a response sees the prompt and its own past, no other one:
+A group is one prompt and G responses. A response attends to the prompt and to its own past, not to
+the other responses:
 
                p p | a a | b b
         p      x . | . . | . .
@@ -37,19 +39,19 @@ from cptjax.models.attention_tiled import MASKED
 from cptjax.models.config import ModelConfig
 from cptjax.types import Array
 
-# By platform; "xla" is `reference_attention`, and runs everywhere.
+# The back end of each platform; "xla" is `reference_attention` and runs everywhere.
 BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
 
 INTERPRET = False  # tests interpret the TPU kernel on a CPU
 
 
 def short_row_backend(backend: str) -> str:
-    """Return the back end for rows too short for a flash kernel, such as windows of an image."""
+    """Return the back end for rows that are too short for a flash kernel, such as image windows."""
     return "tiled" if backend == "tiled" else "xla"
 
 
 def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
-    """Return the back end that the user names, or the best for the mesh and the model."""
+    """Return the back end that the user names, or the best one for the mesh and the model."""
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
@@ -72,7 +74,10 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
 
 
 def reference_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q [B T N H], k and v [B S K H], mask [B T S] -> [B T N H]; the definition of attention."""
+    """Return the attention [B T N H] of q [B T N H], k and v [B S K H] and mask [B T S].
+
+    This is the definition that the other back ends must match.
+    """
     b, t, n, h = q.shape
     kv = k.shape[2]
     q = q.reshape(b, t, kv, n // kv, h)
@@ -82,7 +87,7 @@ def reference_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def segment_mask(q_segments: Array, kv_segments: Array, causal: bool, offset: int = 0) -> Array:
-    """[B T] and [B S] -> [B T S]; query i is at key position i + offset."""
+    """Return the mask [B T S] of segments [B T] and [B S]; query i has key position i + offset."""
     mask = q_segments[:, :, None] == kv_segments[:, None, :]
     if causal:
         t, s = mask.shape[1:]
@@ -101,7 +106,7 @@ def attend(
     backend: str,
     offset: int = 0,
 ) -> Array:
-    """Segmented attention of q [B T N H] over k and v [B S K H]."""
+    """Return the attention of q [B T N H] over k and v [B S K H], within segments."""
     kernel = {"splash": _splash, "cudnn": _cudnn, "tiled": _tiled}.get(backend)
     if kernel:
         return _per_device(
@@ -121,10 +126,10 @@ def attend_shared(
     prompt_mask: Array,
     own_mask: Array,
 ) -> Array:
-    """Attend with responses q [Q G R N H] to the prompt [Q P K H] and to their keys [Q G S K H].
+    """Attend with responses q [Q G R N H] to the prompt [Q P K H] and their own keys [Q G S K H].
 
-    prompt_mask [Q P]; own_mask broadcasts to [Q G R S]. One softmax over both parts; the prompt is
-    never copied.
+    prompt_mask is [Q P]; own_mask broadcasts to [Q G R S]. One softmax covers both parts, and the
+    prompt is never copied.
     """
     nq, g, r, n, h = q.shape
     kv, p = prompt_k.shape[2], prompt_k.shape[1]
@@ -152,9 +157,9 @@ def attend_cached(
 ) -> Array:
     """Attend with one query [Q G N H] of each response to the prompt and to its own past.
 
-    Keys [Q K H P] and [Q G K H R], values [Q K P H] and [Q G K R H]: both products read the values
-    of a head in memory order. prompt_mask [Q P], visible [Q R]. Two partial softmaxes with one
-    common maximum; the prompt is never copied.
+    Keys are [Q K H P] and [Q G K H R], values [Q K P H] and [Q G K R H], so that both products read
+    the numbers of a head in memory order. prompt_mask is [Q P], visible [Q R]. The softmax has two
+    parts with a common maximum; the prompt is never copied.
     """
     nq, g, n, h = q.shape
     kv, m = prompt_k.shape[1], n // prompt_k.shape[1]
@@ -162,7 +167,7 @@ def attend_cached(
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     # The queries of a group form one matrix per key/value head. Only queries, maxima, sums and
-    # results change between the two orders, never the scores.
+    # results are transposed between the two orders, never the scores.
     def by_head(x):  # [Q G K M .] -> [Q K G*M .]
         return jnp.swapaxes(x, 1, 2).reshape(nq, kv, g * m, -1)
 
@@ -185,9 +190,9 @@ def attend_cached(
 def attend_group(
     q: Array, k: Array, v: Array, segments: Array, prompt: int, group: int, backend: str
 ) -> Array:
-    """Attend in rows of a prompt of `prompt` tokens and `group` responses after it.
+    """Attend in rows that hold a prompt of `prompt` tokens and then `group` responses.
 
-    q [Q P+G*R N H]; segments [Q P] of the prompts.
+    q is [Q P+G*R N H]; `segments` [Q P] are those of the prompts.
     """
     nq, total = q.shape[:2]
     r = (total - prompt) // group
@@ -213,7 +218,7 @@ def _group_by_copy(
     segments: Array,
     backend: str,
 ) -> Array:
-    """`attend_shared` for kernels that take plain rows: each response gets a copy of the keys."""
+    """As `attend_shared`, for kernels of plain rows: each response gets a copy of the prompt."""
     nq, g, r = q.shape[:3]
     p = prompt_k.shape[1]
 
@@ -235,7 +240,7 @@ def _group_by_copy(
 def _tiled(
     q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int
 ) -> Array:
-    """Attend by tiles; where one tile would hold everything, keep its scores for the gradient."""
+    """Attend by tiles; if one tile holds all scores, use the reference and keep its scores."""
     mask = segment_mask(q_segments, kv_segments, causal, offset)
     one_tile = math.prod(q.shape[:3]) * k.shape[1] <= attention_tiled.SCORES
     attention = reference_attention if one_tile else attention_tiled.attend_tiled
@@ -248,9 +253,9 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 
 
 def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interpret: bool):
-    """Build the kernel.
+    """Build the TPU kernel.
 
-    It is built again in each trace: its mask tables are constants of the program, so compiling
+    Each trace builds it again, with its mask tables as constants of the program, so that compiling
     ahead of time needs no device.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -293,9 +298,9 @@ def _splash(
 def _cudnn(
     q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int
 ) -> Array:
-    """Call the cuDNN flash kernel, which takes even lengths only.
+    """Call the cuDNN flash kernel, which supports only even lengths.
 
-    Told that rows are causal, it skips the tiles above the diagonal.
+    With `is_causal` it skips the tiles above the diagonal.
     """
     t = q.shape[1]
     q, k, v, q_segments, kv_segments = (_pad(x, 1, 2) for x in (q, k, v, q_segments, kv_segments))
@@ -306,9 +311,9 @@ def _cudnn(
 
 
 def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Array]) -> Array:
-    """Run a kernel that the compiler cannot partition, each device on its own rows and heads.
+    """Run a kernel that the compiler cannot partition on each device's own rows and heads.
 
-    arrays: [B .. heads H], queries first.
+    arrays: [B .. heads H], the queries first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -316,7 +321,7 @@ def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Ar
     ways = mesh.shape["model"]
     q, *others = arrays
     heads = others[0].shape[-2]
-    if heads % ways:  # fewer key/value heads than devices on `model`: each gets the head it needs
+    if heads % ways:  # repeat key/value heads so that the devices on `model` divide them
         others = [jnp.repeat(x, math.lcm(heads, ways) // heads, -2) for x in others]
 
     def spec(x):

@@ -1,6 +1,6 @@
 """Attention for CPUs: a few rows at a time, so that the scores of a tile stay in the cache.
 
-Scores are computed again for gradients, never kept.
+The backward pass computes the scores again instead of keeping them.
 
     queries [B T N H] -> tiles of r rows [r K G*T H] x keys [r K S H] -> scores [r K G*T S]
 """
@@ -18,16 +18,17 @@ MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
 
 
 def attend_tiled(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q [B T N H], k and v [B S K H], mask [B T S] -> [B T N H]."""
+    """Return the attention [B T N H] of q [B T N H], k and v [B S K H] and mask [B T S]."""
     return attend_part(q, k, v, mask)[0]
 
 
 def attend_group_tiled(
     q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array
 ) -> Array:
-    """`attention.attend_shared` in two parts.
+    """As `attention.attend_shared`, in two parts that are merged.
 
-    All responses of a group attend to the prompt as one row of queries, and each to its own past.
+    In the first, all responses of a group attend to the prompt as one row of queries. In the
+    second, each response attends to its own past.
     """
     nq, g, r, n, h = q.shape
 
@@ -45,7 +46,7 @@ def attend_group_tiled(
 def attend_part(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
     """Return the mixed values [B T N H] and the logarithm [B T N 1] of each query's normaliser.
 
-    `merge_parts` needs the second to join parts over several sets of keys.
+    `merge_parts` uses the normalisers to join the results of several sets of keys.
     """
     b, t, n, h = q.shape
     kv, s = k.shape[2], k.shape[1]
@@ -104,7 +105,7 @@ def _tile_gradient(
     slope: Array,
     norm_slope: Array,
 ) -> tuple[Array, Array, Array]:
-    """Return the gradients by queries, keys and values."""
+    """Return the gradients with respect to queries, keys and values."""
     probs = jnp.exp(_scores(q, k, mask) - norm)
     dot = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), -1, keepdims=True)
     dot = dot - norm_slope

@@ -74,7 +74,7 @@ class ModelConfig:
     remat: str = "none"  # a name of layers.REMAT_POLICIES
     attention: str = "xla"  # xla | tiled | cudnn | splash, from attention.choose_backend
     lora_scale: float = 1.0  # alpha / rank, where adapters are present
-    unroll: bool = False  # no loop over the text layers, see unrolled.py
+    unroll: bool = False  # run the text layers without a loop; see unrolled.py
 
     @property
     def vision_tokens(self) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def _get(source: dict, *names: str, default: Any = dataclasses.MISSING) -> Any:
-    """Return the first of some keys that is set."""
+    """Return the value of the first of `names` that is set."""
     for name in names:
         if source.get(name) is not None:
             return source[name]
@@ -137,7 +137,7 @@ def _get(source: dict, *names: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 def _expect(key: str, value: Any, *supported: Any) -> None:
-    """Refuse a value that no Qwen2.5-VL has."""
+    """Refuse a value that no Qwen2.5-VL checkpoint has."""
     if value not in supported:
         raise ValueError(
             f"config.json has {key}={value!r}; expected {' or '.join(map(repr, supported))}, "
@@ -203,7 +203,7 @@ def _text(t: dict, tied: bool) -> TextConfig:
 
 
 def _end_tokens(*sources: dict) -> tuple[int, ...]:
-    """Return every end token that the sources name, in order."""
+    """Return all end tokens that the sources name, in order, each once."""
     tokens: list[int] = []
     for source in sources:
         ids = source.get("eos_token_id")
@@ -214,8 +214,8 @@ def _end_tokens(*sources: dict) -> tuple[int, ...]:
 def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
     """Return the config of a Hugging Face `config.json` and `generation_config.json`.
 
-    The keys of the text are flat (released checkpoints) or in `text_config` (newer ones). A
-    missing key means what it means in transformers.
+    The keys of the text model are at the top level (released checkpoints) or in `text_config`
+    (newer ones). A missing key has the default of transformers.
     """
     _expect("model_type", raw.get("model_type"), "qwen2_5_vl")
     text = {**raw, **(raw.get("text_config") or {})}
@@ -238,7 +238,7 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
 def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
     """Return the folder of a checkpoint: the path, or the local copy of the hub's `org/name`.
 
-    Weights are downloaded only if `weights`.
+    `weights` downloads the weights too.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -252,7 +252,7 @@ def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
 
 @functools.cache
 def _download(name: str, weights: bool) -> Path:
-    """Download a checkpoint; one of several processes on a machine does, the others wait for it."""
+    """Download a checkpoint; of several processes on a machine, one downloads and the rest wait."""
     patterns = ["*.json", "*.txt", "*.jinja"]
     if weights:
         patterns.append("*.safetensors")
@@ -283,7 +283,7 @@ def _read_json(path: Path) -> dict:
 
 
 def config_to_hf(cfg: ModelConfig, dtype: str = "bfloat16") -> dict:
-    """Return a `config.json` for transformers and vLLM, flat like in released checkpoints."""
+    """Return a `config.json` for transformers and vLLM, flat as in the released checkpoints."""
     t, v = cfg.text, cfg.vision
     rope = {"type": "default", "rope_type": "default", "mrope_section": list(t.rope_sections)}
     return {

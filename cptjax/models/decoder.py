@@ -50,9 +50,9 @@ def decoder_params(t: TextConfig) -> Params:
 
 
 def mrope_cos_sin(positions: Array, t: TextConfig) -> tuple[Array, Array]:
-    """M-RoPE: time, height and width ids [3 ...] -> cos and sin [... H / 2] of the rotary angles.
+    """Return cos and sin [... H / 2] of the M-RoPE angles of time, height and width ids [3 ...].
 
-    Each frequency follows one of the three.
+    Each frequency rotates with one of the three ids.
     """
     axis = np.repeat(np.arange(3), t.rope_sections)
     freq = 1.0 / t.rope_theta ** (np.arange(0, t.head_dim, 2, dtype=np.float32) / t.head_dim)
@@ -70,7 +70,7 @@ def decoder_block(
 ) -> tuple[Array, Any]:
     """Run one block on x [B T D].
 
-    `attend(q, k, v)` returns the mixed values, and what to keep of them (a cache, or None).
+    `attend(q, k, v)` returns the mixed values and what to keep for later (a cache, or None).
     """
     fused = unrolled.is_fused(p)
     with jax.named_scope("attention"):
@@ -98,13 +98,13 @@ def run_decoder(
 def embed_tokens(p: Params, tokens: Array, dtype: jnp.dtype) -> Array:
     """Return the embeddings [B T D] of tokens [B T]."""
     table = p["embed"].astype(dtype)
-    # Gather the smaller operand: the table, still cut by vocabulary, where tokens outnumber its
-    # rows. Its gradient moves the same way.
+    # Gather the smaller operand: the table, still sharded by vocabulary, if there are more tokens
+    # than rows in it. The gradient of the table is then sharded in the same way.
     if tokens.size > table.shape[0]:
         table = constrain(table, "vocab", None)
     return constrain(table[tokens], "batch", None, None)
 
 
 def unembedding(p: Params) -> Array:
-    """Return the matrix [D V] from states to logits."""
+    """Return the matrix [D V] that maps hidden states to logits."""
     return p["unembed"]["w"] if "unembed" in p else p["embed"].T

@@ -1,13 +1,13 @@
-"""FLOPs of the model, counted by hand.
+"""FLOPs of the model by formula.
 
-A multiply-add is two, causal attention counts half, and recomputation does not count.
+A multiply-add counts as two, causal attention counts half, and recomputation does not count.
 """
 
 from cptjax.models.config import ModelConfig
 
 
 def text_forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> float:
-    """Return the FLOPs of rows of `length` tokens, with logits of `scored` tokens of each."""
+    """Return the FLOPs of rows of `length` tokens, with logits for `scored` tokens of each."""
     return rows * (
         length * _per_token(cfg)
         + _per_pair(cfg) * length * (length + 1) / 2
@@ -27,7 +27,7 @@ def group_forward_flops(
 
 
 def decode_flops(cfg: ModelConfig, prompts: int, prompt: int, group: int, steps: int) -> float:
-    """Return the FLOPs of `steps` generated tokens of each response, without the prefill."""
+    """Return the FLOPs to generate `steps` tokens of each response, without the prefill."""
     pairs = steps * prompt + steps * (steps + 1) / 2
     return prompts * group * (steps * (_per_token(cfg) + _per_logits(cfg)) + _per_pair(cfg) * pairs)
 
@@ -50,7 +50,7 @@ def _per_token(cfg: ModelConfig) -> float:
 
 
 def _per_pair(cfg: ModelConfig) -> float:
-    """Scores and mixing of one query-key pair, over all layers."""
+    """Return the FLOPs of the score and the mixing of one query-key pair, over all layers."""
     return 4 * cfg.text.depth * cfg.text.heads * cfg.text.head_dim
 
 

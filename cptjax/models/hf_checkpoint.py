@@ -1,4 +1,4 @@
-"""Load and save Hugging Face checkpoints, by one table of tensor names."""
+"""Load and save Hugging Face checkpoints, by one table of tensor names for both directions."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ from cptjax.models.safetensors_io import PlannedTensor, StoredTensor
 from cptjax.sharding import Param
 from cptjax.types import Params
 
-# Module in the tree -> module in the released checkpoints; {} is the number of the layer.
-# Leaf "w" or a bare vector is .weight, "b" is .bias.
+# Module in the tree -> module in the released checkpoints; {} is the number of the layer. The leaf
+# "w" and a module that is a single vector are .weight; the leaf "b" is .bias.
 HF_MODULES = {
     "vision.patch": "visual.patch_embed.proj",
     "vision.blocks.norm1": "visual.blocks.{}.norm1",
@@ -59,7 +59,7 @@ LeafPath = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: its leaf in the tree, its layer there, its shape in the file."""
+    """A tensor of a checkpoint: its leaf in the tree, its layer in the leaf, its stored shape."""
 
     path: LeafPath
     layer: int | None
@@ -67,7 +67,7 @@ class TensorEntry:
 
 
 def released_name(name: str) -> str:
-    """Return the name of a tensor in the layout of the released checkpoints."""
+    """Return the name that a tensor has in the released checkpoints."""
     for old, new in HF_PREFIXES.items():
         if name.startswith(old):
             return new + name[len(old) :]
@@ -84,9 +84,10 @@ def _layer_shape(p: Param) -> tuple[int, ...]:
 
 
 def _stored_shape(path: LeafPath, p: Param, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return the shape in the file: [out, in] of a linear weight [*in, *out], flat of a bias.
+    """Return the shape of a leaf's layer in the file.
 
-    The patch embedding is stored as a Conv3d, any other leaf as it is.
+    A linear weight [*in, *out] is stored as [out, in], a bias flat, the patch embedding as a
+    Conv3d, and any other leaf as it is.
     """
     shape = _layer_shape(p)
     inputs, outputs = math.prod(shape[: p.inputs]), math.prod(shape[p.inputs :])
@@ -104,7 +105,7 @@ def declared_leaves(cfg: ModelConfig) -> dict[LeafPath, Param]:
 
 
 def tensor_table(cfg: ModelConfig) -> dict[str, TensorEntry]:
-    """Return every tensor of the model by its released name, layer by layer as checkpoints do."""
+    """Return every tensor of the model by its released name, ordered by layer as in checkpoints."""
     out = {}
     for path, p in declared_leaves(cfg).items():
         leaf = path[-1] if path[-1] in ("w", "b") else ""
@@ -127,7 +128,7 @@ def _first_and_count(names: set[str]) -> str:
 
 
 def _drop_tied_head(stored: dict[str, StoredTensor], cfg: ModelConfig) -> None:
-    """Drop the head that a tied checkpoint may store too, if it equals the embedding."""
+    """Drop the head that a tied checkpoint may also store; it must equal the embedding."""
     if not cfg.text.tied or HEAD_TENSOR not in stored or EMBED_TENSOR not in stored:
         return
     head, embed = stored.pop(HEAD_TENSOR), stored[EMBED_TENSOR]
@@ -143,7 +144,7 @@ def _drop_tied_head(stored: dict[str, StoredTensor], cfg: ModelConfig) -> None:
 def _check_tensors(
     stored: dict[str, StoredTensor], expected: dict[str, TensorEntry], folder: str | Path
 ) -> None:
-    """Refuse unmapped, missing and misshapen tensors."""
+    """Refuse tensors that are unknown, missing or of another shape."""
     unmapped, missing = stored.keys() - expected.keys(), expected.keys() - stored.keys()
     if unmapped:
         raise ValueError(
@@ -163,7 +164,7 @@ def _check_tensors(
 
 
 def _read_into(target: np.ndarray, tensor: StoredTensor, p: Param, box: tuple[slice, ...]) -> None:
-    """Fill `target`, the part `box` of one layer of a leaf."""
+    """Read the part `box` of one layer of a leaf into `target`."""
     runs, shape = safetensors_io.contiguous_runs, _layer_shape(p)
     if p.inputs:
         i = p.inputs
@@ -209,9 +210,9 @@ def _place_leaf(
     place: jax.sharding.Sharding,
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """As jax.make_array_from_callback, with less host memory.
+    """Do what jax.make_array_from_callback does, with less host memory.
 
-    Each part is read once, and is on its devices before the next one is read.
+    Each part is read once, and copied to its devices before the next one is read.
     """
     parts: dict[str, tuple[tuple[slice, ...], list]] = {}
     for device, box in place.addressable_devices_indices_map(shape).items():
@@ -230,9 +231,9 @@ def load_hf_checkpoint(
     dtype: Any = None,
     rules: dict | None = None,
 ) -> Params:
-    """Load the parameters of a folder or hub id, each device reading only its part.
+    """Load the parameters of a folder or hub id; each process reads only its devices' parts.
 
-    They are in the type of the checkpoint unless `dtype` is given.
+    They have the dtype of the checkpoint unless `dtype` is given.
     """
     folder = locate_checkpoint(folder, weights=True)
     stored = safetensors_io.find_tensors(folder, released_name)
@@ -264,14 +265,14 @@ def _take_layer(x: jax.Array, i: jax.Array) -> jax.Array:
 
 
 def _gather(x: jax.Array) -> np.ndarray:
-    """Copy an array to the host, from all processes."""
+    """Copy an array to the host, including the parts of other processes."""
     if not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def _merged_layer(flat: dict[LeafPath, Any], entry: TensorEntry, scale: float) -> np.ndarray:
-    """Return one layer of a leaf on the host, with its adapters, if any, merged."""
+    """Return one layer of a leaf on the host; adapters are merged into it."""
 
     def layer_of(leaf: str) -> jax.Array:
         x = jnp.asarray(flat[*entry.path[:-1], leaf])
@@ -284,7 +285,7 @@ def _merged_layer(flat: dict[LeafPath, Any], entry: TensorEntry, scale: float) -
 
 
 def _stored_form(w: np.ndarray, p: Param, entry: TensorEntry) -> np.ndarray:
-    """Return a layer of a leaf as it is stored; a linear weight is transposed."""
+    """Return a layer of a leaf in its stored form; a linear weight is transposed."""
     if not p.inputs:
         return w.reshape(entry.shape)
     w = w.reshape(math.prod(w.shape[: p.inputs]), -1)
@@ -294,7 +295,7 @@ def _stored_form(w: np.ndarray, p: Param, entry: TensorEntry) -> np.ndarray:
 
 
 def _plan_tensors(params: Params, cfg: ModelConfig) -> list[PlannedTensor]:
-    """Return the tensors to write, each made when its turn comes."""
+    """Return the tensors to write; each is computed just before it is written."""
     flat, declared = trainable.flatten_params(params), declared_leaves(cfg)
     adapters = {p for p in flat if trainable.is_adapter(p) and (*p[:-1], "w") in declared}
     unmapped = {".".join(p) for p in flat.keys() - declared.keys() - adapters}
@@ -336,9 +337,9 @@ def save_hf_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: float = 5e9,
 ) -> None:
-    """Write a folder that transformers and vLLM load; adapters are merged.
+    """Write a folder that transformers and vLLM can load; adapters are merged.
 
-    Every process calls this; the first one writes.
+    All processes must call this; the first one writes.
     """
     plan = _plan_tensors(params, cfg)
     if jax.process_index() == 0:

@@ -17,7 +17,7 @@ DECODER_LINEARS = ("q", "k", "v", "o", *MLP_LINEARS)
 
 _policies = jax.checkpoint_policies
 
-# What the backward pass finds in memory, by the name in `model.remat`.
+# What is kept in memory for the backward pass, by the name in `model.remat`.
 REMAT_POLICIES: dict[str, Callable | None] = {
     # Keep everything: fastest, largest.
     "none": None,
@@ -25,17 +25,17 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": _policies.dots_with_no_batch_dims_saveable,
     # Keep the input of each layer only: slowest, smallest.
     "block": _policies.nothing_saveable,
-    # As "dots", kept in host memory.
+    # As "dots", but kept in host memory.
     "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
 @functools.cache
 def weight_init(inputs: int) -> Initializer:
-    """Return an initializer that keeps the size of a signal: standard deviation inputs ** -0.5.
+    """Return a normal initializer of standard deviation inputs ** -0.5, which preserves variance.
 
-    At a width of 2,000 that is 0.02; at 64 it is six times as much, where 0.02 would learn
-    next to nothing.
+    At a width of 2,000 it is about 0.02. At a width of 64 it is six times as large; with 0.02 a
+    model of that width would hardly learn.
     """
     return jax.nn.initializers.normal(inputs**-0.5)
 
@@ -45,7 +45,7 @@ def linear_params(
 ) -> Params:
     """Declare a linear map from named input axes to named output axes, stacked `depth` times.
 
-    Depth 0 declares one map without a layer axis. A prime marks an axis without a sharding rule.
+    Depth 0 declares one map without a layer axis. The axis name "'" has no sharding rule.
     """
     layer, axis = ((depth,), ("layer",)) if depth else ((), ())
     axes = tuple(name.rstrip("'") or None for name in (*inputs, *outputs))
@@ -67,11 +67,11 @@ def norm_params(depth: int, width: int) -> Param:
 def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Array:
     """Map x [..., *in] to [..., *out].
 
-    Low-rank adapters are added where present; int8 weights carry one scale per output.
+    Low-rank adapters are applied if present; int8 weights have one scale per output.
     """
     lead = x.shape[: x.ndim - inputs]
-    # With several row axes the gradient of the weight contracts them all, for which XLA:CPU
-    # transposes x and y in memory; so the rows become one axis.
+    # Merge the row axes: with several, the gradient of the weight contracts them all, for which
+    # XLA:CPU transposes x and y in memory.
     x = x.reshape(-1, *x.shape[x.ndim - inputs :])
     axes = (tuple(range(1, 1 + inputs)), tuple(range(inputs)))
     if "int8" in p:
@@ -87,7 +87,7 @@ def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Arr
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Normalise in float32 and scale in the type of x."""
+    """Normalise in float32, and scale in the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     return y.astype(x.dtype) * scale.astype(x.dtype)
@@ -112,12 +112,12 @@ def mlp(p: Params, x: Array, lora_scale: float = 1.0) -> Array:
 
 @jax.custom_vjp
 def gated_silu(gate: Array, up: Array) -> Array:
-    """Return silu(gate) * up; the backward pass needs `gate` and `up` and nothing else."""
+    """Return silu(gate) * up; only `gate` and `up` are kept for the backward pass."""
     return jax.nn.silu(gate) * up
 
 
 def gated_silu_gradients(gate: Array, up: Array, slope: Array) -> tuple[Array, Array]:
-    """Return the gradients by `gate` and `up`, given that of the output."""
+    """Return the gradients with respect to `gate` and `up`, given `slope`, that of the output."""
     share = jax.nn.sigmoid(gate)
     return slope * up * share * (1 + gate * (1 - share)), slope * gate * share
 

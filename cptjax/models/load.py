@@ -14,14 +14,14 @@ from cptjax.models import attention, hf_checkpoint, lora, qwen2_5_vl, trainable
 from cptjax.models.config import PRESETS, ModelConfig, read_model_config
 from cptjax.types import Params
 
-# A CPU runs at most this many text layers without a loop: that is faster, but each is compiled.
+# The most text layers that a CPU runs without a loop: that is faster, but compiles every layer.
 MAX_UNROLLED_LAYERS = 12
 
 MODEL_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def fit_config(cfg: ModelConfig, settings: ConfigDict, mesh: Mesh) -> ModelConfig:
-    """Return the config with the settings that `config.model` and the mesh decide."""
+    """Return the config with the settings that depend on `config.model` and the mesh."""
     dtype = MODEL_DTYPES[settings.compute_dtype]
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return dataclasses.replace(
@@ -34,7 +34,7 @@ def fit_config(cfg: ModelConfig, settings: ConfigDict, mesh: Mesh) -> ModelConfi
 
 
 def fit_for_inference(cfg: ModelConfig, mesh: Mesh, dtype: str, scale: float = 1.0) -> ModelConfig:
-    """Return the config to generate and score with, where no gradient is needed."""
+    """Return the config for generating and scoring, which need no gradient."""
     return dataclasses.replace(
         cfg,
         remat="none",
@@ -65,7 +65,7 @@ def declare_model_params(settings: ConfigDict, cfg: ModelConfig) -> Params:
 
 
 def describe_model_source(settings: ConfigDict) -> str:
-    """Return where the weights are from: a folder, a hub id, or a random preset."""
+    """Return the source of the weights as text: a folder, a hub id, or a random preset."""
     return str(Path(settings.path)) if settings.path else f"random {settings.preset}"
 
 
@@ -79,7 +79,7 @@ def create_params(
 ) -> Params:
     """Create the parameters of `config.model` on the mesh, adapters included.
 
-    Trained leaves are in `settings.param_dtype`, frozen leaves in `dtype`, that of the arithmetic.
+    Trained leaves are in `settings.param_dtype`, frozen leaves in `dtype`, the compute dtype.
     """
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     declared = declare_model_params(settings, cfg)
@@ -100,5 +100,5 @@ def create_params(
 
 
 def copy_params(params: Params, dtype: str) -> Params:
-    """Copy parameters in another type; the copy outlives the original, which steps donate."""
+    """Copy parameters to another dtype; the copy stays valid when a step donates the original."""
     return jax.tree.map(lambda x: jnp.array(x, MODEL_DTYPES[dtype], copy=True), params)

@@ -1,14 +1,15 @@
-"""Log-probabilities, entropy and KL of tokens, by chunks: never logits [N, V] of all tokens.
+"""Log-probabilities, entropy and KL of tokens by chunks, without the logits [N, V] of all tokens.
 
     hidden [N D] --cut--> chunk [n D] x unembed [D V] -> logits [n V] float32 -> numbers [n]
 
-Logits are computed again for gradients. On a mesh each batch shard runs over its own tokens, with
-the unembedding gathered once and its gradient summed once. The partitioner alone would spread every
-chunk over all shards and sum its logits across the network.
+The backward pass computes the logits again. On a mesh, each batch shard processes its own tokens;
+the unembedding is gathered once, and its gradient is summed once. Left to itself, the partitioner
+would spread every chunk over all shards and sum its logits across the network.
 
-The gradient by the unembedding is summed over the chunks in the type of the unembedding: in
-bfloat16, at 4,096 tokens and a vocabulary of 8,192, its error is 0.30 % with 1,024 tokens a chunk
-(0.17 % with one chunk, 1.9 % with 32 tokens). A float32 sum would take 4 more bytes per weight.
+The gradient of the unembedding is summed over the chunks in the dtype of the unembedding. In
+bfloat16, with 4,096 tokens and a vocabulary of 8,192, its error is 0.30 % for chunks of 1,024
+tokens (0.17 % for one chunk, 1.9 % for chunks of 32 tokens). A sum in float32 would take 4 more
+bytes per weight.
 """
 
 import functools
@@ -42,10 +43,10 @@ def token_logps(
 ) -> tuple[Array, Array | None]:
     """Return the log-probability [N] of each target after its hidden state, and the entropy [N].
 
-    The entropy is None unless `entropy` asks for it. No gradient flows through it unless
-    `entropy_grad` says so: an entropy that is only logged should not double the backward pass.
-    `chunk` tokens of each batch shard have their logits in memory at a time; with at most that
-    many tokens nothing is computed twice.
+    The entropy is None unless `entropy` is set. No gradient flows through it unless `entropy_grad`
+    is set: an entropy that is only logged should not double the cost of the backward pass.
+    The logits of `chunk` tokens of each batch shard are in memory at a time; with at most that
+    many tokens, nothing is computed twice.
     """
     check_logprobs(chunk=chunk, temperature=temperature)
 
@@ -73,8 +74,8 @@ def distill_kl(
     """Return the KL divergence [N] of next-token distributions, given hidden states [N, D].
 
     forward = KL(teacher || student), reverse = KL(student || teacher). No gradient reaches the
-    teacher. `top_k` keeps the teacher's k likeliest tokens and joins the others into one: a lower
-    bound of the full divergence. 0 = the whole vocabulary.
+    teacher. `top_k` keeps the teacher's k most likely tokens and merges the others into one, which
+    gives a lower bound of the full divergence; 0 = the whole vocabulary.
     """
     check_logprobs(chunk=chunk, direction=direction, top_k=top_k)
 
@@ -91,9 +92,10 @@ def distill_kl(
 
 
 def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024) -> Array:
-    """Return EAFT's weight [N]: the entropy of the k likeliest tokens among themselves / log k.
+    """Return EAFT's weights [N]: the entropy of the k most likely tokens, divided by log k.
 
-    It is in [0, 1], and has no gradient.
+    The probabilities of the k tokens are normalised to sum to 1. The weights are in [0, 1] and have
+    no gradient.
     """
     check_logprobs(chunk=chunk)
     if k < 2:
@@ -108,9 +110,9 @@ def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024
 def logit_gradient_norm(
     hidden: Array, unembed: Array, targets: Array, *, chunk: int = 1024
 ) -> Array:
-    """Return the squared norm [N] of the gradient of each target's log-probability by its logits.
+    """Return the squared norms [N] of the gradients of the targets' log-probabilities.
 
-    That is 1 - 2 p(target) + sum of p^2.
+    The gradient is with respect to the logits; its squared norm is 1 - 2 p(target) + sum of p^2.
     """
     check_logprobs(chunk=chunk)
 
@@ -125,7 +127,7 @@ def logit_gradient_norm(
 def check_logprobs(
     *, chunk: int = 1, temperature: Any = 1.0, direction: str = "forward", top_k: int = 0
 ) -> None:
-    """Refuse settings that these functions cannot honour."""
+    """Refuse settings that the functions of this module do not support."""
     if chunk < 1:
         raise ValueError(f"train.chunk={chunk}: expected at least 1 token")
     if isinstance(temperature, float | int) and temperature <= 0:
@@ -151,14 +153,14 @@ def _entropy(logits: Array) -> Array:
 
 
 def _kept_and_rest(logps: Array, kept: Array) -> Array:
-    """Log-probabilities [n V] at kept [n k] -> [n k+1]; the last is that of all other tokens."""
+    """Return log-probabilities [n k+1]: those of the tokens `kept` [n k], then that of the rest."""
     row = jnp.arange(len(kept))[:, None]
     rest = jax.nn.logsumexp(logps.at[row, kept].set(-jnp.inf), -1, keepdims=True)
     return jnp.concatenate([logps[row, kept], rest], -1)
 
 
 def _by_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
-    """Return f(weights, *rows), numbers [N], of each batch shard's own rows, `chunk` at a time."""
+    """Return f(weights, *rows), numbers [N]; each batch shard maps its rows, `chunk` at a time."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = tuple(a for a in RULES["batch"] if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1)
@@ -195,7 +197,7 @@ def _pad(x: Array, more: int) -> Array:
 def target_logps(
     hidden: Array, unembed: Array, batch: Batch, chunk: int, temperature: float = 1.0
 ) -> Array:
-    """Return the log-probabilities [B A] of a batch's targets, 0 where there is none."""
+    """Return the log-probabilities [B A] of a batch's targets; 0 where the mask is False."""
     logps, _ = token_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         unembed,
@@ -222,7 +224,7 @@ def predicting_states(params: Params, batch: Batch, cfg: ModelConfig, dtype: jnp
 def make_scoring_program(
     cfg: Any, dtype: Any, chunk: int, temperature: float
 ) -> Callable[[Params, Batch], jax.Array]:
-    """Return a compiled function for the log-probabilities [B A] of a batch's targets."""
+    """Return a jitted function that computes the log-probabilities [B A] of a batch's targets."""
 
     def run(params: Params, batch: Batch) -> jax.Array:
         params = cast_params(params, dtype)

@@ -10,12 +10,12 @@ from cptjax.models.trainable import flatten_params, is_adapter, is_trained, unfl
 from cptjax.sharding import Param
 from cptjax.types import Array, Params
 
-# The vision tower's names of the same maps; the others are the same.
+# The names of the same maps in the vision tower, where they differ.
 VISION_TARGETS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "proj"}
 
 
 def check_lora(freeze: Sequence[str], rank: int, vision: bool) -> None:
-    """Refuse adapters (`model.lora`) that `model.freeze` leaves untrained."""
+    """Refuse adapters (`model.lora`) that `model.freeze` would keep from being trained."""
     is_trained(freeze, rank)
     if rank and vision and "vision" in freeze:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Positions of patches and tokens: window order and M-RoPE ids, computed on the host in numpy.
 
-Nothing in this file is traced, so the sizes of images never reach the compiler.
+No function of this module is traced, so new image sizes do not cause a compilation.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from cptjax.models.config import VisionConfig
 class FrameLayout:
     """One frame in window order.
 
-    A frame of 4 x 6 merge units fills two windows of 4 x 4 units, the second one half:
+    A frame of 4 x 6 merge units takes two windows of 4 x 4 units; the second is half full:
 
         units in text order          windows (each row one window of 16 slots, four slots a unit)
          0  1  2  3 |  4  5          0 1 2 3  6 7 8 9  12 13 14 15  18 19 20 21
@@ -64,7 +64,7 @@ def mrope(
     """Return the time, height and width ids [3 T] of a row.
 
     types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance;
-    `seconds_per_grid` has one entry per video. Text, an image of 2 x 2 units, text:
+    `seconds_per_grid` has one entry per video. Example with text, an image of 2 x 2 units, text:
 
         token    a b i i i i c d
         time     0 1 2 2 2 2 4 5

@@ -13,7 +13,7 @@ from cptjax.types import Array, Params, Prompts
 
 
 def declare_params(cfg: ModelConfig) -> Params:
-    """Declare the whole model as a tree of sharding.Param."""
+    """Declare the parameters of the whole model as a tree of `sharding.Param`."""
     return {
         "vision": vision.vision_params(cfg.vision),
         "merger": vision.merger_params(cfg),
@@ -57,9 +57,9 @@ def forward_group(
 ) -> Array:
     """Return hidden states [Q G R D] that predict responses [Q G R] to left-padded prompts.
 
-    A prompt is computed once for its group: one row holds the prompt and its G responses. The
-    state that predicts token r of a response is that of token r - 1, and for r = 0 that of the
-    prompt's last token.
+    A prompt is computed once for its group: one row holds the prompt and its G responses. Token r
+    of a response is predicted by the state of token r - 1, and token 0 by that of the prompt's last
+    token.
     """
     p = unstack_for_forward(p, cfg)
     nq, g, r = responses.shape
@@ -81,9 +81,9 @@ def forward_group(
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the shared prompts, and of each response's own tokens.
+    """Keys and values of the shared prompts and of each response's own tokens.
 
-    With unrolled weights each is a tuple of one array per layer.
+    With unrolled weights, keys and values are tuples of one array per layer.
     """
 
     prompt_k: LayerArrays  # [L Q K H P]
@@ -96,9 +96,9 @@ class KVCache:
 def prefill(
     p: Params, x: Array, positions: Array, segments: Array, cfg: ModelConfig
 ) -> tuple[Array, LayerArrays, LayerArrays]:
-    """Run left-padded prompts x [Q P D], as `embed_inputs` returns them.
+    """Run left-padded prompts x [Q P D], which are the results of `embed_inputs`.
 
-    Return the last hidden states [Q D] and the keys and values [L Q P K H].
+    Return the last hidden states [Q D], and the keys and values [L Q P K H].
     """
 
     def attend(q, k, v):
@@ -112,7 +112,7 @@ def prefill(
 def new_kv_cache(
     keys: LayerArrays, values: LayerArrays, segments: Array, group: int, new: int, cfg: ModelConfig
 ) -> KVCache:
-    """Return the cache of prompts that `prefill` ran, with room for `new` tokens per response."""
+    """Return a cache of the prompts of `prefill`, with room for `new` tokens per response."""
     heads = kv_axis(cfg)
 
     def shared(x, *order):  # of [(L) Q P K H]
@@ -157,9 +157,9 @@ def decode_step(
     """Run one token [Q G] of each response; return hidden states [Q G D] and the new cache.
 
     rope: cos and sin of the tokens' positions, from `response_cos_sin`.
-    column: where the tokens' keys and values go in the own caches; one number for all rows, so
-    that the update is in place, without a scatter.
-    visible: [Q R] which columns are a group's own past, `column` included.
+    column: the column of the responses' caches to which the keys and values of the tokens are
+        written; the same for all rows, so that the update is in place, without a scatter.
+    visible: [Q R] True for the columns of a group's own past, including `column`.
     """
 
     def layer(carry, weights, prompt_k, prompt_v, i):

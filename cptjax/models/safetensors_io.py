@@ -1,4 +1,4 @@
-"""Read and write folders of safetensors: strict, in blocks, one tensor in memory at a time."""
+"""Read and write folders of safetensors in blocks, with one tensor in memory at a time."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, not yet read."""
+    """A tensor in a file that has not been read yet."""
 
     file: Path
     name: str
@@ -30,10 +30,10 @@ class StoredTensor:
     offset: int
 
     def rows(self, some: slice, block_bytes: int = 4 << 20) -> Iterator[np.ndarray]:
-        """Yield rows [n, row size] in blocks, each valid until the next.
+        """Yield rows [n, row size] in blocks; a block is valid until the next one is read.
 
-        Blocks are read into one small buffer: no file stays mapped, and a block is still in the
-        cache when it is transposed.
+        Blocks are read into one small buffer, so that no file stays mapped and a block is still in
+        the processor's cache when it is transposed.
         """
         dtype = np.dtype(jnp.dtype(SAFETENSORS_DTYPES[self.dtype]))
         width = math.prod(self.shape[1:])
@@ -52,7 +52,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write; `make` is called when its turn comes, so that one exists at a time."""
+    """A tensor to write; `make` is called just before, so that only one exists at a time."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class PlannedTensor:
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint, by its index if it has one."""
+    """Return the files of a checkpoint: those of its index, or all safetensors files."""
     index = folder / INDEX_FILE
     if not index.is_file():
         shards = sorted(folder.glob("*.safetensors"))
@@ -105,7 +105,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
             f"{bad[0][0]} in {file} is stored as {bad[0][1]}; expected one of "
             f"{', '.join(SAFETENSORS_DTYPES)}"
         )
-    data = 8 + size  # where the data begin: after the size of the header and the header
+    data = 8 + size  # the data begin after the header and the 8 bytes of its size
     return [
         StoredTensor(file, name, tuple(t["shape"]), t["dtype"], data + t["data_offsets"][0])
         for name, t in header.items()
@@ -113,7 +113,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 
 def find_tensors(folder: str | Path, rename: Callable[[str], str]) -> dict[str, StoredTensor]:
-    """Return every tensor of the folder by its new name; a name that occurs twice is an error."""
+    """Return every tensor of a folder by its new name; raise if two have the same new name."""
     out: dict[str, StoredTensor] = {}
     for file in _find_shards(Path(folder)):
         for tensor in _read_header(file):
@@ -128,7 +128,7 @@ def find_tensors(folder: str | Path, rename: Callable[[str], str]) -> dict[str, 
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an empty array with 64-byte alignment, which a CPU device uses without a copy."""
+    """Return an empty array with 64-byte alignment, which a CPU device can use without a copy."""
     n = math.prod(shape) * jnp.dtype(dtype).itemsize
     raw = np.empty(n + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -136,7 +136,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def contiguous_runs(box: tuple[slice, ...], shape: tuple[int, ...]) -> list[slice]:
-    """Return a box of an array as contiguous runs of the flattened array."""
+    """Return the contiguous runs of the flattened array that make up a box of it."""
     sides = [range(*b.indices(n)) for b, n in zip(box, shape, strict=True)]
     whole = len(shape)
     while whole and len(sides[whole - 1]) == shape[whole - 1]:
@@ -158,16 +158,16 @@ def as_unsigned(x: np.ndarray) -> np.ndarray:
 
 
 def cast_block(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return a block in another type, without a copy where it has that type."""
+    """Return a block in another dtype; a block that has the dtype already is not copied."""
     if x.dtype == jnp.bfloat16 and dtype == np.float32:  # bfloat16 is the upper half of float32
         return np.left_shift(as_unsigned(x), 16, dtype=np.uint32).view(np.float32)
     return x.astype(dtype, copy=False)
 
 
 def copy_in_strips(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, in strips that stay in the cache.
+    """Assign target[...] = source in strips that fit the cache.
 
-    Where one is a transposed view, that is about three times as fast as numpy's assignment.
+    If one of the two is a transposed view, this is about three times as fast as numpy's assignment.
     """
     for i in range(0, len(source), 16):
         target[i : i + 16] = source[i : i + 16]
@@ -233,7 +233,7 @@ def write_safetensors(
 ) -> None:
     """Write shards and their index.
 
-    Without a folder the tensors are only made: a process that takes part in gathering them.
+    A process without a folder only computes the tensors, to take part in gathering them.
     """
     if dtype not in SAFETENSORS_DTYPES.values():
         raise ValueError(

@@ -25,9 +25,9 @@ def unflatten_params(flat: dict[tuple[str, ...], Any]) -> Params:
 
 
 def is_trained(freeze: Sequence[str], lora_rank: int = 0) -> Callable[[tuple[str, ...]], bool]:
-    """Return a predicate of leaf paths: is this leaf trained?
+    """Return a predicate on leaf paths that is True for trained leaves.
 
-    All but the frozen parts are; with adapters, the adapters alone.
+    All leaves outside the frozen parts are trained; with adapters, only the adapters among them.
     """
     unknown = set(freeze) - set(MODEL_PARTS)
     if unknown:
@@ -42,14 +42,14 @@ def is_trained(freeze: Sequence[str], lora_rank: int = 0) -> Callable[[tuple[str
 
 
 def is_adapter(path: tuple[str, ...]) -> bool:
-    """Return whether a leaf path is that of a low-rank adapter."""
+    """Return whether a path is that of a leaf of a low-rank adapter."""
     return path[-1] in ADAPTER_LEAVES
 
 
 def split_params(
     params: Params, trained: Callable[[tuple[str, ...]], bool]
 ) -> tuple[Params, Params]:
-    """Return (trained, rest): two trees that hold each leaf once."""
+    """Split a tree into two, (trained, rest); each leaf is in one of them."""
     flat = flatten_params(params)
     chosen = {path: leaf for path, leaf in flat.items() if trained(path)}
     rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
@@ -57,12 +57,12 @@ def split_params(
 
 
 def join_params(trained: Params, rest: Params) -> Params:
-    """Join what `split_params` split; a leaf of both trees is taken from `trained`."""
+    """Undo `split_params`; a leaf that is in both trees is taken from `trained`."""
     return unflatten_params({**flatten_params(rest), **flatten_params(trained)})
 
 
 def cast_params(params: Params, dtype: Any) -> Params:
-    """Return the tree with its floating-point leaves in `dtype`; int8 weights stay."""
+    """Return the tree with its floating-point leaves cast to `dtype`; int8 weights stay int8."""
 
     def cast(x: Any) -> Any:
         keep = x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating)

@@ -1,14 +1,14 @@
-"""Speed on CPUs: the decoder's layers without a loop, and with fused products.
+"""Run the decoder's layers without a loop and with fused products, which is faster on CPUs.
 
-A loop over stacked weights copies the weights of each layer before use, and many narrow products
-run slower than few wide ones (on GPUs too, when decoding). `ModelConfig.unroll` asks for another
-form of the same weights:
+A loop over stacked weights copies the weights of each layer before it uses them, and many narrow
+products are slower than a few wide ones (when decoding, also on GPUs). `ModelConfig.unroll` selects
+another form of the same weights:
 
     stacked    blocks = {"q": {"w": [L D N H]}, ...}, run by jax.lax.scan
     unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers
 
-Everything that knows of the second form is in this file. The decoder calls `scan_layers` for its
-loop, `fused_heads` and `fused_mlp` for fused layers, `read_layer` and `write_column` for caches.
+Only this module knows the second form. The decoder calls `scan_layers` for its loop, `fused_heads`
+and `fused_mlp` for fused layers, `read_layer` and `write_column` for caches.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ LayerArrays = Array | tuple[Array, ...]  # [L ...] | L x [...]
 
 
 def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
-    """Return the parameters with their text blocks unrolled, where `cfg.unroll` asks for it."""
+    """Return the parameters with unrolled text blocks if `cfg.unroll` is set."""
     blocks = p["text"]["blocks"]
     if not cfg.unroll or isinstance(blocks, tuple):
         return p
     mesh = jax.sharding.get_abstract_mesh()
-    # Tensor parallelism cuts q, k and v each by its own heads, so they stay apart.
+    # Tensor parallelism shards q, k and v by their own heads, so they stay separate.
     separate = not mesh.empty and mesh.shape["model"] > 1
     layers = (jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
     layers = tuple(layer if separate else _fuse_linears(layer) for layer in layers)
@@ -44,17 +44,17 @@ def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
 
 
 def unstack_for_forward(p: Params, cfg: ModelConfig) -> Params:
-    """As `unstack_layers`, but not under remat="block".
+    """Do what `unstack_layers` does, except with remat="block".
 
-    XLA:CPU orders what is not in a loop for speed, and would keep the arrays of every layer.
+    XLA:CPU schedules unrolled layers for speed and would keep the arrays of all of them in memory.
     """
     return p if cfg.remat == "block" else unstack_layers(p, cfg)
 
 
 def _fuse_linears(layer: Params) -> Params:
-    """Return the layer with one map to q, k and v, and one to gate and up."""
+    """Return the layer with one map to q, k and v, and one map to gate and up."""
     if any(layer[name].keys() - {"w", "b"} for name in DECODER_LINEARS):
-        return layer  # adapters, or integers with their scales
+        return layer  # it has adapters, or int8 weights with scales
     qkv = jax.tree.map(lambda *x: jnp.concatenate(x, -2), *(layer[name] for name in "qkv"))
     gate_up = {"w": jnp.concatenate([layer["gate"]["w"], layer["up"]["w"]], -1)}
     separate = ("q", "k", "v", "gate", "up")
@@ -68,19 +68,19 @@ def is_fused(layer: Params) -> bool:
 
 
 def fused_heads(p: Params, y: Array, cfg: ModelConfig) -> tuple[Array, Array, Array]:
-    """`decoder.project_heads` by one product."""
+    """Return what `decoder.project_heads` returns, with one product."""
     n, k = cfg.text.heads, cfg.text.kv_heads
     return tuple(jnp.split(linear(p["qkv"], y), (n, n + k), -2))
 
 
 def fused_mlp(p: Params, x: Array) -> Array:
-    """`layers.mlp` by two products instead of three."""
+    """Return what `layers.mlp` returns, with two products instead of three."""
     return linear(p["down"], _gated_silu_of_halves(linear(p["gate_up"], x)))
 
 
 @jax.custom_vjp
 def _gated_silu_of_halves(both: Array) -> Array:
-    """`gated_silu` of the two halves of [... 2F]; its gradient is written in one piece."""
+    """Return `gated_silu` of the two halves of [... 2F]; its gradient is one array [... 2F]."""
     return gated_silu(*jnp.split(both, 2, -1))
 
 
@@ -119,7 +119,7 @@ def read_layer(cache: LayerArrays, layer: Any) -> Array:
 
 
 def write_column(cache: LayerArrays, layer: Any, new: Array, column: Array, axis: int) -> Any:
-    """Write new [Q G K H] into a layer of a cache, at `column` of the negative axis `axis`."""
+    """Write new [Q G K H] into a layer of a cache, at `column` of `axis`, a negative number."""
     unrolled = isinstance(cache, tuple)
     old = cache[layer] if unrolled else cache
     new = jnp.expand_dims(new, axis).astype(old.dtype)
@@ -133,9 +133,10 @@ def write_column(cache: LayerArrays, layer: Any, new: Array, column: Array, axis
 
 
 def compute_rope_once(rope: tuple[Array, Array], blocks: Blocks) -> tuple[Array, Array]:
-    """Multiply cos and sin by the identity, where the layers are unrolled.
+    """Return cos and sin, multiplied by the identity matrix if the layers are unrolled.
 
-    XLA:CPU would compute the sines again in every layer and head, but not a matrix product.
+    XLA:CPU would compute the sines again in every layer and head; it does not recompute a matrix
+    product.
     """
     return jax.tree.map(_times_identity, rope) if isinstance(blocks, tuple) else rope
 

@@ -1,4 +1,4 @@
-"""The vision tower: patches in window order -> one feature per merged token."""
+"""The vision tower, which maps patches in window order to one feature per merged token."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ VISION_ROPE_THETA = 1e4
 
 
 def vision_params(v: VisionConfig) -> Params:
-    """Declare the parameters of the tower."""
+    """Declare the parameters of the vision tower."""
     d, n, h, f = v.width, v.heads, v.head_dim, v.mlp
 
     def layers(inputs: dict[str, int], outputs: dict[str, int]) -> Params:
@@ -57,9 +57,9 @@ def merger_params(cfg: ModelConfig) -> Params:
 
 
 def vision_cos_sin(positions: Array, v: VisionConfig) -> tuple[Array, Array]:
-    """Rows and columns [... 2] -> cos and sin [... H / 2] of the rotary angles.
+    """Return cos and sin [... H / 2] of the rotary angles of rows and columns [... 2].
 
-    The first half of the frequencies follows the row, the second the column.
+    The first half of the frequencies rotates with the row, the second half with the column.
     """
     half = v.head_dim // 2
     freq = 1.0 / VISION_ROPE_THETA ** (np.arange(0, half, 2, dtype=np.float32) / half)
@@ -71,7 +71,7 @@ def vision_cos_sin(positions: Array, v: VisionConfig) -> tuple[Array, Array]:
 def _attend(
     q: Array, k: Array, v: Array, frames: Array, full: Array | bool, cfg: ModelConfig
 ) -> Array:
-    """Attend with q, k, v [rows P N H] within whole frames (full blocks) or within windows."""
+    """Attend with q, k, v [rows P N H] within frames (full blocks) or within their windows."""
     slots = cfg.vision.window_slots
 
     def whole(q, k, v):
@@ -113,9 +113,9 @@ def merge_patches(p: Params, x: Array, cfg: ModelConfig) -> Array:
 
 
 def _period(v: VisionConfig) -> int:
-    """Return after how many blocks the tower repeats itself, or 0 if it does not.
+    """Return the period of the pattern of full and window blocks; 0 if there is none.
 
-    Released models have a full block after every seven window blocks: 8.
+    Released models have a full block after every seven window blocks, a period of 8.
     """
     every = v.depth // max(1, len(v.full_blocks))
     regular = v.full_blocks and v.full_blocks == tuple(range(every - 1, v.depth, every))
@@ -123,10 +123,10 @@ def _period(v: VisionConfig) -> int:
 
 
 def _scan_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> Array:
-    """Scan over the blocks.
+    """Scan over the blocks, or over periods of them if their pattern repeats.
 
-    Where they repeat, the scan is over periods: the kind of each block is then known to the
-    compiler, and no block keeps what only the other kind needs for its gradient.
+    In a scan over periods the compiler knows the kind of each block, and no block keeps arrays that
+    only the gradient of the other kind needs.
     """
     every = _period(cfg.vision)
     if not every:
