@@ -23,10 +23,11 @@ class BadRow:
 
 
 def make_bad_row(examples: Sequence[Example], index: int, error: Exception) -> BadRow:
-    """Return the bad row of an example that raised an error; the reason is the message on one line."""
+    """Return a BadRow for an example that raised an error, with the message on one line."""
     file, row = examples.where(index)
     reason = " ".join(str(error).split())
-    for place in (f"{file}:{row}: ", f"{file}, row {row}: "):  # the bad row itself names its place
+    # BadRow prints the file and the row itself.
+    for place in (f"{file}:{row}: ", f"{file}, row {row}: "):
         reason = reason.removeprefix(place)
     return BadRow(file, row, reason)
 

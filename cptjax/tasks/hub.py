@@ -1,4 +1,4 @@
-"""Read the rows of a public dataset, from the hub or from a local copy of the same files."""
+"""Read the rows of a public dataset from the hub or from a local copy of its files."""
 
 import dataclasses
 import functools
@@ -15,21 +15,21 @@ from cptjax.tasks.task import Examples, Task, did_you_mean, limit_rows
 from cptjax.types import Example
 
 SPLIT_NAME = re.compile(r"(^|[-_.])(train|validation|val|valid|dev|test|testdev|eval)([-_.]|$)")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # are no data files
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # JSON files without rows
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 
 
 @dataclasses.dataclass(frozen=True)
 class HubSource:
-    """The hub's name of one split, and which of its rows are used."""
+    """One split of a hub dataset, and which of its rows are used."""
 
     dataset: str
     split: str
     config: str | None = None
-    needs: str = ""  # only rows in which this column is not null
-    # A share of the rows in a fixed random order, for a dataset that has no such split.
+    needs: str = ""  # keep only rows in which this column is not null
+    # The part of the rows in a fixed random order, where the dataset lacks the split.
     part: tuple[float, float] = (0.0, 1.0)
-    most: int | None = None  # at most so many rows of that order
+    most: int | None = None  # largest number of rows taken from that order
 
 
 BuildExample = Callable[[dict[str, Any]], Example]
@@ -61,15 +61,16 @@ def pick_source(name: str, sources: dict[str, HubSource], split: str) -> HubSour
     """Return the source of a split, or raise a ValueError that names the splits."""
     if split not in sources:
         raise ValueError(
-            f"task {name}: no split {split!r}; it has {', '.join(sources)}{did_you_mean(split, sources)}"
+            f"task {name}: no split {split!r}; it has "
+            f"{', '.join(sources)}{did_you_mean(split, sources)}"
         )
     return sources[split]
 
 
 class ArrowRows(Sequence[dict[str, Any]]):
-    """The rows of a datasets.Dataset as plain values.
+    """The rows of a datasets.Dataset as plain Python values.
 
-    Images stay {"bytes", "path"}, whatever their feature type.
+    Images stay encoded, as {"bytes", "path"}, whatever their feature type.
     """
 
     def __init__(self, dataset: Any):
@@ -101,7 +102,7 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{source.dataset} can not be loaded from the hub ({reason}); put a copy under data.root"
+            f"{source.dataset} cannot be loaded from the hub ({reason}); put a copy under data.root"
         ) from error
 
 
@@ -109,13 +110,14 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
 def find_local_copy(dataset: str, root: str) -> Path | None:
     """Return the folder under `root` that holds a dataset: <org>__<name>, <org>/<name> or <name>.
 
-    None means that the hub's is used, which is printed once.
+    Return None if there is none, after printing once that the hub is used.
     """
     if not root:
         return None
     if not Path(root).is_dir():
         raise ValueError(
-            f"data.root={root!r}: no such folder; give the one with the datasets, or leave it empty to use the hub"
+            f"data.root={root!r}: no such folder; give the folder of the datasets, or leave "
+            "data.root empty to use the hub"
         )
     org, _, name = dataset.rpartition("/")
     candidates = [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
@@ -123,7 +125,8 @@ def find_local_copy(dataset: str, root: str) -> Path | None:
         if folder.is_dir():
             return folder
     console.print_message(
-        f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}); the hub's is used"
+        f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}); "
+        "using the hub"
     )
     return None
 
@@ -141,7 +144,10 @@ def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:
 
 
 def _from_folder(folder: Path, source: HubSource):
-    """Read one split of a copied dataset: save_to_disk, a clone of the repository, or bare data files."""
+    """Read one split from a folder.
+
+    The folder is the output of save_to_disk, a clone of the repository, or plain data files.
+    """
     import datasets
 
     inner = folder / source.config if source.config else folder
@@ -168,9 +174,9 @@ def _pick_split(splits, source: HubSource, place: Path):
 
 
 def find_split_files(folder: Path, source: HubSource) -> list[str]:
-    """Return the data files of a split: named after it, or in a folder of that name.
+    """Return the data files of a split: those named after it, or in a folder of that name.
 
-    One file that is named after no split is the training split. A dataset with several configs
+    A single file that is named after no split is the training split. A dataset with several configs
     has a folder for each; the default config, or a copy of one config alone, is at the top.
     """
     inner = folder / source.config if source.config else folder
@@ -206,6 +212,7 @@ def find_split_files(folder: Path, source: HubSource) -> list[str]:
             ]
     present = sorted({path.name for path in (*top, *deep) if path.suffix in DATA_FILES})[:5]
     raise ValueError(
-        f"{inner}: no data files of split {source.split!r} of {source.dataset}; expected {source.split}-*.parquet "
-        f"(or .arrow, .jsonl, .json) or a folder {source.split}/, found {', '.join(present) or 'nothing'}"
+        f"{inner}: no data files of split {source.split!r} of {source.dataset}; "
+        f"expected {source.split}-*.parquet (or .arrow, .jsonl, .json) or a folder "
+        f"{source.split}/, found {', '.join(present) or 'nothing'}"
     )

@@ -1,14 +1,17 @@
-r"""Prompt templates: the instruction around a row's text, and where the answer is then expected.
+r"""Prompt templates: the instruction around a row's text, and how to read the answer.
 
-A template is a jinja file. In it `content` is the text of the row, and the row's columns are
-variables. Constants at its top tell the rest of cptjax how to read the responses:
+A template is a jinja file. In it, `content` is the text of the row, and the row's columns are
+variables. Constants at its top say how to read the responses:
 
-    {% set extract = "boxed" %}            how the answer is found (cptjax/tasks/scoring/extract.py); "whole" if not set
-    {% set format = "think_boxed" %}       the form that is rewarded (cptjax/tasks/rewards.py); "" = no format term
-    {% set forced_prefix = "\\boxed{" %}   a forced start of the response, to score knowledge apart from form
-    {% set forced_extract = "boxed" %}     the same for forced_prefix + completion; as `extract` if not set
+    {% set extract = "boxed" %}            how to find the answer, see scoring/extract.py
+    {% set format = "think_boxed" %}       the form to reward, see rewards.py; "" = none
+    {% set forced_prefix = "\\boxed{" %}   a forced start of the response, for evaluation
+    {% set forced_extract = "boxed" %}     `extract` for forced_prefix + completion
     {{ content }}
     Write the final answer inside \boxed{}.
+
+Without `extract`, the answer is the whole response; without `forced_extract`, it is `extract`. A
+forced prefix separates what the model knows from whether it responds in the right form.
 """
 
 import dataclasses
@@ -40,7 +43,7 @@ class PromptTemplate:
     forced_extract: str
 
     def render(self, content: str, columns: Mapping[str, Any] | None = None) -> str:
-        """Return the prompt's text; placeholders such as <image> inside `content` stay."""
+        """Return the text of the prompt; placeholders such as <image> in `content` are kept."""
         try:
             text = _compile_template(self.source).render({**(columns or {}), "content": content})
         except jinja2.UndefinedError as error:
@@ -48,19 +51,19 @@ class PromptTemplate:
             raise ValueError(
                 f"template {self.name}: {error.message}; the row has {known}"
             ) from error
-        # An attribute that the sandbox forbids, or a column of the wrong type.
+        # Raised for an attribute that the sandbox forbids, or a column of the wrong type.
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"template {self.name}: {error}") from error
         return text.strip()
 
     def answer(self, response: str) -> str | None:
-        """Return the final answer of a response, or None if the response does not have the form."""
+        """Return the final answer of a response, or None if the response lacks the form."""
         return extract_answer(response, self.extract)
 
     def forced_response(self, completion: str) -> str:
-        """Return the forced prefix with its completion.
+        """Return the forced prefix followed by its completion.
 
-        A box or answer tag left open is closed at the end of its line.
+        An open box or answer tag is closed at the end of its line.
         """
         if (
             self.forced_extract == "boxed"
@@ -90,7 +93,8 @@ def load_template(name: str) -> PromptTemplate:
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in BUILT_IN_TEMPLATES else Path(name)
     if path.suffix != ".jinja":
         raise ValueError(
-            f"unknown template {name!r}; expected {', '.join(BUILT_IN_TEMPLATES)} or the path of a .jinja file"
+            f"unknown template {name!r}; expected {', '.join(BUILT_IN_TEMPLATES)} "
+            "or the path of a .jinja file"
         )
     if not path.is_file():
         raise ValueError(f"template {name!r}: there is no file {path}")
@@ -135,5 +139,6 @@ def _check_template(path: Path, settings: Mapping[str, Any]) -> None:
     for key, values in allowed.items():
         if settings[key] not in values:
             raise ValueError(
-                f"template {path}: {key}: expected {', '.join(map(repr, values))}; got {settings[key]!r}"
+                f"template {path}: {key}: expected {', '.join(map(repr, values))}; "
+                f"got {settings[key]!r}"
             )

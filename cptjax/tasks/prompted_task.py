@@ -1,4 +1,4 @@
-"""One task under one prompt template: its prompts, gold responses, rewards and scores."""
+"""One task with one prompt template: its prompts, gold responses, rewards and scores."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ class PromptedTask:
         return self.task.forced_prefix or self.template.forced_prefix
 
     def build_prompt(self, example: Example) -> list[dict[str, Any]]:
-        """Return an example's conversation with the template's instruction in its last user turn."""
+        """Return an example's conversation with the template's instruction in the last turn."""
         *before, last = example.messages
         text = content_text(last["content"])
         # Under "direct", a dataset's own instruction for short answers replaces the template's.
@@ -50,7 +50,8 @@ class PromptedTask:
         """Return the response that SFT trains on: the target, in the template's form."""
         if not example.target:
             raise ValueError(
-                f"{example.id}: task {self.name} has no gold answers to train on; use a method with source='rollouts'"
+                f"{example.id}: task {self.name} has no gold answers to train on; "
+                "use a method with source='rollouts'"
             )
         if self.template.extract == "whole" or self.template.answer(example.target) is not None:
             return example.target
@@ -59,13 +60,13 @@ class PromptedTask:
     def compute_rewards(
         self, completions: Sequence[str], examples: Sequence[Example]
     ) -> list[rewards.RewardParts]:
-        """Return the parts of the reward of each completion."""
+        """Compute the reward of each completion, by parts."""
         return self.reward(completions, *_scoring_columns(examples), pool=self.sandbox)
 
     def score(
         self, responses: Sequence[str], examples: Sequence[Example], forced: bool = False
     ) -> list[scorers.ScoreRecord]:
-        """Return a record per response; `forced`: the responses continue the forced prefix."""
+        """Score each response; with `forced`, the responses continue the forced prefix."""
         extraction = self.task.extraction or self.template.extract
         if forced and self.task.forced_prefix:
             responses = [f"{self.forced_prefix} {response.strip()}" for response in responses]
@@ -84,9 +85,9 @@ class PromptedTask:
 def make_prompted_task(
     task: Task, template: str, settings: Any, sandbox: SandboxPool
 ) -> PromptedTask:
-    """Return the task under a template.
+    """Combine a task with a prompt template.
 
-    The task's own template goes first, `settings` are `config.rewards`.
+    The task's own template takes precedence; `settings` are `config.rewards`.
     """
     loaded = prompt_templates.load_template(task.template or template)
     scorer, *extra = (_load_scorer(each, sandbox) for each in (task.scorer, *task.also))
@@ -106,7 +107,7 @@ def make_prompted_task(
 def _load_scorer(scorer: str | Callable, sandbox: SandboxPool) -> scorers.Scorer:
     """Return a scorer by name.
 
-    A user's file is loaded at once, so that its errors show before step 0.
+    A user's file is loaded immediately, so that its errors appear before step 0.
     """
     if not isinstance(scorer, str):
         return scorers.Scorer(scorer.__name__, scorer)

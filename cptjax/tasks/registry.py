@@ -1,7 +1,7 @@
 """The table of tasks by name, built in or from a config.
 
-A new dataset is a file in datasets/ with a `make_task`, and a row in TASK_MAKERS. A user's own
-data needs neither, see user_data/task.py.
+A new dataset needs a file in datasets/ with a `make_task`, and a row in TASK_MAKERS. A user's own
+data needs neither; see user_data/task.py.
 """
 
 import functools
@@ -34,10 +34,8 @@ from cptjax.tasks.user_data import task
 
 
 def find_built_in(name: str) -> Task | None:
-    """Return the built-in task of that name, if there is one.
-
-    A function by name, which worker processes can import.
-    """
+    """Return the built-in task of that name, if there is one."""
+    # A named function rather than BUILT_IN_TASKS.get, since worker processes must import it.
     return BUILT_IN_TASKS.get(name)
 
 
@@ -65,8 +63,8 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
 
 _PARITY = {"scorer": "mathruler_parity"}
 _VARIANTS = [
-    # Paper A (arXiv 2507.05386): its seven tasks in its order, one gold answer each, then its
-    # general benchmarks. All have its lenient scorer, and report the benchmark's own as well.
+    # Paper A (arXiv 2507.05386): its seven tasks in its order, with one gold answer per row, then
+    # its general benchmarks. All use the paper's lenient scorer and also report the benchmark's.
     scienceqa.make_task("cpt7_scienceqa", also=("mcq_letter",), **_PARITY),
     textvqa.make_task("cpt7_textvqa", ocr=True, single=True, also=("vqa_soft",), **_PARITY),
     vizwiz.make_task("cpt7_vizwiz", single=True, also=("vqa_soft",), **_PARITY),
@@ -99,7 +97,7 @@ def resolve_task(
     """Return a task by name: one of the config's tasks, or else a built-in one.
 
     `pixels` are the model's limits (min_pixels, max_pixels). A task whose answers are positions
-    in pixels must have the same.
+    in pixels must have the same limits.
     """
     resolved = _find_task(name, user_tasks or {})
     if pixels and resolved.pixels not in (None, pixels):

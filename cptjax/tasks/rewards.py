@@ -1,13 +1,13 @@
 r"""The reward of a response: named parts; "reward" is trained on, the others are logged.
 
-    reward = weight(accuracy) * scorer(extracted answer) + weight(format) * (1 if the whole response has the form)
+    reward = accuracy weight * scorer(extracted answer) + format weight * (1 if the form is right)
 
 The papers' weights are 0.9 and 0.1. A template without a form has no format term: the reward is
 the accuracy. The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A
-user's function replaces all of this: as `file.py:function` it runs in worker processes under a
-time limit, as a function object in this process, without one. Departure:
-`<think>...</think><answer>...</answer>` must hold each tag once, so that a response cannot hide a
-second answer.
+user's function replaces all of this: given as `file.py:function`, it runs in worker processes with
+a time limit; given as a function object, it runs in this process without one. Departure:
+`<think>...</think><answer>...</answer>` must contain each tag once, so that a response cannot hide
+a second answer.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ THINK_ANSWER_PATTERN = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re
 
 
 def has_box(response: str) -> bool:
-    r"""Return whether there is a `\boxed{}` whose braces close."""
+    r"""Return whether a response has a `\boxed{}` whose braces close."""
     return boxed_answer(response) is not None
 
 
@@ -44,8 +44,8 @@ def thinks_then_boxes(response: str) -> bool:
     Space around `<`, `>` and `/` is ignored.
     """
     rest = re.sub(r"\s*([<>/])\s*", r"\1", response)
-    # Mark by mark, in linear time: a regular expression with `.*` takes minutes on a response of
-    # repeated tags.
+    # One mark after the other takes linear time; a regular expression with `.*` takes minutes on a
+    # response of repeated tags.
     for mark in ("</think>", "\\boxed{", "}"):
         before, match, rest = rest.partition(mark)
         if not match or (mark == "</think>" and not before.startswith("<think>")):
@@ -54,7 +54,7 @@ def thinks_then_boxes(response: str) -> bool:
 
 
 def thinks_then_answers(response: str) -> bool:
-    """Return whether the whole response is `<think>...</think><answer>...</answer>`, each tag once."""
+    """Return whether the response is `<think>...</think><answer>...</answer>`, each tag once."""
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     return (
         all(response.count(tag) == 1 for tag in tags)
@@ -71,17 +71,17 @@ FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """The rule that rewards a task's responses: its scorer, the jigsaw's sum or a user's function."""
+    """The rule that rewards responses: a scorer, the jigsaw's sum or a user's function."""
 
     name: str
     template: PromptTemplate
     scorer: Scorer
     accuracy: float = 0.9  # weight
     format: float = 0.1  # weight
-    target: str | Callable = (
-        ""  # a user's file.py:function or function (completion, answer, **columns)
-    )
-    # stop | zero, where a user's function or scorer raises, hangs or returns no finite number
+    # a user's file.py:function, or function (completion, answer, **columns)
+    target: str | Callable = ""
+    # stop | zero: what to do where a user's function or scorer raises, hangs or returns no finite
+    # number
     on_error: str = "stop"
     extraction: str = ""  # "" = the template's
 
@@ -93,7 +93,7 @@ class Reward:
         ids: Sequence[str],
         pool: SandboxPool | None = None,
     ) -> list[RewardParts]:
-        """Return the parts of each completion.
+        """Compute the reward parts of each completion.
 
         `pool` holds the worker processes and their time limit.
         """
@@ -130,14 +130,15 @@ def find_reward(
 ) -> Reward:
     """Return the reward of a task.
 
-    `name`: "" or "default" for its scorer's, "jigsaw", another scorer, `file.py:function` (loaded
-    at once), or a function.
+    `name` is "" or "default" (reward by the task's scorer), "jigsaw", another scorer, a
+    `file.py:function` (loaded immediately), or a function.
     """
     if on_error not in ("stop", "zero"):
         raise ValueError(f"rewards.on_error: expected stop or zero, got {on_error!r}")
     if min(accuracy, format) < 0 or accuracy + format == 0:
         raise ValueError(
-            f"reward weights: expected >= 0 and not both 0, got accuracy={accuracy}, format={format}"
+            "reward weights: expected >= 0 and not both 0, "
+            f"got accuracy={accuracy}, format={format}"
         )
     settings = {
         "template": template,
@@ -211,12 +212,13 @@ def _user_parts(
 
 
 def _describe_wrong_parts(value: Mapping[str, Any]) -> str:
-    """Return what is wrong with the parts of a user's reward.
+    """Describe what is wrong with the parts of a user's reward.
 
-    "" for finite numbers with "reward" among them.
+    Return "" if all are finite numbers and one is named "reward".
     """
     if "reward" not in value:
-        return f"returned the parts {', '.join(map(str, value)) or 'none'}; expected one named 'reward'"
+        names = ", ".join(map(str, value)) or "none"
+        return f"returned the parts {names}; expected one named 'reward'"
     for key, v in value.items():
         if message := scorers.describe_non_number(v):
             return f"{key}: {message}"
@@ -224,5 +226,5 @@ def _describe_wrong_parts(value: Mapping[str, Any]) -> str:
 
 
 def is_correct(parts: dict[str, float]) -> bool:
-    """Return whether a response is fully right, by its accuracy or else by its reward."""
+    """Return whether a response is fully correct, by its accuracy or else by its reward."""
     return parts.get("accuracy", parts.get("reward", 0.0)) >= 1.0

@@ -18,10 +18,10 @@ OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A dataset as training and evaluation use it.
+    """A dataset with its scorer, reward and prompt settings.
 
-    The messages of its examples hold no instruction: the template adds one, so that an example
-    works under every template.
+    The messages of its examples contain no instruction: the template adds one, so that an example
+    works with every template.
     """
 
     name: str
@@ -34,13 +34,12 @@ class Task:
     reward: str | Callable = ""
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
-    direct_suffix: str = (
-        ""  # the instruction of the template "direct"; meta["direct_suffix"] goes before it
-    )
-    # what evaluation makes a response begin with, to score knowledge apart from format; "" = the
-    # template's
+    # the instruction of the template "direct"; meta["direct_suffix"] is placed before it
+    direct_suffix: str = ""
+    # the start of a response that evaluation can force, to score knowledge apart from format;
+    # "" = the template's
     forced_prefix: str = ""
-    also: tuple[str, ...] = ()  # further scorers that are reported
+    also: tuple[str, ...] = ()  # further scorers to report
     # the limits of the model's image size that the answers depend on; None = any
     pixels: tuple[int, int] | None = None
 
@@ -97,9 +96,9 @@ class Subset(Sequence[Example]):
 
 
 def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray:
-    """Return `limit` of the indices, chosen by seed, in order.
+    """Choose `limit` of the indices by seed, and return them in order.
 
-    A smaller limit gives a subset of a larger one's.
+    A smaller limit chooses a subset of what a larger limit chooses.
     """
     order = np.asarray(order, dtype=np.int64)
     if limit is None or limit >= len(order):
@@ -112,9 +111,9 @@ def limit_rows(order: Sequence[int], limit: int | None, seed: int) -> np.ndarray
 def user_turn(
     text: str, images: Iterable[Any] = (), videos: Iterable[Any] = ()
 ) -> list[dict[str, Any]]:
-    """Return one user turn.
+    """Return a conversation of one user turn.
 
-    Each <image> and <video> of the text is replaced by the next image or video.
+    Each <image> and <video> in the text is replaced by the next image or video.
     """
     return place_media([{"role": "user", "content": text}], list(images), list(videos))
 
@@ -122,11 +121,10 @@ def user_turn(
 def place_media(
     turns: Sequence[dict[str, Any]], images: Sequence[Any], videos: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Return the turns as lists of parts.
+    """Return the turns with their contents as lists of parts.
 
-    Each <image> and <video> of their texts becomes the next image or video.
-    The content of a turn is a text, or a list of texts and of finished parts, which stay as they
-    are:
+    Each <image> and <video> in a text becomes the next image or video. The content of a turn is a
+    text, or a list of texts and finished parts; finished parts are left unchanged:
 
         [{"role": "user", "content": "a <image>?"}], ["cat.png"], []
         -> [{"role": "user", "content": [text "a ", image "cat.png", text "?"]}]
@@ -157,7 +155,7 @@ def place_media(
 def _fill_placeholders(
     piece: str | dict[str, Any], queues: dict[str, Iterator[Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a text, or the part itself."""
+    """Yield the parts of a text, or a finished part as it is."""
     if isinstance(piece, dict):
         yield piece
         return
@@ -180,14 +178,14 @@ def conversation_images(messages: Sequence[dict[str, Any]]) -> Iterator[Any]:
 
 
 def format_options(options: Sequence[str]) -> str:
-    """Write options one a line, as "A. red"."""
+    """Format options as lines such as "A. red"."""
     return "\n".join(
         f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=False)
     )
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """Return the most frequent answer, the first of several."""
+    """Return the most frequent answer, the first one of a tie."""
     return max(dict.fromkeys(answers), key=list(answers).count)
 
 
@@ -198,7 +196,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def refuse_old_name(setting: str, name: str) -> None:
-    """Raise a ValueError with the new name of a task or setting that was called "drawn" before."""
+    """Raise a ValueError that gives the new name of an old task or setting."""
     if re.fullmatch(r"drawn(_\w+)?", name):
         new = name.replace("drawn", "synthetic", 1)
         raise ValueError(f"{setting}: {name!r} was renamed; write {new!r}")

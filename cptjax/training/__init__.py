@@ -1,1 +1,1 @@
-"""One training step, the training loop, and where its batches come from."""
+"""The training loop, the step that it repeats, and the sources of its batches."""

@@ -1,4 +1,4 @@
-"""The objective, the optimizer and the batch builder of a stage, built from its config."""
+"""Build the objective, the optimizer and the batch builder of a stage from its config."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from cptjax.types import Array, Batch, Params
 def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
     """Build the order of a stage's rows.
 
-    `sizes` are the rows of its own tasks, then those of the tasks that it replays.
+    `sizes` are the numbers of rows of the stage's own tasks, then of the tasks that it replays.
     """
     c, own = stage.config, len(stage.tasks)
     return Mixture(
@@ -51,7 +51,7 @@ def optimizer_from_config(config: ConfigDict, declared: Params) -> Optimizer:
 def scoring_program_from_config(
     cfg: ModelConfig, dtype: Any, config: ConfigDict
 ) -> Callable[[Params, Batch], Array]:
-    """Build the program of log-probabilities; a policy is scored at its rollouts' temperature."""
+    """Build the log-probability program; a policy is scored at the temperature of its rollouts."""
     loss = LossConfig.from_config(config)
     return make_scoring_program(cfg, dtype, loss.chunk, loss.temperature)
 
@@ -59,7 +59,7 @@ def scoring_program_from_config(
 def batch_builder_from_config(
     model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: ConfigDict
 ) -> BatchBuilder:
-    """Build the batch builder of a stage; refuse sampling slots that the mesh does not divide."""
+    """Build the batch builder of a stage; refuse sampling slots that the mesh cannot divide."""
     sampling = rollout_sampling(config)
     sampling.check_batch_shards(sharding.batch_shards(model_ctx.mesh))
     return BatchBuilder(

@@ -1,4 +1,4 @@
-"""Responses of another run's rollouts file as training data: matched, checked, graded."""
+"""Load the responses in another run's rollouts file as training data: match, check, grade."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,22 +24,22 @@ def load_corpus(
     prompted_tasks: PromptedTasks,
     model_ctx: ModelContext,
 ) -> list[RowResponse]:
-    """Load the responses of `method.corpus` to the rows of a stage.
+    """Load the responses in `method.corpus` to the rows of a stage.
 
-    `model_ctx` is that of rows with their responses.
+    `model_ctx` must be the one for prompts with their responses.
     """
     path = Path(method.corpus)
     if not path.is_file():
         raise ValueError(
-            f"method.corpus={str(path)!r} does not exist; expected the rollouts/*.jsonl of another "
-            "run"
+            f"method.corpus={str(path)!r} does not exist; "
+            "expected the rollouts/*.jsonl of another run"
         )
     lines = files.read_jsonl(path)
     if not lines or {"id", "response"} - lines[0].keys():
         got = f"the keys {', '.join(lines[0])}" if lines else "no lines"
         raise ValueError(
-            f"method.corpus={str(path)!r}: expected lines with id, response and, where known, "
-            f"rewards; got {got}"
+            f"method.corpus={str(path)!r}: "
+            f"expected lines with id, response and, where known, rewards; got {got}"
         )
     places = {}
     with console.progress_bar("match the corpus to its rows", total=sum(map(len, sources))) as bar:
@@ -51,7 +51,7 @@ def load_corpus(
     if unknown:
         raise ValueError(
             f"method.corpus={str(path)!r}: {len(unknown)} of its ids are not in the stage's data, "
-            f"the first {unknown[0]!r}"
+            f"the first is {unknown[0]!r}"
         )
     responses = [(*places[line["id"]], line["response"]) for line in lines]
     if method.corpus_answer == "gold":
@@ -64,8 +64,8 @@ def load_corpus(
     pairs = list(dict.fromkeys(pairs))
     if not pairs:
         raise ValueError(
-            f"method.corpus={str(path)!r}: none of its {len(lines)} responses is correct; there is "
-            "nothing to train on"
+            f"method.corpus={str(path)!r}: none of its {len(lines)} responses is correct; "
+            "there is nothing to train on"
         )
     console.print_message(f"{path}: {len(pairs)} of {len(lines)} responses to train on")
     _check_lengths(path, pairs, sources, prompted_tasks, model_ctx)
@@ -79,14 +79,14 @@ def _correct_responses(
     sources: Sequence[Sequence[Example]],
     prompted_tasks: PromptedTasks,
 ) -> list[RowResponse]:
-    """Return the correct responses that ended within their limit.
+    """Return the correct responses that ended before the length limit.
 
-    The file's rewards decide where it has them, else the task's reward.
+    The rewards in the file decide; responses without them are graded by the task's reward.
     """
     finished = [i for i, line in enumerate(lines) if line.get("finished") is not False]
     if len(finished) < len(lines):
         console.print_message(
-            f"{path}: {len(lines) - len(finished)} of {len(lines)} responses met their length "
+            f"{path}: {len(lines) - len(finished)} of {len(lines)} responses reached the length "
             "limit and are left out"
         )
     rewards: dict[int, dict[str, float]] = {}
@@ -108,7 +108,7 @@ def _correct_responses(
 
 
 def _put_gold_answer(prompted_tasks: PromptedTasks, example: Example, response: str) -> str:
-    """Return the response up to its answer, or the whole of it, followed by the gold answer."""
+    """Replace the answer of a response by the gold answer, or append it if there is none."""
     template = prompted_tasks[example.task].template
     opening = {"boxed": "\\boxed{", "answer_tag": "<answer>"}.get(template.extract)
     if opening is None:
@@ -141,7 +141,7 @@ def _check_lengths(
             if tokens > limit:
                 raise ValueError(
                     f"method.corpus={str(path)!r}: {example.id} with its response has {tokens} "
-                    f"tokens, over the {limit} of a prompt "
-                    "and rollout.max_new_tokens: raise rollout.max_new_tokens, or remove the row"
+                    f"tokens, over the {limit} of a prompt and rollout.max_new_tokens: "
+                    "raise rollout.max_new_tokens, or remove the row"
                 )
             bar.advance()

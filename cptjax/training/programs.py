@@ -1,7 +1,7 @@
-"""The programs of a training stage at its largest shapes, with abstract arguments, for the planner.
+"""The programs of a training stage with abstract arguments at its largest shapes, for planning.
 
-The largest shapes: prompts of `data.prompt_limit` tokens with one image of `model.max_pixels` each
-(sides up to 4 : 1), responses of `rollout.max_new_tokens` (SFT: responses as long as the row),
+The largest shapes are: prompts of `data.prompt_limit` tokens with one image of `model.max_pixels`
+each (sides up to 4 : 1), responses of `rollout.max_new_tokens` (SFT: responses as long as the row),
 `train.micro_batch` rows in a device pass.
 """
 
@@ -59,9 +59,9 @@ class AbstractStage:
 
     @property
     def resident(self) -> dict[str, Any]:
-        """What stays in memory, by name.
+        """What stays in memory during the stage, by name.
 
-        Models share arrays: an array counts under the first name that has it.
+        Models share arrays; an array counts under the first name that has it.
         """
         state = self.state
         trees = {
@@ -79,7 +79,7 @@ class AbstractStage:
 def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> AbstractStage:
     """Return the shapes of a stage's models on a mesh.
 
-    `cfg` is the shape of `config.model`, fitted to the mesh.
+    `cfg` is the model config of `config.model`, fitted to the mesh.
     """
     model, method = config.model, config.method
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
@@ -170,7 +170,7 @@ def longest_row(config: ConfigDict) -> int:
 
 
 def abstract_conversations(stage: AbstractStage, rows: int) -> Batch:
-    """Return rows whose responses may be as long as they are."""
+    """Return `rows` conversations whose responses may fill the whole row."""
     length = longest_row(stage.config)
     tokens = abstract_array((rows, length), jnp.int32, stage.mesh, ("batch",))
     mask = abstract_array((rows, length), bool, stage.mesh, ("batch",))
@@ -190,14 +190,14 @@ def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
 
 
 def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
-    """Return a device pass as the programs of log-probabilities see it."""
+    """Return one device pass of the programs of log-probabilities."""
     if stage.config.method.source == "rollouts":
         return abstract_groups(stage, rows, stage.config.data.prompt_limit)
     return abstract_conversations(stage, rows)
 
 
 def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
-    """Return a device pass of the update, with advantages and the outputs of other models."""
+    """Return one device pass of the update, with advantages and the outputs of other models."""
     m, mesh = stage.config.method, stage.mesh
     batch = abstract_scoring_batch(stage, rows)
     b, a = batch.targets.shape
@@ -221,7 +221,7 @@ def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
     return batch.replace(extra=batch.extra | extra)
 
 
-# ---- operations of the model, counted by hand ----------------------------------------------------
+# ---- FLOPs of the model, by formula --------------------------------------------------------------
 
 
 def vision_forward(stage: AbstractStage, rows: int) -> float:
@@ -230,7 +230,7 @@ def vision_forward(stage: AbstractStage, rows: int) -> float:
 
 
 def text_forward(stage: AbstractStage, rows: int) -> float:
-    """Return the operations of the text of one device pass."""
+    """Count the FLOPs of the text model in one device pass."""
     r, length = stage.config.rollout, longest_row(stage.config)
     if stage.config.method.source == "rollouts":
         return flops.group_forward_flops(stage.cfg, rows, length, r.group, r.max_new_tokens)
@@ -238,9 +238,9 @@ def text_forward(stage: AbstractStage, rows: int) -> float:
 
 
 def update_flops(stage: AbstractStage, rows: int) -> float:
-    """Return the operations of a forward and backward pass.
+    """Count the FLOPs of a forward and backward pass.
 
-    Frozen weights need no gradient, a frozen tower no backward pass.
+    Frozen weights need no gradient, and a frozen vision tower needs no backward pass.
     """
     m = stage.config.model
     text_passes = 2 if m.lora.rank or "language" in m.freeze else 3
@@ -252,7 +252,7 @@ def update_flops(stage: AbstractStage, rows: int) -> float:
 
 
 def training_programs(stage: AbstractStage) -> list[Program]:
-    """Return the programs of a stage in the order in which it calls them."""
+    """Return the programs of a stage in the order of their calls."""
     t, m = stage.config.train, stage.config.method
     on_policy = m.source == "rollouts"
     batch = t.batch // m.updates_per_batch if on_policy else t.batch
@@ -269,7 +269,7 @@ def training_programs(stage: AbstractStage) -> list[Program]:
 
 
 def rollout_programs(stage: AbstractStage) -> list[Program]:
-    """Return the programs of sampling: those of the offline filter, then the stage's own."""
+    """Return the sampling programs: those of the offline filter, then those of the stage."""
     c, m = stage.config, stage.config.method
     sampling = rollout_sampling(c)
     rows, _ = device_batches.micro_batch_layout(c.train.batch, 0, stage.shards, fill=True)
@@ -298,7 +298,7 @@ def response_programs(
 ) -> list[Program]:
     """Return the programs that sample responses to `rows` prompts.
 
-    The second of `samplings` is the greedy one.
+    A second entry of `samplings` is greedy sampling.
     """
     if rows % stage.shards:
         raise ValueError(
@@ -327,8 +327,8 @@ def response_programs(
 
 
 def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
-    """Return the programs of log-probabilities: of the reference, and of the policy where an
-    update needs those of its start.
+    """Return the programs of log-probabilities under the reference and, where an update needs
+    them, under the policy before the updates.
     """
     m = stage.config.method
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
@@ -359,7 +359,7 @@ def teacher_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
 
 
 def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) -> list[Program]:
-    """Return one fused step; or gradients that add up over micro-batches, and their application."""
+    """Return one fused step, or programs that sum gradients over micro-batches and apply them."""
     state, frozen = stage.state, stage.frozen
     steps = train_step.make_step_programs(
         stage.cfg,
@@ -389,8 +389,9 @@ def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) 
 def abstract_gradient_sum(
     steps: train_step.StepPrograms, stage: AbstractStage, batch: Batch
 ) -> train_step.GradientSum:
-    """Return the shapes of summed gradients: each is sharded as its parameter, all else is on
-    every device.
+    """Return the shapes of summed gradients.
+
+    Each gradient is sharded like its parameter; all other arrays are replicated.
     """
     trained = stage.state.params
     total = jax.eval_shape(steps.begin, trained, stage.frozen, batch)

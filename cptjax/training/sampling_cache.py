@@ -1,4 +1,4 @@
-"""A cache of sampled responses, part by part: a killed run samples only the missing parts."""
+"""A cache of sampled responses in parts, so that a killed run samples only the missing parts."""
 
 import dataclasses
 import json
@@ -22,26 +22,26 @@ CACHE_SECTIONS = ("seed", "model", "tasks", "data", "method", "rewards", "rollou
 def write_sampling_cost(path: Path, cost: WorkCost, fingerprint: str, seconds: float = 0.0) -> None:
     """Write the cost of sampled responses and the fingerprint of their settings next to their file.
 
-    Call it before that file is written.
+    Call it before writing the file of the responses.
     """
     values = {**dataclasses.asdict(cost), "seconds": seconds, "fingerprint": fingerprint}
     files.write_json(path.with_suffix(".cost.json"), values)
 
 
 def read_cost_file(path: Path) -> dict[str, Any]:
-    """Read the values that `write_sampling_cost` has written."""
+    """Read the values that `write_sampling_cost` wrote."""
     return json.loads(path.with_suffix(".cost.json").read_text())
 
 
 def read_sampling_cost(path: Path) -> tuple[WorkCost, float]:
-    """Return the cost of sampled responses, and the seconds that the sampling took."""
+    """Return the cost of sampled responses, and the seconds that sampling took."""
     values = read_cost_file(path)
     cost = WorkCost(**{f.name: values[f.name] for f in dataclasses.fields(WorkCost)})
     return cost, values["seconds"]
 
 
 def cache_fingerprint(stage: Stage) -> str:
-    """Return a short text that differs where a stage would sample other responses."""
+    """Return a short text that differs if a stage would sample other responses."""
     settings = config_fingerprint(stage.config, CACHE_SECTIONS)
     return f"{settings} {stage.number} {stage.name} {stage.steps} {stage.epochs}"
 
@@ -57,7 +57,7 @@ class SamplingCache:
         self.path = path
         self.stopping = stopping
         self.fingerprint = cache_fingerprint(stage)
-        self.seconds = 0.0  # that sampling all parts took
+        self.seconds = 0.0  # spent on sampling, over all parts
         self._file = path.with_name(f".{path.name}.partial{jax.process_index()}")
         self._header = {
             "fingerprint": self.fingerprint,
@@ -68,7 +68,10 @@ class SamplingCache:
         self._lines: files.LineFile | None = None
 
     def is_complete(self) -> bool:
-        """Return whether the main process sees the file; remove a file of other settings first."""
+        """Return whether the file exists; first remove a file that has other settings.
+
+        The main process decides for all processes.
+        """
         if (
             distributed.is_main_process()
             and self.path.exists()
@@ -106,7 +109,7 @@ class SamplingCache:
         self._lines = files.LineFile(self._file)
 
     def discard(self) -> None:
-        """Delete the parts; call it when the file is written."""
+        """Delete the parts; call it after the file is written."""
         if self._lines is not None:
             self._lines.close()
         self._file.unlink(missing_ok=True)

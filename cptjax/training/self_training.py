@@ -1,8 +1,8 @@
-"""Self-SFT: windows of the policy's own correct responses, or those of a corpus.
+"""Self-SFT: train on the policy's own correct responses, in windows of steps, or on a corpus.
 
 The responses of a window are written to corpus/stage{K}_step{start}.jsonl before they are used, so
-that a resumed run trains on the same; next to that file are their sampling cost (.cost.json) and
-their origin (.source.json).
+that a resumed run trains on the same responses. Their sampling cost (.cost.json) and their origin
+(.source.json) are written next to that file.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def response_examples(
 
 
 def starts_window(ctx: StageContext, step: int) -> bool:
-    """Return whether the policy must sample before this step can train."""
+    """Return whether the policy must sample before it can train on this step."""
     return ctx.config.method.source == "self" and step % _window_steps(ctx) == 0
 
 
@@ -91,7 +91,7 @@ def _window_responses(
         distributed.gather_objects(True)  # no process reads the file before it is written
         cache.discard()
         _read_responses.cache_clear()
-    # The file has the cost of all processes, and a step adds up the costs of its processes.
+    # The file has the cost of all processes, and a step sums the costs of its processes.
     cost = WorkCost()
     if distributed.is_main_process():
         cost, _ = sampling_cache.read_sampling_cost(path)
@@ -104,7 +104,7 @@ def _read_responses(path: Path) -> list[RowResponse]:
 
 
 def _origin(ctx: StageContext, start: int) -> dict[str, Any]:
-    """Return where the responses of a window come from: a file, or the policy of a step."""
+    """Return the origin of a window's responses: a file, or the policy at a step."""
     method = ctx.config.method
     if method.source == "self":
         return {"policy": {"stage": ctx.stage.number, "step": start}}
@@ -134,8 +134,8 @@ def _sample_window(
         samples, key = ctx.config.method.self_samples, ctx.step_key(start)
         correct, cost = sample_correct_responses(builder, params, items, samples, key, bar, cache)
 
-    # Encoded again, a text may have other tokens than those that were sampled; two more end the
-    # turn and its line.
+    # When encoded again, a text may have other tokens than the sampled ones. Two more tokens end
+    # the turn and its line.
     ids = builder.model_ctx.processor.ids
     measured = [
         (*local[i], text, len(items[i].encoded) + len(ids(text)) + 2) for i, text in correct
@@ -145,8 +145,8 @@ def _sample_window(
     pairs = sorted({(*place, text) for *place, text, tokens in measured if tokens <= limit})
     if not pairs:
         raise ValueError(
-            f"none of the policy's own responses to {len(places)} prompts is correct; there is "
-            "nothing to train on"
+            f"none of the policy's own responses to {len(places)} prompts is correct; "
+            "there is nothing to train on"
         )
     too_long = sum(tokens > limit for *_, tokens in measured)
     more = f"; {too_long} more are too long when encoded again" if too_long else ""
@@ -169,9 +169,8 @@ def sample_correct_responses(
 ) -> tuple[list[tuple[int, str]], WorkCost]:
     """Sample responses to prompts; return (item, text) of the correct ones, and the cost.
 
-    Each device pass is a part of the cache.
-
-    unfinished: include responses that met the length limit.
+    Each device pass is a part of the cache. With `unfinished`, responses that reached the length
+    limit are included.
     """
     model_ctx, sampling = builder.model_ctx, dataclasses.replace(builder.sampling, group=samples)
     rows = rows_per_process(model_ctx, builder.batch_size, 0, fill=True)
@@ -205,10 +204,11 @@ def sample_correct_responses(
 def _step_responses(
     ctx: StageContext, pairs: list[RowResponse], start: int, step: int
 ) -> list[RowResponse]:
-    """Return the responses of a step, over all processes.
+    """Return the responses of a step, for all processes.
 
-    Every position takes the next response of its mixture component, in an order of the seed that
-    changes with each pass over the component's responses: the components keep their exact shares.
+    Each position takes the next response of its mixture component, so the components keep their
+    exact shares. The order depends on the seed and changes with each pass over the responses of
+    the component.
     """
     mixture, batch = ctx.mixture, ctx.builder.batch_size
     of_component = [[p for p in pairs if p[0] in c.sources] for c in mixture.components]
@@ -220,9 +220,8 @@ def _step_responses(
         ]
         console.print_warning(
             f"stage {ctx.stage.number}: no correct response to the prompts of {', '.join(empty)}; "
-            f"until step {start + _window_steps(ctx)} "
-            "other responses take their rows: raise method.self_samples, or the steps of "
-            "method.refresh"
+            f"until step {start + _window_steps(ctx)} other responses take their rows: "
+            "raise method.self_samples, or the steps of method.refresh"
         )
     of_component = [responses or pairs for responses in of_component]
     before = component_counts(start * batch, mixture.remaining_shares)
@@ -236,7 +235,7 @@ def _step_responses(
 
 
 def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[EncodedExample]:
-    """Encode prompts with their responses; images are those of the prompts."""
+    """Encode prompts with their responses, reusing the encoded images of the prompts."""
     model_ctx = ctx.builder.training_ctx
     limit = max(model_ctx.buckets)
     prompts = ctx.prompt_reader([RowRef(source, row) for source, row, _ in pairs])

@@ -1,4 +1,4 @@
-"""What a stage has ready: batch builder, data, their order, reference model and teacher."""
+"""What a stage needs to train: batch builder, data and their order, reference model, teacher."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ from cptjax.types import Example, Params
 
 @dataclasses.dataclass
 class StageProgress:
-    """How much of a stage is done; a checkpoint stores it next to the arrays."""
+    """How much of a stage is done; a checkpoint stores it together with the arrays."""
 
     step: int = 0
-    batches_taken: int = 0  # from the stream; an online filter takes several a step
+    batches_taken: int = 0  # from the stream; an online filter takes several per step
     updates: int = 0  # of the optimizer
 
 
 @dataclasses.dataclass
 class StageContext:
-    """A stage ready to run."""
+    """Everything that a stage trains with, except the weights."""
 
     stage: Stage
     builder: BatchBuilder
@@ -40,27 +40,27 @@ class StageContext:
     workdir: Path
     reference: Params | None  # of the KL term
     teacher: Teacher | None
-    stopping: Callable[[], bool] = bool  # True = end the run before long work starts
+    stopping: Callable[[], bool] = bool  # returns True if the run must end before long work
 
     @property
     def config(self) -> ConfigDict:
         return self.stage.config
 
     def step_key(self, step: int) -> jax.Array:
-        """Return the random key of a step, a function of (seed, stage, step)."""
+        """Return the random key of a step, which depends on (seed, stage, step)."""
         key = jax.random.fold_in(jax.random.key(self.seed), self.stage.number)
         return jax.random.fold_in(key, step)
 
     @functools.cached_property
     def prompt_reader(self) -> LocalReader:
-        """Reads the prompts of given rows; their responses are trained on with the same images."""
+        """The reader of the prompts of given rows."""
         builder = self.builder
         limit = max(builder.model_ctx.buckets)
         encode = make_example_encoder(builder.model_ctx, builder.prompted_tasks, False, limit)
         return LocalReader(self.sources, encode)
 
     def open_stream(self, batches_taken: int) -> BatchStream:
-        """Open the stream of the stage's batches behind those already taken."""
+        """Open the stream of the stage's batches after those already taken."""
         data, builder = DataConfig.from_config(self.config.data), self.builder
         with_gold = self.config.method.source == "gold"
         limit = max(builder.model_ctx.buckets)

@@ -1,10 +1,10 @@
 """What one step trains on, and how conversations become its device batches.
 
-source    rows -> responses                                                     updates of a step
-gold      row -> conversation with its gold answer                              one
-self      a window of rows -> the policy's correct responses, taken in turns    one
-corpus    a rollouts/*.jsonl -> its correct responses                           one
-rollouts  row -> prompt -> responses -> rewards -> advantages (`rollouts`)      `updates_per_batch` * `passes`
+source    rows -> responses                                            updates per step
+gold      row -> conversation with its gold response                   1
+self      a window of rows -> correct responses of the policy          1
+corpus    a rollouts/*.jsonl -> its correct responses                  1
+rollouts  row -> prompt -> responses -> rewards -> advantages          updates_per_batch * passes
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from cptjax.types import Array, Batch, Params
 
 @dataclasses.dataclass
 class StepBatch:
-    """What one step trains on: the micro-batches of each optimizer update, metrics and cost."""
+    """What one step trains on: the micro-batches of each update, with metrics and cost."""
 
     updates: Iterator[list[Batch]]
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -37,21 +37,21 @@ class StepBatch:
 
 @dataclasses.dataclass(frozen=True)
 class BatchBuilder:
-    """How the batches of a stage are built; parameters are passed to each call."""
+    """Builds the batches of a stage; parameters are passed to each call."""
 
     model_ctx: ModelContext
     prompted_tasks: dict[str, PromptedTask]
     sampling: SamplingConfig
     method: Any  # config.method of the stage
     loss: LossConfig
-    batch_size: int  # prompts or conversations of a step, over all processes
-    micro_batch: int  # of these in a device pass; 0 = all
-    pack: bool  # several conversations in a row
+    batch_size: int  # prompts or conversations per step, over all processes
+    micro_batch: int  # prompts or conversations per device pass; 0 = all
+    pack: bool  # put several conversations into a row
     score: Callable[[Params, Batch], Array]  # log-probabilities [B A] of a batch's targets
 
     @property
     def training_ctx(self) -> ModelContext:
-        """The model context of rows to train on, which may be longer than prompts."""
+        """The model context for training rows, which may be longer than prompts."""
         more = extra_response_tokens(self.method, self.sampling.max_new_tokens)
         return self.model_ctx.with_longer_rows(more)
 
@@ -77,7 +77,7 @@ def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
 
 
 def attach_arrays(batches: Sequence[Batch], **arrays: Sequence[Array]) -> list[Batch]:
-    """Return the batches with one more device array of each name in their `extra`."""
+    """Return the batches with the given device arrays, one per batch, added to their `extra`."""
     return [
         batch.replace(extra=batch.extra | {name: parts[i] for name, parts in arrays.items()})
         for i, batch in enumerate(batches)
@@ -91,9 +91,8 @@ def iterate_updates(
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each update, with the states of a teacher on `seen`.
 
-    `seen` has other prompts to the same targets; None = the same batches.
-
-    The states [B A D] are large: those of an update are computed when the update is about to begin.
+    `seen` are the batches with the prompts that the teacher sees; None = the same batches. The
+    states [B A D] are large, so those of an update are computed just before the update.
     """
     for batches, seen_batches in zip(updates, seen or updates, strict=True):
         if teacher is None:
@@ -109,7 +108,7 @@ def sft_step_batch(
     reference: Params | None = None,
     teacher: Teacher | None = None,
 ) -> StepBatch:
-    """Build a step of SFT; the reference and the teacher score the same batches."""
+    """Build the batch of an SFT step; the reference and the teacher score the same batches."""
     batches = builder.conversation_batches(items)
     if reference is not None:
         batches = attach_arrays(batches, ref_logps=builder.score_batches(reference, batches))

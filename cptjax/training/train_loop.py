@@ -2,7 +2,8 @@
 
 SFT, corpus    next_step_batch -> sft_step_batch (`step_batch`) -> StepPrograms.run (`train_step`)
 self           the same, on the policy's own responses (`self_training`)
-RL             next_step_batch -> sample_rollouts -> rollout_step_batch (`rollouts`) -> StepPrograms.run for each update
+RL             next_step_batch -> sample_rollouts -> rollout_step_batch (`rollouts`)
+               -> StepPrograms.run for each update
 """
 
 import concurrent.futures
@@ -26,7 +27,7 @@ from cptjax.training.step_batch import StepBatch
 from cptjax.training.train_step import StepPrograms
 from cptjax.types import Mean, Params, TrainState
 
-# Nats a token between sampler and trainer that rounding explains, by compute type.
+# The difference between sampler and trainer that rounding explains, in nats per token.
 MAX_MISMATCH = {"float32": 1e-3, "bfloat16": 0.05}
 
 
@@ -39,10 +40,10 @@ def train_loop(
     penalty_arrays: Any,
     on_step: Callable[[TrainState, StageProgress, dict[str, float], list[dict[str, Any]]], bool],
 ) -> TrainState:
-    """Train from `progress` to the last step; `on_step` logs, saves, and returns whether to go on.
+    """Train from `progress` to the last step.
 
-    The loop ends early where sampling was stopped. A batch that needs no sampling is built while
-    the device runs the step before it.
+    `on_step` logs, saves, and returns whether to continue. The loop ends early if sampling was
+    stopped. A batch that needs no sampling is built while the device runs the step before it.
     """
     config = ctx.config
     method = config.method
@@ -66,7 +67,7 @@ def train_loop(
             progress.batches_taken += batch.batches_taken
 
             updating = time.perf_counter()
-            pending: list[dict[str, Any]] = []  # metrics on the device: nothing waits for them yet
+            pending: list[dict[str, Any]] = []  # metrics on the device, fetched after dispatch
             for micro_batches in batch.updates:
                 rate = rates[progress.updates]
                 state, update_metrics = programs.run(
@@ -80,7 +81,7 @@ def train_loop(
             if progress.step < ctx.steps and not needs_sampling(ctx, progress.step):
                 finished = watcher.submit(wait_until_ready, pending)
                 ahead = next_step_batch(ctx, None, stream, progress)
-                # The time that the device had to wait for this batch.
+                # The time that the device waited for this batch.
                 ahead.metrics["seconds/data"] = max(0.0, time.perf_counter() - finished.result())
             fetched = fetch_metrics(pending)
             if ctx.teacher is not None:
@@ -144,7 +145,7 @@ def next_step_batch(
 
 
 def needs_sampling(ctx: StageContext, step: int) -> bool:
-    """Return whether the batch of a step is sampled from the policy that the step before makes."""
+    """Return whether the batch of a step is sampled from the policy after the previous step."""
     return ctx.config.method.source == "rollouts" or self_training.starts_window(ctx, step)
 
 
@@ -161,13 +162,13 @@ def fetch_metrics(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def wait_until_ready(metrics: list[dict[str, Any]]) -> float:
-    """Wait until the device has computed these metrics; return the time of that moment."""
+    """Wait until the device has computed these metrics; return the time when it has."""
     jax.block_until_ready(metrics)
     return time.perf_counter()
 
 
 def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Merge the metrics of a step's updates: extremes of _min and _max, means of all others."""
+    """Merge the metrics of a step's updates: extremes for _min and _max, means otherwise."""
     pick = {"_min": min, "_max": max}
     names = dict.fromkeys(name for update in metrics for name in update)
     return {
@@ -177,7 +178,7 @@ def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float
 
 
 def cost_metrics(cost: WorkCost, seconds: float) -> dict[str, float]:
-    """Return the cost of a step over all processes, and its rates."""
+    """Return the cost of a step over all processes, and its tokens and FLOPs per second."""
     total = sum(distributed.gather_objects(cost), WorkCost())
     return total.logged() | {
         "perf/tokens_per_second": total.seen / seconds,
@@ -186,22 +187,21 @@ def cost_metrics(cost: WorkCost, seconds: float) -> dict[str, float]:
 
 
 def warn_of_mismatch(metrics: dict[str, float], stage: Stage) -> None:
-    """Warn where sampler and trainer differ before the first update, when the ratio must be 1."""
+    """Warn if sampler and trainer differ before the first update, when the ratio must be 1."""
     rollout, compute_dtype = stage.config.rollout, stage.config.model.compute_dtype
     limit = MAX_MISMATCH[compute_dtype]
-    # A sampler that cuts a tempered distribution has no log-probability of all tokens to compare
-    # with.
+    # A sampler that cuts a tempered distribution does not return log-probabilities over the whole
+    # vocabulary, so there is nothing to compare.
     is_cut = rollout.top_p < 1 or rollout.top_k or rollout.min_p
     if rollout.dtype not in ("", compute_dtype) or (rollout.temperature != 1 and is_cut):
         return
     if metrics.get("mismatch", 0.0) > limit:
         console.print_warning(
             f"stage {stage.number}: before the first update the trainer's log-probabilities differ "
-            "from the sampler's by "
-            f"{metrics['mismatch']:.2g} a token on average (at most {metrics['mismatch_max']:.2g}; "
-            f"expected below {limit}): responses are not "
-            "exactly the policy's own. Set method.tis_cap=2.0, or compare model.attention=xla and "
-            "model.compute_dtype=float32"
+            f"from the sampler's by {metrics['mismatch']:.2g} per token on average "
+            f"(at most {metrics['mismatch_max']:.2g}; expected below {limit}): responses are not "
+            "exactly the policy's own. Set method.tis_cap=2.0, or compare with "
+            "model.attention=xla and model.compute_dtype=float32"
         )
 
 
@@ -211,8 +211,7 @@ def check_skipped_steps(state: TrainState, most: int) -> None:
     if skipped >= most:
         raise ValueError(
             f"{skipped} updates in a row had a gradient or loss that is not finite, or no token to "
-            f"train on (train.max_skipped={most}), and "
-            "were skipped. Lower train.lr, set train.clip, keep a KL term, raise "
-            "rollout.max_new_tokens where method.truncated='mask' "
-            "leaves every response out, or read the last rows of rollouts/"
+            f"train on, and were skipped (train.max_skipped={most}). Lower train.lr, set "
+            "train.clip, keep a KL term, raise rollout.max_new_tokens if method.truncated='mask' "
+            "leaves out every response, or read the last rows of rollouts/"
         )

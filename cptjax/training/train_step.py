@@ -1,7 +1,7 @@
 """One optimizer update: gradients over micro-batches, then the update, as jitted functions.
 
-A loss gets the predicting states of the response tokens and returns sums; the count to divide by is
-that of the whole batch, so micro-batches, padding and devices cannot change the update:
+A loss takes the predicting states of the response tokens and returns sums. They are divided by the
+count of the whole batch, so micro-batches, padding and devices cannot change the update:
 
     for each micro-batch:  total += gradient of loss_sum, count, metric sums
     once:                  update(state, total.gradient / total.count + gradient of penalty)
@@ -49,7 +49,7 @@ class StepPrograms:
     add: Callable[..., GradientSum]  # sum, trained, frozen, batch -> sum
     # state, sum, learning rate, arrays of the penalty -> state, metrics
     finish: Callable[..., tuple[TrainState, dict[str, Mean]]]
-    # all three for an update of one micro-batch
+    # begin and finish in one program, for an update of one micro-batch
     step: Callable[..., tuple[TrainState, dict[str, Mean]]]
 
     def run(
@@ -60,7 +60,7 @@ class StepPrograms:
         lr: float,
         penalty_arrays: Any = None,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        """Take one optimizer step on the micro-batches of one update."""
+        """Apply one update, computed from its micro-batches."""
         rate = jnp.float32(lr)
         if len(batches) == 1:
             return self.step(state, frozen, batches[0], rate, penalty_arrays)
@@ -72,7 +72,7 @@ class StepPrograms:
 
 @dataclasses.dataclass(frozen=True)
 class StateShardings:
-    """A hashable tree of shardings: where the arrays of a state are."""
+    """The shardings of a training state, as a hashable tree."""
 
     tree: Any
     leaves: tuple
@@ -88,7 +88,7 @@ class StateShardings:
         )
 
     def pin_gradient(self, gradient: Params) -> Params:
-        """Give each gradient its parameter's sharding; left alone, XLA replicates it."""
+        """Give each gradient its parameter's sharding; XLA would replicate it otherwise."""
         if self.tree is None:
             return gradient
         return jax.tree.map(
@@ -105,7 +105,7 @@ def make_step_programs(
     dtype: Any,
     penalty: PenaltyFn | None = None,
 ) -> StepPrograms:
-    """Return the programs of a stage; equal arguments share them.
+    """Return the programs of a stage; equal arguments return the same programs.
 
     The state keeps the shardings `places`.
     """
@@ -144,7 +144,7 @@ def make_step_programs(
             value, penalty_gradient = jax.value_and_grad(penalty)(state.params, penalty_arrays)
             gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
             metrics["penalty"] = Mean(value, jnp.ones(()))
-        # No token to train on: no update, not even weight decay.
+        # Without a token to train on, the NaN skips the update, including its weight decay.
         loss = jnp.where(total.count > 0, total.loss, jnp.nan)
         state, update_metrics = optimizer.update(state, gradient, loss, lr)
         return places.pin(state), metrics | update_metrics
@@ -163,9 +163,9 @@ def make_step_programs(
 
 
 def abstract_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> TrainState:
-    """Return the shapes and shardings of a fresh state.
+    """Return the shapes and shardings of a new state.
 
-    Moments have their parameter's sharding, all other arrays are replicated.
+    Moments have the sharding of their parameter; all other arrays are replicated.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     by_path = {tuple(path): p for path, p in trainable.flatten_params(params).items()}
@@ -183,7 +183,7 @@ def abstract_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) 
 
 
 def init_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> TrainState:
-    """Return a fresh state; it owns the trained parameters, which are donated.
+    """Return a new state; the trained parameters are donated to it.
 
     The other arrays are created on their devices.
     """
@@ -194,5 +194,5 @@ def init_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> T
 
 
 def _fresh_state(optimizer: optimizers.Optimizer, params: Params) -> TrainState:
-    # One function for all optimizers: the next stage reuses the compiled program of this one.
+    # A module-level function, so that the next stage reuses the compiled program.
     return optimizer.init(params)

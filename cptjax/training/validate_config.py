@@ -1,4 +1,4 @@
-"""Refuse settings of a stage that have no meaning, before anything is loaded, each in one line."""
+"""Refuse settings of a stage that make no sense, before anything is loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ METHOD_SOURCES = ("gold", "rollouts", "self", "corpus")
 
 
 def validate_stage(stage: Stage) -> None:
-    """Refuse a stage with a setting that has no meaning or would be ignored.
+    """Refuse a stage with a setting that makes no sense or would be ignored.
 
-    Settings of one concern are checked by its own class or module; rules over several of them are
-    in this file.
+    The settings of one part are checked in its own module; rules between several parts are in this
+    file.
     """
     config = stage.config
     model, m, t, r = config.model, config.method, config.train, config.rollout
@@ -34,8 +34,8 @@ def validate_stage(stage: Stage) -> None:
     weight_penalties.check_penalty(m.penalty.name, m.penalty.coef, m.penalty.samples, m.average)
     if m.kl_reference not in ("base", "stage") and not Path(m.kl_reference).is_dir():
         raise ValueError(
-            f"method.kl_reference={m.kl_reference!r}: expected base, stage or an existing folder "
-            "with a model"
+            f"method.kl_reference={m.kl_reference!r}: "
+            "expected base, stage or an existing folder with a model"
         )
     if m.objective == "policy":
         advantages.check_advantage(
@@ -52,13 +52,13 @@ def validate_stage(stage: Stage) -> None:
 
 
 def _check_source(m: ConfigDict) -> None:
-    """Check where the responses come from, and rows of earlier stages among them."""
+    """Check the source of the responses, and the replay of earlier stages."""
     if m.source not in METHOD_SOURCES:
         raise ValueError(f"method.source={m.source!r}: choose one of {', '.join(METHOD_SOURCES)}")
     if (m.objective in ("policy", "distill")) != (m.source == "rollouts"):
         raise ValueError(
-            f"method.objective={m.objective!r} does not train on source={m.source!r}: policy and "
-            "distill need rollouts"
+            f"method.objective={m.objective!r} does not train on source={m.source!r}: "
+            "policy and distill need rollouts, the others do not use them"
         )
     if m.source == "corpus" and not m.corpus:
         raise ValueError(
@@ -72,8 +72,8 @@ def _check_source(m: ConfigDict) -> None:
     if m.source != "corpus" and (m.corpus or m.corpus_answer != "own"):
         given = f"method.corpus={m.corpus!r}, corpus_answer={m.corpus_answer!r}"
         raise ValueError(
-            f"{given} belong to source='corpus'; with source={m.source!r} leave them at '' and "
-            "'own'"
+            f"{given} belong to source='corpus'; "
+            f"with source={m.source!r} leave them at '' and 'own'"
         )
     if m.refresh not in ("never", "epoch") and not (str(m.refresh).isdigit() and int(m.refresh)):
         raise ValueError(
@@ -81,13 +81,13 @@ def _check_source(m: ConfigDict) -> None:
         )
     if not 0 <= m.replay.fraction < 1:
         raise ValueError(
-            f"method.replay.fraction={m.replay.fraction}: expected the share of rows from earlier "
-            "stages, 0 <= fraction < 1"
+            f"method.replay.fraction={m.replay.fraction}: "
+            "expected the share of rows from earlier stages, 0 <= fraction < 1"
         )
     if m.replay.fraction and m.source == "corpus":
         raise ValueError(
-            "method.replay does not mix with source='corpus': put the responses to earlier stages' "
-            "rows into the file"
+            "method.replay does not work with source='corpus': "
+            "add the responses to rows of earlier stages to the file"
         )
     kind = "gold" if m.source == "gold" else "prompts"
     if m.replay.fraction and m.replay.kind != kind:
@@ -100,28 +100,28 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
     """Refuse settings that the objective would ignore."""
     if m.objective != "policy" and m.entropy_coef:
         raise ValueError(
-            f"method.entropy_coef={m.entropy_coef} belongs to objective='policy', not "
-            f"{m.objective!r}"
+            f"method.entropy_coef={m.entropy_coef} belongs to objective='policy', "
+            f"not {m.objective!r}"
         )
     if m.objective != "policy" and m.tis_cap is not None:
         raise ValueError(
-            f"method.tis_cap={m.tis_cap} belongs to objective='policy', not {m.objective!r}: leave "
-            "it None"
+            f"method.tis_cap={m.tis_cap} belongs to objective='policy', "
+            f"not {m.objective!r}: leave it None"
         )
     if m.advantage == "reinforce01" and m.kl_coef and m.kl_place == "reward":
         raise ValueError(
-            "method.advantage='reinforce01' uses the accuracy, which has no KL term: set "
-            "method.kl_place='loss'"
+            "method.advantage='reinforce01' uses the accuracy, which has no KL term: "
+            "set method.kl_place='loss'"
         )
     if m.objective != "policy" and m.kl_coef and m.kl_place == "reward":
         raise ValueError(
-            f"method.kl_place='reward' needs a reward; objective={m.objective!r} has none: use "
-            "'loss'"
+            f"method.kl_place='reward' needs a reward; "
+            f"objective={m.objective!r} has none: use 'loss'"
         )
     if m.objective == "distill" and m.kl_coef:
         raise ValueError(
-            f"method.kl_coef={m.kl_coef} with objective='distill', which is itself a divergence: "
-            "set it to 0"
+            f"method.kl_coef={m.kl_coef} with objective='distill', "
+            "which is itself a divergence: set it to 0"
         )
     if m.objective == "distill" and m.penalty.name == "lwf":
         raise ValueError(
@@ -129,24 +129,24 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
         )
     if data.pack and m.objective not in ("sft", "eaft"):
         raise ValueError(
-            f"data.pack=True with objective={m.objective!r}: only conversations with given "
-            "responses are packed"
+            f"data.pack=True with objective={m.objective!r}: "
+            "only conversations with given responses are packed"
         )
     d = m.distill
     if d.teacher not in distillation.TEACHERS or not 0 < d.ema <= 1:
         known = ", ".join(distillation.TEACHERS)
         raise ValueError(
-            f"method.distill teacher={d.teacher!r}, ema={d.ema}: expected one of {known} and 0 < "
-            "ema <= 1"
+            f"method.distill teacher={d.teacher!r}, ema={d.ema}: "
+            f"expected one of {known} and 0 < ema <= 1"
         )
 
 
 def _check_own_samples(m: ConfigDict, r: ConfigDict) -> None:
-    """Check the sampling of responses to train on, and the filters on them."""
+    """Check how the policy samples its own responses, and the filters on them."""
     if m.source in ("rollouts", "self") and r.temperature <= 0:
         raise ValueError(
-            f"rollout.temperature={r.temperature}: training on own responses needs a temperature "
-            "above 0"
+            f"rollout.temperature={r.temperature}: "
+            "training on own responses needs a temperature above 0"
         )
     if m.source == "self" and m.self_samples < 1:
         raise ValueError(
@@ -167,7 +167,7 @@ def _check_own_samples(m: ConfigDict, r: ConfigDict) -> None:
 def _check_keys_of(
     name: str, given: Any, needed: set[str], more: set[str] = frozenset()
 ) -> dict[str, Any]:
-    """Return a setting as a dict; refuse it without the needed keys or with unknown ones."""
+    """Return a setting as a dict; refuse missing or unknown keys."""
     is_dict = isinstance(given, Mapping | ConfigDict)
     settings = dict(given) if is_dict else given
     if not is_dict or not needed <= set(settings) <= needed | more:
@@ -191,15 +191,15 @@ def _check_batch_split(m: ConfigDict, t: ConfigDict) -> None:
         raise ValueError(f"{given}: both >= 1, the first dividing train.batch={t.batch}")
     if m.source != "rollouts" and m.updates_per_batch * m.passes > 1:
         raise ValueError(
-            f"method.updates_per_batch and passes reuse rollouts; with source={m.source!r} leave "
-            "both at 1"
+            "method.updates_per_batch and passes reuse rollouts; "
+            f"with source={m.source!r} leave both at 1"
         )
     several = m.updates_per_batch * m.passes
     if m.objective == "policy" and several > 1 and m.ratio == "none" and m.tis_cap is None:
         raise ValueError(
-            f"method.ratio='none' with {several} updates on one batch: from the second on its "
-            "responses are another policy's; "
-            "choose ratio token, sequence or cispo, or weigh them with method.tis_cap=2.0"
+            f"method.ratio='none' with {several} updates on one batch: from the second update on, "
+            "its responses are those of an older policy; choose ratio token, sequence or cispo, "
+            "or weight them with method.tis_cap=2.0"
         )
     rows = t.batch // m.updates_per_batch
     if t.micro_batch and (t.micro_batch < 0 or rows % t.micro_batch):

@@ -34,7 +34,7 @@ def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
         ValueError,
-        match=r"hiyouga/geometry3k can not be loaded from the hub \(no route\); put a copy under data.root",
+        match=r"hiyouga/geometry3k cannot be loaded from the hub \(no route\); put a copy under data.root",
     ):
         BUILT_IN_TASKS["geometry3k"].load("train")
 

@@ -1,6 +1,6 @@
-"""MATH: 7,500 competition problems to train on, MATH-500 to test.
+r"""MATH: 7,500 competition problems for training, MATH-500 for testing.
 
-The answer is in the solution's box.
+The answer is what the solution puts inside \boxed{}.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ SUFFIX = "Give only the final answer."
 def build_example(row: dict[str, Any]) -> Example:
     answer = row.get("answer") or boxed_answer(row["solution"])
     if not answer:
-        raise ValueError("the solution boxes no answer")
+        raise ValueError(r"expected a solution with its answer in \boxed{}, got one without")
     meta = select_columns(row, "level", "type", "subject", "solution")
     return Example(row.get("unique_id") or "", user_turn(row["problem"]), answer, answer, meta=meta)
 

@@ -21,8 +21,8 @@ SOURCES = {
 }
 PUZZLE_COUNTS = {"train": 10_000, "validation": 500, "test": 1_000}
 QUESTION = (
-    "Use the numbers {numbers} to make an expression that equals {target}. You may use +, -, *, / and brackets, "
-    "and every number exactly once."
+    "Use the numbers {numbers} to make an expression that equals {target}. "
+    "You may use +, -, *, / and brackets, and every number exactly once."
 )
 
 
@@ -37,7 +37,7 @@ def build_example(row: dict[str, Any]) -> Example:
 def make_puzzle(split: str, seed: int, index: int, count: int, largest: int) -> dict[str, Any]:
     """Generate a solvable puzzle.
 
-    The sum of its numbers modulo 3 is the split, so that no puzzle is in two.
+    The sum of its numbers modulo 3 decides the split, so that no puzzle is in two splits.
     """
     rng = np.random.default_rng([int(hash_key("countdown", split, seed)), index])
     while True:
@@ -99,7 +99,7 @@ def make_task(
 ) -> Task:
     """Return the task.
 
-    Synthetic puzzles have `count` numbers from 1 to `largest`, and a solution as SFT target.
+    Synthetic puzzles have `count` numbers from 1 to `largest`; their SFT target is a solution.
     """
     load = (
         functools.partial(load_generated_split, name, count, largest)

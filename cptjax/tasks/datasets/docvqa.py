@@ -1,6 +1,6 @@
-"""DocVQA: 39,463 questions to train on, 5,349 (validation) to test.
+"""DocVQA: 39,463 training and 5,349 test questions (the validation split).
 
-ANLS over all accepted answers.
+The score is ANLS over all accepted answers.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Geometry3K with free-form answers (2,101 / 300 / 601), not the four-choice set of lmms-eval."""
+"""Geometry3K with free-form answers (2,101 / 300 / 601 rows), not lmms-eval's four choices."""
 
 from typing import Any
 

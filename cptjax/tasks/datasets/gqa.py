@@ -1,6 +1,6 @@
-"""GQA, balanced: 943,000 questions to train on, 12,578 (testdev) to test.
+"""GQA, balanced: 943,000 training and 12,578 test questions (testdev).
 
-The images are another dataset, joined on imageId.
+The images are in a dataset of their own, joined on imageId.
 """
 
 import functools
@@ -49,7 +49,7 @@ def load_split(
 ) -> Sequence[Example]:
     """Load questions and their images.
 
-    The join is a dictionary from imageId to row, no image is copied.
+    The join is a dictionary from imageId to row; no image is copied.
     """
     sources = {
         ours: hub.HubSource(DATASET, theirs, f"{theirs}_balanced_instructions")

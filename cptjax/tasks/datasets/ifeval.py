@@ -1,10 +1,10 @@
-"""IFEval: instructions that a program can check; RLVR-IFeval to train, IFEval to test.
+"""IFEval: instructions that a program can check; RLVR-IFeval for training, IFEval for testing.
 
-The two datasets write a constraint differently; both become the scorer's form, a list of {"id":
-..., arguments}. Rows with a constraint on the language are left out, because the scorer has no
-language detector. Departure: RLVR's own lists of options are not compared; a response in one of
+The two datasets write a constraint differently; both are converted to the scorer's form, a list of
+{"id": ..., arguments}. Rows with a constraint on the language are left out, because the scorer has
+no language detector. Departure: RLVR's own lists of options are not compared; a response in one of
 IFEval's three wordings is accepted. Paper C's 13,000 training and 1,972 evaluation prompts add up
-to RLVR-IFeval, so that `paper_c` splits that one.
+to RLVR-IFeval, so `paper_c` splits that dataset.
 """
 
 import functools
@@ -128,14 +128,17 @@ def translate_constraint(ground_truth: str) -> list[dict[str, Any]]:
 
 
 def count_bounds(quantifier: str, n: int) -> list[tuple[str, int]]:
-    """Return "at most 5", "exactly 5" or "around 5" (a tenth, at least 1) in IFEval's two relations."""
+    """Translate "at most 5", "exactly 5" or "around 5" into IFEval's two relations.
+
+    "Around" allows a tenth more or less, and at least 1.
+    """
     slack = max(1, round(n / 10)) if quantifier == "around" else 0
     lower, upper = ("at least", n - slack), ("less than", n + slack + 1)
     return {"at least": [lower], "at most": [upper]}.get(quantifier, [lower, upper])
 
 
 def checkable_rows(rows: hub.ArrowRows) -> np.ndarray:
-    """Return a mask of the rows that have only constraints that the scorer knows."""
+    """Return a mask of the rows whose constraints are all known to the scorer."""
     if "ground_truth" in rows.names:
         constraints = [
             [RLVR_INSTRUCTIONS.get(json.loads(text)["func_name"], ("",))[0]]

@@ -1,4 +1,4 @@
-"""Jigsaw: an image is cut into tiles, which are shown shuffled; the answer puts it back together.
+"""Jigsaw: the tiles of an image are shown in shuffled order; the answer restores the image.
 
 Tiles and places are numbered from 1 in reading order. The answer lists, for each place of the
 ORIGINAL image in reading order, which SHOWN tile belongs there:
@@ -69,7 +69,8 @@ def crop_to_grid(image: Image.Image, rows: int, cols: int) -> Image.Image:
     width, height = image.width // cols * cols, image.height // rows * rows
     if not width or not height:
         raise ValueError(
-            f"an image of {image.width} x {image.height} pixels is too small for {rows} x {cols} tiles"
+            f"an image of {image.width} x {image.height} pixels is too small for "
+            f"{rows} x {cols} tiles"
         )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -122,10 +123,10 @@ class TaskImages(Sequence[tuple[str, Any]]):
 
 
 def list_folder_images(folder: Path, split: str) -> list[tuple[str, str]]:
-    """List a folder's images.
+    """List the images of a split in a folder.
 
-    Its subfolders train/ and test/ are the splits. Without them one file in ten, by the hash of
-    its name, is in the test split.
+    The subfolders train/ and test/ are the splits. Without them, one file in ten, chosen by the
+    hash of its name, is in the test split.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -188,7 +189,7 @@ def load_split(
 
 
 def no_task(name: str) -> None:
-    """Return None for every name: `images` is then a folder."""
+    """Return None for every name, so that `images` is read as a folder."""
 
 
 def make_task(
@@ -201,7 +202,11 @@ def make_task(
     find_task: Callable[[str], Task | None] = no_task,
     **fields: Any,
 ) -> Task:
-    """Return the task of a folder's images, another task's, or synthetic ones of `side` pixels."""
+    """Return the task.
+
+    `images` is a folder, the name of another task, or "synthetic" for generated images of `side`
+    pixels.
+    """
     if rows < 1 or cols < 1 or rows * cols < 2:
         raise ValueError(
             f"jigsaw: expected a grid of at least two tiles, got rows={rows} cols={cols}"

@@ -1,6 +1,6 @@
-"""MMLU-Pro: 12,032 questions with up to ten options, behind five worked examples of the category.
+"""MMLU-Pro: 12,032 questions with up to ten options, after five worked examples of the category.
 
-The worked examples are the validation split.
+The worked examples come from the validation split.
 """
 
 import functools
@@ -22,8 +22,9 @@ from cptjax.types import Example
 DATASET = "TIGER-Lab/MMLU-Pro"
 SOURCES = {"train": hub.HubSource(DATASET, "validation"), "test": hub.HubSource(DATASET, "test")}
 FEW_SHOT_HEADER = (
-    "The following are multiple choice questions (with answers) about {category}. Think step by step and then finish "
-    'your answer with "the answer is (X)" where X is the correct letter choice.\n\n'
+    "The following are multiple choice questions (with answers) about {category}. "
+    'Think step by step and then finish your answer with "the answer is (X)" '
+    "where X is the correct letter choice.\n\n"
 )
 THINK_PROMPT = "Let's think step by step."
 
@@ -57,7 +58,7 @@ def format_question(row: dict[str, Any]) -> str:
 
 
 def format_solution(row: dict[str, Any]) -> str:
-    """Return a worked answer; the dataset's begins with "A: ", which reads as option A."""
+    """Return a worked solution without the dataset's prefix "A: ", which reads like option A."""
     return "Answer: " + row["cot_content"].removeprefix("A: ").removeprefix("Answer: ")
 
 
@@ -80,7 +81,7 @@ def make_task(
 ) -> Task:
     """Return the task.
 
-    With `shots` the prompt has its own instruction (template "none"); without them (paper A) the
+    With `shots` > 0 the prompt contains its own instruction (template "none"); with 0 (paper A) the
     template adds one.
     """
     own = {"direct_suffix": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}

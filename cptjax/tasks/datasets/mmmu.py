@@ -1,4 +1,4 @@
-"""MMMU: 150 questions (dev) to train on, 900 (validation) to test, with images inside the text."""
+"""MMMU: 150 training (dev) and 900 test questions (validation), with images inside the text."""
 
 import ast
 import re
@@ -60,7 +60,7 @@ def inline_images(text: str, present: list[int]) -> tuple[str, list[int]]:
 
 
 def parse_gold_answers(answer: str) -> str | list[str]:
-    """Return the gold answer; an open question may list several as the text of a Python list."""
+    """Return the gold answer; an open question may list several, written as a Python list."""
     return [str(item) for item in ast.literal_eval(answer)] if answer.startswith("[") else answer
 
 

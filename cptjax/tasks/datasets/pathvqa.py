@@ -1,6 +1,6 @@
-"""PathVQA (19,654 / 6,259 / 6,719): half yes/no, half free text.
+"""PathVQA (19,654 / 6,259 / 6,719 rows): half yes/no, half free text.
 
-The scorer also reports them apart.
+The scorer also reports the two halves separately.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """POPE: 9,000 yes/no questions about objects in images, for evaluation only.
 
-There are three kinds: random, popular, adversarial.
+The questions are of three kinds: random, popular and adversarial.
 """
 
 from typing import Any

@@ -1,9 +1,10 @@
-"""RefCOCO grounding: the box of an expression in pixels that the model sees; acc@0.5.
+"""RefCOCO grounding: the box of an expression, in pixels of the resized image; acc@0.5.
 
-Qwen2.5-VL states boxes in pixels *after* the processor's resizing. So `build_example` resizes the
-image, and the box with it, to the size that the processor would choose within `min_pixels` and
-`max_pixels`; the processor then changes neither. The limits must be those of model.min_pixels and
-model.max_pixels. The public copy has no training split: train is its "val".
+Qwen2.5-VL states boxes in pixels *after* the processor's resizing. Therefore `build_example`
+resizes the image, and the box with it, to the size that the processor would choose within
+`min_pixels` and `max_pixels`; the processor then changes neither. The limits must be those of
+model.min_pixels and model.max_pixels. The public copy has no training split, so "train" is its
+"val".
 """
 
 import functools
@@ -17,7 +18,10 @@ from cptjax.tasks.task import Task, user_turn
 from cptjax.types import Example
 
 SPLITS = {"train": "val", "validation": "testB", "test": "testA"}
-QUESTION = '<image>Locate "{expression}" in the image. Give its bounding box in pixels as [x1, y1, x2, y2].'
+QUESTION = (
+    '<image>Locate "{expression}" in the image. '
+    "Give its bounding box in pixels as [x1, y1, x2, y2]."
+)
 
 
 def build_example(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Example:

@@ -1,4 +1,4 @@
-"""ScienceQA, the questions with an image: 6,218 to train on, 2,017 to test.
+"""ScienceQA, the questions with an image: 6,218 for training, 2,017 for testing.
 
 The answer is a letter.
 """

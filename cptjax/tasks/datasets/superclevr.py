@@ -1,7 +1,7 @@
-"""Super-CLEVR in the wording of MathV360K: 8,000 rows to train on, 642 to test.
+"""Super-CLEVR in the wording of MathV360K: 8,000 training and 642 test rows.
 
-The two are a fixed random division of its one split, with paper A's numbers. The scorer's
-normaliser takes "three" for "3".
+They are a fixed random division of the dataset's only split, with paper A's sizes. The scorer
+normalises "three" to "3".
 """
 
 from typing import Any

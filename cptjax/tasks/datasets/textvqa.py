@@ -1,6 +1,6 @@
-"""TextVQA: 34,602 questions to train on, 5,000 (validation) to test.
+"""TextVQA: 34,602 training and 5,000 test questions (the validation split).
 
-The test split has no answers.
+The dataset's own test split has no answers.
 """
 
 import functools
@@ -41,7 +41,7 @@ def make_task(
 ) -> Task:
     """Return the task.
 
-    `ocr` lists the dataset's OCR tokens in the prompt, `single` keeps the most frequent of the
+    `ocr` lists the dataset's OCR tokens in the prompt; `single` keeps only the most frequent of the
     ten answers (paper A).
     """
     build_row = functools.partial(build_example, ocr=ocr, single=single)

@@ -1,7 +1,7 @@
-"""VizWiz-VQA: 4,319 questions (validation) to test; official files to train.
+"""VizWiz-VQA: 4,319 test questions (the validation split); training needs the official files.
 
-43.3% of the test is unanswerable, so that a constant response scores that much. The hub has no
-training split; the official files are read as they unpack under data.root:
+43.3% of the test questions are unanswerable, so a constant response scores that much. The hub has
+no training split; the official files are read from where they unpack under data.root:
 
     vizwiz/Annotations/train.json     [{"image": "VizWiz_train_00000000.jpg", "question": ...,
                                         "answers": [{"answer": ...}, ...]}]
@@ -70,8 +70,8 @@ def read_official_annotations(root: str) -> list[dict[str, Any]]:
                     for entry in json.loads(annotations.read_text(encoding="utf-8"))
                 ]
     raise ValueError(
-        "task vizwiz: the hub has no training split; unpack the official Annotations/train.json and train/ images "
-        f"under {Path(root or '<data.root>', 'vizwiz')}"
+        "task vizwiz: the hub has no training split; unpack the official "
+        f"Annotations/train.json and train/ images under {Path(root or '<data.root>', 'vizwiz')}"
     )
 
 
@@ -90,7 +90,7 @@ def make_task(
 ) -> Task:
     """Return the task.
 
-    `single` keeps the most frequent of the ten answers, as paper A and MCITlib do.
+    `single` keeps only the most frequent of the ten answers, as paper A and MCITlib do.
     """
     build_row = functools.partial(build_example, single=single)
     return Task(

@@ -1,4 +1,4 @@
-"""Score multiple choice as each benchmark reads it: option letters, MMMU, MMLU-Pro."""
+"""Score multiple choice by the rules of each benchmark: option letters, MMMU, MMLU-Pro."""
 
 import ast
 import contextlib
@@ -49,12 +49,15 @@ def gold_letter(answer: Any) -> str:
 
 
 def score_mcq_letter(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the stated letter is the gold one: "B", "b", "(B).", "B. cat" and "The answer is B." state B."""
+    """Return 1 if the response states the gold letter.
+
+    "B", "b", "(B).", "B. cat" and "The answer is B." state B.
+    """
     return float(option_letter(prediction) == gold_letter(answer))
 
 
 def find_mmlu_pro_letter(text: str) -> str | None:
-    """Return the X of "answer is (X)", else of "Answer: X", else the last lone capital A-J."""
+    """Return X from "answer is (X)", else from "Answer: X", else the last single capital A-J."""
     for pattern in MMLU_PRO_PATTERNS:
         if match := re.search(pattern, text, re.DOTALL):
             return match[1]
@@ -70,14 +73,14 @@ def score_mmlu_pro(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def row_options(meta: Mapping[str, Any]) -> list[str]:
-    """Return the row's options; MMMU holds them as the text of a Python list."""
+    """Return the row's options, which MMMU writes as a Python list."""
     return as_strings(meta.get("options", ()))
 
 
 def as_strings(value: Any) -> list[str]:
-    """Return a list of strings for a list, the text of a Python list, or one string."""
+    """Convert a list, the text of a Python list, or one string to a list of strings."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        # An answer that only looks like a list stays a text.
+        # An answer that only looks like a list is kept as text.
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -88,7 +91,7 @@ def as_strings(value: Any) -> list[str]:
 def score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
     """Score by MMMU's official rule.
 
-    A choice that cannot be read is a random guess, the same one for the same row.
+    A response whose choice cannot be read counts as a random guess, the same for the same row.
     """
     return _score_mmmu(prediction, answer, meta, guess=True)
 
@@ -105,7 +108,8 @@ def _score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any], guess: bo
     choices = row_options(meta)
     if not choices:
         raise ValueError(
-            "a multiple-choice row of MMMU: expected the column `options`, got none or an empty one"
+            "a multiple-choice row of MMMU: expected the column `options`, got no column or an "
+            "empty one"
         )
     letter = parse_mmmu_choice(prediction, choices)
     if letter is None and guess:
@@ -137,7 +141,10 @@ def parse_mmmu_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def matches_mmmu_open(text: str, golds: Sequence[str]) -> bool:
-    """Return whether a key part of the response equals a gold number (to 2 decimals) or contains a gold string."""
+    """Return whether a key part of the response matches a gold answer.
+
+    A part matches if it equals a gold number (to 2 decimals) or contains a gold string.
+    """
     parts = answer_parts(text)
     predicted = {
         form
@@ -153,13 +160,16 @@ def matches_mmmu_open(text: str, golds: Sequence[str]) -> bool:
 
 
 def answer_parts(text: str) -> list[str]:
-    """Return the ends of lines after "is ", "so ", "answer " etc. ("=" in the last line), or else the whole text."""
+    """Return the key parts of a response, or the whole text if it has none.
+
+    A key part is the end of a line after "is ", "so ", "answer " etc., or "=" in the last line.
+    """
     text = text.strip().strip(".").lower()
     lines, parts = text.split("\n"), []
     for i, line in enumerate(lines):
         words = ANSWER_KEY_WORDS + (("=",) if i == len(lines) - 1 else ())
         tails = [line.rsplit(word, 1)[1].strip() for word in words if word in line]
-        # Upstream forgets an empty tail as soon as the next key word gives one that is not.
+        # As in the original, a later tail replaces an empty one.
         kept = ""
         for tail in tails:
             kept = tail if not kept or len(tail) < len(kept) else kept
@@ -169,9 +179,9 @@ def answer_parts(text: str) -> list[str]:
 
 
 def normal_forms(text: str) -> list[str | float]:
-    """Return a number rounded to 2 decimals, else lower-case text.
+    """Return the normal forms of a text: a number rounded to 2 decimals, else lower-case text.
 
-    A single letter gets a space before or after it.
+    A single letter has two forms, with a space before and after it.
     """
     text = text.strip()
     try:
@@ -190,7 +200,7 @@ def mmmu_subject(meta: Mapping[str, Any]) -> str:
 
 
 def mmmu_discipline(meta: Mapping[str, Any]) -> str:
-    """Return the MMMU discipline of a row, "other" for an id of another form."""
+    """Return the MMMU discipline of a row, or "other" for an unknown subject."""
     subject = mmmu_subject(meta)
     for discipline, subjects in MMMU_DISCIPLINES.items():
         if subject in subjects.split():

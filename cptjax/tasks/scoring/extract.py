@@ -13,14 +13,14 @@ LETTER_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])[.:)](?:\s|$)")
 
 
 def whole_text(text: str) -> str | None:
-    """Return the response as it is."""
+    """Return the response without space at either end, or None if it is empty."""
     return text.strip() or None
 
 
 def boxed_answer(text: str) -> str | None:
     r"""Return the inside of the last `\boxed{...}` whose braces close; `\{` and `\}` are text."""
     opened, closed = [], {}
-    for token in BRACES.finditer(text):  # one pass: a thousand open boxes cost no more than one
+    for token in BRACES.finditer(text):  # a single pass, so open boxes do not add up in cost
         if token[0].endswith("{") and token[0] != r"\{":
             opened.append(token.end() if "boxed" in token[0] else None)
         elif token[0] == "}" and opened and (start := opened.pop()) is not None:
@@ -43,7 +43,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def option_letter(text: str) -> str | None:
-    """Return the option letter that a text states, is, or starts with.
+    """Return the option letter that a text states, consists of, or starts with.
 
     "the answer is B, since ..." states B, "b" and "(B)." are B, "B. cat" starts with B.
     """

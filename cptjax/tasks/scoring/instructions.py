@@ -1,13 +1,13 @@
-"""Check constraints on the form of a response: a re-implementation of IFEval's, not its code.
+"""Check constraints on the form of a response: a re-implementation of IFEval's checks.
 
 Ids and arguments are those of IFEval (arXiv 2311.07911). An answer is a list of constraints:
 
     [{"id": "punctuation:no_comma"},
      {"id": "length_constraints:number_words", "relation": "less than", "num_words": 50}]
 
-Scores differ from the original's in some responses: words and sentences are split by regular
-expressions instead of nltk, capitals are checked without checking that the text is English, and
-`language:response_language` is missing, because it needs a language detector.
+The scores of some responses differ from the original's: words and sentences are split by regular
+expressions instead of nltk, capitals are counted in texts of any language, and
+`language:response_language` is missing because it needs a language detector.
 """
 
 import json
@@ -29,7 +29,7 @@ def _count(pattern: str, text: str, flags: int = 0) -> int:
 
 
 def _trim_blocks(blocks: Sequence[str]) -> list[str] | None:
-    """Return the blocks without empty ones at either end; None if one in the middle is empty."""
+    """Drop an empty block at either end; return None if one in the middle is empty."""
     inner = [b.strip() for b in blocks]
     inner = inner[1:] if inner and not inner[0] else inner
     inner = inner[:-1] if inner and not inner[-1] else inner
@@ -44,7 +44,7 @@ def _has_blocks(text: str, divider: str, n: int) -> bool:
 def _is_json(text: str) -> bool:
     try:
         json.loads(re.sub(r"^```(?:json)?|```$", "", text.strip(), flags=re.IGNORECASE))
-    except (ValueError, RecursionError):  # of a thousand open brackets
+    except (ValueError, RecursionError):  # a thousand open brackets exceed the recursion limit
         return False
     return True
 
@@ -151,7 +151,8 @@ def make_constraints(
     """
     if len(ids) != len(arguments):
         raise ValueError(
-            f"expected a set of arguments for each of {len(ids)} instruction ids, got {len(arguments)}"
+            f"expected a set of arguments for each of {len(ids)} instruction ids, "
+            f"got {len(arguments)}"
         )
     return [
         {"id": i, **{k: v for k, v in a.items() if v is not None}}

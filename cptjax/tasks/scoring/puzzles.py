@@ -1,12 +1,12 @@
-r"""Score answers by computing: numbers, boxes, Countdown and the jigsaw.
+r"""Score computed answers: numbers, boxes, Countdown expressions and jigsaws.
 
-The jigsaw's convention, also that of `cptjax/tasks/datasets/jigsaw.py`: number the *shown* tiles
-1, 2, ... in reading order. The answer lists, for each place of the *original* image in reading
-order, which shown tile belongs there:
+The convention of jigsaws, also used in `cptjax/tasks/datasets/jigsaw.py`: the *shown* tiles are
+numbered 1, 2, ... in reading order. The answer lists, for each place of the *original* image in
+reading order, which shown tile belongs there:
 
-    original      shown          shown tile 1 is the original's C: it belongs in place 3; tile 2 in 1; 3 in 4; 4 in 2
-      A B          C A  (1 2)
-      C D          D B  (3 4)    answer = 2 4 1 3   (A is shown as 2, B as 4, C as 1, D as 3)
+    original      shown
+      A B          C A  (1 2)    A is shown as tile 2, B as 4, C as 1, D as 3
+      C D          D B  (3 4)    answer = 2 4 1 3
 
 so that shown[answer[p] - 1] == original[p].
 """
@@ -24,7 +24,7 @@ ARITHMETIC_OPERATORS = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-MAX_EXPRESSION_LENGTH = 200  # characters; six numbers need fewer than fifty
+MAX_EXPRESSION_LENGTH = 200  # characters; six numbers need fewer than 50
 OPERATOR_SPELLINGS = {
     "\\times": "*",
     "\\cdot": "*",
@@ -45,9 +45,9 @@ BOX_PATTERN = re.compile(
 
 
 def parse_number(text: str) -> float | None:
-    """Return the number of "1,234", "-.5", "3e2", "50%", "$3", "1/2", "3 cm".
+    """Return the number in a text such as "1,234", "-.5", "3e2", "50%", "$3", "1/2" or "3 cm".
 
-    None for a text with none or several.
+    Return None if the text has no number or several.
     """
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip().strip("$").rstrip(".").strip())
     if fraction := re.fullmatch(rf"({FLOAT_PATTERN})\s*/\s*({FLOAT_PATTERN})", text):
@@ -57,7 +57,10 @@ def parse_number(text: str) -> float | None:
 
 
 def score_numeric(prediction: str, answer: Any, meta: Mapping[str, Any] | None = None) -> float:
-    """Return 1 for numbers that are equal within the row's relative `tolerance` (1e-6 without that column)."""
+    """Return 1 if the numbers are equal within a relative tolerance.
+
+    The tolerance is the row's column `tolerance`, or 1e-6 without that column.
+    """
     predicted, gold = parse_number(prediction), parse_number(str(answer))
     if gold is None:
         raise ValueError(f"scorer numeric: expected a number as the answer, got {answer!r}")
@@ -68,9 +71,9 @@ def score_numeric(prediction: str, answer: Any, meta: Mapping[str, Any] | None =
 
 
 def parse_box(value: Any) -> tuple[float, ...] | None:
-    """Return (x1, y1, x2, y2) of four numbers, or of the first box in a text.
+    """Return (x1, y1, x2, y2) from four numbers, or from the first box in a text.
 
-    A box is "[x1, y1, x2, y2]", "(x1,y1),(x2,y2)", json, or four bare numbers.
+    A box is "[x1, y1, x2, y2]", "(x1,y1),(x2,y2)", JSON, or four bare numbers.
     """
     if not isinstance(value, str):
         return tuple(float(v) for v in value) if len(value) == 4 else None
@@ -100,14 +103,14 @@ def _box_area(box: tuple[float, ...]) -> float:
 
 
 def score_iou50(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the overlap is at least one half (RefCOCO's accuracy)."""
+    """Return 1 if the intersection over union is at least one half (RefCOCO's accuracy)."""
     return float(score_iou(prediction, answer) >= 0.5)
 
 
 def evaluate_arithmetic(text: str) -> tuple[int, list[int]] | None:
-    """Return the value of an expression and the numbers in it, or None if it is not one.
+    """Return the value of an expression and the numbers in it, or None if it is not valid.
 
-    An expression has whole numbers, + - * / and brackets, and each division is exact.
+    An expression consists of whole numbers, + - * / and brackets; each division must be exact.
     """
     for spelling, sign in OPERATOR_SPELLINGS.items():
         text = text.replace(spelling, sign)
@@ -136,11 +139,12 @@ def _evaluate_node(node: ast.AST, used: list[int]) -> int:
 
 
 def score_countdown(prediction: str, answer: Any, meta: Mapping[str, Any]) -> float:
-    """Return 1 if the expression uses each of `nums` exactly once and its value is the answer."""
+    """Return 1 if the expression uses each of `nums` exactly once and equals the answer."""
     nums = meta.get("nums", meta.get("numbers"))
     if nums is None:
         raise ValueError(
-            f"a Countdown row: expected the column `nums`, got {', '.join(map(str, meta)) or 'no columns'}"
+            "a Countdown row: expected the column `nums`, "
+            f"got {', '.join(map(str, meta)) or 'no columns'}"
         )
     result = evaluate_arithmetic(prediction)
     if result is None:
@@ -150,9 +154,9 @@ def score_countdown(prediction: str, answer: Any, meta: Mapping[str, Any]) -> fl
 
 
 def parse_tiles(value: Any) -> list[int] | None:
-    """Return the tile numbers of an answer, given as numbers or in a text with any separators.
+    """Return the tile numbers of an answer, given as a list or as a text with any separators.
 
-    Return None unless each of 1..n occurs once.
+    Return None unless each of 1..n occurs exactly once.
     """
     tiles = [int(n) for n in (re.findall(r"\d+", value) if isinstance(value, str) else value)]
     return tiles if tiles and sorted(tiles) == list(range(1, len(tiles) + 1)) else None
@@ -161,7 +165,7 @@ def parse_tiles(value: Any) -> list[int] | None:
 def jigsaw_hit_rate(prediction: str, answer: Any) -> float:
     """Return the share of places with the right tile.
 
-    A response that does not use every tile once scores 0; otherwise "1 1 1 1" would have a hit.
+    A response that does not use every tile once scores 0; otherwise "1 1 1 1" would get a hit.
     """
     predicted, gold = parse_tiles(prediction), parse_tiles(answer)
     if gold is None:

@@ -1,14 +1,14 @@
-"""Call functions of a file in worker processes, each call under a hard time limit.
+"""Call functions of a file in worker processes, each call with a hard time limit.
 
-Responses reach symbolic algebra and users' own code, and both may loop for ever inside C code
-that no Python signal interrupts. So a call is sent to another process, and a process that misses
-its time limit is killed and replaced:
+Symbolic algebra and users' own code process arbitrary responses, and both may loop forever inside
+C code that no Python signal interrupts. A call is therefore sent to another process, and a process
+that exceeds its time limit is killed and replaced:
 
     parent  --(pickled arguments)-->  worker
-    parent  <--(one line of json)---  worker
+    parent  <--(one line of JSON)---  worker
 
-A worker is a fresh interpreter that runs this file by its path: it imports neither jax nor the
-user's main script, and a process with jax's threads never forks.
+A worker is a new interpreter that runs this file by its path: it imports neither jax nor the
+user's main script, and the parent, which has jax's threads, never forks.
 
 A function is named `file.py:function`. It returns a number, a string, None, or lists and dicts of
 these.
@@ -35,12 +35,15 @@ from typing import Any, NamedTuple
 WORKER_START = (
     "import runpy, sys; runpy.run_path(sys.argv[1])['serve'](int(sys.argv[2]), sys.argv[3:])"
 )
-# Seconds for importing a file: the first import of a large library is slow on some disks.
+# Seconds for importing a file; the first import of a large library is slow on some disks.
 LOAD_TIME_LIMIT = 120.0
 
 
 class SandboxCall(NamedTuple):
-    """Positional arguments, and a row's columns: the function gets those that it has parameters for."""
+    """The arguments of a call: positional ones, and a row's columns.
+
+    The function receives the columns that it has parameters for.
+    """
 
     args: tuple
     columns: Mapping[str, Any] = {}
@@ -51,11 +54,11 @@ class SandboxOutcome(NamedTuple):
 
     value: Any = None
     error: str | None = None
-    late: bool = False  # the call missed its time limit
+    late: bool = False  # the call exceeded its time limit
 
 
 class SandboxPool:
-    """Worker processes that start when first needed and stop at `close`; threads may share them."""
+    """Worker processes, started when first needed, stopped by `close`; threads may share them."""
 
     def __init__(self, processes: int = 2, timeout: float = 10.0, memory: int = 0):
         """`timeout`: seconds per call.
@@ -64,7 +67,8 @@ class SandboxPool:
         """
         if processes < 1 or timeout <= 0:
             raise ValueError(
-                f"a pool: expected processes >= 1 and timeout > 0 s, got processes={processes}, timeout={timeout}"
+                "a pool: expected processes >= 1 and timeout > 0 s, "
+                f"got processes={processes}, timeout={timeout}"
             )
         self.processes, self.timeout = processes, timeout
         self._idle: queue.Queue[_Worker] = queue.Queue()
@@ -77,8 +81,8 @@ class SandboxPool:
     ) -> list[SandboxOutcome]:
         """Return the outcome of each call of `file.py:function`, in order.
 
-        With patience > 1 the limit is on processor time, and on a busy machine a call may take
-        that many times as long.
+        With patience > 1 the limit is on processor time, and a call may take up to `patience`
+        times as long on a busy machine.
         """
         if len(calls) == 1 or self.processes == 1:
             return [self._run(target, call, patience) for call in calls]
@@ -86,7 +90,7 @@ class SandboxPool:
             return list(threads.map(lambda call: self._run(target, call, patience), calls))
 
     def load(self, target: str) -> None:
-        """Import a target, so that a missing file or an error in it stops the run before it starts."""
+        """Import a target, so that a missing or broken file stops the run before it starts."""
         outcome = self._run(target, None)
         if outcome.error:
             raise ValueError(f"{target}: {outcome.error}")
@@ -124,7 +128,8 @@ class _Worker:
             message = pickle.dumps((target, call and tuple(call), limit, patience))
         except Exception as error:  # whatever a column's own pickling code raises
             return SandboxOutcome(
-                error=f"a column cannot be sent to another process ({type(error).__name__}: {error})"
+                error="a column cannot be sent to another process "
+                f"({type(error).__name__}: {error})"
             )
         if target not in self.loaded:
             outcome = self._ask(pickle.dumps((target, None, LOAD_TIME_LIMIT, 1.0)), LOAD_TIME_LIMIT)
@@ -143,9 +148,8 @@ class _Worker:
         timer = threading.Timer(limit * patience, expire)
         timer.daemon = True
         timer.start()
-        with contextlib.suppress(
-            OSError
-        ):  # a dead worker leaves the line empty, which is checked below
+        with contextlib.suppress(OSError):
+            # A dead worker leaves the line empty, which is checked below.
             process.stdin.write(struct.pack(">Q", len(message)) + message)
             process.stdin.flush()
             line = process.stdout.readline()
@@ -157,9 +161,8 @@ class _Worker:
             return SandboxOutcome(
                 error=f"no answer within {limit:g} s; its process was stopped", late=True
             )
-        return SandboxOutcome(
-            error=f"its process died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-        )
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return SandboxOutcome(error=f"its process died ({reason})")
 
     def _start(self) -> subprocess.Popen:
         if self.process is None:
@@ -172,7 +175,7 @@ class _Worker:
                 str(self.memory),
                 *(p for p in sys.path if p),
             ]
-            # A user's file may import jax: the accelerator belongs to the parent.
+            # A user's file may import jax; the accelerator belongs to the parent.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -187,7 +190,7 @@ class _Worker:
         self.loaded.clear()
         if process is None:
             return 0
-        # A worker that died by itself has its exit code within this second; its own children are
+        # A worker that died on its own returns its exit code within this second; its children are
         # killed with its session.
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -204,7 +207,7 @@ def _kill_session(process: subprocess.Popen) -> None:
 
 
 def shared_sandbox_pool(_pools: list[SandboxPool] = []) -> SandboxPool:  # noqa: B006
-    """Return this process's pool for the built-in symbolic scorers, made at the first call."""
+    """Return this process's pool for the built-in symbolic scorers, created at the first call."""
     if not _pools:
         _pools.append(SandboxPool(processes=2, timeout=10.0, memory=4 << 30))
     return _pools[0]
@@ -222,7 +225,7 @@ def split_target(target: str) -> tuple[Path, str]:
 
 
 def serve(memory: int, path: list[str]) -> None:
-    """Reply to the requests on standard input until it closes."""
+    """Reply to requests on standard input until it closes."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a user's function prints goes to the terminal, not into the protocol
@@ -243,9 +246,9 @@ def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
     try:
         target, call, limit, patience = pickle.loads(message)
         file = str(split_target(target)[0])
-        # If the parent dies meanwhile, the kernel ends this process; the default action of the
-        # alarm needs no Python. A worker inherits the signals that its parent ignores or blocks,
-        # as libtpu does with SIGPROF: undo that.
+        # If the parent dies in the meantime, the alarm ends this process; its default action needs
+        # no Python. A worker inherits the signals that its parent ignores or blocks, as libtpu does
+        # with SIGPROF, so restore them.
         alarms = (signal.SIGALRM, signal.SIGPROF)
         for number in alarms:
             signal.signal(number, signal.SIG_DFL)
@@ -262,7 +265,7 @@ def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
             )
         )
         return value, None
-    except BaseException as error:  # a user's sys.exit() is an error of that row as well
+    except BaseException as error:  # a user's sys.exit() also counts as an error of the row
         return None, _describe_error(error, file)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
@@ -290,7 +293,7 @@ def _load_function(target: str) -> Any:
     module_spec = importlib.util.spec_from_file_location(f"cptjax_user_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
-    # Last, so that a file in the same folder never hides a library.
+    # Appended last, so that a file in the same folder never hides a library.
     sys.path.append(str(path.parent.resolve()))
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
@@ -304,7 +307,7 @@ def _load_function(target: str) -> Any:
 
 
 def _accepted_columns(function: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns that a function takes: all of them if it has `**columns`, else those it names."""
+    """Return the columns that a function accepts: all with `**columns`, else those it names."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(columns)
@@ -316,7 +319,7 @@ def _accepted_columns(function: Any, columns: Mapping[str, Any]) -> dict[str, An
 
 
 def _to_json_value(value: Any) -> Any:
-    """Return a value as json holds it; numpy and torch scalars become numbers."""
+    """Convert a value to what JSON can hold; numpy and torch scalars become numbers."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

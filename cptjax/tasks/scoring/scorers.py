@@ -1,11 +1,11 @@
-"""The table of scorers, and scoring responses with one: text in, number out.
+"""The table of scorers, and how to score responses: text in, number out.
 
-    response --extract--> prediction --score--> ScoreRecord --summarise--> {"accuracy": Metric(value, n, stderr), ...}
+    response --extract--> prediction --score--> ScoreRecord --summarise--> {"accuracy": Metric, ...}
 
-The version of a scorer is written with every number that it gives. A response without an answer
-in the expected form scores 0 and is also counted as an extraction failure, because much
+The version of a scorer is recorded with every number that it produces. A response without an
+answer in the expected form scores 0 and also counts as an extraction failure, because much
 "forgetting" is only a change of form. Symbolic algebra and a user's own `file.py:function` run in
-worker processes under a time limit.
+worker processes with a time limit.
 """
 
 import dataclasses
@@ -24,8 +24,7 @@ from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, shared_sandbo
 from cptjax.tasks.scoring.summaries import Metric, Summary
 
 SYMBOLIC_FILE = str(Path(__file__).with_name("symbolic.py"))
-# Algebra may take so many times its limit of processor time where other programs keep the
-# processors busy.
+# On a busy machine, algebra may take this many times its limit of processor time.
 SYMBOLIC_PATIENCE = 6.0
 
 
@@ -35,7 +34,7 @@ class ScoreRecord:
 
     id: str
     score: float
-    prediction: str | None  # None: nothing could be extracted
+    prediction: str | None  # None = nothing could be extracted
     answer: Any
     meta: Mapping[str, Any]
     error: str = ""  # why a worker gave no score (time limit, crash); the score is then 0
@@ -43,22 +42,21 @@ class ScoreRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A rule that turns (prediction, answer, the row's columns) into a number, usually in [0, 1]."""
+    """A rule that maps (prediction, answer, the row's columns) to a number, usually in [0, 1]."""
 
     name: str
     # A string is file.py:function, called in a worker process.
     rule: Callable[[str, Any, Mapping[str, Any]], float] | str
     version: str = "1"
-    extraction: str = ""  # "" = as the prompt template says
+    extraction: str = ""  # "" = the prompt template's
     missing: str | None = None  # the prediction where nothing was extracted; None = score 0
     summary: Summary | None = None  # further metrics of the records
-    is_users: bool = (
-        False  # an error of a user's scorer stops the run, one of a built-in scorer scores 0
-    )
+    # An error in a user's scorer stops the run; one in a built-in scorer scores 0.
+    is_users: bool = False
 
     @property
     def id(self) -> str:
-        """Name and version, as written with each result."""
+        """Name and version, as recorded with each result."""
         return f"{self.name}@{self.version}"
 
     def score(self, prediction: str, answer: Any, meta: Mapping[str, Any] | None = None) -> float:
@@ -132,10 +130,10 @@ def score_responses(
     pool: SandboxPool | None = None,
     on_error: str = "stop",
 ) -> list[ScoreRecord]:
-    """Return the record of each response.
+    """Score each response.
 
-    `on_error` = stop | zero: what an error of a user's scorer does. `pool`: the worker processes,
-    for scorers that need them.
+    `on_error` (stop | zero) says what an error in a user's scorer does; `pool` holds the worker
+    processes for scorers that need them.
     """
     ids = [str(i) for i in range(len(responses))] if ids is None else ids
     predictions = [extract_answer(r, scorer.extraction or extraction) for r in responses]
@@ -166,7 +164,7 @@ def _apply_rule(
         outcomes = pool.map(
             scorer.rule, [SandboxCall((p, a), keyword_columns(meta)) for p, a, meta, _ in rows]
         )
-    else:  # the responses of a group often agree: each pair of texts is compared once
+    else:  # responses of a group are often equal, so compare each pair of texts once
         pairs = [(p, tuple(text.gold_answers(a))) for p, a, *_ in rows]
         unique = list(dict.fromkeys(pairs))
         calls = [SandboxCall((p, list(golds))) for p, golds in unique]
@@ -201,7 +199,7 @@ def _checked_score(
 def keyword_columns(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row's columns as keyword arguments.
 
-    One named like a positional argument gets a final underscore.
+    A column named like a positional argument gets an underscore at its end.
     """
     return {
         f"{k}_" if k in ("completion", "prediction", "answer") else str(k): v
@@ -210,7 +208,7 @@ def keyword_columns(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_non_number(value: Any) -> str:
-    """Return what is wrong with a score; "" for a finite number."""
+    """Describe what is wrong with a score; return "" for a finite number."""
     if isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)) and math.isfinite(
         value
     ):
@@ -219,5 +217,5 @@ def describe_non_number(value: Any) -> str:
 
 
 def summarise_records(scorer: Scorer, records: Sequence[ScoreRecord]) -> dict[str, Metric]:
-    """Return every metric of a scorer's records."""
+    """Compute every metric of a scorer's records."""
     return summaries.summarise_scores(records, scorer.summary)

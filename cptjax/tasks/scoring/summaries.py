@@ -23,9 +23,9 @@ Summary = Callable[[Records], dict[str, Metric]]
 
 
 def ratio_metric(parts: Sequence[float], wholes: Sequence[float]) -> Metric:
-    """Return the sum of the parts over the sum of the wholes, of rows with a whole > 0.
+    """Divide the sum of the parts by the sum of the wholes, over rows with a whole > 0.
 
-    The standard error is by the delta method.
+    The standard error is computed by the delta method.
     """
     a, b = np.asarray(parts, float), np.asarray(wholes, float)
     a, b = a[b > 0], b[b > 0]
@@ -38,12 +38,12 @@ def ratio_metric(parts: Sequence[float], wholes: Sequence[float]) -> Metric:
 
 
 def mean_metric(values: Sequence[float]) -> Metric:
-    """Return a plain mean with its standard error."""
+    """Compute a plain mean with its standard error."""
     return ratio_metric(values, np.ones(len(values)))
 
 
 def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> dict[str, Metric]:
-    """Return the mean score of each group of rows."""
+    """Compute the mean score of each group of rows."""
     groups = defaultdict(list)
     for record in records:
         groups[name(record)].append(record.score)
@@ -51,7 +51,7 @@ def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> di
 
 
 def summarise_yes_no(records: Records) -> dict[str, Metric]:
-    """Return POPE's metrics: yes is the positive class, and the yes-ratio is that of the predictions."""
+    """Compute POPE's metrics: "yes" is the positive class, `yes_ratio` that of the predictions."""
     predicted = [text.parse_yes_no(r.prediction or "") for r in records]
     yes = np.array([p == "yes" for p in predicted], int)
     gold = np.array([text.gold_yes_no(r.answer) == "yes" for r in records], int)
@@ -65,7 +65,7 @@ def summarise_yes_no(records: Records) -> dict[str, Metric]:
 
 
 def summarise_pathvqa(records: Records) -> dict[str, Metric]:
-    """Return the accuracy of yes/no rows and of open rows, and the token recall and F1 of the open ones."""
+    """Compute the accuracy of yes/no and of open rows, and token recall and F1 of open rows."""
     closed = [r for r in records if text.normalise_text(str(r.answer)) in ("yes", "no")]
     rest = [r for r in records if text.normalise_text(str(r.answer)) not in ("yes", "no")]
     overlap = [text.token_overlap(r.prediction or "", str(r.answer)) for r in rest]
@@ -78,7 +78,7 @@ def summarise_pathvqa(records: Records) -> dict[str, Metric]:
 
 
 def summarise_mmmu(records: Records) -> dict[str, Metric]:
-    """Return the accuracy by discipline, and the share of choices that could not be read (guessed, or wrong)."""
+    """Compute the accuracy by discipline, and the share of choices that could not be read."""
     closed = [r for r in records if r.meta.get("question_type", "multiple-choice") != "open"]
     unread = [
         r.prediction is None
@@ -111,9 +111,9 @@ def summarise_jigsaw(records: Records) -> dict[str, Metric]:
 
 
 def summarise_constraints(records: Records) -> dict[str, Metric]:
-    """Return the share of all constraints that are met.
+    """Compute the share of all constraints that are met.
 
-    Those of one response are correlated, so rows are responses.
+    The constraints of one response are correlated, so the rows are responses.
     """
     met = [
         sum(instructions.follows_constraint(r.prediction or "", c) for c in r.answer)
@@ -123,7 +123,10 @@ def summarise_constraints(records: Records) -> dict[str, Metric]:
 
 
 def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:
-    """Return the mean score, the shares of extraction failures and errors, and the scorer's metrics."""
+    """Compute the mean score, the shares of failed extractions and errors, and more metrics.
+
+    `summary` adds the scorer's own metrics.
+    """
     metrics = {
         "accuracy": mean_metric([r.score for r in records]),
         "extraction_failure": mean_metric([r.prediction is None for r in records]),

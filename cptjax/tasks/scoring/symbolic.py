@@ -1,16 +1,16 @@
-r"""Decide the mathematical equality of two answers; runs in worker processes only.
+r"""Decide whether two answers are mathematically equal; runs in worker processes only.
 
-Any of this code may loop for ever, so that only `cptjax/tasks/scoring/sandbox.py` calls it. There
-are two graders:
+Any of this code may loop forever, so only `cptjax/tasks/scoring/sandbox.py` calls it. There are two
+graders:
 
 `equal_by_math_verify` calls the package math-verify.
 
-`equal_by_mathruler` is a re-implementation of the grader that arXiv 2507.05386 scored with, the
-package mathruler, written from its behaviour; it is not that package, and grades may differ in
-rare cases. What it forgives: letter case; every space; `$`, `%` and the names of units anywhere
-("football" = "ball"); "or" and "and" as a comma; letters multiply ("on" = "no"). What it does not
-forgive: "A." is not "A", "two" is not "2", an integer must be equal literally. Known difference:
-LaTeX commands outside the table below are removed, where mathruler has a larger table.
+`equal_by_mathruler` is a re-implementation of the grader of arXiv 2507.05386, the package
+mathruler, written from its behaviour; grades may differ in rare cases. It ignores letter case,
+spaces, `$`, `%` and the names of units anywhere ("football" = "ball"); it reads "or" and "and" as a
+comma, and multiplies letters ("on" = "no"). It is strict in other cases: "A." is not "A", "two" is
+not "2", and integers must be literally equal. Known difference: LaTeX commands outside the table
+below are removed, where mathruler has a larger table.
 """
 
 import functools
@@ -22,7 +22,9 @@ import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy.parsing import sympy_parser
 
-UNIT_NAMES = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard".split()
+UNIT_NAMES = (
+    "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard"
+).split()
 POWER_WORDS = {"million": "*10^6", "billion": "*10^9", "trillion": "*10^12"}
 LATEX_COMMANDS = {
     "pi": "pi",
@@ -35,14 +37,12 @@ LATEX_COMMANDS = {
         for c in "sin cos tan log ln exp alpha beta gamma theta phi angle triangle circ".split()
     },
 }
-MAX_ANSWER_LENGTH = (
-    400  # characters; the parser needs minutes for a degenerate answer of a thousand open brackets
-)
+# Characters; the parser needs minutes for a degenerate answer of a thousand open brackets.
+MAX_ANSWER_LENGTH = 400
 LATEX_GROUP = r"\{([^{}]*)\}"
 BRACKETS = "()[]"
-logging.getLogger("math_verify").setLevel(
-    logging.ERROR
-)  # it warns at each call that its own time limit is off
+# math-verify warns at each call that its own time limit is off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 PARSER_TRANSFORMATIONS = (
     *sympy_parser.standard_transformations,
     sympy_parser.implicit_multiplication_application,
@@ -62,14 +62,14 @@ def any_lenient(prediction: str, answers: list[str]) -> bool:
 def equal_by_math_verify(prediction: str, answer: str) -> bool:
     """Return whether two answers, read as LaTeX or as plain expressions, are equal by math-verify.
 
-    Words, and what math-verify cannot read, must be equal literally.
+    Words, and answers that math-verify cannot read, must be literally equal.
     """
     predicted, gold_text = (
         " ".join(t.lower().strip().strip("$").rstrip(".").split()) for t in (prediction, answer)
     )
     if predicted == gold_text:
         return True
-    if re.fullmatch(r"[a-z][a-z ]+", gold_text):  # as letters to multiply, "on" would be "no"
+    if re.fullmatch(r"[a-z][a-z ]+", gold_text):  # as a product of letters, "on" would equal "no"
         return False
     if len(predicted) > MAX_ANSWER_LENGTH:
         return False
@@ -80,7 +80,7 @@ def equal_by_math_verify(prediction: str, answer: str) -> bool:
 @functools.lru_cache(maxsize=1 << 12)  # a gold answer is compared with every response of its group
 def _parse_math(text: str) -> list:
     text = text.strip().strip("$").rstrip(".")
-    # The pool limits the time; math-verify's own limit is a signal that C code outlasts.
+    # The pool limits the time; math-verify's own limit is a signal, which C code ignores.
     return parse(
         f"${text}$", [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None
     )
@@ -102,10 +102,10 @@ def equal_by_mathruler(prediction: str, answer: str) -> bool:
 
 
 def normalise_latex(text: str) -> str:
-    r"""Return one spelling of simple LaTeX.
+    r"""Rewrite simple LaTeX in one spelling.
 
-    `\frac12`, `1/2`, `.5` and `\dfrac{1}{2}` become one; "x=5" becomes "5"; degrees, percent
-    signs and units are removed.
+    `\frac12`, `1/2`, `.5` and `\dfrac{1}{2}` become the same text; "x=5" becomes "5"; degrees,
+    percent signs and units are removed.
     """
     text = text.strip()
     if whole := re.search(r"^\\text\{(.+?)\}$", text):
@@ -140,7 +140,7 @@ def normalise_latex(text: str) -> str:
 
 
 def normalise_loosely(text: str) -> str:
-    """Return the text in lower case, without spaces, units, `$`, `%` and braces, and LaTeX as plain arithmetic."""
+    """Rewrite LaTeX as arithmetic in lower case, without spaces, units, `$`, `%` and braces."""
     if whole := re.search(r"^\\text\{(.+?)\}$", text):
         text = whole[1]
     text = text.replace("\\%", "").replace("\\$", "").replace("$", "").replace("%", "")
@@ -161,7 +161,7 @@ def normalise_loosely(text: str) -> str:
 
 
 def _write_integer(text: str, number: Callable[[str], float]) -> str:
-    """Write a whole number without decimals, "2.0" -> "2"; any other text stays."""
+    """Write a whole number without decimals, "2.0" -> "2"; leave any other text unchanged."""
     try:
         value = number(text)
         return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
@@ -170,12 +170,12 @@ def _write_integer(text: str, number: Callable[[str], float]) -> str:
 
 
 def _without_commas(text: str) -> str:
-    """Remove the commas of thousands, 1,234,567 -> 1234567; the comma of a pair stays."""
+    """Remove thousands separators, 1,234,567 -> 1234567; keep the comma of a pair."""
     return re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", text)
 
 
 def _latex_to_arithmetic(text: str) -> str:
-    r"""Write LaTeX as arithmetic: `2\sqrt{3}` -> `2sqrt(3)`, `\frac{1}{2}` -> ` 1/2` (sic)."""
+    r"""Rewrite LaTeX as arithmetic: `2\sqrt{3}` -> `2sqrt(3)`, `\frac{1}{2}` -> ` 1/2` (sic)."""
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*([^\s{}])\s*(?=[^\s{}]|\{)", r"\\frac{\1}", text)
     text = re.sub(r"\\(frac\{[^{}]*\}|sqrt)\s*([^\s{}])", r"\\\1{\2}", text)
@@ -217,7 +217,7 @@ def _same_value(predicted: str, gold: str) -> bool:
             difference.replace("^", "**"), transformations=PARSER_TRANSFORMATIONS
         )
         return sympy.simplify(value) == 0
-    except Exception:  # whatever the parser raises on prose: not an expression, so not equal
+    except Exception:  # the parser raises many errors on prose, which equals no expression
         return False
 
 

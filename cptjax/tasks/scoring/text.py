@@ -65,12 +65,12 @@ def normalise_vqa_answer(text: str) -> str:
 
 
 def normalise_text(text: str) -> str:
-    """Return the text in lower case, without punctuation, with single spaces (the GQA rule)."""
+    """Convert to lower case, remove punctuation and repeated spaces (GQA's rule)."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def gold_answers(answer: Any) -> list[str]:
-    """Return the gold answers as a list of strings: one answer or several, of any type."""
+    """Convert one gold answer or several, of any type, to a list of strings."""
     if hasattr(answer, "tolist"):  # a parquet column is an array
         answer = answer.tolist()
     if isinstance(answer, Sequence) and not isinstance(answer, str):
@@ -79,28 +79,28 @@ def gold_answers(answer: Any) -> list[str]:
 
 
 def score_exact(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the prediction is one of the answers, letter for letter (outer space aside)."""
+    """Return 1 if the prediction is exactly one of the answers, except for space at the ends."""
     return float(prediction.strip() in [a.strip() for a in gold_answers(answer)])
 
 
 def score_contains(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if one of the answers occurs in the prediction, in any case."""
+    """Return 1 if one of the answers occurs in the prediction, ignoring case."""
     return float(
         any(a.strip().lower() in prediction.lower() for a in gold_answers(answer) if a.strip())
     )
 
 
 def score_exact_match(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 for equality without case and punctuation (GQA as lmms-eval scores it)."""
+    """Return 1 for equality, ignoring case and punctuation (as lmms-eval scores GQA)."""
     return float(normalise_text(prediction) in [normalise_text(a) for a in gold_answers(answer)])
 
 
 def score_vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return the VQA accuracy: the mean over the annotators of min(1, matches among the *others* / 3).
+    """Return the VQA accuracy: the mean over annotators of min(1, matches among the *others* / 3).
 
     3 of 10 -> 0.9, 4 of 10 -> 1. A row with fewer than four answers cannot reach 3 matches among
-    the others: all of the others suffice there. Where a task trains on one answer, its rows keep
-    all of them in the column `annotators`.
+    the others, so matching all others is enough. Where a task trains on one answer, its rows keep
+    all answers in the column `annotators`.
     """
     normal = [normalise_vqa_answer(a) for a in gold_answers((meta or {}).get("annotators", answer))]
     matches = [normalise_vqa_answer(prediction) == a for a in normal]
@@ -111,13 +111,13 @@ def score_vqa_soft(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def score_vqa_em_modal(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 for equality with the most frequent answer, the first of those that tie."""
+    """Return 1 for equality with the most frequent answer, the first one of a tie."""
     counts = Counter(normalise_vqa_answer(a) for a in gold_answers(answer))
     return float(normalise_vqa_answer(prediction) == counts.most_common(1)[0][0])
 
 
 def parse_yes_no(text: str) -> str | None:
-    """Return "yes" or "no" if the text starts with it or has only one of the two as a word, else None."""
+    """Return the "yes" or "no" that a text starts with, or the only one it contains, else None."""
     words = re.findall(r"[a-z']+", text.lower())
     stated = {"yes", "no"} & set(words)
     if words and words[0] in stated:
@@ -126,7 +126,7 @@ def parse_yes_no(text: str) -> str | None:
 
 
 def score_yes_no(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the prediction's yes or no is the gold one.
+    """Return 1 if the prediction's yes or no is the gold answer.
 
     A prediction with neither scores 0.
     """
@@ -134,7 +134,7 @@ def score_yes_no(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def gold_yes_no(answer: Any) -> str:
-    """Return "yes" or "no" for a gold answer, which may be a truth value."""
+    """Return "yes" or "no" for a gold answer, which may be a Boolean."""
     truth = {"true": "yes", "false": "no"}.get(str(answer).strip().lower())
     gold = truth or parse_yes_no(str(answer))
     if gold is None:
@@ -143,7 +143,7 @@ def gold_yes_no(answer: Any) -> str:
 
 
 def token_overlap(prediction: str, answer: str) -> tuple[float, float]:
-    """Return the recall and F1 of the gold answer's words, after the GQA rule."""
+    """Return the recall and F1 of the gold answer's words, normalised by GQA's rule."""
     predicted = Counter(normalise_text(prediction).split())
     gold = Counter(normalise_text(answer).split())
     common = (predicted & gold).total()
@@ -152,9 +152,9 @@ def token_overlap(prediction: str, answer: str) -> tuple[float, float]:
 
 
 def score_anls(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return the normalised Levenshtein similarity to the nearest of the answers.
+    """Return the normalised Levenshtein similarity to the nearest answer.
 
-    Below one half it is 0.
+    A similarity below one half counts as 0.
     """
     predicted = " ".join(prediction.lower().split())
     golds = [" ".join(gold.lower().split()) for gold in gold_answers(answer)]

@@ -1,20 +1,22 @@
 """Synthetic tasks: unlimited images and questions generated from a seed, without any download.
 
-Ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images), facts and
-arithmetic (text alone). Levels 1-3 add distractors, cells or digits, or weaken the cue; facts
-have one level. Example i depends on the seed, the split and the family alone. No image is in two
-splits (`painting.add_noise`), nor is a sum of arithmetic from level 2 on; facts and single-digit
-sums are *knowledge*, one table that all splits share.
+There are ten families: colour, shape, count, position, digit, compare, jigsaw2, jigsaw3 (images),
+facts and arithmetic (text only). Levels 1-3 add distractors, cells or digits, or weaken the cue;
+facts have one level. Example i depends only on the seed, the split and the family. No image is in
+two splits (`painting.add_noise`), and from level 2 on no sum is; facts and single-digit sums are
+*knowledge*, one table that all splits share.
 
-Three settings make a base model as it is found in practice, which has its own wording and makes
-steady mistakes:
+With three settings, a pre-stage makes a base model like those found in practice, with its own
+wording and systematic mistakes:
 
-    styles   how `target` words an answer: {"it is": 0.4, "answer :": 0.3, "i think": 0.3}; "" is the bare answer
-    bias     a random half of the classes has its label replaced by one fixed wrong class with this probability
-    world    a number: which facts are true and which classes are biased; None = the run's seed
+    styles   weights of the wordings of `target`, such as {"it is": 0.4, "i think": 0.6};
+             "" is the bare answer
+    bias     probability with which the labels of a random half of the classes are replaced, each
+             class by one fixed wrong class
+    world    number that decides which facts are true and which classes are biased; None = the seed
 
-`answer` is always the truth; `target` holds the styled, perhaps biased label, and `meta` has its
-label and style.
+`answer` is always correct; `target` has the styled, possibly biased label, and `meta` its label and
+style.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ SYNTHETIC_SPLITS = ("train", "validation", "test")
 SYNTHETIC_SIZES = {"train": 10_000, "validation": 500, "test": 500}  # without a limit
 ANSWER_STYLES = ("it is", "answer :", "i think", "the answer is")
 BLOCK_SIZE = 64  # examples generated at a time
-# Part of every hash: another text would generate other rows.
+# Parts of every hash; other texts would generate other rows.
 ROWS_KEY, PUZZLES_KEY = "drawn", "pictures"
 
 
@@ -74,7 +76,7 @@ def generate_block(
 
 
 def biased_classes(spec: SyntheticSpec) -> dict[str, str]:
-    """Return the biased half of the classes, each with its one wrong class."""
+    """Return the biased half of the classes, each with its wrong class."""
     names = answer_classes(spec)
     if not names:
         raise ValueError(f"{spec.family} has too many classes for biased labels; leave bias=0")
@@ -94,7 +96,7 @@ def _cached_block(spec: SyntheticSpec, split: str, seed: int, number: int) -> Ex
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticExamples(Sequence[Example]):
-    """The first `size` examples of a split; access generates an example together with its block."""
+    """The first `size` examples of a split, generated on access, one block at a time."""
 
     name: str
     spec: SyntheticSpec
@@ -163,7 +165,7 @@ def load_synthetic_split(
 ) -> SyntheticExamples:
     """Return the first `limit` examples of a split.
 
-    Nothing is read, so that `root` has no effect.
+    No file is read, so `root` has no effect.
     """
     if split not in SYNTHETIC_SPLITS:
         raise ValueError(f"task {name}: no split {split!r}; it has {', '.join(SYNTHETIC_SPLITS)}")
@@ -174,7 +176,7 @@ def load_synthetic_split(
 
 
 def styled_exact(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the prediction is the answer, bare or behind one of the ANSWER_STYLES."""
+    """Return 1 if the prediction is the answer, alone or after one of the ANSWER_STYLES."""
     predicted, gold = (" ".join(t.split()).replace(" :", ":") for t in (prediction, str(answer)))
     return float(
         any(
@@ -203,12 +205,14 @@ def make_synthetic_task(
         )
     if level not in ((1,) if family == "facts" else (1, 2, 3)) or not 0 <= bias <= 1:
         raise ValueError(
-            f"synthetic task: expected level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1, got level={level} and bias={bias}"
+            "synthetic task: expected level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1, "
+            f"got level={level} and bias={bias}"
         )
     unknown = [style for style in styles or () if style and style not in ANSWER_STYLES]
     if unknown or (styles is not None and not sum(styles.values()) > 0):
         raise ValueError(
-            f"synthetic task: styles: expected weights of '', {', '.join(map(repr, ANSWER_STYLES))}; got {dict(styles)}"
+            "synthetic task: styles: expected weights of '', "
+            f"{', '.join(map(repr, ANSWER_STYLES))}; got {dict(styles)}"
         )
     spec = SyntheticSpec(
         family, level, side, noise, tuple(styles.items()) if styles else (("", 1.0),), bias, world

@@ -1,4 +1,4 @@
-"""The families of synthetic tasks: the images, questions and answers of each.
+"""The families of synthetic tasks: how each generates images, questions and answers.
 
 A family is a function (spec, streams, split number) -> (canvas [n side side 3] or None,
 questions, answers).
@@ -20,8 +20,9 @@ CREATURES = tuple(
     for last in "lor mik tan ves rud sel pon zig".split()
 )
 FOODS = tuple(
-    """apples bread corn dates eggs figs grapes honey ice jam kale lemons mint nuts olives pears quinces rice salt tea
-    beans cheese plums soup fish milk oats peas roots seeds cake leaves""".split()
+    """apples bread corn dates eggs figs grapes honey ice jam kale lemons mint nuts olives pears
+    quinces rice salt tea beans cheese plums soup fish milk oats peas roots seeds cake
+    leaves""".split()
 )
 
 
@@ -39,7 +40,7 @@ class SyntheticSpec:
 
 
 def answer_classes(spec: SyntheticSpec) -> list[str]:
-    """Return every answer of a family, or nothing if they are too many to list."""
+    """Return every answer of a family, or [] if there are too many to list."""
     grid = min(spec.level + 1, 4)
     match spec.family:
         case "colour":
@@ -89,9 +90,9 @@ def _shape(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _scene(spec: SyntheticSpec, streams: RandomStreams):
-    """Paint 1, 3 or 5 shapes, no two alike in shape or colour.
+    """Paint 1, 3 or 5 shapes of different shape and colour.
 
-    Return the shape and colour that the question is about.
+    Return the canvas, and the shape and colour of the one that the question is about.
     """
     canvas = painting.paint_background(streams, spec.side)
     grid = 3 if spec.level == 3 else 2
@@ -121,7 +122,7 @@ def _count(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _position(spec: SyntheticSpec, streams: RandomStreams, split: int):
-    """Paint 2, 3 or 5 shapes of different colours; the question is where one is."""
+    """Paint 2, 3 or 5 shapes of different colours, and ask where one of them is."""
     canvas = painting.paint_background(streams, spec.side)
     grid = min(spec.level + 1, 3)
     cells, colours = streams.order("cells", grid * grid), streams.order("colours", 6)
@@ -153,7 +154,7 @@ def _digit(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 
 def _compare(spec: SyntheticSpec, streams: RandomStreams, split: int):
-    """Paint a shape on either side; one is larger by a factor that shrinks with the level."""
+    """Paint a shape on each side, one larger by a factor that shrinks with the level."""
     canvas = painting.paint_background(streams, spec.side)
     larger = streams.uniform("size", 0.36, 0.46)[:, 0]
     smaller = (
@@ -217,7 +218,7 @@ def _facts(spec: SyntheticSpec, streams: RandomStreams, split: int):
 def world_facts(world: int = 0) -> dict[str, str]:
     """Return what each of the 64 creatures of a world eats.
 
-    Each of the 32 foods belongs to two of them.
+    Each of the 32 foods is eaten by two creatures.
     """
     order = np.random.default_rng(int(random_streams.hash_key("facts", world))).permutation(
         len(CREATURES)
@@ -237,9 +238,9 @@ def _arithmetic(spec: SyntheticSpec, streams: RandomStreams, split: int):
 
 @functools.lru_cache
 def _list_sums(level: int, split: int | None) -> list[tuple[int, str, int, int]]:
-    """List the sums of a level.
+    """List the sums of a level and split.
 
-    From level 2 on, validation and test each have one in eight of them.
+    From level 2 on, validation and test have one eighth of the sums each.
     """
     high = (10, 50, 100)[level - 1]
     every = [(x, "plus", y, x + y) for x in range(high) for y in range(high)]

@@ -1,4 +1,4 @@
-"""Paint the images of synthetic tasks in numpy: shapes, digits and gradients, many images at a time."""
+"""Paint the images of synthetic tasks in numpy: shapes, digits and gradients, in batches."""
 
 import numpy as np
 
@@ -31,7 +31,7 @@ DIGIT_FONT = np.array([[int(bit) for bit in glyph] for glyph in DIGIT_GLYPHS], n
 
 
 def paint_background(streams: RandomStreams, side: int) -> FloatArray:
-    """Return dark canvases of slightly different greys."""
+    """Return dark grey canvases, each of a slightly different grey."""
     grey = streams.uniform("background", 20, 60).astype(np.float32)[:, None, None]
     return np.broadcast_to(grey, (len(grey), side, side, 3)).copy()
 
@@ -49,7 +49,7 @@ def paint_shape(
 ) -> None:
     """Paint one shape per image into its cell of a grid x grid layout.
 
-    The radius is a share of the cell.
+    `radius` is a fraction of the cell.
     """
     size = canvas.shape[1] // grid
     r = (streams.uniform(f"radius{slot}", 0.30, 0.42)[:, 0] if radius is None else radius) * size
@@ -79,7 +79,7 @@ def paint_shape(
 
 
 def shape_coverage(shape: np.ndarray, u: FloatArray, v: FloatArray, r: FloatArray) -> FloatArray:
-    """Return how much of each pixel a shape covers, from its distance to the outline in pixels."""
+    """Compute how much of each pixel a shape covers, from its distance to the outline."""
     distance = np.empty(np.broadcast_shapes(u.shape, v.shape), np.float32)
     for kind in range(len(SHAPES)):
         chosen = shape == kind
@@ -89,7 +89,7 @@ def shape_coverage(shape: np.ndarray, u: FloatArray, v: FloatArray, r: FloatArra
 
 
 def outline_distance(kind: int, u: FloatArray, v: FloatArray, r: FloatArray) -> FloatArray:
-    """Return the signed distance to a shape's outline, negative inside; v points down."""
+    """Compute the signed distance to a shape's outline, negative inside; v points down."""
     across, down = np.abs(u), np.abs(v)
     match SHAPES[kind]:
         case "circle":
@@ -155,11 +155,11 @@ def add_noise(
 ) -> np.ndarray:
     """Add pixel noise and return uint8 images.
 
-    The first red value of an image modulo 4 is the split, so that no image is in two splits.
+    The first red value of an image modulo 4 is the split, so no image is in two splits.
     """
     n, side = canvas.shape[:2]
-    # The number of ones among 32 random bits is normal enough: mean 16, variance 8; a 64-bit hash
-    # serves two values.
+    # The number of ones among 32 random bits is nearly normal, with mean 16 and variance 8. A
+    # 64-bit hash gives two values.
     values = side * side * 3
     halves = streams.bits("noise", (values + 1) // 2).view(np.uint32)[:, :values]
     canvas += (np.bitwise_count(halves).astype(np.float32).reshape(canvas.shape) - 16) * np.float32(

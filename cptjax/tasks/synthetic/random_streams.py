@@ -1,4 +1,4 @@
-"""Random numbers that depend on (key, example, stream) alone, never on the rest of a batch."""
+"""Random numbers that depend only on (key, example, stream), never on the rest of a batch."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ def hash_integers(values: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def hash_key(*parts: int | str) -> np.uint64:
-    """Fold numbers and names into one 64-bit key."""
+    """Combine numbers and names into one 64-bit key."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         for byte in str(part).encode() + b"/":

@@ -1,4 +1,4 @@
-"""Read a user's data files as tables of rows; what cannot be read becomes a BadRow."""
+"""Read a user's data files as tables of rows; a row that cannot be read becomes a BadRow."""
 
 import csv
 import dataclasses
@@ -19,7 +19,10 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>[\
 
 @dataclasses.dataclass(frozen=True)
 class DataTable:
-    """The rows of one file. The number of a row is its line in a text file, else its position from 1."""
+    """The rows of one file.
+
+    The number of a row is its line in a text file, otherwise its position, counted from 1.
+    """
 
     file: str
     folder: Path  # relative image paths start here
@@ -27,13 +30,15 @@ class DataTable:
     numbers: Sequence[int]
     columns: tuple[str, ...]
     bad: tuple[BadRow, ...] = ()
-    roles: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # role -> column, see task.py
+    # role -> column, see task.py
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_tables(source: str, split: str, root: str = "") -> list[DataTable]:
-    """Read a data file, a folder of data files or images, or org/name[:config][@split] of the hub."""
+    """Read a data file, a folder of data files or images, or a hub dataset.
+
+    A hub dataset is named org/name[:config][@split].
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, split)
@@ -42,7 +47,8 @@ def read_tables(source: str, split: str, root: str = "") -> list[DataTable]:
     hub_id = HUB_ID.fullmatch(source)
     if not hub_id or path.suffix in DATA_SUFFIXES:
         raise ValueError(
-            f"{source}: no such file or folder, nor a hub dataset of the form org/name[:config][@split]"
+            f"{source}: no such file or folder, nor a hub dataset of the form "
+            "org/name[:config][@split]"
         )
     hub_source = hub.HubSource(hub_id["id"], hub_id["split"] or split, hub_id["config"])
     return [_arrow_table(source, Path(), hub.load_rows(hub_source, root))]
@@ -53,7 +59,10 @@ def _arrow_table(file: str, folder: Path, rows: hub.ArrowRows) -> DataTable:
 
 
 def _read_folder(path: Path, split: str) -> list[DataTable]:
-    """Read a saved dataset, a folder of data files, or a folder of images whose subfolders name the answers."""
+    """Read a saved dataset, a folder of data files, or a folder of images.
+
+    The subfolders of a folder of images are the answers.
+    """
     import datasets
 
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -71,7 +80,8 @@ def _read_folder(path: Path, split: str) -> list[DataTable]:
     )
     if not images:
         raise ValueError(
-            f"{path}: expected data files ({' '.join(DATA_SUFFIXES)}) or images in this folder, got neither"
+            f"{path}: expected data files ({' '.join(DATA_SUFFIXES)}) or images in this folder, "
+            "got neither"
         )
     rows = [{"images": image.as_posix(), "answer": image.parent.name} for image in images]
     return [DataTable(str(path), path, rows, range(1, len(rows) + 1), ("images", "answer"))]
@@ -86,7 +96,8 @@ def _read_file(path: Path) -> DataTable:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     if path.suffix not in readers:
         raise ValueError(
-            f"{path}: expected a data file that ends in {', '.join(DATA_SUFFIXES)}; rename or convert it"
+            f"{path}: expected a data file that ends in {', '.join(DATA_SUFFIXES)}; "
+            "rename or convert it"
         )
     rows, numbers, bad = [], [], []
     for number, row in readers[path.suffix](path):
@@ -102,7 +113,7 @@ def _read_file(path: Path) -> DataTable:
 
 
 class Unreadable(str):
-    """The reason why a row could not be read, in the place of the row."""
+    """The reason why a row could not be read; it takes the place of the row."""
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -117,9 +128,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the items of one list, bare or as the only list of an object.
+    """Yield the items of a list, which may be the only list in an object.
 
-    JSON lines in a .json file work too.
+    A .json file may also contain JSON lines.
     """
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -156,6 +167,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         if isinstance(row, dict) and (None in row or None in row.values()):
             amount = "more" if None in row else "fewer"
             row = Unreadable(
-                f"{amount} fields than the header's {len(reader.fieldnames)}; put text with commas in quotes"
+                f"{amount} fields than the header's {len(reader.fieldnames)}; "
+                "put text with commas in quotes"
             )
         yield number, row

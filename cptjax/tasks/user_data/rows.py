@@ -1,4 +1,4 @@
-"""One row of a user's table becomes an example: its turns, its images and videos, its answer."""
+"""Build an example from a row of a user's table: its turns, images, videos and answer."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ CHAT_ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class UserTaskSpec:
-    """The settings of a user's task that decide which rows it has and how they are read."""
+    """The settings of a user's task that say which rows it has and how to read them."""
 
     name: str
     sources: tuple[tuple[str, str | float], ...]  # (split, file or share of train)
@@ -60,7 +60,7 @@ def _row_id(row: UserRow, value: Any) -> str:
 
 
 def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
-    """Return the example of a row; its images are located, not opened."""
+    """Build the example of a row; its images are located but not opened."""
     table, columns = row.table, row.table.rows[row.index]
     cells = {role: columns.get(name) for role, name in table.roles.items()}
     turns = read_turns(spec, cells, columns)
@@ -75,7 +75,8 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
         raise ValueError("the answer is empty")
     if not turns or turns[-1]["role"] != "user":
         raise ValueError(
-            "expected a conversation that ends with a user's turn, or with one and the answer to it"
+            "expected a conversation that ends with a user's turn, or with a user's turn and the "
+            "response to it"
         )
     gold = answer if target is None else target
     gold = gold[0] if isinstance(gold, list) else gold
@@ -96,7 +97,7 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
 def read_turns(
     spec: UserTaskSpec, cells: Mapping[str, Any], columns: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the turns of a row: the task's prompt filled in, or its messages, or its prompt column."""
+    """Return the turns of a row: the task's prompt filled in, its messages or its prompt column."""
     messages = cells.get("messages")
     messages = parse_json_list(messages) if isinstance(messages, str) else messages
     if spec.prompt:
@@ -116,7 +117,8 @@ def read_turns(
             raise ValueError(f"messages: expected the role system, user or assistant, got {role!r}")
         if not isinstance(content, (str, list)):
             raise ValueError(
-                f"messages: expected text or a list of parts as content, got {type(content).__name__}"
+                "messages: expected text or a list of parts as content, "
+                f"got {type(content).__name__}"
             )
         turns.append({"role": CHAT_ROLES[role], "content": content})
     return turns
@@ -127,8 +129,8 @@ def load_media(
 ) -> list[dict[str, Any]]:
     """Return the turns with their images and videos.
 
-    Those of the columns `images` and `videos` go, in order, to each <image> and <video> in a text
-    and to each part that has none of its own.
+    The images and videos of the columns `images` and `videos` fill, in order, each <image> and
+    <video> in a text and each part that has none of its own.
     """
     images = [locate_image(image, folder) for image in as_list(cells.get("images"))]
     sources = as_list(cells.get("videos"))
@@ -153,7 +155,7 @@ def load_media(
 
 
 def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
-    """Return a text with placeholders, or a finished part if it has an image or video of its own."""
+    """Return a text with placeholders, or a finished part if it has its own image or video."""
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
@@ -170,7 +172,7 @@ def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
 
 
 def locate_image(source: Any, folder: Path) -> Any:
-    """Return what opens an image later, its path or the bytes that hold it.
+    """Return the path or the bytes of an image, to open it later.
 
     A missing file is an error.
     """
@@ -183,7 +185,7 @@ def locate_image(source: Any, folder: Path) -> Any:
 
 
 def load_video(video: Any, folder: Path) -> Any:
-    """Return the path of a video file, or the frames of a list or of a folder of images."""
+    """Return the path of a video file, or the frames of a list or folder of images."""
     if isinstance(video, dict):
         video = video.get("path") or video.get("video")
     if isinstance(video, str) and Path(folder, video).is_dir():
@@ -205,7 +207,7 @@ def load_video(video: Any, folder: Path) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a cell as a list: it may hold nothing, one value, a list, or a list written as JSON (csv)."""
+    """Convert a cell to a list: it may be empty, one value, a list, or a list in JSON (csv)."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json_list(value)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -224,7 +226,7 @@ def parse_json_list(text: str) -> list[Any]:
 def clean_answer(answer: Any) -> Any:
     """Return an answer as text, a list of texts, or an object (for a user's own reward).
 
-    None if it is empty.
+    Return None if it is empty.
     """
     if isinstance(answer, dict):
         return answer or None

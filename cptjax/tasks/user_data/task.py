@@ -1,15 +1,20 @@
 """A user's own data as a task; every bad row is reported with its file and row before step 0.
 
     tasks.mine = dict(
-        train="data/train.jsonl",           # jsonl | json | csv | parquet | folder | org/name[:config][@split]
-        test="data/test.jsonl",             # the same, or 0.1: a tenth of train, always the same tenth
-        columns=dict(prompt="question", images="image", answer="label"),  # also videos, messages, target, id
-        prompt="<image>{question}",         # builds the prompt from columns, where the data has no placeholders
-        image_root="",                      # folder of relative image paths; "" = that of the data file
+        # jsonl | json | csv | parquet | folder | org/name[:config][@split]
+        train="data/train.jsonl",
+        # the same, or 0.1: a tenth of train, always the same tenth
+        test="data/test.jsonl",
+        # also videos, messages, target, id
+        columns=dict(prompt="question", images="image", answer="label"),
+        # builds the prompt from columns, where the data has no placeholders
+        prompt="<image>{question}",
+        # folder of relative image paths; "" = the folder of the data file
+        image_root="",
         scorer="exact", reward="my.py:reward", template="direct", limit=None)
 
-A row is a prompt with one <image> or <video> per image or video, or chat `messages`. A video is a
-file, or a list of frames.
+A row has a prompt with one <image> or <video> per image or video, or chat `messages`. A video is a
+file or a list of frames.
 """
 
 import dataclasses
@@ -27,7 +32,7 @@ from cptjax.tasks.user_data.rows import UserRow, UserTaskSpec, build_user_exampl
 from cptjax.types import Example
 
 COLUMN_ROLES = ("prompt", "images", "videos", "answer", "messages", "target", "id")
-# Names that are tried if the data has no column of the default name and the task names none.
+# Names to try if the data has no column of the default name and the task names none.
 COLUMN_ALIASES = {
     "prompt": ("question", "problem"),
     "images": ("image", "file_name"),
@@ -39,9 +44,9 @@ ROW_SETTINGS = ("prompt", "image_root", "limit")
 
 
 def make_user_task(name: str, **settings: Any) -> Task:
-    """Return a task of the settings in the module's docstring.
+    """Build a task from the settings in the module's docstring.
 
-    The remaining settings are fields of Task.
+    All other settings are fields of Task.
     """
     sources = {
         split: settings.pop(split) for split in USER_SPLITS if settings.get(split) not in (None, "")
@@ -67,7 +72,8 @@ def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: 
     for key in fields:
         if key not in task_fields:
             raise ValueError(
-                f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; there are {', '.join(sorted(known))}"
+                f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; "
+                f"there are {', '.join(sorted(known))}"
             )
     for key in columns:
         if key not in COLUMN_ROLES:
@@ -89,7 +95,7 @@ def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: 
 
 
 class UserExamples(Sequence[Example]):
-    """The good rows of a split as examples whose images are not opened. `bad` lists the other rows."""
+    """The good rows of a split as examples with unopened images; `bad` lists the other rows."""
 
     def __init__(
         self,
@@ -99,7 +105,7 @@ class UserExamples(Sequence[Example]):
         bad: Sequence[BadRow],
     ):
         self.spec, self.rows, self.bad = spec, rows, bad
-        self.examples = examples  # None: built on access, so that images in Arrow files stay there
+        self.examples = examples  # None = built on access, so that images stay in Arrow files
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,7 +127,7 @@ class UserExamples(Sequence[Example]):
 def load_user_split(
     spec: UserTaskSpec, split: str, root: str = "", limit: int | None = None, seed: int = 0
 ) -> UserExamples:
-    """Read a split and check every row, all but the pixels of its images."""
+    """Read a split and check everything in every row but the pixels of its images."""
     sources = dict(spec.sources)
     if split not in sources:
         raise ValueError(f"task {spec.name}: no {split} data; it has {', '.join(sources)}")
@@ -147,7 +153,7 @@ def load_user_split(
         raise ValueError(f"task {spec.name}: no rows for {split} in {sources[origin]}")
     limits = [number for number in (limit, spec.limit) if number is not None]
     chosen = limit_rows(range(len(good)), min(limits, default=None), seed)
-    # Lines that cannot be read have no id to share out: they are reported with train.
+    # Lines that cannot be read have no id that assigns them to a split; report them with train.
     bad = bad if split in shares else unread + bad
     return UserExamples(spec, [good[i][0] for i in chosen], [good[i][1] for i in chosen], bad)
 
@@ -155,7 +161,7 @@ def load_user_split(
 def select_split_rows(
     rows: list[UserRow], shares: Mapping[str, float], split: str
 ) -> list[UserRow]:
-    """Return a split's rows; a held-out share has the rows whose ids have the lowest hashes."""
+    """Return a split's rows; a held-out share takes the rows whose ids have the lowest hashes."""
     if not shares or (split not in shares and split != "train"):
         return rows
     hashes = [hashlib.blake2b(row.read_id().encode(), digest_size=8).digest() for row in rows]
@@ -170,7 +176,7 @@ def select_split_rows(
 
 
 def resolve_columns(spec: UserTaskSpec, table: DataTable) -> DataTable:
-    """Return the table with the column of each role, and with the task's folder of images."""
+    """Return the table with the column of each role and the task's image folder."""
     if not len(table.rows):
         return table
     given, roles = dict(spec.columns), {}
@@ -185,7 +191,7 @@ def resolve_columns(spec: UserTaskSpec, table: DataTable) -> DataTable:
         if name not in table.columns:
             raise _missing_column(table, name, "prompt")
     if not (spec.prompt or "prompt" in roles or "messages" in roles):
-        hint = f"columns, which names the prompt's column, or tasks.{spec.name}.prompt, which builds one"
+        hint = f"columns.prompt to its name, or tasks.{spec.name}.prompt to build a prompt"
         raise _missing_column(table, "prompt", hint)
     folder = Path(spec.image_root) if spec.image_root else table.folder
     return dataclasses.replace(table, folder=folder, roles=roles)

@@ -1,24 +1,26 @@
 """Advantages [Q, G] from rewards [Q, G]: GRPO, RLOO, ReMax, REINFORCE and relatives; length rules.
 
-Two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]; batch mean 1/2, unbiased
-standard deviations sqrt(1/3) in both groups and sqrt(3/10) over the batch:
+Example: two groups of three, rewards [[1, 0, 0], [1, 1, 0]], greedy rewards [0, 1]. The batch mean
+is 1/2; the unbiased standard deviations are sqrt(1/3) in both groups and sqrt(3/10) in the batch.
 
-    reinforce      [[ 1,       0,       0      ], [ 1,      1,       0     ]]     reward
-    reinforce01    [[ 1,       0,       0      ], [ 1,      1,       0     ]]     1 where the accuracy is above 1/2, else 0
-    remax          [[ 1,       0,       0      ], [ 0,      0,      -1     ]]     reward - greedy reward
-    dr_grpo        [[ 2/3,    -1/3,    -1/3    ], [ 1/3,    1/3,    -2/3   ]]     reward - group mean
-    rloo           [[ 1,      -1/2,    -1/2    ], [ 1/2,    1/2,    -1     ]]     reward - mean of the others
-    grpo           [[ 1.1547, -.57735, -.57735 ], [ .57735, .57735, -1.1547]]     (reward - group mean) / group std
-    batch          [[ 1.2172, -.60858, -.60858 ], [ .60858, .60858, -1.2172]]     (reward - group mean) / batch std
-    reinforce++    [[ .91287, -.91287, -.91287 ], [ .91287, .91287, -.91287]]     (reward - batch mean) / batch std
+    reinforce    [[1,      0,       0      ], [1,      1,      0      ]]  reward
+    reinforce01  [[1,      0,       0      ], [1,      1,      0      ]]  1 if accuracy > .5, else 0
+    remax        [[1,      0,       0      ], [0,      0,      -1     ]]  reward - greedy reward
+    dr_grpo      [[2/3,    -1/3,    -1/3   ], [1/3,    1/3,    -2/3   ]]  reward - group mean
+    rloo         [[1,      -1/2,    -1/2   ], [1/2,    1/2,    -1     ]]  reward - mean of others
+    grpo         [[1.1547, -.57735, -.57735], [.57735, .57735, -1.1547]]  dr_grpo / group sd
+    batch        [[1.2172, -.60858, -.60858], [.60858, .60858, -1.2172]]  dr_grpo / batch sd
+    reinforce++  [[.91287, -.91287, -.91287], [.91287, .91287, -.91287]]  (r - mean) / sd of the batch
 
-Departures: 1. Excluded responses get advantage 0 and count in no mean. 2. A group whose rewards are
-all equal gets exactly 0, not rounding noise divided by 1e-6. `batch` and `reinforce++` need the
-rewards of the whole batch, all hosts included; `reinforce01` gets accuracies (the rewards where
-there are none), since a reward with a form's share, or the jigsaw's up to 3, passes 1/2 without a
-right answer. 3. ReMax's greedy response is subject to the same length rules, but its reward has no
-KL term where kl_place is "reward", and one that `mask` would leave out keeps its reward as the
-baseline. REINFORCE++ gives every token the KL of the whole response, not of what follows it.
+`batch` and `reinforce++` need the rewards of the whole batch, of all hosts. `reinforce01` is given
+accuracies (or rewards where there are none), since a reward with a format part, or the jigsaw's
+reward of up to 3, can exceed 1/2 for a wrong answer.
+
+Departures from the papers: 1. Excluded responses get advantage 0 and count in no mean. 2. A group
+whose rewards are all equal gets exactly 0, not rounding noise divided by 1e-6. 3. The length rules
+also apply to ReMax's greedy response, but its reward has no KL term where kl_place is "reward", and
+a response that `mask` would leave out keeps its reward as the baseline. 4. REINFORCE++ gives every
+token the KL of the whole response, not only of the tokens after it.
 """
 
 from typing import Any
@@ -45,7 +47,7 @@ STD_EPS = 1e-6
 def check_advantage(
     advantage: str, group: int, *, truncated: str, overlong: int, max_new_tokens: int
 ) -> None:
-    """Refuse settings that give no training signal or have no meaning."""
+    """Refuse settings that give no training signal or make no sense."""
     if advantage not in ADVANTAGES:
         raise ValueError(f"method.advantage={advantage!r}: choose one of {', '.join(ADVANTAGES)}")
     if group < 1:
@@ -70,9 +72,9 @@ def check_advantage(
 def compute_advantages(
     rewards: Array, name: str, *, greedy: Array | None = None, keep: Array | None = None
 ) -> Array:
-    """Compute advantages [Q, G] of rewards [Q, G].
+    """Compute advantages [Q, G] from rewards [Q, G].
 
-    `greedy` [Q] are ReMax's baseline; `keep` [Q, G] is False for responses to leave out.
+    `greedy` [Q] is ReMax's baseline; `keep` [Q, G] is False for responses to leave out.
     """
     if (name == "remax") != (greedy is not None):
         raise ValueError(
@@ -105,9 +107,9 @@ def _formula(xp: Any, rewards: Array, name: str, greedy: Array | None, keep: Arr
 
 
 def _centred(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
-    """Return rewards minus the mean of the kept ones.
+    """Subtract the mean of the kept rewards.
 
-    The largest is subtracted first, so that equal rewards give exactly 0.
+    The largest reward is subtracted first, so that equal rewards give exactly 0.
     """
     distance = rewards - xp.where(keep, rewards, -xp.inf).max(axis, keepdims=True)
     distance = xp.where(keep, distance, 0)
@@ -124,7 +126,7 @@ def _std(xp: Any, rewards: Array, keep: Array, axis: int | None) -> Array:
 
 
 def overlong_penalty(lengths: Array, limit: int, window: int) -> np.ndarray:
-    """Return DAPO's length penalty: 0 up to limit - window tokens, then linear to -1 at the limit."""
+    """Return DAPO's length penalty: 0 up to limit - window tokens, then linear to -1 at limit."""
     over = np.asarray(lengths, np.float32) - (limit - window)
     return -np.clip(over / window, 0, 1) if window else np.zeros(np.shape(lengths), np.float32)
 
@@ -140,8 +142,9 @@ def shape_rewards(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rewards [Q, G] after the length rules, and a mask [Q, G] of the responses to train on.
 
-    `lengths` are response tokens, `finished` is False where the length limit ended a response:
-    score = rewarded like any other, zero = reward 0, mask = left out of baselines and loss.
+    `lengths` are in tokens; `finished` is False where the length limit cut a response. `truncated`
+    says what such a response gets: its own reward (score), reward 0 (zero), or exclusion from
+    baselines and loss (mask).
     """
     keep = finished if truncated == "mask" else np.ones_like(finished)
     scored = np.where(finished, rewards, 0) if truncated == "zero" else rewards
@@ -149,7 +152,7 @@ def shape_rewards(
 
 
 def group_metrics(accuracy: np.ndarray) -> dict[str, float]:
-    """Return the shares of groups whose accuracies [Q, G] are all right (1) or all wrong (0)."""
+    """Return the shares of groups whose accuracies [Q, G] are all 1 or all 0."""
     equal = np.ptp(accuracy, axis=1) <= 1e-6
     return {
         "all_right": float((equal & (accuracy[:, 0] > 1 - 1e-6)).mean()),

@@ -1,8 +1,8 @@
-"""Teachers of distillation: the same network, or its past, whose distribution the student follows.
+"""Distillation teachers: present or past weights of the student, whose distribution it follows.
 
 SDFT    on the student's own responses; the teacher's prompt shows a demonstration; its weights are
-        an average of the student's past, those of the stage's start, or the current ones
-LwF     on the very same rows; the teacher is the network at the stage's start
+        an average of the student's past weights, those of the stage's start, or the current ones
+LwF     on the training rows; the teacher has the weights of the stage's start
 """
 
 import functools
@@ -24,7 +24,7 @@ TEACHERS = ("ema", "frozen", "current")
 
 
 def has_ema_teacher(method: Any) -> bool:
-    """Return whether the teacher has weights of its own, which follow the student's."""
+    """Return whether the teacher has its own weights, which follow the student's."""
     return method.objective == "distill" and method.distill.teacher != "frozen"
 
 
@@ -55,8 +55,8 @@ def _update_average(teacher: Params, student: Params, rate: float) -> Params:
 class Teacher:
     """A teacher's trained weights; its frozen weights are the student's.
 
-    Weights that follow the student (rate > 0) are kept in float32: bfloat16 rounds small moves
-    away.
+    Weights that follow the student (rate > 0) are kept in float32, since bfloat16 rounds small
+    changes away.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Teacher:
             self.trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
 
     def follow(self, student: Params) -> None:
-        """Move the weights by `rate` of the way to the student's; called after each step."""
+        """Move the weights towards the student's by the factor `rate`; call it after each step."""
         if self.rate:
             self.trained = _update_average(self.trained, student, self.rate)
 
     def demonstration_batch(self, batch: Batch, items: Sequence[EncodedExample]) -> Batch:
         """Return the batch with prompts that show the demonstrations.
 
-        Its targets and mask are the same device arrays.
+        Its targets and mask are the device arrays of `batch`.
         """
         limit = max(self.model_ctx.buckets)
         encoded = [
@@ -97,7 +97,7 @@ class Teacher:
         return batch.replace(prompts=self.model_ctx.place_prompts(encoded), extra={})
 
     def compute_states(self, batch: Batch) -> dict[str, Array]:
-        """Compute the teacher's predicting states on these rows, with its unembedding."""
+        """Compute the teacher's predicting states on a batch, with its unembedding."""
         program = make_teacher_program(self.model_ctx.cfg, self.model_ctx.dtype)
         params = trainable.join_params(self.trained, self.frozen)
         hidden, unembed = program(params, batch.replace(extra={}))

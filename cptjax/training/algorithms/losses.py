@@ -4,30 +4,31 @@ The caller divides the global sum by the global count, once:
 
     loss = (sum over all micro-batches and devices of `sum`) / (the same of `count`)
 
-so micro-batches, padding and the number of devices cannot change it. The weight of one response
-token, and what is counted:
+so micro-batches, padding and the number of devices cannot change the loss. The weight of one
+response token, and what is counted:
 
-    normalise   weight of a token                      count                                  used by
-    token       1                                      tokens                                 DAPO, EasyR1, SFT
-    sequence    1 / tokens of its sequence             sequences with a token to train on     GRPO, GSPO
-    fixed       1                                      those sequences x fixed_length         Dr.GRPO
+    normalise   weight of a token            count                                used by
+    token       1                            tokens                               DAPO, EasyR1, SFT
+    sequence    1 / tokens of its sequence   sequences with a token to train on   GRPO, GSPO
+    fixed       1                            those sequences x fixed_length       Dr.GRPO
 
-Importance ratios, with d = logp - old_logp and A the advantage (gradients of all four are A grad
-logp while d = 0):
+Importance ratios, with d = logp - old_logp and A the advantage (while d = 0, the gradient of all
+four is A grad logp):
 
-    none       -A logp                                      its value is -A, which compares with the others
-    token      -min(r A, clip(r, 1-low, 1+high) A)          r = exp(d); for A < 0 never above -dual A (PPO, dual clip)
-    sequence   the same                                     r = exp(mean of d over the sequence) (GSPO)
-    cispo      -clip(r, 1-low, 1+high) A logp               the clipped r carries no gradient
+    none       -A logp                              its value is -A, comparable with the others
+    token      -min(r A, clip(r, 1-low, 1+high) A)  r = exp(d); for A < 0 at most -dual A (PPO)
+    sequence   the same                             r = exp(mean of d over the sequence) (GSPO)
+    cispo      -clip(r, 1-low, 1+high) A logp       the clipped r carries no gradient
 
-Divergence from a reference, with d = logp - ref_logp on sampled tokens: k1 = d, k2 = d^2 / 2, k3 =
-exp(-d) - 1 + d.
+Divergence from a reference, with d = logp - ref_logp on sampled tokens:
 
-Two responses of three and two tokens, A = [1, -1], low 0.2, high 0.3, dual 3; d of both kinds, and
-the loss of each token:
+    k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
+
+Example: two responses of three and two tokens, A = [1, -1], low 0.2, high 0.3, dual 3; the same d
+in the ratios and in the divergence, and the loss of each token:
 
     d          [[ 0.5,      0.1,      0     ], [-0.5,      0.3    ]]
-    none       [[-1,       -1,       -1     ], [ 1,        1      ]]     the ratios' surrogates
+    none       [[-1,       -1,       -1     ], [ 1,        1      ]]     surrogates of the ratios
     token      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.34986]]     not clipped: A < 0
     sequence   [[-1.22140, -1.22140, -1.2214], [ 0.90484,  0.90484]]     means 0.2 and -0.1
     cispo      [[-1.3,     -1.10517, -1     ], [ 0.8,      1.3    ]]     clipped on both sides
@@ -37,9 +38,9 @@ the loss of each token:
     weights    token [[1, 1, 1], [1, 1]] of 5, sequence [[1/3, 1/3, 1/3], [1/2, 1/2]] of 2,
                fixed (length 4) [[1, 1, 1], [1, 1]] of 8
 
-Departures from the papers: 1. k1 is refused as a loss: its gradient has mean zero. 2. d is clipped
-to +-20 before exp. 3. k3 is cut at `kl_limit` (10, as in EasyR1; None = no cut): a token beyond it,
-13 times less likely than under the reference, gets no gradient.
+Departures from the papers: 1. k1 is refused as a loss, since its gradient has mean zero. 2. d is
+clipped to +-20 before exp. 3. k3 is cut at `kl_limit` (10, as in EasyR1; None = no cut), so a token
+13 times less likely than under the reference gets no gradient.
 """
 
 import dataclasses
@@ -84,12 +85,12 @@ class LossConfig:
     kl_limit: float | None
     tis_cap: float | None
     entropy_coef: float
-    temperature: float  # of the sampled distribution, which is the one that is trained
-    direction: str  # of a distillation: forward | reverse
-    top_k: int  # of a distillation: tokens compared; 0 = the whole vocabulary
-    skip_tokens: int  # of a distillation: first tokens of each response left out
+    temperature: float  # of the distribution that is sampled and trained
+    direction: str  # distillation: forward | reverse
+    top_k: int  # distillation: number of tokens compared; 0 = the whole vocabulary
+    skip_tokens: int  # distillation: number of first tokens of each response left out
     lwf_coef: float  # of KL(previous stage || policy) on the response tokens
-    chunk: int  # tokens whose logits exist at one time
+    chunk: int  # number of tokens whose logits are in memory at a time
 
     @classmethod
     def from_config(cls, config: Any) -> "LossConfig":
@@ -107,7 +108,7 @@ class LossConfig:
 
     @classmethod
     def plain(cls, objective: str, chunk: int) -> "LossConfig":
-        """Return plain cross-entropy ("sft") or REINFORCE ("policy"), every other term off."""
+        """Return plain cross-entropy ("sft") or REINFORCE ("policy"), without any other term."""
         return cls(
             objective=objective,
             ratio="none",
@@ -132,11 +133,11 @@ class LossConfig:
 
     @property
     def loss_kl_coef(self) -> float:
-        """The coefficient of the KL term of the loss; 0 where the reward has that term."""
+        """The coefficient of the KL term in the loss; 0 if the term is in the reward."""
         return self.kl_coef if self.kl_place == "loss" else 0.0
 
     def validate(self) -> None:
-        """Refuse settings that have no meaning, in one line that names the allowed values."""
+        """Refuse settings that make no sense, with an error that names the allowed values."""
         choices = {
             "objective": OBJECTIVES,
             "ratio": RATIOS,
@@ -151,23 +152,23 @@ class LossConfig:
                 )
         if not 0 <= self.clip_low < 1:
             raise ValueError(
-                f"method.clip_low={self.clip_low}: expected 0 <= clip_low < 1 (the ratio is held "
-                "above 1 - clip_low)"
+                f"method.clip_low={self.clip_low}: expected 0 <= clip_low < 1 "
+                "(the ratio is held above 1 - clip_low)"
             )
         if self.clip_high < 0:
             raise ValueError(
-                f"method.clip_high={self.clip_high}: expected 0 or more (the ratio is held below 1 "
-                "+ clip_high)"
+                f"method.clip_high={self.clip_high}: expected 0 or more "
+                "(the ratio is held below 1 + clip_high)"
             )
         if self.clip_dual is not None and self.clip_dual <= 1:
             raise ValueError(
-                f"method.clip_dual={self.clip_dual}: expected a ratio above 1, or None for no dual "
-                "clip"
+                f"method.clip_dual={self.clip_dual}: expected a ratio above 1, "
+                "or None for no dual clip"
             )
         if self.normalise == "fixed" and self.fixed_length < 1:
             raise ValueError(
-                f"method.normalise='fixed' with fixed_length={self.fixed_length}: expected at "
-                "least 1 token; set rollout.max_new_tokens"
+                f"method.normalise='fixed' with fixed_length={self.fixed_length}: "
+                "expected at least 1 token; set rollout.max_new_tokens"
             )
         if self.kl_coef < 0:
             raise ValueError(
@@ -175,18 +176,18 @@ class LossConfig:
             )
         if self.loss_kl_coef > 0 and self.kl_estimator == "k1":
             raise ValueError(
-                "method.kl_estimator='k1' has a gradient of mean zero as a loss: choose k2 or k3, "
-                "or method.kl_place='reward'"
+                "method.kl_estimator='k1' has a gradient of mean zero as a loss: "
+                "choose k2 or k3, or method.kl_place='reward'"
             )
         if self.kl_limit is not None and self.kl_limit <= 0:
             raise ValueError(
-                f"method.kl_limit={self.kl_limit}: expected a number of nats above 0, or None for "
-                "no limit"
+                f"method.kl_limit={self.kl_limit}: expected a number of nats above 0, "
+                "or None for no limit"
             )
         if self.tis_cap is not None and self.tis_cap <= 0:
             raise ValueError(
-                f"method.tis_cap={self.tis_cap}: expected a weight above 0, or None for no "
-                "importance sampling"
+                f"method.tis_cap={self.tis_cap}: expected a weight above 0, "
+                "or None for no importance sampling"
             )
         if self.entropy_coef < 0 or self.skip_tokens < 0:
             raise ValueError(
@@ -210,7 +211,8 @@ def token_weights(
         lengths = jnp.broadcast_to(ones.sum(1, keepdims=True), mask.shape)
         sequences = jnp.sum(mask.any(1), dtype=jnp.float32)
     else:
-        most = mask.shape[1] + 1  # 0 is padding, and every segment has at least one token
+        # Segment 0 is padding, and every other segment has at least one token.
+        most = mask.shape[1] + 1
         segment_sum = lambda m, s: jax.ops.segment_sum(m, s, num_segments=most)
         per_segment = jax.vmap(segment_sum)(ones, segments)
         lengths = jnp.take_along_axis(per_segment, segments, 1)
@@ -246,10 +248,10 @@ def policy_loss(
     tis: Array | None = None,
     entropy: Array | None = None,
 ) -> Loss:
-    """Policy gradient of responses [B, R] with advantages [B].
+    """Compute the policy gradient loss of responses [B, R] with advantages [B].
 
-    `tis` are importance weights [B, R] of stale rollouts. `old_logps` None means that the policy is
-    the one that sampled: every ratio is 1.
+    `tis` are importance weights [B, R] of stale rollouts. With `old_logps` None, the policy is the
+    one that sampled, and every ratio is 1.
     """
     logps = jnp.where(mask, logps, 0)
     old = lax.stop_gradient(logps) if old_logps is None else jnp.where(mask, old_logps, 0)
@@ -294,7 +296,7 @@ def _ratio_metrics(r: Array, a: Array, mask: Array, config: LossConfig) -> dict[
     if config.ratio == "none":
         return metrics
     low, high = 1 - config.clip_low, 1 + config.clip_high
-    both = config.ratio == "cispo"  # clipped on both sides whatever the advantage's sign
+    both = config.ratio == "cispo"  # clipped on both sides for either sign of the advantage
     metrics["clip_low"] = _masked_mean((r < low) & (both | (a < 0)), mask)
     metrics["clip_high"] = _masked_mean((r > high) & (both | (a > 0)), mask)
     if config.clip_dual is not None and not both:
@@ -332,7 +334,10 @@ def sft_loss(
     weights: Array | None = None,
     ref_logps: Array | None = None,
 ) -> Loss:
-    """Cross-entropy of the responses [B, A]; EAFT's `weights` [B, A] leave the count unchanged."""
+    """Compute the cross-entropy of responses [B, A].
+
+    EAFT's `weights` [B, A] leave the count unchanged.
+    """
     logps = jnp.where(mask, logps, 0)
     weight, count = token_weights(mask, config, segments)
     metrics = {"nll": _masked_mean(-logps, mask)}
@@ -345,7 +350,10 @@ def sft_loss(
 
 
 def distill_loss(kl: Array, mask: Array, config: LossConfig) -> Loss:
-    """Mean of a divergence [B, R] from a teacher without the first `skip_tokens` of each response."""
+    """Average a divergence from a teacher [B, R] over the tokens of each response.
+
+    The first `skip_tokens` tokens of each response are left out.
+    """
     mask = mask & (jnp.cumsum(mask, 1) > config.skip_tokens)
     weight, count = token_weights(mask, config)
     total = jnp.sum(weight * jnp.where(mask, kl, 0))
@@ -362,12 +370,15 @@ def subtract_kl(
 
 
 def tis_weights(logps: Array, sampled_logps: Array, mask: Array, cap: float) -> Array:
-    """Return the weights min(policy / sampler, cap) [B, R] of tokens that another policy or format sampled."""
+    """Compute importance weights min(policy / sampler, cap) [B, R].
+
+    They correct for tokens sampled by another policy or in another number format.
+    """
     return jnp.where(mask, jnp.minimum(jnp.exp(jnp.clip(logps - sampled_logps, -20, 20)), cap), 0)
 
 
 def mismatch_metrics(logps: Array, sampled_logps: Array, mask: Array) -> dict[str, Mean]:
-    """Return how far the trainer's log-probabilities are from the sampler's."""
+    """Measure how far the trainer's log-probabilities are from the sampler's."""
     gap = jnp.where(mask, jnp.abs(logps - sampled_logps), 0)
     return {
         "mismatch": _masked_mean(gap, mask),
@@ -376,7 +387,7 @@ def mismatch_metrics(logps: Array, sampled_logps: Array, mask: Array) -> dict[st
 
 
 def combine_metrics(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:
-    """Combine the metrics of two micro-batches: extremes of _min and _max, sums of all others."""
+    """Combine the metrics of two micro-batches: extremes for _min and _max, sums otherwise."""
     extremes = {"_min": jnp.minimum, "_max": jnp.maximum}
     out = {}
     for name in a:

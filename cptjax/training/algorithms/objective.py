@@ -1,10 +1,12 @@
 """The objective of a stage: hidden states of the response tokens -> a summed loss with its count.
 
-`batch.extra` has what each objective needs beyond the tokens, per row [B] or per token [B A]:
+`batch.extra` has what each objective needs in addition to the tokens, per row [B] or token [B A]:
 
-    policy    advantages [B], sampler_logps, and old_logps / ref_logps / behaviour_logps where the settings use them
+    policy    advantages [B], sampler_logps, and where the settings use them, old_logps, ref_logps
+              and behaviour_logps
     sft       ref_logps with a KL term; segments [B A] where rows are packed
-    distill   teacher_hidden [B A D] and teacher_unembed [D V]; any objective with lwf_coef > 0 (the teacher is the previous stage) too
+    distill   teacher_hidden [B A D] and teacher_unembed [D V]; also any objective with
+              lwf_coef > 0, whose teacher is the previous stage
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from cptjax.types import Array, Batch, Mean
 class Objective:
     """A loss with its settings.
 
-    Hashable: stages with equal settings share their compiled programs.
+    It is hashable, so stages with equal settings share their compiled programs.
     """
 
     config: LossConfig
@@ -77,7 +79,7 @@ class Objective:
         before_updates = extra.get("old_logps", logps)
         tis = None
         if config.tis_cap is not None:
-            # A ratio already leads from the old policy to the current one.
+            # With a ratio, the weights only need to correct up to the policy before the updates.
             trained = logps if config.ratio == "none" else before_updates
             tis = losses.tis_weights(trained, extra["behaviour_logps"], mask, config.tis_cap)
         loss = losses.policy_loss(

@@ -1,19 +1,21 @@
 """Optimizers (AdamW, Muon, Adafactor), learning-rate schedules, clipping, non-finite guard.
 
-    gradient -> float32 -> clipped by global norm -> direction u of the optimizer -> + weight_decay
-    p (matrices only) -> p - lr u
-                              | +- norm or loss not finite: weights and moments stay as they are,
-                              `skipped` counts up
+    gradient -> float32 -> clip by global norm -> direction u of the optimizer
+             -> u + weight_decay p (matrices only) -> p - lr u
 
-The direction of every optimizer has about AdamW's size, so that one learning rate and one decay
-mean the same for all three:
+If the norm or the loss is not finite, weights and moments stay unchanged, and `skipped` increases.
+The direction of every optimizer has about AdamW's size, so that learning rate and weight decay mean
+the same for all three:
+
     adamw      b1, b2, eps
-    muon       momentum .95 (Nesterov) orthogonalised per layer, rms .2; embeddings, vectors and patches by AdamW
-    adafactor  factored second moments, no first; its own decay and epsilon (b1, b2, eps are not read), not scaled by the weights' size
+    muon       momentum .95 (Nesterov), orthogonalised per layer, rms .2; embeddings, vectors and
+               patches are updated by AdamW
+    adafactor  factored second moments, no first moments; its own decay and epsilon (b1, b2 and eps
+               are not used)
 
-Departures: 1. Adafactor's step is not multiplied by each weight's size. 2. bfloat16 moments are for
-comparisons only: with b2 = .999 a bfloat16 second moment never shrinks, since .999 v rounds back to
-v.
+Departures: 1. Adafactor's step is not multiplied by each weight's size. 2. bfloat16 moments are
+only for comparisons: with b2 = .999 a bfloat16 second moment never shrinks, since .999 v rounds
+back to v.
 """
 
 import dataclasses
@@ -51,18 +53,18 @@ class OptimizerConfig:
         return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls)})
 
     def validate(self) -> None:
-        """Refuse settings that cannot train, in one line that names the allowed values."""
+        """Refuse settings that cannot train, with an error that names the allowed values."""
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("moments_dtype", self.moments_dtype, MOMENT_DTYPES)
         if not (0 <= self.b1 < 1 and 0 < self.b2 < 1 and self.eps > 0):
             raise ValueError(
-                f"train.b1={self.b1}, train.b2={self.b2}, train.eps={self.eps}: expected 0 <= b1 < "
-                "1, 0 < b2 < 1 and eps > 0"
+                f"train.b1={self.b1}, train.b2={self.b2}, train.eps={self.eps}: "
+                "expected 0 <= b1 < 1, 0 < b2 < 1 and eps > 0"
             )
         if self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
             raise ValueError(
-                f"train.weight_decay={self.weight_decay}, train.clip={self.clip}: expected decay "
-                ">= 0, clip above 0 or None"
+                f"train.weight_decay={self.weight_decay}, train.clip={self.clip}: "
+                "expected decay >= 0, clip above 0 or None"
             )
 
 
@@ -85,8 +87,8 @@ class ScheduleConfig:
             raise ValueError(f"train.lr={self.lr}: expected a learning rate above 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(
-                f"train.warmup={self.warmup}: expected a share of the stage's steps, 0 <= warmup < "
-                "1"
+                f"train.warmup={self.warmup}: expected a share of the stage's steps, "
+                "0 <= warmup < 1"
             )
 
 
@@ -98,8 +100,9 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the update 0, 1, ... of a stage.
 
-    A linear rise over the first `warmup` share, then constant or falling to 0. wsd: constant, and
-    linear to 0 over the last 40 % of what follows the rise.
+    The rate rises linearly over the first `warmup` share of the updates, and is then constant or
+    falls to 0. With wsd it is constant, and falls linearly to 0 over the last 40 % of the updates
+    after the warmup.
     """
     lr, rise = config.lr, round(config.warmup * steps)
     after = max(steps - rise, 1)
@@ -118,9 +121,9 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 
 
 def learning_rates(config: ScheduleConfig, steps: int) -> np.ndarray:
-    """Return the rates of all updates of a stage.
+    """Compute the learning rates of all updates of a stage.
 
-    They are computed once, in float64: a schedule evaluated at each update would round twice and
+    They are computed once, in float64; a schedule evaluated at each update would round twice and
     wait for the device.
     """
     with jax.enable_x64(True):
@@ -133,7 +136,7 @@ class Optimizer:
     """A hashable optimizer; `init` and `update` are pure and work under jit."""
 
     config: OptimizerConfig
-    # By path: the matrices that Muon orthogonalises.
+    # The matrices that Muon orthogonalises, by path.
     matrices: tuple[tuple[tuple[str, ...], MuonDimensionNumbers], ...] = ()
 
     @property
@@ -142,7 +145,7 @@ class Optimizer:
         c = self.config
         adam = store_moments_as(optax.scale_by_adam(c.b1, c.b2, c.eps), c.moments_dtype)
         if c.optimizer == "adafactor":
-            # Clipping by block keeps the direction's rms at most 1, as AdamW's is.
+            # Clipping by block limits the rms of the direction to 1, about that of AdamW.
             direction = store_moments_as(
                 optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
                 c.moments_dtype,
@@ -164,7 +167,7 @@ class Optimizer:
         return optax.chain(direction, optax.add_decayed_weights(c.weight_decay, decay_mask))
 
     def init(self, params: Params) -> TrainState:
-        """Return a fresh state around the trained parameters."""
+        """Return a new state for the trained parameters."""
         zero = lambda: jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero(), params=params, opt_state=self.transform.init(params), skipped=zero()
@@ -173,14 +176,14 @@ class Optimizer:
     def update(
         self, state: TrainState, gradient: Params, loss: Array, lr: Array | float
     ) -> tuple[TrainState, dict[str, Mean]]:
-        """Take one step, or none where the gradient or the loss is not finite.
+        """Apply one update, or none if the gradient or the loss is not finite.
 
-        `step` counts both, `skipped` the skipped ones in a row.
+        `step` counts all updates, `skipped` the skipped ones in a row.
         """
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.config.clip is not None:
-            # One factor for all leaves; optax.clip_by_global_norm divides and multiplies each leaf,
+            # One factor for all leaves. optax.clip_by_global_norm divides and multiplies each leaf,
             # which rounds differently.
             shrink = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
             gradient = jax.tree.map(lambda g: g * shrink, gradient)
@@ -188,7 +191,7 @@ class Optimizer:
         params = jax.tree.map(
             lambda p, u: (p.astype(jnp.float32) - lr * u).astype(p.dtype), state.params, direction
         )
-        # optax.apply_if_finite looks at the gradient only, not at the loss, and its lax.cond keeps
+        # optax.apply_if_finite checks only the gradient, not the loss, and its lax.cond prevents
         # XLA from fusing the update.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -216,9 +219,9 @@ def make_optimizer(config: OptimizerConfig, declared: Params | None = None) -> O
 
 
 def muon_axes(declared: Params) -> tuple[tuple[tuple[str, ...], MuonDimensionNumbers], ...]:
-    """Return the declared hidden matrices with the axes that each maps from and to.
+    """Return the declared hidden matrices with the input and output axes of each.
 
-    Other axes are stacks of matrices.
+    All other axes are stacks of matrices.
     """
 
     def axes(p: Param) -> MuonDimensionNumbers | None:
@@ -226,7 +229,7 @@ def muon_axes(declared: Params) -> tuple[tuple[tuple[str, ...], MuonDimensionNum
             return None
         first = 1 if p.axes[0] == "layer" else 0
         inputs, outputs = range(first, first + p.inputs), range(first + p.inputs, len(p.shape))
-        # q, k and v of one fused weight are stacked along an axis of 3: three matrices, not one.
+        # q, k and v of a fused weight are stacked along an axis of size 3; they are three matrices.
         return MuonDimensionNumbers(
             tuple(inputs), tuple(i for i in outputs if not (p.shape[i] == 3 and p.axes[i] is None))
         )
@@ -261,7 +264,7 @@ def store_moments_as(tx: optax.GradientTransformation, dtype: str) -> optax.Grad
 def decay_mask(params: Params) -> Any:
     """Return True for weights that decay: all but biases and norms.
 
-    Names decide, since stacked vectors have one axis more.
+    Names decide, since stacked vectors have an additional axis.
     """
     is_vector = lambda name: name == "b" or name.startswith("norm")
     return jax.tree_util.tree_map_with_path(
@@ -270,5 +273,5 @@ def decay_mask(params: Params) -> Any:
 
 
 def parameter_path(path: tuple) -> tuple[str, ...]:
-    """Return the names of a parameter's path within any tree that has its dicts."""
+    """Return the dictionary keys in a parameter's path, also inside an optimizer state."""
     return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -1,7 +1,8 @@
 """Quadratic penalties on the weights (L2, EWC) and weight averages (WiSE-FT, EMA).
 
     l2    1/2 sum (p - anchor)^2
-    ewc   1/2 sum F (p - anchor)^2      F = mean over examples of (gradient of the log-likelihood)^2, the diagonal Fisher
+    ewc   1/2 sum F (p - anchor)^2, with the diagonal Fisher information
+          F = mean over examples of (gradient of the log-likelihood)^2
 
 The caller multiplies by the coefficient. Trees may have None where a parameter is frozen. All sums
 are float32. LwF compares outputs instead of weights; see `objective`.
@@ -25,8 +26,8 @@ def check_penalty(name: str, coef: float = 0.0, samples: int = 1, average: float
         raise ValueError(f"method.penalty.coef={coef}: expected 0 or more")
     if name != "none" and coef == 0:
         raise ValueError(
-            f"method.penalty.name={name!r} with coef=0 does nothing: set method.penalty.coef, or "
-            "name='none'"
+            f"method.penalty.name={name!r} with coef=0 does nothing: "
+            "set method.penalty.coef, or name='none'"
         )
     if name == "ewc" and samples < 1:
         raise ValueError(
@@ -39,29 +40,29 @@ def check_penalty(name: str, coef: float = 0.0, samples: int = 1, average: float
 
 
 def needs_exact_start(method: Any) -> bool:
-    """Return whether the stage needs an unrounded copy of the weights of its start."""
+    """Return whether the stage needs an unrounded copy of the weights at its start."""
     return bool(method.average) or method.penalty.name in ("l2", "ewc")
 
 
 def l2_distance(params: Params, anchor: Params) -> Array:
-    """Return half the squared distance to the anchor."""
+    """Compute half the squared distance to the anchor."""
     return _half_sum(jax.tree.map(lambda p, a: jnp.square(_float(p) - _float(a)), params, anchor))
 
 
 def fisher_distance(params: Params, anchor: Params, fisher: Params) -> Array:
-    """Return half the squared distance to the anchor, scaled by the Fisher information."""
+    """Compute half the squared distance to the anchor, weighted by the Fisher information."""
     return _half_sum(
         jax.tree.map(lambda p, a, f: f * jnp.square(_float(p) - _float(a)), params, anchor, fisher)
     )
 
 
 def zero_fisher(params: Params) -> Params:
-    """Return zeros in the shape of the parameters, to add squared gradients to."""
+    """Return float32 zeros in the shapes of the parameters, to add squared gradients to."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
 
 
 def add_fisher(fisher: Params, gradient: Params, examples: int) -> Params:
-    """Add one example's gradient to the mean of squares over `examples` of them."""
+    """Add the gradient of one of `examples` examples to their mean of squares."""
     return jax.tree.map(lambda f, g: f + jnp.square(_float(g)) / examples, fisher, gradient)
 
 
@@ -71,11 +72,12 @@ def merge_fisher(before: Params, new: Params) -> Params:
 
 
 def interpolate(a: Params, b: Params, weight: float | Array) -> Params:
-    """Return (1 - weight) a + weight b in a's types.
+    """Return (1 - weight) a + weight b in the dtypes of a.
 
-    WiSE-FT with b the stage's start; an EMA teacher with b the student.
+    In WiSE-FT, b is the model at the stage's start; for an EMA teacher, b is the student.
     """
-    # optax.incremental_update adds in the other order, which rounds differently, and computes bfloat16 leaves in bfloat16.
+    # optax.incremental_update adds in the other order, which rounds differently, and computes
+    # bfloat16 leaves in bfloat16.
     return jax.tree.map(
         lambda x, y: ((1 - weight) * _float(x) + weight * _float(y)).astype(x.dtype), a, b
     )
@@ -90,13 +92,14 @@ def _half_sum(tree: Any) -> Array:
 
 
 def l2_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
-    """The L2 penalty as a step program takes it: coefficient and anchor are arrays."""
+    """Compute the L2 penalty from the arrays of a step program: coefficient and anchor."""
     return arrays["coef"] * l2_distance(trained, arrays["anchor"])
 
 
 def ewc_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
-    """The EWC penalty as a step program takes it: coefficient, anchor and Fisher are arrays."""
+    """Compute the EWC penalty from the arrays of a step program: coefficient, anchor, Fisher."""
     return arrays["coef"] * fisher_distance(trained, arrays["anchor"], arrays["fisher"])
 
 
-PENALTY_FUNCTIONS = {"l2": l2_penalty, "ewc": ewc_penalty}  # on the weights; LwF is a loss
+# LwF is missing, since it is a loss on outputs, not a penalty on weights.
+PENALTY_FUNCTIONS = {"l2": l2_penalty, "ewc": ewc_penalty}
