@@ -15,7 +15,7 @@ from ml_collections.config_dict import ConfigDict, FieldReference
 # Sections whose keys the user chooses.
 FREE_SECTIONS = ("tasks", "arms", "prestage", "groups")
 
-# Sections that make several runs of one config; an arm or the pre-stage can not set them.
+# Sections that make several runs of one config; an arm or the pre-stage cannot set them.
 MULTI_RUN_SECTIONS = ("arms", "seeds", "orders", "prestage")
 
 # Sections that may change when a run is resumed: they do not change its results.

@@ -19,7 +19,7 @@ import jax
 
 
 class Mean(NamedTuple):
-    """A mean as its sum and count: micro-batches, padding and devices can not change it."""
+    """A mean as its sum and count: micro-batches, padding and devices cannot change it."""
 
     sum: Any
     count: Any

@@ -230,7 +230,7 @@ def test_a_schedule_of_another_length_has_no_other_order(c):
     "name, value",
     [("seeds", (1, 2)), ("orders", ((1, 0),)), ("prestage", {"seed": 1}), ("arms", {"b": {}})],
 )
-def test_an_arm_and_the_prestage_can_not_set_seeds_orders_arms_or_prestage(c, section, name, value):
+def test_an_arm_and_the_prestage_cannot_set_seeds_orders_arms_or_prestage(c, section, name, value):
     c[section] = ConfigDict({"x": {name: value}} if section == "arms" else {name: value})
     with pytest.raises(
         ValueError, match=f"config.{section}.* sets {name}, which belongs to the whole config"

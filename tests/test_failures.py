@@ -54,8 +54,8 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
         os.truncate(path, path.stat().st_size // 3)
     go(folder)
     err = capsys.readouterr().err
-    assert f"warning: checkpoint {gone} of stage 1" in err and "can not be read" in err
-    assert ("going on from step 2 of stage 1" in err) == (gone == "stages")
+    assert f"warning: checkpoint {gone} of stage 1" in err and "cannot be read" in err
+    assert ("continuing from step 2 of stage 1" in err) == (gone == "stages")
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 
 
@@ -78,7 +78,7 @@ def test_another_config_is_refused_by_the_record_of_a_checkpoint(whole, tmp_path
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "config.json").unlink()
     with pytest.raises(
-        ValueError, match="checkpoint of stage 1, step 4 was saved under another config"
+        ValueError, match="checkpoint of stage 1, step 4 was saved with another config"
     ):
         go(folder, train={"lr": 0.5})
     assert not (folder / "config.json").exists()
@@ -303,7 +303,7 @@ def small_disk(whole, tmp_path):
 
 
 def test_a_read_only_disk_ends_in_one_line(tmp_path):
-    """Read only, which stops even root: a folder that can not be made, and one that is there."""
+    """Read only, which stops even root: a folder that cannot be made, and one that is there."""
     with mounted(tmp_path / "disk", "ro") as folder:
         for place in (folder, folder / "run"):
             plan = {

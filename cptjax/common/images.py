@@ -38,7 +38,7 @@ Grid = tuple[int, int, int]  # time, height, width in patches
 def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image:
     """Open any image as upright RGB; a relative path starts at `base`.
 
-    An image that can not be opened raises a ValueError that names it.
+    An image that cannot be opened raises a ValueError that names it.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "image")

@@ -1,1 +1,1 @@
-"""The driver: runs every stage of a config, saves, evaluates, records, resumes."""
+"""Run every stage of a config: train, save, evaluate, record, resume."""

@@ -1,12 +1,12 @@
 """Checkpoints on disk: saved in the background, restored onto any mesh.
 
     steps/      the newest few inside a stage
-    stages/     one at the end of each stage, kept for good
+    stages/     one at the end of each stage, never deleted
     damaged/    those that could not be read
 
 A checkpoint holds named trees of arrays and a JSON record called `progress`. Orbax renames it into
-place when it is complete, so a kill leaves the one before. Their numbers, stage * STEPS_PER_STAGE +
-step, sort in time.
+place when it is complete, so a killed run still has the checkpoint before. The checkpoints are
+numbered by stage * STEPS_PER_STAGE + step, so that they sort by time.
 """
 
 import contextlib
@@ -29,19 +29,18 @@ def abstract_tree(tree: Any) -> Any:
 
 
 STEPS_PER_STAGE = 10**9  # more steps than any stage has
+# Errors of the storage, which do not mean that a file is damaged.
 TRANSIENT_ERRORS = (
     "RESOURCE_EXHAUSTED",
     "PERMISSION_DENIED",
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
-)  # the files are not at fault
+)
 CHECKPOINT_KINDS = ("steps", "stages")
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Drop Orbax's errors: they are raised where the run waits for its threads, and its log repeats
-    them in hundreds of lines.
-    """
+    """Drop Orbax's errors from the log, since they are also raised where the run waits for it."""
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
@@ -49,18 +48,17 @@ logging.getLogger("absl").addFilter(_keep_log_record)
 
 
 class RunRefused(ValueError):
-    """Raised for a workdir or a readable checkpoint that must not be used, such as one of another
-    config; never skipped.
-    """
+    """A workdir or an intact checkpoint that must not be used, such as one of another config."""
 
 
 class CheckpointDamaged(ValueError):
-    """Raised for a checkpoint whose files are missing, truncated or corrupt."""
+    """A checkpoint whose files are missing, truncated or corrupt."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. `tidy` removes what a killed writer left, so only the run itself
-    may set it.
+    """The checkpoints of one run.
+
+    `tidy` removes the incomplete files of a killed run, so only the run itself may set it.
     """
 
     def __init__(
@@ -96,8 +94,9 @@ class Checkpoints:
         }
 
     def due(self, step: int) -> bool:
-        """Whether the interval in steps or in minutes has passed, by the clock of the first
-        process.
+        """Return whether the interval in steps or in minutes has passed.
+
+        The first process decides about minutes, for all processes.
         """
         late = False
         if self.seconds:
@@ -107,9 +106,9 @@ class Checkpoints:
     def save(
         self, kind: str, stage: int, step: int, trees: Mapping[str, Any], progress: dict
     ) -> None:
-        """Start saving in the background, which ends with the next save or `wait`.
+        """Start saving in the background; the next save or `wait` waits for it.
 
-        A checkpoint that exists is kept.
+        A checkpoint that already exists is not written again.
         """
         number, manager = stage * STEPS_PER_STAGE + step, self.managers[kind]
         if number in manager.all_steps():  # the run was resumed from this one
@@ -126,28 +125,26 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def wait(self) -> None:
-        """Wait until everything saved is on disk.
-
-        An error of the background thread is raised here.
-        """
+        """Wait until everything saved is on disk; raise the errors of the background thread."""
         with _explain_failed_save(self.folder):
             for manager in self.managers.values():
                 manager.wait_until_finished()
 
     def _check_disk_space(self, trees: Mapping[str, Any]) -> None:
-        """Refuse trees that do not fit on the disk: a half-written checkpoint is useless."""
+        """Refuse trees that do not fit on the disk, before anything is written."""
         size = sum(x.nbytes for x in jax.tree.leaves(trees))
         free = shutil.disk_usage(self.folder).free
         if any(distributed.gather_objects(free < size)):
             raise OSError(
-                f"{self.folder}: a checkpoint needs up to {size / 1e6:.1f} MB, got {free / 1e6:.1f} MB of free disk; free some "
-                "space and run the same command again. What was saved before is intact"
+                f"{self.folder}: a checkpoint needs up to {size / 1e6:.1f} MB, got "
+                f"{free / 1e6:.1f} MB of free disk; free some space and run the same command "
+                "again. What was saved before is intact"
             )
 
     def found(self) -> list[tuple[int, int, str]]:
         """List the checkpoints as (stage, step, kind), the newest first.
 
-        At the same step, the end of the stage first.
+        Of two at the same step, the end of the stage is first.
         """
         numbers = [
             (n, kind == "stages", kind)
@@ -165,8 +162,9 @@ class Checkpoints:
             ]
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Load the trees that `like` names, with its types and shardings (trees of
-        ShapeDtypeStruct), onto any mesh.
+        """Load the trees named in `like`, with its dtypes and shardings, onto any mesh.
+
+        `like` has trees of ShapeDtypeStruct.
         """
         refuse_other_shapes(
             self.progress(kind, stage, step)["trees"],
@@ -182,7 +180,7 @@ class Checkpoints:
             )
 
     def newest_stage(self) -> int:
-        """Return the newest stage that is saved at its end; 0 = none."""
+        """Return the newest stage with a checkpoint at its end; 0 = none."""
         steps = self.managers["stages"].all_steps()
         return max((n // STEPS_PER_STAGE for n in steps), default=0)
 
@@ -201,10 +199,10 @@ class Checkpoints:
         return max(steps)
 
     def newest(self, read: Callable[[str, int, int], Any]) -> Any | None:
-        """Return `read(kind, stage, step)` of the newest readable checkpoint.
+        """Return `read(kind, stage, step)` for the newest readable checkpoint.
 
-        Damaged ones are set aside with a warning. Returns None where no checkpoint exists, or only
-        damaged ones inside the first stage. Refuses where a finished stage is lost.
+        Damaged checkpoints are set aside with a warning. Return None if there is no checkpoint, or
+        only damaged ones inside the first stage. Raise RunRefused if a finished stage is lost.
         """
         damaged: list[tuple[str, int, int]] = []
         first_problem = ""
@@ -216,18 +214,19 @@ class Checkpoints:
             damaged.append((kind, stage, step))
             first_problem = first_problem or problem
             console.print_warning(
-                f"checkpoint {kind} of stage {stage}, step {step} can not be read ({problem[:160]}); trying the one before"
+                f"checkpoint {kind} of stage {stage}, step {step} cannot be read "
+                f"({problem[:160]}); trying the one before"
             )
         if any(kind == "stages" for kind, _, _ in damaged):
             raise RunRefused(
-                f"none of the {len(damaged)} checkpoints in {self.folder} can be read ({first_problem[:160]}); restore them, or move "
-                "the workdir away to start again"
+                f"none of the {len(damaged)} checkpoints in {self.folder} can be read "
+                f"({first_problem[:160]}); restore them, or move the workdir away to start again"
             )
         self._set_aside(damaged)
         return None
 
     def _set_aside(self, damaged: list[tuple[str, int, int]]) -> None:
-        """Move damaged checkpoints to `damaged/`, so that the run can save at the same step again."""
+        """Move damaged checkpoints to `damaged/`, so that the run can save at their steps again."""
         if damaged and distributed.is_main_process():
             for kind, stage, step in damaged:
                 to = self.folder / "damaged" / f"{kind}-stage{stage}-step{step}"
@@ -247,7 +246,7 @@ class Checkpoints:
 
 
 def tree_shapes(tree: Any) -> dict[str, list[int]]:
-    """Return the shape of every array of a tree by its path."""
+    """Return the shape of every array in a tree, by path."""
     return {
         jax.tree_util.keystr(path): list(x.shape)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -257,7 +256,7 @@ def tree_shapes(tree: Any) -> dict[str, list[int]]:
 def refuse_other_shapes(
     saved: Mapping[str, dict[str, list[int]]], like: Mapping[str, Any], where: str
 ) -> None:
-    """Refuse a checkpoint of another model or optimizer, which is intact but does not fit."""
+    """Refuse an intact checkpoint of another model or optimizer."""
     for name, tree in like.items():
         got, expected = saved.get(name, {}), tree_shapes(tree)
         paths = got.keys() | expected.keys()
@@ -265,15 +264,17 @@ def refuse_other_shapes(
         if different:
             path = different[0]
             raise RunRefused(
-                f"{where} does not fit: {name}{path}: expected shape {expected.get(path, 'none')} by the config, got "
-                f"{got.get(path, 'none')} ({len(different)} arrays differ); change the config back, or use another --workdir"
+                f"{where} does not fit: {name}{path}: expected shape "
+                f"{expected.get(path, 'none')} by the config, got {got.get(path, 'none')} "
+                f"({len(different)} arrays differ); change the config back, or use another "
+                "--workdir"
             )
 
 
 def _try_read(
     read: Callable[[str, int, int], Any], kind: str, stage: int, step: int
 ) -> tuple[Any, str]:
-    """Return (what was read, "") or (None, what is damaged)."""
+    """Return (the result of `read`, ""), or (None, the problem) for a damaged checkpoint."""
     try:
         return read(kind, stage, step), ""
     except CheckpointDamaged as error:
@@ -282,14 +283,13 @@ def _try_read(
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Raise CheckpointDamaged for an unreadable file, and every other error as it is."""
+    """Raise CheckpointDamaged for an unreadable file; raise other errors unchanged."""
     try:
         yield
     except (MemoryError, PermissionError):
         raise
-    except (
-        Exception
-    ) as error:  # damage raises errors of JSON, of the array store, of a missing folder
+    # A damaged file causes errors of JSON, of the array store or of a missing folder.
+    except Exception as error:
         if any(word in str(error) for word in TRANSIENT_ERRORS):
             raise
         raise CheckpointDamaged(_first_line(error)) from error
@@ -309,8 +309,8 @@ def _explain_failed_save(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        hint = "the disk is full: free some space" if full else "look at the disk"
+        hint = "the disk is full: free some space" if full else "check the disk"
         raise OSError(
-            f"a checkpoint can not be written to {folder} ({_first_line(error)[:200]}); {hint}, then run the same command again. "
-            "What was saved before is intact"
+            f"a checkpoint cannot be written to {folder} ({_first_line(error)[:200]}); {hint}, "
+            "then run the same command again. What was saved before is intact"
         ) from error

@@ -1,4 +1,4 @@
-"""Run a config: for each stage train -> checkpoint -> evaluate every task -> record."""
+"""Run a config: for each stage, train -> checkpoint -> evaluate every task -> record."""
 
 import contextlib
 import errno
@@ -23,10 +23,10 @@ from cptjax.training import validate_config
 
 
 def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
-    """Run everything that a config describes, each run from where it was stopped.
+    """Run everything that a config describes; continue runs that were stopped.
 
-    Returns the accuracy matrix; row 0 is the base model. Several runs (arms, seeds, orders) are
-    stacked, [run, stage, task], padded with NaN.
+    Return the accuracy matrix [stage, task]; row 0 is the base model. The matrices of several runs
+    (arms, seeds, orders) are stacked as [run, stage, task] and padded with NaN.
     """
     workdir = local_folder(workdir)
     check_all_runs(config)
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
 def run_one(
     config: ConfigDict, workdir: Path, sigterm: SigtermHandler, export: Path | None = None
 ) -> np.ndarray:
-    """Run one config to its end; with `export`, also save the last model as a Hugging Face folder."""
+    """Run one config to its end; with `export`, save the last model as a Hugging Face folder."""
     with contextlib.closing(open_run(config, workdir, sigterm)) as run:
         resume_point, model_state = resume_run(run)
         stage_evaluation.check_remaining_splits(run, resume_point)
@@ -82,12 +82,12 @@ def write_final_results(run_files: RunFiles) -> np.ndarray:
         tables = summary.load_run_tables(workdir)
         page = report.write_run_report(tables, summary.write_summary(tables))
         console.print_message(f"done: {page}")
-    distributed.gather_objects(True)  # the other processes read what the first has written
+    distributed.gather_objects(True)  # the other processes wait until the files are written
     return summary.load_accuracy_table(workdir, summary.load_config(workdir)).array()
 
 
 def check_all_runs(config: ConfigDict) -> None:
-    """Refuse every mistake that the config alone shows, before anything is loaded."""
+    """Refuse every mistake that can be found in the config alone, before anything is loaded."""
     expect.check_expectations(config)
     for _, single in all_runs(config):
         check_config_values(single)
@@ -98,7 +98,7 @@ def check_all_runs(config: ConfigDict) -> None:
 def make_base_model(config: ConfigDict, folder: Path, sigterm: SigtermHandler) -> None:
     """Train the pre-stage once and save its model in `hf/`.
 
-    Another config is refused once the model exists, since other runs start from it.
+    If the model exists, refuse another config, since other runs start from the model.
     """
     if not (folder / "hf" / "config.json").is_file():
         run_one(config, folder, sigterm, export=folder / "hf")
@@ -116,7 +116,7 @@ def make_base_model(config: ConfigDict, folder: Path, sigterm: SigtermHandler) -
 
 
 def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:
-    """Stack accuracy matrices, padded with NaN to the largest of them."""
+    """Stack accuracy matrices, padded with NaN to a common shape."""
     rows, columns = np.max([m.shape for m in matrices], axis=0)
     out = np.full((len(matrices), rows, columns), np.nan, matrices[0].dtype)
     for i, m in enumerate(matrices):
@@ -126,10 +126,7 @@ def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def explain_full_disk(workdir: Path) -> Iterator[None]:
-    """Name the workdir and say what to do when the disk is full.
-
-    The system's own error names no folder.
-    """
+    """Turn the error of a full disk into one that names the workdir and says what to do."""
     try:
         yield
     except OSError as error:

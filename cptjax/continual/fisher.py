@@ -1,4 +1,4 @@
-"""Fisher information for EWC: squared gradients of the gold answers' likelihood."""
+"""Fisher information for EWC: squared gradients of the log-likelihood of gold responses."""
 
 import functools
 from collections.abc import Callable
@@ -30,9 +30,9 @@ from cptjax.types import Params
 
 
 def make_likelihood_programs(cfg: ModelConfig, config: ConfigDict, dtype: Any) -> StepPrograms:
-    """Return the programs whose gradient is that of the negative log-likelihood.
+    """Return step programs for the gradient of the negative log-likelihood.
 
-    Only `begin` is called.
+    Only their `begin` is used.
     """
     return train_step.make_step_programs(
         cfg,
@@ -46,8 +46,9 @@ def make_likelihood_programs(cfg: ModelConfig, config: ConfigDict, dtype: Any) -
 def make_example_gradient(
     model_ctx: ModelContext, config: ConfigDict
 ) -> Callable[[Params, Params, EncodedConversation], Params]:
-    """Build f(trained, frozen, conversation) -> gradient of its negative log-likelihood, summed
-    over the response tokens.
+    """Build f(trained, frozen, conversation) -> gradient of its negative log-likelihood.
+
+    The log-likelihood is summed over the response tokens.
     """
     begin = make_likelihood_programs(model_ctx.cfg, config, model_ctx.dtype).begin
 
@@ -60,8 +61,9 @@ def make_example_gradient(
 
 @functools.partial(jax.jit, static_argnames=("rows", "processes"), donate_argnums=0)
 def _add_example(fisher: Params, gradient: Params, rows: int, processes: int) -> Params:
-    """Add the squared gradient of one of `rows` examples, which every process brought into the
-    batch.
+    """Add the squared gradient of one of `rows` examples.
+
+    Every process has the example in its batch, so the gradient is divided by `processes`.
     """
     gradient = jax.tree.map(lambda g: g / processes, gradient)
     return weight_penalties.add_fisher(fisher, gradient, rows)
@@ -91,9 +93,9 @@ def fisher_programs(stage: AbstractStage) -> list[Program]:
 def update_fisher(
     run: Run, stage: Stage, trained: Params, frozen: Params, before: Params | None
 ) -> tuple[Params, WorkCost]:
-    """Return the Fisher information of all stages up to this one, and what estimating it cost.
+    """Return the Fisher information of all stages up to this one, and the cost of the estimate.
 
-    One example a device pass: a sum of squares is not the square of a sum.
+    Each example needs its own device pass, since a sum of squares is not the square of a sum.
     """
     model_ctx, c, tasks = run.model_ctx, stage.config, stage.tasks
     prompted_tasks = {name: run.datasets.prompted_task(name, c) for name in tasks}

@@ -13,15 +13,14 @@ from cptjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class ModelState:
-    """The model at the end of a stage, and what the next stage continues with.
+    """The model at the end of a stage, and the state that the next stage continues with.
 
     A stage takes a ModelState and returns the next one. Its first step donates the trained weights
-    and the optimizer state, so the arrays of the value that it took are deleted: use the returned
-    value alone.
+    and the optimizer state, so their arrays are deleted; only use the returned ModelState.
     """
 
     params: Params  # all leaves, trained and frozen
-    opt_state: optax.OptState | None = None  # where train.reset_optimizer=False keeps it
+    opt_state: optax.OptState | None = None  # None unless train.reset_optimizer=False keeps it
     fisher: Params | None = None  # Fisher information of EWC over the stages so far
 
 
@@ -34,10 +33,7 @@ def split_trained(config: ConfigDict, params: Params) -> tuple[Params, Params]:
 def restore_stage_params(
     config: ConfigDict, model_ctx: ModelContext, checkpoints: Checkpoints | None, stage: int
 ) -> Params:
-    """Load the weights that a stage left behind, in the number formats of the run.
-
-    Stage 0 is the base model.
-    """
+    """Load the weights after a stage in the dtypes of the run; stage 0 is the base model."""
     params = load.create_params(
         config.model, model_ctx.cfg, model_ctx.mesh, model_ctx.dtype, config.seed
     )
@@ -45,7 +41,8 @@ def restore_stage_params(
         return params
     if checkpoints is None:
         raise ValueError(
-            f"stage {stage}: expected a workdir of launch/train.py with checkpoints, got one without"
+            f"stage {stage}: expected a workdir of launch/train.py with checkpoints, "
+            "got one without"
         )
     trained, frozen = split_trained(config, params)
     step = checkpoints.stage_end(stage)

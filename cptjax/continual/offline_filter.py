@@ -33,7 +33,7 @@ def filter_prompts(
 ) -> list[Sequence[Example]]:
     """Return the examples that the filter keeps.
 
-    A resumed stage reads the decision of its start and does not log it again.
+    A resumed stage reads the decision made at its start and does not log it again.
     """
     kept_sources = []
     for name, examples in zip(stage.tasks, sources, strict=True):
@@ -44,7 +44,7 @@ def filter_prompts(
             if distributed.is_main_process():
                 sampling_cache.write_sampling_cost(path, spent, cache.fingerprint, cache.seconds)
                 files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
-        distributed.gather_objects(True)  # the file is written before any process reads it
+        distributed.gather_objects(True)  # no process reads the file before it is written
         cache.discard()
         rows = files.read_jsonl(path)
         metrics = filter_metrics(rows)
@@ -67,8 +67,9 @@ def decide_prompts(
     examples: Sequence[Example],
     cache: SamplingCache,
 ) -> tuple[list[dict[str, Any]], WorkCost]:
-    """Return a line per example, with `kept` and, where responses were sampled, how many of them
-    were correct; and the cost.
+    """Decide which prompts to keep; return a line per example, and the cost.
+
+    A line has `kept` and, if responses were sampled, the number of `correct` ones.
     """
     window, seed = dict(stage.config.method.filter), stage.config.seed
     other_run = window.pop("like", "")
@@ -117,13 +118,13 @@ def print_filter(stage: Stage, name: str, metrics: dict[str, float], prompts: in
         if key in metrics
     ]
     console.print_message(
-        f"filter {stage.config.method.filter['name']} on {name}: {metrics['filter/rows']} of {prompts} prompts stay "
-        f"({', '.join(shares)})"
+        f"filter {stage.config.method.filter['name']} on {name}: "
+        f"{metrics['filter/rows']} of {prompts} prompts kept ({', '.join(shares)})"
     )
 
 
 def log_filter(log: RunLog, stage: Stage, name: str, metrics: dict[str, float], path: Path) -> None:
-    """Add what the filter kept and cost to metrics.jsonl."""
+    """Add the metrics and the cost of the filter to metrics.jsonl."""
     spent, seconds = sampling_cache.read_sampling_cost(path)
     cost = spent.logged() | {"seconds": seconds}
     log.step(stage.number, 0, {"event": "filter", "task": name, **metrics, **cost})
@@ -138,9 +139,9 @@ def count_correct(
     samples: int,
     cache: SamplingCache,
 ) -> tuple[np.ndarray, WorkCost]:
-    """Count, for each example, how many of K responses of the current model are correct.
+    """Count for each example how many of K responses of the current model are correct.
 
-    Processes share the examples.
+    The examples are divided among the processes.
     """
     model_ctx, count, index = builder.model_ctx, jax.process_count(), jax.process_index()
     encode = make_example_encoder(model_ctx, builder.prompted_tasks, False, max(model_ctx.buckets))

@@ -1,4 +1,4 @@
-"""An open run: config, stages, model context, and the values that its stages share."""
+"""An open run: config, stages, model context, files, and what the stages share."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,8 @@ from cptjax.models import load
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.types import Params
 
-# Bytes of address space of a sandbox process. A user's large libraries take much of it; the limit
-# ends runaway algebra.
+# Bytes of address space of a sandbox process: enough for a user's large libraries, and a limit for
+# algebra that never stops growing.
 SANDBOX_MEMORY = 16 << 30
 
 
@@ -37,9 +37,8 @@ class RunFiles:
     workdir: Path
     log: RunLog | None  # None in a read-only run, and on every process but the first
     checkpoints: Checkpoints | None  # None in a read-only run that has none
-    unlogged_cost: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # since the last line of metrics.jsonl
+    # The cost since the last line of metrics.jsonl.
+    unlogged_cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def positions(self) -> dict[str, int]:
         """Return the length of each append-only file."""
@@ -56,7 +55,7 @@ class RunFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One config in one workdir: what all stages and evaluations of a run use and none replaces."""
+    """One config in one workdir, with everything that its stages and evaluations share."""
 
     config: ConfigDict
     stages: list[Stage]
@@ -71,15 +70,15 @@ class Run:
 
     @functools.cached_property
     def base_params(self) -> Params:
-        """The base model in the compute dtype, loaded when first needed."""
+        """The base model in the compute dtype, loaded on first use."""
         return self.copy_for_comparison(
             restore_stage_params(self.config, self.model_ctx, self.files.checkpoints, 0)
         )
 
     def copy_for_comparison(self, params: Params, dtype: str = "") -> Params:
-        """Copy parameters that training steps are going to donate.
+        """Copy parameters that training steps will donate.
 
-        The copy is in the compute dtype unless `dtype` names another.
+        The copy has the compute dtype unless `dtype` names another.
         """
         return load.copy_params(params, dtype or self.config.model.compute_dtype)
 
@@ -91,7 +90,7 @@ class Run:
 
 
 def open_run(config: ConfigDict, folder: Path, sigterm: SigtermHandler | None = None) -> Run:
-    """Open a run to train it; refuses a workdir that another config started."""
+    """Open a run to train it; refuse a workdir that was started with another config."""
     folder.mkdir(parents=True, exist_ok=True)
     workdir.refuse_changed_config(config, folder)
     model_ctx = _load_model_context(config)
@@ -135,7 +134,7 @@ def _load_model_context(config: ConfigDict) -> ModelContext:
 
 
 def write_run_files(run: Run) -> None:
-    """Write config.json and versions.json, once nothing can refuse the workdir any more."""
+    """Write config.json and versions.json; call it after all checks of the workdir."""
     if run.files.log:
         folder = run.files.workdir
         files.write_json(folder / "config.json", recorded_config(run.config, folder))

@@ -26,9 +26,9 @@ def reevaluate_stage(
     tasks: tuple[str, ...] = (),
     record: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the rows of evals.csv for a stage, or for the Hugging Face folder or hub id `model`.
+    """Evaluate a stage, or the Hugging Face folder or hub id `model`; return rows of evals.csv.
 
-    stage: None = the newest finished one. record: append the rows of a stage to evals.csv.
+    `stage` None means the newest finished stage. `record` appends the rows to evals.csv.
     """
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
@@ -59,9 +59,7 @@ def reevaluate_stage(
 
 
 def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """Return the one run of the config that the workdir belongs to, with the base model that its
-    pre-stage made.
-    """
+    """Return the config of the run that the workdir belongs to, with its pre-stage's base model."""
     root, subfolder = split_run_folder(config, workdir)
     return dict(expand_runs(config, root))[subfolder]
 
@@ -79,7 +77,8 @@ def split_run_folder(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
     ]
     if len(fitting) != 1:
         raise ValueError(
-            f"the config describes {len(subfolders)} runs; expected --workdir to end with one of {', '.join(subfolders)}"
+            f"the config describes {len(subfolders)} runs; "
+            f"expected --workdir to end with one of {', '.join(subfolders)}"
         )
     (subfolder,) = fitting
     root = workdir.parents[len(Path(subfolder).parts) - 1] if subfolder else workdir
@@ -89,7 +88,7 @@ def split_run_folder(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
 def reevaluate_task(
     run: Run, stage: int, params: Params, task: str, step: int
 ) -> list[dict[str, Any]]:
-    """Return the rows of evals.csv of one task, with each of its templates."""
+    """Evaluate a task with each of its templates; return rows of evals.csv."""
     columns, rows = stage_evaluation.shared_eval_columns(run, stage, step), []
     when, forced = stage_evaluation.describe_stage(stage), run.config.eval.forced_prefix
     for template in stage_evaluation.templates_of_task(run, task):
@@ -103,7 +102,7 @@ def reevaluate_task(
 def append_evals(run: Run, rows: list[dict[str, Any]]) -> None:
     """Append rows to evals.csv of a finished run.
 
-    A run that continues later would cut them off again.
+    An unfinished run is refused, since it would cut the rows off when it continues.
     """
     workdir, progress = run.files.workdir, resume.read_eval_progress(run)
     every_task = set(stage_evaluation.all_tasks_to_evaluate(run))
@@ -122,7 +121,7 @@ def append_evals(run: Run, rows: list[dict[str, Any]]) -> None:
 
 
 def format_eval_rows(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a table of text."""
+    """Format rows of evals.csv as a text table."""
     lines: list[tuple[str, ...]] = [PRINTED_COLUMNS]
     for row in rows:
         values = [row[column] for column in PRINTED_COLUMNS]

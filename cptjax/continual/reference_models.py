@@ -1,4 +1,4 @@
-"""Models that a stage is compared with: its start, KL reference, teacher, penalty anchor."""
+"""The models that a stage compares itself with: its start, KL reference, teacher, anchor."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from cptjax.types import Params
 
 
 def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> Params | None:
-    """Copy the model at the start of a stage, where something needs it.
+    """Copy the model at the start of a stage, if something needs it.
 
-    `params` is the current model. A stage that is resumed in its middle reads its start from the
-    checkpoint before it.
+    `params` is the current model. A stage that is resumed in its middle loads its start from the
+    checkpoint of the stage before.
     """
     m = stage.config.method
     exact = weight_penalties.needs_exact_start(m)
@@ -41,9 +41,7 @@ def make_teacher(
     params: Params,
     start: Params | None,
 ) -> Teacher | None:
-    """Build the teacher of a stage: the start of the stage, or a copy of `params` that follows the
-    student.
-    """
+    """Build the teacher of a stage: its start, or a copy of `params` that follows the student."""
     if not needs_teacher(stage.config.method):
         return None
     c, d = stage.config, stage.config.method.distill
@@ -57,9 +55,9 @@ def make_teacher(
 
 
 def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | None:
-    """Return the model of the KL term: the base, the start of the stage, or that of a folder.
+    """Return the reference model of the KL term, or None without a KL term.
 
-    Returns None without a KL term.
+    It is the base model, the start of the stage, or a model loaded from a folder.
     """
     m = stage.config.method
     if not m.kl_coef:
@@ -77,9 +75,9 @@ def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | Non
 def make_penalty(
     run: Run, stage: Stage, start: Params | None, fisher: Params | None
 ) -> tuple[PenaltyFn | None, dict[str, Any] | None]:
-    """Return the function of a penalty and its arrays.
+    """Return the function of a penalty and its arrays, or (None, None) without a penalty.
 
-    EWC has none before Fisher information exists.
+    EWC has no penalty before Fisher information exists.
     """
     p = stage.config.method.penalty
     penalty = weight_penalties.PENALTY_FUNCTIONS.get(p.name)

@@ -1,16 +1,16 @@
-"""Where a run continues after it was stopped or killed.
+"""Find and restore the state from which a stopped or killed run continues.
 
-The state comes from the newest of these that can be read:
+The state is the newest of these that can be read:
 
     1. a checkpoint: inside a stage (kind `steps`) or at the end of a stage (kind `stages`)
     2. nothing: the base model, before the first stage
 
-After the end of a stage, or with the base model, progress.json says which tasks of the evaluation
-that follows are recorded already.
+After the end of a stage, or with the base model, progress.json says which tasks of the following
+evaluation are already recorded.
 
-Checkpoints and progress.json both record how long the append-only files were. What a killed run
-wrote after that is cut off. progress.json is deleted before the files are cut below the lengths
-that it records, so it never describes lines that are gone.
+Checkpoints and progress.json both record the lengths of the append-only files; lines that a killed
+run wrote after that are cut off. progress.json is deleted before the files are cut below the
+lengths that it records, so it never describes missing lines.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from cptjax.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class UnfinishedStage:
-    """The inside of a stage, as a checkpoint of kind `steps` stores it."""
+    """The state inside a stage, as stored in a checkpoint of kind `steps`."""
 
     state: TrainState
     progress: StageProgress
@@ -48,12 +48,12 @@ class UnfinishedStage:
 class ResumePoint:
     """Where a run continues."""
 
-    stage: int = 0  # the newest stage that has a checkpoint; 0 = none has
-    unfinished: UnfinishedStage | None = None  # None = that stage is trained to its end
-    evaluated: tuple[str, ...] = ()  # tasks whose evaluation after that stage is recorded
+    stage: int = 0  # the newest stage that has a checkpoint; 0 = none
+    unfinished: UnfinishedStage | None = None  # None = the stage is trained to its end
+    evaluated: tuple[str, ...] = ()  # tasks whose evaluation after the stage is recorded
 
     def is_trained(self, number: int) -> bool:
-        """Whether a stage is trained to its end."""
+        """Return whether a stage is trained to its end."""
         return number < self.stage or (number == self.stage and self.unfinished is None)
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def resume_run(run: Run) -> tuple[ResumePoint, ModelState]:
     if run.files.log:
         run.files.log.rewind(positions)
     if point.stage or point.evaluated:
-        console.print_message(f"{run.files.workdir}: going on from {point}")
+        console.print_message(f"{run.files.workdir}: continuing from {point}")
     return point, model_state
 
 
@@ -94,14 +94,15 @@ def eval_progress_file(run: Run) -> Path:
 
 
 def read_eval_progress(run: Run) -> dict[str, Any]:
-    """Return how far the newest evaluation is recorded; {} = not at all."""
+    """Read which part of the newest evaluation is recorded; {} = none."""
     path = eval_progress_file(run)
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_eval_progress(run: Run, stage: int, done: list[str]) -> None:
-    """Record that these tasks are evaluated after a stage, once the checkpoint of the stage is on
-    disk.
+    """Record that these tasks are evaluated after a stage.
+
+    The first call after a stage waits until its checkpoint is on disk.
     """
     if len(done) == 1:
         run.files.checkpoints.wait()
@@ -114,9 +115,9 @@ def write_eval_progress(run: Run, stage: int, done: list[str]) -> None:
 
 
 def checkpoint_record(run: Run) -> dict[str, Any]:
-    """Return what every checkpoint stores in addition to its arrays.
+    """Return the record that every checkpoint stores in addition to its arrays.
 
-    A score means nothing without pixel limits and template.
+    It includes pixel limits and template, without which scores cannot be compared.
     """
     return {
         "positions": run.files.positions(),
@@ -142,8 +143,9 @@ def restore_checkpoint(
         )
     if record["config"] != config_fingerprint(run.config) and not run.config.allow_change:
         raise RunRefused(
-            f"{workdir}: the checkpoint of stage {number}, step {step} was saved under another config. "
-            "Use another --workdir, or --config.allow_change=True to go on with the new one"
+            f"{workdir}: the checkpoint of stage {number}, step {step} was saved with another "
+            "config. Use another --workdir, or --config.allow_change=True to continue with the "
+            "new one"
         )
     trained, frozen = split_trained(run.config, base)
     structure = checkpoint_structure(run, kind, run.stages[number - 1], trained)
@@ -159,9 +161,7 @@ def restore_checkpoint(
 
 
 def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:
-    """Return shapes, types and shardings of the trees in a checkpoint, which follow from the config
-    alone.
-    """
+    """Return the shapes, dtypes and shardings of a checkpoint's trees, which the config decides."""
     structure: dict[str, Any] = {}
     if has_fisher(run, stage.number if kind == "stages" else stage.number - 1):
         structure["fisher"] = abstract_float32(trained)
@@ -181,19 +181,19 @@ def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> 
 
 
 def abstract_float32(tree: Params) -> Params:
-    """Shapes and shardings of a tree whose float32 copy is stored."""
+    """Return the shapes and shardings of a float32 copy of a tree."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), tree
     )
 
 
 def has_fisher(run: Run, number: int) -> bool:
-    """Whether the run holds Fisher information of EWC after this many stages."""
+    """Return whether the run has Fisher information for EWC after this many stages."""
     return any(s.config.method.penalty.name == "ewc" for s in run.stages[:number])
 
 
 def keeps_optimizer(run: Run, stage: Stage) -> bool:
-    """Whether the next stage continues with the optimizer state of this one."""
+    """Return whether the next stage continues with the optimizer state of this one."""
     if stage.number == len(run.stages):
         return False
     following = run.stages[stage.number]  # stages are numbered from 1

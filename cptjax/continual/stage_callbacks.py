@@ -28,7 +28,7 @@ class StageCallbacks:
     def after_step(
         self, state: TrainState, progress: StageProgress, info: dict, rows: list[dict]
     ) -> bool:
-        """Log and save a step; return False to stop, after SIGTERM, once everything is saved."""
+        """Log and save a step; return False to stop after SIGTERM, when everything is saved."""
         run, last = self.run, progress.step == self.ctx.steps
         self.log(progress, info, rows)
         self.bar.advance(1, **{k: info[k] for k in ("reward", "loss") if k in info})
@@ -41,7 +41,7 @@ class StageCallbacks:
         return True
 
     def log(self, progress: StageProgress, info: dict, rows: list[dict]) -> None:
-        """Add a step to metrics.jsonl, where it is due, and its rollouts to their file."""
+        """Add a step to metrics.jsonl, if it is due, and its rollouts to their file."""
         run_files, c, number = self.run.files, self.stage.config, self.stage.number
         rows = distributed.concat_lists(distributed.gather_objects(rows)) if rows else []
         cost = run_files.unlogged_cost
@@ -57,7 +57,7 @@ class StageCallbacks:
             run_files.log.rollouts(number, rows)
 
     def save(self, state: TrainState, progress: StageProgress, record: dict[str, Any]) -> None:
-        """Save the inside of the stage; `record` as `resume.checkpoint_record` returns it."""
+        """Save the state inside the stage with a `record` of `resume.checkpoint_record`."""
         trees = {"state": state}
         if self.fisher is not None:
             trees["fisher"] = self.fisher
@@ -67,10 +67,10 @@ class StageCallbacks:
         self.run.files.checkpoints.save("steps", self.stage.number, progress.step, trees, record)
 
     def evaluate_if_due(self, state: TrainState, progress: StageProgress) -> None:
-        """Run the small evaluation of this step, if it has one.
+        """Evaluate a few rows of each task, if that is due at this step.
 
-        The step is always logged first, and saved where that is due: a run that continues from
-        it repeats the evaluation.
+        The step is logged before, and saved if that is due, so a run that continues from this step
+        repeats the evaluation.
         """
         every, run, step = self.stage.config.eval.every, self.run, progress.step
         if not every or not step or step % every or step >= self.ctx.steps:
@@ -89,9 +89,7 @@ class StageCallbacks:
 
 
 def add_thumbnails(rows: list[dict], ctx: StageContext, gallery: int, step: int) -> list[dict]:
-    """Add an image to the rows of the first `gallery` prompts, in the first and the last step of a
-    stage.
-    """
+    """Add an image to the rows of the first `gallery` prompts of a stage's first and last step."""
     if step not in (1, ctx.steps):
         return rows
     thumbnails: dict[str, str | None] = {}

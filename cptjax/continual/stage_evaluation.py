@@ -37,9 +37,9 @@ def all_tasks_to_evaluate(run: Run) -> list[str]:
 
 
 def select_tasks(run: Run, tasks: Sequence[str], flag: str) -> list[str]:
-    """Return the tasks that a flag names, or all evaluated tasks where it names none.
+    """Return the tasks that a flag names, or all evaluated tasks if it names none.
 
-    Other names are refused.
+    Unknown names are refused.
     """
     known = all_tasks_to_evaluate(run)
     if unknown := [task for task in tasks if task not in known]:
@@ -62,9 +62,7 @@ def templates_of_task(run: Run, task: str) -> list[str]:
 
 
 def check_remaining_splits(run: Run, resume_point: ResumePoint) -> None:
-    """Load and check every split that is still to be read, so that a bad row is reported before the
-    first step.
-    """
+    """Load and check all splits that the run will read, to report bad rows before any step."""
     remaining = [stage for stage in run.stages if not resume_point.is_trained(stage.number)]
     tasks = all_tasks_to_evaluate(run)
     if remaining or not set(tasks) <= set(resume_point.evaluated):
@@ -82,8 +80,9 @@ def check_remaining_splits(run: Run, resume_point: ResumePoint) -> None:
 def evaluate_stage(
     run: Run, number: int, params: Params, evaluated_before: Sequence[str] = ()
 ) -> None:
-    """Evaluate all tasks after a stage and record its row, without the tasks that were recorded
-    before a kill.
+    """Evaluate all tasks after a stage and record the results.
+
+    Tasks in `evaluated_before` are already recorded and are skipped.
     """
     done = list(evaluated_before)
     step = run.files.checkpoints.stage_end(number) if number else 0
@@ -101,9 +100,7 @@ def evaluate_stage(
 def evaluate_and_record(
     run: Run, number: int, params: Params, task: str, columns: dict[str, Any]
 ) -> None:
-    """Evaluate a task with each of its templates, measure how far the model has moved on it, and
-    record both.
-    """
+    """Evaluate a task with each of its templates, measure the KL to the base model, record both."""
     e, log, began = run.config.eval, run.files.log, time.perf_counter()
     cost = WorkCost()
     for i, template in enumerate(templates_of_task(run, task)):
@@ -123,9 +120,9 @@ def evaluate_and_record(
 
 
 def measure_base_kl(run: Run, params: Params, task: str, columns: dict[str, Any]) -> dict[str, Any]:
-    """Return the line of evals.csv with KL(base || model) on a task.
+    """Measure KL(base || model) on a task; return the row of evals.csv.
 
-    The base model's responses are sampled once a run.
+    The base model's responses are sampled once per run.
     """
     c, e, base = run.config, run.config.eval, run.base_params
     template = eval_templates(c, run.stages, task)[0]
@@ -148,10 +145,7 @@ def measure_base_kl(run: Run, params: Params, task: str, columns: dict[str, Any]
 
 
 def write_results(workdir: Path, number: int, name: str) -> None:
-    """Write summary and report after a stage and print its accuracies.
-
-    Each result file is parsed once.
-    """
+    """Write summary and report after a stage, and print its accuracies."""
     tables = summary.load_run_tables(workdir)
     totals = summary.write_summary(tables)
     console.print_message(format_accuracies(tables.accuracy, number, name))
@@ -159,10 +153,7 @@ def write_results(workdir: Path, number: int, name: str) -> None:
 
 
 def format_accuracies(table: AccuracyTable, number: int, name: str) -> str:
-    """Return the accuracies after a stage in one line, in percent.
-
-    General tasks are averaged.
-    """
+    """Format the accuracies after a stage in one line, in percent; general tasks are averaged."""
     cells = table.cells.items()
     row = {task: 100 * cell.value for (stage, task), cell in cells if stage == number}
     general = [row[task] for task in table.general if task in row]
@@ -176,7 +167,7 @@ def describe_stage(number: int) -> str:
 
 
 def shared_eval_columns(run: Run, number: int, step: int) -> dict[str, Any]:
-    """Return the columns of evals.csv that all lines of one evaluation share."""
+    """Return the columns of evals.csv that all rows of one evaluation share."""
     e = run.config.eval
     decoding = "greedy" if e.temperature == 0 else f"T={e.temperature}"
     return {
@@ -188,7 +179,7 @@ def shared_eval_columns(run: Run, number: int, step: int) -> dict[str, Any]:
     }
 
 
-# ---- one task, at any time -----------------------------------------------------------------------
+# ---- one task ------------------------------------------------------------------------------------
 
 
 def evaluate_with_template(
@@ -202,9 +193,9 @@ def evaluate_with_template(
     forced: bool = False,
     mini: int | None = None,
 ) -> evaluate.TaskResult:
-    """Evaluate a model on the test rows of a task, or on the same `mini` of them.
+    """Evaluate a model on the test rows of a task, or on a fixed choice of `mini` rows.
 
-    The randomness of the responses depends on the seed and the stage number alone.
+    The random numbers of the responses depend only on the seed and the stage number.
     """
     c, cached = run.config, run.eval_prompts
     if (task, template) not in cached:
@@ -236,7 +227,7 @@ def evaluate_within_stage(
 ) -> dict[str, float]:
     """Evaluate a few rows of each task after a step.
 
-    Return the mean accuracy on the stage's tasks and on the others.
+    Return the mean accuracy on the stage's tasks, and on the other tasks.
     """
     params, log = trainable.join_params(trained, frozen), run.files.log
     began, cost = time.perf_counter(), WorkCost()

@@ -1,4 +1,4 @@
-"""Load or export the model that a stage of a run left behind, without the run's tasks."""
+"""Load or export the model at the end of a stage, without loading the run's tasks."""
 
 import contextlib
 from pathlib import Path
@@ -27,7 +27,7 @@ FOLDER_KINDS = {
 
 
 def folder_kind(folder: Path) -> str:
-    """Return the key in FOLDER_KINDS of what a folder holds, or "" for anything else."""
+    """Return the key in FOLDER_KINDS for the content of a folder, or "" for other content."""
     if is_run_folder(folder):
         return "run"
     if (folder / "config.json").is_file():
@@ -53,17 +53,18 @@ def check_folder_kind(setting: str, folder: str | Path, expected: str) -> None:
     elif expected == "run":
         raise ValueError(f"{wanted}, with the config.json that launch/train.py writes")
     else:
-        return  # the reader of such a folder says what is missing
+        return  # the function that reads the folder says what is missing
     raise ValueError(f"{wanted}, got {FOLDER_KINDS[kind]}; {advice}")
 
 
 def load_stage_model(
     workdir: str | Path, mesh: Mesh, stage: int | None = None, dtype: str = ""
 ) -> tuple[ModelContext, Params, int]:
-    """Return the model of a stage, its parameters, and the number of the stage.
+    """Return the model context of a run, the parameters after a stage, and the stage's number.
 
-    stage: None = the last finished one, 0 = the base model. dtype: of the arithmetic and of the
-    frozen parameters; "" = model.compute_dtype of the run. The run may be going on elsewhere.
+    `stage` None means the last finished stage, 0 the base model. `dtype` is that of the arithmetic
+    and of the frozen parameters; "" means model.compute_dtype of the run. The run may be in
+    progress in another process.
     """
     workdir = Path(workdir)
     check_folder_kind("workdir", workdir, "run")
@@ -94,7 +95,8 @@ def export_stage(
 ) -> int:
     """Write the model of a stage as a folder that transformers and vLLM load; return the stage.
 
-    Adapters are merged. dtype: "" = model.compute_dtype, in which the run generated and evaluated.
+    Adapters are merged. `dtype` "" means model.compute_dtype, which the run sampled and evaluated
+    in.
     """
     mesh = sharding.make_mesh()
     model_ctx, params, number = load_stage_model(workdir, mesh, stage)

@@ -1,4 +1,4 @@
-"""The training of one stage: what it is built from, its steps, what it leaves behind."""
+"""Train one stage: build what it needs, run its steps, save its end."""
 
 import time
 from typing import Any
@@ -33,9 +33,9 @@ from cptjax.types import Params, TrainState
 def train_stage(
     run: Run, stage: Stage, model_state: ModelState, unfinished: UnfinishedStage | None = None
 ) -> ModelState:
-    """Train a stage from its start, or from inside it, save its end, and return the model that it leaves.
+    """Train a stage from its start or from `unfinished`, save its end, and return its model.
 
-    The arrays of `model_state` are donated: only the returned value may be used afterwards.
+    The arrays of `model_state` are donated; only the returned value may be used afterwards.
     """
     c, model_ctx, resumed = stage.config, run.model_ctx, unfinished is not None
     start = load_stage_start(run, stage, model_state.params, resumed)
@@ -72,7 +72,8 @@ def train_stage(
             end = None
             if progress.step >= ctx.steps:
                 end = finish_stage(run, stage, state, frozen, start, model_state.fisher, progress)
-            if progress.step and end is None:  # stopped between steps; else this step is saved
+            # A stage that stopped between steps is not saved yet; a step that is saved is skipped.
+            if progress.step and end is None:
                 callbacks.save(state, progress, resume.checkpoint_record(run))
     if end is None or run.sigterm.agreed():
         run.files.checkpoints.wait()
@@ -83,17 +84,15 @@ def train_stage(
 def init_stage(
     run: Run, stage: Stage, opt: Optimizer, trained: Params, model_state: ModelState
 ) -> TrainState:
-    """Return a fresh training state, with the optimizer state of the stage before where the config
-    keeps it.
-    """
+    """Return a new training state, with the previous optimizer state if the config keeps it."""
     state = init_state(opt, trained, run.model_ctx.mesh)
     if stage.config.train.reset_optimizer or stage.number == 1:
         return state
     kept = model_state.opt_state
     if jax.tree.structure(kept) != jax.tree.structure(state.opt_state):
         raise ValueError(
-            f"stage {stage.number}: train.reset_optimizer=False needs the "
-            "optimiser of the stage before; it has another"
+            f"stage {stage.number}: train.reset_optimizer=False: expected the optimizer of the "
+            "stage before, got another; use the same train.optimizer, or reset it"
         )
     return state.replace(opt_state=kept)
 
@@ -101,9 +100,7 @@ def init_stage(
 def make_stage_context(
     run: Run, stage: Stage, params: Params, start: Params | None, resumed: bool = False
 ) -> StageContext:
-    """Build what a stage trains with: rows, their order, batches, and the models that it compares
-    itself with.
-    """
+    """Build what a stage trains with: rows, their order, batches, reference and teacher."""
     c, model_ctx, datasets = stage.config, run.model_ctx, run.datasets
     replayed = replayed_tasks(run.stages, stage)
     names = (*stage.tasks, *replayed)
@@ -146,9 +143,9 @@ def finish_stage(
     fisher_before: Params | None,
     progress: StageProgress,
 ) -> ModelState | None:
-    """Average the weights, update the Fisher information of EWC, save the stage.
+    """Average the weights, update the Fisher information of EWC, and save the stage.
 
-    Returns None where SIGTERM stopped the estimate of the Fisher information.
+    Return None if SIGTERM stopped the estimate of the Fisher information.
     """
     m, trained, new_fisher = stage.config.method, state.params, fisher_before
     if m.average:

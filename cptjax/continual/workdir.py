@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, the config that started it, the software versions."""
+"""The folder of a run: its lock, the config that it was started with, software versions."""
 
 import contextlib
 import fcntl
@@ -37,7 +37,7 @@ RECORDED_PACKAGES = (
 
 
 def local_folder(workdir: str | Path) -> Path:
-    """Return the path of a folder; refuse the address of a bucket."""
+    """Return the path of a local folder; refuse the address of a bucket."""
     if re.match(r"\w{2,}:/", str(workdir)):
         raise ValueError(
             f"--workdir={workdir}: expected a folder; mount the bucket (gcsfuse) or a shared disk "
@@ -51,9 +51,9 @@ def local_folder(workdir: str | Path) -> Path:
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Keep other processes out of the folder.
+    """Lock the folder, so that no other process writes to it.
 
-    The lock is the system's: it is released however this process ends.
+    It is a lock of the operating system, which releases it however this process ends.
     """
     holder = ""
     with contextlib.ExitStack() as stack:
@@ -72,7 +72,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def _take_lock(file: IO[str], workdir: Path) -> str:
-    """Return "" once this process holds the lock, else the process that holds it."""
+    """Take the lock and return "", or return the name of the process that holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -80,7 +80,8 @@ def _take_lock(file: IO[str], workdir: Path) -> str:
         return file.read().strip() or "another process"
     except OSError as error:
         console.print_warning(
-            f"{workdir} can not be locked ({error.strerror}); make sure that no other process uses it"
+            f"{workdir} cannot be locked ({error.strerror}); "
+            "make sure that no other process uses it"
         )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -92,9 +93,9 @@ def _take_lock(file: IO[str], workdir: Path) -> str:
 
 
 def read_run_config(workdir: Path) -> ConfigDict:
-    """Load the config that started the workdir.
+    """Load the config that the run was started with.
 
-    The path of a pre-stage's model, stored relative to it, is made absolute.
+    The path of a pre-stage's model, which is stored relative to the workdir, is resolved.
     """
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     if len(config.prestage):
@@ -103,7 +104,7 @@ def read_run_config(workdir: Path) -> ConfigDict:
 
 
 def changes_since_start(config: ConfigDict, workdir: Path) -> list[str]:
-    """Return what differs from the config that started the workdir, a line per setting."""
+    """List the differences from the config that the run was started with, a line per setting."""
     path = workdir / "config.json"
     if not path.is_file():
         return []
@@ -111,12 +112,12 @@ def changes_since_start(config: ConfigDict, workdir: Path) -> list[str]:
 
 
 def refuse_changed_config(config: ConfigDict, workdir: Path) -> None:
-    """Refuse a workdir that another config started, unless `allow_change` is set."""
+    """Refuse a workdir that was started with another config, unless `allow_change` is set."""
     changed = [] if config.allow_change else changes_since_start(config, workdir)
     if changed:
         raise RunRefused(
             f"{workdir} was started with another config: {format_changes(changed)}. "
-            "Use another --workdir, or --config.allow_change=True to go on with the new one"
+            "Use another --workdir, or --config.allow_change=True to continue with the new one"
         )
 
 
@@ -128,7 +129,7 @@ def format_changes(changed: list[str]) -> str:
 
 
 def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
-    """Return packages, commit and devices: what is needed to reproduce a number."""
+    """Return the packages, commit and devices that are needed to reproduce a result."""
     versions: dict[str, str | None] = {}
     for name in RECORDED_PACKAGES:
         try:

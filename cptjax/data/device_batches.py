@@ -35,7 +35,7 @@ def micro_batch_layout(rows: int, micro: int, shards: int, fill: bool) -> tuple[
     micro = min(micro or rows, rows)
     if rows % micro:
         raise ValueError(
-            f"a batch of {rows} rows can not be cut into micro-batches of {micro}; "
+            f"a batch of {rows} rows cannot be cut into micro-batches of {micro}; "
             "train.micro_batch must divide it"
         )
     if micro % shards and not fill:

@@ -82,7 +82,7 @@ class EvalPrompts:
         self, batches: Sequence[Sequence[int]]
     ) -> Iterator[dict[int, EncodedConversation]]:
         """Yield the encoded prompts of each batch by row, and encode the next while the device works."""
-        prompted = dataclasses.replace(self.prompted, sandbox=None)  # a pool can not be pickled
+        prompted = dataclasses.replace(self.prompted, sandbox=None)  # a pool cannot be pickled
         processor = self.model_ctx.processor
 
         def encode(example: Example, _: int) -> tuple[EncodedConversation, Example]:

@@ -99,7 +99,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_can_be_saved_again(
     damage(saved, "steps", 2 * 10**9 + 2, how)
     seed, found = saved.newest(reader(saved))
     assert seed == 15 and equal(found, tree(15))
-    assert "warning: checkpoint steps of stage 2, step 2 can not be read" in capsys.readouterr().err
+    assert "warning: checkpoint steps of stage 2, step 2 cannot be read" in capsys.readouterr().err
     assert (saved.folder / "damaged" / "steps-stage2-step2").is_dir() and saved.found()[0] == (
         1,
         5,
@@ -237,7 +237,7 @@ def test_a_failed_save_raises_one_line(tmp_path):
     shutil.rmtree(tmp_path / "c")
     (tmp_path / "c").write_text("a file")
     with pytest.raises(
-        OSError, match="a checkpoint can not be written to .*What was saved before is intact"
+        OSError, match="a checkpoint cannot be written to .*What was saved before is intact"
     ):
         kept.save("steps", 1, 1, {"params": tree()}, {})
 

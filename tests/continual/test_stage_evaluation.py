@@ -12,7 +12,7 @@ from device_fixtures import devices  # noqa: F401
 from cptjax.common import console, files, run_log
 from cptjax.continual import stage_evaluation
 
-RECORDING: list[collections.Counter] = []  # an audit hook can not be removed, so it is switched
+RECORDING: list[collections.Counter] = []  # an audit hook cannot be removed, so it is switched
 
 
 def _count_reads(event, args):

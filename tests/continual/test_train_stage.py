@@ -88,7 +88,7 @@ def test_the_optimizer_state_is_kept_between_stages_where_asked(tmp_path, device
     )
     with pytest.raises(
         ValueError,
-        match="stage 2: train.reset_optimizer=False needs the optimiser of the stage before",
+        match="stage 2: train.reset_optimizer=False: expected the optimizer of the stage before",
     ):
         run_helpers.run_quickly(
             tmp_path / "other", stages=other, eval={"before": False, "limit": 2}

@@ -122,6 +122,6 @@ def test_impossible_mixtures_are_refused(settings, message):
         Mixture(**{"batch": 4, **settings})
 
 
-def test_a_batch_that_the_processes_can_not_share_is_refused():
+def test_a_batch_that_the_processes_cannot_share_is_refused():
     with pytest.raises(ValueError, match="train.batch=5 cannot be cut into 2"):
         Mixture((3,), 5).rows(0, (0, 2))

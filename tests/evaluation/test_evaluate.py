@@ -114,7 +114,7 @@ def test_a_subset_of_rows_gets_the_same_responses(recording_context):
     } == {3, 9, 17}
 
 
-def test_a_row_that_can_not_be_measured_is_named(recording_context, monkeypatch):
+def test_a_row_that_cannot_be_measured_is_named(recording_context, monkeypatch):
     console.set_console_mode("silent")
 
     def refuse(self, *args, **kwargs):

@@ -183,7 +183,7 @@ def test_the_compilers_own_refusal_is_a_program_that_does_not_fit(local, words):
         ({"train": {"batch": 18, "micro_batch": 6}}, "6 prompts.*train.micro_batch.* 4 shards"),
         (
             {"train": {"batch": 16, "micro_batch": 12}},
-            "16 rows can not be cut into micro-batches of 12",
+            "16 rows cannot be cut into micro-batches of 12",
         ),
         ({"rollout": {"slots": 6}}, "rollout.slots=6.* 4 batch shards"),
         (

@@ -27,7 +27,7 @@ def test_the_hub_and_a_copy_on_disk_give_the_same_examples(tmp_path, monkeypatch
     )
 
 
-def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("no\nroute")
 
