@@ -1,6 +1,6 @@
 """The Python interface: load, generate, score, logits, save.
 
-Conversations are in the Hugging Face chat form; images are PIL images, paths or bytes.
+Conversations are in the Hugging Face chat format; images are PIL images, paths or bytes.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
 
 Conversation = Sequence[dict[str, Any]]
-CHECK_EVERY = 16  # decode steps between two checks whether all responses are done
+CHECK_EVERY = 16  # decode steps between two checks of whether all responses are done
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded model, to generate and score with."""
+    """A loaded model, ready to generate and score."""
 
     config: ModelConfig
     params: Params
@@ -53,8 +53,8 @@ def load(
     """Load a model.
 
     path: a Hugging Face folder or hub id; the workdir of a run, for the model of its last finished
-    stage or of `stage` (0 = base); or the name of a preset, for random weights.
-    mesh: where the weights are; None = a mesh that shards them over all devices.
+        stage or of `stage` (0 = base); or the name of a preset, for random weights.
+    mesh: the mesh that the weights are placed on; None = a mesh that shards them over all devices.
     """
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(MODEL_DTYPES)}")
@@ -96,15 +96,15 @@ def generate(
     """Return `n` responses to each conversation, without their end tokens.
 
     stop: strings; a response ends before the first of them.
-    batch: conversations that are decoded at a time; it does not change the responses.
+    batch: conversations that are decoded at a time; the responses do not depend on it.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop={stop!r}: expected strings with at least one character")
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 conversation")
-    # A stop string of one token ends its row on the device. A longer one has several
-    # tokenizations, so it is searched in the text.
+    # A stop string of one token ends its row on the device. A longer one has several tokenizations,
+    # so it is searched for in the text.
     single = [ids[0] for ids in map(model.processor.ids, stops) if len(ids) == 1]
     sampling = SamplingConfig(
         group=n,
@@ -177,7 +177,7 @@ def score(
 
 
 def logits(model: Model, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-    """Return the float32 logits [T V] of each conversation, for small inputs: all are in memory."""
+    """Return the float32 logits [T V] of each conversation; all of them are in memory at once."""
     encoded = _encode(model, conversations)
     prompts = _prompts(model, encoded)
     with jax.set_mesh(model.mesh):

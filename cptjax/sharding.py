@@ -1,4 +1,4 @@
-"""The device mesh, the table of sharding rules, declared parameters, placing of arrays."""
+"""The device mesh, the sharding rules, declared parameters, and the placement of arrays."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ from cptjax.types import Batch, Prompts
 
 AXES = ("data", "fsdp", "model")
 
-# Logical axis -> mesh axis (or axes); no other place decides how anything is sharded.
+# Logical axis -> mesh axis (or axes). Only this table decides how arrays are sharded.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "layer": None,
-    "embed": "fsdp",  # parameters' model width
+    "embed": "fsdp",  # the model width of parameters
     "heads": "model",
     "kv_heads": "model",
     "head_dim": None,
@@ -35,12 +35,12 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """A declared parameter: its shape, its logical axes, its initializer."""
+    """A declared parameter: its shape, logical axes and initializer."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Initializer = jax.nn.initializers.normal(0.02)
-    inputs: int = 0  # axes after "layer" that are contracted with x; 0 for vectors
+    inputs: int = 0  # number of axes after "layer" that are contracted with x; 0 for vectors
 
 
 def is_param(x: Any) -> bool:
@@ -52,7 +52,8 @@ def make_mesh(
 ) -> Mesh:
     """Return a (data, fsdp, model) mesh over all devices.
 
-    One size may be -1. `slices` puts the data axis across the slow network between slices.
+    One size may be -1, for all remaining devices. With several `slices`, the data axis spans the
+    slow network between them.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "model": model}
@@ -78,7 +79,7 @@ def make_mesh(
 def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
     """Arrange devices so that neighbours in the mesh are neighbours in the torus.
 
-    An axis of the torus is split where a mesh axis needs a part of it.
+    An axis of the torus is split only if whole axes do not make the mesh.
     """
     within = (shape[0] // slices, *shape[1:])
     for split in (False, True):
@@ -100,7 +101,7 @@ def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
 
 
 def check_batch_shards(shards: int, processes: int) -> None:
-    """Refuse a mesh on which two processes would each feed the same rows."""
+    """Refuse a mesh on which two processes would have to feed the same rows."""
     if shards % processes:
         raise ValueError(
             f"config.mesh cuts a batch into {shards} shards (data x fsdp) for {processes} "
@@ -115,7 +116,7 @@ def batch_shards(mesh: Mesh | None) -> int:
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> PartitionSpec:
-    """Return the PartitionSpec of logical axes; two of them on one mesh axis is an error."""
+    """Return the PartitionSpec of logical axes; raise if two of them share a mesh axis."""
     rules = RULES if rules is None else rules
     unknown = [a for a in axes if a not in rules]
     if unknown:
@@ -136,7 +137,7 @@ def _mesh_axes(physical: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def rules_for(kv_heads: int, mesh: Mesh) -> dict:
-    """Return RULES; fewer key/value heads than devices on `model` are copied to each device."""
+    """Return RULES, but replicate key/value heads that the devices on `model` do not divide."""
     return RULES if kv_heads % mesh.shape["model"] == 0 else RULES | {"kv_heads": None}
 
 
@@ -148,7 +149,7 @@ def named_sharding(
 ) -> NamedSharding:
     """Return the NamedSharding of logical axes.
 
-    A dimension of `shape` that its mesh axes do not divide is refused.
+    Raise a ValueError if mesh axes do not divide their dimension of `shape`.
     """
     spec = partition_spec(axes, rules)
     for name, size, physical in zip(axes, shape or (), spec, strict=bool(shape)):
@@ -162,9 +163,9 @@ def named_sharding(
 
 
 def canonical_sharding(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Return the shortest of several equal shardings.
+    """Return an equal sharding with the shortest spec.
 
-    It has no mesh axes of one device, and no Nones at the end.
+    It has no mesh axes of size 1, and no None at the end.
     """
     if not isinstance(place, NamedSharding):
         return place
@@ -176,7 +177,7 @@ def canonical_sharding(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def param_shardings(params: Any, mesh: Mesh, rules: dict | None = None) -> Any:
-    """Tree of Param -> tree of NamedSharding."""
+    """Return the tree of NamedSharding of a tree of Param."""
     return jax.tree.map(
         lambda p: named_sharding(p.axes, mesh, p.shape, rules), params, is_leaf=is_param
     )
@@ -185,7 +186,7 @@ def param_shardings(params: Any, mesh: Mesh, rules: dict | None = None) -> Any:
 def abstract_params(
     params: Any, dtype: Any, mesh: Mesh | None = None, rules: dict | None = None
 ) -> Any:
-    """Tree of Param -> tree of ShapeDtypeStruct, on the mesh if there is one."""
+    """Return the tree of ShapeDtypeStruct of a tree of Param, on the mesh if there is one."""
 
     def abstract(p: Param) -> jax.ShapeDtypeStruct:
         place = None if mesh is None else named_sharding(p.axes, mesh, p.shape, rules)
@@ -197,7 +198,7 @@ def abstract_params(
 def abstract_array(
     shape: tuple[int, ...], dtype: Any, mesh: Mesh, axes: tuple[str | None, ...] = ()
 ) -> jax.ShapeDtypeStruct:
-    """Return the shape of an array on the mesh; axes after the named ones are not cut."""
+    """Return an abstract array on the mesh; axes after the named ones are not sharded."""
     axes = axes + (None,) * (len(shape) - len(axes))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(axes, mesh, shape))
 
@@ -207,7 +208,7 @@ def init_params(
 ) -> Any:
     """Return random parameters, created with their shardings.
 
-    The numbers of a leaf depend only on the key and on the leaf's position in the tree.
+    The values of a leaf depend only on the key and on the leaf's position in the tree.
     """
 
     def make(key: jax.Array) -> Any:
@@ -221,7 +222,7 @@ def init_params(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Shard an activation by the rules, where a mesh is set (`jax.set_mesh`)."""
+    """Shard an activation by the rules if a mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -229,9 +230,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def place_rows(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | None = None) -> Any:
-    """Place host arrays on the mesh; each process gives its own rows.
+    """Place host arrays on the mesh; each process passes its own rows.
 
-    The first axis is cut over the batch shards, unless `axis` returns other logical axes.
+    The first axis is sharded over the batch shards, unless `axis` returns other logical axes.
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
@@ -245,7 +246,7 @@ def place_rows(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | Non
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """Place a host batch on the mesh, its rows over the batch shards."""
+    """Place a host batch on the mesh, with its rows sharded over the batch shards."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     rest = (batch.targets, batch.mask, batch.where, batch.extra)
@@ -262,9 +263,9 @@ def place_prompts(prompts: Prompts, mesh: Mesh | None) -> Prompts:
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """Return the rows that this process has of an array cut along its first axis, in order."""
+    """Return this process's rows, in order, of an array that is sharded along its first axis."""
     if not x.ndim:
         return np.asarray(x)
-    # Copies of one part begin at the same row; one of them is taken.
+    # Copies of a shard begin at the same row; one of them is used.
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

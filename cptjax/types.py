@@ -1,6 +1,6 @@
 """The data types that flow through cptjax, with the shapes of their fields.
 
-Letters of every shape and einsum:
+The letters in all shapes and einsums:
 
     B rows           T tokens of a row    R tokens of a response     A targets of a row
     Q prompts        G responses of a prompt (its group)
@@ -19,7 +19,7 @@ import jax
 
 
 class Mean(NamedTuple):
-    """A mean as its sum and count: micro-batches, padding and devices cannot change it."""
+    """A mean as its sum and count, so that micro-batches, padding and devices do not change it."""
 
     sum: Any
     count: Any
@@ -33,7 +33,7 @@ class Mean(NamedTuple):
 
     @property
     def value(self) -> float:
-        """The mean; NaN of no values."""
+        """The mean; NaN if there are no values."""
         return float(self.sum) / float(self.count) if float(self.count) else math.nan
 
 
@@ -67,7 +67,7 @@ class Example:
 class Vision:
     """Images and video frames as patches in window order, packed into rows.
 
-    The windows of a frame are blocks of slots; an edge window leaves the rest of its block empty:
+    Each window of a frame is a block of slots; a partial window leaves the rest of its block empty:
 
         slot     0 1 2 3 | 4 5 6 7 | 8 9 10 11      (window = 4 slots)
         frames   1 1 1 1 | 1 1 0 0 | 2 2  2  2      the second window of frame 1 is partial
@@ -75,15 +75,15 @@ class Vision:
 
     patches: Array  # [S W P C]
     positions: Array  # [S W P 2] row and column, for the rotary embedding
-    frames: Array  # [S W P] 0 = empty slot; full attention stays within one number of one row
+    frames: Array  # [S W P] 0 = empty slot; full attention is within equal numbers of a row
 
 
 @flax.struct.dataclass
 class Prompts:
     """Token rows ready for the device.
 
-    segments: 0 = padding; packed conversations of one row carry 1, 2, ...
-    slots: -1 for text; else the number of the vision feature [W * P / 4] within the batch shard.
+    segments: 0 = padding; the packed conversations of a row are numbered 1, 2, ...
+    slots: -1 for text; otherwise the number of the vision feature in the batch shard [W * P / 4].
     """
 
     tokens: Array  # [B T]
@@ -108,21 +108,21 @@ class Rollouts:
 class Batch:
     """Target tokens, each with the state that predicts it.
 
-    Rows of single or packed conversations name these states in `where`. Groups (`where` is None)
-    are B = Q * G responses to Q left-padded prompts.
+    For rows of single or packed conversations, `where` has the indices of these states. For groups,
+    `where` is None: the targets are the B = Q * G responses to Q left-padded prompts.
     """
 
     prompts: Prompts
     targets: Array  # [B A] the tokens (A = R for groups)
     mask: Array  # [B A]
-    where: Array | None = None  # [B A] index into the row of the state that predicts each target
-    # By row or token: advantages, old_logps, ref_logps, ...
+    where: Array | None = None  # [B A] index in the row of the state that predicts each target
+    # Arrays by row or by token: advantages, old_logps, ref_logps, ...
     extra: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step changes."""
+    """Everything that a training step changes."""
 
     step: Array  # [] optimiser steps taken in this stage
     params: Params  # the trained leaves (None elsewhere)

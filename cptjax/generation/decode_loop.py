@@ -1,9 +1,9 @@
 """The decode loop: generate rollouts on the mesh, for the whole batch at once or slot by slot.
 
-Each prompt is read once, and its responses are decoded in a loop on the device. With `slots`, only
-so many groups are decoded at a time. Every `check_every` steps, the groups whose rows are all done
-hand in their responses, and the next prompts of the queue are prefilled into their slots (a group
-keeps its slot until its longest row is done, as its rows share the prompt's cache):
+Each prompt is prefilled once, and its responses are decoded in a loop on the device. `slots` limits
+how many groups are decoded at a time. Every `check_every` steps, the responses of finished groups
+are stored, and the next prompts of the queue are prefilled into the slots of these groups. A group
+keeps its slot until its longest row is done, because its rows share the prompt's cache:
 
     slot     steps 0 .. k     k .. 2k      2k .. 3k
       0      prompt 0         prompt 0     prompt 3
@@ -48,22 +48,22 @@ def generate_rollouts(
 ) -> Rollouts:
     """Sample `sampling.group` responses to each left-padded prompt, as row q * group + g.
 
-    Call it under `jax.set_mesh` on a mesh. Equal (key, rows, weights) give equal responses whatever
-    the batch, its order, the slots and the mesh, up to float rounding. Empty prompts are padding
-    and get no response.
+    With a mesh, call this function under `jax.set_mesh`. Equal (key, rows, weights) give equal
+    responses for any batch, order of the batch, number of slots and mesh, up to float rounding.
+    Empty prompts are padding and get no response.
 
-    params: the model's, or those of `prepare_rollout_weights`.
-    dtype: the type in which the model computes.
-    stop: ids that end a row, all kept in its mask; None = cfg.eos, (-1,) = none.
-    limits: [Q] or [Q G] tokens at most.
-    rows: [Q] each prompt's number in the run; None = its index.
+    params: the model's parameters, or the result of `prepare_rollout_weights`.
+    dtype: the dtype in which the model computes.
+    stop: ids that end a row; they are kept in its mask. None = cfg.eos, (-1,) = no stop token.
+    limits: [Q] or [Q G] the most tokens of each response.
+    rows: [Q] the number of each prompt in the run; None = its index.
     """
     static = static_settings(sampling, dtype)
     stops = cfg.eos if stop is None else tuple(stop)
     if not stops:
         raise ValueError(
-            "no stop token: the model names no end token; "
-            "give stop=(id, ...), or stop=(-1,) to run every row to its limit"
+            "no stop token: the model names no end token; give stop=(id, ...), or stop=(-1,) to "
+            "run every row to its limit"
         )
     sampling.check_batch_shards(_batch_shards())
     queued = len(prompts.tokens)
@@ -105,7 +105,7 @@ def traced_settings(
 def forbidden_tokens(cfg: ModelConfig, stops: tuple[int, ...]) -> np.ndarray:
     """Return a mask [V] of the tokens that are never sampled.
 
-    These are the tokens that only the processor may write, and padding unless it ends a row.
+    These are the tokens that only the processor may write, and padding unless it is a stop token.
     """
     out = np.zeros(cfg.text.vocab, bool)
     out[[t for t in (*cfg.vision_tokens, cfg.pad) if t not in stops and t < cfg.text.vocab]] = True
@@ -117,7 +117,7 @@ def kv_cache_bytes(
 ) -> float:
     """Return the bytes of the keys and values of `prompts` groups.
 
-    A group shares the `prompt` tokens, and has `new` tokens of each response.
+    A group has `prompt` tokens, which its rows share, and `new` tokens for each response.
     """
     text = cfg.text
     per_token = 2 * text.depth * text.kv_heads * text.head_dim * jnp.dtype(dtype).itemsize
@@ -127,7 +127,7 @@ def kv_cache_bytes(
 def place_limits(limits: np.ndarray | None, max_new_tokens: int, prompts: int, group: int) -> Array:
     """Place this process's limits, [Q] or [Q G], as [Q G] on the mesh.
 
-    None is `max_new_tokens` for all rows.
+    None sets the limit of all rows to `max_new_tokens`.
     """
     if limits is None:
         return jnp.full((prompts, group), max_new_tokens, jnp.int32)
@@ -144,7 +144,7 @@ def place_row_ids(rows: np.ndarray | None, prompts: int, group: int) -> Array:
 
 
 def _pad_and_place(x: np.ndarray, prompts: int, name: str) -> Array:
-    """Fill [n G] up with -1 to the prompts of this process, and place it on the mesh."""
+    """Pad [n G] with -1 to the number of prompts of this process, and place it on the mesh."""
     local = prompts // jax.process_count()
     if len(x) > local:
         raise ValueError(f"got {name} for {len(x)} prompts, the batch has {local}")
@@ -173,14 +173,13 @@ def _check_prompts(
     if prompts.tokens.shape[1] + new > cfg.text.max_positions < longest + new:
         raise ValueError(
             f"a prompt of {longest} tokens and {new} new ones exceed the model's "
-            f"{cfg.text.max_positions} positions; "
-            "shorten the prompt or lower max_new_tokens"
+            f"{cfg.text.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
 
 
 @jax.jit
 def _count_prompts(segments: Array, limits: Array, row_ids: Array) -> Array:
-    """Return (tokens of the longest prompt, filled prompts, those without limit or row id)."""
+    """Return (tokens of the longest prompt, filled prompts, filled ones without limit or id)."""
     count = jnp.sum(segments > 0, 1)
     incomplete = (count > 0) & (jnp.minimum(limits, row_ids)[:, 0] < 0)
     return constrain(jnp.stack([jnp.max(count), jnp.sum(count > 0), jnp.sum(incomplete)]), None)
@@ -220,7 +219,7 @@ def sample_whole_batch(
 
 
 def refill_size(slots: int, shards: int) -> int:
-    """Return the number of prompts that one refill reads."""
+    """Return the number of prompts that are prefilled at a time when slots are refilled."""
     return shards * max(1, slots // shards // 8)
 
 
@@ -255,7 +254,7 @@ def sample_with_refill(
             chosen = free[at : at + batch]
             index = started + np.arange(len(chosen))
             started += len(chosen)
-            # The last refill repeats prompts, into the same slots, to have the compiled shape.
+            # The last refill repeats prompts in the same slots to have the compiled shape.
             chosen, index = np.resize(chosen, batch), np.resize(index, batch)
             pool = refill_program(weights, pool, queue, chosen, index, traced, cfg, static)
 
@@ -344,10 +343,10 @@ def sampling_programs(
 ) -> list[Program]:
     """Return the programs of `generate_rollouts` for abstract prompts, in the order of first calls.
 
-    Programs that only move results are left out.
+    Programs that only copy results are left out.
 
-    calls: batches of a training step.
-    vision_flops: operations of the vision tower on these prompts.
+    calls: batches per training step.
+    vision_flops: operations of the vision tower for these prompts.
     kept: the program whose result is the copy of the weights, if there is one.
     """
     sampling.check_batch_shards(sharding.batch_shards(mesh))
@@ -399,7 +398,7 @@ def _slot_programs(
     prefill_flops: float,
     decode_flops: float,
 ) -> list[Program]:
-    """Return the programs that decode in slots; operations are those of one prompt."""
+    """Return the programs that decode in slots; `prefill_flops`, `decode_flops` are per prompt."""
     pool, refill = Output(f"{name}: prefill"), refill_size(slots, sharding.batch_shards(mesh))
     static = settings[-1]
     checks = static.max_new_tokens / static.check_every  # calls of `decode_program` for one group

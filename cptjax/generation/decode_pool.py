@@ -1,15 +1,15 @@
-"""The slots in which groups are decoded, as one value: prefill, decode steps, refill.
+"""The decode pool, the slots in which groups are decoded: prefill, decode steps, refill.
 
 A slot holds one group: the keys and values of its prompt, and the G responses that are decoded for
 it. All slots write into one ring of R columns: decode step s reads the token of column s % R and
-writes that of column s + 1, so keys, values and tokens are updated in place, without a scatter,
-whenever a group started. A group that started at step b has its token i in column (b + i) % R and
-attends only to columns that are not older than itself:
+writes the token of column (s + 1) % R. So keys, values and tokens are updated in place, without a
+scatter, even if groups started at different steps. A group that started at step b has its token i
+in column (b + i) % R and attends only to columns that were written since it started:
 
     R = 6               column  0 1 2 3 4 5
     after step 7:
     started at 0, done          a b c d e f      reached its limit after step 5
-    started at 3                d e . a b c      its token e, in column 7 % 6, was sampled last
+    started at 3                d e . a b c      token e, in column 7 % 6, was sampled last
     started at 7                . a . . . .
 """
 
@@ -29,15 +29,15 @@ from cptjax.types import Array, Params, Prompts, Rollouts
 
 @flax.struct.dataclass
 class QueuedPrompts:
-    """Prompts with their images embedded, and the limits and ids of their responses."""
+    """Embedded prompts with the limits and ids of their responses."""
 
     embedded: Array | None  # [Q P D]
     positions: Array | None  # [3 Q P]
     segments: Array | None  # [Q P]
     first_position: Array  # [Q] position id of the first response token
-    limits: Array  # [Q G] response tokens at most; 0 = a padding row
+    limits: Array  # [Q G] the most tokens of each response; 0 = a padding row
     row_ids: Array  # [Q G] the number from which a row's random key is derived
-    index: Array  # [Q] place in the batch
+    index: Array  # [Q] index in the batch
 
 
 @flax.struct.dataclass
@@ -81,7 +81,7 @@ class StaticSettings:
 
 @flax.struct.dataclass
 class TracedSettings:
-    """The sampling settings that programs take as arrays: another value compiles nothing."""
+    """The sampling settings that programs take as arrays: new values need no compilation."""
 
     key: Array
     controls: token_sampling.SamplingControls
@@ -89,7 +89,7 @@ class TracedSettings:
 
 
 def cast_weights(params: Params, cfg: ModelConfig, static: StaticSettings) -> Params:
-    """Cast the weights to the type of the arithmetic, once, before any loop; integers stay."""
+    """Cast the weights to the compute dtype once, before any loop; int8 weights stay int8."""
     return unrolled.unstack_layers(trainable.cast_params(params, static.dtype), cfg)
 
 
@@ -239,7 +239,7 @@ def slot_results(pool: DecodePool) -> GroupResults:
 def store_results(pool: DecodePool, results: GroupResults | None, prompts: int) -> GroupResults:
     """Write the responses of every slot at the index of its prompt.
 
-    A group that goes on is written again later.
+    An unfinished group is written again later.
     """
     new = slot_results(pool)
     if results is None:
@@ -252,7 +252,7 @@ def store_results(pool: DecodePool, results: GroupResults | None, prompts: int) 
 
 
 def to_rollouts(results: GroupResults, cfg: ModelConfig) -> Rollouts:
-    """Reshape [Q G ...] to rows, and blank everything after the last token."""
+    """Reshape [Q G ...] to rows, and clear everything after the last token of each row."""
     mask = jnp.arange(results.tokens.shape[-1]) < results.length[..., None]
 
     def rows(x: Array) -> Array:
@@ -277,9 +277,9 @@ def refill_slots(
     cfg: ModelConfig,
     static: StaticSettings,
 ) -> DecodePool:
-    """Start the queue's prompts `index` in `slots`.
+    """Start the prompts `index` of the queue in `slots`.
 
-    Ring columns need no clearing, as a group sees none that is older than itself.
+    The ring is not cleared, because a group does not attend to columns from before its start.
     """
     new = prefill_slots(weights, select_prompts(queue, index), pool.step, traced, cfg, static)
 

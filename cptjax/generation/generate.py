@@ -1,4 +1,4 @@
-"""Sample responses to encoded prompts: prepare the weights, run the sampler, decode on the host."""
+"""Sample responses to encoded prompts: prepare weights, run the decode loop, decode the tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from cptjax.types import Params, Prompts
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Responses on the host, this process's rows; row q * G + g is response g to prompt q."""
+    """This process's responses on the host; row q * G + g is response g to prompt q."""
 
     texts: list[str]
     tokens: np.ndarray  # [B R]
@@ -27,9 +27,9 @@ class Samples:
 
 
 def prepare_weights(model_ctx: ModelContext, params: Params, sampling: SamplingConfig) -> Params:
-    """Return the weights that `sample_responses` takes: `params`, or a gathered or eight-bit copy.
+    """Return the weights that `sample_responses` takes: `params`, or a gathered or int8 copy.
 
-    Call it once for several batches.
+    Call this function once for several batches.
     """
     with jax.set_mesh(model_ctx.mesh):
         return rollout_weights.prepare_rollout_weights(
@@ -48,8 +48,8 @@ def sample_responses(
 ) -> Samples:
     """Sample responses to encoded prompts with the weights of `prepare_weights`.
 
-    rows: the number of each prompt in the whole run, from which its random keys are derived.
-    limits: tokens at most, per prompt.
+    rows: the number of each prompt in the run, from which its random keys are derived.
+    limits: the most tokens of a response, by prompt.
     """
     prompts = model_ctx.place_prompts(encoded)
     return sample_from_prompts(model_ctx, weights, prompts, key, rows, sampling, limits)
@@ -64,7 +64,7 @@ def sample_from_prompts(
     sampling: SamplingConfig,
     limits: np.ndarray | None = None,
 ) -> Samples:
-    """Sample responses to left-padded prompts that are on the mesh already; see `sample_responses`."""
+    """Do what `sample_responses` does, for left-padded prompts that are already on the mesh."""
     with jax.set_mesh(model_ctx.mesh):
         out = decode_loop.generate_rollouts(
             weights,

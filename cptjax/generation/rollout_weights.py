@@ -20,9 +20,9 @@ def prepare_rollout_weights(
 ) -> Params:
     """Return the weights that the sampler takes, for a model that computes in `dtype`.
 
-    `sampling.gather` copies them to every device of the `fsdp` axis; `sampling.dtype` int8 rounds
-    the linear maps of the text blocks. Without either, `params` is returned, and the sampler's own
-    programs cast it.
+    `sampling.gather` copies the weights to every device of the `fsdp` axis. `sampling.dtype` int8
+    quantises the linear maps of the text blocks. Without either, `params` is returned, and the
+    programs of the decode loop cast it.
     """
     program = weights_program(params, cfg, sampling, dtype)
     return params if program is None else program(params)
@@ -33,15 +33,15 @@ def weights_program(
 ) -> Callable[[Params], Params] | None:
     """Return the jitted program that prepares weights like `params` (arrays or shapes).
 
-    Without `gather` and int8 the sampler takes `params` as they are: return None.
+    Return None without `gather` and int8: the decode loop then takes `params` as they are.
     """
     int8 = sampling.dtype == "int8"
     if not (int8 or sampling.gather):
         return None
     if int8 and importlib.util.find_spec("qwix") is None:
         raise ValueError(
-            "rollout.dtype='int8' needs the package qwix; "
-            "install it with: pip install 'cptjax[int8]'"
+            "rollout.dtype='int8' needs the package qwix; install it with: "
+            "pip install 'cptjax[int8]'"
         )
     leaves, tree = jax.tree.flatten(params)
     shardings = tuple(without_fsdp(x.sharding) if sampling.gather else None for x in leaves)
@@ -77,7 +77,7 @@ def _jit_weights_program(
 
 
 def without_fsdp(old: Any) -> NamedSharding | None:
-    """Return a sharding without its `fsdp` axis; None for an array that is on no mesh."""
+    """Return a sharding without its `fsdp` axis; None for an array that is not on a mesh."""
     if not isinstance(old, NamedSharding):
         return None
 
@@ -92,7 +92,7 @@ def without_fsdp(old: Any) -> NamedSharding | None:
 def _quantise(params: Params) -> Params:
     """Replace the linear maps of the text blocks by {int8, scale}.
 
-    There is one scale per layer and output, so that it multiplies the product.
+    There is one scale per layer and output, so that the scale can multiply the product.
     """
     blocks = {
         name: _quantise_linear(p, 2 if name == "o" else 1) if name in DECODER_LINEARS else p

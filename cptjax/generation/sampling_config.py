@@ -1,4 +1,4 @@
-"""The settings of sampling, checked: number and length of responses, choice of tokens, schedule."""
+"""The settings of sampling: number and length of responses, token filters, slots, dtype."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ SAMPLING_DTYPES = ("", *MODEL_DTYPES, "int8")
 class SamplingConfig:
     """How responses are sampled: the fields of `config.rollout`.
 
-    The default of a field turns it off.
+    A field that has a default is off by default.
     """
 
     group: int  # responses to each prompt
@@ -27,9 +27,7 @@ class SamplingConfig:
     min_p: float = 0.0
     slots: int = 0  # groups decoded at a time; 0 = the whole batch
     gather: bool = False  # copy the weights to every device of the fsdp axis while sampling
-    dtype: str = (
-        ""  # "" = the model's; int8 = weights of eight bits, arithmetic in the model's type
-    )
+    dtype: str = ""  # "" = the model's; int8 = int8 weights, arithmetic in the model's dtype
 
     def __post_init__(self) -> None:
         types = ", ".join(map(repr, SAMPLING_DTYPES))
@@ -60,17 +58,17 @@ class SamplingConfig:
             )
 
     def compute_dtype(self, model_dtype: Any) -> jnp.dtype:
-        """Return the type of the arithmetic for a model that computes in `model_dtype`."""
+        """Return the compute dtype of sampling for a model that computes in `model_dtype`."""
         return jnp.dtype(MODEL_DTYPES.get(self.dtype, model_dtype))
 
 
 def rollout_sampling(config: ConfigDict) -> SamplingConfig:
-    """Return the sampling of training rollouts."""
+    """Return the settings for sampling training rollouts."""
     return SamplingConfig(**config.rollout)
 
 
 def eval_sampling(config: ConfigDict) -> SamplingConfig:
-    """Return the sampling of evaluations: one response to each prompt, nothing cut off."""
+    """Return the settings for evaluations: one response to each prompt, without token filters."""
     e, r = config.eval, config.rollout
     return SamplingConfig(
         group=1,

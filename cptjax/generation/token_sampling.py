@@ -1,9 +1,10 @@
 """Sample tokens from logits: temperature, top-k, top-p and min-p, without a sort.
 
-Temperature is applied first, then top-k, then top-p among the tokens that top-k kept, then min-p:
-the order of transformers. Each of the three filters is a lowest logit that may still be sampled,
-so ties stay together. That logit is found by halving the range of float bits: 31 passes over the
-logits whatever the vocabulary, and none where the filter is off. Each row uses one uniform number.
+Temperature is applied first, then top-k, then top-p among the tokens that top-k kept, then min-p,
+as in transformers. Each of the three filters is a threshold on the logits, so tokens of equal logit
+are kept or dropped together. A binary search over the bits of floats finds the threshold in 31
+passes over the logits, for any vocabulary; a filter that is off takes no pass. Each row uses one
+uniform number.
 """
 
 import flax.struct
@@ -14,13 +15,13 @@ from jax import lax
 
 from cptjax.types import Array
 
-TOKEN_BLOCK = 128  # tokens whose weights are summed before one of them is searched
+TOKEN_BLOCK = 128  # tokens of a block; the block is found first, then the token in it
 LOWEST_LOGIT = -3e38  # a finite minus infinity
 
 
 @flax.struct.dataclass
 class SamplingControls:
-    """How a token is sampled; all fields are traced, so another temperature compiles nothing."""
+    """How a token is sampled; all fields are traced, so new values need no compilation."""
 
     temperature: Array  # 0 = greedy
     top_k: Array  # 0 = off
@@ -49,11 +50,11 @@ def make_controls(
 def sample_tokens(
     logits: Array, uniform: Array, controls: SamplingControls
 ) -> tuple[Array, Array, Array]:
-    """Sample from logits [B V] in float32 with uniform numbers [B] in [0, 1).
+    """Sample from float32 logits [B V] with uniform numbers [B] in [0, 1).
 
-    Return tokens [B], their log-probability under the distribution sampled from, and under the raw
-    policy: the plain softmax over all V, forbidden tokens included, which the trainer's forward
-    computes. The first is 0 for a greedy token.
+    Return tokens [B] and two log-probabilities of each. The first is under the distribution that
+    the token is sampled from; it is 0 for a greedy token. The second is under the policy, the plain
+    softmax over all V tokens including forbidden ones, as the trainer's forward pass computes it.
     """
     allowed = jnp.where(controls.forbidden, LOWEST_LOGIT, logits)
 
@@ -77,8 +78,8 @@ def _select(x: Array, tokens: Array) -> Array:
 def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
     """Return the token at which the running sum of weights [B V] passes uniform * total, and total.
 
-    The token's block is searched first, then the token within it. A token of weight 0 does not
-    raise the running sum, so it is never the token at which the sum passes.
+    The search finds the token's block first, then the token in it. A token of weight 0 does not
+    increase the running sum, so it is never sampled.
     """
     b, v = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -v % TOKEN_BLOCK))).reshape(b, -1, TOKEN_BLOCK)
@@ -92,7 +93,7 @@ def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
 
 def _first_above(sums: Array, goal: Array) -> tuple[Array, Array]:
     """Return where running sums [B n] first exceed goal [B], and goal minus the sum before."""
-    # Rounding may lift the goal to the last sum, which nothing exceeds.
+    # Rounding may raise the goal to the last sum, which no sum exceeds.
     goal = jnp.minimum(goal, jnp.nextafter(sums[:, -1], jnp.zeros(())))
     below = sums <= goal[:, None]
     before = jnp.max(jnp.where(below, sums, 0.0), -1)
@@ -100,7 +101,7 @@ def _first_above(sums: Array, goal: Array) -> tuple[Array, Array]:
 
 
 def lowest_kept(z: Array, controls: SamplingControls) -> Array:
-    """Return [B 1] the lowest z that may be sampled; z [B V] is 0 at the likeliest token."""
+    """Return the lowest z [B 1] that may be sampled; z [B V] is 0 for the most likely token."""
     lowest = jnp.full((z.shape[0],), LOWEST_LOGIT / 2, jnp.float32)
 
     def off():
@@ -121,11 +122,11 @@ def lowest_kept(z: Array, controls: SamplingControls) -> Array:
 
 
 def highest_with_mass(z: Array, mass: Array, goal: Array) -> Array:
-    """Return [B] the highest value at or above which the entries of z [B V] <= 0 hold `goal` mass.
+    """Return the highest values [B] such that the entries of z at or above have `goal` mass.
 
-    It is the lowest float where all entries together hold less.
+    z [B V] must be <= 0. If all entries together have less mass, the value is the lowest float.
     """
-    # Of two floats <= 0 the higher has the smaller magnitude, and magnitudes order like their bits.
+    # The higher of two floats <= 0 has the smaller magnitude, and magnitudes sort like their bits.
     bits = lax.bitcast_convert_type(jnp.abs(z), jnp.int32)
     goal = jnp.broadcast_to(goal, z.shape[:1])
 
