@@ -15,13 +15,14 @@ from ml_collections.config_dict import ConfigDict, FieldReference
 # Sections whose keys the user chooses.
 FREE_SECTIONS = ("tasks", "arms", "prestage", "groups")
 
-# Sections that make several runs of one config; an arm or the pre-stage cannot set them.
+# Sections that turn one config into several runs; an arm or the pre-stage cannot set them.
 MULTI_RUN_SECTIONS = ("arms", "seeds", "orders", "prestage")
 
 # Sections that may change when a run is resumed: they do not change its results.
 RESUME_SECTIONS = ("allow_change", "log", "checkpoint", "mesh", "expect")
 
-# What a stage may override, and what of it belongs to the run: one model, one mesh, one evaluation.
+# What a stage may override, except the keys that belong to the whole run, which has one model, one
+# mesh and one evaluation.
 STAGE_SECTIONS = ("data", "method", "rewards", "rollout", "train", "eval.every", "eval.mini", "log")
 RUN_ONLY_KEYS = (
     "data.prompt_limit",
@@ -32,7 +33,7 @@ RUN_ONLY_KEYS = (
     "log.wandb",
 )
 
-# The smallest value of numbers that no other code checks; a float minimum allows fractions.
+# The minimum of each number that is checked only in this module; a float minimum allows fractions.
 MINIMUM_VALUES = {
     "data.prompt_limit": 1,
     "data.bad_rows": 0,
@@ -72,7 +73,7 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: the tasks to train on, for how long, with which settings."""
+    """One stage: its tasks, its length and its settings."""
 
     number: int  # from 1; 0 is the base model
     tasks: tuple[str, ...]
@@ -108,20 +109,20 @@ def _merge_into(section: ConfigDict, overrides: Mapping[str, Any], where: str) -
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Return the hint of an error about an unknown name: the nearest known one, or all of them."""
+    """Return a hint for an error about an unknown name: the nearest known name, or all names."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, 1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 def is_optional(section: ConfigDict, key: str) -> bool:
-    """Whether a setting may be None: configs/base.py declares it with `optional`."""
+    """Return whether a setting may be None, that is, whether it is declared with `optional`."""
     fields = dict(section.items(preserve_field_references=True))
     return isinstance(fields[key], FieldReference)
 
 
 def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
-    """Return the value in the type that the config declares for the setting, or refuse it."""
+    """Return the value in the type that the config declares for the setting; refuse other types."""
     kind, optional = section.get_type(key), is_optional(section, key)
     if kind in (object, type(None)) or (value is None and optional):
         return value
@@ -144,7 +145,7 @@ def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
 
 
 def check_config_values(config: ConfigDict) -> None:
-    """Refuse numbers that are too small, and groups of tasks that are not evaluated."""
+    """Refuse numbers below their minimum, and groups of tasks that are not evaluated."""
     for name, minimum in MINIMUM_VALUES.items():
         section, key = name.split(".")
         value = config[section][key]
@@ -165,7 +166,7 @@ def check_config_values(config: ConfigDict) -> None:
 
 
 def replayed_tasks(stages: Sequence[Stage], stage: Stage) -> list[str]:
-    """Return the tasks of earlier stages whose rows are mixed into a stage, each once."""
+    """Return the tasks of earlier stages that a stage replays, each once."""
     if not stage.config.method.replay.fraction:
         return []
     earlier = [task for other in stages[: stage.number - 1] for task in other.tasks]
@@ -173,7 +174,7 @@ def replayed_tasks(stages: Sequence[Stage], stage: Stage) -> list[str]:
 
 
 def evaluated_tasks(config: ConfigDict, stages: Sequence[Stage]) -> list[str]:
-    """Return the tasks of `eval.tasks`, each once: those of the stages, or the named ones."""
+    """Return the tasks of `eval.tasks`, each once: those of all stages, or the named ones."""
     if config.eval.tasks == "all":
         names = [task for stage in stages for task in stage.tasks]
     else:
@@ -184,8 +185,8 @@ def evaluated_tasks(config: ConfigDict, stages: Sequence[Stage]) -> list[str]:
 def eval_templates(config: ConfigDict, stages: Sequence[Stage], task: str) -> tuple[str, ...]:
     """Return the templates under which a task is evaluated.
 
-    These are `eval.templates`; without them the template that the task was last trained with; for a
-    task that no stage trains, the run's.
+    These are `eval.templates`. If there are none, it is the template that the task was last trained
+    with, or the template of the run for a task that no stage trains on.
     """
     if config.eval.templates:
         return tuple(config.eval.templates)
@@ -233,7 +234,7 @@ def _resolve_stage(config: ConfigDict, number: int, overrides: dict[str, Any]) -
 
 
 def _overridden_names(overrides: Mapping[str, Any]) -> list[str]:
-    """Return the names "section" or "section.key" of what the overrides set."""
+    """Return the names, "section" or "section.key", of the settings that the overrides set."""
     names = []
     for section, value in overrides.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -244,14 +245,14 @@ def _overridden_names(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def all_runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """List the (sub-folder, config) of every run: those that make base models, then the others."""
+    """List the (sub-folder, config) of every run; runs that make base models come first."""
     return [*prestage_runs(config).items(), *expand_runs(config)]
 
 
 def expand_runs(config: ConfigDict, workdir: Path | None = None) -> list[tuple[str, ConfigDict]]:
     """List the (sub-folder, config) of arms x seeds x orders; a single run has the sub-folder "".
 
-    With the workdir, each run starts from the base model that the pre-stage exports there.
+    With a workdir, each run starts from the base model that the pre-stage exports there.
     """
     arms = config.arms.to_dict() or {"": {}}
     runs = []
@@ -301,9 +302,9 @@ def _reorder_stages(stages: Sequence[Mapping], order: Sequence[int]) -> tuple[Ma
 
 
 def prestage_runs(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Return sub-folder -> config of the runs that make the base models.
+    """Return the configs of the runs that make base models, by sub-folder.
 
-    Without a pre-stage there is none; with seeds there is one per seed.
+    Without a pre-stage there is none; with `seeds` there is one for each seed.
     """
     if not len(config.prestage):
         return {}
@@ -348,7 +349,7 @@ def recorded_config(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def config_fingerprint(config: ConfigDict, sections: Sequence[str] = ()) -> str:
     """Return a hash of the settings that decide a run's results, or of some sections.
 
-    Of a pre-stage's model the settings are hashed, not the path.
+    If the model is made by a pre-stage, the settings of the pre-stage are hashed, not the path.
     """
     settings = config_to_dict(config)
     if settings["prestage"]:

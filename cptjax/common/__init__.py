@@ -1,1 +1,1 @@
-"""Console, files, run log, trackers, processes, images and flags; knows no models or tasks."""
+"""Console, files, run log, trackers, processes, images, flags; independent of models and tasks."""

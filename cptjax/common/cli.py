@@ -1,4 +1,4 @@
-"""How every command starts and ends; a user's mistake is one line and exit code 2."""
+"""Start and end of every command; a user's mistake prints one line and exits with code 2."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from cptjax.common import config_flag
 
 
 def init_distributed() -> None:
-    """Join the other hosts where the launch script says that there are some."""
+    """Connect to the other hosts if the launch script says that there are some."""
     if os.environ.get("CPTJAX_DISTRIBUTED"):
         import jax
 
@@ -32,13 +32,13 @@ def run_launcher(main: Callable[[], None]) -> None:
             config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
             config_flag.refuse_ineffective_overrides(config, sys.argv[1:])
             main()
-            # Everything is saved: a SIGTERM while Python exits must not change the exit code.
+            # Everything is saved, so a SIGTERM while Python exits must not change the exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except (ValueError, OSError) as error:
             _exit_with_error(error)
         except SystemExit as error:
-            # A SIGTERM during a run: leave at once, or Python would release the device under a
-            # running program.
+            # After a SIGTERM, exit at once: a normal exit would release the device while a program
+            # runs on it.
             if not isinstance(error.code, int):
                 raise
             sys.stdout.flush()
@@ -49,7 +49,7 @@ def run_launcher(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags and load the config file; every failure of either is the user's."""
+    """Parse the flags and load the config file; treat any failure as the user's mistake."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -61,7 +61,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _last_line(error: Exception) -> str:
-    """Return the reason of a flag error, without the traceback that an error in a config has."""
+    """Return the reason of a flag error, without the traceback of an error in a config file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     head = lines[0].removesuffix("Error whilst parsing config file:")
     return lines[0] if len(lines) == 1 else f"{head}{lines[-1].removeprefix('ValueError: ')}"

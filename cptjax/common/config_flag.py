@@ -1,4 +1,4 @@
-"""The --config flag: a config file and command-line overrides of any of its settings."""
+"""The --config flag: load a config file, and override any of its settings on the command line."""
 
 import ast
 import copy
@@ -24,7 +24,7 @@ from cptjax.config import (
 )
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
-STAGE_KEYS = ("task", "steps", "epochs")  # settings of a stage alone
+STAGE_KEYS = ("task", "steps", "epochs")  # settings that only stages have
 
 
 def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
@@ -50,7 +50,7 @@ def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.Fla
 
 
 class _OptionalParser(flags.ArgumentParser):
-    """Parse `None`, or what another parser parses."""
+    """Parse `None` as None, and any other text with another parser."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self.parser = parser
@@ -101,7 +101,7 @@ class _ConfigFileParser(flags.ArgumentParser):
 
 
 def override_path(argument: str) -> tuple[str | int, ...]:
-    """Return the setting that a flag overrides; () = the flag is no override.
+    """Return the path of the setting that a flag overrides; () if the flag is no override.
 
     `--config.stages[1].epochs=3` gives ("stages", 1, "epochs").
     """
@@ -115,7 +115,7 @@ def flag_name(path: Sequence[str | int]) -> str:
 
 
 def _separate_arms_and_stages(config: ConfigDict) -> None:
-    """Copy every arm and every stage: they may share dicts, and an override is meant for one."""
+    """Copy every arm and every stage, because they may share dicts and an override is for one."""
     for name, arm in config.arms.items():
         config.arms[name] = ConfigDict(copy.deepcopy(arm.to_dict()))
     for section in (config, config.prestage, *config.arms.values()):
@@ -124,10 +124,10 @@ def _separate_arms_and_stages(config: ConfigDict) -> None:
 
 
 def _prepare_override(config: ConfigDict, path: Sequence[str | int], is_none: bool) -> None:
-    """Make sure that an overridden setting exists, in the type that the config declares for it.
+    """Make sure that an overridden setting exists and has the type that the config declares.
 
-    An arm, the pre-stage and a stage hold only the settings that they change. ml_collections
-    overrides only settings that exist, and takes their type from the present value.
+    Arms, the pre-stage and stages have only the settings that they change, but ml_collections
+    overrides only settings that exist, and takes their types from the current values.
     """
     section, keys = _find_overrides(config, path)
     if section is not config and keys[0] in STAGE_KEYS:
@@ -142,7 +142,7 @@ def _prepare_override(config: ConfigDict, path: Sequence[str | int], is_none: bo
         if key not in section:
             section[key] = {}
         section, kind, declared = section[key], declared.get_type(key), declared[key]
-        if kind is not ConfigDict:  # a setting that is None or a dict, such as method.filter
+        if kind is not ConfigDict:  # a setting that may be None or a dict, such as method.filter
             if not isinstance(section, Mapping | ConfigDict):
                 whole = flag_name(path[:-1])
                 raise flags.IllegalFlagValueError(
@@ -171,7 +171,7 @@ def _prepare_override(config: ConfigDict, path: Sequence[str | int], is_none: bo
 def _find_overrides(
     config: ConfigDict, path: Sequence[str | int]
 ) -> tuple[ConfigDict | dict, Sequence[str | int]]:
-    """Return the arm, pre-stage, stage or config of an override, and its keys in there."""
+    """Return the arm, pre-stage, stage or config that an override changes, and its keys there."""
     section, keys = config, path
     if path[0] == "arms" and len(path) > 2:
         if path[1] not in config.arms:
@@ -203,7 +203,7 @@ def _check_exists(
         return
     owner = path[: len(path) - len(keys)]
     names = [flag_name([*owner, name]) for name in _setting_names(config)]
-    close = [name for name in names if name.endswith(f".{key}")]  # a forgotten section
+    close = [name for name in names if name.endswith(f".{key}")]  # the section was left out
     close += difflib.get_close_matches(flag_name(path), names, 1, 0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise flags.IllegalFlagValueError(f"{flag_name(path)} does not exist in the config{hint}")
@@ -230,7 +230,7 @@ def _setting_names(section: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def refuse_ineffective_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Refuse an override that every arm, pre-stage or stage sets again, so it changes nothing."""
+    """Refuse an override that has no effect because every arm or stage sets the value itself."""
     overridden = [path for path in map(override_path, argv) if path]
     paths = [path for path in overridden if path[0] not in MULTI_RUN_SECTIONS]
     if not paths:
@@ -248,13 +248,13 @@ def refuse_ineffective_overrides(config: ConfigDict, argv: Sequence[str]) -> Non
             ]
             hint = f"; set {setters[0]}" if setters else ""
             raise ValueError(
-                f"{flag_name(path)} changes nothing, since every run of the config sets it itself"
-                f"{hint}"
+                f"{flag_name(path)} changes nothing, since every run of the config sets it "
+                f"itself{hint}"
             )
 
 
 def _get_value(node: Any, path: Sequence[str | int]) -> Any:
-    """Return the value of a setting; None where there is none."""
+    """Return the value of a setting; None if it does not exist."""
     for key in path:
         is_index = isinstance(key, int) and isinstance(node, list | tuple) and key < len(node)
         is_key = isinstance(node, Mapping | ConfigDict) and key in node

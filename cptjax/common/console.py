@@ -1,7 +1,7 @@
-"""Messages and progress bars on the terminal, or as plain lines in a log file.
+"""Print messages, tables and progress bars on the terminal, or as plain lines in a log file.
 
-A terminal shows live bars, a log file gets a plain line every few seconds, a test shows nothing.
-Everything goes to standard error, so that standard output holds only results.
+A terminal shows live bars, a log file gets a plain line every few seconds, and tests show nothing.
+All output is on standard error, so that standard output has only results.
 """
 
 import contextlib
@@ -70,9 +70,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 class ProgressBar:
-    """A count of finished units; named values given to `advance` are shown next to it.
+    """A count of finished units, and the latest named values that `advance` received.
 
-    This class shows nothing; the subclasses do.
+    The subclasses display it; this class displays nothing.
     """
 
     def __init__(self, text: str, total: int | None, done: int = 0):
@@ -93,7 +93,7 @@ class ProgressBar:
         pass
 
     def eta(self) -> float | None:
-        """Return the seconds left at the speed of this process; None before its first unit."""
+        """Return the seconds left at this process's speed; None before its first finished unit."""
         done_now = self.done - self.resumed
         if not done_now or not self.total:
             return None
@@ -118,7 +118,7 @@ class ProgressBar:
 
 
 class _PlainBar(ProgressBar):
-    """A line every PLAIN_EVERY seconds; until the first unit is done, a reminder that it works."""
+    """A line every PLAIN_EVERY seconds, even while the first unit is not done yet."""
 
     def __init__(self, text: str, total: int | None, done: int = 0):
         super().__init__(text, total, done)
@@ -174,7 +174,7 @@ def progress_bar(text: str, total: int | None = None, done: int = 0) -> Iterator
 
 @contextlib.contextmanager
 def show_waiting(text: str) -> Iterator[None]:
-    """Show that work without countable steps is going on, and for how long."""
+    """Show that the body is running and for how long, for work without countable steps."""
     if console_mode() != "plain":
         with progress_bar(text):
             yield
@@ -200,7 +200,7 @@ def format_duration(seconds: float) -> str:
 
 
 class _Reminder:
-    """A thread that prints every PLAIN_EVERY seconds how long the work has taken, until stopped."""
+    """A thread that prints the time spent so far every PLAIN_EVERY seconds, until stopped."""
 
     def __init__(self, text: str):
         self.done, self.started = threading.Event(), time.monotonic()
@@ -222,7 +222,7 @@ def _console() -> Console:
 
 @contextlib.contextmanager
 def _live_display() -> Iterator[Progress | None]:
-    """Open the live display, or join the open one; None in the other modes."""
+    """Yield the live display, opened or shared with outer bars; None in the other modes."""
     global _live, _depth
     if console_mode() != "live":
         yield None

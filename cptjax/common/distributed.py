@@ -1,4 +1,4 @@
-"""Exchange Python values between the processes of a run, each of which has its own rows."""
+"""Exchange Python values between the processes of a run."""
 
 import pickle
 from typing import Any

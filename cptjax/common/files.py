@@ -1,4 +1,4 @@
-"""Write files atomically, append to files of lines, and read both back."""
+"""Write files atomically, append to files of lines, and read both."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def to_jsonable(value: Any) -> Any:
-    """Turn arrays, means and paths into JSON values; a number that is not finite becomes None."""
+    """Convert arrays, means and paths to JSON values; numbers that are not finite become None."""
     if hasattr(value, "value"):  # a types.Mean; importing that module would load jax
         return to_jsonable(value.value)
     if isinstance(value, Mapping):
@@ -26,7 +26,7 @@ def to_jsonable(value: Any) -> Any:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Replace a file atomically: a reader sees the old text or the new one, also after a kill."""
+    """Replace a file atomically: readers see the old text or the new one, even after a kill."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -92,7 +92,7 @@ class LineFile:
         return csv_text([[row[c] for c in self.columns]])
 
     def position(self) -> int:
-        """Return the length in bytes, once all of it is on the disk."""
+        """Write everything to disk, and return the length in bytes."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
@@ -111,7 +111,7 @@ class LineFile:
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Read a jsonl file without an incomplete last line; a missing file has no rows."""
+    """Read a jsonl file, except an incomplete last line; a missing file has no rows."""
     path = Path(path)
     return parse_jsonl(path.read_bytes(), path) if path.exists() else []
 

@@ -1,4 +1,4 @@
-"""Open any image as upright RGB, and compute the size that the model sees."""
+"""Open any image as upright RGB, and compute the size to which it is resized for the model."""
 
 import base64
 import dataclasses
@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 
 _log = logging.getLogger("cptjax")
 
-# Only formats that Pillow decodes without another program: its EPS reader would start Ghostscript.
+# Only formats that Pillow decodes itself: its EPS reader, for example, would start Ghostscript.
 Image.init()
 KNOWN_FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF JPEG2000 TGA"
 IMAGE_FORMATS = tuple(f for f in KNOWN_FORMATS.split() if f in Image.OPEN)
-MAX_FILE_PIXELS = 89_478_485  # a quarter of a GiB of RGB; Pillow warns above it
+MAX_FILE_PIXELS = 89_478_485  # 256 MiB of RGB, the size above which Pillow warns
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 EXIF_ORIENTATION = 0x0112
 ROTATED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -55,7 +55,7 @@ def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image
         ) from error
     if image.width * image.height > MAX_FILE_PIXELS:
         raise ValueError(f"{name}: {_too_large_message(f'{image.width} x {image.height} pixels')}")
-    # An MPO is one photo with a preview.
+    # An MPO file has several frames but is one photo with previews.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         _log.warning("%s: an animation of %d frames, the first one is used", name, image.n_frames)
     try:
@@ -71,7 +71,7 @@ def find_file(path: str | os.PathLike, base: str | os.PathLike = "") -> Path:
     if text.startswith(("http://", "https://", "s3://", "gs://")):
         raise ValueError(f"{text}: addresses are not fetched; download the file and give its path")
     path = Path(base, text.removeprefix("file://")).expanduser()
-    # An accented name has two normal forms; archives made on a Mac hold the decomposed one.
+    # A name with accents has two normal forms; archives made on a Mac use the decomposed one.
     spellings = [unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD")]
     for spelling in (str(path), *spellings):
         if Path(spelling).is_file():
@@ -80,7 +80,7 @@ def find_file(path: str | os.PathLike, base: str | os.PathLike = "") -> Path:
 
 
 def _open_stream(source: ImageSource, base: str | os.PathLike) -> tuple[Any, str]:
-    """Return what Pillow opens, and the name of the image in messages."""
+    """Return the path or stream for Pillow to open, and the name of the image for messages."""
     if isinstance(source, dict):
         if source.get("bytes"):
             return io.BytesIO(source["bytes"]), source.get("path") or "image"
@@ -97,19 +97,19 @@ def _open_stream(source: ImageSource, base: str | os.PathLike) -> tuple[Any, str
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert every colour mode to upright RGB: transparency on white, 16 bits scaled to 8."""
+    """Convert any colour mode to upright RGB: white behind transparency, 16 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES or image.mode in ("I", "F"):
         image = _to_eight_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    # A copy even of RGB: the caller owns the pixels and no file stays open.
+    # Copy an RGB image too, so that the caller owns the pixels and no file stays open.
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and float grey levels to 0-255 by the range of their mode or content."""
+    """Scale 16-bit, 32-bit and float grey levels to 0-255, by the range of the mode or values."""
     values = np.asarray(image).astype(np.float64)
     peak = values.max(initial=0.0)
     if image.mode in SIXTEEN_BIT_MODES or peak > 255:
@@ -129,7 +129,7 @@ def _one_line_reason(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How images become patches, in training, sampling and evaluation; saved with checkpoints."""
+    """How images become patches in training, sampling and evaluation; saved with checkpoints."""
 
     min_pixels: int = DEFAULT_MIN_PIXELS
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -152,13 +152,13 @@ class ImageSettings:
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Return (height, width) after resizing.
 
-        Both are multiples of a merged patch, the area is within the limits, and the shape is kept
-        as nearly as that allows.
+        Both are multiples of the side of a merged patch, and their area is within the limits. The
+        aspect ratio is kept as closely as these conditions allow.
         """
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(
-                f"an image of {width} x {height} pixels is too narrow; the sides may differ "
-                f"{MAX_ASPECT_RATIO} times at most"
+                f"an image of {width} x {height} pixels is too narrow; expected an aspect ratio of "
+                f"at most {MAX_ASPECT_RATIO}"
             )
         unit, sides = self.patch * self.merge, (height, width)
         h, w = (round(side / unit) * unit for side in sides)
@@ -189,7 +189,7 @@ def image_size(source: Any) -> tuple[int, int]:
             image = Image.open(find_file(source))
         else:
             image = open_image(source)
-        # Pillow would decode a whole PNG to look for orientation data.
+        # Without this check, Pillow would decode a whole PNG to search for orientation data.
         has_exif = image.format != "PNG" or "exif" in image.info
         rotated = has_exif and image.getexif().get(EXIF_ORIENTATION) in ROTATED_ORIENTATIONS
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -198,7 +198,7 @@ def image_size(source: Any) -> tuple[int, int]:
 
 
 def thumbnail_uri(source: ImageSource, side: int = 160) -> str:
-    """Return an image, shrunk to at most `side` pixels, as a data URI."""
+    """Return a data URI of an image, shrunk to at most `side` pixels on each side."""
     image = open_image(source)
     image.thumbnail((side, side))
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A jitted function of a run with its abstract arguments, as it is compiled ahead of time."""
+"""A jitted function of a run with abstract arguments, ready to be compiled ahead of time."""
 
 import dataclasses
 from typing import Any
@@ -20,11 +20,10 @@ class Program:
     name: str
     function: Any  # jitted
     args: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct or `Output`, and static values
-    calls: float  # in one step of training
-    flops: float  # of the model in one call, counted by hand
-    kept: tuple[
-        str, ...
-    ] = ()  # earlier programs whose results stay in memory during a call; a name twice: two results
+    calls: float  # in one training step
+    flops: float  # of the model in one call, by formula
+    # Earlier programs whose results stay in memory during a call; a repeated name is two results.
+    kept: tuple[str, ...] = ()
     not_loaded: tuple[str, ...] = ()  # models of the stage that are not in memory yet
     loop_trips: float = 1.0  # of loops whose end depends on data
 

@@ -1,6 +1,6 @@
-"""Record the metrics of a run in files that only grow, and read evals.csv back.
+"""Record the metrics of a run in append-only files, and read evals.csv.
 
-These files of the workdir are metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl and
+The append-only files of a workdir are metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl and
 predictions/stage{K}.jsonl. A checkpoint stores `RunLog.positions()`; `RunLog.rewind(positions)`
 removes what a killed run wrote after its last checkpoint.
 """
@@ -33,8 +33,10 @@ EVAL_COLUMNS = (
 
 # Metrics of evals.csv.
 ACCURACY = "accuracy"  # the task's main score in [0, 1] at a stage's end: a cell of the matrix
-ACCURACY_MINI = "accuracy_mini"  # the same inside a stage, on a fixed small set of rows
-ACCURACY_FORCED = "accuracy_forced"  # with the expected prefix forced: knowledge without format
+ACCURACY_MINI = "accuracy_mini"  # the same during a stage, on a fixed small set of rows
+ACCURACY_FORCED = (
+    "accuracy_forced"  # with the expected prefix forced, so the format is always right
+)
 KL_BASE = "kl_base"  # KL(base || current model) per token, on this task's prompts
 
 APPEND_ONLY_FILES = (
@@ -43,20 +45,20 @@ APPEND_ONLY_FILES = (
     "rollouts/stage*.jsonl",
     "predictions/stage*.jsonl",
 )
-# What was spent since the previous line of metrics.jsonl: seconds, generated tokens, tokens trained
-# on (without padding), responses, floating-point operations.
+# The cost since the previous line of metrics.jsonl: seconds, generated tokens, trained tokens
+# (without padding), responses, floating-point operations.
 COST_KEYS = ("seconds", "tokens", "trained", "rollouts", "flops")
 
 
 class RunLog:
-    """The growing files of one workdir, and the trackers that get the same numbers."""
+    """The append-only files of one workdir, and the trackers that get the same numbers."""
 
     def __init__(self, workdir: Path | str, trackers: Sequence[Tracker] = ()):
         self.workdir, self.trackers = Path(workdir), tuple(trackers)
         self.files: dict[str, LineFile] = {}
 
     def lines(self, name: str) -> LineFile:
-        """Return a growing file by its name in the workdir, opened on first use."""
+        """Return an append-only file by its name in the workdir, opened on first use."""
         if name not in self.files:
             columns = EVAL_COLUMNS if name == "evals.csv" else ()
             self.files[name] = LineFile(self.workdir / name, columns)
@@ -65,7 +67,7 @@ class RunLog:
     def step(self, stage: int, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl.
 
-        `event` in values marks a line that is no training step: evaluate, filter, ...
+        `event` in values marks a line that is not a training step: evaluate, filter, ...
         """
         self.lines("metrics.jsonl").append({"stage": stage, "step": step, **values})
         self._track({f"stage{stage}/{k}": v for k, v in values.items()}, step, stage, step)
@@ -90,17 +92,17 @@ class RunLog:
         self.lines(f"predictions/stage{stage}.jsonl").append(*rows)
 
     def _track(self, values: Mapping[str, Any], x: int, stage: int, step: int) -> None:
-        """Send numbers to the trackers; `x` is their place on the axis of their curves."""
+        """Send numbers to the trackers; `x` is their position on the x axis."""
         numbers = {k: v for k, v in to_jsonable(values).items() if isinstance(v, (int, float))}
         for tracker in self.trackers:
             tracker.log(numbers, x, stage, step)
 
     def positions(self) -> dict[str, int]:
-        """Return the length of every growing file, to be stored in a checkpoint."""
+        """Return the length of every append-only file, to be stored in a checkpoint."""
         return {name: self.lines(name).position() for name in self._names()}
 
     def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut every growing file back to the length in a checkpoint; {} removes all of them."""
+        """Cut every append-only file back to its length in a checkpoint; {} removes all of them."""
         for name in {*self._names(), *positions}:
             self.lines(name).truncate(positions.get(name, 0))
             if not positions.get(name, 0):
@@ -119,7 +121,7 @@ class RunLog:
 
 
 def read_evals(path: Path | str) -> list[dict[str, Any]]:
-    """Read the complete lines of evals.csv, numbers as numbers; an empty value is NaN."""
+    """Read the complete lines of evals.csv, with numbers converted; an empty value is NaN."""
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
@@ -136,7 +138,7 @@ def read_evals(path: Path | str) -> list[dict[str, Any]]:
 
 
 def data_wait_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return the share of the time of training steps that was spent waiting for rows.
+    """Return the share of training time that was spent waiting for rows.
 
     The first step of a stage, which compiles, is left out.
     """

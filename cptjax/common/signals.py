@@ -1,4 +1,4 @@
-"""SIGTERM: a training step finishes and is saved first; anywhere else the process ends at once."""
+"""Handle SIGTERM: finish and save a training step first; anywhere else, end the process at once."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ from cptjax.common import console, distributed
 
 
 class SamplingStopped(Exception):
-    """Raised between two pieces of long work after SIGTERM; all finished pieces are kept."""
+    """Raised after SIGTERM between two parts of a long task; all finished parts are kept."""
 
 
 class Preempted(SystemExit):
@@ -32,11 +32,11 @@ class SigtermHandler:
             self.leave("outside of training")
 
     def deferred(self) -> contextlib.AbstractContextManager[None]:
-        """Only record SIGTERM inside this block; the code in it asks `agreed` where it can stop."""
+        """Only record SIGTERM inside this block; its code calls `agreed` where it can stop."""
         return self._deferring_set_to(True)
 
     def immediate(self) -> contextlib.AbstractContextManager[None]:
-        """Handle SIGTERM at once again inside a `deferred` block: for work that need not finish."""
+        """Handle SIGTERM at once inside a `deferred` block, for work that need not finish."""
         return self._deferring_set_to(False)
 
     @contextlib.contextmanager
@@ -48,7 +48,7 @@ class SigtermHandler:
             self._deferring = before
 
     def agreed(self) -> bool:
-        """Whether any process received SIGTERM; all processes must ask at the same place."""
+        """Return whether any process received SIGTERM; all processes must call it together."""
         return any(distributed.gather_objects(self.received))
 
     def leave(self, where: str) -> None:
@@ -59,9 +59,9 @@ class SigtermHandler:
 
 @contextlib.contextmanager
 def handle_sigterm(sigterm: SigtermHandler) -> Iterator[None]:
-    """Send SIGTERM to `sigterm` inside this block.
+    """Handle SIGTERM with `sigterm` inside this block.
 
-    Python allows that only in the main thread; in another thread nothing changes.
+    Python allows handlers only in the main thread; in another thread this block does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Send the metrics of a run to TensorBoard or Weights & Biases, as `config.log` says."""
+"""Send the metrics of a run to TensorBoard or Weights & Biases, as set in `config.log`."""
 
 import secrets
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from cptjax.common import files
 
 
 class Tracker(Protocol):
-    """What a tracker implements."""
+    """The interface of a tracker."""
 
     def log(self, values: Mapping[str, float], x: int, stage: int, step: int) -> None:
-        """Record numbers by name; `x` is their place on the axis of their curves."""
+        """Record numbers by name; `x` is their position on the x axis."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining numbers."""
 
 
 def open_trackers(workdir: Path, config: Mapping[str, Any]) -> list[Tracker]:
@@ -37,8 +37,8 @@ class TensorBoardTracker:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise ValueError(
-                "log.tensorboard=True needs tensorboardX: pip install 'cptjax[tracking]', "
-                "or set it to False"
+                "log.tensorboard=True needs tensorboardX: pip install 'cptjax[tracking]', or set "
+                "it to False"
             ) from None
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
 
@@ -51,15 +51,15 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Write to one wandb run per workdir; its id is kept there, so a resumed run continues it."""
+    """Write to one wandb run per workdir; its id is stored there, so a resumed run continues it."""
 
     def __init__(self, workdir: Path, project: str, name: str, config: Mapping[str, Any]):
         try:
             import wandb
         except ImportError:
             raise ValueError(
-                f"log.wandb={project!r} needs wandb: pip install 'cptjax[tracking]', "
-                "or set it to ''"
+                f"log.wandb={project!r} needs wandb: pip install 'cptjax[tracking]', or set it "
+                "to ''"
             ) from None
         id_file = workdir / "wandb_id"
         if not id_file.exists():

@@ -194,7 +194,8 @@ def test_one_pixel_is_an_image_and_a_strip_too_long_for_the_processor_is_not(fol
     examples = load(write(folder, row(images=["dot.png"]), row(images=["strip.png"])))
     assert pixel(examples[0]) == RED
     assert str(only_bad(examples)).endswith(
-        "train.jsonl:2: an image of 500 x 1 pixels is too narrow; the sides may differ 200 times at most"
+        "train.jsonl:2: an image of 500 x 1 pixels is too narrow; expected an aspect ratio of at "
+        "most 200"
     )
 
 
