@@ -1,1 +1,1 @@
-"""Time the phases of a run, alone or against transformers and torch."""
+"""Benchmarks: time the phases of a run, alone or against transformers and torch."""

@@ -1,8 +1,8 @@
-"""The load phase: seconds and host memory to read a checkpoint of several files.
+"""The load phase: measure seconds and host memory for loading a checkpoint of several files.
 
-load_s_per_gb      seconds for each GB of the checkpoint, file cache warm
-load_peak_ratio    growth of the process at its peak, over the checkpoint's size; on a CPU the
-                   parameters are a part of it
+load_s_per_gb      seconds per GB of the checkpoint, with a warm file cache
+load_peak_ratio    peak growth of the process's memory divided by the size of the checkpoint; on
+                   a CPU this includes the parameters
 """
 
 import json
@@ -24,11 +24,12 @@ from cptjax.models.config import read_model_config
 
 
 def process_memory(peak: bool = False) -> int:
-    """Return the bytes of host memory that this process holds, or its peak."""
+    """Return the host memory of this process in bytes: the current value or the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    name = "VmHWM:" if peak else "VmRSS:"  # ru_maxrss counts the parent's memory from before exec
+    # ru_maxrss would include the memory of the parent process before exec.
+    name = "VmHWM:" if peak else "VmRSS:"
     return (
         next(
             int(line.split()[1])
@@ -72,7 +73,7 @@ def measure_loading(work: Workload) -> dict[str, float]:
 
 
 def report_loading(folder: str) -> None:
-    """Load the checkpoint in this process, and print its time and memory as JSON."""
+    """Load the checkpoint in this process, and print the time and the memory as JSON."""
     jax.block_until_ready(jnp.zeros(()))
     before = process_memory()
     start = time.perf_counter()

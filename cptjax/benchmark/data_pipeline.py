@@ -1,4 +1,4 @@
-"""The data phase: rows per second of the whole pipeline, from an example to a padded batch."""
+"""The data phase: measure rows per second of the pipeline, from examples to padded batches."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from cptjax.types import Example
 def measure_data_pipeline(
     rows: int = 20_000, jpegs: int = 160, workers: int = 0
 ) -> dict[str, float]:
-    """Return the rows a second of the pipeline, and those of one core, with and without JPEGs."""
+    """Return the rows per second of the pipeline, and those per core, with and without JPEGs."""
     tiny, large = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], vision=VisionConfig())
     examples = dataset.make_synthetic_task("bench", "colour", side=64).load("train", limit=rows)
     words = [
@@ -47,10 +47,7 @@ def time_epoch(
     collate: Callable,
     workers: int,
 ) -> tuple[int, float, float]:
-    """Return (rows, seconds, processor seconds) of an epoch without its first batch.
-
-    Each row is read once.
-    """
+    """Return (rows, seconds, CPU seconds) of one epoch without its first batch."""
     batch = min(32, len(examples) // 2)
     steps = len(examples) // batch - 1
     with BatchStream(
@@ -73,7 +70,7 @@ def _encode(words: Any, example: Example, index: int) -> Any:
 
 
 def _photos(n: int) -> list[Example]:
-    """Return prompts with 448 x 448 JPEGs, soft shapes under fine grain, as costly as photos."""
+    """Return prompts with 448 x 448 JPEGs of smooth shapes and noise, as costly as photos."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(n):

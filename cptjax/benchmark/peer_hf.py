@@ -1,7 +1,7 @@
-"""The peer of the benchmark: transformers and torch, in another process, on the same work.
+"""The peer of the benchmark: transformers and torch, in another process, on the same workload.
 
-`bench` writes a checkpoint and `inputs.npz` into a folder, then sends the name of a phase per line
-and reads its seconds. torch is imported in the other process alone.
+`phase_times` writes a checkpoint and `inputs.npz` into a folder, then sends the name of a phase on
+each line and reads its seconds. Only the other process imports torch.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ INPUTS_FILE = "inputs.npz"
 def start_peer(folder: Path, **settings: Any) -> Iterator[Callable[[str], Any]]:
     """Start the peer, and yield a function that runs a phase there and returns its seconds.
 
-    For the phase `facts` it returns the peer's versions and log-probabilities.
+    For the phase `facts`, the function returns the peer's versions and log-probabilities.
     """
     command = [
         sys.executable,
@@ -91,7 +91,7 @@ class HFPeer:
         }
 
     def _logps(self, rows: slice) -> Any:
-        """Return the log-probabilities of the new tokens; logits are computed for these alone."""
+        """Return the log-probabilities of the new tokens; logits are computed only for these."""
         tokens = self.rows[rows]
         logits = (
             self.model(
@@ -153,7 +153,7 @@ class HFPeer:
         return time.perf_counter() - start
 
     def facts(self) -> dict[str, Any]:
-        """Return versions, and the log-probabilities that show that both sides do the same work."""
+        """Return versions, and log-probabilities to check that both sides do the same work."""
         import transformers
 
         versions = f"transformers {transformers.__version__}, torch {self.torch.__version__}"

@@ -1,13 +1,14 @@
-"""Time the phases of a run on this machine, alone or in turns with transformers and torch.
+"""Time the phases of a run on this machine, alone or alternating with transformers and torch.
 
     rollout   N prompts x G responses of exactly `new` tokens, temperature 1
     logp      log-probabilities of the `new` tokens of N * G unrelated rows, an image each
     sft       forward, backward and AdamW on the same rows
     grpo      rollout, logp and update of N groups, prompts shared
 
-tok_s counts prompt and new tokens of every row (rollout: the new ones), whether or not rows share
-a prompt. MFU is the arithmetic that the phase needs, counted by hand (`models/flops`), over the
-matrix products per second that this machine reaches in the same call.
+tok_s counts prompt and new tokens of every row (for rollout, only the new ones), whether or not
+rows share a prompt. MFU is the FLOPs that the phase needs by formula (`models/flops`), divided by
+its seconds and by the FLOPs per second that this machine reaches in matrix products during the same
+benchmark.
 """
 
 import contextlib
@@ -83,7 +84,8 @@ class BenchModel:
         rules = sharding.rules_for(self.cfg.text.kv_heads, self.mesh)
         weights = sharding.init_params(declared, jax.random.key(0), self.dtype, self.mesh, rules)
         self.optimizer = make_optimizer(BENCH_OPTIMIZER)
-        # The state takes the weights' buffers, so they are kept under one name only.
+        # The training state uses the buffers of the weights, so only one of the two attributes
+        # refers to them.
         self.state = train_step.init_state(self.optimizer, weights, self.mesh) if training else None
         self.weights = None if training else weights
         self.inputs = random_inputs(work, self.cfg)
@@ -105,7 +107,7 @@ class BenchModel:
         return self.weights if self.state is None else self.state.params
 
     def _unrelated_rows(self, part: slice, shards: int) -> Batch:
-        """Return rows that share nothing: prompt, response and image of each."""
+        """Return rows that share nothing: each has its own prompt, response and image."""
         prompts, patches = (
             np.repeat(self.inputs[name], self.work.group, 0)[part]
             for name in ("prompts", "patches")
@@ -122,7 +124,7 @@ class BenchModel:
 
     @functools.cached_property
     def score(self) -> Callable[[Params, Batch], jax.Array]:
-        """The program of log-probabilities."""
+        """The program that computes log-probabilities."""
         return logprobs.make_scoring_program(self.cfg, self.dtype, self.work.chunk, 1.0)
 
     def step_programs(self, kind: str, **settings: Any) -> train_step.StepPrograms:
@@ -136,11 +138,11 @@ class BenchModel:
         )
 
 
-# ---- phases: each function returns what is timed -------------------------------------------------
+# ---- phases: each function returns the function that is timed ------------------------------------
 
 
 def rollout_phase(model: BenchModel) -> Callable[[], Rollouts]:
-    """Return the rollouts of one batch, without a stop token: every row has `new` tokens."""
+    """Sample the rollouts of one batch without a stop token: every row gets `new` tokens."""
     work = model.work
     sampling = SamplingConfig(
         group=work.group, max_new_tokens=work.new, temperature=1.0, check_every=16
@@ -161,12 +163,12 @@ def rollout_phase(model: BenchModel) -> Callable[[], Rollouts]:
 
 
 def logp_phase(model: BenchModel) -> Callable[[], list[jax.Array]]:
-    """Return the log-probabilities of unrelated rows."""
+    """Compute the log-probabilities of unrelated rows."""
     return lambda: [model.score(model.params, batch) for batch in model.micro_batches]
 
 
 def sft_phase(model: BenchModel) -> Callable[[], Any]:
-    """Return one update on unrelated rows."""
+    """Run one update on unrelated rows."""
     steps = model.step_programs("sft")
 
     def run() -> Any:
@@ -177,7 +179,7 @@ def sft_phase(model: BenchModel) -> Callable[[], Any]:
 
 
 def grpo_phase(model: BenchModel) -> Callable[[], Any]:
-    """Return one step of GRPO: rollouts are scored and trained on without leaving the device."""
+    """Run one step of GRPO: rollouts are scored and trained on without leaving the device."""
     sample = rollout_phase(model)
     steps = model.step_programs("policy", ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0)
     random = np.random.default_rng(2).standard_normal(model.work.rows, np.float32)
@@ -204,9 +206,9 @@ PHASE_FUNCTIONS = {
 
 
 def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, float]:
-    """Return the (text, vision) operations that a phase needs.
+    """Return the (text, vision) FLOPs that a phase needs.
 
-    A backward pass is two forward passes.
+    A backward pass counts as two forward passes.
     """
     n, g, p, r = work.prompts, work.group, work.prompt, work.new
     slots = len(positions.frame_layout(work.grid, work.grid, cfg.vision).order)
@@ -226,7 +228,7 @@ def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, fl
 
 
 def measure_peak_flops(dtype: Any, repeat: int = 5) -> float:
-    """Return the operations per second of a large matrix product, all devices together."""
+    """Return the FLOPs per second of a large matrix product, all devices together."""
     devices = jax.devices()
     cpu = devices[0].platform == "cpu"
     side, products = (2048, 1) if cpu else (8192, 10)
@@ -237,7 +239,7 @@ def measure_peak_flops(dtype: Any, repeat: int = 5) -> float:
 
 
 def time_calls(run: Callable[[], Any], times: int = 1) -> list[float]:
-    """Return the seconds of each of some calls."""
+    """Return the seconds of each of `times` calls."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -247,7 +249,7 @@ def time_calls(run: Callable[[], Any], times: int = 1) -> list[float]:
 
 
 class CompilationCounter:
-    """Count the compilations, and their seconds, from now on."""
+    """Count compilations and their seconds since the counter was created."""
 
     def __init__(self) -> None:
         self.count, self.seconds = 0, 0.0
@@ -264,7 +266,7 @@ def measure_phase(
     peer: Callable[[str], float] | None,
     compilations: CompilationCounter,
 ) -> dict[str, float]:
-    """Warm one phase up, and time it in turns with the peer."""
+    """Warm up one phase, and time it alternately with the peer."""
     run, work = PHASE_FUNCTIONS[phase](model), model.work
     count, compile_seconds = compilations.count, compilations.seconds
     with jax.set_mesh(model.mesh), console.show_waiting(f"{phase}: compiling"):
@@ -306,7 +308,7 @@ def flops_utilisation(
     cfg: ModelConfig,
     peak_flops: float,
 ) -> dict[str, float]:
-    """Return the MFU of each phase, with the vision tower and without."""
+    """Return the MFU of each phase, with and without the vision tower."""
     out = {"ceiling_tflops": peak_flops / 1e12}
     for phase in phases:
         text, vision = phase_flops(phase, work, cfg)
@@ -317,17 +319,16 @@ def flops_utilisation(
 
 
 def peak_memory_gib() -> float:
-    """Return the largest GiB so far: of one accelerator, or of this process on a CPU."""
+    """Return the peak memory in GiB of one accelerator, or of this process on a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", process_memory(peak=True)) / 2**30
 
 
 @contextlib.contextmanager
 def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[str, Any]]]:
-    """Start the peer on our weights and inputs; yield what calls it, and its facts.
+    """Start the peer with our weights and inputs; yield a function that calls it, and its facts.
 
-    The peer must compute the log-probabilities that we compute, else the two do not do the same
-    work.
+    The peer must compute the same log-probabilities as we do; otherwise it does other work.
     """
     work = model.work
     with tempfile.TemporaryDirectory() as parent:
@@ -359,7 +360,7 @@ def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[
 
 
 def run_benchmark(work: Workload, phases: Sequence[str], peer: str | None = None) -> dict[str, Any]:
-    """Measure the phases, and return all numbers by name."""
+    """Measure the phases, and return all metrics by name."""
     check_workload(work, phases)
     metrics: dict[str, Any] = {}
     if "load" in phases:
@@ -386,7 +387,7 @@ def run_benchmark(work: Workload, phases: Sequence[str], peer: str | None = None
         peak_flops = max(peak_before, measure_peak_flops(model.dtype))
     metrics |= facts | flops_utilisation(metrics, model_phases, work, model.cfg, peak_flops)
     if {"data", "sft"} <= set(phases):
-        # The pipeline's rows a second over those of this model's training step.
+        # The rows per second of the pipeline divided by those of this model's training step.
         metrics["data_over_sft"] = metrics["data_rows_s"] / (metrics["seqs"] / metrics["sft_s"])
     return metrics | {
         "compilations": compilations.count,
@@ -398,7 +399,7 @@ def run_benchmark(work: Workload, phases: Sequence[str], peer: str | None = None
 
 
 def phase_line(phase: str, metrics: dict[str, float]) -> str:
-    """Format the numbers of a phase as a line of text."""
+    """Return the metrics of a phase as a line of text."""
     if phase in ("load", "data"):
         values = (
             f"{name.removeprefix(phase + '_')} {value:.4g}"

@@ -1,4 +1,4 @@
-"""The workload of a benchmark: model size, shapes, and random inputs that we and the peer share."""
+"""The workload of a benchmark: model size, shapes, and random inputs for us and the peer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ BENCH_SIZES: dict[str, ModelConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The size, shapes and number formats of a benchmark.
+    """The model size, shapes and dtype of a benchmark.
 
     Each field is a flag of `launch/bench.py`.
     """
@@ -76,7 +76,7 @@ class Workload:
 
     @property
     def prompt(self) -> int:
-        """Tokens of a prompt: text, the image's, and the two around these."""
+        """Tokens of a prompt: the text, the image, and one token before and after the image."""
         return self.text + self.grid**2 // 4 + 2
 
 

@@ -1,4 +1,4 @@
-"""Compile programs ahead of time for devices that need not exist."""
+"""Compile programs ahead of time, for devices that need not exist."""
 
 import dataclasses
 import multiprocessing
@@ -17,7 +17,8 @@ from cptjax.common.program import Program
 from cptjax.config import config_to_dict
 from cptjax.planning import hlo, programs
 
-# The TPU compiler on a machine without a TPU: no search for one, several processes, no log.
+# Run the TPU compiler on a machine without a TPU: do not search for one, allow several processes,
+# write no log.
 TPU_COMPILER_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -48,14 +49,14 @@ def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
     except Exception as error:  # jaxlib raises several kinds, each with its reason
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"topology {topology!r}: {reason}; "
-            "expected the package libtpu and a name like v5e:4x4 or v5p:4x4x4"
+            f"topology {topology!r}: {reason}; expected the package libtpu and a name like v5e:4x4 "
+            "or v5p:4x4x4"
         ) from None
     return list(description.devices)
 
 
 def planned_mesh(config: ConfigDict, devices: Sequence[Any], slices: int = 1) -> Mesh:
-    """Return the mesh of a config over some devices; `slices` are at least those of the config."""
+    """Return the mesh of a config over some devices, with at least the slices of the config."""
     settings = dict(config.mesh) | {"slices": max(slices, config.mesh.slices)}
     return sharding.make_mesh(**settings, devices=list(devices))
 
@@ -63,14 +64,15 @@ def planned_mesh(config: ConfigDict, devices: Sequence[Any], slices: int = 1) ->
 def compile_program(
     program: Program, mesh: Mesh, outputs: dict[str, Any], folder: str
 ) -> dict[str, Any]:
-    """Compile to the end and return the sizes that the runtime reports.
+    """Compile to machine code, and return the sizes that the runtime reports.
 
-    The abstract results are added to `outputs`.
+    The abstract results of the program are added to `outputs`.
     """
     tpu = mesh.devices.flat[0].platform == "tpu"
     with jax.set_mesh(mesh):
         lowered = program.lower(outputs)
-        # On TPU the compiler writes the text: jax cannot read programs that use the sparse core.
+        # For TPUs the compiler itself writes the text, because jax cannot read programs that use
+        # the sparse core.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
         compiled = lowered.compile(options)
     outputs[program.name] = jax.tree.map(
@@ -90,10 +92,10 @@ def compile_program(
 
 @dataclasses.dataclass(frozen=True)
 class SubprocessCompiler:
-    """Compile in another process, which ends as soon as buffers are assigned.
+    """Compile in another process, and end it as soon as buffers are assigned.
 
-    Memory, transfers and arithmetic are known then; the machine code, which is not run, takes ten
-    times as long.
+    Memory, transfers and arithmetic are known at that point. Generating the machine code would take
+    ten times as long, and nothing runs it.
     """
 
     config: ConfigDict
@@ -101,7 +103,7 @@ class SubprocessCompiler:
     slices: int
 
     def compile(self, program: Program, folder: str) -> dict[str, float]:
-        """Return the sizes of a program's buffers; the compiler's texts are left in `folder`."""
+        """Return the sizes of a program's buffers, and leave the compiler's texts in `folder`."""
         context = multiprocessing.get_context("spawn")
         args = (config_to_dict(self.config), self.topology, self.slices, program.name, folder)
         child = context.Process(target=_compile_in_child, args=args, daemon=True)
@@ -128,7 +130,7 @@ class SubprocessCompiler:
 def _compile_in_child(
     config: dict[str, Any], topology: str, slices: int, name: str, folder: str
 ) -> None:
-    """Compile a program in the other process, after the programs whose results it takes."""
+    """Compile a program in the child process, after the programs whose results it takes."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     settings = ConfigDict(config)
     mesh = planned_mesh(settings, topology_devices(topology, slices), slices)

@@ -20,11 +20,11 @@ from cptjax.tasks.scoring import sandbox
 from cptjax.training.build import stage_mixture
 from cptjax.training.programs import AbstractStage, abstract_stage
 
-BAD_ROWS_SHOWN = 20  # bad rows printed of one split
-PADDING_STEPS = 500  # steps of a stage whose padding is counted
+BAD_ROWS_SHOWN = 20  # bad rows printed per split
+PADDING_STEPS = 500  # steps per stage whose padding is counted
 HISTOGRAM_BINS, HISTOGRAM_WIDTH = 12, 40
-DEVICE_COUNTS = (1, 4, 8, 16, 64)  # shown where the mesh has a size of -1
-PROMPT_CHARS = 1500  # characters printed of a prompt
+DEVICE_COUNTS = (1, 4, 8, 16, 64)  # shown if the mesh has a size of -1
+PROMPT_CHARS = 1500  # characters printed per prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Padding:
 
 
 def run_preflight(config: ConfigDict, rows: int | None = None) -> list[SplitReport]:
-    """Check every run that a config describes, and print the results.
+    """Check every run of a config, and print the results.
 
-    More bad rows than allowed raise a ValueError.
+    Raise a ValueError if a split has more bad rows than allowed.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: expected a number of rows of at least 1")
@@ -63,7 +63,7 @@ def run_preflight(config: ConfigDict, rows: int | None = None) -> list[SplitRepo
 def check_all_rows(
     runs: Sequence[tuple[str, ConfigDict, list[Stage]]], rows: int | None, timeout: float
 ) -> dict[tuple, SplitReport]:
-    """Check and print every split that a run reads.
+    """Check and print every split that the runs read.
 
     A split that several runs read is checked once.
     """
@@ -87,7 +87,7 @@ def check_all_rows(
 
 
 def refuse_bad_rows(reports: Sequence[SplitReport]) -> None:
-    """Raise the error with which a run would stop."""
+    """Raise the error that a run would raise for bad rows."""
     for report in reports:
         allowed = report.spec.allowed_bad_rows
         if len(report.bad) > allowed:
@@ -106,7 +106,7 @@ def padding_by_length(
 ) -> list[Padding]:
     """Return the padding of a stage's first batches, by row length.
 
-    `sources` are the token counts of its lists.
+    `sources` has the token counts of the rows of each list.
     """
     by_length: dict[int, list[tuple[int, int]]] = {}  # (tokens, slots) of each batch
     for step in range(min(order.steps(1), PADDING_STEPS)):
@@ -127,7 +127,7 @@ def padding_by_length(
 
 
 def histogram_lines(title: str, values: Sequence[int], limit: int) -> list[str]:
-    """Return text bars of how often each size occurs, after a line with the largest size."""
+    """Return a histogram as lines of text, after a line with the median and the largest value."""
     low, top = min(values), max(values)
     width = -(-(top - low + 1) // HISTOGRAM_BINS)
     counts = np.bincount((np.asarray(values) - low) // width)
@@ -200,7 +200,7 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
 
 
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
-    """Print the estimated memory per device, for several device counts where the mesh has a -1."""
+    """Print the estimated memory per device, for several device counts if the mesh has a -1."""
     cfg = load.find_model_config(config.model)
     sizes = {
         n: memory.estimate_bytes(stage, prompt, patches)
@@ -215,7 +215,7 @@ def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
 
 
 def stages_by_device_count(config: ConfigDict, cfg: ModelConfig) -> dict[int, AbstractStage]:
-    """Return the shapes of a stage for each device count that divides its batch and weights."""
+    """Return the abstract stage for each device count that divides its batch and weights."""
     stages, error = {}, None
     for n in memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch):
         try:

@@ -1,10 +1,10 @@
-"""Public figures of accelerators, for each device that jax shows.
+"""Published figures of accelerators, per device as jax lists them.
 
-Memory, matrix products and memory bandwidth are those of the vendors' data sheets. TPU
-interconnect is per link and direction (Google's documentation and "How to scale your model"): a
-ring along one mesh axis uses one link in each direction. A tpu7x device is half a chip; a v4
-device is a whole chip, or half of one where jax shows two. DCN: 200 Gbit/s for a host of four
-devices; 400 for a GPU.
+Memory, FLOPs and memory bandwidth are from the vendors' data sheets. TPU interconnect is per link
+and direction (Google's documentation and "How to scale your model"): a ring along one mesh axis
+uses one link in each direction. A tpu7x device is half a chip; a v4 device is a whole chip, or half
+a chip if jax lists its two cores as devices. The data-center network (DCN) has 200 Gbit/s for a
+host of four TPU devices, and 400 Gbit/s for a GPU.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ CHIPS = {
         Chip("h200", 141e9, 989 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
     )
 }
-DEVICE_KINDS = {  # part of a device's name -> chip; the first match counts
+DEVICE_KINDS = {  # part of a device's name -> chip; the first match is used
     "tpu v4": "v4",
     "tpu v5 lite": "v5e",
     "tpu v5e": "v5e",
@@ -56,12 +56,12 @@ DEVICE_KINDS = {  # part of a device's name -> chip; the first match counts
 
 
 def find_chip(kind: str) -> Chip | None:
-    """Return the chip of a `device_kind`; None where the table has none (a CPU)."""
+    """Return the chip of a `device_kind`; None if the table has no such chip (a CPU)."""
     return next((CHIPS[name] for part, name in DEVICE_KINDS.items() if part in kind.lower()), None)
 
 
 def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
-    """Return the chip of some devices, halved where jax shows its two cores as devices."""
+    """Return the chip of some devices, halved if jax lists its two cores as devices."""
     chip = find_chip(devices[0].device_kind)
     if chip is None or chip.name != "v4" or not any(getattr(d, "core_on_chip", 0) for d in devices):
         return chip
@@ -73,9 +73,9 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
 def transfer_seconds(kind: str, members: int, size: float, chip: Chip, slow: bool) -> float:
     """Return the seconds of a collective on a ring.
 
-    Each member sends (members - 1) / members of the array, twice for an all-reduce. `size` is the
-    bytes of the whole array; `slow` crosses slices. A permutation sends its array to one
-    neighbour.
+    Each member sends (members - 1) / members of the array, twice for an all-reduce. A permutation
+    sends its array to one neighbour. `size` is the number of bytes of the whole array; a `slow`
+    collective crosses slices.
     """
     if kind == "collective-permute":
         return size / (chip.dcn if slow else chip.link)

@@ -1,9 +1,9 @@
 """Read compiled programs: how often each instruction runs, and every transfer with its mesh axis.
 
-XLA's `cost_analysis` counts the body of a loop once, whatever its trip count. This module counts
-it as often as the text says, or as the condition's one constant says. A loop whose end depends on
-data counts `dynamic` times, and within another such loop once. The branches of a conditional count
-in equal parts.
+XLA's `cost_analysis` counts the body of a loop once, for any number of iterations. This module
+takes the number of iterations from the text of the program or from the only constant of the loop's
+condition. A loop whose end depends on data counts `dynamic` times, but once inside another such
+loop. The branches of a conditional count in equal parts.
 """
 
 import dataclasses
@@ -43,7 +43,8 @@ _line = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 SHAPE_PATTERN = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _operand = re.compile(r"%([\w.\-]+)")
 _called = re.compile(
-    r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation|false_computation)=\{?([%\w.\-, ]+)"
+    r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation"
+    r"|false_computation)=\{?([%\w.\-, ]+)"
 )
 _trip = re.compile(r'known_trip_count"?:\s*\{\s*"n":\s*"(\d+)"')
 _groups = re.compile(
@@ -77,7 +78,7 @@ class Instruction:
 
 
 def _operand_list(rest: str) -> str:
-    """Return the text up to the bracket that closes the operand list; attributes follow it."""
+    """Return the text before the bracket that closes the operand list."""
     depth = 1
     for i, c in enumerate(rest):
         depth += (c == "(") - (c == ")")
@@ -109,9 +110,9 @@ def parse_hlo(text: str) -> tuple[Computations, str]:
 
 
 def called_computations(i: Instruction) -> list[str]:
-    """Return the computations that an instruction runs, without the condition of a loop."""
+    """Return the computations that an instruction runs, except the condition of a loop."""
     if i.op.endswith(("-update", "-done")):
-        return []  # counted where it starts
+        return []  # counted at the "-start"
     return [
         name
         for names in _called.findall(i.rest)
@@ -121,7 +122,7 @@ def called_computations(i: Instruction) -> list[str]:
 
 
 def loop_trips(loop: Instruction, computations: Computations) -> int | None:
-    """Return how often a loop runs; None where that depends on data."""
+    """Return the number of iterations of a loop; None if it depends on data."""
     if known := _trip.search(loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -143,7 +144,7 @@ def loop_trips(loop: Instruction, computations: Computations) -> int | None:
 
 
 def _stride(loop: Instruction, condition: list[Instruction], computations: Computations) -> int:
-    """Return what an iteration adds to the condition's counter: more than 1 in unrolled loops."""
+    """Return the increment of the loop counter per iteration: more than 1 in unrolled loops."""
     counter = next(
         (
             int(n[1])
@@ -212,9 +213,8 @@ def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collec
     chains: set[str] = set()
     for name, instructions in computations.items():
         for i in instructions if runs[name] else ():
-            chain = re.search(
-                r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest
-            )  # a transfer spread over several fused groups
+            # A transfer that is spread over several fused groups is counted once.
+            chain = re.search(r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest)
             transfer = _transfer(i, name, mesh)
             if transfer is None or (chain and chain[0] in chains):
                 continue
@@ -229,10 +229,9 @@ def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collec
 
 
 def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, int, float] | None:
-    """Return (kind, axis, members, bytes) of an instruction that sends something, else None."""
-    if across := re.search(
-        r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest
-    ):  # between slices, through the hosts
+    """Return (kind, axis, members, bytes) of an instruction that transfers data, else None."""
+    # A transfer between slices goes through the hosts.
+    if across := re.search(r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest):
         kind = across[1].lower().replace("_", "-")
         if i.op != ("recv" if kind == "all-gather" else "send"):
             return None
@@ -244,14 +243,14 @@ def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, i
     group = _first_group(i.rest)
     volume = _volume(i, kind, len(group))
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # the TPU compiler writes it so
+        kind = "reduce-scatter"  # as the TPU compiler writes it
     return kind, _axis(group, mesh), len(group), volume
 
 
 def _volume(i: Instruction, kind: str, members: int) -> float:
-    """Return the bytes of the whole array.
+    """Return the bytes of the whole array of a collective.
 
-    The shape of an asynchronous start has both input and output.
+    The shape of an asynchronous start includes both the input and the output.
     """
     volume = float(shape_bytes(i.shape))
     if i.op == "all-gather-start":
@@ -290,7 +289,7 @@ def _named_group(text: str) -> tuple[int, ...]:
 
 
 def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
-    """Return the mesh axes that these devices span; devices are numbered in the mesh's order."""
+    """Return the mesh axes that a group of devices, numbered in the mesh's order, spans."""
     at = np.stack(np.unravel_index(group, mesh.devices.shape))
     moved = [
         a for a, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1
@@ -299,7 +298,7 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
 
 
 def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
-    """Return the largest buffers (bytes, content) of the TPU compiler's memory report."""
+    """Return the largest buffers as (bytes, content), from the TPU compiler's memory report."""
     units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     main = report.split("Memory Space:")[1] if "Memory Space:" in report else report
     lines = re.findall(
@@ -309,7 +308,7 @@ def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
 
 
 def read_compiler_dump(folder: str) -> tuple[str, str]:
-    """Return the TPU compiler's text of the largest program, and its report of buffers."""
+    """Return the TPU compiler's text of the largest program, and its memory report."""
     texts = sorted(
         Path(folder).glob("*.after_optimizations.txt"), key=lambda path: -path.stat().st_size
     )
@@ -324,7 +323,7 @@ def read_compiler_dump(folder: str) -> tuple[str, str]:
 
 
 def read_buffer_sizes(folder: str) -> dict[str, float]:
-    """Return the sizes of the TPU compiler's buffers, or {} while it has not assigned them yet."""
+    """Return the sizes of the buffers that the TPU compiler assigned; {} before it did so."""
     done = list(Path(folder).glob("module_0000*.after_optimizations_after_buffer_assignment.txt"))
     lists = list(Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt"))
     if not done or not lists:

@@ -1,4 +1,4 @@
-"""Count the arithmetic and the memory traffic of a compiled program on one device."""
+"""Count the FLOPs and the memory traffic of a compiled program on one device."""
 
 import math
 import re
@@ -9,9 +9,9 @@ from cptjax.planning import hlo
 
 
 def count_flops(text: str, dynamic: float = 1.0) -> float:
-    """Return the operations of all matrix products of one device.
+    """Return the FLOPs of all matrix products on one device.
 
-    A multiply-add is two operations, and recomputed products count again.
+    A multiply-add counts as two, and recomputed products count again.
     """
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
@@ -47,7 +47,10 @@ def _flops(i: hlo.Instruction, shapes: dict[str, str]) -> float:
 
 
 def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float:
-    """Count a TPU's matrix product: of the windows of batch axes, one position each counts."""
+    """Count the FLOPs of a convolution, the form of matrix products on TPUs.
+
+    Only window positions inside the (dilated) input count.
+    """
     names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
     lhs, rhs, out = (names[n] for n in (1, 2, 3))
     outer = math.prod(
@@ -85,9 +88,9 @@ def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float
 
 
 def _splash(i: hlo.Instruction) -> float:
-    """Count the TPU's attention kernel, which is causal outside the vision tower.
+    """Count the FLOPs of the TPU's attention kernel, which is causal outside the vision tower.
 
-    It does 2 products forward, 3 for the gradients of queries, and 4 for those of keys.
+    It computes 2 products forward, 3 for the gradient of queries, and 4 for that of keys.
     """
     listed = hlo.SHAPE_PATTERN.findall(i.rest.split("operand_layout_constraints=")[1])
     q, k = [
@@ -108,7 +111,7 @@ def _splash(i: hlo.Instruction) -> float:
 
 
 def _cudnn(i: hlo.Instruction, shapes: list[list[int]]) -> float:
-    """Count the GPU's attention kernel, whole squares: two products forward, five backward."""
+    """Count the FLOPs of the GPU's attention kernel: 2 products forward, 5 backward, unmasked."""
     (b, t, n, h), s = shapes[0], shapes[1][1]
     return 2.0 * (5 if "Backward" in i.rest else 2) * b * n * t * s * h
 
@@ -122,7 +125,7 @@ FREE_OPCODES = (
 def count_memory_traffic(text: str, dynamic: float = 1.0) -> float:
     """Return the bytes that one device reads from and writes to its main memory.
 
-    These are the inputs and outputs of each fusion; of an array that is sliced, only the slices.
+    The inputs and outputs of each fusion count; of an array that is sliced, only the slices.
     """
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
@@ -163,9 +166,10 @@ def _parameter(body: list[hlo.Instruction], number: int) -> str:
 
 
 def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations) -> float:
-    """Return the bytes of a value that a fusion reads.
+    """Return the bytes that a fusion reads of a value.
 
-    Of a value that is only sliced, these are the slices; of one that is only written into, none.
+    Of a value that is only sliced, only the slices count; a value that is only written into counts
+    0.
     """
     total = 0.0
     for i in body:
@@ -184,7 +188,7 @@ def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations
 
 
 def _written(body: list[hlo.Instruction], given: float) -> float:
-    """Return the bytes that a fusion writes: of an update in place, the update."""
+    """Return the bytes that a fusion writes; an update in place counts only the update."""
     shapes, updates = _shapes(body), [i for i in body if i.op == "dynamic-update-slice"]
     root = next((i for i in body if i.root), None)
     in_place = root is not None and (

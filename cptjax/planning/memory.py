@@ -1,4 +1,4 @@
-"""The memory of a stage on one device: exact for what stays, estimated for the peak."""
+"""Estimate the memory of a stage on one device: resident arrays exactly, the peak roughly."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from cptjax.training.programs import AbstractStage
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Return the bytes of a tree's share on one device."""
+    """Return the bytes that a tree takes on one device."""
 
     def share(x: Any) -> tuple[int, ...]:
         return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
@@ -27,10 +27,10 @@ def bytes_per_device(tree: Any) -> float:
 def resident_bytes(
     stage: AbstractStage, arguments: Any = (), not_loaded: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return the bytes a device of all models and arrays that stay in memory, by name.
+    """Return the bytes per device of all models and arrays that stay in memory, by name.
 
-    An array counts once, under the first name that has it. Those among `arguments` are left out,
-    and names that are `not_loaded`.
+    An array counts once, under the first name that has it. Arrays among `arguments` and names that
+    are `not_loaded` are left out.
     """
     counted = {id(x) for x in jax.tree.leaves(arguments)}
     sizes: dict[str, float] = {}
@@ -44,11 +44,11 @@ def resident_bytes(
 
 
 def estimate_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
-    """Return the bytes a device of a stage by part, without compiling.
+    """Return the bytes per device of each part of a stage, without compiling.
 
-    The longest prompts have `prompt` tokens and `patches` patches. "peak" is what must fit. What
-    the compiler adds (fusion buffers, padding, collectives) is not counted; `launch/plan.py`
-    compiles.
+    The longest prompts have `prompt` tokens and `patches` patches. The entry "peak" is the memory
+    that a device must have. Buffers that the compiler adds (fusions, padding, collectives) do not
+    count; `launch/plan.py` compiles and counts them.
     """
     resident = resident_bytes(stage)
     update = _update_bytes(stage, prompt, patches)
@@ -58,14 +58,14 @@ def estimate_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str,
 
 
 def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
-    """Return what a device pass of the update holds in addition to the resident arrays."""
+    """Return the bytes of a device pass of the update, in addition to the resident arrays."""
     c, trained = stage.config, stage.state.params
     m, t, r = c.method, c.train, c.rollout
     batch = t.batch // m.updates_per_batch
     micro = t.micro_batch or batch
     response = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
     rows, model = micro / stage.shards, stage.mesh.shape["model"]
-    sums = 2 if micro < batch else 1  # the sum so far, and the micro-batch's own
+    sums = 2 if micro < batch else 1  # the sum so far, and that of the current micro-batch
     gradients = sums * bytes_per_device(_cast(trained, jnp.float32))
     if c.model.param_dtype != c.model.compute_dtype:
         gradients += bytes_per_device(_cast(trained, stage.dtype))
@@ -77,7 +77,7 @@ def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, 
 
 
 def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
-    """Return what sampling holds in addition to the resident arrays."""
+    """Return the bytes of sampling, in addition to the resident arrays."""
     c, cfg = stage.config, stage.cfg
     if c.method.source not in ("rollouts", "self"):
         return {"rollout weights": 0.0, "cache": 0.0}
@@ -91,7 +91,7 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     cache = decode_loop.kv_cache_bytes(
         cfg, groups, prompt, sampling.group, sampling.max_new_tokens, dtype
     )
-    is_cut = cfg.text.kv_heads % model == 0  # else every device of the model axis has all heads
+    is_cut = cfg.text.kv_heads % model == 0  # otherwise each device of `model` has all heads
     return {
         "rollout weights": bytes_per_device(weights),
         "cache": cache / (model if is_cut else 1),
@@ -103,7 +103,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 
 def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> float:
-    """Return the bytes that all layers keep for the backward pass, and those of one layer."""
+    """Return the bytes that all layers keep for the backward pass, plus those inside one layer."""
     t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
     text_inner = (t.heads + 2 * t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
     vision_inner = 3 * v.width + 2 * v.width + 2 * v.mlp
@@ -119,14 +119,14 @@ def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> flo
 
 
 def mesh_of_size(settings: ConfigDict, devices: int) -> AbstractMesh:
-    """Return the mesh of `config.mesh` on so many devices, without the devices."""
+    """Return the abstract mesh of `config.mesh` with a number of devices."""
     sizes = {name: settings[name] for name in sharding.AXES}
     known = math.prod(n for n in sizes.values() if n > 0)
     sizes = {name: devices // known if n == -1 else n for name, n in sizes.items()}
     if math.prod(sizes.values()) != devices:
         raise ValueError(
-            f"mesh {dict(settings)} does not make {devices} devices; "
-            "set one of data, fsdp, model to -1"
+            f"mesh {dict(settings)} does not make {devices} devices; set one of data, fsdp, model "
+            "to -1"
         )
     return AbstractMesh(tuple(sizes.values()), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -134,9 +134,9 @@ def mesh_of_size(settings: ConfigDict, devices: int) -> AbstractMesh:
 def possible_device_counts(
     settings: ConfigDict, candidates: Sequence[int], batch: int
 ) -> list[int]:
-    """Return the device count of `config.mesh`, or candidates where a size is -1.
+    """Return the device count of `config.mesh`, or all possible candidates if a size is -1.
 
-    Candidates are left out where the batch cannot be cut.
+    A candidate is possible if the batch can be cut into its shards.
     """
     known = math.prod(settings[name] for name in sharding.AXES if settings[name] > 0)
     if all(settings[name] > 0 for name in sharding.AXES):

@@ -1,11 +1,12 @@
-"""The plan of a run on a slice: memory, arithmetic and transfers of every program.
+"""Plan a run on a slice: memory, FLOPs and transfers of every program.
 
 A program's peak is
 
-    arguments + outputs - donated + temporaries + what else stays in memory
+    arguments + outputs - donated + temporaries + other arrays that stay in memory
 
-such as the optimiser's state during rollouts, and the reference during the update. Seconds are a
-lower bound: the slowest of compute, memory and network, if all three overlap perfectly.
+where the others are for example the optimiser's state during rollouts, or the reference model
+during the update. Seconds are a lower bound: the slowest of compute, memory and network, as if all
+three overlapped perfectly.
 """
 
 import dataclasses
@@ -39,14 +40,14 @@ class ProgramCost:
     outputs: float
     donated: float
     temporaries: float
-    in_memory: float  # what stays in memory without being an argument
-    arithmetic: float  # floating-point operations of one call, recomputation included
-    useful: float  # of the model, counted by hand, all devices together
+    in_memory: float  # other arrays that stay in memory
+    arithmetic: float  # floating-point operations of one call, including recomputation
+    useful: float  # floating-point operations of the model by formula, all devices together
     traffic: float  # bytes from and to memory
     collectives: list[hlo.Collective]
     seconds: dict[str, float]  # compute, memory, network
     buffers: list[tuple[float, str]]  # the largest temporaries
-    over: str = ""  # the compiler's message where it refused for lack of memory
+    over: str = ""  # the compiler's message if the program needs more memory than there is
 
     @property
     def peak(self) -> float:
@@ -54,7 +55,7 @@ class ProgramCost:
 
     @property
     def bound(self) -> float:
-        """Seconds of a call at least."""
+        """A lower bound of the seconds of a call."""
         return max(self.seconds.values(), default=0.0)
 
 
@@ -71,7 +72,7 @@ class StagePlan:
 
     @property
     def peak(self) -> float:
-        """Bytes a device at the largest moment."""
+        """The most bytes that a device needs at any time."""
         return max(c.peak for c in self.costs)
 
     def refused(self) -> list[ProgramCost]:
@@ -82,7 +83,7 @@ class StagePlan:
         return sum(c.bound * c.calls for c in self.costs)
 
     def mfu(self) -> float | None:
-        """Return the largest possible share of the chips' arithmetic that a step can use."""
+        """Return an upper bound of the model FLOPs utilisation of a step."""
         if self.chip is None or not self.step_seconds():
             return None
         useful = sum(c.useful * c.calls for c in self.costs)
@@ -92,7 +93,7 @@ class StagePlan:
 def make_plans(
     config: ConfigDict, topology: str | None = None, slices: int = 1, thorough: bool = False
 ) -> list[StagePlan]:
-    """Return a plan of every stage of every arm whose programs differ from those before.
+    """Return the plans of the stages of all arms; stages with equal programs are planned once.
 
     `thorough` compiles to machine code.
     """
@@ -121,7 +122,7 @@ def plan_stage(
     slices: int = 1,
     thorough: bool = False,
 ) -> StagePlan:
-    """Compile the programs of one stage's settings one after the other."""
+    """Compile the programs of one stage, one after the other."""
     mesh = aot_compile.planned_mesh(config, devices, slices)
     stage = programs.planned_stage(config, mesh)
     chip, kind = chips.chip_of_devices(devices), devices[0].device_kind
@@ -133,7 +134,7 @@ def plan_stage(
         with console.show_waiting(f"{name}: compile {program.name} for {len(devices)} x {kind}"):
             costs.append(program_cost(program, stage, chip, outputs, compiler, costs, slices))
         if costs[-1].over:
-            break  # later programs may need what it returns
+            break  # later programs may need its results
     return StagePlan(
         name, len(devices), dict(mesh.shape), chip, memory.resident_bytes(stage), costs
     )
@@ -148,9 +149,10 @@ def program_cost(
     earlier: Sequence[ProgramCost] = (),
     slices: int = 1,
 ) -> ProgramCost:
-    """Return the cost of a program after `earlier` ones.
+    """Return the cost of a program that runs after the `earlier` ones.
 
-    Without a `compiler` it is compiled to the end, and its abstract results are added to `outputs`.
+    Without a `compiler`, it is compiled to machine code, and its abstract results are added to
+    `outputs`.
     """
     resident = memory.resident_bytes(stage, program.args, program.not_loaded)
     in_memory = sum(resident.values())
@@ -185,7 +187,10 @@ def program_cost(
 
 
 def refused_cost(program: Program, in_memory: float, seconds: float, error: str) -> ProgramCost:
-    """Return the compiler's refusal for lack of memory as a cost; raise any other error again."""
+    """Return the cost of a program that the compiler refused for lack of memory.
+
+    Any other error is raised again.
+    """
     refusal = re.search(
         r"Used ([\d.]+)([KMG]) of|required for HLO temporaries \(([\d.]+)([KMG])\)", error
     )
@@ -218,7 +223,7 @@ def roofline_seconds(
     chip: Chip | None,
     slices: int,
 ) -> dict[str, float]:
-    """Return the seconds that each resource needs by itself; {} for a chip without figures."""
+    """Return the seconds that each resource takes by itself; {} for a chip without figures."""
     if chip is None:
         return {}
     network = sum(
@@ -266,8 +271,8 @@ def show_plan(plan: StagePlan) -> None:
     console.print_table("largest transfers of a call", ("what", "axis", "GB", "times"), transfers)
     if (mfu := plan.mfu()) is not None:
         console.print_message(
-            f"a step takes at least {plan.step_seconds():.1f} s; "
-            f"model FLOPs utilisation cannot exceed {mfu:.0%}"
+            f"a step takes at least {plan.step_seconds():.1f} s; model FLOPs utilisation cannot "
+            f"exceed {mfu:.0%}"
         )
 
 
@@ -291,7 +296,7 @@ def _speed_row(c: ProgramCost) -> tuple[str, ...]:
 
 
 def plan_verdict(plan: StagePlan) -> str:
-    """Return "" where everything fits; else which program lacks how much, and what to change."""
+    """Return "" if everything fits; else what each program lacks, and what to change."""
     lines = []
     for c in plan.refused():
         lack = c.peak - plan.chip.usable if plan.chip else 0

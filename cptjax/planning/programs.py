@@ -1,4 +1,4 @@
-"""All programs of a stage, its evaluation included, as training and sampling expose them."""
+"""Collect all programs of a stage and its evaluation, as training and sampling provide them."""
 
 import re
 from pathlib import Path
@@ -34,13 +34,13 @@ def stage_programs(stage: AbstractStage) -> list[Program]:
 
 
 def planned_stage(config: ConfigDict, mesh: Mesh) -> AbstractStage:
-    """Return the shapes of a stage on a mesh of devices that need not exist."""
+    """Return the abstract stage on a mesh of devices that need not exist."""
     cfg = load.fit_config(planned_model_config(config.model), config.model, mesh)
     return abstract_stage(config, cfg, mesh)
 
 
 def planned_model_config(settings: ConfigDict) -> ModelConfig:
-    """Return the model's shape from its folder, from the size in its name, or from the hub."""
+    """Return the model's config from its folder, from the size in its name, or from the hub."""
     size = re.search(r"Qwen2\.5-VL-(\d+)B", settings.path, re.I)
     if size and not Path(settings.path).is_dir() and f"{size[1]}b" in PRESETS:
         return PRESETS[f"{size[1]}b"]
@@ -48,12 +48,12 @@ def planned_model_config(settings: ConfigDict) -> ModelConfig:
 
 
 def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -> str:
-    """Return what to change so that a program needs less memory."""
+    """Return advice on what to change so that a program needs less memory."""
     size = " ".join(f"{k}={v}" for k, v in mesh.items())
     if name.startswith("filter"):
         return (
-            "lower method.filter.samples, set or lower rollout.slots, "
-            "or lower rollout.max_new_tokens"
+            "lower method.filter.samples, set or lower rollout.slots, or lower "
+            "rollout.max_new_tokens"
         )
     if name.startswith(("rollouts", "greedy")):
         return (
@@ -69,6 +69,6 @@ def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -
             f"(now {size}), set model.lora.rank or freeze"
         )
     return (
-        "lower train.micro_batch, set model.remat='block', lower train.chunk, "
-        f"or cut further (mesh now {size})"
+        "lower train.micro_batch, set model.remat='block', lower train.chunk, or shard over more "
+        f"devices (mesh now {size})"
     )
