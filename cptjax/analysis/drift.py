@@ -1,9 +1,9 @@
-"""Fit the loss on other tasks to the distance from the base model, one point per stage of any number of runs.
+"""Fit the loss on other tasks to the distance from the base model, one point per stage.
 
-RL's Razor claims a law: the loss on other tasks follows from KL(base || current) on the *new*
-task's prompts alone, whatever the method. The loss is that of earlier and general tasks. The other
-predictors are the KL on the prompts of those tasks and distances of weights. Sparsity is counted in
-float32 and above rounding: in bfloat16, small updates vanish and look sparse.
+RL's Razor claims that for any method, KL(base || current) on the prompts of the *new* task predicts
+the loss on other tasks, that is, on earlier and general tasks. The other predictors are the KL on
+the prompts of those tasks, and distances between weights. The share of moved weights is counted in
+float32 and above rounding, since in bfloat16 small updates vanish and look sparse.
 """
 
 import collections
@@ -26,7 +26,7 @@ from cptjax.models import lora, trainable
 from cptjax.types import Params
 
 FIT_DEGREE = 2  # as in the paper
-MOVED_SHARE = 1e-5  # a weight that changed by more of its own size counts as moved
+MOVED_SHARE = 1e-5  # a weight counts as moved if it changed by more than this share of its size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,9 @@ class StageDrift:
     run: str
     stage: int
     loss: float
-    far: dict[str, float]  # by measure
-    parts: dict[str, dict[str, float]] = dataclasses.field(
-        default_factory=dict
-    )  # distances of weights by part of the model
+    far: dict[str, float]  # distance by measure
+    # distances between weights, by part of the model
+    parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class QuadraticFit:
 
 
 def analyze(folders: Sequence[str], weights: bool = False) -> Finding:
-    """Fit the loss to each measure of distance; `weights` adds distances of weights."""
+    """Fit the loss to each measure of distance; `weights` adds distances between weights."""
     drifts = [
         drift
         for arm in read.read_arms(folders)
@@ -64,19 +63,21 @@ def analyze(folders: Sequence[str], weights: bool = False) -> Finding:
     ]
     if len(drifts) < FIT_DEGREE + 2:
         raise ValueError(
-            f"{len(drifts)} stages have a loss and KL(base || current): a fit of degree {FIT_DEGREE} needs at least "
-            f"{FIT_DEGREE + 2}. Expected runs with eval.drift > 0 and, where a run has one stage, tasks in eval.general"
+            f"{len(drifts)} stages have a loss and KL(base || current): a fit of degree "
+            f"{FIT_DEGREE} needs at least {FIT_DEGREE + 2}. Expected runs with eval.drift > 0 and, "
+            "if a run has one stage, tasks in eval.general"
         )
     measures = dict.fromkeys(measure for drift in drifts for measure in drift.far)
     fits = [fit for m in measures if (fit := fit_quadratic(m, [d for d in drifts if m in d.far]))]
     if not fits:
         raise ValueError(
-            f"all {len(drifts)} stages have lost the same, or moved as far: there is nothing to explain"
+            f"all {len(drifts)} stages have the same loss, or too few different distances: "
+            "there is nothing to fit"
         )
     percent = 100 * fits[0].r2
     sentence = (
-        f"{fits[0].measure} explains {percent:.0f} % of the variance of the loss over {fits[0].n} stages "
-        "(quadratic fit, R²)."
+        f"{fits[0].measure} explains {percent:.0f} % of the variance of the loss over "
+        f"{fits[0].n} stages (quadratic fit, R²)."
     )
     table = FindingTable(
         "Share of the loss that each measure explains",
@@ -108,7 +109,7 @@ def drift_of_stages(run: read.ReportRun, weights: bool) -> list[StageDrift]:
 
 
 def fit_quadratic(measure: str, drifts: Sequence[StageDrift]) -> QuadraticFit | None:
-    """Fit the loss to a measure; None with too few different points."""
+    """Fit the loss to a measure; return None if there are too few different points."""
     x, y = np.array([(drift.far[measure], drift.loss) for drift in drifts]).T
     if len(set(x.tolist())) < FIT_DEGREE + 2 or not np.ptp(y):
         return None
@@ -141,7 +142,7 @@ def drift_chart(fit: QuadraticFit, drifts: Sequence[StageDrift]) -> Markup | Non
 
 
 def add_weight_distances(run: read.ReportRun, drifts: Sequence[StageDrift]) -> list[StageDrift]:
-    """Add the distances of weights from the base model, with LoRA adapters merged."""
+    """Add the distances between the weights and the base model's, with LoRA adapters merged."""
     with (
         probe.open_run_of_folder(run.path, "float32") as opened,
         console.progress_bar(f"weights of {run.label} {run.variant}", len(drifts)) as bar,
@@ -199,7 +200,7 @@ def _sums(base: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
 
 
 def parts_table(drifts: Sequence[StageDrift]) -> list[FindingTable]:
-    """The distances of weights by part of the model, if they were measured."""
+    """Tabulate the distances between weights by part of the model, if they were measured."""
     rows, header = [], ()
     for drift in drifts:
         for name, part in drift.parts.items():

@@ -1,4 +1,4 @@
-"""The result of an analysis: sentences, tables and charts for the console and for a page."""
+"""The result of an analysis: sentences, tables and charts for the console and a page."""
 
 import dataclasses
 from collections.abc import Sequence

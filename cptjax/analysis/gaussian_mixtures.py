@@ -1,15 +1,16 @@
 """Simulate which KL divergence forgets, on mixtures of Gaussians (Retaining by Doing).
 
-The target has an old mode and a new one; the policy has the old mode nearly right and must find the
-new one. The simulation is plain numpy and takes seconds.
+The target has an old mode and a new one; the policy starts near the old mode and must find the new
+one. The simulation uses only numpy and takes seconds.
 
-    forward KL, as SFT     samples of the target's new mode; gradient of -log q
-    reverse KL, as RL      samples of the policy's new mode; gradient of the reward log(p_new / (beta q_new)),
-                           by its score
+    forward KL, as SFT     samples from the target's new mode; gradient of -log q
+    reverse KL, as RL      samples from the policy's new mode; policy gradient with the reward
+                           log(p_new / (beta q_new))
 
-A policy of two modes can move the new one and keep the old one; a policy of a single mode has to
-leave the old one. The overlap of a mode is the covered share of the target's mode. Gain is the
-increase of the overlap of the new mode since the start, drop the decrease of that of the old mode.
+A policy with two modes can move one and keep the other; a policy with a single mode must leave the
+old mode. The overlap of a mode is the share of the target's mode that the policy covers. Gain is
+the increase of the overlap with the new mode since the start; drop is the decrease of the overlap
+with the old mode.
 """
 
 import dataclasses
@@ -25,12 +26,12 @@ OLD_MODE, NEW_MODE = (-3.0, 1.0), (3.5, 0.7)  # mean and standard deviation of t
 OLD_SHARE = 0.75
 KL_WEIGHT = 0.1
 SLOW_LR = 0.005  # factor for the parameters of the old mode, which no sample trains
-ENOUGH_GAIN = 0.9  # gain at which drops are compared
+ENOUGH_GAIN = 0.9  # the gain at which drops are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureSetting:
-    """One policy, one divergence."""
+    """One policy and one divergence."""
 
     modes: int  # 2 = one for each mode of the target
     divergence: str  # forward | reverse
@@ -41,7 +42,10 @@ class MixtureSetting:
 
     @property
     def start(self) -> np.ndarray:
-        """Share, mean and deviation of the old mode, mean and deviation of the new one; a single mode has share 0."""
+        """Share, mean and deviation of the old mode, then mean and deviation of the new mode.
+
+        A policy with a single mode has only the new one, and share 0.
+        """
         return np.array(
             [OLD_SHARE, -3.5, 1.0, 0.5, 0.7] if self.modes == 2 else [0.0, 0.0, 1.0, -3.5, 1.0]
         )
@@ -67,7 +71,7 @@ DISTANCE_SETTINGS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Gain and drop after every step, the start included, and the share of the old mode at the end."""
+    """Gain and drop at the start and after every step, and the old mode's share at the end."""
 
     setting: MixtureSetting
     gain: np.ndarray
@@ -86,7 +90,7 @@ def normal_density(x: np.ndarray, mean: float, deviation: float) -> np.ndarray:
 
 
 def density_and_score(x: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the density [n] of the policy, and the gradient [5 n] of its logarithm."""
+    """Return the density [n] of the policy and the gradient [5 n] of its logarithm."""
     share, m1, s1, m2, s2 = q
     one, two = normal_density(x, m1, s1), normal_density(x, m2, s2)
     density = share * one + (1 - share) * two + 1e-12
@@ -118,7 +122,10 @@ def ascent_direction(
 
 
 def mode_overlaps(setting: MixtureSetting, q: np.ndarray) -> tuple[float, float]:
-    """Return the covered shares of the target's old and new mode; a single mode may cover either."""
+    """Return the shares of the target's old and new mode that the policy covers.
+
+    A single mode may cover either.
+    """
     x, (share, m1, s1, m2, s2) = setting.grid, q
     old, new = (
         OLD_SHARE * normal_density(x, *OLD_MODE),
@@ -176,8 +183,9 @@ def analyze(seed: int = 0) -> Finding:
         for path in paths[: len(MIXTURE_SETTINGS)]
     }
     sentence = (
-        f"With two modes, at a gain of {ENOUGH_GAIN}, forward KL has lost {drops[2, 'forward', 0.15]:.3f} "
-        f"of the old mode and reverse KL {drops[2, 'reverse', 0.01]:.3f}; "
+        f"With two modes, at a gain of {ENOUGH_GAIN}, forward KL has lost "
+        f"{drops[2, 'forward', 0.15]:.3f} of the old mode and reverse KL "
+        f"{drops[2, 'reverse', 0.01]:.3f}; "
         f"with one mode {drops[1, 'forward', 0.05]:.3f} and {drops[1, 'reverse', 0.005]:.3f}."
     )
     note = "Top left is best: the new mode learned, the old one kept."
@@ -201,7 +209,7 @@ def analyze(seed: int = 0) -> Finding:
 
 
 def mixture_chart(paths: list[Trajectory], modes: int) -> Markup | None:
-    """Plot gain against drop of the paper's main settings."""
+    """Plot gain against drop for the paper's main settings."""
     series = []
     for path in paths[: len(MIXTURE_SETTINGS)]:
         if path.setting.modes == modes:

@@ -5,8 +5,8 @@ hence at most a quarter of SFT's risk. Measured on the same prompts, from sample
 rewards r(a), where g(a) is the gradient of -log p(a):
 
     SFT            R(g(gold))
-    RFT            mean over a of (r(a) - mean r)^2 R(g(a))        one response at a time, as in the claim
-    RFT, group     R(mean over a of (r(a) - mean r) g(a))          the update of the group
+    RFT            mean over a of (r(a) - mean r)^2 R(g(a))     each response, as in the claim
+    RFT, group     R(mean over a of (r(a) - mean r) g(a))       the update of the group
 
 The claim is expected to fail where most responses are correct, since g(gold) vanishes there, and
 with advantages divided by their deviation. A prompt whose responses all have the same reward has no
@@ -45,7 +45,7 @@ class GradientRisk:
 
     @property
     def ratio(self) -> float | None:
-        """RFT's risk divided by the claimed one; None if all rewards are equal or SFT's risk is 0."""
+        """RFT's risk divided by the claimed risk, or None if the claimed risk is 0."""
         claimed = self.variance * self.sft
         return self.rft / claimed if claimed > 0 else None
 
@@ -61,7 +61,8 @@ def analyze(
 ) -> Finding:
     if samples < 2 or min(rows, probes) < 1:
         raise ValueError(
-            f"--rows={rows} --samples={samples} --probes={probes}: expected at least one row and probe, and two samples"
+            f"--rows={rows} --samples={samples} --probes={probes}: "
+            "expected at least one row, one probe and two samples"
         )
     with open_probe(folder, stage, others, dtype) as (probe, names):
         with console.progress_bar("Fisher information", probes * len(names)) as bar:
@@ -74,7 +75,7 @@ def analyze(
 def fisher_of_responses(
     probe: Probe, known: Sequence[EncodedConversation], bar: console.ProgressBar
 ) -> Params:
-    """Compute the diagonal Fisher information of gold responses, one at a time, as EWC does."""
+    """Compute the diagonal Fisher information of gold responses, as in EWC."""
     fisher = weight_penalties.zero_fisher(probe.trained)
     for encoded in known:
         fisher = _add(fisher, probe.gradient(encoded), len(known))
@@ -85,7 +86,7 @@ def fisher_of_responses(
 def gradient_risks(
     probe: Probe, rows: Sequence[tuple[str, int]], samples: int, fisher: Params
 ) -> list[GradientRisk]:
-    """Measure the risk on each prompt, from its gold response and `samples` sampled ones."""
+    """Measure the risk on each prompt from its gold response and `samples` sampled ones."""
     batches, risks = probe.sample_graded(probe.encode_prompts(rows), samples), []
     with console.progress_bar("gradients of gold and sampled responses", len(rows)) as bar:
         for graded in batches:
@@ -110,7 +111,10 @@ def prompt_risk(
     fisher: Params,
     gradient: Callable[[str], Params],
 ) -> GradientRisk:
-    """Measure the risk on one prompt from its responses and their rewards; equal responses share one gradient."""
+    """Measure the risk on one prompt from its responses and their rewards.
+
+    Equal responses share one gradient.
+    """
     rewards = np.array([reward for _, reward in responses])
     mean, rft, total = float(rewards.mean()), 0.0, weight_penalties.zero_fisher(fisher)
     for (text, reward), n in collections.Counter(responses).items():
@@ -163,11 +167,11 @@ def risk_finding(stage: str, names: Sequence[str], risks: Sequence[GradientRisk]
     rows = [risk_row(label, members) for label, members in groups.items() if members]
     _, _, sft, rft, group, *_ = risk_row("all", risks)
     sentences = [
-        f"On {len(risks)} prompts of {stage}, the gradient of a gold response "
-        f"has a risk of {sft} on {', '.join(names)}; that of a sampled response times its advantage "
-        f"{rft}, and the update of a group {group}.",
-        f"{sum(not r.variance for r in risks)} of {len(risks)} prompts have responses of equal reward "
-        "only: they have no gradient.",
+        f"On {len(risks)} prompts of {stage}, the gradient of a gold response has a risk of {sft} "
+        f"on {', '.join(names)}; that of a sampled response times its advantage has {rft}, and "
+        f"the update of a group has {group}.",
+        f"{sum(not r.variance for r in risks)} of {len(risks)} prompts have only responses of "
+        "equal reward, which give no gradient.",
     ]
     points = [Point(r.mean, float(np.log10(r.ratio)), r.id) for r in risks if r.ratio]
     chart = svg.line_chart(

@@ -1,16 +1,17 @@
 """Measure what training on one response does to other tasks, by the corpus of the response.
 
-    influence of u on v     d(v | u) = log p(v) after one step of gradient descent on -log p(u), minus before;
-                            per unit of learning rate
+    influence of u on v     d(v | u) = change of log p(v) in one step of gradient descent on
+                            -log p(u), per unit of learning rate
     to first order          d(v | u) = grad log p(v) . grad log p(u), so d(v | u) = d(u | v)
 
-    kernel (lower bound)    sum_t d(v_t | u)^2 / (sum_t |a(v_t)|^2  sum_s |a(u_s)|^2),   a(y) = d log p(y) / d logits
+    kernel (lower bound)    sum_t d(v_t | u)^2 / (sum_t |a(v_t)|^2  sum_s |a(u_s)|^2)
+                            with a(y) = d log p(y) / d logits
 
 "Why RFT preserves prior knowledge" explains the forgetting of SFT on bare answers by a large kernel
 (magnitude), and by data that the base model finds unlikely (direction: by the symmetry, data whose
-likelihood grows when the model trains on the probes makes the probes more likely in turn).
-Asymmetry is the mean of |d(v | u) - d(u | v)| over that of |d|: near 0 while the step is small
-enough to be a derivative, and large enough for rounding not to matter.
+likelihood grows when the model trains on the probes also makes the probes more likely). Asymmetry
+is the mean of |d(v | u) - d(u | v)| divided by the mean of |d|. It is near 0 if the step is small
+enough to approximate a derivative, and large enough for rounding not to matter.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ ASYMMETRY_PAIRS = 4  # probes that are also trained on, one at a time
 
 @dataclasses.dataclass(frozen=True)
 class ResponseInfluence:
-    """One response: its likelihood, and the effect of a step on it on the probes."""
+    """One response: its likelihood, and how a training step on it changes the probes."""
 
     tokens: int
     nats: float  # -log p, per token
@@ -46,7 +47,7 @@ class ResponseInfluence:
 
     @property
     def mean_change(self) -> float:
-        """The change over all tasks, each counted the same."""
+        """The mean change over all tasks, with equal weights."""
         return float(np.mean(list(self.change.values())))
 
 
@@ -81,7 +82,8 @@ def analyze(
     """Compare the influence of the responses of several corpora on the probes of other tasks."""
     if lr <= 0 or min(rows, samples, probes) < 1:
         raise ValueError(
-            f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: expected numbers above 0"
+            f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: "
+            "expected numbers above 0"
         )
     with open_probe(folder, stage, others, dtype) as (probe, names):
         known = {name: probe.gold_test_responses(name, probes) for name in names}
@@ -122,14 +124,16 @@ def responses_of_file(probe: Probe, name: str, rows: int) -> list[EncodedConvers
     ]
     if not lines:
         raise ValueError(
-            f"{path} has no correct response to a task of stage {stage.number} ({', '.join(stage.tasks)})"
+            f"{path} has no correct response to a task of stage {stage.number} "
+            f"({', '.join(stage.tasks)})"
         )
     for line in lines:
         has_keys = line.keys() >= {"id", "row", "response"}
         if not has_keys or line["row"] not in range(len(probe.train_examples(line["task"]))):
             shown = {key: line.get(key) for key in ("task", "id", "row")}
             raise ValueError(
-                f"{path}: expected lines with id, response and a row of this run's data; got {shown}"
+                f"{path}: expected lines with id, response and a row of this run's data; "
+                f"got {shown}"
             )
     order = permutation(len(lines), (probe.run.config.seed, 30_001))[:rows].tolist()
     chosen = [lines[i] for i in order]
@@ -172,7 +176,10 @@ def measure_influence(
     lr: float,
     advance: Callable[[], None],
 ) -> CorpusInfluence:
-    """Measure the effect of a step on each response of a corpus on all probes, and the reverse for some probes."""
+    """Measure how a step on each response of a corpus changes all probes.
+
+    For some probes, also measure how a step on the probe changes the responses.
+    """
     probes = [encoded for of_task in known.values() for encoded in of_task]
     probe_logps, response_logps = probe.token_logprobs(probes), probe.token_logprobs(responses)
     probe_norms, response_norms = (
@@ -184,7 +191,7 @@ def measure_influence(
         before: Sequence[np.ndarray],
         encoded: Sequence[EncodedConversation],
     ) -> list[np.ndarray]:
-        """The change of each token's log-probability after a step on one response, per unit of learning rate."""
+        """Compute the change of each token's log-probability per unit of learning rate."""
         after = probe.token_logprobs(encoded, step_on_response(probe, trained_on, lr))
         return [(a - b) / lr for a, b in zip(after, before, strict=True)]
 
@@ -248,9 +255,10 @@ def influence_finding(
         [influence_row(corpus, names) for corpus in corpora],
     )
     sentences = [
-        f"One step on {c.name} responses of {stage} (perplexity {c.perplexity:.3g}) "
-        f"changes a token of the other tasks' gold responses by {c.mean(lambda p: p.mean_change):+.3g} "
-        f"nats per unit of learning rate; kernel {c.mean(lambda p: p.kernel):.3g}."
+        f"One step on {c.name} responses of {stage} (perplexity {c.perplexity:.3g}) changes a "
+        "token of the other tasks' gold responses by "
+        f"{c.mean(lambda p: p.mean_change):+.3g} nats per unit of learning rate; "
+        f"kernel {c.mean(lambda p: p.kernel):.3g}."
         for c in corpora
     ]
     direction = influence_chart(
@@ -301,7 +309,7 @@ def influence_chart(
     y_label: str,
     include: Sequence[float] = (),
 ) -> Markup | None:
-    """Plot one dot per response, by how unlikely it was."""
+    """Plot one dot per response against its negative log-likelihood."""
     series = []
     for k, corpus in enumerate(corpora):
         points = sorted((Point(p.nats, y(p)) for p in corpus.pulls), key=lambda point: point.x)

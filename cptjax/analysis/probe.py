@@ -1,4 +1,4 @@
-"""Open the model of a run read-only: sample, score and differentiate its responses."""
+"""Open the model of a run read-only, to sample, score and differentiate responses."""
 
 import contextlib
 import dataclasses
@@ -28,16 +28,17 @@ from cptjax.training import build, rollouts
 from cptjax.training.rollouts import GradedRollouts
 from cptjax.types import Batch, Example, Params
 
-SCORE_BATCH = 16  # responses that are scored at a time
+SCORE_BATCH = 16  # number of responses that are scored at a time
 
 
 @contextlib.contextmanager
 def open_run_of_folder(folder: Path | str, dtype: str) -> Iterator[Run]:
-    """Open the run of a workdir read-only under its own config, with arithmetic in `dtype`."""
+    """Open the run of a workdir read-only with its own config, but arithmetic in `dtype`."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} has no config.json; expected the --workdir of launch/train.py, or one run's folder in it"
+            f"{folder} has no config.json; expected the --workdir of launch/train.py, or the "
+            "folder of one run in it"
         )
     config = merge_config(workdir.read_run_config(folder), {"model": {"compute_dtype": dtype}})
     with open_run.open_run_readonly(config, folder) as run:
@@ -46,7 +47,7 @@ def open_run_of_folder(folder: Path | str, dtype: str) -> Iterator[Run]:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The model that a stage starts from, and that stage's training data."""
+    """The model that a stage starts from, and the training data of the stage."""
 
     run: Run
     stage: Stage
@@ -60,7 +61,7 @@ class Probe:
 
     @functools.cached_property
     def other_tasks(self) -> list[str]:
-        """The tasks that the stage can harm: those of earlier stages, and the general ones."""
+        """The tasks that the stage can harm: those of earlier stages and the general tasks."""
         earlier = [task for s in self.run.stages[: self.stage.number - 1] for task in s.tasks]
         general = stage_evaluation.tasks_to_evaluate(self.run)[1]
         return [t for t in dict.fromkeys((*earlier, *general)) if t not in self.stage.tasks]
@@ -76,7 +77,7 @@ class Probe:
         return self.run.datasets.examples(task, "train", self.stage.config)
 
     def training_rows(self, count: int) -> list[tuple[str, int]]:
-        """Choose `count` of the stage's training rows, evenly from its tasks, by the run's seed."""
+        """Choose `count` training rows by the run's seed, evenly from the stage's tasks."""
         tasks, rows = self.stage.tasks, []
         for k, task in enumerate(tasks):
             share = count // len(tasks) + (k < count % len(tasks))
@@ -105,7 +106,7 @@ class Probe:
         )
 
     def gold_test_responses(self, task: str, count: int) -> list[EncodedConversation]:
-        """Return gold responses of another task's test rows, under the template of its evaluation."""
+        """Return gold responses of another task's test rows, with the template of evaluation."""
         config = self.run.config
         template = stage_evaluation.templates_of_task(self.run, task)[0]
         prompted = self.run.datasets.prompted_task(task, config, template)
@@ -116,7 +117,7 @@ class Probe:
         return [encode(examples[i]).encoded for i in self._choose(len(examples), count)]
 
     def sample_graded(self, items: Sequence[EncodedExample], samples: int) -> list[GradedRollouts]:
-        """Sample responses to prompts and grade them as the stage would; one value per batch of prompts."""
+        """Sample responses to prompts and grade them as the stage does, in batches of prompts."""
         config = merge_config(
             self.stage.config, {"method": {"advantage": "dr_grpo"}, "rollout": {"group": samples}}
         )
@@ -128,7 +129,7 @@ class Probe:
         with console.progress_bar("sample responses", len(items)) as bar:
             for part in batch_slices(len(items), size):
                 count = part.stop - part.start
-                # a full batch has the compiled shape
+                # Fill the batch to the compiled shape.
                 batch = [*items[part], *[items[part.stop - 1]] * (size - count)]
                 graded = rollouts.sample_rollouts(builder, self.params, batch, key, part.start)
                 keep = [np.arange(len(graded.items)) < count]
@@ -138,7 +139,7 @@ class Probe:
 
     @functools.cached_property
     def gradient(self) -> Callable[[EncodedConversation], Params]:
-        """The gradient of one conversation's negative log-likelihood with respect to the trained weights."""
+        """f(conversation) -> gradient of its negative log-likelihood in the trained weights."""
         gradient = fisher.make_example_gradient(self.model_ctx, self.stage.config)
 
         def gradient_on_mesh(encoded: EncodedConversation) -> Params:
@@ -150,7 +151,10 @@ class Probe:
     def token_logprobs(
         self, encoded: Sequence[EncodedConversation], trained: Params | None = None
     ) -> list[np.ndarray]:
-        """Return the log-probabilities of each conversation's response tokens, for the given trained weights."""
+        """Compute the log-probabilities of each conversation's response tokens.
+
+        `trained` replaces the trained weights of the probe.
+        """
         params = self.params if trained is None else trainable.join_params(trained, self.frozen)
         program = logprobs.make_scoring_program(
             self.model_ctx.cfg, self.model_ctx.dtype, self.stage.config.train.chunk, 1.0
@@ -158,7 +162,7 @@ class Probe:
         return self._by_token(program, params, encoded)
 
     def logit_gradient_norms(self, encoded: Sequence[EncodedConversation]) -> list[np.ndarray]:
-        """Return for each response token the squared norm of its log-probability's gradient by the logits."""
+        """Compute |d log p / d logits|^2 for each response token."""
         chunk = self.stage.config.train.chunk
         program = _logit_gradient_program(self.model_ctx.cfg, self.model_ctx.dtype, chunk)
         return self._by_token(program, self.params, encoded)
@@ -169,7 +173,7 @@ class Probe:
         params: Params,
         encoded: Sequence[EncodedConversation],
     ) -> list[np.ndarray]:
-        """Run a program on conversations in batches; return its values at each one's response tokens."""
+        """Run a program on batches of conversations; return its values at the response tokens."""
         rows = -(-SCORE_BATCH // self.model_ctx.shards) * self.model_ctx.shards
         values = []
         with jax.set_mesh(self.model_ctx.mesh):
@@ -186,7 +190,10 @@ class Probe:
 def open_probe(
     folder: Path | str, number: int, others: str, dtype: str
 ) -> Iterator[tuple[Probe, list[str]]]:
-    """Open the probe before a stage of a run; also yield the other tasks: `others`, separated by commas, or all."""
+    """Open the probe at the start of a stage, and yield it with the names of the other tasks.
+
+    `others` are their names, separated by commas, or "" for all.
+    """
     with open_run_of_folder(folder, dtype) as run:
         if not 1 <= number <= len(run.stages):
             raise ValueError(f"--stage={number}; the run has stages 1 to {len(run.stages)}")
@@ -201,7 +208,8 @@ def open_probe(
             names = probe.other_tasks
         if not names:
             raise ValueError(
-                f"stage {number} has no stage before it and eval.general names no task: give --others=task,task"
+                f"stage {number} has no stage before it, and eval.general names no task: "
+                "give --others=task,task"
             )
         yield probe, names
 

@@ -1,4 +1,4 @@
-"""KL(base || current model) per token, on the base model's own responses to each task's prompts."""
+"""Measure KL(base || current model) per token, on the base model's responses to each task."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,8 @@ from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import summaries
 from cptjax.types import Batch, Example, Params
 
-# A batch with the base model's responses, and the length of each; a length of 0 marks a row that only fills the batch
+# A batch with the base model's responses, and the length of each response; a length of 0 marks a
+# row that only fills the batch.
 BaseResponses = list[tuple[Batch, np.ndarray]]
 
 
@@ -60,7 +61,7 @@ def sample_base_responses(
 ) -> BaseResponses:
     """Sample the base model's responses to a task's first `count` prompts.
 
-    They are the same at every stage, so the caller keeps them for the whole run.
+    The responses are the same at every stage, so the caller keeps them for the whole run.
     """
     count, shards = min(count, len(examples)), model_ctx.shards
     share = -(-count // (jax.process_count() * shards)) * shards  # rows of each process
@@ -73,7 +74,7 @@ def sample_base_responses(
     key = jax.random.fold_in(jax.random.key(seed), 20_000)
     responses = []
     for part in batch_slices(len(rows), max(shards, batch // shards * shards)):
-        prompts = model_ctx.place_prompts(encoded[part])  # once, for the sampler and the KL
+        prompts = model_ctx.place_prompts(encoded[part])  # shared by the sampler and the KL
         samples = generate.sample_from_prompts(
             model_ctx, base, prompts, key, np.asarray(rows[part]), sampling
         )
@@ -88,7 +89,7 @@ def sample_base_responses(
 def measure_base_kl(
     model_ctx: ModelContext, base: Params, params: Params, responses: BaseResponses, chunk: int
 ) -> summaries.Metric:
-    """Return the KL per token from the base model to `params`, over the responses of all processes."""
+    """Compute the KL per token from the base model to `params`, over all processes."""
     program = _kl_program(model_ctx.cfg, model_ctx.dtype, chunk)
     sums: list[tuple[float, int]] = []
     for batch, lengths in responses:
@@ -105,7 +106,7 @@ def base_kl_row(
     max_new_tokens: int,
     columns: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the line of evals.csv for one task."""
+    """Return the row of evals.csv for one task."""
     return {
         "task": prompted.name,
         "metric": run_log.KL_BASE,

@@ -28,23 +28,24 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """The scored responses of a model to test rows of one task."""
+    """The scored responses of a model to the test rows of one task."""
 
     prompted: PromptedTask
     records: list[scorers.ScoreRecord]
     forced_records: list[scorers.ScoreRecord]  # of responses after the forced prefix, if requested
     responses: list[str]
-    cost: WorkCost  # of all processes, the responses after the forced prefix included
+    cost: WorkCost  # of all processes, including the responses after the forced prefix
+    # The records of the task's further scorers.
     extra_records: dict[scorers.Scorer, list[scorers.ScoreRecord]] = dataclasses.field(
         default_factory=dict
-    )  # by the task's further scorers
+    )
 
 
 class EvalPrompts:
     """The test rows of a task as encoded prompts, for all evaluations of a run.
 
-    Rows are measured once and encoded one batch ahead of the device.
-    Encoded rows are kept in memory if all of them fit.
+    Rows are measured once, and encoded one batch ahead of the device. Encoded rows are kept in
+    memory if all of them fit.
     """
 
     def __init__(
@@ -59,13 +60,15 @@ class EvalPrompts:
         self.examples = examples
         self.workers = workers
         self.lengths = examples.tokens.copy()  # by row; 0 = not measured yet
-        self.scored: dict[
-            int, Example
-        ] = {}  # what scorers read of the encoded rows, without images
+        # The examples of the encoded rows without their messages, for the scorers.
+        self.scored: dict[int, Example] = {}
         self.row_cache = loader.RowCache(len(examples))
 
     def order_by_length(self, rows: Sequence[int]) -> list[int]:
-        """Sort rows by length, longest first: a batch has similar lengths and memory peaks at once."""
+        """Sort rows by length, longest first.
+
+        A batch then has rows of similar length, and the first batch needs the most memory.
+        """
 
         def measure(example: Example, _: int) -> int:
             return self.model_ctx.processor.measure(self.prompted.build_prompt(example))[0]
@@ -81,7 +84,7 @@ class EvalPrompts:
     def encode_batches(
         self, batches: Sequence[Sequence[int]]
     ) -> Iterator[dict[int, EncodedConversation]]:
-        """Yield the encoded prompts of each batch by row, and encode the next while the device works."""
+        """Yield the encoded prompts of each batch by row; encode the next in the background."""
         prompted = dataclasses.replace(self.prompted, sandbox=None)  # a pool cannot be pickled
         processor = self.model_ctx.processor
 
@@ -112,7 +115,10 @@ def generate_responses(
     bar: console.ProgressBar,
     prefix: Sequence[int] = (),
 ) -> tuple[list[str], WorkCost]:
-    """Generate responses to some rows, in their order; each response continues the tokens of `prefix`."""
+    """Generate responses to some rows, in the order of `rows`.
+
+    Each response continues the tokens of `prefix`.
+    """
     order = eval_prompts.order_by_length(rows)
     batch = max(
         model_ctx.shards, batch // jax.process_count() // model_ctx.shards * model_ctx.shards
@@ -127,7 +133,7 @@ def generate_responses(
                 for i, prompt in prompts.items()
             }
             count = len(batch_rows)
-            filled = batch_rows + [batch_rows[-1]] * (batch - count)  # the compiled shape
+            filled = batch_rows + [batch_rows[-1]] * (batch - count)  # to the compiled shape
             limits = np.where(np.arange(batch) < count, sampling.max_new_tokens, 0)
             samples = generate.sample_responses(
                 model_ctx,
@@ -146,7 +152,7 @@ def generate_responses(
 
 
 def append_response_prefix(encoded: EncodedConversation, ids: Sequence[int]) -> EncodedConversation:
-    """Append tokens to a prompt, with which the response is to begin."""
+    """Append the tokens that a response must begin with to a prompt."""
     n, start = len(ids), int(encoded.positions.max()) + 1
     text = np.broadcast_to(np.arange(start, start + n, dtype=encoded.positions.dtype), (3, n))
     added = dict(tokens=np.asarray(ids), types=np.zeros(n), loss_mask=np.zeros(n, bool))
@@ -159,7 +165,10 @@ def append_response_prefix(encoded: EncodedConversation, ids: Sequence[int]) -> 
 
 
 def rows_of_process(rows: Sequence[int]) -> list[int]:
-    """Return the rows of this process; the last row is repeated so that all processes have equally many."""
+    """Return the rows of this process.
+
+    The last row is repeated so that all processes have the same number of rows.
+    """
     count, index = jax.process_count(), jax.process_index()
     share = -(-len(rows) // count)
     return [rows[min(i, len(rows) - 1)] for i in range(index * share, (index + 1) * share)]
@@ -177,7 +186,10 @@ def evaluate_task(
     forced: bool = False,
     title: str = "",
 ) -> TaskResult:
-    """Generate and score responses to some rows of a task; `forced` adds responses after the forced prefix."""
+    """Generate and score responses to some rows of a task.
+
+    `forced` also generates responses that continue the forced prefix.
+    """
     prompted, own_rows = eval_prompts.prompted, rows_of_process(rows)
     weights = generate.prepare_weights(model_ctx, params, sampling)
     total = len(own_rows) * (1 + forced)
@@ -197,7 +209,7 @@ def evaluate_task(
     examples = [eval_prompts.scored[i] for i in own_rows]
 
     def gather(values: Sequence[T]) -> list[T]:
-        """The values of all processes, in the order of `rows`."""
+        """Gather the values of all processes, in the order of `rows`."""
         pairs = list(zip(own_rows, values, strict=True))
         by_row = dict(distributed.concat_lists(distributed.gather_objects(pairs)))
         return [by_row[i] for i in rows]
@@ -222,7 +234,7 @@ def evaluate_task(
 def eval_rows(
     result: TaskResult, columns: Mapping[str, Any], mini: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the lines of evals.csv; `columns` are those that all lines of an evaluation share."""
+    """Return rows of evals.csv; `columns` are those that all rows of an evaluation share."""
     task, main = result.prompted.name, result.prompted.scorer
     shared = {"task": task, "template": result.prompted.template.name, **columns}
 
@@ -243,7 +255,7 @@ def eval_rows(
 
 
 def prediction_rows(result: TaskResult, step: int) -> list[dict[str, Any]]:
-    """Return the lines of predictions/stage{K}.jsonl."""
+    """Return the rows of predictions/stage{K}.jsonl."""
     return [
         {
             "task": result.prompted.name,

@@ -1,22 +1,22 @@
-"""The accuracy matrix R and the forgetting metrics that follow from it.
+"""The accuracy matrix R and the forgetting metrics computed from it.
 
 R[i, j] is the score on task j after stage i; row 0 is the base model. With A[s] the tasks that
 stage s trains:
 
-    S         the last stage whose row is complete (of a running or crashed run: so far)
+    S         the last stage whose row is complete (so far, in a running or crashed run)
     first(j)  the first stage with j in A[s]
-    last(j)   the last such stage up to S: R[last(j), j] is the "diagonal" of j
-    old       tasks with last(j) < S: only these can be forgotten; in a plain sequence there are T-1
+    last(j)   the last such stage up to S; R[last(j), j] is the "diagonal" of j
+    old       tasks with last(j) < S; only these can be forgotten (T-1 tasks in a plain sequence)
     general   evaluated tasks that no stage trains; a config may name groups of them
 
-Only evaluated tasks count: a trained task that `eval` does not name has no column.
+Only evaluated tasks count: a trained task that `eval` does not name has no column. The forgetting
+of a task that two stages train is measured from the second of them. A joint stage puts several
+tasks on the diagonal, and a joint run (one stage) has no old tasks and no forgetting.
 
-A task that two stages train is therefore measured from the second stage on, a joint stage puts
-several tasks on the diagonal at once, and a joint run (one stage) has no old tasks and no
-forgetting. Each metric is a mean of small weighted sums of cells. A sum with an unmeasured cell is
-left out, and `terms` is the number of sums in the mean. The standard error follows from those of
-the cells, taken as independent (since each stage is tested on the same items, the true error of a
-difference is a little smaller). All scores and differences are fractions of 1; reports show points.
+Each metric is a mean of small weighted sums of cells. A sum with an unmeasured cell is left out,
+and `terms` is the number of sums in the mean. The standard error is computed from those of the
+cells as if they were independent (each stage is tested on the same items, so the true error of a
+difference is slightly smaller). Scores and differences are fractions of 1; reports show points.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ FORMULAS = {
         "higher",
     ),
     "fm_peak": Formula(
-        "mean over old tasks of R[S,j] - max(1<=i<=S) R[i,j]; never above 0, negative = forgetting (paper A)",
+        "mean over old tasks of R[S,j] - max(1<=i<=S) R[i,j]; never above 0, "
+        "negative = forgetting (paper A)",
         "higher",
     ),
     "fm_peak_all": Formula(
@@ -67,13 +68,15 @@ FORMULAS = {
         "mean over stages 1..S of the mean over tasks trained so far of R[i,j]", "higher"
     ),
     "intransigence": Formula(
-        "mean over trained tasks of joint[j] - R[last(j),j]; positive = learned less than joint training",
+        "mean over trained tasks of joint[j] - R[last(j),j]; "
+        "positive = learned less than joint training",
         "lower",
     ),
     "gain": Formula("mean over trained tasks of R[S,j] - R[0,j] (paper C)", "higher"),
     "general_delta": Formula("mean over general tasks of R[S,j] - R[0,j]", "higher"),
     "drop": Formula(
-        "mean over general tasks of R[0,j] - R[S,j]; positive = forgetting (paper C's non-target tasks)",
+        "mean over general tasks of R[0,j] - R[S,j]; "
+        "positive = forgetting (paper C's non-target tasks)",
         "lower",
     ),
     "fm_forced": Formula(
@@ -90,7 +93,8 @@ FORMULAS = {
     ),
 }
 FORMAT_SHARE = Formula(
-    "1 - forced-prefix loss / loss, each the mean over old and general tasks; not stated where loss < 2 points",
+    "1 - forced-prefix loss / loss, each the mean over old and general tasks; "
+    "not computed if loss < 2 points",
     "",
 )
 
@@ -101,7 +105,7 @@ class Cell(NamedTuple):
     n: int = 0
 
 
-Cells = dict[tuple[int | str, str], Cell]  # (row, task); the row of a joint run is called "joint"
+Cells = dict[tuple[int | str, str], Cell]  # by (row, task); the row of a joint run is "joint"
 CellWeights = dict[tuple[int | str, str], float]
 NO_CELL = Cell(math.nan)
 
@@ -114,10 +118,10 @@ class AccuracyTable:
     cells: Cells
     forced: Cells = dataclasses.field(default_factory=dict)
     base_kl: Cells = dataclasses.field(default_factory=dict)
-    # (stage, step, task, accuracy) within stages, on fixed small sets
+    # (stage, step, task, accuracy) within stages, on a fixed choice of few rows
     within_stage: tuple[tuple[int, int, str, float], ...] = ()
     evaluated: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
-    # groups of general tasks, by the config's names
+    # groups of general tasks, by their names in the config
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -131,7 +135,7 @@ class AccuracyTable:
 
     @property
     def final(self) -> int:
-        """S: the last complete row; the last row with a cell if no row after the base is complete."""
+        """S: the last complete row, or the last row with a cell if no row is complete."""
         rows = [
             i
             for i in range(1, len(self.stages) + 1)
@@ -145,7 +149,7 @@ class AccuracyTable:
         return bool(self.stages) and self.final == len(self.stages) and not self.missing(base=False)
 
     def missing(self, base: bool = True) -> list[tuple[int, str]]:
-        """Return the cells of the whole schedule that have no value."""
+        """List the cells of the whole schedule that have no value."""
         return [
             (i, t)
             for i in range(0 if base else 1, len(self.stages) + 1)
@@ -168,7 +172,7 @@ class AccuracyTable:
         return [t for t in self.trained() if self.last(t) < self.final]
 
     def peak(self, task: str, upto: int) -> int:
-        """Return the stage of 1..upto at which the task scored best; of equals, the earliest."""
+        """Return the earliest stage in 1..upto at which the task scored best."""
         rows = [i for i in range(1, upto + 1) if (i, task) in self.cells]
         return max(rows, key=lambda i: self.cells[i, task].value, default=self.final)
 
@@ -191,13 +195,16 @@ def add_cell_weights(*terms: tuple[float, int | str, str]) -> CellWeights:
 
 
 def mean_of_sums(sums: Sequence[CellWeights], cells: Mapping) -> dict[str, Any]:
-    """Average the sums whose cells are all known; return value, stderr, 95 % interval and their number."""
+    """Average the sums whose cells are all known.
+
+    Return the value, its standard error, its 95 % interval, and the number of sums.
+    """
     known = [s for s in sums if all(key in cells for key in s)]
     weights = add_cell_weights(*((w / len(known), *key) for s in known for key, w in s.items()))
     if not known:
         return {"value": None, "stderr": None, "ci95": None, "terms": 0}
     value = math.fsum(w * cells[key].value for key, w in weights.items())
-    # a weight of 0 (if the peak is the last row) removes its cell from the error too
+    # A weight of 0 (if the peak is the last row) also removes its cell from the error.
     error = math.sqrt(math.fsum((w * cells[key].stderr) ** 2 for key, w in weights.items() if w))
     error = error if math.isfinite(error) else None
     interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
@@ -205,7 +212,7 @@ def mean_of_sums(sums: Sequence[CellWeights], cells: Mapping) -> dict[str, Any]:
 
 
 def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
-    """Express each metric of FORMULAS as weighted sums of cells of the accuracy table."""
+    """Express each metric of FORMULAS as weighted sums of cells."""
     S, old, trained = t.final, t.old(), t.trained()
     seen = {
         i: [j for j in t.tasks if 1 <= t.first(j) <= i and (i, j) in t.cells]
@@ -259,7 +266,7 @@ def formulas_of_table(t: AccuracyTable) -> dict[str, Formula]:
 def forgetting_metrics(
     t: AccuracyTable, joint: AccuracyTable | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Compute every metric, each with its formula and the direction that is better."""
+    """Compute every metric, with its formula and whether higher or lower is better."""
     joint_cells: Cells = {}
     if joint and joint.final:
         joint_cells = {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final}
@@ -279,7 +286,7 @@ def forgetting_metrics(
 
 
 def measure_format_share(t: AccuracyTable) -> dict[str, Any]:
-    """Split the loss on old and general tasks into format, which a forced prefix removes, and the rest."""
+    """Measure the share of the loss on old and general tasks that a forced prefix removes."""
     formula = {"formula": FORMAT_SHARE.text, "better": FORMAT_SHARE.better}
     pairs = [(t.last(j), j) for j in t.old()] + [(0, j) for j in t.general]
     pairs = [
@@ -300,8 +307,8 @@ def measure_format_share(t: AccuracyTable) -> dict[str, Any]:
 def per_stage_metrics(t: AccuracyTable) -> list[dict[str, Any]]:
     """Compute the metrics of each stage.
 
-    Gain on its tasks and drop on all others are measured from the stage's start (paper C),
-    loss from the stage that last trained each task before.
+    The gain on its tasks and the drop on all others are measured from the stage's start (paper C),
+    the loss from the stage that last trained each task before.
     """
 
     def mean(sums: Sequence[CellWeights], cells: Cells) -> float | None:

@@ -24,7 +24,10 @@ from cptjax.evaluation.matrix import (
 def count_transitions(
     before: Mapping[tuple[str, str], float], after: Mapping[tuple[str, str], float]
 ) -> dict[str, dict[str, int]]:
-    """Count per task the examples that went from right to wrong and back; right is a score of at least a half."""
+    """Count per task the examples that changed from right to wrong, and from wrong to right.
+
+    Right means a score of at least one half.
+    """
     names = {(1, 0): "lost", (0, 1): "gained", (1, 1): "kept", (0, 0): "never"}
     counts: dict[str, dict[str, int]] = {}
     for key in before.keys() & after.keys():
@@ -36,7 +39,7 @@ def count_transitions(
 
 
 def mean_and_sd(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Return mean and sample standard deviation over seeds; None if no seed has the number."""
+    """Return mean and sample standard deviation over seeds, or None if no seed has the number."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return None
@@ -54,7 +57,7 @@ def tasks_by_stage(config: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 
 def evaluation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tasks that a run evaluates and its groups of general tasks, as fields of AccuracyTable."""
+    """Return the fields of AccuracyTable for evaluated tasks and groups of general tasks."""
     settings = config.get("eval", {})
     names = settings.get("tasks", "all")
     return {
@@ -71,7 +74,8 @@ def build_accuracy_table(
 ) -> AccuracyTable:
     """Build the accuracy table from rows of evals.csv.
 
-    If a task has rows of several templates, the first template counts; of repeated rows, the last counts.
+    If a task has rows with several templates, those with the first template count; of repeated
+    rows, the last one counts.
     """
     rows = [row for row in rows if not math.isnan(row["value"])]
     template = {
@@ -106,7 +110,7 @@ def build_accuracy_table(
 
 
 def _stderr(row: Mapping[str, Any]) -> float:
-    """The standard error of a row, that of a share of n where the row has none."""
+    """Return the standard error of a row, or that of a share of n if the row has none."""
     if math.isfinite(row["stderr"]):
         return row["stderr"]
     p, n = row["value"], row["n"]
@@ -120,7 +124,7 @@ def load_config(workdir: Path | str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         tasks_by_stage(config)
     except FileNotFoundError:
-        raise ValueError(f"{workdir} is no run: it has no config.json") from None
+        raise ValueError(f"{workdir} is not a run: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected a run's config with stages, each with a task: {error!r}"
@@ -145,15 +149,14 @@ def read_prediction_scores(workdir: Path | str, stage: int) -> dict[tuple[str, s
 
 @dataclasses.dataclass(frozen=True)
 class RunTables:
-    """The result files of a run, each parsed once; summary, console line and report all take this record."""
+    """The parsed result files of a run, from which summary, console line and report are made."""
 
     workdir: Path
     config: dict[str, Any]
     accuracy: AccuracyTable
     metrics_lines: list[dict[str, Any]]  # of metrics.jsonl
-    prediction_scores: dict[
-        int, dict[tuple[str, str], float]
-    ]  # by stage: those whose examples `count_run_transitions` compares
+    # by stage, for the stages that `count_run_transitions` compares
+    prediction_scores: dict[int, dict[tuple[str, str], float]]
 
 
 def load_run_tables(workdir: Path | str) -> RunTables:
@@ -171,7 +174,10 @@ def load_run_tables(workdir: Path | str) -> RunTables:
 
 
 def count_run_transitions(tables: RunTables) -> dict[str, Any]:
-    """Count right/wrong changes up to S: of old tasks since their last stage, of all tasks since the base model."""
+    """Count the examples whose score changed between right and wrong up to stage S.
+
+    Old tasks are compared with their last stage, and all tasks with the base model.
+    """
     table, scores = tables.accuracy, tables.prediction_scores
     final, last_stage = scores[table.final], {task: table.last(task) for task in table.old()}
     since_learned: dict[str, dict[str, int]] = {}
@@ -182,7 +188,7 @@ def count_run_transitions(tables: RunTables) -> dict[str, Any]:
 
 
 def describe_coverage(t: AccuracyTable) -> str:
-    """Say in words which part of the schedule the numbers cover."""
+    """Describe which part of the schedule the numbers cover."""
     has_base = any((0, task) in t.cells for task in t.tasks)
     missing = [] if has_base else ["the base model"]
     missing += [f"{task} at stage {i}" for i, task in t.missing(has_base) if i <= t.final]
@@ -217,7 +223,10 @@ def _summarise_group(t: AccuracyTable, tasks: tuple[str, ...]) -> dict[str, Any]
 
 
 def summarise_table(t: AccuracyTable, joint: AccuracyTable | None = None) -> dict[str, Any]:
-    """Compute the part of the summary that follows from the evaluations alone; `joint` is the table of a joint run."""
+    """Compute the part of the summary that needs only the evaluations.
+
+    `joint` is the table of a joint run.
+    """
     return {
         "finished": t.finished,
         "covers": describe_coverage(t),

@@ -11,7 +11,7 @@ from cptjax.evaluation.summary import RunTables
 
 
 def write_report(folders: Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Write the report on the runs under `folders`; without `out`, as report.html into the first folder."""
+    """Write the report on the runs under `folders`; default: report.html in the first folder."""
     out = Path(out) if out else Path(folders[0]) / "report.html"
     return _write_page(read.read_arms(folders), folders, out)
 
@@ -25,7 +25,10 @@ def write_run_report(tables: RunTables, summary: dict[str, Any]) -> Path:
 
 
 def write_comparison(folder: Path) -> Path:
-    """Write the report on all runs of one config, and their summaries again: they now include the joint run."""
+    """Write the report on all runs of one config, and again their summaries.
+
+    The summaries now include the comparison with the joint run.
+    """
     arms = read.read_arms([folder])
     for arm in arms:
         for run in arm.runs:
@@ -47,7 +50,7 @@ def _write_page(arms: Sequence[Arm], folders: Sequence[Path | str], out: Path) -
 
 
 def comparison_numbers(arms: Sequence[Arm], verdicts: Sequence[expect.Verdict]) -> dict[str, Any]:
-    """Return mean, deviation and count over seeds of every metric, and the verdicts on the expectations."""
+    """Return mean, deviation and count over seeds of every metric, and the verdicts."""
     spreads: dict[str, dict[str, Any]] = {}
     for arm in arms:
         names = dict.fromkeys(name for run in arm.runs for name in run.summary["metrics"])

@@ -14,7 +14,8 @@ from cptjax.evaluation.report.read import Arm, ReportRun
 from cptjax.evaluation.report.svg import DumbbellPair, Point, Series
 from cptjax.evaluation.report.words import format_percent, format_points, is_known
 
-# Keys of metrics.jsonl with a title, in the order of the report; all others are under "everything logged"
+# Keys of metrics.jsonl with a title, in the order of the report. All other keys are plotted under
+# "everything logged".
 CURVE_TITLES = {
     "reward": "Reward",
     "reward/overall": "Reward",
@@ -31,7 +32,7 @@ CURVE_TITLES = {
     "actor/grad_norm": "Gradient norm",
 }
 NOT_PLOTTED = {"stage", "step", "event", "time", *COST_KEYS}
-CURVE_POINTS = 300  # at most, of one curve
+CURVE_POINTS = 300  # largest number of points of a curve
 
 Curve = list[tuple[int, float]]  # (position in the run, value)
 
@@ -40,7 +41,7 @@ Curve = list[tuple[int, float]]  # (position in the run, value)
 
 
 def stage_lengths(run: ReportRun) -> dict[int, int]:
-    """Return the length of each stage in steps: as planned, or as far as it is logged."""
+    """Return the length of each stage in steps, planned or logged."""
     lengths = {s: config.get("steps") or 0 for s, config in enumerate(run.config["stages"], 1)}
     logged = [(line["stage"], line["step"]) for line in run.tables.metrics_lines]
     logged += [(stage, step) for stage, step, _, _ in run.table.within_stage]
@@ -50,7 +51,10 @@ def stage_lengths(run: ReportRun) -> dict[int, int]:
 
 
 def accuracy_chart(run: ReportRun) -> Markup | None:
-    """Plot each task's accuracy over the stages and within them; a ring marks a stage that trained the task."""
+    """Plot each task's accuracy over the stages and within them.
+
+    A ring marks a stage that trained the task.
+    """
     table, lengths, series = run.table, stage_lengths(run), []
     for k, task in enumerate(table.tasks):
         ends = [
@@ -83,7 +87,7 @@ def accuracy_chart(run: ReportRun) -> Markup | None:
 
 
 def plasticity_chart(run: ReportRun) -> Markup | None:
-    """Plot for each old task the accuracy right after learning it against its change since."""
+    """Plot for each old task its accuracy right after learning against the change since then."""
     series = []
     for k, task in enumerate(run.table.tasks):
         row = run.summary["tasks"][task]
@@ -116,7 +120,10 @@ def general_chart(run: ReportRun) -> Markup | None:
 
 
 def base_kl_chart(runs: Sequence[tuple[str, int, ReportRun]]) -> Markup | None:
-    """Plot per stage the distance from the base model on the stage's prompts against the loss on other tasks."""
+    """Plot the distance from the base model against the loss on other tasks, a point per stage.
+
+    The distance is measured on the prompts of the stage.
+    """
     series = []
     for label, color, run in runs:
         points = [
@@ -145,7 +152,7 @@ def training_lines(run: ReportRun) -> list[dict[str, Any]]:
 
 
 def logged_curves(run: ReportRun) -> dict[str, Curve]:
-    """Return each logged number that changes as a curve; positions continue over the stages."""
+    """Return a curve for each logged number that changes; positions continue over the stages."""
     curves: dict[str, Curve] = {}
     for position, line in enumerate(training_lines(run)):
         for key, value in line.items():
@@ -156,7 +163,7 @@ def logged_curves(run: ReportRun) -> dict[str, Curve]:
 
 
 def training_panels(run: ReportRun) -> tuple[list[tuple[str, Markup]], list[tuple[str, Markup]]]:
-    """Return the titled training curves, and all others."""
+    """Return the training curves with titles of their own, and all others."""
     curves, lines = logged_curves(run), training_lines(run)
     borders = [i for i in range(1, len(lines)) if lines[i]["stage"] != lines[i - 1]["stage"]]
     titled = [
@@ -173,7 +180,10 @@ def training_panels(run: ReportRun) -> tuple[list[tuple[str, Markup]], list[tupl
 
 
 def _training_panel(curve: Curve, title: str, borders: Sequence[int]) -> Markup:
-    """Plot a logged number thin and its moving average thick; the average restarts with each stage."""
+    """Plot a logged number as a thin line and its moving average as a thick one.
+
+    The average restarts with each stage.
+    """
     series = []
     for low, high in zip([0, *borders], [*borders, math.inf], strict=True):
         part = [(position, value) for position, value in curve if low <= position < high]
@@ -189,13 +199,13 @@ def make_points(xs: Iterable[float], ys: Iterable[float]) -> list[Point]:
 
 
 def thin_curve(curve: Curve, most: int) -> tuple[list[float], list[float]]:
-    """Average neighbours so that at most `most` points remain; return their x and y."""
+    """Average neighbouring points until at most `most` remain; return their x and y."""
     parts = np.array_split(np.array(curve, float), min(len(curve), most))
     return [part[:, 0].mean() for part in parts], [part[:, 1].mean() for part in parts]
 
 
 def smooth_curve(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average over about a twelfth of the curve, corrected for its start."""
+    """Compute a bias-corrected exponential moving average over about a twelfth of the curve."""
     keep = 1 - 1 / max(2.0, len(values) / 12)
     total, weight, averages = 0.0, 0.0, []
     for value in values:
@@ -208,7 +218,7 @@ def smooth_curve(values: Sequence[float]) -> list[float]:
 
 
 def arms_plasticity_chart(arms: Sequence[Arm]) -> Markup | None:
-    """Plot learned accuracy against FM: a faint dot per seed, and a labelled dot for the mean of the arm."""
+    """Plot learned accuracy against FM: a faint dot per seed, a labelled dot per arm's mean."""
     series = []
     for k, arm in enumerate(arms):
         metrics = [
@@ -241,7 +251,7 @@ def arms_plasticity_chart(arms: Sequence[Arm]) -> Markup | None:
 
 
 def arms_format_chart(arms: Sequence[Arm]) -> Markup | None:
-    """Plot the loss on earlier and general tasks: ring after a forced prefix, dot of free responses.
+    """Plot the loss on earlier and general tasks, with a forced prefix (ring) and without (dot).
 
     Joint training has no earlier tasks and is left out.
     """
@@ -266,7 +276,7 @@ def arms_format_chart(arms: Sequence[Arm]) -> Markup | None:
 
 
 def arms_general_chart(arms: Sequence[Arm], group: str = "") -> Markup | None:
-    """Plot the mean accuracy on general tasks, or on a group of them: ring before, dot after."""
+    """Plot the mean accuracy on general tasks or a group, before (ring) and after (dot)."""
     pairs = []
     for k, arm in enumerate(arms):
         before, after = (
@@ -293,7 +303,7 @@ def _general_level(run: ReportRun, key: str, group: str) -> float | None:
 
 
 def arms_average_chart(arms: Sequence[Arm]) -> Markup | None:
-    """Plot the mean accuracy over all tasks after each stage, mean over seeds."""
+    """Plot the mean accuracy over all tasks and seeds after each stage."""
     series = []
     for k, arm in enumerate(arms):
         matrices = [run.table.array() for run in arm.runs]
@@ -316,7 +326,7 @@ def arms_average_chart(arms: Sequence[Arm]) -> Markup | None:
 
 
 def arms_reward_chart(arms: Sequence[Arm]) -> Markup | None:
-    """Plot the moving average of the reward over the run, for each arm that samples responses."""
+    """Plot the moving average of the reward during the run, for each arm that has one."""
     series = []
     for k, arm in enumerate(arms):
         curves = logged_curves(arm.runs[0])

@@ -1,11 +1,11 @@
-"""Judge whether the arms of a comparison show what `config.expect` says they must.
+"""Judge whether the arms of a comparison meet the expectations in `config.expect`.
 
-Only finished runs are judged, by their own numbers.
+Only finished runs are judged.
 
-    dict(arm="grpo", metric="text", at_least=-0.03)                     in each seed or order; likewise at_most
-    dict(arm="grpo", metric="fm_diagonal", above="sft")                 more than another arm
-    dict(arm=("sft", "grpo"), metric="learned_gain", within=0.06)       no two of these arms further apart
-    dict(arm="sft", metric="text", at_most=-0.25, mean=True)            the mean over seeds, not each
+    dict(arm="grpo", metric="text", at_least=-0.03)                in each seed or order; or at_most
+    dict(arm="grpo", metric="fm_diagonal", above="sft")            higher than another arm
+    dict(arm=("sft", "grpo"), metric="learned_gain", within=0.06)  no two arms differ by more
+    dict(arm="sft", metric="text", at_most=-0.25, mean=True)       the mean over seeds
 
 A metric is one of matrix.FORMULAS or a group of config.eval.groups; numbers are fractions of 1.
 """
@@ -25,12 +25,12 @@ from cptjax.evaluation.report import words
 from cptjax.evaluation.report.read import Arm, ReportRun
 
 EXPECT_RELATIONS = ("at_least", "at_most", "above", "within")
-ROUNDING_TOLERANCE = 1e-9  # a number at its bound is within it
+ROUNDING_TOLERANCE = 1e-9  # a number that equals its bound up to rounding meets it
 MISSED_IN_HEADLINE = 3  # missed expectations that the headline names
 
 
 def check_expectations(config: ConfigDict) -> None:
-    """Refuse group names that are already metrics, and expectations that no report can judge."""
+    """Refuse groups named like a metric, and expectations that no report can judge."""
     groups = [name for group in config.eval.groups for name in (group, f"{group}_forced")]
     if taken := [name for name in groups if name in FORMULAS or groups.count(name) > 1]:
         raise ValueError(
@@ -50,9 +50,10 @@ def check_expectations(config: ConfigDict) -> None:
             )
         if isinstance(entry["arm"], str) == ("within" in entry):
             raise ValueError(
-                f"{setting}: expected a tuple of arms with within and otherwise one arm; got arm={entry['arm']!r}"
+                f"{setting}: expected a tuple of arms with `within`, and one arm otherwise; "
+                f"got arm={entry['arm']!r}"
             )
-        # without arms in the config, an expectation names the folders of other runs
+        # In a config without arms, expectations name the folders of other runs.
         for arm in expected_arms(entry) if len(config.arms) else ():
             _refuse_unknown(arm, list(config.arms), f"{setting} names the arm")
         _refuse_unknown(entry["metric"], [*FORMULAS, *groups], f"{setting} names the metric")
@@ -66,7 +67,7 @@ def _refuse_unknown(name: str, known: Sequence[str], subject: str) -> None:
 
 
 def expected_arms(entry: Mapping[str, Any]) -> list[str]:
-    """Return the arms of an expectation; the arm that it compares with is last."""
+    """Return the arms of an expectation, with the one to compare with last."""
     arms = [entry["arm"]] if isinstance(entry["arm"], str) else list(entry["arm"])
     return arms + ([entry["above"]] if "above" in entry else [])
 
@@ -76,7 +77,7 @@ class Verdict:
     """An expectation and the numbers that decide it."""
 
     entry: Mapping[str, Any]
-    values: dict[str, float | None]  # by seed or order, or of "mean"; None = no finished run
+    values: dict[str, float | None]  # by seed or order, or only "mean"; None = no finished run
 
     def holds(self, value: float | None) -> bool | None:
         """Return whether a number meets the expectation; None if there is no number."""
@@ -120,7 +121,7 @@ class Verdict:
         return text + ", mean over seeds" * bool(entry.get("mean"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of the report's JSON."""
+        """Return the verdict as an entry of the report's JSON."""
         values = {
             variant: {"value": value, "met": self.holds(value)}
             for variant, value in self.values.items()
@@ -129,7 +130,10 @@ class Verdict:
 
 
 def judge_expectations(arms: Sequence[Arm]) -> list[Verdict]:
-    """Judge each distinct expectation of the runs' configs; missed ones first, then those without a number."""
+    """Judge each distinct expectation in the configs of the runs.
+
+    Missed expectations are first, then those that cannot be judged.
+    """
     entries: dict[str, Mapping[str, Any]] = {}
     for arm in arms:
         for run in arm.runs:
@@ -140,7 +144,7 @@ def judge_expectations(arms: Sequence[Arm]) -> list[Verdict]:
 
 
 def _measure_by_variant(entry: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, float | None]:
-    """The bounded number by seed or order, or that of the mean over seeds."""
+    """Return the number to judge by seed or order, or for the mean over seeds."""
     by_arm = {
         arm.label: {run.variant: _finished_value(run, entry["metric"]) for run in arm.runs}
         for arm in arms
@@ -164,7 +168,7 @@ def _mean_if_complete(values: Iterable[float | None]) -> float | None:
 
 
 def _bounded_number(entry: Mapping[str, Any], values: Sequence[float | None]) -> float | None:
-    """The one number that an expectation bounds, from the values of its arms."""
+    """Compute the number that an expectation bounds from the values of its arms."""
     if None in values:
         return None
     if "within" in entry:
@@ -173,7 +177,7 @@ def _bounded_number(entry: Mapping[str, Any], values: Sequence[float | None]) ->
 
 
 def verdict_sentences(verdicts: Sequence[Verdict]) -> list[Markup]:
-    """Say how many expectations are met, and name some that are missed."""
+    """Write how many expectations are met, and name some that are missed."""
     if not verdicts:
         return []
     met = sum(bool(verdict.met) for verdict in verdicts)

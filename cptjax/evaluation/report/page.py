@@ -20,7 +20,8 @@ from cptjax.evaluation.report.read import (
     rollout_thumbnail,
 )
 
-# Columns of the comparison: these, the groups of general tasks, the forced ones, the groups forced, and the last ones
+# The columns of the comparison are, in this order: FIRST_COLUMNS, the groups of general tasks,
+# FORCED_COLUMNS, the groups with a forced prefix, and LAST_COLUMNS.
 FIRST_COLUMNS = ("avg_acc", "learned_gain", "fm_diagonal", "general_delta")
 FORCED_COLUMNS = ("fm_forced", "general_delta_forced")
 LAST_COLUMNS = ("intransigence", "learned_acc", "fm_peak")
@@ -32,7 +33,7 @@ HEADLINE_TILES = (
 )
 GALLERY_GROUPS = 4  # prompts shown per stage
 GALLERY_RESPONSES = 4  # responses shown per prompt
-ROUNDING = 1e-9  # base numbers further apart are of different base models
+ROUNDING = 1e-9  # a larger difference between base numbers means different base models
 
 
 @cache
@@ -147,7 +148,7 @@ def render_comparison_page(
 
 
 def headline_tiles(run: ReportRun) -> list[dict[str, str]]:
-    """The four numbers at the top."""
+    """Return the four numbers at the top of the page."""
     metrics = [(name, label, unit, run.metric(name)) for name, label, unit in HEADLINE_TILES]
     return [
         {
@@ -163,7 +164,7 @@ def headline_tiles(run: ReportRun) -> list[dict[str, str]]:
 
 
 def heatmap_rows(run: ReportRun) -> list[dict[str, Any]]:
-    """The accuracy matrix by row, for a table whose cells are tinted by their value."""
+    """Return the accuracy matrix by row, for a table whose cells are tinted by their value."""
     table, rows = run.table, []
     for i, tasks in enumerate([("base",), *table.stages]):
         short = " + ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
@@ -181,14 +182,17 @@ def _heatmap_cell(cell: matrix.Cell | None, trained: bool) -> dict[str, Any]:
         return {"text": "", "tint": 0, "trained": trained, "tip": "not measured"}
     percent = words.format_percent(cell.value)
     interval = words.format_interval({"stderr": cell.stderr})
-    # squared, since differences at high accuracy are what a reader looks for
+    # Squared, so that differences at high accuracy are easier to see.
     tint = 0.04 + 0.9 * min(max(cell.value, 0.0), 1.0) ** 2
     tip = f"{percent}% {interval} (95 %), n = {cell.n}"
     return {"text": percent, "tint": round(tint, 3), "trained": trained, "tip": tip}
 
 
 def rollout_gallery(run: ReportRun, count: int) -> list[dict[str, Any]]:
-    """Choose `count` prompts with their responses from early to late in each stage, prompts with an image first."""
+    """Choose `count` prompts with their responses, from early to late in each stage.
+
+    Prompts with an image are preferred.
+    """
     cards = []
     for stage in range(1, len(run.table.stages) + 1):
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -229,7 +233,10 @@ def run_cost_rows(cost: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def arm_cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """The cost of each arm by kind of work, mean per run; the first row of an arm has its size on disk."""
+    """Return the mean cost per run of each arm, by kind of work.
+
+    The first row of an arm also has its size on disk.
+    """
     rows = []
     for k, arm in enumerate(arms):
         works = {work for run in arm.runs for work in run.summary["cost"]["works"]}
@@ -246,7 +253,7 @@ def arm_cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 def base_model_row(
     arms: Sequence[Arm], tasks: Sequence[str], general: Sequence[str]
 ) -> dict[str, Any]:
-    """The base model's numbers by column, and whether the arms of a seed start from different base models."""
+    """Return the base model's numbers by column, and whether arms of one seed differ in them."""
     paths: dict[Any, tuple[str, ...]] = {"avg_acc": ("metrics", "base_acc", "value")}
     paths |= {("tasks", task): ("tasks", task, "base") for task in tasks}
     paths |= {("general", task): ("general", task, "base") for task in general}
@@ -258,7 +265,7 @@ def base_model_row(
 
 
 def base_model_number(arms: Sequence[Arm], *path: str) -> tuple[str, bool]:
-    """Return a base number of all runs as text, and whether runs of one seed disagree on it."""
+    """Return a number of the base model as text, and whether runs of one seed differ in it."""
     by_variant: dict[str, list[float]] = {}
     for arm in arms:
         for run in arm.runs:
@@ -273,7 +280,7 @@ def base_model_number(arms: Sequence[Arm], *path: str) -> tuple[str, bool]:
 
 
 def best_arm(arms: Sequence[Arm], name: str, better: str) -> str | None:
-    """Return the best arm of a column; joint training is the upper bound and does not compete."""
+    """Return the best arm of a column, except joint training, which is the upper bound."""
     spreads = {arm.label: arm.spread(name) for arm in arms if not arm.is_joint}
     means = {label: spread["mean"] for label, spread in spreads.items() if spread}
     sign = -1 if better == "lower" else 1
@@ -291,7 +298,7 @@ def flatten_settings(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def setting_differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
-    """Return the settings in which the arms differ, with the value of each arm."""
+    """Return the settings in which the arms differ, with the value in each arm."""
     configs = [flatten_settings(arm.runs[0].config) for arm in arms]
     names = dict.fromkeys(n for config in configs for n in config if n not in ("stages", "seed"))
     rows = [

@@ -1,4 +1,4 @@
-"""Find the runs under the given folders and read what the report shows of them."""
+"""Find the runs under the given folders, and read what the report shows."""
 
 import base64
 import dataclasses
@@ -26,7 +26,7 @@ IGNORED_FOLDERS = {
     "tensorboard",
     "wandb",
 }
-STOPPED_AFTER_SECONDS = 300  # an unfinished run without a write for so long counts as stopped
+STOPPED_AFTER_SECONDS = 300  # an unfinished run that has written nothing for this long has stopped
 ROLLOUT_BYTES = 400_000  # read at the start and at the end of a rollouts file
 THUMBNAIL_PIXELS = 320  # longest side
 
@@ -60,7 +60,7 @@ class ReportRun:
 
     @property
     def is_joint(self) -> bool:
-        """True if one stage trains all tasks: such a run has no order and no forgetting of trained tasks."""
+        """Whether a single stage trains all tasks, so that no trained task can be forgotten."""
         return len(self.table.stages) == 1 and len(self.table.tasks) > 1
 
     @property
@@ -70,7 +70,7 @@ class ReportRun:
         return name if SEED_FOLDER.fullmatch(name) else f"seed{self.config.get('seed', 0)}"
 
     def metric(self, name: str) -> dict[str, Any]:
-        """Return a metric of the summary; its value is None if only another run's config names its group."""
+        """Return a metric of the summary; its value is None if the run lacks the metric's group."""
         return self.summary["metrics"].get(name, {"value": None, "stderr": None})
 
 
@@ -95,26 +95,29 @@ class Arm:
 
 
 def nested_value(value: Any, keys: Sequence[str]) -> Any:
-    """Return the value under nested keys, None if a key is missing."""
+    """Return the value under nested keys, or None if a key is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
 def last_write_time(folder: Path) -> float:
-    """Return when a file of the run other than the report was last written."""
+    """Return the time of the last write to a file of the run other than the report."""
     paths = [*folder.glob("*"), *folder.glob("rollouts/*")]
     return max((p.stat().st_mtime for p in paths if p.name != "report.html"), default=0.0)
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Return whether a run was started in a folder; an exported model has a config.json too, but no stages."""
+    """Return whether a run was started in a folder.
+
+    An exported model also has a config.json, but without stages.
+    """
     path = folder / "config.json"
     return path.is_file() and '"stages"' in path.read_text(encoding="utf-8")
 
 
 def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
-    """Return (label, workdirs) of each arm in a folder that holds a run, the seeds of an arm, or arms."""
+    """Return (label, workdirs) of each arm in a folder, which holds a run, seeds or arms."""
     if not folder.is_dir():
         return []
     label = folder.resolve().name
@@ -131,16 +134,17 @@ def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
 
 
 def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
-    """Read all arms under the given folders, in the paper's order: SFT, the others, joint training.
+    """Read all arms under the given folders, in the order of paper A: SFT, the others, joint.
 
-    Joint training is the reference for the intransigence of the others.
+    Joint training is the reference for the intransigence of the other arms.
     """
     folders_by_arm: list[tuple[str, list[Path]]] = []
     for folder in map(Path, folders):
         arms_of_folder = find_arm_folders(folder)
         if not arms_of_folder:
             raise ValueError(
-                f"{folder} is no run: expected a workdir with config.json, or a folder of such workdirs"
+                f"{folder} is not a run: expected a workdir with config.json, or a folder of such "
+                "workdirs"
             )
         folders_by_arm += arms_of_folder
     labels = _distinct_labels(folders_by_arm)
@@ -153,7 +157,7 @@ def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
 
 
 def _distinct_labels(arms: Sequence[tuple[str, list[Path]]]) -> list[str]:
-    """The folder names of the arms, with the parent's name where several arms have the same."""
+    """Return the folder names of the arms, with the parent's name where names are equal."""
     names = [name for name, _ in arms]
     return [
         name if names.count(name) == 1 else f"{paths[0].resolve().parent.name}/{name}"
@@ -167,7 +171,7 @@ def read_run(path: Path, label: str) -> ReportRun:
 
 
 def add_joint_reference(arm: Arm, others: Sequence[Arm]) -> Arm:
-    """Add intransigence to an arm's runs if there is a joint run of the same seed over the same tasks."""
+    """Add the intransigence to an arm's runs, if a joint run has the same tasks and seed."""
     tasks = set(arm.runs[0].table.tasks)
     joint = next((o for o in others if o.is_joint and set(o.runs[0].table.tasks) == tasks), None)
     if joint is None or arm.is_joint:
@@ -205,7 +209,7 @@ def prompt_text(prompt: Any) -> str:
 
 
 def rollout_thumbnail(run: ReportRun, source: str | None) -> str | None:
-    """Return a thumbnail as a data URI; files outside the workdir are not embedded."""
+    """Return a thumbnail as a data URI, or None for a file that is not in the workdir."""
     if not source or source.startswith("data:image/"):
         return source
     path = (run.path / source).resolve()

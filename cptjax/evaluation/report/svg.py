@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-# Colours are classes of the page's style sheet, so a chart follows its light and dark scheme.
+# Colours are classes of the page's style sheet, so that charts have its light and dark scheme.
 WIDTH, HEIGHT = 400, 270  # of a large chart; text is 11 units high, readable on a phone
-SMALL_CHART = (290, 170)
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
+SMALL_CHART = (290, 170)  # width, height
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40  # margins
 DUMBBELL_HEIGHT = 34  # of one row
-LABEL_CHARS = 24  # a longer label of a dumbbell row is cut; its tooltip has all of it
+LABEL_CHARS = 24  # longer labels of a dumbbell row are cut; the tooltip has the whole label
 CHAR_WIDTH = 6.6  # of a label
 
 
@@ -36,7 +36,7 @@ class Series:
 
 
 def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return round numbers from at most `low` to at least `high`."""
+    """Return round numbers that span the range from `low` to `high`."""
     span = (high - low) or abs(high) or 1.0
     rough = span / count
     exponent = math.floor(math.log10(rough))
@@ -56,7 +56,7 @@ def format_tick(value: float) -> str:
 def widen_range(values: Sequence[float], span: float, most: float = math.inf) -> list[float]:
     """Return the range of values, widened to at least `span` so that noise does not fill an axis.
 
-    Where possible it does not go above `most`.
+    The range does not exceed `most` if the values do not.
     """
     low, high = min(values), max(values)
     spare = max(0.0, span - (high - low)) / 2
@@ -141,10 +141,10 @@ def line_chart(
     most: float = math.inf,
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Markup | None:
-    """Plot lines and dots, None without a point.
+    """Plot lines and dots; return None if there is no point.
 
-    `borders` are dashed vertical lines, `include` y values to reach, `span` the least range of each
-    axis, and `most` the end of the x axis.
+    `borders` are the places of dashed vertical lines, `include` y values that the axis must reach,
+    `span` the smallest ranges of the two axes, and `most` the largest useful x.
     """
     points = [p for s in series for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not points:
@@ -184,7 +184,7 @@ def series_elements(frame: ChartFrame, series: Series) -> list[str]:
 
 
 def series_labels(frame: ChartFrame, series: Sequence[Series]) -> list[str]:
-    """Write labels next to points, moved down where two would overlap."""
+    """Place labels next to the last points of their series, moved down where two would overlap."""
     labelled = [
         (frame.x(s.points[-1].x), frame.y(s.points[-1].y), s)
         for s in series
@@ -220,7 +220,7 @@ def dumbbell_chart(
     dot: str,
     include: Sequence[float] = (),
 ) -> Markup | None:
-    """Plot one line per pair from ring to dot; `ring` and `dot` name the two in the tooltips."""
+    """Plot a line from ring to dot for each pair; tooltips call them `ring` and `dot`."""
     pairs = [p for p in pairs if math.isfinite(p.ring) and math.isfinite(p.dot)]
     if not pairs:
         return None

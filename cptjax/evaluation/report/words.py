@@ -1,4 +1,4 @@
-"""Format the report's numbers and write its headline sentences from them."""
+"""Format the numbers of the report, and write its headline sentences."""
 
 import math
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ METRIC_TITLES = {
     "kl_old": "KL, old tasks",
     "format_share": "Format share",
 }
-# shown in percent; all other metrics but KL are differences in points
+# Metrics shown in percent; all others except KL are differences in points.
 LEVEL_METRICS = ("avg_acc", "base_acc", "learned_acc", "maa")
 KL_METRICS = ("kl_new", "kl_old")  # nats per token
-EQUAL_LEARNING_GAP = 0.06  # arms whose learned accuracies differ by more did not learn equally much
+EQUAL_LEARNING_GAP = 0.06  # largest difference in learned accuracy that counts as equal learning
 AMOUNT_SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -60,7 +60,7 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def metric_title(name: str) -> str:
-    """Return the heading of a metric; the config's own groups keep their names."""
+    """Return the heading of a metric; groups keep their names from the config."""
     group = name.removesuffix("_forced")
     return METRIC_TITLES.get(name) or f"{group} Δ" + ", forced" * (group != name)
 
@@ -99,7 +99,7 @@ def html_sentence(text: str, **parts: Any) -> Markup:
 
 
 def run_headline(run: ReportRun) -> list[Markup]:
-    """Say what a run learned and forgot."""
+    """Write what a run learned and forgot."""
     metrics, final = run.summary["metrics"], run.table.final
     base, average = metrics["base_acc"], metrics["avg_acc"]
     if not final:
@@ -120,7 +120,8 @@ def run_headline(run: ReportRun) -> list[Markup]:
     if is_known(metrics["fm_diagonal"]["value"]):
         sentences.append(
             html_sentence(
-                "It reached {l} right after learning each task, and {x} on the tasks of earlier stages.",
+                "It reached {l} right after learning each task, and {x} "
+                "on the tasks of earlier stages.",
                 l=format_rate(metrics["learned_acc"]["value"]),
                 x=describe_forgetting(metrics["fm_diagonal"]),
             )
@@ -138,12 +139,12 @@ def run_headline(run: ReportRun) -> list[Markup]:
 
 
 def is_within_interval(metric: dict[str, Any]) -> bool:
-    """Return whether a difference is too small to be distinguished from 0."""
+    """Return whether a difference cannot be distinguished from 0."""
     return abs(metric["value"]) <= max(1.96 * (metric["stderr"] or 0.0), 0.0005)
 
 
 def describe_change(metric: dict[str, Any]) -> str:
-    """Say whether a difference is larger than its own 95 % interval."""
+    """Describe a difference, and whether it exceeds its 95 % interval."""
     if is_within_interval(metric):
         points = f"{format_points(metric['value'])} {format_interval(metric)} points"
         return f"did not measurably change ({points})"
@@ -151,7 +152,7 @@ def describe_change(metric: dict[str, Any]) -> str:
 
 
 def describe_forgetting(metric: dict[str, Any]) -> str:
-    """Say whether a forgetting measure is larger than its own 95 % interval."""
+    """Describe a forgetting metric, and whether it exceeds its 95 % interval."""
     if is_within_interval(metric):
         points = f"{format_points(metric['value'])} {format_interval(metric)} points"
         return f"did not measurably lose or gain ({points})"
@@ -183,7 +184,7 @@ def arm_mean(arm: Arm, name: str) -> float:
 
 
 def arm_stderr(arm: Arm, name: str) -> float:
-    """Return the standard error of an arm's metric: between its seeds, or of the one run's test sets."""
+    """Return the standard error of an arm's metric, between seeds or within its only run."""
     spread = arm.spread(name)
     if spread and spread["sd"] is not None:
         return spread["sd"] / math.sqrt(spread["n"])
@@ -191,11 +192,11 @@ def arm_stderr(arm: Arm, name: str) -> float:
 
 
 def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
-    """Say which arms keep, learn and lose most, as far as the differences are larger than their intervals."""
+    """Write which arms keep, learn and lose most, where differences exceed their intervals."""
     sequences = [arm for arm in arms if is_known(arm_mean(arm, "fm_diagonal"))]
 
     def rivals(name: str) -> list[Arm]:
-        """Joint training is no rival: it may forget general tasks too, but sees all tasks at once."""
+        """Return the arms to compare: all but joint training, which sees all tasks at once."""
         return [arm for arm in arms if not arm.is_joint and is_known(arm_mean(arm, name))]
 
     sentences = [
@@ -208,7 +209,8 @@ def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
         best_and_worst_sentence(
             rivals("general_delta"),
             "general_delta",
-            "On abilities that were never trained, {best} changed by {b} points and {worst} by {w}.",
+            "On abilities that were never trained, {best} changed by {b} points "
+            "and {worst} by {w}.",
             "On abilities that were never trained, all changed about equally ({w} to {b} points).",
         ),
     ]
@@ -233,7 +235,8 @@ def best_and_worst_sentence(
 ) -> Markup | None:
     """Name the best and the worst arm.
 
-    The sentence is `alike` if their difference lies within its 95 % interval and does not have one sign in all seeds.
+    Return the sentence `alike` instead of `apart` if their difference is within its 95 % interval,
+    unless it has the same sign in all seeds.
     """
     if len(arms) < 2:
         return None
@@ -245,13 +248,19 @@ def best_and_worst_sentence(
     if arm_mean(best, name) - arm_mean(worst, name) > 1.96 * error:
         return sentence
     if seeds := count_agreeing_seeds(best, worst, name):
-        note = " The order is the same in each of the {n} seeds, although the variance between seeds is large."
+        note = (
+            " The order is the same in each of the {n} seeds, "
+            "although the variance between seeds is large."
+        )
         return sentence + html_sentence(note, n=seeds)
     return html_sentence(alike, **parts)
 
 
 def count_agreeing_seeds(best: Arm, worst: Arm, name: str) -> int:
-    """Return the number of seeds or orders that both arms have, 0 unless `best` is above in each of three or more."""
+    """Return the number of seeds or orders in which `best` is above `worst`.
+
+    Return 0 if there are fewer than three, or if one of them disagrees.
+    """
     high, low = (
         {run.variant: run.metric(name)["value"] for run in arm.runs} for arm in (best, worst)
     )
@@ -279,11 +288,14 @@ def _plasticity_sentence(arms: Sequence[Arm]) -> list[Markup]:
 
 
 def _format_loss_sentence(arms: Sequence[Arm]) -> list[Markup]:
-    """Say how much of the largest loss is format."""
+    """Write how much of the largest loss is format."""
     candidates = [a for a in arms if a.spread_of("format_share", "value") and not a.is_joint]
     if not candidates:
         return []
     worst = max(candidates, key=lambda arm: arm.spread_of("format_share", "loss")["mean"])
     share = worst.spread_of("format_share", "value")["mean"]
-    text = "About {share} of {name}'s loss is only format: with a forced response prefix it disappears."
+    text = (
+        "About {share} of {name}'s loss is only format: "
+        "with a forced response prefix it disappears."
+    )
     return [html_sentence(text, share=f"{100 * share:.0f}%", name=worst.label)]

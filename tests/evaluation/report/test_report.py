@@ -64,5 +64,5 @@ def test_the_launcher_prints_one_line(tmp_path):
     assert (
         refused.returncode == 2
         and refused.stderr.count("\n") == 1
-        and "is no run" in refused.stderr
+        and "is not a run" in refused.stderr
     )
