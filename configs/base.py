@@ -1,6 +1,6 @@
-"""Every setting of cptjax, with its unit and range; other configs change what they need.
+"""Every setting of cptjax, with its unit and range; the other configs change what they need.
 
-A setting that may be None is written `optional(type)`. The command line can set everything:
+A setting that may be None is declared with `optional(type)`. The command line can set everything:
 
     --config.train.lr=2e-6          --config.data.limit=100         --config.eval.every=None
     --config.stages[1].epochs=3     --config.stages[0].train.lr=1e-5
@@ -20,25 +20,26 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "run"
     c.seed = 0
-    c.seeds = ()  # several seeds: one run each, in sub-folders of the workdir; () = only `seed`
+    c.seeds = ()  # several seeds: one run each, in subfolders of the workdir; () = only `seed`
     c.orders = ()  # several task orders: each a tuple of stage indices; () = as listed
-    c.arms = ConfigDict()  # name -> overrides: methods to compare, one sub-folder each, one report
-    # Claims that the report judges, each dict(arm=, metric=, at_least= ...); see report/expect.py.
+    c.arms = ConfigDict()  # name -> overrides: methods to compare, one subfolder each, one report
+    # Expected results, each dict(arm=, metric=, at_least= ...); see evaluation/report/expect.py.
     c.expect = ()
     c.prestage = ConfigDict()  # overrides of a run that first makes the base model; empty = none
-    c.allow_change = False  # resume although the config differs from the one that started the run
+    c.allow_change = False  # resume although the config differs from that of the run's start
 
     c.model = ConfigDict(dict(
         path="",  # Hugging Face folder or hub id; "" = a random model of `preset`
         preset="tiny",  # tiny | 3b | 7b | 32b | 72b; only read where path is ""
-        param_dtype="float32",  # float32 | bfloat16: trained weights; frozen: compute_dtype
+        # float32 | bfloat16: of trained weights; frozen weights have compute_dtype
+        param_dtype="float32",
         compute_dtype="bfloat16",  # bfloat16 | float32
-        min_pixels=200704,  # pixels per image, >= one merged patch; for SFT, RL and evaluation
+        min_pixels=200704,  # pixels per image, >= one merged patch; in training and evaluation
         max_pixels=1003520,  # pixels per image
-        freeze=(),  # of vision | merger | language
+        freeze=(),  # some of vision, merger, language
         remat="dots",  # none | dots | block | offload: what a layer keeps for its backward pass
         attention="auto",  # auto | xla | tiled (CPU) | cudnn (GPU) | splash (TPU)
-        lora=dict(  # rank 0 = full training
+        lora=dict(  # rank 0 = no LoRA: all weights are trained
             rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"), vision=False),
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, model=1, slices=1))  # devices per axis; one may be -1
@@ -50,13 +51,13 @@ def get_config() -> ConfigDict:
         root="",  # folder with local copies of the datasets; "" = the hub
         prompt_limit=2048,  # tokens; a longer prompt is a bad row
         buckets=(),  # token lengths that rows are padded to; () = powers of two up to prompt_limit
-        bad_rows=0,  # how many bad rows may be left out (each is printed); more stop the run
+        bad_rows=0,  # number of bad rows to leave out (each is printed); more stop the run
         limit=optional(int),  # training rows per task; None = all
-        workers=0,  # image decoding processes; 0 = in this one
+        workers=0,  # processes that decode images; 0 = the main process
         prefetch=2,  # batches
-        pack=False,  # SFT: several conversations in one row
+        pack=False,  # SFT: put several conversations into one row
         template="cot",  # cot | boxed | direct | letter | answer | none | path.jinja
-        weights=(),  # of a stage's tasks, when it has several; () = by size
+        weights=(),  # sampling weights of a stage's tasks if it has several; () = by size
     ))  # fmt: skip
 
     c.method = ConfigDict(dict(
@@ -73,81 +74,83 @@ def get_config() -> ConfigDict:
         kl_estimator="k3",  # k1 (in reward only) | k2 | k3
         kl_place="loss",  # loss | reward
         kl_limit=optional(float, 10.0),  # largest k3 of a token, 0 gradient beyond; None = no limit
-        kl_reference="stage",  # base | stage | a model's folder
+        kl_reference="stage",  # base | stage | the folder of a model
         updates_per_batch=1,  # parts of a batch of rollouts, one optimizer update each
-        passes=1,  # times over one batch of rollouts
-        truncated="score",  # score | zero | mask: a response that met the length limit
+        passes=1,  # number of passes over a batch of rollouts
+        truncated="score",  # score | zero | mask: for responses that reach the length limit
         overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
-        # policy: largest importance weight (policy / sampler) of a token; None = no weights
+        # objective="policy": largest importance weight (policy / sampler) of a token; None = none
         tis_cap=optional(float),
         entropy_coef=0.0,
         # RIF-RFT: None | dict(name="incompetent" | "zero_variance", samples=8)
         #      | dict(name="window" | "random", samples=8, lo=1, hi=8)
-        #      | dict(name="random", like="<run folder>"): as many as that run's filter kept
+        #      | dict(name="random", like="<run folder>"): as many as the filter of that run kept
         filter=optional(object),
         # DAPO's dynamic sampling: None | dict(lo=0.01, hi=0.99, max_refills=10)
         online_filter=optional(object),
-        corpus="",  # source="corpus": the file
-        corpus_answer="own",  # own: its correct responses | gold: all, with the gold answer put in
+        corpus="",  # source="corpus": path of the file
+        # own: its correct responses | gold: all of them, with the gold answer inserted
+        corpus_answer="own",
         self_samples=4,  # source="self": responses sampled per prompt
-        # source="self", how often they are sampled again: never | epoch | a number of steps
+        # source="self": when to sample again: never | epoch | a number of steps
         refresh=optional(object, "never"),
-        replay=dict(fraction=0.0, kind="gold"),  # of a batch, from earlier stages; gold | prompts
+        # fraction of a batch from earlier stages; kind: gold | prompts
+        replay=dict(fraction=0.0, kind="gold"),
         penalty=dict(name="none", coef=0.0, samples=64),  # none | ewc | l2 | lwf
-        average=0.0,  # WiSE-FT: weight of the stage's start after the stage, in [0, 1)
+        average=0.0,  # WiSE-FT: weight of the stage's start in the average after it, in [0, 1)
         distill=dict(  # SDFT; teacher: ema | frozen | current; direction: forward | reverse
             teacher="ema", ema=0.01, direction="forward", top_k=0, skip_tokens=0),
     ))  # fmt: skip
 
     c.rewards = ConfigDict(dict(
-        accuracy=0.9, format=0.1,  # weights of the template's two parts
-        on_error="stop",  # stop | zero: a reward function that raises, hangs or returns NaN
+        accuracy=0.9, format=0.1,  # weights of the two parts of a reward
+        on_error="stop",  # stop | zero: if a reward function raises, hangs or returns NaN
         timeout=10.0,  # seconds per response
-        processes=2,
+        processes=2,  # that call reward functions
     ))  # fmt: skip
     c.rollout = ConfigDict(dict(
         group=8,  # responses per prompt
         temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
         max_new_tokens=1024,
         slots=0,  # groups decoded at a time; 0 = the whole batch
-        check_every=16,  # decode steps between two checks for finished rows
+        check_every=16,  # decode steps between two checks whether responses have ended
         dtype="",  # "" = compute_dtype | float32 | bfloat16 | int8 (8-bit weights; needs qwix)
-        # Copy the weights to every fsdp member while decoding, in evaluation too; otherwise each
-        # token moves all weights.
+        # Copy the weights to every fsdp member for decoding, also in evaluation; otherwise every
+        # decode step transfers all weights.
         gather=False,
     ))  # fmt: skip
 
     c.train = ConfigDict(dict(
         batch=128,  # prompts (RL) or conversations (SFT) per rollout batch
-        micro_batch=0,  # rows per device pass; 0 = all
+        micro_batch=0,  # prompts or conversations per device pass; 0 = all
         lr=1e-6, schedule="constant",  # constant | cosine | linear | wsd
-        warmup=0.0,  # share of the stage's steps
+        warmup=0.0,  # share of the stage's updates
         optimizer="adamw",  # adamw | muon | adafactor
         b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2,
         clip=optional(float, 1.0),  # largest norm of the gradient; None = no clipping
         # bfloat16 second moments with b2 = .999 never decay: only for parity with released code
         moments_dtype="float32",
-        reset_optimizer=True,  # at each stage
-        max_skipped=10,  # updates in a row that are not finite or have no token; more stop the run
-        chunk=1024,  # tokens whose logits exist at one time
+        reset_optimizer=True,  # at the start of each stage
+        max_skipped=10,  # updates skipped in a row (not finite, or no token) that stop the run
+        chunk=1024,  # tokens whose logits are in memory at a time
     ))  # fmt: skip
 
     c.eval = ConfigDict(dict(
         tasks="all",  # all = every task of the stages; else "a,b"
-        general=(),  # tasks that are never trained, reported apart
-        groups=dict(),  # name -> some of `general` whose mean change is a number of its own
+        general=(),  # tasks that are never trained, reported separately
+        groups=dict(),  # name -> some of `general`, whose mean change is reported as a metric
         limit=optional(int),  # test rows per task; None = all
-        every=optional(int),  # steps; None = at stage ends only
-        mini=240,  # rows per task of the evaluation inside a stage
+        every=optional(int),  # steps between evaluations inside a stage; None = none
+        mini=240,  # rows per task of an evaluation inside a stage
         before=True,  # evaluate the base model (row 0)
         batch=64,
         max_new_tokens=256, temperature=0.0,
-        # Each is one row of evals.csv; () = each task's last training template, else data.template.
+        # Templates to evaluate with; () = each task's last training template, else data.template.
         templates=(),
-        forced_prefix=False,  # also with the expected prefix forced: knowledge without format
+        forced_prefix=False,  # also evaluate with a forced prefix: knowledge without format
         drift=0,  # prompts per task for KL(base || current model); 0 = off
     ))  # fmt: skip
-    c.checkpoint = ConfigDict(dict(  # within a stage; stage ends are always kept
+    c.checkpoint = ConfigDict(dict(  # inside a stage; ends of stages are always saved and kept
         every=100, minutes=0, keep=2, async_save=True,  # steps, minutes, checkpoints
     ))  # fmt: skip
     c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))
@@ -155,15 +158,15 @@ def get_config() -> ConfigDict:
 
 
 def _method(**changes: object) -> dict[str, object]:
-    """Every setting of `method`: the defaults above with some changes."""
+    """Return every setting of `method`: the defaults above with some changes."""
     return get_config().method.to_dict() | changes
 
 
-# Complete methods: each sets every setting of `method`, so nothing of an earlier method stays.
+# Complete methods: each sets every setting of `method`, so nothing of another method remains.
 # In a stage: `dict(task=..., method=METHODS["rloo"])`; in a config:
 # `config.method.update(METHODS["rloo"])`; with changes: `{**METHODS["grpo"], "kl_coef": 0.0}`.
 _SFT = dict(objective="sft", kl_coef=0.0)
-# The ratios of the first update on a batch are 1, so clips act from the second update on.
+# In the first update on a batch all ratios are 1, so clipping has an effect only from the second.
 _FOUR_UPDATES = dict(updates_per_batch=4)
 METHODS = dict(
     sft=_method(name="sft", source="gold", **_SFT),

@@ -3,34 +3,34 @@
     python launch/train.py --config=configs/cpt7.py:grpo,7b --workdir=runs/cpt7_grpo
     python launch/plan.py  --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4      # does it fit?
 
-MMMU, MMLU-Pro and POPE are evaluated and never trained. The argument is an arm, a size and, if
-wanted, `official` and a corpus, in any order:
+MMMU, MMLU-Pro and POPE are evaluated but never trained. The argument names an arm, a size and
+optionally `official` and a corpus, in any order:
 
     sft lora_sft low_lr_sft eaft joint      SFT; joint: all seven tasks at once
     grpo rloo remax nokl nocot              the paper's RFT arms
     rif rif_zero rif_control                RIF-RFT without prompts that are never solved | that are
-                                            never or always solved | without as many random prompts
+                                            never or always solved | without as many random ones
     self_sft iterative_sft                  SFT on own correct responses, sampled once | every 21
                                             steps (504 rows)
     traces rl_traces                        SFT on the correct responses of a larger model | of a
-                                            grpo run: name the corpus
-    sft_kl reinforce reinforce01            SFT with a KL term | REINFORCE without baseline | on
-                                            correct responses alone
+                                            grpo run; needs a corpus
+    sft_kl reinforce reinforce01            SFT with a KL term | REINFORCE without baseline | only
+                                            on correct responses
     replay ewc l2 lwf wise                  SFT with a continual-learning method
     prompt_replay                           GRPO with replayed prompts
     3b 7b tiny                              the model
-    official                                the tasks' standard data and scorers, not the paper's
+    official                                the standard data and scorers, not the paper's
     corpus=DIR                              DIR/stage1.jsonl ... stage7.jsonl with id and response,
                                             such as the rollouts/ of a grpo run
 
-The settings are those of the paper's released code: 512 prompts x 8 responses, four updates on
-each batch, learning rate 1e-6, KL 0.01 to the base model; SFT at 1e-5 cosine, batch 24, bare
-answers. Differences: all arms have the same pixel limits and are evaluated with and without CoT,
-the template of their training first (it fills matrix.csv); the released no-CoT arm words its prompt
-differently; the RFT arms have tis_cap=2.0; LoRA's alpha is 256 (twice the rank, LLaMA-Factory's
-default).
+The settings are those of the paper's released code: 512 prompts x 8 responses, four updates per
+batch, learning rate 1e-6, KL 0.01 to the base model; SFT with learning rate 1e-5 (cosine), batch
+24 and bare answers. Differences: all arms have the same pixel limits and are evaluated with and
+without CoT, first with the template of their training, which fills matrix.csv; the prompt of the
+released no-CoT arm has another wording; the RFT arms have tis_cap=2.0; LoRA's alpha is 256 (twice
+the rank, the default of LLaMA-Factory).
 
-Averages that the paper reports: SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4, RIF-RFT 57.5,
+The averages reported in the paper: SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4, RIF-RFT 57.5,
 joint 62.9; FM -10.4 for SFT and -2.3 for GRPO.
 """
 
@@ -52,7 +52,7 @@ def rl(c, name="grpo", label="", **changes):
     c.train.update(
         batch=512, micro_batch=64, lr=1e-6, schedule="constant", weight_decay=1e-2, clip=1.0
     )
-    # Without gather, every decoded token moves all weights.
+    # Without gather, every decode step transfers all weights.
     c.rollout.update(group=8, temperature=1.0, top_p=0.99, max_new_tokens=1024, gather=True)
 
 
@@ -76,7 +76,7 @@ def _joint(c):
 
 def _nocot(c):
     rl(c, label="grpo w/o CoT")
-    c.data.template = "direct"  # has no format reward, so the reward is the accuracy alone
+    c.data.template = "direct"  # has no format reward, so the reward is only the accuracy
 
 
 def _arm(build, **changes):
@@ -141,8 +141,8 @@ def get_config(arg="grpo,7b"):
         max_new_tokens=1024,
         every=50,
     )
-    # 7B has 4 key/value heads. Split four ways, 64 to 256 chips leave 16 to 64 shards, which divide
-    # the batches.
+    # 7B has 4 key/value heads. With model=4, 64 to 256 chips have 16 to 64 batch shards, which
+    # divide the batches.
     c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
     ARMS[arm](c)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")

@@ -1,21 +1,21 @@
 """Five methods on synthetic tasks: a tiny model on a CPU, in minutes, without downloads.
 
-    bash launch/quickstart.sh                                                          # or
+    bash launch/quickstart.sh            # or
     python launch/train.py --config=configs/demo.py --workdir=runs/demo
 
 A pre-stage trains a tiny Qwen2.5-VL to medium skill: it responds "it is red", "answer : red" or
-"i think red", and for half of the classes its labels are mostly wrong. Five arms then train on
-colour -> shape -> digit -> count. Comparison, jigsaw, facts and arithmetic are never trained again;
-they measure general knowledge:
+"i think red", and its labels are mostly wrong for half of the classes. Five arms then train on
+colour -> shape -> digit -> count. Comparison, jigsaw, facts and arithmetic are not trained again
+and measure general knowledge:
 
     sft_bare     SFT on bare labels ("red"), a form that the base model never uses
-    sft_style    SFT on labels in a form that it often uses ("it is red")
-    iterative    SFT on its own correct responses, sampled again every 40 steps
-    grpo         GRPO on its own responses
+    sft_style    SFT on labels in a form that the base model often uses ("it is red")
+    iterative    SFT on the model's own correct responses, sampled again every 40 steps
+    grpo         GRPO on the model's own responses
     joint        SFT on bare labels of all four tasks at once
 
-The README shows the results of three seeds. `get_config("2")` is seed 2, `get_config("0,short")` a
-few steps of everything; `--config.seeds=0,1,2` runs three seeds.
+The README shows the results of three seeds. configs/demo.py:2 is seed 2, configs/demo.py:0,short
+runs only a few steps of everything, and `--config.seeds=0,1,2` runs three seeds.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ STYLES = {"it is": 0.4, "answer :": 0.3, "i think": 0.3}
 # Sampling weights of the pre-stage's tasks; shapes and digits are learned late.
 WEIGHTS = (0.7, 2.0, 2.0, 0.7, 0.5, 1.2, 0.8, 0.8)
 ARMS = ("sft_bare", "sft_style", "iterative", "grpo", "joint")
-EXPECT = (  # fractions of 1, in every seed unless mean=True
+EXPECT = (  # fractions of 1; in every seed unless mean=True
     dict(arm="sft_bare", metric="text", at_most=-0.25),
     dict(arm="grpo", metric="text", at_least=-0.03),
     dict(arm="grpo", metric="fm_diagonal", above="sft_bare"),
@@ -38,8 +38,8 @@ EXPECT = (  # fractions of 1, in every seed unless mean=True
     dict(arm="sft_bare", metric="fm_diagonal", at_most=-0.15, mean=True),
     dict(arm="grpo", metric="fm_diagonal", at_least=-0.06, mean=True),
 )
-ROWS = 2000  # training images of a stage
-TEST = 192
+ROWS = 2000  # training rows per task
+TEST = 192  # test rows per task
 
 
 def _tasks(styles, bias):
@@ -103,6 +103,6 @@ def get_config(arg="0"):
         joint=_arm("sft", 3e-4, bare, method=dict(name="joint"), **frozen,
                    stages=(dict(task=TARGETS, steps=4 * steps),)),
     ))  # fmt: skip
-    # 16 prompts x 8 responses are as many sequences as the batch of 128 of the other arms.
+    # 16 prompts x 8 responses are as many sequences as the batch of the other arms, 128.
     c.arms.grpo.train.batch = 16
     return c

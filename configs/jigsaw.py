@@ -1,25 +1,25 @@
-"""Paper B (arXiv 2506.23508): learn 3 x 3 jigsaws; which training data makes the model forget?
+"""Paper B (arXiv 2506.23508): train 3 x 3 jigsaws; which training data makes the model forget?
 
     python launch/train.py --config=configs/jigsaw.py:grpo,3b --workdir=runs/jigsaw_grpo
     python launch/train.py --config=configs/jigsaw.py:rft_rollout,3b \\
         --workdir=runs/jigsaw_rft_rollout \\
         --config.method.corpus=runs/jigsaw_grpo/rollouts/stage1.jsonl
 
-The argument is an arm and a size (3b | 7b | tiny). Three arms need method.corpus, a jsonl file with
-id and response:
+The argument names an arm and a size (3b | 7b | tiny). Three arms need method.corpus, a jsonl file
+with id and response:
 
-    grpo             own rollouts
+    grpo             GRPO on own rollouts
     bare             SFT on bare answers
-    trace            SFT on the correct reasoning of another model: method.corpus
-    rft_rollout      SFT on the correct rollouts of a grpo run: method.corpus
-    self_generated   SFT on the reasoning of a model after a little RFT, with the correct answer put
-                     in: method.corpus
+    trace            SFT on the correct reasoning of another model (method.corpus)
+    rft_rollout      SFT on the correct rollouts of a grpo run (method.corpus)
+    self_generated   SFT on the reasoning of a model after a little RFT, with the gold answer
+                     inserted (method.corpus)
     iterative        SFT on own correct rollouts, sampled again in each epoch (not in the paper)
 
-Every arm is evaluated with and without reasoning, the template of its training first (it fills
-matrix.csv); row 0 of every run is the base model. The steps of the SFT arms are the paper's; its
-RFT ran 27,360 steps of an unknown batch. Learning rates, batch and group size are not public; these
-are paper A's.
+Every arm is evaluated with and without reasoning, first with the template of its training, which
+fills matrix.csv; row 0 of every run is the base model. The SFT arms have as many steps as in the
+paper, whose RFT has 27,360 steps of an unknown batch size. Learning rates, batch and group size are
+not public; those of paper A are used.
 """
 
 from configs.base import METHODS

@@ -1,24 +1,24 @@
-"""Paper C, Retaining by Doing (arXiv 2510.18874): train one text task, measure the others.
+"""Paper C, Retaining by Doing (arXiv 2510.18874): train one text task, evaluate the others.
 
     python launch/train.py --config=configs/retain.py:grpo,countdown,3b --workdir=runs/retain_grpo
 
 The argument names an arm, a task to train and a size, in any order:
 
-    sft                     gold answers (only MMLU has them; for the others use teacher_sft)
-    teacher_sft             the paper's SFT, on the correct responses of a larger model:
-                            method.corpus = a jsonl file with id and response
-    self_sft                own correct responses among 5, sampled once
-    iterative_sft           the same, sampled again in each epoch
-    rl_traces               SFT on the responses of a GRPO run: method.corpus = its rollouts file
-    sft_kl                  sft with a KL term (MMLU only)
-    grpo grpo_nokl reinforce
-    ifeval mmlu countdown
-    3b 7b tiny
+    sft                        SFT on gold answers (MMLU only; the other tasks have none)
+    teacher_sft                the paper's SFT, on the correct responses of a larger model;
+                               method.corpus = a jsonl file with id and response
+    self_sft                   SFT on the correct ones of 5 own responses, sampled once
+    iterative_sft              the same, sampled again in each epoch
+    rl_traces                  SFT on the responses of a GRPO run; method.corpus = its rollouts file
+    sft_kl                     SFT on gold answers with a KL term (MMLU only)
+    grpo grpo_nokl reinforce   GRPO | GRPO without KL | REINFORCE
+    ifeval mmlu countdown      the task to train
+    3b 7b tiny                 the model
 
 Splits, group size 5, KL 0.05 (k2), the RL batch of 32, the learning rates of 7B and the rule that a
 truncated response is wrong are those of the paper's scripts; the SFT batches are those of its
-appendix A.3 (the scripts have 256). The prompts of Countdown and MATH ask for a last \\boxed{},
-those of MMLU and IFEval are the tasks' own; the reward is 1 or 0.
+appendix A.3 (the scripts have 256). The prompts of Countdown and MATH ask for a final \\boxed{};
+MMLU and IFEval have their own prompts. The reward is 1 or 0.
 """
 
 from configs.base import METHODS
@@ -54,8 +54,8 @@ def get_config(arg="grpo,countdown,3b"):
     arm, task, size = pick(ARMS, "grpo"), pick(TASKS, "countdown"), pick(SIZES, "3b")
     if ARMS[arm]["source"] == "gold" and task not in GOLD:
         raise ValueError(
-            f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; choose mmlu, or "
-            "teacher_sft or self_sft"
+            f"configs/retain.py:{arg}: {task} has no gold answers for {arm}; "
+            "choose mmlu, teacher_sft or self_sft"
         )
     c = base()
     c.name = f"retain_{arm}_{task}_{size}"

@@ -1,6 +1,7 @@
 """Explain forgetting on finished runs; each analysis has its own --help.
 
-python launch/analyze.py mixture | drift DIR [DIR ...] | influence DIR | fisher DIR [--out=page.html]
+python launch/analyze.py mixture | drift DIR [DIR ...] | influence DIR | fisher DIR
+    [--out=page.html]
 """
 
 import argparse
@@ -10,9 +11,9 @@ from pathlib import Path
 
 ANALYSES = {
     "mixture": "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain",
-    "drift": "loss on tasks that a stage does not train, against its distance from the base model: fits over all stages",
-    "influence": "effect of one step on a response on the responses of other tasks, by corpus of the response",
-    "fisher": "risk of the gradients of gold and sampled responses on the same prompts, by the Fisher of other tasks",
+    "drift": "loss on tasks that a stage does not train, against the distance from the base model",
+    "influence": "effect of a step on one response on gold responses of other tasks, by corpus",
+    "fisher": "risk of the gradients of gold and sampled responses for other tasks, by Fisher",
 }
 # Only the module of the chosen analysis is imported: the simulation needs no JAX.
 MODULES = {
@@ -79,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command in by_name.values():
         command.add_argument(
             "--out",
-            help="page to write, with its numbers next to it as .json; default: {name}.html in the first DIR",
+            help="page to write, with its numbers next to it as .json; default: "
+            "{name}.html in the first DIR",
         )
     return parser
 

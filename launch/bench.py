@@ -74,7 +74,8 @@ def main() -> None:
         "GLIBC_TUNABLES", ""
     ):
         console.print_warning(
-            "on a CPU, `source launch/cpu_memory.sh` first; without it, large steps of both sides are slow"
+            "on a CPU, `source launch/cpu_memory.sh` first; "
+            "without it, large steps are slow, also those of the peer"
         )
     for phase in PHASES.value:
         console.print_message(phase_times.phase_line(phase, metrics))

@@ -1,6 +1,6 @@
-"""Check a config before any accelerator is used: rows, prompt lengths, padding and memory.
+"""Check a config before using an accelerator: rows, prompt lengths, padding and memory.
 
-The exit code is 2 when a run would stop.
+The exit code is 2 if a run would stop.
 
 python launch/check.py --config=configs/X.py[:arg] [--rows=N] [--config.data.prompt_limit=4096]
 """
@@ -15,7 +15,7 @@ from cptjax.common import cli, config_flag, console
 
 CONFIG = config_flag.define_config_flag()
 ROWS = flags.DEFINE_integer("rows", None, "Rows of each split, chosen by seed; default: all.")
-PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
+PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["bfloat16", "float16", "float32"],
-    "Type to write; default: the source's, of a run model.compute_dtype.",
+    "Type to write; default: that of the source, for a run its model.compute_dtype.",
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest safetensors file in GB.", lower_bound=0.001)
 

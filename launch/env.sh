@@ -1,18 +1,20 @@
-# Make or reuse a virtual environment with cptjax and activate it. The other scripts source this one:
-# `source launch/env.sh "[extras]"`. PYTHON chooses the interpreter (>= 3.11), VENV the folder.
+# Create or reuse a virtual environment with cptjax, and activate it. The other scripts source this
+# file: `source launch/env.sh [extras]`. PYTHON sets the interpreter (>= 3.11), VENV the folder.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && PYTHON=$candidate && break
+  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+  PYTHON=$candidate
+  break
 done
 if [ -z "${PYTHON:-}" ]; then
-  echo "expected Python 3.11 or newer on the PATH, got $(python3 --version 2>&1); set PYTHON=..." >&2
+  echo "expected Python 3.11 or newer on PATH, got $(python3 --version 2>&1); set PYTHON=..." >&2
   exit 2
 fi
 VENV=${VENV:-.venv}
 extras=${1:+[$1]}
 stamp="$VENV/.installed$(cat setup.py | cksum | tr -d ' ')${1:-}"
 if [ ! -e "$stamp" ]; then
-  echo "making $VENV ($("$PYTHON" --version)) and installing cptjax$extras"
+  echo "creating $VENV ($("$PYTHON" --version)) and installing cptjax$extras"
   [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
   "$VENV/bin/python" -m pip install -q --upgrade pip
   "$VENV/bin/python" -m pip install -q -e ".$extras"

@@ -1,6 +1,7 @@
 """Evaluate a stage of a run, or any Hugging Face folder, and print a table.
 
-python launch/evaluate.py --config=configs/demo.py --workdir=runs/demo/grpo [--stage=2] [--tasks=colour,facts] [--record]
+python launch/evaluate.py --config=configs/demo.py --workdir=runs/demo/grpo
+    [--stage=2] [--tasks=colour,facts] [--record]
 """
 
 from absl import flags
@@ -19,7 +20,7 @@ MODEL = flags.DEFINE_string(
 )
 TASKS = flags.DEFINE_list("tasks", [], "Some of the tasks that the config evaluates; default: all.")
 RECORD = flags.DEFINE_bool(
-    "record", False, "Append the rows to the evals.csv of the workdir, whose run must be finished."
+    "record", False, "Append the rows to evals.csv in the workdir; the run must be finished."
 )
 CONFIG = config_flag.define_config_flag()
 

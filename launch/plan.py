@@ -1,4 +1,4 @@
-"""Compile every program of a run ahead of time: does it fit on a slice, how fast can it be?
+"""Compile every program of a run ahead of time: does it fit on a slice, and how fast can it be?
 
 No accelerator is needed.
 
@@ -6,9 +6,9 @@ python launch/plan.py --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4
     [--slices=2] [--json=plan.json] [--thorough]
 
 Exit code 0: everything fits; 1: something does not (which program, by how much, what to change);
-2: bad input. The programs are planned at the largest shapes that the config allows. Each is
-compiled until its buffers are assigned, 10 to 90 seconds; `--thorough` makes machine code too, ten
-times that.
+2: bad input. The programs have the largest shapes that the config allows. Each is compiled until
+its buffers are assigned, which takes 10 to 90 seconds; `--thorough` also generates machine code,
+which takes ten times as long.
 """
 
 import json

@@ -21,7 +21,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--out",
-        help="page to write; of several runs, with their numbers next to it as .json; default: report.html in the first DIR",
+        help="page to write, for several runs with their numbers next to it as .json; default: "
+        "report.html in the first DIR",
     )
     args = parser.parse_args()
     try:

@@ -25,22 +25,22 @@ SYSTEM = flags.DEFINE_string("system", "", "System message; empty = that of the 
 STAGE = flags.DEFINE_integer(
     "stage",
     None,
-    "Of a workdir: the stage whose model is used; default: the last finished one, 0 = base.",
+    "For a workdir: the stage whose model is used; default: the last finished one, 0 = base.",
     lower_bound=0,
 )
 N = flags.DEFINE_integer("n", 1, "Number of responses.")
-MAX_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens of a response.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0 = greedy.")
+MAX_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Largest number of tokens of a response.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 = greedy.")
 TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Sample from the likeliest tokens of this total probability, in (0, 1]."
+    "top_p", 1.0, "Sample from the most likely tokens with this total probability, in (0, 1]."
 )
-TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from so many likeliest tokens; 0 = all.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many most likely tokens; 0 = all.")
 MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Smallest probability of a token, as a share of that of the likeliest."
+    "min_p", 0.0, "Smallest probability of a token, as a share of the largest probability."
 )
 STOP = flags.DEFINE_multi_string("stop", [], "Text before which a response ends; may be repeated.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the arithmetic.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random numbers.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of the arithmetic.")
 
 
 def main() -> None:

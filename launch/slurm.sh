@@ -4,8 +4,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --signal=TERM@120
-# Run one process per node; jax.distributed reads SLURM's variables. SLURM sends SIGTERM two minutes
-# before the time limit; the run then saves and exits with code 0.
+# Run one process per node; jax.distributed reads the variables of SLURM. SLURM sends SIGTERM two
+# minutes before the time limit; the run then saves and exits with code 0.
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/cpt7.py:grpo,7b --workdir=/shared/run
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Make a virtual environment on a fresh machine, install the test dependencies, lint and run every
-# test, as CI does.
+# Create a virtual environment on a new machine, install the test dependencies, lint and run every
+# test, as in CI.
 set -euo pipefail
 source "$(dirname "$0")/env.sh" test
 # Parity tests compare with torch. It is installed on Python 3.11 only; elsewhere those tests are
 # skipped.
-if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && ! python -c 'import torch' 2>/dev/null; then
-  python -m pip install -q "torch==2.13.0" || echo "torch is not available: parity tests are skipped"
+if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+    && ! python -c 'import torch' 2>/dev/null; then
+  python -m pip install -q "torch==2.13.0" \
+    || echo "torch is not available: parity tests are skipped"
 fi
 ruff check . && ruff format --check --diff . || exit 1
-# Two processes, since most of the time is compilation. When one crashes the run ends: xdist would
-# wait forever for the tests of its file.
+# Two processes, since most of the time is compilation. If one crashes, the run ends; otherwise
+# xdist would wait forever for the tests of its file.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"

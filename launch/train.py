@@ -1,8 +1,10 @@
 """Train and evaluate what a config describes; a run that was stopped continues.
 
-python launch/train.py --config=configs/demo.py --workdir=runs/demo [--config.seeds=0,1,2 --config.arms.grpo.train.lr=2e-4]
+python launch/train.py --config=configs/demo.py --workdir=runs/demo
+    [--config.seeds=0,1,2] [--config.arms.grpo.train.lr=2e-4]
 
-On a CPU, `source launch/cpu_memory.sh` first: steps that use gigabytes are faster then. launch/quickstart.sh does it.
+On a CPU, `source launch/cpu_memory.sh` first, as launch/quickstart.sh does: it makes steps that use
+gigabytes faster.
 """
 
 from absl import flags
@@ -12,7 +14,7 @@ from cptjax.common import cli, config_flag, console
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that was stopped in it continues.", required=True
 )
-PLAIN = flags.DEFINE_bool("plain", False, "Plain progress lines also on a terminal.")
+PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 CONFIG = config_flag.define_config_flag()
 
 

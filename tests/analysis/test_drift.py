@@ -60,7 +60,7 @@ def test_too_few_stages_for_a_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="3 stages have a loss.*needs at least 4.*eval.drift"):
         drift.analyze([tmp_path / "one"])
     write_run(tmp_path / "flat", [(0.1 * i, 0.2 * i, 0.1) for i in range(4)])
-    with pytest.raises(ValueError, match="all 4 stages have lost the same"):
+    with pytest.raises(ValueError, match="all 4 stages have the same loss"):
         drift.analyze([tmp_path / "flat"])
 
 

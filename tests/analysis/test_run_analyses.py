@@ -171,7 +171,7 @@ def test_weight_distances_of_a_run_add_up_over_parts(workdir):
             ["fisher", "{w}", "--others=none"],
             "--others names none; the config evaluates colour, digit, facts",
         ),
-        (["fisher", "{w}", "--samples=1"], "expected at least one row and probe, and two samples"),
+        (["fisher", "{w}", "--samples=1"], "expected at least one row, one probe and two samples"),
         (["influence", "{w}", "--lr=0"], "expected numbers above 0"),
         (["influence", "nowhere"], "nowhere has no config.json"),
         (["drift", "nowhere"], "nowhere is no run"),
