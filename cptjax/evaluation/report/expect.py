@@ -50,7 +50,7 @@ def check_expectations(config: ConfigDict) -> None:
             )
         if isinstance(entry["arm"], str) == ("within" in entry):
             raise ValueError(
-                f"{setting}: expected a tuple of arms with `within`, and one arm otherwise; "
+                f"{setting}: expected a tuple of arms with within and otherwise one arm; "
                 f"got arm={entry['arm']!r}"
             )
         # In a config without arms, expectations name the folders of other runs.
