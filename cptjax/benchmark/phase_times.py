@@ -69,8 +69,8 @@ class BenchModel:
         shards = sharding.batch_shards(self.mesh)
         if work.prompts % shards:
             raise ValueError(
-                f"--prompts={work.prompts}: expected a multiple of the {shards} devices "
-                "that share a batch"
+                f"--prompts={work.prompts}: "
+                f"expected a multiple of the {shards} devices that share a batch"
             )
         size = BENCH_SIZES[work.size]
         self.cfg = dataclasses.replace(

@@ -65,13 +65,12 @@ class LineFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
         end = self.file.seek(0, os.SEEK_END)
-        while end and not self._is_line_end(end):
+        while end:
+            self.file.seek(end - 1)
+            if self.file.read(1) == b"\n":
+                break
             end -= 1
         self.file.truncate(end)
-
-    def _is_line_end(self, position: int) -> bool:
-        self.file.seek(position - 1)
-        return self.file.read(1) == b"\n"
 
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Append rows; a CSV file starts with its header."""

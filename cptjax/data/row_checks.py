@@ -271,8 +271,8 @@ def measure_row(
             if total > limit + extra:
                 raise ValueError(
                     f"its gold answer after the prompt makes {total} tokens, more than "
-                    "data.prompt_limit and "
-                    f"rollout.max_new_tokens={spec.demonstration_tokens} hold; raise one of them"
+                    f"data.prompt_limit and rollout.max_new_tokens={spec.demonstration_tokens} "
+                    "hold; raise one of them"
                 )
         return RowSize(tokens, image_tokens, image_tokens * merge**2)
     except (ValueError, OSError) as error:

@@ -40,8 +40,8 @@ def weights_program(
         return None
     if int8 and importlib.util.find_spec("qwix") is None:
         raise ValueError(
-            "rollout.dtype='int8' needs the package qwix; install it with: "
-            "pip install 'cptjax[int8]'"
+            "rollout.dtype='int8' needs the package qwix; "
+            "install it with: pip install 'cptjax[int8]'"
         )
     leaves, tree = jax.tree.flatten(params)
     shardings = tuple(without_fsdp(x.sharding) if sampling.gather else None for x in leaves)

@@ -264,13 +264,6 @@ def _take_layer(x: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _gather(x: jax.Array) -> np.ndarray:
-    """Copy an array to the host, including the parts of other processes."""
-    if not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
 def _merged_layer(flat: dict[LeafPath, Any], entry: TensorEntry, scale: float) -> np.ndarray:
     """Return one layer of a leaf on the host; adapters are merged into it."""
 
@@ -281,7 +274,9 @@ def _merged_layer(flat: dict[LeafPath, Any], entry: TensorEntry, scale: float) -
     w = layer_of(entry.path[-1])
     if entry.path[-1] == "w" and (*entry.path[:-1], "lora_a") in flat:
         w = lora.merge_weight(w, layer_of("lora_a"), layer_of("lora_b"), scale)
-    return _gather(w)
+    if not w.is_fully_addressable:
+        w = multihost_utils.process_allgather(w, tiled=True)
+    return np.asarray(w)
 
 
 def _stored_form(w: np.ndarray, p: Param, entry: TensorEntry) -> np.ndarray:

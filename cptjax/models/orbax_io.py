@@ -48,8 +48,8 @@ def load_orbax(
     cfg = read_model_config(folder)
     if not (folder / ORBAX_FOLDER).is_dir():
         raise ValueError(
-            f"{folder / ORBAX_FOLDER} does not exist; expected a folder that "
-            "launch/convert.py --src has written"
+            f"{folder / ORBAX_FOLDER} does not exist; "
+            "expected a folder that launch/convert.py --src has written"
         )
     scale = folder / LORA_SCALE_FILE
     cfg = dataclasses.replace(cfg, **(json.loads(scale.read_text()) if scale.is_file() else {}))

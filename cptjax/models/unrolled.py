@@ -138,9 +138,11 @@ def compute_rope_once(rope: tuple[Array, Array], blocks: Blocks) -> tuple[Array,
     XLA:CPU would compute the sines again in every layer and head; it does not recompute a matrix
     product.
     """
-    return jax.tree.map(_times_identity, rope) if isinstance(blocks, tuple) else rope
+    if not isinstance(blocks, tuple):
+        return rope
 
+    def times_identity(x: Array) -> Array:
+        one = jnp.eye(x.shape[-1], dtype=x.dtype)
+        return jnp.dot(x.reshape(-1, x.shape[-1]), one, precision="highest").reshape(x.shape)
 
-def _times_identity(x: Array) -> Array:
-    one = jnp.eye(x.shape[-1], dtype=x.dtype)
-    return jnp.dot(x.reshape(-1, x.shape[-1]), one, precision="highest").reshape(x.shape)
+    return jax.tree.map(times_identity, rope)

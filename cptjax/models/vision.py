@@ -112,25 +112,17 @@ def merge_patches(p: Params, x: Array, cfg: ModelConfig) -> Array:
     return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], y), approximate=False))
 
 
-def _period(v: VisionConfig) -> int:
-    """Return the period of the pattern of full and window blocks; 0 if there is none.
-
-    Released models have a full block after every seven window blocks, a period of 8.
-    """
-    every = v.depth // max(1, len(v.full_blocks))
-    regular = v.full_blocks and v.full_blocks == tuple(range(every - 1, v.depth, every))
-    return every if regular else 0
-
-
 def _scan_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> Array:
     """Scan over the blocks, or over periods of them if their pattern repeats.
 
-    In a scan over periods the compiler knows the kind of each block, and no block keeps arrays that
-    only the gradient of the other kind needs.
+    Released models have a full block after every seven window blocks, a period of 8. In a scan over
+    periods the compiler knows the kind of each block, and no block keeps arrays that only the
+    gradient of the other kind needs.
     """
-    every = _period(cfg.vision)
-    if not every:
-        full = np.isin(np.arange(cfg.vision.depth), cfg.vision.full_blocks)
+    depth, full_blocks = cfg.vision.depth, cfg.vision.full_blocks
+    every = depth // max(1, len(full_blocks))
+    if full_blocks != tuple(range(every - 1, depth, every)):
+        full = np.isin(np.arange(depth), full_blocks)
         block = apply_remat(lambda x, layer: step(x, *layer), cfg.remat)
         return jax.lax.scan(block, x, (blocks, jnp.asarray(full)))[0]
     window_block = apply_remat(functools.partial(step, full=False), cfg.remat)

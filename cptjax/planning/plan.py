@@ -251,7 +251,7 @@ def show_plan(plan: StagePlan) -> None:
     console.print_table(
         f"{plan.name} on {plan.devices} devices ({mesh}), GiB a device; {limit}",
         ("program", "takes", "returns", "donated", "inside", "in memory", "peak", "compiled in s"),
-        [(c.name, *map(_gib, _memory_sizes(c)), f"{c.compile_seconds:.0f}") for c in plan.costs],
+        [_memory_row(c) for c in plan.costs],
     )
     console.print_table(
         "stays in memory, GiB a device",
@@ -280,8 +280,9 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _memory_sizes(c: ProgramCost) -> tuple[float, ...]:
-    return c.arguments, c.outputs, c.donated, c.temporaries, c.in_memory, c.peak
+def _memory_row(c: ProgramCost) -> tuple[str, ...]:
+    sizes = (c.arguments, c.outputs, c.donated, c.temporaries, c.in_memory, c.peak)
+    return (c.name, *map(_gib, sizes), f"{c.compile_seconds:.0f}")
 
 
 def _speed_row(c: ProgramCost) -> tuple[str, ...]:

@@ -65,8 +65,8 @@ def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -
     if name == "apply gradients":
         stays = sum(resident.values()) / 2**30
         return (
-            f"{stays:.2f} GiB of weights and moments stay: add devices to fsdp or model "
-            f"(now {size}), set model.lora.rank or freeze"
+            f"{stays:.2f} GiB of weights and moments stay: "
+            f"add devices to fsdp or model (now {size}), set model.lora.rank or freeze"
         )
     return (
         "lower train.micro_batch, set model.remat='block', lower train.chunk, or shard over more "
