@@ -1,4 +1,4 @@
-"""Resolve a config into checked stages and runs; refuse unknown keys and wrong types."""
+"""Resolve a config into its runs (arms x seeds x orders) and their stages, and check its values."""
 
 import copy
 import dataclasses

@@ -27,7 +27,7 @@ class WorkCost:
         )
 
     def logged(self) -> dict[str, float]:
-        """The fields that metrics.jsonl records."""
+        """Return the fields that metrics.jsonl records."""
         return {
             "tokens": self.tokens,
             "trained": self.trained,

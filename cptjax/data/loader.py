@@ -171,7 +171,7 @@ class LocalReader:
         )
 
     def close(self) -> None:
-        """Nothing to close; worker pools have the same method."""
+        """Do nothing; worker pools have the same method."""
 
 
 def prepare_row(

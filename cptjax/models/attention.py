@@ -218,7 +218,7 @@ def _group_by_copy(
     segments: Array,
     backend: str,
 ) -> Array:
-    """As `attend_shared`, for kernels of plain rows: each response gets a copy of the prompt."""
+    """Compute `attend_shared` with a kernel of plain rows; each response copies the prompt."""
     nq, g, r = q.shape[:3]
     p = prompt_k.shape[1]
 

@@ -25,7 +25,7 @@ def attend_tiled(q: Array, k: Array, v: Array, mask: Array) -> Array:
 def attend_group_tiled(
     q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, segments: Array
 ) -> Array:
-    """As `attention.attend_shared`, in two parts that are merged.
+    """Compute `attention.attend_shared` in two parts, and merge them.
 
     In the first, all responses of a group attend to the prompt as one row of queries. In the
     second, each response attends to its own past.

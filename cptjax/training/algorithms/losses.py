@@ -1,4 +1,4 @@
-"""Losses: policy gradient (GRPO and relatives), cross-entropy, distillation; sums with counts.
+"""Losses (GRPO and relatives, cross-entropy, distillation) and KL estimators, as sums with counts.
 
 The caller divides the global sum by the global count, once:
 
