@@ -24,7 +24,6 @@ import numpy as np
 from cptjax.analysis.finding import Finding, FindingChart, FindingTable
 from cptjax.analysis.probe import Probe, open_probe
 from cptjax.common import console
-from cptjax.data.collate import EncodedConversation
 from cptjax.data.prompts import EncodedExample
 from cptjax.evaluation.report import svg
 from cptjax.evaluation.report.svg import Point, Series
@@ -67,20 +66,12 @@ def analyze(
     with open_probe(folder, stage, others, dtype) as (probe, names):
         with console.progress_bar("Fisher information", probes * len(names)) as bar:
             known = [e for name in names for e in probe.gold_test_responses(name, probes)]
-            fisher = fisher_of_responses(probe, known, bar)
+            fisher = weight_penalties.zero_fisher(probe.trained)
+            for encoded in known:  # one at a time, as in EWC
+                fisher = _add(fisher, probe.gradient(encoded), len(known))
+                bar.advance()
         risks = gradient_risks(probe, probe.training_rows(rows), samples, fisher)
     return risk_finding(probe.stage.name, names, risks)
-
-
-def fisher_of_responses(
-    probe: Probe, known: Sequence[EncodedConversation], bar: console.ProgressBar
-) -> Params:
-    """Compute the diagonal Fisher information of gold responses, as in EWC."""
-    fisher = weight_penalties.zero_fisher(probe.trained)
-    for encoded in known:
-        fisher = _add(fisher, probe.gradient(encoded), len(known))
-        bar.advance()
-    return fisher
 
 
 def gradient_risks(

@@ -192,7 +192,8 @@ def measure_influence(
         encoded: Sequence[EncodedConversation],
     ) -> list[np.ndarray]:
         """Compute the change of each token's log-probability per unit of learning rate."""
-        after = probe.token_logprobs(encoded, step_on_response(probe, trained_on, lr))
+        stepped = _descend(probe.trained, probe.gradient(trained_on), np.float32(lr))
+        after = probe.token_logprobs(encoded, stepped)
         return [(a - b) / lr for a, b in zip(after, before, strict=True)]
 
     ends = np.cumsum([0, *map(len, known.values())]).tolist()
@@ -235,13 +236,9 @@ def asymmetry(forward: np.ndarray, reverse: np.ndarray) -> float:
     return float(np.abs(forward - reverse).mean() / size)
 
 
-def step_on_response(probe: Probe, encoded: EncodedConversation, lr: float) -> Params:
-    """Return the trained weights after one step of plain gradient descent on a response."""
-    return _descend(probe.trained, probe.gradient(encoded), np.float32(lr))
-
-
 @jax.jit
 def _descend(trained: Params, gradient: Params, lr: jax.Array) -> Params:
+    """Take one step of plain gradient descent."""
     return jax.tree.map(lambda p, g: p - (lr * g).astype(p.dtype), trained, gradient)
 
 

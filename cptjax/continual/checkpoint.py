@@ -207,7 +207,11 @@ class Checkpoints:
         damaged: list[tuple[str, int, int]] = []
         first_problem = ""
         for stage, step, kind in self.found():
-            result, problem = _try_read(read, kind, stage, step)
+            result, problem = None, ""
+            try:
+                result = read(kind, stage, step)
+            except CheckpointDamaged as error:
+                problem = str(error)
             if not any(distributed.gather_objects(bool(problem))):
                 self._set_aside(damaged)
                 return result
@@ -269,16 +273,6 @@ def refuse_other_shapes(
                 f"({len(different)} arrays differ); change the config back, or use another "
                 "--workdir"
             )
-
-
-def _try_read(
-    read: Callable[[str, int, int], Any], kind: str, stage: int, step: int
-) -> tuple[Any, str]:
-    """Return (the result of `read`, ""), or (None, the problem) for a damaged checkpoint."""
-    try:
-        return read(kind, stage, step), ""
-    except CheckpointDamaged as error:
-        return None, str(error)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,9 @@ def restore_checkpoint(
 def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:
     """Return the shapes, dtypes and shardings of a checkpoint's trees, which the config decides."""
     structure: dict[str, Any] = {}
-    if has_fisher(run, stage.number if kind == "stages" else stage.number - 1):
+    # A run has Fisher information from the end of its first stage with EWC on.
+    ended = run.stages[: stage.number if kind == "stages" else stage.number - 1]
+    if any(s.config.method.penalty.name == "ewc" for s in ended):
         structure["fisher"] = abstract_float32(trained)
     declared = load.declare_model_params(run.config.model, run.model_ctx.cfg)
     state = abstract_state(
@@ -185,11 +187,6 @@ def abstract_float32(tree: Params) -> Params:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), tree
     )
-
-
-def has_fisher(run: Run, number: int) -> bool:
-    """Return whether the run has Fisher information for EWC after this many stages."""
-    return any(s.config.method.penalty.name == "ewc" for s in run.stages[:number])
 
 
 def keeps_optimizer(run: Run, stage: Stage) -> bool:

@@ -154,23 +154,18 @@ def _from_folder(folder: Path, source: HubSource):
     for place in (inner / source.split, inner, folder):
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(place))
-            return (
-                _pick_split(loaded, source, place)
-                if isinstance(loaded, datasets.DatasetDict)
-                else loaded
-            )
+            if not isinstance(loaded, datasets.DatasetDict):
+                return loaded
+            if source.split not in loaded:
+                raise ValueError(
+                    f"{place}: no split {source.split!r} of {source.dataset}; "
+                    f"it has {', '.join(loaded)}"
+                )
+            return loaded[source.split]
     files = find_split_files(folder, source)
     return datasets.load_dataset(
         DATA_FILES[Path(files[0]).suffix], data_files={source.split: files}, split=source.split
     )
-
-
-def _pick_split(splits, source: HubSource, place: Path):
-    if source.split not in splits:
-        raise ValueError(
-            f"{place}: no split {source.split!r} of {source.dataset}; it has {', '.join(splits)}"
-        )
-    return splits[source.split]
 
 
 def find_split_files(folder: Path, source: HubSource) -> list[str]:

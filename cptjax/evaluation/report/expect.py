@@ -13,7 +13,7 @@ A metric is one of matrix.FORMULAS or a group of config.eval.groups; numbers are
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from cptjax.evaluation.matrix import FORMULAS
 from cptjax.evaluation.report import words
-from cptjax.evaluation.report.read import Arm, ReportRun
+from cptjax.evaluation.report.read import Arm
 
 EXPECT_RELATIONS = ("at_least", "at_most", "above", "within")
 ROUNDING_TOLERANCE = 1e-9  # a number that equals its bound up to rounding meets it
@@ -146,25 +146,23 @@ def judge_expectations(arms: Sequence[Arm]) -> list[Verdict]:
 def _measure_by_variant(entry: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, float | None]:
     """Return the number to judge by seed or order, or for the mean over seeds."""
     by_arm = {
-        arm.label: {run.variant: _finished_value(run, entry["metric"]) for run in arm.runs}
+        arm.label: {
+            run.variant: run.metric(entry["metric"])["value"] if run.table.finished else None
+            for run in arm.runs
+        }
         for arm in arms
     }
     values = [by_arm.get(name, {}) for name in expected_arms(entry)]
     if entry.get("mean"):
-        return {"mean": _bounded_number(entry, [_mean_if_complete(v.values()) for v in values])}
+        means = [
+            float(np.mean(list(v.values()))) if v and None not in v.values() else None
+            for v in values
+        ]
+        return {"mean": _bounded_number(entry, means)}
     variants = dict.fromkeys(variant for v in values for variant in v)
     return {
         variant: _bounded_number(entry, [v.get(variant) for v in values]) for variant in variants
     }
-
-
-def _finished_value(run: ReportRun, metric: str) -> float | None:
-    return run.metric(metric)["value"] if run.table.finished else None
-
-
-def _mean_if_complete(values: Iterable[float | None]) -> float | None:
-    values = list(values)
-    return float(np.mean(values)) if values and None not in values else None
 
 
 def _bounded_number(entry: Mapping[str, Any], values: Sequence[float | None]) -> float | None:

@@ -89,7 +89,11 @@ def render_run_page(run: ReportRun) -> str:
             other_panels=other_panels,
             gallery=rollout_gallery(run, GALLERY_GROUPS),
             versions=versions.read_text(encoding="utf-8") if versions.exists() else "",
-            cost_rows=run_cost_rows(run.summary["cost"]),
+            cost_rows=[
+                part
+                for part in run.summary["cost"]["parts"]
+                if any(part[key] for key in run_log.COST_KEYS)
+            ],
         )
     )
 
@@ -226,10 +230,6 @@ def _gallery_card(run: ReportRun, stage: int, group: Sequence[Mapping[str, Any]]
         else [*ranked[:half], *ranked[-half:]],
         "sampled": len(group),
     }
-
-
-def run_cost_rows(cost: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [part for part in cost["parts"] if any(part[key] for key in run_log.COST_KEYS)]
 
 
 def arm_cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:

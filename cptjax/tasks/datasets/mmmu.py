@@ -28,11 +28,13 @@ def build_example(row: dict[str, Any]) -> Example:
         text, [n for n in range(1, 8) if row.get(f"image_{n}") is not None]
     )
     images = [open_image(row[f"image_{n}"]) for n in numbers]
-    answer = parse_gold_answers(row["answer"])
+    answer = row["answer"]
+    if answer.startswith("["):  # an open question may list several answers as a Python list
+        answer = [str(item) for item in ast.literal_eval(answer)]
     meta = {
         "options": options,
         "direct_suffix": OPTION_LETTER_SUFFIX if choice else SHORT_ANSWER_SUFFIX,
-        "subject": subject_of_id(row["id"]),
+        "subject": "_".join(row["id"].split("_")[1:-1]),  # of an id like validation_Art_Theory_3
         **select_columns(row, "id", "question_type", "subfield", "topic_difficulty", "img_type"),
     }
     return Example(
@@ -57,16 +59,6 @@ def inline_images(text: str, present: list[int]) -> tuple[str, list[int]]:
         )
     first = [n for n in present if n not in mentioned]
     return "<image>" * len(first) + re.sub(r"<image \d>", "<image>", text), first + mentioned
-
-
-def parse_gold_answers(answer: str) -> str | list[str]:
-    """Return the gold answer; an open question may list several, written as a Python list."""
-    return [str(item) for item in ast.literal_eval(answer)] if answer.startswith("[") else answer
-
-
-def subject_of_id(question: str) -> str:
-    """Return the subject in an id such as validation_Art_Theory_3."""
-    return "_".join(question.split("_")[1:-1])
 
 
 def make_task(name: str = "mmmu", scorer: str = "mmmu_official", **fields: Any) -> Task:

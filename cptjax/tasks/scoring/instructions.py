@@ -69,15 +69,14 @@ def _count_highlights(text: str) -> int:
     return len(single) + sum(bool(h.strip()) for h in re.findall(r"\*\*([^\n*]*)\*\*", text))
 
 
-def _postscript(text: str, marker: str) -> bool:
-    spaced = r"\s?".join(re.escape(part) for part in re.findall(r"[^.]+\.?", marker))
+def _postscript(text: str, postscript_marker: str) -> bool:
+    spaced = r"\s?".join(re.escape(part) for part in re.findall(r"[^.]+\.?", postscript_marker))
     return bool(re.search(spaced, text, re.IGNORECASE))
 
 
-def _compare_capitals(text: str, relation: str, threshold: int) -> bool:
-    return _compare(
-        sum(word.isupper() for word in re.findall(r"[\w'-]+", text)), relation, threshold
-    )
+def _compare_capitals(text: str, capital_relation: str, capital_frequency: int) -> bool:
+    count = sum(word.isupper() for word in re.findall(r"[\w'-]+", text))
+    return _compare(count, capital_relation, capital_frequency)
 
 
 CONSTRAINT_CHECKS: dict[str, Callable[..., bool]] = {
@@ -104,9 +103,7 @@ CONSTRAINT_CHECKS: dict[str, Callable[..., bool]] = {
     "detectable_content:number_placeholders": lambda text, num_placeholders: (
         _count(r"\[.*?\]", text) >= num_placeholders
     ),
-    "detectable_content:postscript": lambda text, postscript_marker: _postscript(
-        text, postscript_marker
-    ),
+    "detectable_content:postscript": _postscript,
     "detectable_format:number_bullet_lists": lambda text, num_bullets: (
         _count(r"^\s*(?:\*[^*\n]|-).*$", text, re.M) == num_bullets
     ),
@@ -135,9 +132,7 @@ CONSTRAINT_CHECKS: dict[str, Callable[..., bool]] = {
     ),
     "change_case:english_capital": str.isupper,
     "change_case:english_lowercase": str.islower,
-    "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency: (
-        _compare_capitals(text, capital_relation, capital_frequency)
-    ),
+    "change_case:capital_word_frequency": _compare_capitals,
     "punctuation:no_comma": lambda text: "," not in text,
 }
 

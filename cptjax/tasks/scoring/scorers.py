@@ -97,24 +97,20 @@ SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _BUILT_IN}
 
 
 def find_scorer(name: str) -> Scorer:
-    """Return a built-in scorer by name, or a user's by `file.py:function`."""
+    """Return a built-in scorer by name, or a user's by `file.py:function`.
+
+    A user's function is `score(prediction, answer, **columns) -> float`; its version is a hash of
+    the file.
+    """
     if name in SCORERS:
         return SCORERS[name]
-    if ".py:" in name:
-        return load_user_scorer(name)
-    close = difflib.get_close_matches(name, SCORERS, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown scorer {name!r}{hint}; built in: {', '.join(SCORERS)}")
-
-
-def load_user_scorer(target: str) -> Scorer:
-    """Return a user's `score(prediction, answer, **columns) -> float` as a scorer.
-
-    Its version is a hash of the file.
-    """
-    path, function = split_target(target)
+    if ".py:" not in name:
+        close = difflib.get_close_matches(name, SCORERS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown scorer {name!r}{hint}; built in: {', '.join(SCORERS)}")
+    path, function = split_target(name)
     if not path.is_file():
-        raise ValueError(f"scorer {target}: there is no file {path}")
+        raise ValueError(f"scorer {name}: there is no file {path}")
     version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     return Scorer(f"{path.name}:{function}", f"{path.resolve()}:{function}", version, is_users=True)
 

@@ -31,13 +31,12 @@ won't would've wouldn't wouldn't've y'all y'all'll y'all'd've 'ow's'at you'd you
 you're you've""".split()
 
 
-def _without_one_apostrophe(word: str) -> list[str]:
-    """Return the forms that lack one apostrophe: `they'dve` and `theyd've` for `they'd've`."""
-    return [word[:i] + word[i + 1 :] for i, c in enumerate(word) if c == "'"]
-
-
+# The forms that lack one apostrophe: `they'dve` and `theyd've` for `they'd've`.
 COMPLETED_CONTRACTIONS = {
-    form: word for word in CONTRACTIONS for form in _without_one_apostrophe(word)
+    word[:i] + word[i + 1 :]: word
+    for word in CONTRACTIONS
+    for i, character in enumerate(word)
+    if character == "'"
 } | {"hed": "he'd", "somebody'd": "somebodyd"}
 LAST_PERIOD = re.compile(r"\.(?!\d)")
 
