@@ -168,7 +168,7 @@ def test_public_names_are_imported_on_first_use():
         ),
     ],
 )
-def test_a_wrong_call_is_one_line(model, call, words):
+def test_a_wrong_call_is_reported_in_one_line(model, call, words):
     with pytest.raises(ValueError, match=words) as error:
         call(model)
     assert "\n" not in str(error.value)

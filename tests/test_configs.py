@@ -246,7 +246,7 @@ def test_prompts_and_rewards_with_and_without_reasoning():
     )
 
 
-def test_paper_c_reads_the_last_box_and_rewards_nothing_else():
+def test_paper_c_rewards_only_the_last_box():
     c = retain.get_config("grpo,countdown,tiny")
     prompted = prompted_task.make_prompted_task(
         registry.resolve_task("countdown"), c.data.template, c.rewards, None

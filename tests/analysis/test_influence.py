@@ -7,7 +7,7 @@ from cptjax.analysis import influence
 from cptjax.models import logprobs
 
 
-def test_steepness_is_the_squared_gradient_by_the_logits():
+def test_steepness_is_the_squared_gradient_in_the_logits():
     rng = np.random.default_rng(0)
     hidden, unembed, targets = (
         rng.normal(size=(7, 4)),

@@ -152,7 +152,7 @@ def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
         ({"prompts": 3}, ["logp"], "--prompts=3: expected a multiple of the 8 devices"),
     ],
 )
-def test_a_mistake_is_one_line(settings, phases, message):
+def test_a_mistake_is_reported_in_one_line(settings, phases, message):
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")) as error:
         phase_times.run_benchmark(Workload(**settings), phases)
     assert "\n" not in str(error.value)

@@ -38,7 +38,7 @@ def test_an_immediate_block_inside_a_deferred_one_ends_the_process_at_once():
         send_sigterm()  # deferred again, after an exception too
 
 
-def test_the_handler_of_before_is_restored():
+def test_the_previous_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
     sigterm = signals.SigtermHandler()
     with signals.handle_sigterm(sigterm):

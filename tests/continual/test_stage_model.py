@@ -103,7 +103,7 @@ def test_load_reads_the_same_stage_from_the_workdir(workdir, logits_of_stage):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_an_export_is_in_the_type_that_is_asked_for(workdir, tmp_path):
+def test_an_export_has_the_requested_dtype(workdir, tmp_path):
     stage_model.export_stage(workdir, tmp_path / "half", 0, "bfloat16", shard_bytes=1e5)
     assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
     exported = cptjax.load(tmp_path / "half", dtype="float32")

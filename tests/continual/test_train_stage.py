@@ -60,7 +60,7 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
     assert distance["l2"] < 0.8 * distance["none"]
 
 
-def test_the_optimizer_state_is_kept_between_stages_where_asked(tmp_path, devices):
+def test_the_optimizer_state_is_kept_between_stages_if_the_config_says_so(tmp_path, devices):
     """Two stages on one task with the optimizer kept are one stage of twice the steps in what AdamW
     knows; a reset is not.
     """

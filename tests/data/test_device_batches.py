@@ -37,7 +37,7 @@ def same(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-def test_answers_are_predicted_by_the_token_before(tmp_path):
+def test_response_tokens_are_predicted_by_the_token_before(tmp_path):
     _, _, (batch,) = first_update(config("sft"), tmp_path)
     tokens, where, targets, mask = (
         np.asarray(x) for x in (batch.prompts.tokens, batch.where, batch.targets, batch.mask)

@@ -141,7 +141,7 @@ def test_lists_of_other_sizes_than_the_mixture_are_refused():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_made_ahead_in_their_order(workers):
+def test_batches_are_built_ahead_in_their_order(workers):
     batches, made = [[RowRef(0, i), RowRef(0, i + 4)] for i in range(4)], []
     with loader.open_reader([examples(8)], tag, workers) as read:
         for n, batch in enumerate(

@@ -153,7 +153,7 @@ def test_only_evaluated_tasks_count(tmp_path):
     )
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a run: it has no config.json"):
         summary.load_run_tables(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -70,7 +70,7 @@ def row(prompt="<image>what colour?", images=("good.png",), answer="red"):
     return {"prompt": prompt, "images": list(images), "answer": answer}
 
 
-def test_counts_tokens_and_pictures():
+def test_counts_tokens_and_images():
     reports = check.run_preflight(config())
     assert [f.name for f in reports] == ["synthetic_colour train", "synthetic_colour test"]
     assert [(f.read, f.total, len(f.bad)) for f in reports] == [(40, 40, 0), (10, 10, 0)]
@@ -202,7 +202,7 @@ def test_gold_answers_count_where_they_are_learned(tmp_path):
     assert check.run_preflight(c)[0].tokens[0] > without.tokens[0]
 
 
-def test_questions_with_their_demonstration_are_measured(tmp_path):
+def test_prompts_are_measured_with_their_demonstration(tmp_path):
     """A teacher of SDFT reads the gold answer after the prompt: the task needs one, and the limit
     must hold it.
     """
@@ -218,7 +218,7 @@ def test_questions_with_their_demonstration_are_measured(tmp_path):
         check.run_preflight(c)
 
 
-def test_questions_without_a_demonstration_are_told():
+def test_prompts_without_a_demonstration_are_reported():
     c = config()
     c.method.update(METHODS["sdft"])
     (spec,) = row_checks.training_splits(resolve_stages(c)[0], resolve_stages(c))

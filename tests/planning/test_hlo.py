@@ -142,7 +142,7 @@ def test_a_scan_counts_as_often_as_it_runs(length):
     assert hlo_costs.count_flops(done.as_text()) == length * 2 * 64 * 96 * 96
 
 
-def test_a_loop_that_data_ends_counts_as_told():
+def test_a_loop_with_a_computed_end_runs_as_often_as_given():
     """Also the loop inside it whose end is computed: it counts once a turn of the outer one."""
 
     def run(x, w):

@@ -100,7 +100,7 @@ def test_the_files_of_a_split_in_a_copied_repository(files, source, own, tmp_pat
     assert find_split_files(tmp_path, source) == [str(tmp_path / own)]
 
 
-def test_an_image_is_decoded_only_when_its_example_is_asked_for(tmp_path):
+def test_an_image_is_decoded_only_when_its_example_is_accessed(tmp_path):
     broken = {"image": {"bytes": b"no image", "path": None}, "question": "q", "answer": "yes"}
     write(
         tmp_path,
@@ -134,7 +134,7 @@ def test_a_limit_is_a_seeded_subset_and_smaller_limits_are_nested(tmp_path):
     assert ids(limit=5, seed=1) != ids(limit=5)
 
 
-def test_splits_of_our_own_making_cover_the_rows_without_overlap(tmp_path):
+def test_divided_splits_cover_the_rows_without_overlap(tmp_path):
     write(tmp_path, FIXTURES["superclevr"][0])
     write(tmp_path, FIXTURES["countdown"][0])
     for name, rows in (("superclevr", 20), ("countdown", 10)):

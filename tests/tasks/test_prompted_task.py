@@ -40,5 +40,5 @@ def test_a_forced_response_is_scored_after_its_prefix():
     assert record.score == 0.0 and record.prediction is None
 
 
-def test_the_tasks_own_template_goes_first():
+def test_the_tasks_own_template_takes_precedence():
     assert prompted("boxed", template="none").template.name == "none"

@@ -86,7 +86,7 @@ def test_rows_with_responses_may_be_longer_than_the_prompt_limit(tmp_path):
         trained_texts(c, tmp_path / "short")
 
 
-def test_a_corpus_with_the_gold_answer_put_in(tmp_path):
+def test_a_corpus_with_the_gold_answer_inserted(tmp_path):
     rows = [
         {
             "id": "first/train/0",

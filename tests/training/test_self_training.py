@@ -44,7 +44,7 @@ def test_each_window_is_sampled_from_the_current_policy_and_read_back(tmp_path):
             assert all(rewards.is_correct(parts) for parts in graded)
 
 
-def test_an_own_response_is_trained_on_behind_its_prompt(tmp_path):
+def test_an_own_response_is_trained_on_after_its_prompt(tmp_path):
     with stage_fixtures.prepare_stage(method_config("self_sft", steps=1), tmp_path) as prepared:
         items, _ = self_training.response_examples(prepared.ctx, prepared.params, 0)
         rows = {

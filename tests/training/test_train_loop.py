@@ -33,7 +33,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("gap", "warned"), [(0.0, False), (0.2, True)])
-def test_a_sampler_that_differs_from_the_trainer_is_warned_of(prepared, capsys, gap, warned):
+def test_a_sampler_that_differs_from_the_trainer_gives_a_warning(prepared, capsys, gap, warned):
     train_loop.warn_of_mismatch({"mismatch": gap, "mismatch_max": 2 * gap}, prepared.ctx.stage)
     printed = capsys.readouterr()
     assert ("log-probabilities differ" in printed.out + printed.err) == warned

@@ -8,7 +8,7 @@ from cptjax.common import files
 from cptjax.evaluation.report import read, words
 
 
-def test_an_exported_model_inside_a_run_is_no_run(tmp_path):
+def test_an_exported_model_inside_a_run_is_not_a_run(tmp_path):
     files.write_json(
         make_run(tmp_path / "grpo") / "export/config.json", {"model_type": "qwen2_5_vl"}
     )

@@ -21,7 +21,7 @@ def test_changes_within_their_interval_are_not_called_changes():
     )
 
 
-def test_arms_within_noise_are_not_ranked(tmp_path):
+def test_arms_that_differ_within_noise_are_not_ranked(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         make_run(tmp_path / name, "grpo", seed=seed)
     sentences = words.comparison_headline(read.read_arms([tmp_path]))

@@ -101,7 +101,7 @@ def sizes(example):
     ]
 
 
-def test_each_image_is_the_one_that_the_question_means(tmp_path):
+def test_each_image_is_the_one_of_its_question(tmp_path):
     for name in ("gqa", "mmmu", "refcoco"):
         write(tmp_path, FIXTURES[name][0])
     load = lambda name: BUILT_IN_TASKS[name].load("test", root=str(tmp_path))[0]

@@ -42,7 +42,7 @@ def test_every_rlvr_constraint_is_one_that_the_scorer_can_check():
     ) == [("at least", 27), ("less than", 34)]
 
 
-def test_ifeval_says_how_many_rows_it_leaves_out(tmp_path, caplog):
+def test_ifeval_logs_how_many_rows_it_leaves_out(tmp_path, caplog):
     write(tmp_path, FIXTURES["ifeval"][0])
     with caplog.at_level(logging.WARNING, "cptjax"):
         assert len(BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path))) == 1

@@ -85,7 +85,7 @@ def test_constraint(name):
     assert not instructions.follows_constraint(" ", {"id": name, **arguments})
 
 
-def test_brackets_without_end_are_no_json():
+def test_endless_open_brackets_are_not_json():
     assert not instructions.follows_constraint("[" * 3000, {"id": "detectable_format:json_format"})
 
 

@@ -88,7 +88,7 @@ def test_countdown_division_must_be_exact():
         puzzles.score_countdown("1", 1, {})
 
 
-def test_jigsaw_convention_is_the_picture():
+def test_jigsaw_convention_is_that_of_the_image():
     original, shown = "ABCD", "CADB"
     answer = [shown.index(tile) + 1 for tile in original]
     assert answer == [2, 4, 1, 3] and "answer = 2 4 1 3" in puzzles.__doc__

@@ -92,7 +92,7 @@ def work():
 """
 
 
-def test_busy_processors_cost_no_score(tmp_path):
+def test_busy_processors_do_not_lower_a_score(tmp_path):
     """The limit is of processor time where a call may take long by the clock."""
     (tmp_path / "slow.py").write_text(SLOW.format(spent=str(tmp_path / "spent")))
     with SandboxPool(processes=1, timeout=0.3) as workers:
@@ -112,7 +112,7 @@ with Pool(processes=1, timeout=0.3) as workers:
 
 
 @pytest.mark.parametrize("how", ["ignored", "blocked"])
-def test_the_limit_holds_where_the_parent_is_deaf_to_it(tmp_path, how):
+def test_the_limit_holds_where_the_parent_ignores_the_signal(tmp_path, how):
     """A process takes over what its parent does about a signal; libtpu makes it ignore this one."""
     (tmp_path / "slow.py").write_text(SLOW.format(spent=str(tmp_path / "spent")))
     command = [sys.executable, "-c", DEAF, how, f"{tmp_path}/slow.py:work"]

@@ -114,7 +114,7 @@ def test_the_verifier_is_lenient_on_style_and_strict_on_the_rest():
         assert styled_exact(bad, "red") == 0.0, bad
 
 
-def test_a_limit_asks_for_any_number_and_the_first_stay_the_same():
+def test_any_limit_is_possible_and_the_first_rows_stay_the_same():
     task = BUILT_IN_TASKS["synthetic_count"]
     assert len(task.load("train", limit=25_000)) == 25_000
     short, long = task.load("test", limit=10), task.load("test", limit=200)

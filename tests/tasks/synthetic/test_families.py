@@ -29,7 +29,7 @@ LEVELS = [
 
 
 @pytest.mark.parametrize(("family", "level"), LEVELS)
-def test_every_class_comes_up_and_about_equally_often(family, level):
+def test_every_class_occurs_about_equally_often(family, level):
     spec = SyntheticSpec(family, level)
     names, answers = answer_classes(spec), generate_block(spec, "train", 0, 0, 600).answers
     if not names:
@@ -58,7 +58,7 @@ def test_the_answer_is_the_painted_colour():
         assert min(distance, key=distance.get) == answer
 
 
-def test_the_place_asked_for_holds_that_colour():
+def test_the_shape_at_the_answered_position_has_the_colour_in_question():
     block = generate_block(SyntheticSpec("position", noise=0.0), "train", 0, 0, 100)
     places = ["top left", "top right", "bottom left", "bottom right"]
     for image, question, answer in zip(block.images, block.questions, block.answers, strict=True):

@@ -113,7 +113,7 @@ def test_messages_bring_their_images_inline_or_take_them_from_the_column(folder)
     ) == ("red", "<image>What?")
 
 
-def test_answers_of_a_reward_of_ones_own_may_be_missing_or_objects(folder):
+def test_with_a_users_reward_answers_may_be_missing_or_objects(folder):
     source = write(
         folder, {"prompt": "Write.", "rubric": "short"}, {"prompt": "Go.", "rubric": "long"}
     )
@@ -188,7 +188,7 @@ def test_sixteen_bit_images_are_scaled_not_cut(folder):
         assert np.abs(grey - values / 257).max() <= 1 and grey.max() == 255
 
 
-def test_one_pixel_is_an_image_and_a_strip_too_long_for_the_processor_is_not(folder):
+def test_one_pixel_is_an_image_but_a_strip_that_is_too_long_is_not(folder):
     Image.new("RGB", (1, 1), RED).save(folder / "dot.png")
     Image.new("RGB", (500, 1)).save(folder / "strip.png")
     examples = load(write(folder, row(images=["dot.png"]), row(images=["strip.png"])))
@@ -239,7 +239,7 @@ def test_empty_answers(folder):
     ]
 
 
-def test_answers_that_are_no_text_become_text(folder):
+def test_answers_of_other_types_become_text(folder):
     examples = load(
         write(folder, *(row(answer=answer) for answer in (3, 2.5, True, ["red", 7], 0)))
     )
@@ -247,7 +247,7 @@ def test_answers_that_are_no_text_become_text(folder):
     assert [e.target for e in examples] == ["3", "2.5", "True", "red", "0"]
 
 
-def test_a_column_missing_from_one_row_is_that_rows_fault(folder):
+def test_a_column_missing_from_one_row_is_an_error_of_that_row(folder):
     assert str(only_bad(load(write(folder, row(), {"images": [], "answer": "x"})))).endswith(
         "train.jsonl:2: the prompt is empty"
     )

@@ -116,7 +116,7 @@ def test_the_order_of_groups_and_of_responses_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", advantages.ADVANTAGES)
-def test_an_excluded_reward_is_never_looked_at(name):
+def test_an_excluded_reward_is_never_used(name):
     keep = np.array([[True, True, False], [True, True, True]])
     values = [
         compute(np.where(keep, REWARDS, other).astype(np.float32), name, keep)

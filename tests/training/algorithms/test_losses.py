@@ -348,7 +348,7 @@ def test_micro_batches_and_order_change_nothing(settings):
     assert all(np.allclose(metrics[k].value, m.value, rtol=1e-5) for k, m in whole.metrics.items())
 
 
-def test_packed_conversations_weigh_what_they_weigh_alone():
+def test_packed_conversations_have_the_weights_they_have_alone():
     logps = -np.arange(1.0, 9.0, dtype=np.float32)
     mask = np.array([1, 1, 0, 1, 1, 1, 0, 0], bool)
     segments = np.array([1, 1, 2, 2, 2, 2, 3, 0])  # the third has no token to train on

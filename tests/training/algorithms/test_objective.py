@@ -93,7 +93,7 @@ def test_on_policy_ratio_is_exactly_one_and_nothing_is_clipped(ratio):
     np.testing.assert_allclose(gradient, run(objective_of("policy"), batch())[1], atol=1e-6)
 
 
-def test_stale_answers_have_a_ratio_and_a_capped_weight():
+def test_stale_responses_have_a_ratio_and_a_capped_weight():
     old, behaviour = numbers()[1] - 0.3, numbers()[1] - 0.3 - np.log(3)
     wide = objective_of("policy", ratio="token", clip_high=10.0)
     stale = batch(old_logps=old, behaviour_logps=behaviour)

@@ -377,6 +377,6 @@ def test_bad_settings_are_one_clear_line(settings, words):
     assert "\n" not in str(error.value)
 
 
-def test_muon_asks_for_the_declared_parameters():
+def test_muon_needs_the_declared_parameters():
     with pytest.raises(ValueError, match="declared"):
         optimizers.make_optimizer(dataclasses.replace(ADAMW, optimizer="muon"))

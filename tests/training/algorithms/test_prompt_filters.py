@@ -29,7 +29,7 @@ def test_presets_and_window():
         )
 
 
-def test_the_control_keeps_as_many_and_looks_at_nothing():
+def test_the_control_keeps_as_many_prompts_without_using_the_counts():
     counts = np.random.default_rng(0).integers(0, 9, 1000)
     kept = keep("window", counts, lo=2, hi=7)
     control = [keep("random", counts, lo=2, hi=7, seed=s) for s in (0, 0, 1)]
