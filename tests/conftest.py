@@ -1,4 +1,4 @@
-"""Settings of the tests, made before jax starts: eight CPU devices, float32, a compilation cache."""
+"""Settings of the tests before jax starts: eight CPU devices, float32, a compilation cache."""
 
 import gc
 import os

@@ -41,7 +41,7 @@ def encoded(image: Image.Image, form: str = "PNG", **kwargs) -> bytes:
 
 
 def user(*content) -> dict:
-    """A user's turn of texts and pictures."""
+    """A user's turn of texts and images."""
     part = lambda x: (
         {"type": "text", "text": x}
         if isinstance(x, str)

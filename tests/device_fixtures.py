@@ -13,7 +13,7 @@ MAKE = sharding.make_mesh
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Sets how many devices a run sees; one unless asked otherwise."""
+    """Return a function that sets how many devices a run sees; the default is one."""
     use = functools.partial(see, monkeypatch)
     use(1)
     return use

@@ -275,7 +275,7 @@ def test_every_preset_passes_the_checks_and_equal_settings_make_equal_objectives
 
 @pytest.mark.parametrize("name", base.METHODS)
 def test_a_preset_replaces_every_setting_of_any_other_method(name):
-    """Nothing of an earlier method stays: neither in a stage nor in a config that is updated."""
+    """No setting of an earlier method remains, neither in a stage nor in an updated config."""
 
     def resolved(*presets):
         config = base.get_config()

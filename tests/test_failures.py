@@ -318,7 +318,7 @@ def test_a_read_only_disk_ends_in_one_line(tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_continues_later(whole, small_disk, tmp_path):
-    """Not enough for a second checkpoint: one line; with space the run goes on to the same end."""
+    """Without space for a second checkpoint the run ends in one line; with space it continues."""
     plan = {
         "method": "sft",
         "workdir": str(small_disk / "run"),

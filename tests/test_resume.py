@@ -86,7 +86,7 @@ def interrupted(
 
 
 def instants(count: int, length: float, seed: int) -> list[float]:
-    """Some early, so that work remains; the others anywhere."""
+    """Some instants are early, so that work remains; the others are anywhere."""
     rng = random.Random(seed)
     return [rng.uniform(0.3, length) for _ in range(count)]
 
@@ -160,7 +160,7 @@ def test_every_response_is_counted_in_one_line_of_metrics(whole):
 
 
 def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):
-    """The stage's last step is saved then, and the next start only estimates again."""
+    """The stage's last step is saved, and the next start only repeats the estimate."""
     short = {"stages": ({"task": "facts", "steps": 2},), "eval": {"before": False, "limit": 2}}
     c, estimated, agreed, answers = (
         run_helpers.config("sft", **SFT, **short),

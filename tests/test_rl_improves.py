@@ -1,4 +1,4 @@
-"""From one base that is half right, every RL arm raises the accuracy on new images; a negated reward lowers it."""
+"""Every RL arm raises the accuracy on new images; a negated reward lowers it."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Loss against distance: planted laws are found, and distances of weights."""
+"""Loss against distance: known relations are recovered; distances between weights."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -19,7 +19,7 @@ def at_enough(path):
     return path.enough, path.drop[path.enough]
 
 
-def test_the_start_covers_what_the_authors_script_says():
+def test_the_start_has_the_overlaps_of_the_authors_script():
     assert gaussian_mixtures.mode_overlaps(FORWARD, FORWARD.start) == pytest.approx(
         (0.803, 0.032), abs=5e-4
     )

@@ -1,4 +1,4 @@
-"""Influence of training on one response: its parts that need no run."""
+"""Influence of training on one response: the parts that need no run."""
 
 import jax.numpy as jnp
 import numpy as np

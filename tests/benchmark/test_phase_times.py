@@ -31,7 +31,7 @@ def nano(monkeypatch):
 
 @pytest.mark.slow
 def test_every_phase_is_timed_against_the_peer(nano):
-    """The peer gets our weights and inputs.
+    """The peer is given our weights and inputs.
 
     The benchmark stops unless it computes the same log-probabilities.
     """
@@ -79,7 +79,7 @@ def test_micro_batches_are_the_same_rows(nano):
 
 
 def test_rows_equal_those_of_the_processor(nano):
-    """Tokens, places and patches of one row as the tests' own builder makes them."""
+    """Tokens, positions and patches of one row, built by the tests' own builder."""
     inputs = workload.random_inputs(WORK, NANO)
     ours = workload.equal_rows(inputs["prompts"][:1], inputs["patches"][:1], NANO, 1)
     row = tiny.random_row([4, tiny.Image(6, 6), 4], NANO, np.random.default_rng(0))

@@ -71,7 +71,7 @@ OPTIONAL = {
 
 @pytest.mark.parametrize("owner", ["", "arms.one.", "prestage.", "stages[1]."])
 def test_every_setting_can_be_overridden(load, owner):
-    """Of the run, an arm, the pre-stage and a stage, whether the config sets it already or not."""
+    """A setting of the run, an arm, the pre-stage or a stage, set in the config before or not."""
     settings = [s for s in SETTINGS if owner == "" or s[0].split(".")[0] in ("method", "train")]
     config = load(*(f"{owner}{name}={text}" for name, text, _ in settings))
     path = config_flag.override_path(f"--config.{owner}x=1")[:-1]

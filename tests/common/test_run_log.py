@@ -1,4 +1,4 @@
-"""The growing files of a run: a resumed log equals one that was never killed; costs add up."""
+"""The append-only files of a run: a resumed log equals an uninterrupted one; costs add up."""
 
 import json
 

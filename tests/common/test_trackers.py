@@ -1,4 +1,4 @@
-"""Trackers get the numbers of the run log, and a missing package is named."""
+"""Trackers receive the metrics of the run log; the error of a missing package names it."""
 
 import sys
 from types import SimpleNamespace

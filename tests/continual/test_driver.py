@@ -191,7 +191,7 @@ ARMS = {
     "ends", ["after the base", "in the export", "between the arms", "at the last summary"]
 )
 def test_several_runs_continue_after_sigterm_in_any_of_them(tmp_path, monkeypatch, ends):
-    """SIGTERM is heard outside of runs too, and the same command goes on to the same files."""
+    """SIGTERM also has an effect outside of runs, and the same command continues the same files."""
     places = {
         "after the base": (driver, "expand_runs", 1),
         "in the export": (hf_checkpoint, "save_hf_checkpoint", 1),
@@ -223,7 +223,7 @@ def test_several_runs_continue_after_sigterm_in_any_of_them(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_short_demo_runs_all_arms_and_reports_them(tmp_path):
-    """All five arms on the base that the pre-stage makes, and the report over them."""
+    """All five arms on the base model of the pre-stage, and the report on them."""
     matrices = driver.run(demo.get_config("0,short"), tmp_path)
     assert matrices.shape == (5, 5, 4) and np.isfinite(matrices[:, -1]).any()
     arms = ["grpo", "iterative", "joint", "sft_bare", "sft_style"]

@@ -1,4 +1,4 @@
-"""A finished stage is evaluated again: the same result, and nothing written unless asked."""
+"""A finished stage is evaluated again: the same result, and nothing is written unless the caller records it."""
 
 import pytest
 import run_helpers

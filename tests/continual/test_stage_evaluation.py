@@ -1,4 +1,4 @@
-"""What a stage evaluation writes once its rows are recorded."""
+"""What a stage evaluation writes after its rows are recorded."""
 
 import collections
 import math
@@ -55,7 +55,7 @@ def test_each_result_file_is_read_once_after_a_stage(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_kl_to_base_counts_the_rows_of_the_config_on_any_device_count(tmp_path, devices):
-    """Three rows do not fill eight shards; how many devices there are changes nothing."""
+    """Three rows do not fill eight shards; the number of devices changes nothing."""
     found = {}
     for count in (1, 8):
         devices(count)

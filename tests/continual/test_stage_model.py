@@ -1,4 +1,4 @@
-"""The model that a stage left behind: loaded with its adapters, and exported for transformers."""
+"""The model after a stage: loaded with its adapters, and exported for transformers."""
 
 import dataclasses
 

@@ -97,7 +97,7 @@ def test_the_optimizer_state_is_kept_between_stages_if_the_config_says_so(tmp_pa
 
 @pytest.mark.parametrize("count, mesh", [(1, {}), (8, {}), (8, dict(data=2, fsdp=2, model=2))])
 def test_a_later_stage_compiles_nothing_new(tmp_path, monkeypatch, devices, count, mesh):
-    """Programs return arrays in the places that were declared, but name them otherwise."""
+    """Programs return arrays with the declared shardings, but under other names."""
     devices(count)
     heard, found, learn = CompilationCounter(), [], train_stage.train_stage
 

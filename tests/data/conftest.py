@@ -49,14 +49,14 @@ def qwen_folder(tmp_path_factory):
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in byte-level vocabularies."""
+    """The letter that represents each byte in byte-level vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 def _halves(word: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts whose merge makes the word: what is left when every merge of lower rank is done."""
+    """The two parts whose merge makes the word: the parts after all merges of lower rank."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 2:
         at = min(
@@ -78,7 +78,7 @@ def theirs(qwen):
 
     class WithoutVideo(Qwen2_5_VLProcessor):
         def check_argument_for_proper_class(self, name, argument):
-            """Their video processor needs torchvision."""
+            """transformers' video processor needs torchvision."""
 
     images = Qwen2VLImageProcessorPil(min_pixels=qwen.min_pixels, max_pixels=qwen.max_pixels)
     return WithoutVideo(image_processor=images, tokenizer=qwen.tokenizer, chat_template=TEMPLATE)

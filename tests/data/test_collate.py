@@ -39,7 +39,7 @@ def test_buckets():
 
 
 def test_vision_rows_are_few_and_pad_little():
-    """Frames of many sizes share the shapes of the largest; they pad less than rows of their own largest frame's step, one size no more."""
+    """Frames of many sizes share the shapes of the largest, with less padding than separate rows."""
     rng, most, shapes = np.random.default_rng(0), 81, set()
     now, before = [], []
     for _ in range(2000):
@@ -95,7 +95,7 @@ ROWS = [
 
 
 def features(prompts: Prompts, row: int, cfg: ModelConfig) -> np.ndarray:
-    """The patches behind each picture token of a row: what the vision tower would merge into it."""
+    """The patches of each image token of a row, which the vision tower would merge into it."""
     shards = prompts.vision.patches.shape[0]
     shard = row // (len(prompts.tokens) // shards)
     units = prompts.vision.patches[shard].reshape(-1, cfg.vision.merge**2 * cfg.vision.patch_dim)
@@ -225,7 +225,7 @@ def test_a_batch_without_images(tiny):
     assert collate_rows(rows, buckets=(64,))[0].vision is None
     empty = collate.BatchShape(
         4, 64, 2 * TINY.vision.window_slots, 3
-    )  # beside another process's pictures
+    )  # together with another process's images
     prompts, _ = collate_rows(rows, buckets=(64,), shards=2, agree=lambda _: empty)
     assert prompts.tokens.shape[0] == 4 and prompts.vision.patches.shape[:3] == (
         2,
@@ -286,7 +286,7 @@ def test_vision_of_odd_configs():
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack):
-    """From pictures to logits: processor, rows and model against transformers' model on each conversation alone."""
+    """From images to logits: processor, rows and model equal transformers on each conversation."""
     torch = pytest.importorskip("torch")
     import jax
     import tiny as models

@@ -1,4 +1,4 @@
-"""Rows for the device: targets stand where they are predicted; micro-batches of groups do not change an update (of rows: test_train)."""
+"""Rows for the device: targets are at the positions that predict them; micro-batches change nothing."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def config(name: str, **sections):
 
 
 def first_update(settings, folder):
-    """The first update's new parameters and numbers."""
+    """The parameters and metrics after the first update."""
     with (
         stage_fixtures.prepare_stage(settings, folder) as prepared,
         prepared.ctx.open_stream(0) as stream,

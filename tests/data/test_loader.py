@@ -1,4 +1,4 @@
-"""The stream of a stage's batches: the mixture's rows in its order, whatever number of workers reads them."""
+"""The stream of a stage's batches: the mixture's rows in its order for any number of workers."""
 
 import functools
 import multiprocessing

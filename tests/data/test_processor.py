@@ -39,7 +39,7 @@ def test_tokens_patches_and_grids_equal_transformers(qwen, theirs, name):
 
 
 def test_a_cached_layout_equals_a_new_one(qwen):
-    """Whatever was encoded before, a row is as a processor that has seen nothing encodes it; equal ones share their arrays."""
+    """A row is encoded as by a new processor, whatever was encoded before; equal rows share arrays."""
     clip = lambda fps: {
         "role": "user",
         "content": [
@@ -96,7 +96,7 @@ def test_the_loss_mask_covers_the_responses_and_their_ends(stage, request):
 
 @pytest.mark.parametrize("stage", ["tiny", "qwen"])
 def test_a_prompt_is_the_start_of_its_conversation(stage, request):
-    """What is sampled from is, token for token, what is trained on."""
+    """The prompt that is sampled from has the tokens of the prompt that is trained on."""
     p = request.getfixturevalue(stage)
     for answer in ("it is red", "\n\nred", " red", ""):
         prompt, whole = (

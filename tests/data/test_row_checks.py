@@ -32,7 +32,7 @@ def _silent():
 
 @pytest.fixture
 def opened(monkeypatch):
-    """How often each image file, or each image in memory, was opened."""
+    """Count how often each image file, or each image in memory, is opened."""
     counts, plain = collections.Counter(), Image.open
 
     def count_open(source, *args, **kwargs):
@@ -60,7 +60,7 @@ def user_config(folder):
 
 
 def load(c, task, split, folder):
-    """A split's checked rows, its prompted task and the model context, as a newly started run has them."""
+    """The checked rows of a split, its prompted task and the model context of a new run."""
     processor = load_processor(None, PRESETS["tiny"], 1024, 4096)
     model_ctx = types.SimpleNamespace(processor=processor, buckets=(LIMIT,))
     run_datasets = Datasets(c, model_ctx, None, folder, recording=True)

@@ -1,4 +1,4 @@
-"""Rollouts equal transformers' greedy search and the trainer's log-probabilities."""
+"""Rollouts equal transformers' greedy search, with the trainer's log-probabilities."""
 
 import dataclasses
 

@@ -64,7 +64,7 @@ def test_a_checkpoint_keeps_every_bit_both_ways(launcher, folders, tmp_path):
 
 
 def test_the_base_model_of_a_run_is_exported(launcher, folders, tmp_path, capsys):
-    """Without its tasks: those of this run are not even known."""
+    """The tasks of the run are not loaded: this run's tasks do not exist."""
     run = Path(shutil.copytree(folders / "run", tmp_path / "run"))
     settings = json.loads((run / "config.json").read_text())
     settings["stages"] = [{"task": "no such task"}]
@@ -127,7 +127,7 @@ def test_flags_that_do_not_fit_together_are_refused(launcher):
             launcher.main()
 
 
-def test_a_mistake_is_one_line_of_the_command(tmp_path):
+def test_a_mistake_ends_the_command_with_one_line(tmp_path):
     cases = {"config.json does not exist": [f"--src={tmp_path}", "--dst=x"], "srcc": ["--srcc=a"]}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = {

@@ -88,7 +88,7 @@ def test_rows_limits_what_is_read():
         check.run_preflight(config(), rows=0)
 
 
-def test_wrong_rows_are_told_with_file_and_row(tmp_path):
+def test_wrong_rows_are_reported_with_file_and_row(tmp_path):
     wrong = [
         row(images=["none.png"]),
         row(images=["cut.jpg"]),

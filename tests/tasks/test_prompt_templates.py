@@ -1,4 +1,4 @@
-"""Prompt templates say what is asked, and find the answer where they asked for it."""
+"""Prompt templates state the expected form, and find the answer in that form."""
 
 import pytest
 

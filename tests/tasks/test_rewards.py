@@ -76,7 +76,7 @@ def test_think_then_answer(response, good):
     assert thinks_then_answers(response) == good
 
 
-def test_box_alone():
+def test_a_box_alone_has_the_form():
     assert has_box(r"so \boxed{1}") and not has_box(r"so \boxed{1")
 
 

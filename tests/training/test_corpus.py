@@ -1,4 +1,4 @@
-"""Responses of another run: correct ones, graded ones, gold answers put in, refused files."""
+"""Responses of another run: correct ones, graded ones, inserted gold answers, refused files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The abstract arguments of the planner are those that a step of training really has."""
+"""The abstract arguments of the planner are those of a real training step."""
 
 import jax
 import pytest

@@ -41,7 +41,7 @@ def sample(prepared, builder=None, key=None) -> GradedRollouts:
 
 
 def builder(prepared, **changes):
-    """The prepared's with other settings of the method."""
+    """The prepared batch builder with other settings of the method."""
     return dataclasses.replace(
         prepared.ctx.builder, method=merge_config(prepared.ctx.builder.method, changes)
     )

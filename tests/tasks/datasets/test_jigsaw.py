@@ -1,4 +1,4 @@
-"""Jigsaw puzzles: the answer puts the image back together, whatever the source of images."""
+"""Jigsaw puzzles: the answer restores the image, for every source of images."""
 
 import itertools
 

@@ -74,7 +74,7 @@ def test_every_metric_has_the_rows_and_the_error_of_its_own_group():
 
 
 def test_errors_of_ratios_are_those_of_many_repetitions():
-    """Precision, recall and F1 as POPE has them, redrawn a thousand times."""
+    """Precision, recall and F1 of POPE, resampled a thousand times."""
     rng = np.random.default_rng(0)
     yes, gold = rng.random((2, 1000, 400)) < [[[0.3]], [[0.6]]]
     hit = yes & gold

@@ -54,7 +54,7 @@ RULES = {"math": symbolic.equal_by_math_verify, "mathruler_parity": symbolic.equ
 
 
 def spellings(gold):
-    """Other ways to write an answer: without spaces, other macros, improper and whole fractions, decimals, one root."""
+    """Other ways to write an answer: no spaces, other macros, fractions, decimals, one root."""
     found = {gold, gold.replace("\\frac", "\\dfrac")}
     if not re.search("[A-Z]", gold):  # words are met literally
         found.add(gold.replace(" ", ""))
@@ -93,7 +93,7 @@ def work():
 
 
 def test_busy_processors_do_not_lower_a_score(tmp_path):
-    """The limit is of processor time where a call may take long by the clock."""
+    """The limit is on processor time where a call may take long by the clock."""
     (tmp_path / "slow.py").write_text(SLOW.format(spent=str(tmp_path / "spent")))
     with SandboxPool(processes=1, timeout=0.3) as workers:
         assert workers.map(f"{tmp_path}/slow.py:wait", [SandboxCall(())])[0].late
@@ -113,7 +113,7 @@ with Pool(processes=1, timeout=0.3) as workers:
 
 @pytest.mark.parametrize("how", ["ignored", "blocked"])
 def test_the_limit_holds_where_the_parent_ignores_the_signal(tmp_path, how):
-    """A process takes over what its parent does about a signal; libtpu makes it ignore this one."""
+    """A process inherits its parent's signal handling; libtpu makes the parent ignore this one."""
     (tmp_path / "slow.py").write_text(SLOW.format(spent=str(tmp_path / "spent")))
     command = [sys.executable, "-c", DEAF, how, f"{tmp_path}/slow.py:work"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])

@@ -103,7 +103,7 @@ def test_digits_are_those_of_the_answer():
 
 @pytest.mark.parametrize("grid", [2, 3])
 def test_synthetic_jigsaws_follow_the_convention_of_the_jigsaw_task(grid):
-    """Put back together by the answer, red grows to the right and green downwards."""
+    """In the image that the answer restores, red grows to the right and green downwards."""
     side = 30 if grid == 3 else 32
     for example in SyntheticExamples(
         "j", SyntheticSpec(f"jigsaw{grid}", side=side, noise=0.0), "test", 0, 12

@@ -1,4 +1,4 @@
-"""Painted shapes have the outline that their name says."""
+"""Painted shapes have the outline of their name."""
 
 import numpy as np
 

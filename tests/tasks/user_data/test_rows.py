@@ -294,7 +294,7 @@ def test_addresses_are_not_fetched(folder):
 
 @pytest.mark.parametrize("warned", ["error", "ignore"])
 def test_decompression_bombs_are_refused_before_decoding(folder, warned):
-    """Whatever becomes of Pillow's warning: filters belong to the process, and any thread may change them."""
+    """The check does not depend on Pillow's warning, whose filters any thread may change."""
     warnings.simplefilter(warned, Image.DecompressionBombWarning)
     side = int(MAX_FILE_PIXELS**0.5) + 10
     for name, size in (("bomb.png", (side, side)), ("huge.png", (side * 2, side * 2))):

@@ -109,7 +109,7 @@ def test_followers(prepared, rate):
 
 @pytest.mark.parametrize(("teacher", "rate"), [("ema", 0.01), ("current", 1.0), ("frozen", 0.0)])
 def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher, rate):
-    """A hundredth of a small move is below bfloat16's precision; checkpoints keep the teacher's type."""
+    """A hundredth of a small change is below bfloat16's precision; checkpoints keep float32."""
     c = config(distill=dict(teacher=teacher))
     c.model.compute_dtype = "bfloat16"
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:

@@ -1,4 +1,4 @@
-"""Losses against plain loops, and the facts about their gradients that a researcher relies on."""
+"""Losses against plain loops, and known facts about their gradients."""
 
 import dataclasses
 import itertools
@@ -517,7 +517,7 @@ def test_bad_settings_are_one_clear_line(settings, words):
     assert "\n" not in str(error.value)
 
 
-def test_what_a_loss_needs_it_asks_for():
+def test_a_loss_refuses_missing_inputs():
     logps, old, _, adv, mask = random_arrays()
     for settings, words in [
         ({"kl_coef": 0.1}, "reference"),

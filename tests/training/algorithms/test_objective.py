@@ -124,7 +124,7 @@ def test_entropy_bonus_pushes_entropy_up():
 
 
 def test_limit_of_k3_is_a_setting():
-    """Beyond the limit a token feels no pull back; without a limit it does."""
+    """Beyond the limit, a token has no gradient towards the reference; without a limit it has."""
     data = batch(advantages=np.zeros(B), ref_logps=numbers()[1] + 4.0)  # e^4 - 1 - 4 > 10
     base = dict(objective="policy", kl_coef=0.5, kl_estimator="k3")
     cut, whole = run(objective_of(**base), data), run(objective_of(**base, kl_limit=None), data)
@@ -164,7 +164,7 @@ def test_eaft_weighs_each_token_by_the_entropy_of_its_best():
     )
 
 
-def test_distillation_from_oneself_is_nothing():
+def test_distillation_from_the_student_itself_is_zero():
     data = batch(teacher_hidden=HIDDEN, teacher_unembed=UNEMBED)
     for way in ("forward", "reverse"):
         value, gradient, _ = run(objective_of("distill", direction=way), data)
@@ -180,7 +180,7 @@ def test_distillation_from_oneself_is_nothing():
 
 
 @pytest.mark.parametrize("kind", ["sft", "policy"])
-def test_lwf_adds_a_divergence_that_starts_at_nothing(kind):
+def test_lwf_adds_a_divergence_that_starts_at_zero(kind):
     plain = objective_of(kind)
     held = changed(plain, lwf_coef=0.7)
     same = batch(teacher_hidden=HIDDEN, teacher_unembed=UNEMBED)

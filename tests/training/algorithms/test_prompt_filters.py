@@ -1,4 +1,4 @@
-"""Windows over success counts, their blind control, and the online filter."""
+"""Windows of success counts, their random control, and the online filter."""
 
 import numpy as np
 import pytest
