@@ -1,4 +1,4 @@
-"""A few rows of every public dataset, in the form of its files, and the example that each must become."""
+"""A few rows of every public dataset in the form of its files, with the expected examples."""
 
 import json
 

@@ -57,7 +57,10 @@ def log_evaluation(log, stage, stages, lost, lost_general, rng, step=STEPS, metr
 
 
 def make_run(workdir, arm="grpo", upto=None, seed=0, crash=False, expect=()):
-    """Write a workdir as a run of `arm` would, up to a stage; a crashed run ends within a stage and within a line."""
+    """Write a workdir as a run of `arm` would, up to a stage.
+
+    A crashed run ends within a stage and within a line.
+    """
     lost, lost_general, stages = ARMS[arm]
     rng, log = np.random.default_rng(seed), run_log.RunLog(workdir)
     method = {

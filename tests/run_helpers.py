@@ -96,7 +96,10 @@ def process(plan: dict[str, Any], **more: str) -> subprocess.Popen:
 
 
 def run_processes(plan: dict[str, Any], limit: float = 900, **more: str) -> list[dict[str, Any]]:
-    """Carry out `plan` in a process; return seconds, exit code and output of each of its children."""
+    """Carry out `plan` in a process.
+
+    Return seconds, exit code and output of each of its children.
+    """
     running = process(plan, **more)
     out, err = running.communicate(timeout=limit)
     assert running.returncode == 0, err[-2000:]

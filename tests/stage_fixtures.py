@@ -1,4 +1,4 @@
-"""Tiny versions of any config: a one-layer model, generated text tasks, a coin as scorer, no checkpoints."""
+"""Tiny versions of any config: a one-layer model, synthetic text tasks, a random scorer."""
 
 import contextlib
 import dataclasses
@@ -107,7 +107,7 @@ def tiny(
 def method_config(
     name: str, steps: int = 2, stages: int = 1, batch: int = 4, **sections: dict[str, Any]
 ) -> ConfigDict:
-    """Return a tiny config of a method on text tasks first and second, with changed settings by section."""
+    """Return a tiny config of a method on two text tasks, with changed settings by section."""
     c = base.get_config()
     c.stages = tuple(dict(task=task, steps=steps) for task in ("first", "second")[:stages])
     c.method.update(base.METHODS[name])
@@ -121,7 +121,7 @@ def method_config(
 def open_tiny_run(
     config: ConfigDict, workdir: Path, model: Any = SMALL
 ) -> Iterator[tuple[Run, ModelState]]:
-    """Open a run without checkpoints, with its base model, on the devices that the mesh names, or on one."""
+    """Open a run without checkpoints, with its base model, on the devices of the mesh."""
     with contextlib.ExitStack() as stack:
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])

@@ -255,7 +255,10 @@ def test_an_arm_with_its_own_model_does_not_use_the_prestage(c, tmp_path):
 
 
 def test_a_task_is_evaluated_under_the_template_of_its_last_training(c):
-    """A task that is never trained has the run's template; `eval.templates` replaces all of them."""
+    """A task that is never trained has the run's template.
+
+    `eval.templates` replaces all of them.
+    """
     direct = dict(data=dict(template="direct"))
     c.stages = (
         dict(task="a", steps=1),

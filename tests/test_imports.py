@@ -30,7 +30,10 @@ MODULES = {module_name(p) for p in FILES}
 
 
 def _imports(path: Path, everywhere: bool = True) -> set[str]:
-    """All modules a file imports, or those at its top level; `from package import module` gives the module."""
+    """All modules a file imports, or those at its top level.
+
+    `from package import module` gives the module.
+    """
     found, tree = set(), ast.parse(path.read_text())
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):

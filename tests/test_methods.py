@@ -68,7 +68,7 @@ def plain(method: dict, stages: int = 1):
 
 
 def corpus(folder, task: str) -> str:
-    """A rollouts file of another run: one correct response to each of eight rows, and wrong ones."""
+    """A rollouts file of another run: a correct response to each of eight rows, and wrong ones."""
     path = folder / "rollouts.jsonl"
     row = '{"id": "%s/train/%d", "response": "%s", "rewards": {"accuracy": %d}}\n'
     path.write_text(

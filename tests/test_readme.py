@@ -139,7 +139,7 @@ def test_the_map_is_current():
 
 @pytest.mark.parametrize("folder", ["", "elsewhere/demo"])
 def test_quickstart_installs_and_runs_the_demo(tmp_path, folder):
-    """With an interpreter that only records its arguments: what is installed, which command runs."""
+    """An interpreter that only records its arguments shows what is installed and run."""
     venv, log = tmp_path / "venv", tmp_path / "log"
     (venv / "bin").mkdir(parents=True)
     python = venv / "bin" / "python"

@@ -73,7 +73,10 @@ def test_a_mesh_gives_the_numbers_of_one_device(sizes, group):
 
 
 def test_parameters_are_sharded_over_fsdp_and_model():
-    """No device holds a large leaf whole; fewer key/value heads than devices on `model` are copied."""
+    """No device holds a large leaf whole.
+
+    Fewer key/value heads than devices on `model` are copied.
+    """
     cfg, _ = _model()
     mesh = sharding.make_mesh(1, 2, 4)
     tree = sharding.abstract_params(

@@ -43,7 +43,10 @@ VISION = {
 
 
 def hf_config(tied: bool = False, text: dict | None = None, vision: dict | None = None) -> Any:
-    """Return transformers' config of the tiny model; every mesh of the tests divides its 8 heads."""
+    """Return transformers' config of the tiny model.
+
+    Every mesh of the tests divides its 8 heads.
+    """
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -62,7 +65,7 @@ def our_config(**kwargs: Any) -> ModelConfig:
 
 
 def torch_model(seed: int = 0, **kwargs: Any) -> Any:
-    """Return a random transformers model in which every weight matters: no zero biases or unit norms."""
+    """Return a random transformers model without zero biases or unit norms."""
     torch = pytest.importorskip("torch")
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -91,7 +94,10 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
 def save(
     folder: str | Path, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **kwargs: Any
 ) -> Path:
-    """Write a random checkpoint with transformers; `shard` ("100KB") splits it into several files."""
+    """Write a random checkpoint with transformers.
+
+    `shard` ("100KB") splits it into several files.
+    """
     torch = pytest.importorskip("torch")
 
     torch_model(seed, **kwargs).to(getattr(torch, dtype)).save_pretrained(
@@ -158,7 +164,7 @@ def random_row(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Prepared
 def _vision(
     rows: list[PreparedRow], cfg: ModelConfig, spare: int
 ) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
-    """Return the slots of each row's placeholders, and (patches, positions, frames) of one vision row."""
+    """Return the slots of each row's placeholders, and the arrays of one vision row."""
     patches, places, frames, slots, at, number = [], [], [], [], 0, 0
     for row in rows:
         mine = []

@@ -9,7 +9,7 @@ from cptjax.common import files, run_log
 
 
 def write_run(folder, rows):
-    """A workdir of one stage per (KL on the new task, KL on the general one, loss of the general one)."""
+    """A workdir of one stage per (KL on the new task, KL and loss on the general task)."""
     log = run_log.RunLog(folder)
     about = ("exact", "answer", "1-1", "greedy")
 

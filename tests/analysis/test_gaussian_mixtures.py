@@ -30,7 +30,7 @@ def test_the_start_has_the_overlaps_of_the_authors_script():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_modes_forget_by_forward_kl_only(seed):
-    """Reference: gain .9 after 83 to 87 steps with drop .124 to .129, and after 124 to 126 with .027 to .031."""
+    """Reference: gain .9 after 83-87 steps with drop .124-.129, or 124-126 with .027-.031."""
     forward, reverse = (gaussian_mixtures.simulate_mixture(s, seed) for s in (FORWARD, REVERSE))
     assert at_enough(forward) == (pytest.approx(85, abs=4), pytest.approx(0.126, abs=0.006))
     assert at_enough(reverse) == (pytest.approx(125, abs=5), pytest.approx(0.03, abs=0.012))

@@ -12,7 +12,7 @@ from cptjax.analysis import gradient_risk
     [(0.01, 0.99), (0.1, 0.90), (0.25, 0.78), (0.5, 1.0), (0.75, 7), (0.9, 73), (0.99, 9703)],
 )
 def test_the_claim_fails_where_most_responses_are_correct(p, ratio):
-    """A softmax of two outcomes, F = I: the gradient of -log p(a) by the logits is p - onehot(a)."""
+    """A softmax of two outcomes, F = I: -log p(a) has the gradient p - onehot(a)."""
     slope = {"right": np.array([p - 1, 1 - p]), "wrong": np.array([p, -p])}
     gradient = lambda name: {"z": jnp.asarray(slope[name], jnp.float32)}
     answers = [("right", 1.0)] * round(100 * p) + [("wrong", 0.0)] * round(100 * (1 - p))

@@ -1,4 +1,4 @@
-"""The analyses of one trained run against its gradients and weights, and mistakes of the command line."""
+"""The analyses of a trained run against its gradients and weights, and command-line mistakes."""
 
 import json
 import sys
@@ -18,7 +18,10 @@ from cptjax.evaluation.report import read
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run whose first stage learns responses that end; a hash of the response decides which are correct."""
+    """A run whose first stage learns responses that end.
+
+    A hash of the response decides which are correct.
+    """
     folder = tmp_path_factory.mktemp("analysis")
     (folder / "hash_scorer.py").write_text(
         "import zlib\n\n\ndef score(prediction, answer, **meta):\n    return float(zlib.crc32(prediction.encode()) % 2)\n"

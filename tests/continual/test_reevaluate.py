@@ -1,4 +1,4 @@
-"""A finished stage is evaluated again: the same result, and nothing is written unless the caller records it."""
+"""A finished stage is evaluated again: the same result, recorded only on request."""
 
 import pytest
 import run_helpers

@@ -1,4 +1,4 @@
-"""Processors that the tests of the data pipeline share: the small one, one with Qwen's vocabulary, and transformers' own."""
+"""Processors for tests of the data pipeline: small, with Qwen's vocabulary, transformers'."""
 
 import base64
 import json

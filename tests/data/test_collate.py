@@ -1,4 +1,4 @@
-"""Encoded conversations as rows: buckets, padding, packing of text and images, shapes that processes agree on."""
+"""Encoded conversations as rows: buckets, padding, packing, shapes that processes agree on."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def test_buckets():
 
 
 def test_vision_rows_are_few_and_pad_little():
-    """Frames of many sizes share the shapes of the largest, with less padding than separate rows."""
+    """Frames of many sizes share the shapes of the largest, with less padding."""
     rng, most, shapes = np.random.default_rng(0), 81, set()
     now, before = [], []
     for _ in range(2000):

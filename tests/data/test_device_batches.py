@@ -1,4 +1,7 @@
-"""Rows for the device: targets are at the positions that predict them; micro-batches change nothing."""
+"""Rows for the device: targets are at the positions that predict them.
+
+Micro-batches change nothing.
+"""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The order of a stage's rows: no row is lost or repeated within an epoch, and shares are exact at every position."""
+"""The order of a stage's rows: an epoch has each row once, shares are exact everywhere."""
 
 from collections import Counter
 from fractions import Fraction

@@ -39,7 +39,10 @@ def test_tokens_patches_and_grids_equal_transformers(qwen, theirs, name):
 
 
 def test_a_cached_layout_equals_a_new_one(qwen):
-    """A row is encoded as by a new processor, whatever was encoded before; equal rows share arrays."""
+    """A row is encoded as by a new processor, whatever was encoded before.
+
+    Equal rows share arrays.
+    """
     clip = lambda fps: {
         "role": "user",
         "content": [

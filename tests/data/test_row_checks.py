@@ -1,4 +1,4 @@
-"""A row is prepared once: its image is decoded once for the check and once for each use, and its token count is kept."""
+"""A row is prepared once: its image is decoded once per check and use; token counts are kept."""
 
 import collections
 import json

@@ -39,7 +39,10 @@ def test_frames_are_sampled_as_transformers_does():
 
 
 def test_frames_of_a_video_equal_stills_where_they_do_not_move(qwen):
-    """transformers' video processor needs torchvision; a video without motion is a repeated image."""
+    """transformers' video processor needs torchvision.
+
+    A video without motion is a repeated image.
+    """
     image = make_image(150, 110)
     clip = qwen.encode([user({"type": "video", "video": [image] * 5}, "What happens?")])
     still = qwen.encode([user(image)])

@@ -24,7 +24,7 @@ ROWS = 22
 
 @pytest.fixture
 def recording_context(monkeypatch):
-    """A model context whose sampler repeats the end of each prompt, its batches, and one entry per encoded prompt."""
+    """A model context with a sampler that repeats prompts, its batches, and encoded prompts."""
     text_processor = processor.load_processor(None, PRESETS["tiny"], 1024, 1024)
     model_ctx = types.SimpleNamespace(processor=text_processor, cfg=PRESETS["tiny"], shards=1)
     batches, encoded_rows = [], []

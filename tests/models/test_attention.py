@@ -1,4 +1,7 @@
-"""Every attention back end equals the reference, values and gradients; the TPU kernel is interpreted."""
+"""Every attention back end equals the reference, values and gradients.
+
+The TPU kernel is interpreted.
+"""
 
 import contextlib
 import dataclasses
@@ -367,7 +370,7 @@ def test_the_decoder_block_compiles_for_a_tpu_slice(no_cache):
 
 @pytest.mark.slow
 def test_the_vision_tower_compiles_for_a_tpu_slice(no_cache):
-    """The released tower (head width 80) with a window block and a full block in one scan, under remat."""
+    """The released tower (head width 80): a window block and a full block in a scan, with remat."""
     pytest.importorskip("libtpu")
     v = dataclasses.replace(PRESETS["3b"].vision, depth=2, full_blocks=(1,))
     cfg = dataclasses.replace(PRESETS["3b"], vision=v, attention="splash", remat="block")

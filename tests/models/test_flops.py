@@ -17,7 +17,7 @@ TINY = PRESETS["tiny"]
 
 
 def _weights(tree, top):
-    """Return the number of weights of the linear maps in a part of the tree, without the embedding."""
+    """Return the number of weights of the linear maps in a part of the tree."""
     flat = trainable.flatten_params(tree)
     return sum(math.prod(p.shape) for path, p in flat.items() if path[0] == top and path[-1] == "w")
 

@@ -1,4 +1,4 @@
-"""Log-probabilities by chunks equal the formula over all logits: values, gradients, memory, meshes."""
+"""Log-probabilities by chunks equal the formula over all logits, on all meshes."""
 
 import os
 

@@ -84,7 +84,10 @@ def _with(out, weight):
 
 
 def test_a_group_needs_a_third_of_the_flops():
-    """Widths of the 3B model, prompt 1,000, response 200, G = 8; one layer: loops are counted once."""
+    """Widths of the 3B model, prompt 1,000, response 200, G = 8.
+
+    One layer: loops are counted once.
+    """
     base = PRESETS["3b"]
     cfg = dataclasses.replace(base, text=dataclasses.replace(base.text, depth=1, vocab=256))
     params = sharding.abstract_params({"text": qwen2_5_vl.declare_params(cfg)["text"]}, jnp.float32)
@@ -146,7 +149,10 @@ def _packed(rows, cfg):
 
 
 def test_packed_conversations_do_not_leak(model):
-    """Another conversation in the row changes no bit; states equal those of the conversation alone."""
+    """Another conversation in the row changes no bit.
+
+    States equal those of the conversation alone.
+    """
     cfg, params = model
     rows = _random_rows([[5, Image(6, 10), 9], [4, Image(8, 4), 6, Image(4, 4), 3], [8]], cfg)
     packed, alone = _packed(rows, cfg)

@@ -30,7 +30,7 @@ def _random_rows(rows, cfg, seed=0):
 
 
 def test_unrolled_layers_equal_the_loop(model):
-    """Fused products too (q, k and v; gate and up): values and all gradients of prompts with responses."""
+    """Values and all gradients of prompts with responses, also with fused products."""
     cfg, params = model
     prompts = tiny.prompts(_random_rows(PROMPTS, cfg), cfg)
     responses = (

@@ -119,7 +119,7 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
 
 
 def test_importance_weights_undo_a_cut_distribution(tmp_path):
-    """With top_p < 1 the sampler's distribution is sharper than the policy: weights policy / sampler are below 1."""
+    """With top_p < 1 the sampler is sharper than the policy, so weights are below 1."""
     c = method_config("grpo", method=dict(tis_cap=2.0, kl_coef=0.0), rollout=dict(top_p=0.5))
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         graded = sample(prepared)

@@ -78,7 +78,10 @@ def test_a_file_of_other_settings_is_removed(tmp_path):
 
 @pytest.mark.parametrize("stop", ["killed", "sigterm"])
 def test_a_run_that_ends_while_it_samples_resumes_there(tmp_path, monkeypatch, stop):
-    """SIGTERM between two parts of the second window saves the step before; a kill resumes from the first."""
+    """SIGTERM between two parts of the second window saves the step before.
+
+    A kill resumes from the first.
+    """
     c, calls, sample = run_helpers.config("iterative", **SELF), [], generate.sample_responses
 
     def counted(*args, **more):

@@ -1,4 +1,4 @@
-"""The training loop: metrics of several updates, batches taken by a step, warnings, steps without anything to train on."""
+"""The training loop: metrics of updates, batches taken by a step, warnings, empty steps."""
 
 import dataclasses
 

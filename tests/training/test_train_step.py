@@ -1,4 +1,7 @@
-"""Training steps: the numbers do not depend on mesh, micro-batches, packing, remat or chunks; what is frozen stays."""
+"""Training steps: the numbers do not depend on mesh, micro-batches, packing, remat or chunks.
+
+What is frozen stays.
+"""
 
 import jax
 import numpy as np
@@ -49,7 +52,7 @@ def config(mesh=ONE, remat="none", chunk=1024, micro=0, pack=False, **sections):
 
 
 def trained(settings, folder):
-    """Losses and gradient norms of some steps, the last state, the shapes of the first step's passes."""
+    """Return losses and gradient norms, the last state, and the shapes of the first step."""
     metrics, shapes = [], []
     with (
         stage_fixtures.prepare_stage(settings, folder) as prepared,

@@ -145,7 +145,7 @@ def run_browser(page, *flags):
 
 
 def write_frame(html, path, width, height, script=""):
-    """Write a page that shows another in a frame of that width: a headless window is never as narrow as a phone."""
+    """Write a page that shows another in a narrow frame, since headless windows are wide."""
     style = f"width:{width}px;height:{height}px;border:0;display:block"
     frame = f'<iframe src="{html}" style="{style}"></iframe>'
     path.write_text(f'<body style="margin:0">{script}{frame}</body>')
@@ -180,7 +180,7 @@ addEventListener("message", e => document.body.dataset.found = JSON.stringify(e.
 
 
 def measure(html, width):
-    """Return which elements reach outside the page, and for each scroll box whether it scrolls and shows its hint."""
+    """Return the elements outside the page, and which scroll boxes scroll and show hints."""
     copy = html.with_name(f"measured{width}_{html.name}")
     copy.write_text(html.read_text().replace("</body>", MEASURE + "</body>"))
     frame = write_frame(copy, html.with_name(f"frame{width}_{html.name}"), width, 2000, RECEIVE)

@@ -1,4 +1,4 @@
-"""Synthetic tasks: examples depend on seed, split and index alone, and no image is in two splits."""
+"""Synthetic tasks: examples depend only on seed, split and index; splits share no image."""
 
 import time
 

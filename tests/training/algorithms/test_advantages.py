@@ -1,4 +1,4 @@
-"""Advantages against the literals of the module's docstring and against plain numpy written another way."""
+"""Advantages against the literals of the module's docstring and other numpy code."""
 
 import jax
 import jax.numpy as jnp

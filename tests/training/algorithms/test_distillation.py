@@ -1,4 +1,4 @@
-"""Teachers: their prompts, their weights, and no gradient from a teacher that equals the student."""
+"""Teachers: prompts, weights, and no gradient from a teacher that equals the student."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_demonstration_of_nothing_gives_zero_gradient(prepared, monkeypatch):
 
 
 def test_the_teacher_reads_the_students_responses_where_they_are(prepared):
-    """Only the prompts with the demonstrations are new: targets and mask are the batch's own arrays."""
+    """Only the prompts with the demonstrations are new; targets and mask are those of the batch."""
     ((batch,),) = _first_updates(prepared)
     items = prepared.ctx.prompt_reader(prepared.ctx.mixture.rows(0))
     shown = prepared.ctx.teacher.demonstration_batch(batch, items)
@@ -71,7 +71,7 @@ def test_a_demonstration_follows_the_prompt(prepared):
 
 
 def test_demonstration_prompts_may_be_longer_than_the_prompt_limit(prepared):
-    """A prompt at its limit and the longest response fit together, with the text around the demonstration."""
+    """A prompt at its limit fits with the longest demonstration and the text around it."""
     processor, ctx = prepared.run.model_ctx.processor, max(prepared.ctx.teacher.model_ctx.buckets)
     prompted, example = prepared.ctx.builder.prompted_tasks["first"], prepared.ctx.sources[0][0]
     long = dataclasses.replace(

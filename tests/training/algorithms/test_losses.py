@@ -172,7 +172,7 @@ def test_the_literals_of_the_docstring():
 
 
 def test_a_group_by_hand():
-    """Two responses of 2 and 1 tokens, advantages 1 and -1, ratios e^.5, 1 and e^-.5: clipped at 1.3 above and 0.8 below."""
+    """Responses of 2 and 1 tokens, advantages 1 and -1, ratios e^.5, 1, e^-.5: clip at 1.3 and 0.8."""
     mask = jnp.array([[True, True], [True, False]])
     logps = jnp.array([[0.5, 0.0], [-0.5, 9.0]]) - 1
     loss = policy_loss(
@@ -285,7 +285,7 @@ def test_estimators_of_the_divergence():
 
 
 def test_expected_gradients_of_the_estimators():
-    """Under the policy: k1 has mean gradient 0, k2 exactly that of KL(policy || ref), k3 that of KL(ref || policy)."""
+    """Mean gradients: k1 has 0, k2 that of KL(policy || ref), k3 that of KL(ref || policy)."""
     z, ref = jnp.array([0.3, -0.2, 0.5]), jax.nn.log_softmax(jnp.array([0.0, 1.0, -1.0]))
     p = jax.nn.softmax(z)
     mean = lambda kind: jax.grad(

@@ -1,4 +1,4 @@
-"""A stage's loss from hidden states: each term against numpy on its own, and the settings that reach it."""
+"""A stage's loss from hidden states: each term against numpy, and the settings it uses."""
 
 import dataclasses
 

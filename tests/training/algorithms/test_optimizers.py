@@ -1,4 +1,4 @@
-"""Optimizers against torch and by hand: rates, decay, clip, guard, types, places, Muon's matrices."""
+"""Optimizers against torch and by hand: rates, decay, clip, guard, dtypes, shardings, Muon."""
 
 import dataclasses
 import functools
