@@ -118,7 +118,7 @@ COMMANDS = [
 def test_a_command_names_existing_flags_configs_and_tasks(command):
     source = (ROOT / command[1]).read_text()
     known = {
-        *re.findall(r'(?:DEFINE_\w+\(\s*|add_argument\(\s*"--)"?(\w+)"', source),
+        *re.findall(r'(?:DEFINE_\w+\(\s*"|"--)(\w+)"', source),
         *(["config"] if "config_flag" in source else []),
     }
     given = dict(re.findall(r"--([\w.]+)=(\S+)", " ".join(command)))
