@@ -270,8 +270,8 @@ def refuse_other_shapes(
             raise RunRefused(
                 f"{where} does not fit: {name}{path}: expected shape "
                 f"{expected.get(path, 'none')} by the config, got {got.get(path, 'none')} "
-                f"({len(different)} arrays differ); change the config back, or use another "
-                "--workdir"
+                f"({len(different)} arrays differ); "
+                "change the config back, or use another --workdir"
             )
 
 

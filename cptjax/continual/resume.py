@@ -144,8 +144,8 @@ def restore_checkpoint(
     if record["config"] != config_fingerprint(run.config) and not run.config.allow_change:
         raise RunRefused(
             f"{workdir}: the checkpoint of stage {number}, step {step} was saved with another "
-            "config. Use another --workdir, or --config.allow_change=True to continue with the "
-            "new one"
+            "config. Use another --workdir, or --config.allow_change=True to continue with this "
+            "config"
         )
     trained, frozen = split_trained(run.config, base)
     structure = checkpoint_structure(run, kind, run.stages[number - 1], trained)

@@ -52,7 +52,7 @@ def select_tasks(run: Run, tasks: Sequence[str], flag: str) -> list[str]:
 def templates_of_task(run: Run, task: str) -> list[str]:
     """Return the templates that a task is evaluated with.
 
-    A task with a template of its own uses that one alone.
+    A task with its own template uses only that one.
     """
     by_name: dict[str, str] = {}
     for template in eval_templates(run.config, run.stages, task):

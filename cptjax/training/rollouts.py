@@ -6,9 +6,9 @@
 An online filter (DAPO) samples further prompts until enough groups have mixed rewards.
 
 Prompts and images are collated and uploaded once, for the sampler; an update of one micro-batch
-trains on the same arrays. What scores the responses (reference, policy before the updates, teacher)
-does so on the micro-batches, and its results stay on the device; only a KL term in the reward
-brings log-probabilities to the host.
+trains on the same arrays. The reference, the policy before the updates and the teacher score the
+micro-batches, and their results stay on the device; only a KL term in the reward transfers
+log-probabilities to the host.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from cptjax.types import Array, Batch, Params, Prompts
 
 @dataclasses.dataclass(frozen=True)
 class GradedRollouts:
-    """Prompts with their responses and rewards; this process's part of the batch."""
+    """The prompts of this process with their responses and rewards."""
 
     items: list[EncodedExample]
     samples: Samples
@@ -52,24 +52,24 @@ class GradedRollouts:
 
     @property
     def rewards(self) -> np.ndarray:
-        """[Q G]."""
+        """The reward [Q G] of each response."""
         rewards = [parts.get("reward", 0.0) for parts in self.reward_parts]
         return np.array(rewards, np.float32).reshape(len(self.items), -1)
 
     @property
     def accuracy(self) -> np.ndarray:
-        """[Q G]; the reward where a response's parts have no accuracy."""
+        """The accuracy [Q G] of each response, or its reward if it has no accuracy."""
         accuracy = [parts.get("accuracy", parts["reward"]) for parts in self.reward_parts]
         return np.array(accuracy, np.float32).reshape(len(self.items), -1)
 
     @property
     def lengths(self) -> np.ndarray:
-        """[Q G] tokens of each response."""
+        """The number of tokens [Q G] of each response."""
         return self.samples.mask.sum(1).reshape(len(self.items), -1)
 
     @property
     def group(self) -> int:
-        """Responses of each prompt."""
+        """The number of responses to each prompt."""
         return len(self.reward_parts) // len(self.items)
 
 
@@ -175,8 +175,8 @@ def sample_filtered_rollouts(
         if turn >= window["max_refills"]:
             raise ValueError(
                 f"online filter: after {turn + 1} batches of {builder.batch_size} prompts only "
-                f"{kept} of {share} groups have a mean accuracy "
-                f"in ({window['lo']}, {window['hi']}); widen method.online_filter, raise "
+                f"{kept} of {share} groups have a mean accuracy in "
+                f"({window['lo']}, {window['hi']}); widen method.online_filter, raise "
                 "max_refills or choose easier data"
             )
     raise AssertionError
@@ -220,7 +220,7 @@ def rollout_step_batch(
     stage: int,
     teacher: Teacher | None = None,
 ) -> StepBatch:
-    """Rewards -> advantages -> the updates on this batch.
+    """Build the updates on a batch of rollouts: rewards -> advantages -> micro-batches.
 
     A KL term in the reward does not change ReMax's baseline.
     """
@@ -314,7 +314,7 @@ def _subtract_kl(
     logps: Sequence[Array],
     ref_logps: Sequence[Array],
 ) -> tuple[np.ndarray, float]:
-    """Return the rewards [Q G] less the KL term, and the mean KL of the tokens of all processes."""
+    """Return the rewards [Q G] minus the KL term, and the mean KL per token of all processes."""
     fetch = lambda arrays: np.concatenate([sharding.local_rows(x) for x in arrays])
     logps, ref_logps, mask = fetch(logps), fetch(ref_logps), fetch([b.mask for b in batches])
     kl = np.asarray(losses.estimate_kl(logps, ref_logps, builder.loss.kl_estimator, None))[mask]
@@ -337,7 +337,7 @@ def _batch_advantages(
 
 
 def _forward_flops(builder: BatchBuilder, graded: GradedRollouts) -> float:
-    """Count the operations of one forward pass over all groups."""
+    """Count the FLOPs of one forward pass over all groups."""
     cfg, lengths = builder.model_ctx.cfg, graded.lengths
     encoded = [i.encoded for i in graded.items]
     prompt = sum(map(len, encoded)) / len(encoded)
@@ -352,7 +352,7 @@ def _forward_flops(builder: BatchBuilder, graded: GradedRollouts) -> float:
 def rollout_metrics(
     graded: GradedRollouts, shaped: np.ndarray, advantage: np.ndarray
 ) -> dict[str, float]:
-    """Return the metrics of a step's rollouts, those of all processes."""
+    """Compute the metrics of a step's rollouts over all processes."""
     local = (
         graded.rewards,
         graded.accuracy,

@@ -151,8 +151,8 @@ def _sample_window(
     too_long = sum(tokens > limit for *_, tokens in measured)
     more = f"; {too_long} more are too long when encoded again" if too_long else ""
     console.print_message(
-        f"stage {ctx.stage.number}: {len(pairs)} correct own responses to {len(places)} "
-        f"prompts{more}"
+        f"stage {ctx.stage.number}: "
+        f"{len(pairs)} correct own responses to {len(places)} prompts{more}"
     )
     return pairs, cost
 

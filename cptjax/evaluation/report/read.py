@@ -143,8 +143,8 @@ def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
         arms_of_folder = find_arm_folders(folder)
         if not arms_of_folder:
             raise ValueError(
-                f"{folder} is not a run: expected a workdir with config.json, or a folder of such "
-                "workdirs"
+                f"{folder} is not a run: "
+                "expected a workdir with config.json, or a folder of such workdirs"
             )
         folders_by_arm += arms_of_folder
     labels = _distinct_labels(folders_by_arm)

@@ -84,7 +84,7 @@ def _tile_boxes(image: Image.Image, rows: int, cols: int) -> list[tuple[int, int
 def build_example(row: tuple[str, Any], rows: int, cols: int, seed: int) -> Example:
     """Return the puzzle of one image.
 
-    The permutation depends on seed and image name alone, and is not the identity.
+    The permutation depends only on the seed and the image name, and is never the identity.
     """
     name, source = row
     image = open_image(source)

@@ -108,8 +108,8 @@ def _score_mmmu(prediction: str, answer: Any, meta: Mapping[str, Any], guess: bo
     choices = row_options(meta)
     if not choices:
         raise ValueError(
-            "a multiple-choice row of MMMU: expected the column `options`, got no column or an "
-            "empty one"
+            "a multiple-choice row of MMMU: "
+            "expected the column `options`, got no column or an empty one"
         )
     letter = parse_mmmu_choice(prediction, choices)
     if letter is None and guess:

@@ -1,4 +1,4 @@
-"""Find the final answer in a response; a response without one is counted apart from a wrong one."""
+"""Find the final answer in a response; a missing answer is counted separately from a wrong one."""
 
 import re
 from collections.abc import Callable

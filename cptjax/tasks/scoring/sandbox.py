@@ -126,7 +126,7 @@ class _Worker:
     ) -> SandboxOutcome:
         try:
             message = pickle.dumps((target, call and tuple(call), limit, patience))
-        except Exception as error:  # whatever a column's own pickling code raises
+        except Exception as error:  # the pickling code of a column may raise anything
             return SandboxOutcome(
                 error="a column cannot be sent to another process "
                 f"({type(error).__name__}: {error})"

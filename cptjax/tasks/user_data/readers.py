@@ -25,7 +25,7 @@ class DataTable:
     """
 
     file: str
-    folder: Path  # relative image paths start here
+    folder: Path  # relative image paths start from this folder
     rows: Sequence[dict[str, Any]]
     numbers: Sequence[int]
     columns: tuple[str, ...]
