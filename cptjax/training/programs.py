@@ -327,8 +327,9 @@ def response_programs(
 
 
 def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
-    """Return the programs of log-probabilities under the reference and, where an update needs
-    them, under the policy before the updates.
+    """Return the programs of log-probabilities under the reference, and under the policy.
+
+    The policy before the updates is scored only if an update needs its log-probabilities.
     """
     m = stage.config.method
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)

@@ -1,1 +1,1 @@
-"""Losses, advantages, filters, weight penalties, distillation and optimizers: arrays in, arrays out."""
+"""Losses, advantages, filters, weight penalties, distillation, optimizers: arrays in and out."""
