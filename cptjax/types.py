@@ -124,7 +124,7 @@ class Batch:
 class TrainState:
     """Everything that a training step changes."""
 
-    step: Array  # [] optimiser steps taken in this stage
+    step: Array  # [] optimizer updates applied in this stage
     params: Params  # the trained leaves (None elsewhere)
     opt_state: Any
     skipped: Array  # [] non-finite steps in a row

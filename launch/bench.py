@@ -41,7 +41,7 @@ CHUNK = flags.DEFINE_integer(
 DTYPE = flags.DEFINE_string(
     "dtype",
     "float32",
-    "float32 or bfloat16, of weights and arithmetic; the optimiser's moments are float32.",
+    "float32 or bfloat16, of weights and arithmetic; the optimizer's moments are float32.",
 )
 REMAT = flags.DEFINE_string(
     "remat",

@@ -210,7 +210,7 @@ def reward(completion, answer, **columns):
             "raise RuntimeError('no luck')",
             "failed on row .*: RuntimeError: no luck .*rewards.on_error=zero",
         ),
-        ("time.sleep(60)", "failed on row .*: no answer within 1 s"),
+        ("time.sleep(60)", "failed on row .*: no result within 1 s"),
         ("return float('nan')", "failed on row .*nan.*; correct the function"),
     ],
     ids=["raises", "hangs", "nan"],

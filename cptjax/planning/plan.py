@@ -4,7 +4,7 @@ A program's peak is
 
     arguments + outputs - donated + temporaries + other arrays that stay in memory
 
-where the others are for example the optimiser's state during rollouts, or the reference model
+where the others are for example the optimizer's state during rollouts, or the reference model
 during the update. Seconds are a lower bound: the slowest of compute, memory and network, as if all
 three overlapped perfectly.
 """

@@ -199,7 +199,7 @@ def test_a_users_reward_sees_every_column_and_logs_its_parts(user, pool):
         ("no_reward", "returned the parts score; expected one named 'reward'"),
         ("none", "returned None; expected a finite number"),
         ("raises", r"KeyError: 'good' \(mine\.py, line 10\)"),
-        ("hangs", r"no answer within 0\.7 s"),
+        ("hangs", r"no result within 0\.7 s"),
     ],
 )
 def test_a_wrong_reward_stops_with_file_function_row_and_reason(user, pool, name, message):

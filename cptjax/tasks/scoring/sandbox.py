@@ -159,7 +159,7 @@ class _Worker:
         code = self.stop()
         if late.is_set() or code == -signal.SIGPROF:
             return SandboxOutcome(
-                error=f"no answer within {limit:g} s; its process was stopped", late=True
+                error=f"no result within {limit:g} s; its process was stopped", late=True
             )
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return SandboxOutcome(error=f"its process died ({reason})")

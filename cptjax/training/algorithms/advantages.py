@@ -10,7 +10,7 @@ is 1/2; the unbiased standard deviations are sqrt(1/3) in both groups and sqrt(3
     rloo         [[1,      -1/2,    -1/2   ], [1/2,    1/2,    -1     ]]  reward - mean of others
     grpo         [[1.1547, -.57735, -.57735], [.57735, .57735, -1.1547]]  dr_grpo / group sd
     batch        [[1.2172, -.60858, -.60858], [.60858, .60858, -1.2172]]  dr_grpo / batch sd
-    reinforce++  [[.91287, -.91287, -.91287], [.91287, .91287, -.91287]]  batch: (reward - mean) / sd
+    reinforce++  [[.91287, -.91287, -.91287], [.91287, .91287, -.91287]]  (r - mean) / sd, per batch
 
 `batch` and `reinforce++` need the rewards of the whole batch, of all hosts. `reinforce01` is given
 accuracies (or rewards where there are none), since a reward with a format part, or the jigsaw's

@@ -196,7 +196,7 @@ def test_a_hang_in_symbolic_algebra_scores_zero_and_is_reported(name, bomb):
     with SandboxPool(processes=1, timeout=1.5) as workers:
         records = score_responses(scorer, [bomb, "5"], ["x", "5.0"], [{}] * 2, pool=workers)
     assert [r.score for r in records] == [0.0, 1.0]
-    assert "no answer within 1.5 s" in records[0].error and not records[1].error
+    assert "no result within 1.5 s" in records[0].error and not records[1].error
     assert summarise_records(scorer, records)["error"].value == 0.5
 
 
