@@ -232,14 +232,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def place_rows(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | None = None) -> Any:
     """Place host arrays on the mesh; each process passes its own rows.
 
-    The first axis is sharded over the batch shards, unless `axis` returns other logical axes.
+    The first axis is sharded over the batch shards, unless `axis` returns other logical axes. Shapes
+    (jax.ShapeDtypeStruct, of all processes together) get the same shardings.
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
 
-    def place(x: Any) -> jax.Array:
+    def place(x: Any) -> jax.Array | jax.ShapeDtypeStruct:
         rows_first = ("batch", *(None,) * (np.ndim(x) - 1)) if np.ndim(x) else ()
-        where = named_sharding(axis(x) if axis else rows_first, mesh)
+        axes = axis(x) if axis else rows_first
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return abstract_array(x.shape, x.dtype, mesh, axes)
+        where = named_sharding(axes, mesh)
         return jax.make_array_from_process_local_data(where, np.asarray(x))
 
     return jax.tree.map(place, batch)

@@ -18,7 +18,7 @@ from cptjax.continual import fisher, open_run, stage_evaluation, workdir
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.device_batches import batch_slices, conversation_batch
+from cptjax.data.device_batches import batch_slices, conversation_batch, cut_to_shards
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample, make_example_encoder
 from cptjax.models import decoder, logprobs, trainable
@@ -123,7 +123,7 @@ class Probe:
         )
         builder = build.batch_builder_from_config(self.run.model_ctx, self.prompted_tasks, config)
         shards = self.model_ctx.shards
-        size = max(shards, config.train.batch // shards * shards)
+        size = cut_to_shards(config.train.batch, shards)
         key = jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number)
         batches = []
         with console.progress_bar("sample responses", len(items)) as bar:

@@ -78,7 +78,7 @@ def fisher_programs(stage: AbstractStage) -> list[Program]:
     if penalty.name != "ewc":
         return []
     steps = make_likelihood_programs(stage.cfg, stage.config, stage.dtype)
-    batch = programs.abstract_conversations(stage, stage.shards)
+    batch = programs.abstract_conversations(stage, stage.shards, stage.longest_prompt)
     gradient = programs.abstract_gradient_sum(steps, stage, batch).gradient
     squares = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trained

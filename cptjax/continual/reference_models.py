@@ -11,7 +11,8 @@ from cptjax.data import prompts
 from cptjax.models import load
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms import weight_penalties
-from cptjax.training.algorithms.distillation import Teacher, has_ema_teacher, needs_teacher
+from cptjax.training.algorithms.distillation import Teacher
+from cptjax.training.method_needs import method_needs
 from cptjax.training.train_step import PenaltyFn
 from cptjax.types import Params
 
@@ -22,16 +23,15 @@ def load_stage_start(run: Run, stage: Stage, params: Params, resumed: bool) -> P
     `params` is the current model. A stage that is resumed in its middle loads its start from the
     checkpoint of the stage before.
     """
-    m = stage.config.method
-    exact = weight_penalties.needs_exact_start(m)
-    frozen_teacher = needs_teacher(m) and not has_ema_teacher(m)
-    if not (exact or frozen_teacher or (m.kl_coef > 0 and m.kl_reference == "stage")):
+    precision = method_needs(stage.config.method).start
+    if not precision:
         return None
     if resumed:
         params = restore_stage_params(
             run.config, run.model_ctx, run.files.checkpoints, stage.number - 1
         )
-    return run.copy_for_comparison(params, run.config.model.param_dtype if exact else "")
+    dtype = run.config.model.param_dtype if precision == "exact" else ""
+    return run.copy_for_comparison(params, dtype)
 
 
 def make_teacher(
@@ -42,13 +42,14 @@ def make_teacher(
     start: Params | None,
 ) -> Teacher | None:
     """Build the teacher of a stage: its start, or a copy of `params` that follows the student."""
-    if not needs_teacher(stage.config.method):
+    kind = method_needs(stage.config.method).teacher
+    if not kind:
         return None
     c, d = stage.config, stage.config.method.distill
     model_ctx = run.model_ctx.with_longer_rows(
         prompts.extra_demonstration_tokens(run.model_ctx.processor, c.rollout.max_new_tokens)
     )
-    if has_ema_teacher(c.method):
+    if kind == "follower":
         rate = d.ema if d.teacher == "ema" else 1.0
         return Teacher(model_ctx, prompted_tasks, rate, *split_trained(run.config, params))
     return Teacher(model_ctx, prompted_tasks, 0.0, *split_trained(run.config, start))
@@ -59,14 +60,14 @@ def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | Non
 
     It is the base model, the start of the stage, or a model loaded from a folder.
     """
-    m = stage.config.method
-    if not m.kl_coef:
+    reference = method_needs(stage.config.method).reference
+    if not reference:
         return None
-    if m.kl_reference == "base":
+    if reference == "base":
         return run.base_params
-    if m.kl_reference == "stage":
+    if reference == "stage":
         return start
-    other = merge_config(run.config, {"model": {"path": m.kl_reference, "lora": {"rank": 0}}})
+    other = merge_config(run.config, {"model": {"path": reference, "lora": {"rank": 0}}})
     ctx = run.model_ctx
     params = load.create_params(other.model, ctx.cfg, ctx.mesh, ctx.dtype, run.config.seed)
     return run.copy_for_comparison(params)
@@ -84,7 +85,4 @@ def make_penalty(
     if penalty is None or (p.name == "ewc" and fisher is None):
         return None, None
     anchor, _ = split_trained(run.config, start)
-    arrays = {"anchor": anchor, "coef": np.float32(p.coef)}
-    if p.name == "ewc":
-        arrays["fisher"] = fisher
-    return penalty, arrays
+    return penalty, weight_penalties.penalty_arrays(p.name, anchor, np.float32(p.coef), fisher)

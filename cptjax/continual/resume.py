@@ -29,7 +29,7 @@ from cptjax.continual.open_run import Run
 from cptjax.data import model_context
 from cptjax.models import load, trainable
 from cptjax.training import build
-from cptjax.training.algorithms import distillation
+from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_step import abstract_state
 from cptjax.types import Params, TrainState
@@ -177,7 +177,7 @@ def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> 
             structure["opt_state"] = state.opt_state
         return structure
     structure["state"] = state
-    if distillation.has_ema_teacher(stage.config.method):
+    if method_needs(stage.config.method).teacher == "follower":
         structure["teacher"] = abstract_float32(trained)
     return structure
 

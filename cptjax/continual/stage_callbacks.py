@@ -9,7 +9,7 @@ from cptjax.config import Stage
 from cptjax.continual import resume, stage_evaluation
 from cptjax.continual.open_run import Run
 from cptjax.tasks.task import conversation_images
-from cptjax.training.algorithms.distillation import has_ema_teacher
+from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.types import Params, TrainState
 
@@ -61,7 +61,7 @@ class StageCallbacks:
         trees = {"state": state}
         if self.fisher is not None:
             trees["fisher"] = self.fisher
-        if has_ema_teacher(self.stage.config.method):
+        if method_needs(self.stage.config.method).teacher == "follower":
             trees["teacher"] = self.ctx.teacher.trained
         record = record | {"progress": dataclasses.asdict(progress)}
         self.run.files.checkpoints.save("steps", self.stage.number, progress.step, trees, record)

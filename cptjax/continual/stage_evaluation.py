@@ -112,14 +112,16 @@ def evaluate_and_record(
             log.evals(evaluate.eval_rows(result, columns))
             if i == 0:
                 log.predictions(number, evaluate.prediction_rows(result, columns["step"]))
-    kl_rows = [measure_base_kl(run, params, task, columns)] if e.drift else []
+    kl_rows = [measure_task_drift(run, params, task, columns)] if e.drift else []
     if log:
         log.evals(kl_rows)
         logged = cost.logged() | {"seconds": time.perf_counter() - began}
         log.step(number, columns["step"], {"event": "evaluate", "task": task, **logged})
 
 
-def measure_base_kl(run: Run, params: Params, task: str, columns: dict[str, Any]) -> dict[str, Any]:
+def measure_task_drift(
+    run: Run, params: Params, task: str, columns: dict[str, Any]
+) -> dict[str, Any]:
     """Measure KL(base || model) on a task; return the row of evals.csv.
 
     The base model's responses are sampled once per run.

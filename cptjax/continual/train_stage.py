@@ -20,7 +20,6 @@ from cptjax.continual.reference_models import (
 from cptjax.continual.resume import UnfinishedStage
 from cptjax.continual.stage_callbacks import StageCallbacks
 from cptjax.data import prompts
-from cptjax.data.device_batches import rows_per_process
 from cptjax.models import load, trainable
 from cptjax.training import build, train_loop
 from cptjax.training.algorithms import weight_penalties
@@ -110,10 +109,7 @@ def make_stage_context(
         for prompted, source in zip(prompted_tasks.values(), sources, strict=True):
             prompts.demonstration_prompt(prompted, source[0])  # refuses a task without gold answers
     builder = build.batch_builder_from_config(model_ctx, prompted_tasks, c)
-    if c.method.source == "rollouts":
-        # Refuse a batch that the mesh cannot divide before anything is sampled.
-        rows = builder.batch_size // c.method.updates_per_batch
-        rows_per_process(model_ctx, rows, builder.micro_batch)
+    _ = builder.layout  # refuses a batch that cannot be cut, before anything is sampled
     n = len(stage.tasks)
     if c.method.filter:
         sources[:n] = offline_filter.filter_prompts(

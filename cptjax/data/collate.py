@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from cptjax.common.images import Grid, ImageSettings
@@ -59,6 +60,14 @@ class BatchShape:
 def length_buckets(limit: int, first: int = 64) -> tuple[int, ...]:
     """Return the powers of two from `first`, and the limit itself as the last bucket."""
     return (*(first << i for i in range(limit.bit_length()) if first << i < limit), limit)
+
+
+def extend_buckets(buckets: Sequence[int], added: int) -> tuple[int, ...]:
+    """Return the buckets of rows that may be `added` tokens longer."""
+    if not added:
+        return tuple(buckets)
+    longest = max(buckets)
+    return (*buckets, *length_buckets(longest + added, 2 * longest))
 
 
 def smallest_bucket(n: int, sizes: Sequence[int]) -> int:
@@ -175,15 +184,39 @@ def _pack_frames(
     return width * window, rows, placed
 
 
-def _fill_vision(placed: Sequence[PlacedFrames], shape: BatchShape, cfg: ModelConfig) -> Vision:
-    lead = (len(placed), shape.vision_rows, shape.patches)
-    vision = Vision(
-        np.zeros((*lead, cfg.vision.patch_dim), np.float32),
-        np.zeros((*lead, 2), np.int32),
-        np.zeros(lead, np.int32),
+def largest_batch_shape(
+    cfg: ModelConfig, max_pixels: int, rows: int, shards: int, length: int
+) -> BatchShape:
+    """Return the shape of a batch whose rows have an image of `max_pixels` each."""
+    window = cfg.vision.window_slots
+    largest = max_image_slots(cfg, max_pixels) // window
+    width, vision_rows = fit_vision_rows([[largest] * (rows // shards)], largest)
+    return BatchShape(rows, length, width * window, vision_rows)
+
+
+def prompt_arrays(shape: BatchShape, shards: int, cfg: ModelConfig) -> Prompts:
+    """Return the shapes and types of the arrays of collated rows, as jax.ShapeDtypeStruct."""
+    ints = jax.ShapeDtypeStruct((shape.rows, shape.length), np.int32)
+    vision = None
+    if shape.patches:
+        lead = (shards, shape.vision_rows, shape.patches)
+        vision = Vision(
+            patches=jax.ShapeDtypeStruct((*lead, cfg.vision.patch_dim), np.float32),
+            positions=jax.ShapeDtypeStruct((*lead, 2), np.int32),
+            frames=jax.ShapeDtypeStruct(lead, np.int32),
+        )
+    return Prompts(
+        tokens=ints,
+        positions=jax.ShapeDtypeStruct((3, *ints.shape), np.int32),
+        segments=ints,
+        slots=ints,
+        vision=vision,
     )
+
+
+def _fill_vision(vision: Vision, placed: Sequence[PlacedFrames]) -> None:
     for s, frames in enumerate(placed):
-        frames_in_row = [0] * shape.vision_rows
+        frames_in_row = [0] * vision.frames.shape[1]
         for f in frames.values():
             frames_in_row[f.row] += 1
             slots = slice(f.offset, f.offset + len(f.layout.order))
@@ -194,7 +227,6 @@ def _fill_vision(placed: Sequence[PlacedFrames], shape: BatchShape, cfg: ModelCo
             vision.patches[s, f.row, slots][real] = values[f.layout.order[real]]
             vision.positions[s, f.row, slots] = f.layout.positions
             vision.frames[s, f.row, slots] = real * frames_in_row[f.row]
-    return vision
 
 
 def _feature_slots(e: EncodedConversation, placed: PlacedFrames, patches: int) -> np.ndarray:
@@ -253,14 +285,15 @@ def _fill_prompts(
     placed: Sequence[PlacedFrames],
     shape: BatchShape,
 ) -> tuple[Prompts, np.ndarray]:
-    size = (shape.rows, shape.length)
-    prompts = Prompts(
-        tokens=np.full(size, encoded[0].cfg.pad, np.int32),
-        positions=np.zeros((3, *size), np.int32),
-        segments=np.zeros(size, np.int32),
-        slots=np.full(size, -1, np.int32),
+    cfg = encoded[0].cfg
+    prompts: Prompts = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(shape, len(placed), cfg)
     )
-    mask = np.zeros(size, bool)
+    prompts.tokens[:] = cfg.pad
+    prompts.slots[:] = -1
+    if prompts.vision is not None:
+        _fill_vision(prompts.vision, placed)
+    mask = np.zeros(prompts.tokens.shape, bool)
     shard_rows = shape.rows // len(placed)
     for e, p in zip(encoded, placements, strict=True):
         at = p.shard * shard_rows + p.row, slice(p.start, p.start + len(e))
@@ -315,9 +348,7 @@ def collate_rows(
     if side == "left" and not pack:
         added = shape.length - length
         placements = [dataclasses.replace(p, start=p.start + added) for p in placements]
-    prompts, mask = _fill_prompts(encoded, placements, placed, shape)
-    vision = _fill_vision(placed, shape, cfg) if shape.patches else None
-    return prompts.replace(vision=vision), mask
+    return _fill_prompts(encoded, placements, placed, shape)
 
 
 def widest_shape(shapes: Sequence[BatchShape]) -> BatchShape:

@@ -44,13 +44,27 @@ def micro_batch_layout(rows: int, micro: int, shards: int, fill: bool) -> tuple[
             f"method.updates_per_batch); config.mesh cuts it into {shards} shards (data x fsdp), "
             f"so it must be a multiple of {shards}"
         )
-    return -(-micro // shards) * shards, rows // micro
+    return pad_to_shards(micro, shards), rows // micro
 
 
-def rows_per_process(model_ctx: ModelContext, rows: int, micro: int, fill: bool = False) -> int:
-    """Return this process's rows of a device pass."""
-    count = jax.process_count()
-    return micro_batch_layout(rows, micro, model_ctx.shards * count, fill)[0] // count
+def pad_to_shards(rows: int, shards: int) -> int:
+    """Return the smallest multiple of the shards that holds these rows."""
+    return -(-rows // shards) * shards
+
+
+def cut_to_shards(rows: int, shards: int) -> int:
+    """Return the largest multiple of the shards of at most these rows; at least one row each."""
+    return max(shards, rows // shards * shards)
+
+
+def conversation_arrays(prompts: Prompts, width: int) -> Batch:
+    """Return a batch of conversations whose arrays are shapes and types (jax.ShapeDtypeStruct).
+
+    `prompts` are arrays or shapes; a row has `width` targets.
+    """
+    ints = jax.ShapeDtypeStruct((prompts.tokens.shape[0], width), np.int32)
+    mask = jax.ShapeDtypeStruct(ints.shape, bool)
+    return Batch(prompts, targets=ints, mask=mask, where=ints, extra={"segments": ints})
 
 
 def conversation_batch(
@@ -77,21 +91,17 @@ def conversation_batch(
     width = smallest_bucket(
         max_over_processes(int(counts.max())), target_buckets(prompts.tokens.shape[1])
     )
-    size = (len(mask), width)
-    where = np.zeros(size, np.int32)
-    targets = np.zeros(size, np.int32)
-    target_mask = np.zeros(size, bool)
-    segments = np.zeros(size, np.int32)
+    batch: Batch = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
+        conversation_arrays(prompts, width),
+    )
     for row, n in enumerate(counts):
         at = np.flatnonzero(mask[row])
-        where[row, :n] = at - 1  # the state before a token predicts it
-        targets[row, :n] = prompts.tokens[row, at]
-        target_mask[row, :n] = True
-        segments[row, :n] = prompts.segments[row, at]
-    return place_batch(
-        Batch(prompts, targets, target_mask, where, {"segments": segments}),
-        model_ctx.mesh,
-    )
+        batch.where[row, :n] = at - 1  # the state before a token predicts it
+        batch.targets[row, :n] = prompts.tokens[row, at]
+        batch.mask[row, :n] = True
+        batch.extra["segments"][row, :n] = prompts.segments[row, at]
+    return place_batch(batch, model_ctx.mesh)
 
 
 def target_buckets(length: int) -> list[int]:

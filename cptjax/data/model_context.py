@@ -35,11 +35,7 @@ class ModelContext:
 
     def with_longer_rows(self, added: int) -> "ModelContext":
         """Return a context for rows that may be `added` tokens longer than prompts."""
-        if not added:
-            return self
-        longest = max(self.buckets)
-        more = collate.length_buckets(longest + added, 2 * longest)
-        return dataclasses.replace(self, buckets=(*self.buckets, *more))
+        return dataclasses.replace(self, buckets=collate.extend_buckets(self.buckets, added))
 
     def place_prompts(self, encoded: Sequence[EncodedConversation]) -> Prompts:
         """Collate this process's prompts, padded on the left, and place them on the mesh."""

@@ -11,7 +11,12 @@ from jax.typing import DTypeLike
 
 from cptjax import sharding
 from cptjax.common import distributed, run_log
-from cptjax.data.device_batches import batch_slices, group_batch, response_bucket
+from cptjax.data.device_batches import (
+    batch_slices,
+    cut_to_shards,
+    group_batch,
+    response_bucket,
+)
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
@@ -73,7 +78,7 @@ def sample_base_responses(
     ]
     key = jax.random.fold_in(jax.random.key(seed), 20_000)
     responses = []
-    for part in batch_slices(len(rows), max(shards, batch // shards * shards)):
+    for part in batch_slices(len(rows), cut_to_shards(batch, shards)):
         prompts = model_ctx.place_prompts(encoded[part])  # shared by the sampler and the KL
         samples = generate.sample_from_prompts(
             model_ctx, base, prompts, key, np.asarray(rows[part]), sampling

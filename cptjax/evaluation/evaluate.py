@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from cptjax import sharding
 from cptjax.common import console, distributed, run_log
 from cptjax.data import loader
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.cost import WorkCost, sampling_cost
+from cptjax.data.device_batches import cut_to_shards
 from cptjax.data.mixture import RowRef
 from cptjax.data.model_context import ModelContext
 from cptjax.data.row_checks import CheckedRows
@@ -120,9 +122,7 @@ def generate_responses(
     Each response continues the tokens of `prefix`.
     """
     order = eval_prompts.order_by_length(rows)
-    batch = max(
-        model_ctx.shards, batch // jax.process_count() // model_ctx.shards * model_ctx.shards
-    )
+    batch = cut_to_shards(batch, sharding.batch_shards(model_ctx.mesh)) // jax.process_count()
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     responses: dict[int, str] = {}
     cost = WorkCost()

@@ -57,6 +57,10 @@ class SamplingConfig:
                 "or 0 for the whole batch"
             )
 
+    def greedy(self) -> "SamplingConfig":
+        """Return the sampling of one greedy response to each prompt."""
+        return dataclasses.replace(self, group=1, temperature=0.0)
+
     def compute_dtype(self, model_dtype: Any) -> jnp.dtype:
         """Return the compute dtype of sampling for a model that computes in `model_dtype`."""
         return jnp.dtype(MODEL_DTYPES.get(self.dtype, model_dtype))

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cptjax.common.program import Program
 from cptjax.continual.fisher import fisher_programs
+from cptjax.data.device_batches import cut_to_shards
 from cptjax.generation.sampling_config import eval_sampling
 from cptjax.models import load
 from cptjax.models.config import PRESETS, ModelConfig
@@ -24,7 +25,7 @@ PROGRAM_SECTIONS = ("model", "mesh", "data", "method", "rollout", "train", "eval
 
 def stage_programs(stage: AbstractStage) -> list[Program]:
     """Return the programs of a stage in the order of first calls, then those of the evaluation."""
-    rows = max(stage.shards, stage.config.eval.batch // stage.shards * stage.shards)
+    rows = cut_to_shards(stage.config.eval.batch, stage.shards)
     sampling = eval_sampling(stage.config)
     return [
         *training_programs(stage),

@@ -1,6 +1,6 @@
 """The programs of a training stage with abstract arguments at its largest shapes, for planning.
 
-The largest shapes are: prompts of `data.prompt_limit` tokens with one image of `model.max_pixels`
+The largest shapes are: prompts of the longest bucket of `data` with one image of `model.max_pixels`
 each (sides up to 4 : 1), responses of `rollout.max_new_tokens` (SFT: responses as long as the row),
 `train.micro_batch` rows in a device pass.
 """
@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from cptjax import sharding
 from cptjax.common.program import Program
-from cptjax.data import device_batches
-from cptjax.data.collate import fit_vision_rows, max_image_slots
+from cptjax.data import collate, device_batches
+from cptjax.data.collate import max_image_slots
+from cptjax.data.data_config import DataConfig
 from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
 from cptjax.models import flops, load, trainable
@@ -24,7 +25,9 @@ from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array
 from cptjax.training import build, step_batch, train_step
 from cptjax.training.algorithms import distillation, weight_penalties
-from cptjax.types import Batch, Params, Prompts, TrainState, Vision
+from cptjax.training.method_needs import MethodNeeds, method_needs
+from cptjax.training.step_batch import StepLayout
+from cptjax.types import Batch, Params, Prompts, TrainState
 
 TEACHER_STATES = "teacher states"
 DEMONSTRATION_TEMPLATE_TOKENS = (
@@ -50,8 +53,32 @@ class AbstractStage:
     penalty_arrays: dict[str, Any] | None
 
     @property
+    def needs(self) -> MethodNeeds:
+        return method_needs(self.config.method)
+
+    @property
     def shards(self) -> int:
         return sharding.batch_shards(self.mesh)
+
+    @property
+    def layout(self) -> StepLayout:
+        """How the rows of a step are cut."""
+        train = self.config.train
+        return step_batch.step_layout(
+            self.config.method, train.batch, train.micro_batch, self.shards
+        )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return DataConfig.from_config(self.config.data).longest_row
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that is trained on."""
+        c = self.config
+        added = step_batch.extra_response_tokens(c.method, c.rollout.max_new_tokens)
+        return max(collate.extend_buckets((self.longest_prompt,), added))
 
     @property
     def params(self) -> Params:
@@ -97,29 +124,25 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
     optimizer = build.optimizer_from_config(config, declared)
     state = train_step.abstract_state(optimizer, abstract(trained_params, param_dtype), mesh)
 
-    needs_exact_start = weight_penalties.needs_exact_start(method)
-    has_ema_teacher = distillation.has_ema_teacher(method)
-    needs_fixed_teacher = distillation.needs_teacher(method) and not has_ema_teacher
+    needs = method_needs(method)
     start = reference = teacher = None
-    if (
-        needs_exact_start
-        or needs_fixed_teacher
-        or (method.kl_coef and method.kl_reference == "stage")
-    ):
-        start = abstract(declared, param_dtype if needs_exact_start else dtype)
-    if method.kl_coef:
-        reference = start if method.kl_reference == "stage" else abstract(declared, dtype)
-    if has_ema_teacher:
+    if needs.start:
+        start = abstract(declared, param_dtype if needs.start == "exact" else dtype)
+    if needs.reference:
+        reference = start if needs.reference == "stage" else abstract(declared, dtype)
+    if needs.teacher == "follower":
         teacher = trainable.join_params(abstract(trained_params, jnp.float32), frozen)
-    elif needs_fixed_teacher:
+    elif needs.teacher:
         teacher = start
     penalty = weight_penalties.PENALTY_FUNCTIONS.get(method.penalty.name)
     penalty_arrays = None
     if penalty:
-        anchor = trainable.split_params(start, is_trained)[0]
-        penalty_arrays = {"anchor": anchor, "coef": abstract_array((), jnp.float32, mesh)}
-        if method.penalty.name == "ewc":
-            penalty_arrays["fisher"] = abstract(trained_params, jnp.float32)
+        penalty_arrays = weight_penalties.penalty_arrays(
+            method.penalty.name,
+            trainable.split_params(start, is_trained)[0],
+            abstract_array((), jnp.float32, mesh),
+            abstract(trained_params, jnp.float32),
+        )
     return AbstractStage(
         config,
         cfg,
@@ -141,41 +164,18 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
 
 def abstract_prompts(stage: AbstractStage, rows: int, length: int) -> Prompts:
     """Return `rows` prompts of `length` tokens with an image each."""
-    vision, mesh = stage.cfg.vision, stage.mesh
-    windows = max_image_slots(stage.cfg, stage.config.model.max_pixels) // vision.window_slots
-    width, count = fit_vision_rows([[windows] * (rows // stage.shards)], windows)
-    lead = (stage.shards, count, width * vision.window_slots)
-
-    def rows_of(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return abstract_array(shape, dtype, mesh, ("batch",))
-
-    tokens = rows_of((rows, length))
-    return Prompts(
-        tokens=tokens,
-        positions=abstract_array((3, rows, length), jnp.int32, mesh, (None, "batch")),
-        segments=tokens,
-        slots=tokens,
-        vision=Vision(
-            patches=rows_of((*lead, vision.patch_dim), jnp.float32),
-            positions=rows_of((*lead, 2)),
-            frames=rows_of(lead),
-        ),
+    shape = collate.largest_batch_shape(
+        stage.cfg, stage.config.model.max_pixels, rows, stage.shards, length
     )
+    prompts = collate.prompt_arrays(shape, stage.shards, stage.cfg)
+    return sharding.place_prompts(prompts, stage.mesh)
 
 
-def longest_row(config: ConfigDict) -> int:
-    """Return the tokens of the longest row that is trained on."""
-    extra = step_batch.extra_response_tokens(config.method, config.rollout.max_new_tokens)
-    return config.data.prompt_limit + extra
-
-
-def abstract_conversations(stage: AbstractStage, rows: int) -> Batch:
-    """Return `rows` conversations whose responses may fill the whole row."""
-    length = longest_row(stage.config)
-    tokens = abstract_array((rows, length), jnp.int32, stage.mesh, ("batch",))
-    mask = abstract_array((rows, length), bool, stage.mesh, ("batch",))
+def abstract_conversations(stage: AbstractStage, rows: int, length: int) -> Batch:
+    """Return `rows` conversations of `length` tokens whose responses may fill the whole row."""
     prompts = abstract_prompts(stage, rows, length)
-    return Batch(prompts, tokens, mask, tokens, {"segments": tokens})
+    width = max(device_batches.target_buckets(length))
+    return sharding.place_batch(device_batches.conversation_arrays(prompts, width), stage.mesh)
 
 
 def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
@@ -192,32 +192,24 @@ def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
 def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
     """Return one device pass of the programs of log-probabilities."""
     if stage.config.method.source == "rollouts":
-        return abstract_groups(stage, rows, stage.config.data.prompt_limit)
-    return abstract_conversations(stage, rows)
+        return abstract_groups(stage, rows, stage.longest_prompt)
+    return abstract_conversations(stage, rows, stage.longest_row)
 
 
 def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
     """Return one device pass of the update, with advantages and the outputs of other models."""
-    m, mesh = stage.config.method, stage.mesh
-    batch = abstract_scoring_batch(stage, rows)
-    b, a = batch.targets.shape
-    per_token = abstract_array((b, a), jnp.float32, mesh, ("batch",))
-    extra: dict[str, Any] = {}
-    if m.source == "rollouts":
-        extra["advantages"] = abstract_array((b,), jnp.float32, mesh, ("batch",))
-        extra["sampler_logps"] = per_token
-        if m.tis_cap is not None:
-            extra["behaviour_logps"] = per_token
-        if m.updates_per_batch * m.passes > 1:
-            extra["old_logps"] = per_token
-    if m.kl_coef and (m.source != "rollouts" or m.kl_place == "loss"):
-        extra["ref_logps"] = per_token
-    if stage.teacher is not None:
-        text = stage.cfg.text
-        extra["teacher_hidden"] = abstract_array((b, a, text.width), stage.dtype, mesh, ("batch",))
-        extra["teacher_unembed"] = abstract_array(
-            (text.width, text.vocab), stage.dtype, mesh, ("embed", "vocab")
+    batch, text = abstract_scoring_batch(stage, rows), stage.cfg.text
+    sizes = dict(zip("BA", batch.targets.shape, strict=True), D=text.width, V=text.vocab)
+    axes = {"B": ("batch",), "B A": ("batch",), "B A D": ("batch",), "D V": ("embed", "vocab")}
+    extra = {
+        name: abstract_array(
+            tuple(sizes[letter] for letter in letters.split()),
+            stage.dtype if name.startswith("teacher_") else jnp.float32,
+            stage.mesh,
+            axes[letters],
         )
+        for name, letters in stage.needs.arrays.items()
+    }
     return batch.replace(extra=batch.extra | extra)
 
 
@@ -231,7 +223,7 @@ def vision_forward(stage: AbstractStage, rows: int) -> float:
 
 def text_forward(stage: AbstractStage, rows: int) -> float:
     """Count the FLOPs of the text model in one device pass."""
-    r, length = stage.config.rollout, longest_row(stage.config)
+    r, length = stage.config.rollout, stage.longest_row
     if stage.config.method.source == "rollouts":
         return flops.group_forward_flops(stage.cfg, rows, length, r.group, r.max_new_tokens)
     return flops.text_forward_flops(stage.cfg, rows, length, length)
@@ -253,18 +245,12 @@ def update_flops(stage: AbstractStage, rows: int) -> float:
 
 def training_programs(stage: AbstractStage) -> list[Program]:
     """Return the programs of a stage in the order of their calls."""
-    t, m = stage.config.train, stage.config.method
-    on_policy = m.source == "rollouts"
-    batch = t.batch // m.updates_per_batch if on_policy else t.batch
-    rows, passes = device_batches.micro_batch_layout(
-        batch, t.micro_batch, stage.shards, fill=not on_policy
-    )
-    updates = m.updates_per_batch * m.passes if on_policy else 1
+    layout = stage.layout
     return [
         *rollout_programs(stage),
-        *scoring_programs(stage, rows, passes * m.updates_per_batch),
-        *teacher_programs(stage, rows, passes * updates),
-        *update_programs(stage, rows, passes, updates),
+        *scoring_programs(stage, layout.rows, layout.micro_batches * layout.parts),
+        *teacher_programs(stage, layout.rows, layout.micro_batches * layout.updates),
+        *update_programs(stage, layout.rows, layout.micro_batches, layout.updates),
     ]
 
 
@@ -272,7 +258,7 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
     """Return the sampling programs: those of the offline filter, then those of the stage."""
     c, m = stage.config, stage.config.method
     sampling = rollout_sampling(c)
-    rows, _ = device_batches.micro_batch_layout(c.train.batch, 0, stage.shards, fill=True)
+    rows = device_batches.pad_to_shards(c.train.batch, stage.shards)
     programs = []
     if m.filter and "samples" in m.filter:
         several = dataclasses.replace(sampling, group=m.filter["samples"])
@@ -287,8 +273,7 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
         several = dataclasses.replace(sampling, group=m.self_samples)
         programs += response_programs(stage, "rollouts", rows, [several], 0.0)
     if m.source == "rollouts":
-        greedy = dataclasses.replace(sampling, group=1, temperature=0.0)
-        samplings = [sampling, greedy] if m.advantage == "remax" else [sampling]
+        samplings = [sampling, sampling.greedy()] if stage.needs.greedy_samples else [sampling]
         programs += response_programs(stage, "rollouts", c.train.batch, samplings, 1.0)
     return programs
 
@@ -309,7 +294,7 @@ def response_programs(
         name, stage.params, samplings[0], stage.cfg, stage.dtype, calls
     )
     kept = tuple(program.name for program in programs)
-    prompts = abstract_prompts(stage, rows, stage.config.data.prompt_limit)
+    prompts = abstract_prompts(stage, rows, stage.longest_prompt)
     for label, sampling in zip((name, "greedy responses"), samplings, strict=False):
         programs += decode_loop.sampling_programs(
             label,
@@ -331,7 +316,6 @@ def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
 
     The policy before the updates is scored only if an update needs its log-probabilities.
     """
-    m = stage.config.method
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
     batch = abstract_scoring_batch(stage, rows)
     useful = text_forward(stage, rows) + vision_forward(stage, rows)
@@ -339,8 +323,7 @@ def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
     if stage.reference is not None:
         args = (stage.reference, batch)
         programs.append(Program("reference log-probs", score, args, calls, useful))
-    several_updates = m.updates_per_batch * m.passes > 1
-    if m.source == "rollouts" and (several_updates or (m.kl_coef and m.kl_place == "reward")):
+    if stage.needs.policy_logps:
         programs.append(Program("own log-probs", score, (stage.params, batch), calls, useful))
     return programs
 
@@ -351,9 +334,10 @@ def teacher_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
         return []
     c = stage.config
     batch = abstract_scoring_batch(stage, rows)
-    if c.method.objective == "distill":
+    if stage.needs.demonstrations:
         demonstration = c.rollout.max_new_tokens + DEMONSTRATION_TEMPLATE_TOKENS
-        batch = abstract_groups(stage, rows, c.data.prompt_limit + demonstration)
+        longest = max(collate.extend_buckets((stage.longest_prompt,), demonstration))
+        batch = abstract_groups(stage, rows, longest)
     program = distillation.make_teacher_program(stage.cfg, stage.dtype)
     useful = text_forward(stage, rows) + vision_forward(stage, rows)
     return [Program(TEACHER_STATES, program, (stage.teacher, batch), calls, useful)]

@@ -23,7 +23,7 @@ import numpy as np
 from cptjax import sharding
 from cptjax.common import distributed
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
-from cptjax.data.device_batches import batch_slices, group_batch, response_bucket, rows_per_process
+from cptjax.data.device_batches import batch_slices, group_batch, response_bucket
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
 from cptjax.generation.generate import Samples
@@ -93,8 +93,8 @@ def sample_rollouts(
     samples = generate.sample_from_prompts(model_ctx, weights, prompts, key, numbers, sampling)
     cost = sampling_cost(model_ctx.cfg, encoded, samples.mask.sum(1).reshape(count, -1))
     greedy = None
-    if builder.method.advantage == "remax":
-        once = dataclasses.replace(sampling, group=1, temperature=0.0)
+    if builder.needs.greedy_samples:
+        once = sampling.greedy()
         greedy = generate.sample_from_prompts(model_ctx, weights, prompts, key, numbers, once)
         cost += sampling_cost(model_ctx.cfg, encoded, greedy.mask.sum(1)[:, None])
     sampled = time.perf_counter()
@@ -224,25 +224,18 @@ def rollout_step_batch(
 
     A KL term in the reward does not change ReMax's baseline.
     """
-    method = builder.method
+    method, needs, layout = builder.method, builder.needs, builder.layout
     rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
     shaped, keep = _apply_length_rules(builder, rewards, graded.samples)
     began, metrics = time.perf_counter(), {}
     slices, batches = _group_batches(builder, graded, keep)
 
-    # Log-probabilities under the reference and under the policy before the updates, where something
-    # uses them.
-    use_reference = reference is not None and method.kl_coef > 0
-    kl_in_reward = use_reference and method.kl_place == "reward"
-    several = method.updates_per_batch * method.passes > 1
-    ref_logps = builder.score_batches(reference, batches) if use_reference else []
-    old_logps = builder.score_batches(params, batches) if several or kl_in_reward else []
-    if kl_in_reward:
+    ref_logps = builder.score_batches(reference, batches) if needs.reference else []
+    old_logps = builder.score_batches(params, batches) if needs.policy_logps else []
+    if needs.kl_in_reward:
         shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
-    elif use_reference:
-        batches = attach_arrays(batches, ref_logps=ref_logps)
-    if several:
-        batches = attach_arrays(batches, old_logps=old_logps)
+    scores = {"ref_logps": ref_logps, "old_logps": old_logps}
+    batches = attach_arrays(batches, **{k: v for k, v in scores.items() if k in needs.arrays})
 
     advantage = np.zeros_like(shaped)  # a distillation does not use rewards
     if method.objective == "policy":
@@ -251,13 +244,12 @@ def rollout_step_batch(
     batches = attach_arrays(batches, advantages=parts)
 
     seen = batches
-    if teacher is not None and method.objective == "distill":
+    if teacher is not None and needs.demonstrations:
         seen = [
             teacher.demonstration_batch(batch, graded.items[p])
             for batch, p in zip(batches, slices, strict=True)
         ]
-    size = len(batches) // method.updates_per_batch
-    cuts = [slice(i, i + size) for i in range(0, len(batches), size)] * method.passes
+    cuts = batch_slices(len(batches), layout.micro_batches) * layout.passes
     updates = iterate_updates([batches[c] for c in cuts], teacher, [seen[c] for c in cuts])
 
     metrics |= graded.seconds | {"seconds/score": time.perf_counter() - began}
@@ -282,16 +274,16 @@ def _group_batches(
     each device, and groups of several batches have no common arrays: their prompts are collated and
     uploaded once more.
     """
-    samples, method = graded.samples, builder.method
+    samples = graded.samples
     policy = builder.sampling.temperature == 1
-    arrays = {"sampler_logps": samples.policy_logps if policy else samples.logps}
-    if method.tis_cap is not None:
-        arrays["behaviour_logps"] = samples.logps
+    arrays = {
+        "sampler_logps": samples.policy_logps if policy else samples.logps,
+        "behaviour_logps": samples.logps,
+    }
+    arrays = {name: x for name, x in arrays.items() if name in builder.needs.arrays}
     mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
     length = response_bucket(samples.mask, builder.sampling.max_new_tokens)
-    update = builder.batch_size // method.updates_per_batch
-    rows = rows_per_process(builder.model_ctx, update, builder.micro_batch)
-    slices = batch_slices(len(graded.items), rows)
+    slices = batch_slices(len(graded.items), builder.layout.rows // jax.process_count())
     batches = []
     for p in slices:
         prompts = graded.prompts

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from cptjax import sharding
 from cptjax.common import console, distributed, files
 from cptjax.common.shuffle import permutation
 from cptjax.data.cost import WorkCost, sampling_cost
-from cptjax.data.device_batches import batch_slices, rows_per_process
+from cptjax.data.device_batches import batch_slices, pad_to_shards
 from cptjax.data.mixture import RowRef, component_at, component_counts
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
@@ -173,7 +174,8 @@ def sample_correct_responses(
     limit are included.
     """
     model_ctx, sampling = builder.model_ctx, dataclasses.replace(builder.sampling, group=samples)
-    rows = rows_per_process(model_ctx, builder.batch_size, 0, fill=True)
+    shards = sharding.batch_shards(model_ctx.mesh)
+    rows = pad_to_shards(builder.batch_size, shards) // jax.process_count()
     weights = generate.prepare_weights(model_ctx, params, sampling)
 
     def sample(p: slice) -> tuple[list[tuple[int, str]], WorkCost]:

@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 
+from cptjax import sharding
 from cptjax.data.cost import WorkCost, conversation_flops
-from cptjax.data.device_batches import batch_slices, conversation_batch, rows_per_process
+from cptjax.data.device_batches import batch_slices, conversation_batch, micro_batch_layout
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.algorithms.losses import LossConfig
+from cptjax.training.method_needs import MethodNeeds, method_needs
 from cptjax.types import Array, Batch, Params
 
 
@@ -33,6 +35,32 @@ class StepBatch:
     rollout_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     cost: WorkCost = WorkCost()
     batches_taken: int = 1  # from the stream
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLayout:
+    """How the prompts or conversations of a step are cut, over all processes.
+
+    train.batch=16, method.updates_per_batch=2, train.micro_batch=4, method.passes=3:
+    2 parts of 2 micro-batches of 4 rows each; 6 updates, on parts 0 1 0 1 0 1
+    """
+
+    rows: int  # of a micro-batch, with the empty rows that fill it up to a multiple of the shards
+    filled_rows: int  # of a micro-batch, without the empty rows
+    micro_batches: int  # of a part
+    parts: int  # of the batch; each update trains on one
+    passes: int  # over all parts
+
+    @property
+    def updates(self) -> int:
+        return self.parts * self.passes
+
+
+def step_layout(method: Any, batch: int, micro_batch: int, shards: int) -> StepLayout:
+    """Return how a batch is cut for a mesh of so many batch shards; refuse what does not divide."""
+    part = batch // method.updates_per_batch
+    rows, count = micro_batch_layout(part, micro_batch, shards, fill=method.source != "rollouts")
+    return StepLayout(rows, part // count, count, method.updates_per_batch, method.passes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +78,16 @@ class BatchBuilder:
     score: Callable[[Params, Batch], Array]  # log-probabilities [B A] of a batch's targets
 
     @property
+    def needs(self) -> MethodNeeds:
+        return method_needs(self.method)
+
+    @property
+    def layout(self) -> StepLayout:
+        """How the rows of a step are cut."""
+        shards = sharding.batch_shards(self.model_ctx.mesh)
+        return step_layout(self.method, self.batch_size, self.micro_batch, shards)
+
+    @property
     def training_ctx(self) -> ModelContext:
         """The model context for training rows, which may be longer than prompts."""
         more = extra_response_tokens(self.method, self.sampling.max_new_tokens)
@@ -57,8 +95,8 @@ class BatchBuilder:
 
     def conversation_batches(self, items: Sequence[EncodedExample]) -> list[Batch]:
         """Build the micro-batches of one update from conversations with their responses."""
-        rows = rows_per_process(self.model_ctx, self.batch_size, self.micro_batch, fill=True)
-        share = -(-(self.micro_batch or self.batch_size) // jax.process_count())
+        layout, count = self.layout, jax.process_count()
+        rows, share = layout.rows // count, -(-layout.filled_rows // count)
         return [
             conversation_batch(
                 self.training_ctx, [i.encoded for i in items[part]], rows=rows, pack=self.pack
@@ -110,7 +148,7 @@ def sft_step_batch(
 ) -> StepBatch:
     """Build the batch of an SFT step; the reference and the teacher score the same batches."""
     batches = builder.conversation_batches(items)
-    if reference is not None:
+    if "ref_logps" in builder.needs.arrays:
         batches = attach_arrays(batches, ref_logps=builder.score_batches(reference, batches))
     forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
     work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)

@@ -47,7 +47,7 @@ def train_loop(
     """
     config = ctx.config
     method = config.method
-    updates = ctx.steps * method.updates_per_batch * method.passes
+    updates = ctx.steps * ctx.builder.layout.updates
     rates = learning_rates(ScheduleConfig.from_config(config.train), updates)
     stream = None
     if method.source in ("gold", "rollouts"):

@@ -23,16 +23,6 @@ from cptjax.types import Array, Batch, Params
 TEACHERS = ("ema", "frozen", "current")
 
 
-def has_ema_teacher(method: Any) -> bool:
-    """Return whether the teacher has its own weights, which follow the student's."""
-    return method.objective == "distill" and method.distill.teacher != "frozen"
-
-
-def needs_teacher(method: Any) -> bool:
-    """Return whether a stage compares the student with a teacher."""
-    return method.objective == "distill" or method.penalty.name == "lwf"
-
-
 @functools.lru_cache(maxsize=16)
 def make_teacher_program(
     cfg: ModelConfig, dtype: Any

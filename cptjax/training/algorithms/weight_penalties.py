@@ -39,11 +39,6 @@ def check_penalty(name: str, coef: float = 0.0, samples: int = 1, average: float
         )
 
 
-def needs_exact_start(method: Any) -> bool:
-    """Return whether the stage needs an unrounded copy of the weights at its start."""
-    return bool(method.average) or method.penalty.name in ("l2", "ewc")
-
-
 def l2_distance(params: Params, anchor: Params) -> Array:
     """Compute half the squared distance to the anchor."""
     return _half_sum(jax.tree.map(lambda p, a: jnp.square(_float(p) - _float(a)), params, anchor))
@@ -99,6 +94,12 @@ def l2_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
 def ewc_penalty(trained: Params, arrays: dict[str, Any]) -> jax.Array:
     """Compute the EWC penalty from the arrays of a step program: coefficient, anchor, Fisher."""
     return arrays["coef"] * fisher_distance(trained, arrays["anchor"], arrays["fisher"])
+
+
+def penalty_arrays(name: str, anchor: Any, coef: Any, fisher: Any) -> dict[str, Any]:
+    """Return the arrays, or shapes, that the function of a penalty takes."""
+    arrays = {"anchor": anchor, "coef": coef}
+    return arrays | {"fisher": fisher} if name == "ewc" else arrays
 
 
 # LwF is missing, since it is a loss on outputs, not a penalty on weights.

@@ -1,0 +1,61 @@
+"""What a method needs in a stage: models besides the policy, log-probabilities, arrays of its loss."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodNeeds:
+    """What the steps of a method compute and keep in addition to the policy and its update."""
+
+    # A copy of the weights of the stage's start: "" = none, rounded = in the type of the
+    # arithmetic, exact = in the type of the parameters.
+    start: str
+    reference: str  # the model of the KL term: "" = none | base | stage | a model's folder
+    # "" = none, start = the model of the stage's start, follower = weights of its own, in float32,
+    # that follow the student's
+    teacher: str
+    demonstrations: bool  # the teacher's prompts show them
+    kl_in_reward: bool
+    policy_logps: bool  # of the policy before the updates of a step
+    greedy_samples: bool  # one greedy response to each prompt
+    # By name in `Batch.extra`, with the letters of its shape: B rows, A targets of a row, D width
+    # of the model, V vocabulary.
+    arrays: dict[str, str]
+
+
+def method_needs(method: Any) -> MethodNeeds:
+    """Return what `config.method` of a stage needs."""
+    samples = method.source == "rollouts"
+    several_updates = method.updates_per_batch * method.passes > 1
+    reference = method.kl_reference if method.kl_coef else ""
+    kl_in_reward = bool(reference) and method.kl_place == "reward"
+    teacher = ""
+    if method.objective == "distill":
+        teacher = "start" if method.distill.teacher == "frozen" else "follower"
+    elif method.penalty.name == "lwf":
+        teacher = "start"
+    start = ""
+    if method.average or method.penalty.name in ("l2", "ewc"):
+        start = "exact"
+    elif reference == "stage" or teacher == "start":
+        start = "rounded"
+    arrays = {
+        "advantages": ("B", samples),
+        "sampler_logps": ("B A", samples),
+        "behaviour_logps": ("B A", samples and method.tis_cap is not None),
+        "old_logps": ("B A", several_updates),
+        "ref_logps": ("B A", reference and not kl_in_reward),
+        "teacher_hidden": ("B A D", teacher),
+        "teacher_unembed": ("D V", teacher),
+    }
+    return MethodNeeds(
+        start=start,
+        reference=reference,
+        teacher=teacher,
+        demonstrations=method.objective == "distill",
+        kl_in_reward=kl_in_reward,
+        policy_logps=several_updates or kl_in_reward,
+        greedy_samples=samples and method.advantage == "remax",
+        arrays={name: letters for name, (letters, needed) in arrays.items() if needed},
+    )
