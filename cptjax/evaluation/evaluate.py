@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from cptjax import sharding
 from cptjax.common import console, distributed, run_log
 from cptjax.data import loader
 from cptjax.data.collate import EncodedConversation
@@ -122,7 +121,8 @@ def generate_responses(
     Each response continues the tokens of `prefix`.
     """
     order = eval_prompts.order_by_length(rows)
-    batch = cut_to_shards(batch, sharding.batch_shards(model_ctx.mesh)) // jax.process_count()
+    count = jax.process_count()
+    batch = cut_to_shards(batch, model_ctx.shards * count) // count
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     responses: dict[int, str] = {}
     cost = WorkCost()

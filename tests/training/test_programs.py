@@ -1,12 +1,18 @@
-"""The abstract arguments of the planner are those of a real training step."""
+"""The planner's programs and abstract arguments are those of a real training step."""
+
+import contextlib
+import dataclasses
+import logging
 
 import jax
 import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
-from cptjax.training import train_loop
-from cptjax.training.programs import abstract_stage, abstract_update_batch
+from cptjax.continual import fisher
+from cptjax.data import collate, device_batches, model_context
+from cptjax.training import programs, train_loop
+from cptjax.training.programs import abstract_stage, abstract_update_batch, training_programs
 from cptjax.training.stage_context import StageProgress
 
 TWO_UPDATES = {"updates_per_batch": 2, "passes": 2, "tis_cap": 2.0}
@@ -46,3 +52,147 @@ def test_a_planned_stage_has_the_models_and_batches_of_a_real_one(tmp_path, meth
         assert (stage.reference is None) == (ctx.reference is None)
         assert stage.reference is None or shapes(stage.reference) == shapes(ctx.reference)
         assert (stage.teacher is None) == (ctx.teacher is None)
+
+
+# ---- every program of a step, at the largest shapes ----------------------------------------------
+
+
+@contextlib.contextmanager
+def compiled_programs():
+    """Return a set to which the name and argument shapes of each newly compiled program are added."""
+    compiled = set()
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if record.msg.startswith("Compiling %s with global shapes"):
+                name, arguments, _ = record.args
+                compiled.add((name, tuple((x.shape, str(x.dtype)) for x in arguments)))
+
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Handler()
+    level, propagates = logger.level, logger.propagate
+    jax.clear_caches()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield compiled
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+def planned_programs(stage, listed):
+    """Return the name and argument shapes of planned programs."""
+    with compiled_programs() as planned, jax.set_mesh(stage.mesh):
+        for program in listed:
+            program.lower({})
+    return planned
+
+
+def check_programs(run, planned):
+    """Every planned program is run, and every program that takes a model's weights is planned.
+
+    `begin` is left out of a plan: it is `add` without the sum.
+    """
+    assert planned and planned <= run
+    unplanned = {(name, arguments) for name, arguments in run - planned if len(arguments) > 3}
+    assert {name for name, _ in unplanned} <= {"jit(begin)"}
+    added = [arguments for name, arguments in planned if name == "jit(add)"]
+    assert all(set(arguments) <= set(added[0]) for _, arguments in unplanned)
+
+
+def use_largest_shapes(monkeypatch, stage, longest_demonstration=0):
+    """Collate every batch as if another process had the longest rows and the largest images."""
+
+    def largest(shape, length):
+        return collate.largest_batch_shape(
+            stage.cfg, stage.config.model.max_pixels, shape.rows, stage.shards, length
+        )
+
+    def largest_prompts(shape):
+        short = shape.length <= stage.longest_prompt
+        return largest(shape, stage.longest_prompt if short else longest_demonstration)
+
+    monkeypatch.setattr(model_context, "gather_batch_shape", largest_prompts)
+    monkeypatch.setattr(
+        device_batches, "gather_batch_shape", lambda shape: largest(shape, stage.longest_row)
+    )
+    monkeypatch.setattr(device_batches, "target_buckets", lambda length: [length])
+
+
+GRPO = {"ratio": "token", "kl_coef": 0.1}
+CASES = {  # method, its changes, changes of train
+    "KL and several updates": ("grpo", GRPO | {"updates_per_batch": 2, "passes": 2}, {}),
+    "micro-batches": ("grpo", GRPO | TWO_UPDATES, {"batch": 8, "micro_batch": 2}),
+    "KL in the reward": (
+        "grpo",
+        {"advantage": "reinforce", "kl_place": "reward", "kl_estimator": "k1", "kl_coef": 0.1},
+        {},
+    ),
+    "greedy baseline": ("remax", {}, {}),
+    "online filter": ("dapo", {"overlong": 0}, {}),
+    "distillation": ("sdft", {}, {"micro_batch": 2}),
+    "frozen teacher": ("sdft", {"distill": {"teacher": "frozen"}}, {}),
+    "cross-entropy with KL": ("sft", {"kl_coef": 0.1}, {}),
+    "LwF": ("sft", {"penalty": {"name": "lwf", "coef": 1.0}}, {"micro_batch": 2}),
+    "L2": ("sft", {"penalty": {"name": "l2", "coef": 1.0}}, {}),
+    "own responses": ("self_sft", {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, name):
+    method, changes, train = CASES[name]
+    c = method_config(method, method=changes, train=train)
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        ctx = prepared.ctx
+        stage = abstract_stage(ctx.config, ctx.builder.model_ctx.cfg, prepared.run.model_ctx.mesh)
+        longest = 0
+        if stage.needs.demonstrations:
+            longest = max(ctx.teacher.model_ctx.buckets)
+            template = longest - stage.longest_prompt - c.rollout.max_new_tokens
+            monkeypatch.setattr(programs, "DEMONSTRATION_TEMPLATE_TOKENS", template)
+        listed = training_programs(stage)
+        planned = planned_programs(stage, listed)
+        scored = 0
+
+        def score(params, batch, program=ctx.builder.score):
+            nonlocal scored
+            scored += 1
+            return program(params, batch)
+
+        ctx.builder = dataclasses.replace(ctx.builder, score=score)
+        use_largest_shapes(monkeypatch, stage, longest)
+        state, params = prepared.state, prepared.params
+        with (
+            compiled_programs() as run,
+            jax.set_mesh(stage.mesh),
+            ctx.open_stream(0) as stream,
+        ):
+            step = train_loop.next_step_batch(ctx, params, stream, StageProgress())
+            updates = 0
+            for batches in step.updates:
+                assert len(batches) == stage.layout.micro_batches
+                state, _ = prepared.programs.run(
+                    state, prepared.frozen, batches, 1e-3, prepared.penalty_arrays
+                )
+                updates += 1
+        assert updates == stage.layout.updates
+        check_programs(run, planned)
+        scores = [p.calls for p in listed if p.name.endswith("log-probs")]
+        assert scored == sum(scores)
+
+
+def test_the_end_of_a_stage_with_ewc_runs_the_planned_programs(tmp_path, monkeypatch):
+    c = method_config("sft", method={"penalty": {"name": "ewc", "coef": 1.0, "samples": 2}})
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        ctx, model_ctx = prepared.ctx, prepared.run.model_ctx
+        stage = abstract_stage(ctx.config, model_ctx.cfg, model_ctx.mesh)
+        planned = planned_programs(stage, fisher.fisher_programs(stage))
+        use_largest_shapes(monkeypatch, stage)
+        with compiled_programs() as run:
+            fisher.update_fisher(
+                prepared.run, ctx.stage, prepared.state.params, prepared.frozen, None
+            )
+        check_programs(run, planned)
