@@ -121,8 +121,8 @@ def generate_responses(
     Each response continues the tokens of `prefix`.
     """
     order = eval_prompts.order_by_length(rows)
-    count = jax.process_count()
-    batch = cut_to_shards(batch, model_ctx.shards * count) // count
+    processes = jax.process_count()
+    batch = cut_to_shards(batch, model_ctx.shards * processes) // processes
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     responses: dict[int, str] = {}
     cost = WorkCost()

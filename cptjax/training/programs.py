@@ -70,7 +70,7 @@ class AbstractStage:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens."""
+        """Tokens of the longest prompt."""
         return DataConfig.from_config(self.config.data).longest_row
 
     @property
