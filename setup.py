@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="cptjax",
     version="0.1.0",
-    description="Continual post-training of vision-language models in JAX, with forgetting measured",
+    description="Continual post-training of vision-language models in JAX",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -232,8 +232,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def place_rows(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | None = None) -> Any:
     """Place host arrays on the mesh; each process passes its own rows.
 
-    The first axis is sharded over the batch shards, unless `axis` returns other logical axes. Shapes
-    (jax.ShapeDtypeStruct, of all processes together) get the same shardings.
+    The first axis is sharded over the batch shards, unless `axis` returns other logical axes.
+    Shapes (jax.ShapeDtypeStruct, of all processes together) get the same shardings.
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)

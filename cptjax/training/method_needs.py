@@ -1,4 +1,4 @@
-"""What a method needs in a stage: models besides the policy, log-probabilities, arrays of its loss."""
+"""What a method needs in a stage: other models, log-probabilities, arrays of its loss."""
 
 import dataclasses
 from typing import Any
