@@ -177,7 +177,7 @@ def test_weight_distances_of_a_run_add_up_over_parts(workdir):
         (["fisher", "{w}", "--samples=1"], "expected at least one row, one probe and two samples"),
         (["influence", "{w}", "--lr=0"], "expected numbers above 0"),
         (["influence", "nowhere"], "nowhere has no config.json"),
-        (["drift", "nowhere"], "nowhere is no run"),
+        (["drift", "nowhere"], "nowhere is not a run"),
     ],
 )
 def test_a_mistake_prints_one_line(workdir, argv, message, monkeypatch, capsys):

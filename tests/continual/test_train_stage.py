@@ -10,10 +10,10 @@ import stage_fixtures
 from device_fixtures import devices  # noqa: F401
 from stage_fixtures import method_config
 
+from cptjax import sharding
 from cptjax.benchmark.phase_times import CompilationCounter
 from cptjax.config import merge_config
 from cptjax.continual import offline_filter, train_stage
-from cptjax.data import model_context
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def prepared(tmp_path):
 
 def test_a_batch_that_the_shards_do_not_divide_is_refused_before_sampling(prepared, monkeypatch):
     monkeypatch.setattr(offline_filter, "count_correct", lambda *_: pytest.fail("sampled"))
-    monkeypatch.setattr(model_context.ModelContext, "shards", 4)
+    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 4)
     stage = prepared.ctx.stage
     stage = dataclasses.replace(
         stage,
