@@ -4,33 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from eval_rows import EVAL_ROW
 
 from cptjax.common import run_log
 from cptjax.common.files import read_jsonl
 from cptjax.common.run_log import RunLog
 from cptjax.types import Mean
 
-ROW = {
-    "stage": 0,
-    "stage_name": "base",
-    "step": 0,
-    "task": "a,b",
-    "metric": "accuracy",
-    "value": 0.5,
-    "n": 4,
-    "stderr": 0.25,
-    "scorer": "exact",
-    "template": "cot",
-    "pixels": "1-2",
-    "decoding": "T=0",
-}
-
 
 def test_a_resumed_log_equals_one_that_was_never_killed(tmp_path):
     straight, killed = RunLog(tmp_path / "a"), RunLog(tmp_path / "b")
     for log in (straight, killed):
         log.step(1, 1, {"loss": Mean(3.0, 2)})
-        log.evals([ROW])
+        log.evals([EVAL_ROW])
         log.rollouts(1, [{"prompt": "é\u2028", "reward": np.float32(1)}])
     stored = json.loads(json.dumps(killed.positions()))
     killed.step(1, 2, {"loss": 0.1})
@@ -42,7 +28,7 @@ def test_a_resumed_log_equals_one_that_was_never_killed(tmp_path):
     resumed.rewind(stored)
     for log in (straight, resumed):
         log.step(1, 2, {"loss": float("nan")})
-        log.evals([ROW | {"stage": 1}])
+        log.evals([EVAL_ROW | {"stage": 1}])
     files = sorted(
         p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
     )
@@ -63,13 +49,13 @@ def test_rewind_to_nothing_leaves_no_file(tmp_path):
     log.step(1, 1, {})
     log.rewind({})
     assert not (tmp_path / "metrics.jsonl").exists()
-    log.evals([ROW])
+    log.evals([EVAL_ROW])
     header, line = (tmp_path / "evals.csv").read_text().splitlines()
     assert (
         header == "stage,stage_name,step,task,metric,value,n,stderr,scorer,template,pixels,decoding"
     )
     assert line == '0,base,0,"a,b",accuracy,0.5,4,0.25,exact,cot,1-2,T=0'
-    assert run_log.read_evals(tmp_path / "evals.csv") == [ROW]
+    assert run_log.read_evals(tmp_path / "evals.csv") == [EVAL_ROW]
 
 
 def test_the_share_of_step_time_that_waited_for_data():
@@ -94,7 +80,7 @@ def test_the_share_of_step_time_that_waited_for_data():
 
 def test_a_row_with_a_wrong_column_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a row with exactly stage,"):
-        RunLog(tmp_path).evals([{**ROW, "oops": 1}])
+        RunLog(tmp_path).evals([{**EVAL_ROW, "oops": 1}])
 
 
 def test_cost_adds_up_by_stage_and_kind_of_work(tmp_path):

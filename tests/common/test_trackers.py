@@ -4,24 +4,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from eval_rows import EVAL_ROW
 
 from cptjax.common import trackers
 from cptjax.common.run_log import RunLog
-
-EVAL = {
-    "stage": 0,
-    "stage_name": "base",
-    "step": 0,
-    "task": "a,b",
-    "metric": "accuracy",
-    "value": 0.5,
-    "n": 4,
-    "stderr": 0.25,
-    "scorer": "exact",
-    "template": "cot",
-    "pixels": "1-2",
-    "decoding": "T=0",
-}
 
 
 def tracked(tmp_path, **log):
@@ -59,8 +45,8 @@ def test_trackers_get_training_and_evaluations_and_are_closed(tmp_path, monkeypa
         log.step(2, 7, {"loss": 0.5, "event": "said"})
         log.evals(
             [
-                EVAL | {"stage": 2, "step": 9, "task": "a"},
-                EVAL | {"stage": 2, "step": 5, "task": "a", "metric": "accuracy_mini"},
+                EVAL_ROW | {"stage": 2, "step": 9, "task": "a"},
+                EVAL_ROW | {"stage": 2, "step": 5, "task": "a", "metric": "accuracy_mini"},
             ]
         )
         log.close()
