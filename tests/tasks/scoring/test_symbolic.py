@@ -103,11 +103,11 @@ def test_busy_processors_do_not_lower_a_score(tmp_path):
 
 
 DEAF = """import signal, sys
-from cptjax.verify import Call, Pool
+from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool
 if sys.argv[1] == "ignored": signal.signal(signal.SIGPROF, signal.SIG_IGN)
 if sys.argv[1] == "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
-with Pool(processes=1, timeout=0.3) as workers:
-    print(workers.map(sys.argv[2], [Call(())], patience=20)[0].late)
+with SandboxPool(processes=1, timeout=0.3) as workers:
+    print(workers.map(sys.argv[2], [SandboxCall(())], patience=20)[0].late)
 """
 
 
