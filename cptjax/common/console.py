@@ -1,7 +1,8 @@
 """Print messages, tables and progress bars on the terminal, or as plain lines in a log file.
 
 A terminal shows live bars, a log file gets a plain line every few seconds, and tests show nothing.
-All output is on standard error, so that standard output has only results.
+All output is on standard error, so that standard output has only results. `keep_log` also appends
+it to a file.
 """
 
 import contextlib
@@ -9,7 +10,10 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +32,7 @@ PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
 _mode = "auto"
 _live: Progress | None = None  # the live display that nested bars share
 _depth = 0  # how many bars are nested in it
+_log: IO[bytes] | None = None  # the file that `keep_log` writes
 
 
 def set_console_mode(mode: str) -> None:
@@ -47,11 +52,13 @@ def console_mode() -> str:
 
 def print_message(text: str) -> None:
     """Print one line, above a live bar."""
+    write_log(text)
     if console_mode() != "silent":
         _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
+    write_log(f"warning: {text}")
     if console_mode() != "silent":
         _console().print(
             f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True
@@ -65,8 +72,49 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*map(str, row))
+    write_log("\n".join([title, *("  ".join(map(str, row)) for row in (header, *rows))]))
     if console_mode() != "silent":
         _console().print(table)
+
+
+# ---- the log file --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def keep_log(path: Path) -> Iterator[None]:
+    """Append everything that is printed inside this block to a file, with the time of each line.
+
+    An error that ends the block is written too: one line for a user's mistake, else a traceback.
+    """
+    global _log
+    with path.open("ab", buffering=0) as file:
+        before, _log = _log, file
+        write_log(f"---- {' '.join(sys.argv)}")
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            write_log(f"error: {' '.join(str(error).split())}")
+            raise
+        except Exception:
+            write_log(traceback.format_exc().rstrip())
+            raise
+        except KeyboardInterrupt:
+            write_log("interrupted from the keyboard")
+            raise
+        finally:
+            _log = before
+
+
+def write_log(text: str) -> None:
+    """Write lines to the log file, if there is one; a log that cannot be written stops no run."""
+    if _log is not None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        lines = "".join(f"{now}  {line}\n" for line in text.splitlines())
+        with contextlib.suppress(OSError):
+            _log.write(lines.encode(errors="backslashreplace"))
+
+
+# ---- progress ------------------------------------------------------------------------------------
 
 
 class ProgressBar:
@@ -151,9 +199,14 @@ class _LiveBar(ProgressBar):
 
     def _show(self) -> None:
         self.live.update(self.id, completed=self.done, shown=escape(self.values()))
+        if time.monotonic() - self.printed >= PLAIN_EVERY:
+            self.printed = time.monotonic()
+            write_log(self.line())
 
     def _end(self) -> None:
         self.live.remove_task(self.id)
+        if time.monotonic() - self.started >= PLAIN_EVERY / 2:
+            write_log(self.line())
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -31,7 +32,12 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
     workdir = local_folder(workdir)
     check_all_runs(config)
     sigterm, matrices = SigtermHandler(), []
-    with handle_sigterm(sigterm), explain_full_disk(workdir), lock_workdir(workdir):
+    with (
+        handle_sigterm(sigterm),
+        explain_full_disk(workdir),
+        lock_workdir(workdir),
+        console.keep_log(workdir / log_name()),
+    ):
         for subfolder, prestage in prestage_runs(config).items():
             make_base_model(prestage, workdir / subfolder, sigterm)
         runs = expand_runs(config, workdir)
@@ -40,6 +46,11 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
             if len(runs) > 1 and distributed.is_main_process():
                 report.write_comparison(workdir)
     return matrices[0] if len(runs) == 1 else stack_matrices(matrices)
+
+
+def log_name() -> str:
+    """Return the name of this process's log file."""
+    return f"run.{jax.process_index()}.log" if jax.process_index() else "run.log"
 
 
 def run_one(

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,22 +17,9 @@ from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed
 from cptjax.config import config_differences, recorded_config
+from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
 from cptjax.data.model_context import ModelContext
-
-RECORDED_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "datasets",
-    "grain",
-    "ml-collections",
-    "numpy",
-    "cptjax",
-)
 
 
 def local_folder(workdir: str | Path) -> Path:
@@ -130,17 +116,12 @@ def format_changes(changed: list[str]) -> str:
 
 def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
     """Return the packages, commit and devices that are needed to reproduce a result."""
-    versions: dict[str, str | None] = {}
-    for name in RECORDED_PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     devices = [d.device_kind for d in model_ctx.mesh.devices.flat]
     return {
         "python": sys.version.split()[0],
-        "packages": versions,
+        "packages": fingerprints.package_versions(),
         "commit": _git_commit(),
+        "code": fingerprints.code_hash(),
         "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
         "mesh": dict(model_ctx.mesh.shape),
         "processes": jax.process_count(),

@@ -56,6 +56,10 @@ class Datasets:
             self._examples[spec] = self._load(spec, self.prompted_task(name, config, template))
         return self._examples[spec]
 
+    def loaded_splits(self) -> list[tuple[SplitSpec, CheckedRows]]:
+        """Return the splits that are loaded so far."""
+        return list(self._examples.items())
+
     def _load(self, spec: SplitSpec, prompted: PromptedTask) -> CheckedRows:
         examples = row_checks.load_split(self.config, spec, prompted.task)
         if not len(examples) and not getattr(examples, "bad", ()):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,36 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
     """Load the rows of a split from the copy under `root`, or from the hub if there is none."""
     import datasets  # slow to import, and synthetic tasks never need it
 
+    name = " ".join(filter(None, (source.dataset, source.config, source.split)))
     if folder := find_local_copy(source.dataset, root):
-        return ArrowRows(_from_folder(folder, source))
+        dataset, _sources_read[name] = _from_folder(folder, source)
+        return ArrowRows(dataset)
     try:
-        return ArrowRows(datasets.load_dataset(source.dataset, source.config, split=source.split))
+        dataset = datasets.load_dataset(source.dataset, source.config, split=source.split)
+        _sources_read[name] = _hub_revision(dataset)
+        return ArrowRows(dataset)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{source.dataset} cannot be loaded from the hub ({reason}); put a copy under data.root"
         ) from error
+
+
+_sources_read: dict[str, str | list[str]] = {}
+
+
+def sources_read() -> Mapping[str, str | list[str]]:
+    """Return what `load_rows` has read in this process, by dataset, config and split.
+
+    A value is the revision on the hub, or the files of a local copy.
+    """
+    return _sources_read
+
+
+def _hub_revision(dataset: Any) -> str:
+    """Return the revision of a dataset: the name of the folder that caches its rows."""
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    return f"revision {files[0].parent.name}" if files else "unknown revision"
 
 
 @functools.cache
@@ -143,8 +164,8 @@ def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:
     return order
 
 
-def _from_folder(folder: Path, source: HubSource):
-    """Read one split from a folder.
+def _from_folder(folder: Path, source: HubSource) -> tuple[Any, list[str]]:
+    """Read one split from a folder; return it and its files.
 
     The folder is the output of save_to_disk, a clone of the repository, or plain data files.
     """
@@ -154,18 +175,19 @@ def _from_folder(folder: Path, source: HubSource):
     for place in (inner / source.split, inner, folder):
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(place))
-            if not isinstance(loaded, datasets.DatasetDict):
-                return loaded
-            if source.split not in loaded:
-                raise ValueError(
-                    f"{place}: no split {source.split!r} of {source.dataset}; "
-                    f"it has {', '.join(loaded)}"
-                )
-            return loaded[source.split]
+            if isinstance(loaded, datasets.DatasetDict):
+                if source.split not in loaded:
+                    raise ValueError(
+                        f"{place}: no split {source.split!r} of {source.dataset}; "
+                        f"it has {', '.join(loaded)}"
+                    )
+                loaded = loaded[source.split]
+            return loaded, [file["filename"] for file in loaded.cache_files]
     files = find_split_files(folder, source)
-    return datasets.load_dataset(
+    dataset = datasets.load_dataset(
         DATA_FILES[Path(files[0]).suffix], data_files={source.split: files}, split=source.split
     )
+    return dataset, files
 
 
 def find_split_files(folder: Path, source: HubSource) -> list[str]:

@@ -58,3 +58,31 @@ def test_eta_of_a_resumed_bar_counts_only_what_this_process_did():
     bar.started -= 10
     bar.advance(5)
     assert bar.eta() == pytest.approx(10, rel=0.01)
+
+
+def test_the_log_keeps_what_was_printed_and_why_it_ended_over_restarts(
+    tmp_path, monkeypatch, capsys
+):
+    console.set_console_mode("live")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
+    path = tmp_path / "run.log"
+    with console.keep_log(path):
+        with console.progress_bar("stage 1 [colour]", 2) as bar:
+            bar.advance(1, loss=1.0)
+            console.print_warning("disk is [nearly] full")
+        console.print_table("totals", ("task", "n"), [("colour", "8")])
+    with pytest.raises(ValueError), console.keep_log(path):
+        raise ValueError("train.lr: expected a number,\n got \udc80")
+    with pytest.raises(ZeroDivisionError), console.keep_log(path):
+        _ = 1 / 0
+    console.print_message("after the block")
+    lines = [line[21:] for line in path.read_text().splitlines()]
+    for line in (
+        "stage 1 [colour]  1/2 (50%)  ETA 0s  loss 1",
+        "warning: disk is [nearly] full",
+        "colour  8",
+        "error: train.lr: expected a number, got \\udc80",
+        "ZeroDivisionError: division by zero",
+    ):
+        assert line in lines
+    assert sum(line.startswith("----") for line in lines) == 3 and "after the block" not in lines

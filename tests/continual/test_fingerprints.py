@@ -1,0 +1,101 @@
+"""Fingerprints change with every input of a run, and with nothing else."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+import run_helpers
+
+from cptjax.continual import fingerprints
+from cptjax.data.row_checks import CheckedRows
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    for name in ("train.jsonl", "data/test.csv", "mine.py", "style.jinja", "corpus.jsonl"):
+        (tmp_path / name).write_text(f"content of {name}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text(name)
+    mine = {
+        "train": "train.jsonl",
+        "test": str(tmp_path / "data"),
+        "prompt": "long " * 2000,
+        "reward": "mine.py:reward",
+        "scorer": "exact",
+    }
+    stages = (
+        {"task": "mine", "steps": 1, "data": {"template": "style.jinja"}},
+        {"task": "mine", "steps": 1, "method": {"corpus": "corpus.jsonl"}},
+    )
+    return run_helpers.config(
+        tasks={"mine": mine}, stages=stages, model={"path": str(tmp_path / "model")}
+    )
+
+
+CHANGES = {
+    "train.jsonl": "tasks.mine.train: train.jsonl",
+    "data/test.csv": "tasks.mine.test: ",
+    "mine.py": "tasks.mine.reward: mine.py",
+    "style.jinja": "stage 1: data.template: style.jinja",
+    "corpus.jsonl": "stage 2: method.corpus: corpus.jsonl",
+    "model/model.safetensors": "model.path: ",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_file_changes_its_own_fingerprint_only(config, tmp_path, name):
+    before = fingerprints.process_fingerprints(config)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text[:-1] + "?")  # of the same length
+    after = fingerprints.process_fingerprints(config)
+    changed = [key for key in before if before[key] != after[key]]
+    assert before.keys() == after.keys() and len(changed) == 1
+    assert changed[0].startswith(CHANGES[name])
+    (tmp_path / name).write_text(text)
+    assert fingerprints.process_fingerprints(config) == before
+
+
+def test_settings_and_packages_are_named(config, monkeypatch):
+    before = fingerprints.process_fingerprints(config)
+    config.train.lr = 0.5
+    after = fingerprints.process_fingerprints(config)
+    assert {k: (before[k], after[k]) for k in before if before[k] != after[k]} == {
+        "config.train.lr": ("0.01", "0.5")
+    }
+    assert before["version of jax"] and len(before["code"]) == 16
+
+
+def test_a_large_file_is_hashed_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "WHOLE_FILE_BYTES", 1000)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(1 << 18))
+    before = fingerprints.hash_path(path)
+    path.write_bytes(bytes((1 << 18) - 1) + b"x")
+    assert fingerprints.hash_path(path) != before
+
+
+@dataclasses.dataclass
+class Row:
+    id: str
+
+
+class Splits:
+    """Stands in for the loaded splits of a run: one split with these row ids."""
+
+    def __init__(self, ids, dropped=()):
+        rows, kept = [Row(i) for i in ids], [i for i in range(len(ids)) if i not in dropped]
+        spec = types.SimpleNamespace(task="t", split="train", template="none")
+        checked = CheckedRows(rows, kept, np.ones(len(kept), np.int32))
+        self.loaded_splits = lambda: [(spec, checked)]
+
+
+def test_rows_are_compared_by_number_and_id():
+    hashes = [
+        fingerprints.row_hashes(Splits(*given))["rows of t train (none)"]
+        for given in (("abc",), ("abc",), ("abd",), ("abcd",), ("abc", (1,)))
+    ]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4 and hashes[0].startswith("3 rows, ")
