@@ -233,6 +233,8 @@ def serve(memory: int, path: list[str]) -> None:
     if memory:
         import resource
 
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # a process cannot raise it
+        memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     functions: dict[str, Any] = {}
     while header := requests.read(8):
