@@ -16,7 +16,15 @@ from cptjax.types import Example
 
 SPLIT_NAME = re.compile(r"(^|[-_.])(train|validation|val|valid|dev|test|testdev|eval)([-_.]|$)")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # JSON files without rows
-DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+DATA_FILES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".tsv": "csv",
+}
+# How `datasets` reads files with tabs: an empty text is not a missing value.
+TAB_SEPARATED = {"delimiter": "\t", "keep_default_na": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +35,12 @@ class HubSource:
     split: str
     config: str | None = None
     needs: str = ""  # keep only rows in which this column is not null
+    # which rows to keep, before the two settings below: rows -> mask
+    keep: Callable[["ArrowRows"], np.ndarray] | None = None
     # The part of the rows in a fixed random order, where the dataset lacks the split.
     part: tuple[float, float] = (0.0, 1.0)
     most: int | None = None  # largest number of rows taken from that order
+    tabs: bool = False  # the files of the hub are texts with tabs
 
 
 BuildExample = Callable[[dict[str, Any]], Example]
@@ -100,7 +111,10 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
         dataset, _sources_read[name] = _from_folder(folder, source)
         return ArrowRows(dataset)
     try:
-        dataset = datasets.load_dataset(source.dataset, source.config, split=source.split)
+        options = TAB_SEPARATED if source.tabs else {}
+        dataset = datasets.load_dataset(
+            source.dataset, source.config, split=source.split, **options
+        )
         _sources_read[name] = _hub_revision(dataset)
         return ArrowRows(dataset)
     except (OSError, ValueError) as error:
@@ -157,6 +171,8 @@ def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:
     order = np.arange(len(rows))
     if source.needs:
         order = order[np.asarray(rows.column(source.needs).is_valid())]
+    if source.keep:
+        order = order[source.keep(rows)[order]]
     if source.part != (0.0, 1.0) or source.most is not None:
         order = order[permutation(len(order), (0,))]
         start, stop = (round(share * len(order)) for share in source.part)
@@ -184,14 +200,16 @@ def _from_folder(folder: Path, source: HubSource) -> tuple[Any, list[str]]:
                 loaded = loaded[source.split]
             return loaded, [file["filename"] for file in loaded.cache_files]
     files = find_split_files(folder, source)
+    kind = DATA_FILES[Path(files[0]).suffix]
+    options = TAB_SEPARATED if kind == "csv" else {}
     dataset = datasets.load_dataset(
-        DATA_FILES[Path(files[0]).suffix], data_files={source.split: files}, split=source.split
+        kind, data_files={source.split: files}, split=source.split, **options
     )
     return dataset, files
 
 
 def find_split_files(folder: Path, source: HubSource) -> list[str]:
-    """Return the data files of a split: those named after it, or in a folder of that name.
+    """Return the data files of a split: those named after it or its config, or in its folder.
 
     A single file that is named after no split is the training split. A dataset with several configs
     has a folder for each; the default config, or a copy of one config alone, is at the top.
@@ -212,7 +230,9 @@ def find_split_files(folder: Path, source: HubSource) -> list[str]:
         matching = [
             path
             for path in files
-            if re.match(rf"{source.split}([-_.]|$)", path.stem) or path.parent.name == source.split
+            if re.match(rf"{source.split}([-_.]|$)", path.stem)
+            or path.parent.name == source.split
+            or path.stem == source.config
         ]
         if (
             not matching

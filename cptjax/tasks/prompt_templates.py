@@ -1,13 +1,16 @@
 r"""Prompt templates: the instruction around a row's text, and how to read the answer.
 
-A template is a jinja file. In it, `content` is the text of the row, and the row's columns are
-variables. Constants at its top say how to read the responses:
+A template is a jinja file. In it, `content` is the text of the row, `instruction` is the task's
+statement of which answers are accepted ("" if it has none), and the row's columns are variables.
+All built-in templates contain both texts. `released_cot` and `released_nocot` are worded as in the
+released code of arXiv 2507.05386. Constants at the top say how to read the responses:
 
     {% set extract = "boxed" %}            how to find the answer, see scoring/extract.py
     {% set format = "think_boxed" %}       the form to reward, see rewards.py; "" = none
     {% set forced_prefix = "\\boxed{" %}   a forced start of the response, for evaluation
     {% set forced_extract = "boxed" %}     `extract` for forced_prefix + completion
     {{ content }}
+    {{ instruction }}
     Write the final answer inside \boxed{}.
 
 Without `extract`, the answer is the whole response; without `forced_extract`, it is `extract`. A
@@ -26,7 +29,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cptjax.tasks.scoring.extract import EXTRACTIONS, extract_answer
 
 TEMPLATE_FOLDER = Path(__file__).with_name("templates")
-BUILT_IN_TEMPLATES = ("cot", "boxed", "direct", "letter", "answer", "none")
+BUILT_IN_TEMPLATES = (
+    "cot",
+    "boxed",
+    "direct",
+    "letter",
+    "answer",
+    "none",
+    "released_cot",
+    "released_nocot",
+)
 FORMAT_NAMES = ("", "boxed", "think_boxed", "think_answer")
 TEMPLATE_SETTINGS = {"extract": "whole", "format": "", "forced_prefix": "", "forced_extract": ""}
 
@@ -42,12 +54,15 @@ class PromptTemplate:
     forced_prefix: str
     forced_extract: str
 
-    def render(self, content: str, columns: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, content: str, columns: Mapping[str, Any] | None = None, instruction: str = ""
+    ) -> str:
         """Return the text of the prompt; placeholders such as <image> in `content` are kept."""
+        own = {"content": content, "instruction": instruction}
         try:
-            text = _compile_template(self.source).render({**(columns or {}), "content": content})
+            text = _compile_template(self.source).render({**(columns or {}), **own})
         except jinja2.UndefinedError as error:
-            known = ", ".join(["content", *map(str, columns or {})])
+            known = ", ".join([*own, *(str(c) for c in columns or {} if c not in own)])
             raise ValueError(
                 f"template {self.name}: {error.message}; the row has {known}"
             ) from error

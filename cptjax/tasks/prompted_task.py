@@ -32,15 +32,12 @@ class PromptedTask:
         return self.task.forced_prefix or self.template.forced_prefix
 
     def build_prompt(self, example: Example) -> list[dict[str, Any]]:
-        """Return an example's conversation with the template's instruction in the last turn."""
+        """Return an example's conversation with the instructions in the last turn."""
         *before, last = example.messages
-        text = content_text(last["content"])
-        # Under "direct", a dataset's own instruction for short answers replaces the template's.
-        suffixes = [example.meta.get("direct_suffix"), self.task.direct_suffix]
-        if self.template.name == "direct" and any(suffixes):
-            text = "\n".join([text, *filter(None, suffixes)])
-        else:
-            text = self.template.render(text, example.meta)
+        instructions = filter(None, [example.meta.get("instruction"), self.task.instruction])
+        text = self.template.render(
+            content_text(last["content"]), example.meta, "\n".join(instructions)
+        )
         parts = [] if isinstance(last["content"], str) else last["content"]
         images = [part["image"] for part in parts if part["type"] == "image"]
         videos = [part["video"] for part in parts if part["type"] == "video"]

@@ -17,12 +17,15 @@ from cptjax.tasks.datasets import (
     gqa,
     ifeval,
     jigsaw,
+    mme,
     mmlu,
     mmlu_pro,
     mmmu,
+    mmstar,
     pathvqa,
     pope,
     refcoco,
+    safety,
     scienceqa,
     superclevr,
     textvqa,
@@ -58,27 +61,56 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
     "math": competition_math.make_task,
     "refcoco": refcoco.make_task,
     "docvqa": docvqa.make_task,
+    "mme": mme.make_task,
+    "mmstar": mmstar.make_task,
+    "wildjailbreak": safety.make_wildjailbreak,
+    "wildguardtest": safety.make_wildguardtest,
     "synthetic": dataset.make_synthetic_task,
 }
 
 _PARITY = {"scorer": "mathruler_parity"}
+
+
+def make_paper_a_tasks(prefix: str, released: bool) -> list[Task]:
+    """Return paper A's tasks (arXiv 2507.05386): seven in its order, and its general benchmarks.
+
+    Their rows have one gold answer. All use the paper's lenient scorer, and also report the
+    benchmark's and the score of the paper's SFT models. `released` words the prompts, and divides
+    Super-CLEVR, as in the paper's files; the prompts of the general benchmarks are not released.
+    """
+    own = {"released": True} if released else {}
+
+    def fields(*official: str) -> dict[str, Any]:
+        return {**_PARITY, "also": (*official, "lower_exact_match")}
+
+    return [
+        scienceqa.make_task(
+            f"{prefix}_scienceqa", **own, **fields("mcq_letter", "scienceqa_strict")
+        ),
+        textvqa.make_task(f"{prefix}_textvqa", ocr=True, single=True, **own, **fields("vqa_soft")),
+        vizwiz.make_task(f"{prefix}_vizwiz", single=True, **own, **fields("vqa_soft")),
+        gqa.make_task(
+            f"{prefix}_gqa", train_rows=80_000, **own, **fields("exact_match", "gqa_strict")
+        ),
+        geometry3k.make_task(f"{prefix}_geometry3k", **fields("math")),
+        pathvqa.make_task(f"{prefix}_pathvqa", **fields("pathvqa_split")),
+        superclevr.make_task(f"{prefix}_superclevr", **own, **fields("vqa_em_modal")),
+        mmmu.make_task(f"{prefix}_mmmu", **fields("mmmu_official")),
+        mmlu_pro.make_task(f"{prefix}_mmlu_pro", shots=0, **fields("mmlu_pro")),
+        pope.make_task(f"{prefix}_pope", **fields("pope")),
+    ]
+
+
 _VARIANTS = [
-    # Paper A (arXiv 2507.05386): its seven tasks in its order, with one gold answer per row, then
-    # its general benchmarks. All use the paper's lenient scorer and also report the benchmark's.
-    scienceqa.make_task("cpt7_scienceqa", also=("mcq_letter",), **_PARITY),
-    textvqa.make_task("cpt7_textvqa", ocr=True, single=True, also=("vqa_soft",), **_PARITY),
-    vizwiz.make_task("cpt7_vizwiz", single=True, also=("vqa_soft",), **_PARITY),
-    gqa.make_task("cpt7_gqa", train_rows=80_000, also=("exact_match",), **_PARITY),
-    geometry3k.make_task("cpt7_geometry3k", also=("math",), **_PARITY),
-    pathvqa.make_task("cpt7_pathvqa", also=("pathvqa_split",), **_PARITY),
-    superclevr.make_task("cpt7_superclevr", also=("vqa_em_modal",), **_PARITY),
-    mmmu.make_task("cpt7_mmmu", also=("mmmu_official",), **_PARITY),
-    mmlu_pro.make_task("cpt7_mmlu_pro", shots=0, also=("mmlu_pro",), **_PARITY),
-    pope.make_task("cpt7_pope", also=("yes_no",), **_PARITY),
-    # Paper C (arXiv 2510.18874): its own splits of public data.
+    *make_paper_a_tasks("cpt7", released=False),
+    *make_paper_a_tasks("released", released=True),
+    # Paper C (arXiv 2510.18874): its prompts and readings of the answers, on its own splits.
     ifeval.make_task("retain_ifeval", paper_c=True),
-    mmlu.make_task("retain_mmlu", paper_c=True, template="letter"),
+    mmlu.make_task("retain_mmlu", paper_c=True),
+    competition_math.make_task("retain_math", paper_c=True),
+    countdown.make_task("retain_countdown", paper_c=True),
     countdown.make_task("synthetic_countdown", synthetic=True),
+    jigsaw.make_task("synthetic_jigsaw", images="synthetic"),
     *(
         dataset.make_synthetic_task(f"synthetic_{family}", family)
         for family in families.SYNTHETIC_FAMILIES

@@ -38,12 +38,22 @@ def has_box(response: str) -> bool:
     return boxed_answer(response) is not None
 
 
+def squeeze_around_tags(text: str) -> str:
+    """Remove the space around each `<`, `>` and `/`, in linear time."""
+    pieces = re.split(r"([<>/])", text)
+    last = len(pieces) - 1
+    for i in range(0, len(pieces), 2):  # the marks are at odd places
+        pieces[i] = pieces[i] if i == 0 else pieces[i].lstrip()
+        pieces[i] = pieces[i] if i == last else pieces[i].rstrip()
+    return "".join(pieces)
+
+
 def thinks_then_boxes(response: str) -> bool:
     r"""Return whether the whole response is `<think>...</think>...\boxed{...}...`.
 
     Space around `<`, `>` and `/` is ignored.
     """
-    rest = re.sub(r"\s*([<>/])\s*", r"\1", response)
+    rest = squeeze_around_tags(response)
     # One mark after the other takes linear time; a regular expression with `.*` takes minutes on a
     # response of repeated tags.
     for mark in ("</think>", "\\boxed{", "}"):

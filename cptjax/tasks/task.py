@@ -20,8 +20,8 @@ OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Task:
     """A dataset with its scorer, reward and prompt settings.
 
-    The messages of its examples contain no instruction: the template adds one, so that an example
-    works with every template.
+    The messages of its examples contain no instruction: the template adds the task's, which states
+    the answers that the scorer accepts, and its own, which states the form of the response.
     """
 
     name: str
@@ -34,12 +34,16 @@ class Task:
     reward: str | Callable = ""
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
-    # the instruction of the template "direct"; meta["direct_suffix"] is placed before it
-    direct_suffix: str = ""
+    # which answers the scorer accepts, such as "a single word or phrase"; in the prompt under every
+    # template, after the row's own meta["instruction"]
+    instruction: str = ""
     # the start of a response that evaluation can force, to score knowledge apart from format;
     # "" = the template's
     forced_prefix: str = ""
     also: tuple[str, ...] = ()  # further scorers to report
+    # who reads a prompt with its response and gives the verdict that is scored: the Hugging Face
+    # folder of a model, or "file.py:function"; "" = the response itself is scored
+    judge: str = ""
     # the limits of the model's image size that the answers depend on; None = any
     pixels: tuple[int, int] | None = None
 
@@ -197,8 +201,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def refuse_old_name(setting: str, name: str) -> None:
     """Raise a ValueError that gives the new name of an old task or setting."""
+    renamed = {"direct_suffix": "instruction"}
     if re.fullmatch(r"drawn(_\w+)?", name):
-        new = name.replace("drawn", "synthetic", 1)
+        renamed[name] = name.replace("drawn", "synthetic", 1)
+    if new := renamed.get(name):
         raise ValueError(f"{setting}: {name!r} was renamed; write {new!r}")
 
 

@@ -120,7 +120,9 @@ def _put_gold_answer(prompted_tasks: PromptedTasks, example: Example, response: 
     before = f"{response.rstrip()}\n"
     if opening in response:
         before = response[: response.rfind(opening)]
-    return f"{before}{opening}{example.answer}{closing}"
+    if not example.target:
+        raise ValueError(f"method.corpus_answer='gold': {example.id} has no gold answer to insert")
+    return f"{before}{opening}{example.target}{closing}"
 
 
 def _check_lengths(

@@ -13,6 +13,8 @@ GOOD = {  # a response in the form that each template asks for
     "letter": "Red is wrong. The answer is: B",
     "direct": "blue",
     "none": "blue",
+    "released_cot": "<think>because</think> \\boxed{blue}",
+    "released_nocot": "blue",
 }
 FORCED = {  # a completion of the forced prefix
     "cot": "blue} and more",
@@ -21,6 +23,8 @@ FORCED = {  # a completion of the forced prefix
     "letter": " B. It",
     "direct": " blue.",
     "none": " blue. It is",
+    "released_cot": "blue} and more",
+    "released_nocot": " blue.",
 }
 
 
@@ -90,7 +94,10 @@ def test_content_is_text_not_a_template():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ content }} {{ hnt }}", r"mine\.jinja: 'hnt' is undefined; the row has content, hint"),
+        (
+            "{{ content }} {{ hnt }}",
+            r"mine\.jinja: 'hnt' is undefined; the row has content, instruction, hint",
+        ),
         ("{{ content.__class__.__mro__ }}", r"mine\.jinja: access to attribute '__class__'"),
         ("{% for i in range(10**9) %}x{% endfor %}", r"mine\.jinja: Range too big"),
         ("{{ content + 1 }}", r"mine\.jinja: can only concatenate"),
@@ -119,7 +126,7 @@ def test_loading_errors_name_the_file(tmp_path, source, message):
 def test_unknown_names():
     with pytest.raises(
         ValueError,
-        match=r"unknown template 'cott'; expected cot, boxed, direct, letter, answer, none or the path",
+        match=r"unknown template 'cott'; expected cot, boxed, direct, letter, answer, none, .* or the path",
     ):
         prompt_templates.load_template("cott")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.jinja"):

@@ -1,5 +1,7 @@
 """A task under a template: the prompt, the gold response, and the forced prefix of scoring."""
 
+import dataclasses
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -15,15 +17,18 @@ def prompted(template, /, **fields):
     return make_prompted_task(Task("t", list, "exact", **fields), template, SETTINGS, None)
 
 
-def test_direct_uses_the_instruction_of_the_dataset_and_keeps_the_image_in_its_place():
-    (turn,) = prompted("direct", direct_suffix="Be short.").build_prompt(EXAMPLE)
+def test_the_instruction_of_the_task_is_in_every_prompt_and_the_image_keeps_its_place():
+    (turn,) = prompted("direct", instruction="Be short.").build_prompt(EXAMPLE)
     assert turn["content"] == [
         {"type": "image", "image": "a.png"},
         {"type": "text", "text": "What?\nBe short."},
     ]
-    (turn,) = prompted("boxed", direct_suffix="Be short.").build_prompt(EXAMPLE)
+    (turn,) = prompted("boxed", instruction="Be short.").build_prompt(EXAMPLE)
     text = turn["content"][1]["text"]
-    assert text.startswith("What?\n") and "\\boxed{}" in text and "Be short." not in text
+    assert text.startswith("What?\nBe short.\n") and "\\boxed{}" in text
+    row = dataclasses.replace(EXAMPLE, meta={"instruction": "A letter."})
+    (turn,) = prompted("cot", instruction="Be short.").build_prompt(row)
+    assert turn["content"][1]["text"].startswith("What?\nA letter.\nBe short.\nReason first")
 
 
 def test_the_gold_response_has_the_form_of_the_template():

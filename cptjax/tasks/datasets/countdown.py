@@ -1,15 +1,18 @@
 """Countdown: reach a target from given numbers with + - * /, each number used exactly once.
 
-Paper C trains on 10,000 and evaluates on 1,000 rows of Countdown-Tasks-3to4. `synthetic=True`
-generates puzzles instead, without a download.
+Training has 10,000 and testing 1,000 rows of Countdown-Tasks-3to4. With `paper_c` the targets are
+0 to 99, an expression needs no box, and the prompt asks to reason; paper C's own puzzles and its
+question are not public. `synthetic=True` generates puzzles instead, without a download.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import numpy as np
 
 from cptjax.tasks import hub
+from cptjax.tasks.scoring.retain_answers import LARGEST_TARGET
 from cptjax.tasks.synthetic.random_streams import hash_key
 from cptjax.tasks.task import Examples, Task, user_turn
 from cptjax.types import Example
@@ -19,6 +22,21 @@ SOURCES = {
     "train": hub.HubSource(DATASET, "train", part=(0.0, 0.9), most=10_000),
     "test": hub.HubSource(DATASET, "train", part=(0.9, 1.0), most=1_000),
 }
+
+
+def has_small_target(rows: hub.ArrowRows) -> np.ndarray:
+    """Return a mask of the rows whose target is in paper C's range."""
+    targets = np.array(rows.column("target").to_pylist())
+    return (targets >= 0) & (targets <= LARGEST_TARGET)
+
+
+PAPER_C_SOURCES = {
+    split: dataclasses.replace(source, keep=has_small_target) for split, source in SOURCES.items()
+}
+INSTRUCTION = "The final answer is the expression alone."
+PAPER_C_INSTRUCTION = (
+    "Reason about it, and put the final expression, without an equals sign, in \\boxed{}."
+)
 PUZZLE_COUNTS = {"train": 10_000, "validation": 500, "test": 1_000}
 QUESTION = (
     "Use the numbers {numbers} to make an expression that equals {target}. "
@@ -93,6 +111,7 @@ def _build_generated(split: str, seed: int, count: int, largest: int, index: int
 def make_task(
     name: str = "countdown",
     synthetic: bool = False,
+    paper_c: bool = False,
     count: int = 3,
     largest: int = 20,
     **fields: Any,
@@ -101,10 +120,17 @@ def make_task(
 
     Synthetic puzzles have `count` numbers from 1 to `largest`; their SFT target is a solution.
     """
+    sources = PAPER_C_SOURCES if paper_c else SOURCES
     load = (
         functools.partial(load_generated_split, name, count, largest)
         if synthetic
-        else functools.partial(hub.load_hub_split, name, SOURCES, build_example)
+        else functools.partial(hub.load_hub_split, name, sources, build_example)
     )
-    own = {"scorer": "countdown", "direct_suffix": "Give only the expression."}
+    own = {"scorer": "countdown", "instruction": INSTRUCTION}
+    if paper_c:
+        own = {
+            "scorer": "retain_countdown",
+            "instruction": PAPER_C_INSTRUCTION,
+            "template": "none",
+        }
     return Task(name, load, **{**own, **fields})

@@ -23,7 +23,9 @@ DATASET = "lmms-lab/GQA"
 SPLITS = {"train": "train", "validation": "val", "test": "testdev"}
 
 
-def build_example(row: dict[str, Any], images: hub.ArrowRows, place: dict[str, int]) -> Example:
+def build_example(
+    row: dict[str, Any], images: hub.ArrowRows, place: dict[str, int], released: bool
+) -> Example:
     if row["imageId"] not in place:
         raise ValueError(
             f"question {row['id']}: no image {row['imageId']!r} among the images of its split"
@@ -32,7 +34,7 @@ def build_example(row: dict[str, Any], images: hub.ArrowRows, place: dict[str, i
     meta = select_columns(row, "imageId", "fullAnswer", "types")
     return Example(
         row["id"],
-        user_turn("<image>" + row["question"], [image]),
+        user_turn(("<image>\n" if released else "<image>") + row["question"], [image]),
         row["answer"],
         row["answer"],
         meta=meta,
@@ -42,6 +44,7 @@ def build_example(row: dict[str, Any], images: hub.ArrowRows, place: dict[str, i
 def load_split(
     name: str,
     train_rows: int | None,
+    released: bool,
     split: str,
     root: str = "",
     limit: int | None = None,
@@ -64,7 +67,7 @@ def load_split(
         hub.HubSource(DATASET, source.split, f"{source.split}_balanced_images"), root
     )
     place = {image: row for row, image in enumerate(images.column("id").to_pylist())}
-    build_row = functools.partial(build_example, images=images, place=place)
+    build_row = functools.partial(build_example, images=images, place=place, released=released)
     return Examples(
         name,
         split,
@@ -75,12 +78,18 @@ def load_split(
 
 
 def make_task(
-    name: str = "gqa", train_rows: int | None = None, scorer: str = "exact_match", **fields: Any
+    name: str = "gqa", train_rows: int | None = None, released: bool = False, **fields: Any
 ) -> Task:
-    """Return the task; `train_rows` trains on a fixed random subset (paper A used about 80,000)."""
+    """Return the task.
+
+    `train_rows` trains on a fixed random subset (paper A used about 80,000); `released` words the
+    prompts as in paper A's files.
+    """
+    own = {
+        "scorer": "exact_match",
+        "also": ("gqa_strict",),
+        "instruction": SHORT_ANSWER_SUFFIX,
+    }
     return Task(
-        name,
-        functools.partial(load_split, name, train_rows),
-        scorer,
-        **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields},
+        name, functools.partial(load_split, name, train_rows, released), **{**own, **fields}
     )

@@ -9,7 +9,8 @@ ORIGINAL image in reading order, which SHOWN tile belongs there:
      c | d           a | b          place 4 (d) is shown as tile 1     answer: 3 4 2 1
 
 `permutation[k]` is the original place (from 0) of shown tile k: (3, 2, 0, 1) above; the answer is
-its inverse, plus 1.
+its inverse, plus 1. The images are photographs: those of TextVQA by default, since paper B's own
+are not known; `images` names a folder or any other task with images.
 """
 
 import functools
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cptjax.common import console
 from cptjax.common.images import open_image
 from cptjax.tasks.synthetic import dataset
 from cptjax.tasks.task import (
@@ -34,6 +36,7 @@ from cptjax.tasks.task import (
 from cptjax.types import Example
 
 IMAGE_FILE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+INSTRUCTION = "The final answer is the numbers alone."
 QUESTION = (
     "<image>The picture was cut into a grid of {rows} rows and {cols} columns and its tiles "
     "were shuffled. The tiles you see are numbered 1 to {count} in reading order. For each "
@@ -169,6 +172,7 @@ def load_split(
     seed: int = 0,
 ) -> Examples:
     if images == "synthetic":
+        console.print_message(f"task {name}: its puzzles are generated images, not photographs")
         source = dataset.PuzzleImages(split, seed, side, limit)
         order = np.arange(len(source))
     else:
@@ -196,7 +200,7 @@ def make_task(
     name: str = "jigsaw",
     rows: int = 3,
     cols: int = 3,
-    images: str = "synthetic",
+    images: str = "textvqa",
     side: int = 224,
     *,
     find_task: Callable[[str], Task | None] = no_task,
@@ -213,7 +217,11 @@ def make_task(
         )
     if not Path(images).is_dir():
         refuse_old_name(f"tasks.{name}.images", images)
-    own = {"scorer": "jigsaw", "reward": "jigsaw", "direct_suffix": "Give only the numbers."}
+    own = {
+        "scorer": "jigsaw",
+        "reward": "jigsaw",
+        "instruction": INSTRUCTION,
+    }
     return Task(
         name,
         functools.partial(load_split, name, rows, cols, images, side, find_task),

@@ -1,6 +1,7 @@
 """MMLU: four options, 57 subjects.
 
-Paper C trains on 12,000 questions of the test split and evaluates on the other 2,042.
+Paper C trains on 12,000 questions of the test split and evaluates on the other 2,042, with a prompt
+and a reading of the answer of its own.
 """
 
 from typing import Any
@@ -29,25 +30,29 @@ PAPER_C_SOURCES = {
 }
 
 
+PAPER_C_INSTRUCTION = 'Reason about it and answer with "The answer is: <option>"'
+
+
 def build_example(row: dict[str, Any]) -> Example:
+    text = f"{row['question'].strip()}\n{format_options(row['choices'])}"
+    return _build_from_text(row, text)
+
+
+def build_paper_c_example(row: dict[str, Any]) -> Example:
+    """Return an example with the prompt of paper C's released code."""
+    options = format_options(row["choices"])
+    return _build_from_text(row, f"{row['question']}\n\nAnswer options:\n{options}\n")
+
+
+def _build_from_text(row: dict[str, Any], text: str) -> Example:
     letter = OPTION_LETTERS[row["answer"]]
     meta = {"options": row["choices"], **select_columns(row, "subject")}
-    return Example(
-        "",
-        user_turn(f"{row['question'].strip()}\n{format_options(row['choices'])}"),
-        letter,
-        letter,
-        meta=meta,
-    )
+    return Example("", user_turn(text), letter, letter, meta=meta)
 
 
-def make_task(
-    name: str = "mmlu", paper_c: bool = False, scorer: str = "mcq_letter", **fields: Any
-) -> Task:
-    return hub.make_hub_task(
-        name,
-        PAPER_C_SOURCES if paper_c else SOURCES,
-        build_example,
-        scorer,
-        **{"direct_suffix": OPTION_LETTER_SUFFIX, **fields},
-    )
+def make_task(name: str = "mmlu", paper_c: bool = False, **fields: Any) -> Task:
+    if paper_c:
+        own = {"scorer": "retain_mmlu", "template": "none", "instruction": PAPER_C_INSTRUCTION}
+        return hub.make_hub_task(name, PAPER_C_SOURCES, build_paper_c_example, **{**own, **fields})
+    own = {"scorer": "mcq_letter", "instruction": OPTION_LETTER_SUFFIX}
+    return hub.make_hub_task(name, SOURCES, build_example, **{**own, **fields})

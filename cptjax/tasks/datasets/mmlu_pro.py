@@ -54,7 +54,8 @@ def build_example(
 
 
 def format_question(row: dict[str, Any]) -> str:
-    return f"Question:\n{row['question']}\nOptions:\n{format_options(row['options'])}"
+    options = [option for option in row["options"] if option != "N/A"]
+    return f"Question:\n{row['question']}\nOptions:\n{format_options(options)}"
 
 
 def format_solution(row: dict[str, Any]) -> str:
@@ -84,5 +85,5 @@ def make_task(
     With `shots` > 0 the prompt contains its own instruction (template "none"); with 0 (paper A) the
     template adds one.
     """
-    own = {"direct_suffix": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}
+    own = {"instruction": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}
     return Task(name, functools.partial(load_split, name, shots), scorer, **{**own, **fields})

@@ -3,35 +3,54 @@
 Qwen2.5-VL states boxes in pixels *after* the processor's resizing. Therefore `build_example`
 resizes the image, and the box with it, to the size that the processor would choose within
 `min_pixels` and `max_pixels`; the processor then changes neither. The limits must be those of
-model.min_pixels and model.max_pixels. The public copy has no training split, so "train" is its
-"val".
+model.min_pixels and model.max_pixels. Each expression of a row is a question of its own. The public
+copy has no training split: where another split is tested, its "val" is for training.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from cptjax.common.images import ImageSettings, open_image
 from cptjax.tasks import hub
-from cptjax.tasks.task import Task, user_turn
+from cptjax.tasks.task import Examples, Task, did_you_mean, limit_rows, user_turn
 from cptjax.types import Example
 
-SPLITS = {"train": "val", "validation": "testB", "test": "testA"}
+SPLITS = ("val", "test", "testA", "testB")
+INSTRUCTION = "The final answer is the box alone."
 QUESTION = (
     '<image>Locate "{expression}" in the image. '
     "Give its bounding box in pixels as [x1, y1, x2, y2]."
 )
 
 
-def build_example(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Example:
+class Expressions(Sequence[tuple[dict[str, Any], int]]):
+    """The rows of a split with the number of an expression, for each expression of each row."""
+
+    def __init__(self, rows: hub.ArrowRows):
+        self.rows = rows
+        counts = [len(expressions) for expressions in rows.column("answer").to_pylist()]
+        self.places = [(row, k) for row, count in enumerate(counts) for k in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], int]:
+        row, k = self.places[index]
+        return self.rows[row], k
+
+
+def build_example(place: tuple[dict[str, Any], int], min_pixels: int, max_pixels: int) -> Example:
+    row, k = place
     image = open_image(row["image"])
     height, width = ImageSettings(min_pixels, max_pixels).size(image.width, image.height)
     x, y, w, h = row["bbox"]
     across, down = width / image.width, height / image.height
     left, top = round(x * across), round(y * down)
     box = [left, top, max(left + 1, round((x + w) * across)), max(top + 1, round((y + h) * down))]
-    expression = row["answer"][0]
+    expression = row["answer"][k]
     meta = {
         "size": [width, height],
         "original_size": [image.width, image.height],
@@ -39,7 +58,7 @@ def build_example(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Exam
     }
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return Example(
-        str(row["question_id"]),
+        f"{row['question_id']}-{k}",
         user_turn(QUESTION.format(expression=expression), [resized]),
         box,
         str(box),
@@ -47,16 +66,42 @@ def build_example(row: dict[str, Any], min_pixels: int, max_pixels: int) -> Exam
     )
 
 
+def load_split(
+    name: str,
+    sources: dict[str, hub.HubSource],
+    build_row: hub.BuildExample,
+    split: str,
+    root: str = "",
+    limit: int | None = None,
+    seed: int = 0,
+) -> Sequence[Example]:
+    rows = Expressions(hub.load_rows(hub.pick_source(name, sources, split), root))
+    return Examples(name, split, rows, build_row, limit_rows(range(len(rows)), limit, seed))
+
+
 def make_task(
     name: str = "refcoco",
     dataset: str = "lmms-lab/RefCOCO",
+    split: str = "val",
     min_pixels: int = 200_704,
     max_pixels: int = 1_003_520,
-    scorer: str = "iou50",
     **fields: Any,
 ) -> Task:
-    """Return the task; `dataset` may be lmms-lab/RefCOCOplus, whose files have the same form."""
-    sources = {ours: hub.HubSource(dataset, theirs) for ours, theirs in SPLITS.items()}
+    """Return the task; `split` is the one of the public copy that is evaluated.
+
+    `dataset` may be lmms-lab/RefCOCOplus, whose files have the same form.
+    """
+    if split not in SPLITS:
+        raise ValueError(
+            f"tasks.{name}.split: expected one of {', '.join(SPLITS)}; "
+            f"got {split!r}{did_you_mean(split, SPLITS)}"
+        )
+    splits = {"test": split} if split == "val" else {"train": "val", "test": split}
+    sources = {ours: hub.HubSource(dataset, theirs) for ours, theirs in splits.items()}
     build_row = functools.partial(build_example, min_pixels=min_pixels, max_pixels=max_pixels)
-    own = {"direct_suffix": "Give only the box.", "pixels": (min_pixels, max_pixels)}
-    return hub.make_hub_task(name, sources, build_row, scorer, **{**own, **fields})
+    own = {
+        "scorer": "iou50",
+        "instruction": INSTRUCTION,
+        "pixels": (min_pixels, max_pixels),
+    }
+    return Task(name, functools.partial(load_split, name, sources, build_row), **{**own, **fields})

@@ -15,10 +15,16 @@ DATASET = "lmms-lab/textvqa"
 SOURCES = {"train": hub.HubSource(DATASET, "train"), "test": hub.HubSource(DATASET, "validation")}
 
 
-def build_example(row: dict[str, Any], ocr: bool, single: bool) -> Example:
-    question = "<image>" + row["question"].capitalize()
+def build_example(row: dict[str, Any], ocr: bool, single: bool, released: bool) -> Example:
+    tokens = row["ocr_tokens"] or ()
+    if released:
+        question = "<image>\n" + row["question"]
+        listed = "Reference OCR token:" + ",".join(tokens)
+    else:
+        question = "<image>" + row["question"].capitalize()
+        listed = "Reference OCR token: " + ", ".join(tokens)
     if ocr:
-        question += "\nReference OCR token: " + ", ".join(row["ocr_tokens"] or ())
+        question += "\n" + listed
     best = most_frequent(row["answers"])
     meta = select_columns(row, "image_id", "image_classes") | (
         {"annotators": row["answers"]} if single else {}
@@ -36,15 +42,16 @@ def make_task(
     name: str = "textvqa",
     ocr: bool = False,
     single: bool = False,
+    released: bool = False,
     scorer: str = "vqa_soft",
     **fields: Any,
 ) -> Task:
     """Return the task.
 
     `ocr` lists the dataset's OCR tokens in the prompt; `single` keeps only the most frequent of the
-    ten answers (paper A).
+    ten answers (paper A); `released` words the prompts as in paper A's files.
     """
-    build_row = functools.partial(build_example, ocr=ocr, single=single)
+    build_row = functools.partial(build_example, ocr=ocr, single=single, released=released)
     return hub.make_hub_task(
-        name, SOURCES, build_row, scorer, **{"direct_suffix": SHORT_ANSWER_SUFFIX, **fields}
+        name, SOURCES, build_row, scorer, **{"instruction": SHORT_ANSWER_SUFFIX, **fields}
     )

@@ -35,10 +35,11 @@ SUFFIX = (
 )
 
 
-def build_example(row: dict[str, Any], single: bool) -> Example:
+def build_example(row: dict[str, Any], single: bool, released: bool) -> Example:
     best = most_frequent(row["answers"])
     meta = select_columns(row, "category") | ({"annotators": row["answers"]} if single else {})
-    messages = user_turn("<image>" + row["question"].capitalize(), [open_image(row["image"])])
+    question = "\n" + row["question"] if released else row["question"].capitalize()
+    messages = user_turn("<image>" + question, [open_image(row["image"])])
     return Example(
         str(row["question_id"]), messages, best if single else row["answers"], best, meta=meta
     )
@@ -86,16 +87,21 @@ def _to_hub_columns(entry: dict[str, Any], images: Path) -> dict[str, Any]:
 
 
 def make_task(
-    name: str = "vizwiz", single: bool = False, scorer: str = "vqa_soft", **fields: Any
+    name: str = "vizwiz",
+    single: bool = False,
+    released: bool = False,
+    scorer: str = "vqa_soft",
+    **fields: Any,
 ) -> Task:
     """Return the task.
 
-    `single` keeps only the most frequent of the ten answers, as paper A and MCITlib do.
+    `single` keeps only the most frequent of the ten answers, as paper A and MCITlib do; `released`
+    words the prompts as in paper A's files.
     """
-    build_row = functools.partial(build_example, single=single)
+    build_row = functools.partial(build_example, single=single, released=released)
     return Task(
         name,
         functools.partial(load_split, name, build_row),
         scorer,
-        **{"direct_suffix": SUFFIX, **fields},
+        **{"instruction": SUFFIX, **fields},
     )

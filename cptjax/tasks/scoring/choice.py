@@ -10,11 +10,9 @@ from typing import Any
 from cptjax.tasks.scoring.extract import option_letter
 
 CHOICE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MMLU_PRO_PATTERNS = (
-    r"answer is \(?([A-J])\)?",
-    r"[aA]nswer:\s*\(?([A-J])\b",
-    r".*\b([A-J])\b",
-)  # tried in this order
+MMLU_PRO_STATED = re.compile(r"answer is \(?([A-J])\)?")
+MMLU_PRO_ANSWER = re.compile(r"(?=[aA]nswer:\s*([A-J]))")
+MMLU_PRO_ALONE = re.compile(r"\b[A-J]\b")
 ANSWER_KEY_WORDS = (
     "could be ",
     "so ",
@@ -25,6 +23,7 @@ ANSWER_KEY_WORDS = (
     "answer ",
     "result ",
 )
+LONG_DIGITS = re.compile(r"\d{50,}")  # no gold number is so long, and they take quadratic time
 NUMBER_PATTERN = (
     r"-?\b\d{1,3}(?:,\d{3})+\b|-?\d+(?:\.\d+)?[eE][+-]?\d+"
     r"|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d)(?![,\d])"
@@ -56,18 +55,51 @@ def score_mcq_letter(prediction: str, answer: Any, meta: Any = None) -> float:
     return float(option_letter(prediction) == gold_letter(answer))
 
 
+def score_scienceqa_strict(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if the prediction is the gold letter or begins with it and a period (lmms-eval)."""
+    prediction, gold = prediction.strip(), gold_letter(answer).lower()
+    if prediction.lower() == gold:
+        return 1.0
+    starts_with_option = prediction[:1].isupper() and prediction[1:2] == "."
+    return float(starts_with_option and prediction[0].lower() == gold)
+
+
+def score_mmstar(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if MMStar's rule reads the gold letter.
+
+    It looks at the first character, and at the one after "(", "option " or "the answer is ". Quirk
+    kept: any word that begins with the gold letter is right.
+    """
+    text = prediction.lower().replace("\n", " ").strip()
+    gold = gold_letter(answer).lower()
+    starts = ("", "(", "option ", "the answer is ")
+    return float(any(text.startswith(start + gold) for start in starts))
+
+
 def find_mmlu_pro_letter(text: str) -> str | None:
-    """Return X from "answer is (X)", else from "Answer: X", else the last single capital A-J."""
-    for pattern in MMLU_PRO_PATTERNS:
-        if match := re.search(pattern, text, re.DOTALL):
-            return match[1]
-    return None
+    """Return the letter that MMLU-Pro's official extraction reads.
+
+    It is X of the first "answer is (X)", else of the last "Answer: X" in the first line that has
+    one, else the last capital A-J that is a word.
+    """
+    if stated := MMLU_PRO_STATED.search(text):
+        return stated[1]
+    found = None
+    for answer in MMLU_PRO_ANSWER.finditer(text):
+        if found and "\n" in text[found.start() : answer.start()]:
+            break
+        found = answer
+    if found:
+        return found[1]
+    for alone in MMLU_PRO_ALONE.finditer(text):
+        found = alone
+    return found[0] if found else None
 
 
 def score_mmlu_pro(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Score by MMLU-Pro's rule.
+    """Score by MMLU-Pro's rule, except that a response without a letter is wrong.
 
-    A response without a letter is wrong (upstream guesses at random).
+    The official code then guesses at random.
     """
     return float(find_mmlu_pro_letter(prediction) == gold_letter(answer))
 
@@ -149,7 +181,7 @@ def matches_mmmu_open(text: str, golds: Sequence[str]) -> bool:
     predicted = {
         form
         for part in parts
-        for piece in (part, *re.findall(NUMBER_PATTERN, part))
+        for piece in (part, *re.findall(NUMBER_PATTERN, LONG_DIGITS.sub(" ", part)))
         for form in normal_forms(piece)
     }
     gold = {form for answer in golds for form in normal_forms(answer)}

@@ -4,12 +4,18 @@ import re
 from collections.abc import Callable
 
 ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?\s*", re.IGNORECASE)
-BRACES = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
+# Without the lookbehind, a run of backslashes takes quadratic time.
+BRACES = re.compile(r"(?<!\\)\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
 LETTER_ALONE = re.compile(r"\(?([A-Za-z])\)?\s*[.:,)]?")
 LETTER_STATED = re.compile(
     r"\(([A-Z])\)|([A-Z])(?:[.:,;)](?=\s|$)|(?=\s+(?:because|since|as|for|due)\b))"
 )
 LETTER_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])[.:)](?:\s|$)")
+
+
+def raw_text(text: str) -> str:
+    """Return the response as it is, an empty one too."""
+    return text
 
 
 def whole_text(text: str) -> str | None:
@@ -59,6 +65,7 @@ def option_letter(text: str) -> str | None:
 
 
 EXTRACTIONS: dict[str, Callable[[str], str | None]] = {
+    "raw": raw_text,
     "whole": whole_text,
     "boxed": boxed_answer,
     "answer_tag": tagged_answer,

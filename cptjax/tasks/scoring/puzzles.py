@@ -37,7 +37,8 @@ OPERATOR_SPELLINGS = {
     "\\right": "",
     "$": "",
 }
-FLOAT_PATTERN = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+FLOAT_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+MAX_TILE_DIGITS = 9
 BOX_PATTERN = re.compile(
     rf"[\[(]\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*(?:\)\s*,?\s*\(|,)"
     rf"\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*[\])]"
@@ -153,28 +154,32 @@ def score_countdown(prediction: str, answer: Any, meta: Mapping[str, Any]) -> fl
     return float(value == int(answer) and sorted(used) == sorted(int(n) for n in nums))
 
 
-def parse_tiles(value: Any) -> list[int] | None:
-    """Return the tile numbers of an answer, given as a list or as a text with any separators.
+def parse_tiles(value: Any) -> list[int]:
+    """Return the numbers of an answer, given as a list or as a text with any separators.
 
-    Return None unless each of 1..n occurs exactly once.
+    A number of more digits than a tile has becomes 0.
     """
-    tiles = [int(n) for n in (re.findall(r"\d+", value) if isinstance(value, str) else value)]
-    return tiles if tiles and sorted(tiles) == list(range(1, len(tiles) + 1)) else None
+    if not isinstance(value, str):
+        return [int(n) for n in value]
+    return [int(n) if len(n) < MAX_TILE_DIGITS else 0 for n in re.findall(r"\d+", value)]
+
+
+def _gold_tiles(answer: Any) -> list[int]:
+    gold = parse_tiles(answer)
+    if not gold or sorted(gold) != list(range(1, len(gold) + 1)):
+        raise ValueError(f"a jigsaw's answer: expected each tile 1..n once, got {answer!r}")
+    return gold
 
 
 def jigsaw_hit_rate(prediction: str, answer: Any) -> float:
-    """Return the share of places with the right tile.
+    """Return the share of places whose tile is right, of all places of the puzzle (paper B).
 
-    A response that does not use every tile once scores 0; otherwise "1 1 1 1" would get a hit.
+    The k-th number of the response is for place k; places without a number are wrong.
     """
-    predicted, gold = parse_tiles(prediction), parse_tiles(answer)
-    if gold is None:
-        raise ValueError(f"a jigsaw's answer: expected each tile 1..n once, got {answer!r}")
-    if predicted is None or len(predicted) != len(gold):
-        return 0.0
-    return sum(map(operator.eq, predicted, gold)) / len(gold)
+    gold = _gold_tiles(answer)
+    return sum(map(operator.eq, parse_tiles(prediction), gold)) / len(gold)
 
 
 def score_jigsaw(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if every tile is in its place."""
-    return float(jigsaw_hit_rate(prediction, answer) == 1.0)
+    """Return 1 if the response is the right tile of every place and nothing more."""
+    return float(parse_tiles(prediction) == _gold_tiles(answer))

@@ -2,10 +2,11 @@
 
     response --extract--> prediction --score--> ScoreRecord --summarise--> {"accuracy": Metric, ...}
 
-The version of a scorer is recorded with every number that it produces. A response without an
-answer in the expected form scores 0 and also counts as an extraction failure, because much
-"forgetting" is only a change of form. Symbolic algebra and a user's own `file.py:function` run in
-worker processes with a time limit.
+The id of a scorer is recorded with every number that it produces: its name, its version, and the
+public scorer whose rule it re-implements, as in `pope@1=LLaVA`; without the last the rule is ours.
+A response without an answer in the expected form scores 0 and also counts as an extraction failure,
+because much "forgetting" is only a change of form. Symbolic algebra and a user's own
+`file.py:function` run in worker processes with a time limit.
 """
 
 import dataclasses
@@ -18,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from cptjax.tasks.scoring import choice, instructions, puzzles, summaries, text
+from cptjax.tasks.scoring import (
+    choice,
+    instructions,
+    judged,
+    puzzles,
+    retain_answers,
+    rlvr_constraints,
+    summaries,
+    text,
+)
 from cptjax.tasks.scoring.extract import extract_answer
 from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, shared_sandbox_pool, split_target
 from cptjax.tasks.scoring.summaries import Metric, Summary
@@ -48,6 +58,7 @@ class Scorer:
     # A string is file.py:function, called in a worker process.
     rule: Callable[[str, Any, Mapping[str, Any]], float] | str
     version: str = "1"
+    reference: str = ""  # the public scorer whose rule this is; "" = none
     extraction: str = ""  # "" = the prompt template's
     missing: str | None = None  # the prediction where nothing was extracted; None = score 0
     summary: Summary | None = None  # further metrics of the records
@@ -56,41 +67,85 @@ class Scorer:
 
     @property
     def id(self) -> str:
-        """Name and version, as recorded with each result."""
-        return f"{self.name}@{self.version}"
+        """Name, version and reference, as recorded with each result."""
+        return f"{self.name}@{self.version}" + (f"={self.reference}" if self.reference else "")
 
     def score(self, prediction: str, answer: Any, meta: Mapping[str, Any] | None = None) -> float:
-        """Return the score of one prediction."""
-        (record,) = score_responses(self, [prediction], [answer], [meta or {}])
-        return record.score
+        """Return the score of one prediction, which is not extracted from a response first."""
+        ((score, _),) = _apply_rule(self, [(prediction, answer, meta or {}, "0")], None, "stop")
+        return score
 
 
 _BUILT_IN = (
     Scorer("exact", text.score_exact),
     Scorer("contains", text.score_contains),
     Scorer("exact_match", text.score_exact_match),
-    Scorer("vqa_soft", text.score_vqa_soft),
+    Scorer("lower_exact_match", text.score_lower_exact_match, reference="RFTvsSFT"),
+    Scorer("gqa_strict", text.score_gqa_strict, reference="lmms-eval"),
+    Scorer("vqa_soft", text.score_vqa_soft, reference="EvalAI"),
     Scorer("vqa_em_modal", text.score_vqa_em_modal),
     Scorer("mcq_letter", choice.score_mcq_letter, "2"),
+    Scorer("scienceqa_strict", choice.score_scienceqa_strict, reference="lmms-eval"),
     Scorer("yes_no", text.score_yes_no, summary=summaries.summarise_yes_no),
+    Scorer("pope", text.score_pope, reference="LLaVA", summary=summaries.summarise_pope),
+    Scorer("mme", text.score_mme, reference="lmms-eval", summary=summaries.summarise_mme),
+    Scorer("mmstar", choice.score_mmstar, reference="MMStar", summary=summaries.summarise_mmstar),
     Scorer("pathvqa_split", text.score_exact_match, summary=summaries.summarise_pathvqa),
     Scorer("anls", text.score_anls),
-    Scorer("numeric", puzzles.score_numeric),
+    Scorer("numeric", puzzles.score_numeric, "2"),
     Scorer("math", f"{SYMBOLIC_FILE}:any_equal"),
     # The paper's code scores a missing box as the text "None".
-    Scorer("mathruler_parity", f"{SYMBOLIC_FILE}:any_lenient", missing="None"),
-    Scorer("mmmu_official", choice.score_mmmu, "2", summary=summaries.summarise_mmmu),
+    Scorer("mathruler_parity", f"{SYMBOLIC_FILE}:any_lenient", "2", "mathruler", missing="None"),
+    Scorer("mmmu_official", choice.score_mmmu, "2", "lmms-eval", summary=summaries.summarise_mmmu),
     Scorer("mmmu_strict", choice.score_mmmu_strict, summary=summaries.summarise_mmmu),
-    Scorer("mmlu_pro", choice.score_mmlu_pro, summary=summaries.summarise_mmlu_pro),
+    Scorer(
+        "mmlu_pro", choice.score_mmlu_pro, "2", "MMLU-Pro", summary=summaries.summarise_mmlu_pro
+    ),
     Scorer("iou", puzzles.score_iou, summary=summaries.summarise_overlap),
     Scorer("iou50", puzzles.score_iou50, summary=summaries.summarise_overlap),
     Scorer("countdown", puzzles.score_countdown),
-    Scorer("jigsaw", puzzles.score_jigsaw, summary=summaries.summarise_jigsaw),
+    Scorer("jigsaw", puzzles.score_jigsaw, "2", summary=summaries.summarise_jigsaw),
     Scorer(
         "ifeval",
         instructions.score_ifeval,
-        extraction="whole",
+        "2",
+        "google-research",
+        extraction="raw",
         summary=summaries.summarise_constraints,
+    ),
+    # Paper C's (arXiv 2510.18874) own readings of a response.
+    Scorer(
+        "rlvr_ifeval",
+        rlvr_constraints.score_rlvr_ifeval,
+        reference="retaining-by-doing",
+        extraction="raw",
+        summary=summaries.summarise_rlvr,
+    ),
+    Scorer(
+        "retain_mmlu",
+        retain_answers.score_retain_mmlu,
+        reference="retaining-by-doing",
+        extraction="raw",
+        summary=summaries.summarise_retain_mmlu,
+    ),
+    Scorer(
+        "retain_math",
+        retain_answers.score_retain_math,
+        reference="retaining-by-doing",
+        extraction="raw",
+    ),
+    Scorer(
+        "retain_countdown",
+        retain_answers.score_retain_countdown,
+        reference="retaining-by-doing",
+        extraction="raw",
+    ),
+    Scorer(
+        "refusal",
+        judged.score_refusal,
+        reference="retaining-by-doing",
+        extraction="raw",
+        summary=summaries.summarise_refusals,
     ),
 )
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _BUILT_IN}

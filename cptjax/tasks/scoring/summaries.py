@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cptjax.tasks.scoring import choice, instructions, puzzles, text
+from cptjax.tasks.scoring import choice, instructions, judged, puzzles, retain_answers, text
+
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
 
 
 class Metric(NamedTuple):
@@ -50,9 +57,8 @@ def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> di
     return {f"{prefix}/{key}": mean_metric(groups[key]) for key in sorted(groups)}
 
 
-def summarise_yes_no(records: Records) -> dict[str, Metric]:
-    """Compute POPE's metrics: "yes" is the positive class, `yes_ratio` that of the predictions."""
-    predicted = [text.parse_yes_no(r.prediction or "") for r in records]
+def binary_metrics(predicted: Sequence[str | None], records: Records) -> dict[str, Metric]:
+    """Compute precision, recall and F1 of "yes", and the share of predicted "yes"."""
     yes = np.array([p == "yes" for p in predicted], int)
     gold = np.array([text.gold_yes_no(r.answer) == "yes" for r in records], int)
     return {
@@ -60,8 +66,61 @@ def summarise_yes_no(records: Records) -> dict[str, Metric]:
         "recall": ratio_metric(yes * gold, gold),
         "f1": ratio_metric(2 * yes * gold, yes + gold),
         "yes_ratio": mean_metric(yes),
-        "neither": mean_metric([p is None for p in predicted]),
     }
+
+
+def summarise_yes_no(records: Records) -> dict[str, Metric]:
+    """Compute the metrics of yes/no rows, and the share of predictions with neither."""
+    predicted = [text.parse_yes_no(r.prediction or "") for r in records]
+    neither = mean_metric([p is None for p in predicted])
+    return binary_metrics(predicted, records) | {"neither": neither}
+
+
+def summarise_pope(records: Records) -> dict[str, Metric]:
+    """Compute POPE's metrics by LLaVA's rule, and the accuracy of each kind of question."""
+    predicted = [None if r.prediction is None else text.parse_pope(r.prediction) for r in records]
+    return binary_metrics(predicted, records) | group_means(row_category, "category", records)
+
+
+def row_category(record: Any) -> str:
+    return str(record.meta.get("category", "other"))
+
+
+def summarise_mme(records: Records) -> dict[str, Metric]:
+    """Compute MME's scores of perception (at most 2,000 points), cognition (800) and their sum.
+
+    A category scores 100 x (accuracy + share of images with both questions right). Images with one
+    question among the records count in neither.
+    """
+    images = defaultdict(list)
+    for record in records:
+        images[row_category(record), record.meta.get("question_id", record.id)].append(record.score)
+    points = defaultdict(list)
+    for (category, _), scores in images.items():
+        if len(scores) == 2:
+            points[category].append(100 * (sum(scores) / 2 + (sum(scores) == 2)))
+    cognition = [c for c in points if c in MME_COGNITION]
+    perception = [c for c in points if c not in MME_COGNITION]
+    sums = {"perception": perception, "cognition": cognition, "total": [*perception, *cognition]}
+    metrics = {name: _sum_metric([points[c] for c in of]) for name, of in sums.items()}
+    return metrics | {f"category/{c}": mean_metric(points[c]) for c in sorted(points)}
+
+
+def _sum_metric(groups: Sequence[Sequence[float]]) -> Metric:
+    """Return the sum of the means of groups."""
+    means = [mean_metric(group) for group in groups]
+    error = math.sqrt(sum(m.stderr**2 for m in means)) if means else math.nan
+    return Metric(sum(m.value for m in means), sum(m.n for m in means), error)
+
+
+def summarise_mmstar(records: Records) -> dict[str, Metric]:
+    """Compute the accuracy of each of MMStar's categories, and their mean, its official score."""
+    categories = group_means(row_category, "category", records)
+    total = _sum_metric([[r.score for r in records if row_category(r) == c.partition("/")[2]]
+                         for c in categories])  # fmt: skip
+    count = max(1, len(categories))
+    average = Metric(total.value / count, total.n, total.stderr / count)
+    return {"average": average} | categories
 
 
 def summarise_pathvqa(records: Records) -> dict[str, Metric]:
@@ -94,9 +153,7 @@ def summarise_mmlu_pro(records: Records) -> dict[str, Metric]:
     unread = [
         r.prediction is None or choice.find_mmlu_pro_letter(r.prediction) is None for r in records
     ]
-    return group_means(lambda r: str(r.meta.get("category", "other")), "category", records) | {
-        "unread_choice": mean_metric(unread)
-    }
+    return group_means(row_category, "category", records) | {"unread_choice": mean_metric(unread)}
 
 
 def summarise_overlap(records: Records) -> dict[str, Metric]:
@@ -111,15 +168,37 @@ def summarise_jigsaw(records: Records) -> dict[str, Metric]:
 
 
 def summarise_constraints(records: Records) -> dict[str, Metric]:
-    """Compute the share of all constraints that are met.
+    """Compute the share of all constraints that are met, and the loose scores.
 
     The constraints of one response are correlated, so the rows are responses.
     """
-    met = [
-        sum(instructions.follows_constraint(r.prediction or "", c) for c in r.answer)
-        for r in records
-    ]
-    return {"instruction_level": ratio_metric(met, [len(r.answer) for r in records])}
+    counts = [len(r.answer) for r in records]
+    strict, loose = (
+        [[follows(r.prediction or "", c) for c in r.answer] for r in records]
+        for follows in (instructions.follows_constraint, instructions.follows_loosely)
+    )
+    return {
+        "instruction_level": ratio_metric([sum(met) for met in strict], counts),
+        "loose": mean_metric([all(met) for met in loose]),
+        "loose_instruction_level": ratio_metric([sum(met) for met in loose], counts),
+    }
+
+
+def summarise_rlvr(records: Records) -> dict[str, Metric]:
+    """Compute the accuracy of each kind of constraint."""
+    return group_means(lambda r: str(r.meta.get("constraint_type", "other")), "kind", records)
+
+
+def summarise_retain_mmlu(records: Records) -> dict[str, Metric]:
+    unread = [retain_answers.parse_retain_mmlu(r.prediction or "") is None for r in records]
+    return {"unread_choice": mean_metric(unread)}
+
+
+def summarise_refusals(records: Records) -> dict[str, Metric]:
+    """Compute the accuracy on harmful and on benign prompts, and the share of unread verdicts."""
+    unread = [judged.read_refusal(r.prediction or "") is None for r in records]
+    kinds = group_means(lambda r: "harmful" if r.answer else "benign", "prompt", records)
+    return kinds | {"unread_verdict": mean_metric(unread)}
 
 
 def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:

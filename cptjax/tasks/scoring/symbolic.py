@@ -88,6 +88,8 @@ def _parse_math(text: str) -> list:
 
 def equal_by_mathruler(prediction: str, answer: str) -> bool:
     """Return whether two answers are equal by the rules of mathruler."""
+    if len(" ".join(prediction.split())) > MAX_ANSWER_LENGTH + len(answer):
+        return False  # no long text reduces to a short answer
     if normalise_latex(prediction) == normalise_latex(answer):
         return True
     predicted, gold = normalise_loosely(prediction), normalise_loosely(answer)

@@ -64,7 +64,7 @@ def normalise_vqa_answer(text: str) -> str:
 
 
 def normalise_text(text: str) -> str:
-    """Convert to lower case, remove punctuation and repeated spaces (GQA's rule)."""
+    """Convert to lower case, remove punctuation and repeated spaces."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
@@ -82,6 +82,15 @@ def score_exact(prediction: str, answer: Any, meta: Any = None) -> float:
     return float(prediction.strip() in [a.strip() for a in gold_answers(answer)])
 
 
+def score_lower_exact_match(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 for equality, ignoring case and space at the ends.
+
+    Paper A scores its SFT models so, but on teacher-forced tokens.
+    """
+    golds = [a.strip().lower() for a in gold_answers(answer)]
+    return float(prediction.strip().lower() in golds)
+
+
 def score_contains(prediction: str, answer: Any, meta: Any = None) -> float:
     """Return 1 if one of the answers occurs in the prediction, ignoring case."""
     return float(
@@ -89,8 +98,15 @@ def score_contains(prediction: str, answer: Any, meta: Any = None) -> float:
     )
 
 
+def score_gqa_strict(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 for equality, ignoring case and punctuation but not space (lmms-eval's GQA)."""
+    remove = str.maketrans("", "", string.punctuation)
+    golds = [a.lower().translate(remove) for a in gold_answers(answer)]
+    return float(prediction.lower().translate(remove) in golds)
+
+
 def score_exact_match(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 for equality, ignoring case and punctuation (as lmms-eval scores GQA)."""
+    """Return 1 for equality, ignoring case, punctuation and repeated or outer space."""
     return float(normalise_text(prediction) in [normalise_text(a) for a in gold_answers(answer)])
 
 
@@ -124,6 +140,33 @@ def parse_yes_no(text: str) -> str | None:
     return stated.pop() if len(stated) == 1 else None
 
 
+def parse_pope(text: str) -> str:
+    """Return "no" if the first sentence has the word No, no or not, else "yes" (LLaVA's rule)."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def score_pope(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if LLaVA's rule reads the gold answer in the prediction."""
+    return float(parse_pope(prediction) == gold_yes_no(answer))
+
+
+def parse_mme(text: str) -> str:
+    """Return the "yes" or "no" that MME's rule reads in a prediction, else "other".
+
+    It accepts yes, no, y and n, and otherwise looks for yes or no in the first four characters.
+    """
+    text = text.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "other")
+    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+
+
+def score_mme(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if MME's rule reads the gold answer in the prediction."""
+    return float(parse_mme(prediction) == gold_yes_no(answer))
+
+
 def score_yes_no(prediction: str, answer: Any, meta: Any = None) -> float:
     """Return 1 if the prediction's yes or no is the gold answer.
 
@@ -142,7 +185,7 @@ def gold_yes_no(answer: Any) -> str:
 
 
 def token_overlap(prediction: str, answer: str) -> tuple[float, float]:
-    """Return the recall and F1 of the gold answer's words, normalised by GQA's rule."""
+    """Return the recall and F1 of the gold answer's words, without case and punctuation."""
     predicted = Counter(normalise_text(prediction).split())
     gold = Counter(normalise_text(answer).split())
     common = (predicted & gold).total()

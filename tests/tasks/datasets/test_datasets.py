@@ -1,20 +1,24 @@
 """Every dataset: rows in the form of the public files become the expected examples and prompts."""
 
+import dataclasses
 import json
+import re
 import types
 
 import pytest
 from hub_fixtures import FIXTURES, MMMU, MMMU_ROW, painted_image, write
 
 from cptjax.tasks import prompted_task
+from cptjax.tasks.prompt_templates import BUILT_IN_TEMPLATES
 from cptjax.tasks.registry import BUILT_IN_TASKS
 from cptjax.tasks.scoring import scorers
 from cptjax.tasks.task import content_text, example_text
 
+WITHOUT_DOWNLOAD = {name for name in BUILT_IN_TASKS if name.startswith("synthetic_")}
+
 
 def test_every_dataset_has_a_fixture():
-    synthetic = {name for name in BUILT_IN_TASKS if name.startswith("synthetic_")}
-    assert set(BUILT_IN_TASKS) - {"jigsaw"} - synthetic == set(FIXTURES) == set(SUFFIXES)
+    assert set(BUILT_IN_TASKS) - {"jigsaw"} - WITHOUT_DOWNLOAD == set(FIXTURES) == set(INSTRUCTIONS)
 
 
 WORD = "\nAnswer the question using a single word or phrase."
@@ -25,49 +29,97 @@ UNANSWERABLE = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + WORD
 )
 
-COT = (
-    "\nReason first, between the tags <think> and </think>. Then write the final answer, and nothing but the final answer, "
-    "inside \\boxed{}."
-)
-
-ONE_LETTER = '\nReason step by step, then finish with "The answer is: X", where X is the letter of the right option.'
-
-SUFFIXES = {  # what the prompt adds to the question: under "direct", and under paper A's (for paper C's: the config's "boxed") template
-    **dict.fromkeys(
-        ("scienceqa", "cpt7_scienceqa", "cpt7_mmlu_pro", "mmmu", "cpt7_mmmu", "mmlu"), (LETTER, COT)
-    ),
-    **dict.fromkeys(
-        ("textvqa", "cpt7_textvqa", "gqa", "cpt7_gqa", "geometry3k", "cpt7_geometry3k", "docvqa"),
-        (WORD, COT),
-    ),
-    **dict.fromkeys(
-        ("pathvqa", "cpt7_pathvqa", "superclevr", "cpt7_superclevr", "pope", "cpt7_pope"),
-        (WORD, COT),
-    ),
-    **dict.fromkeys(("vizwiz", "cpt7_vizwiz"), (UNANSWERABLE, COT)),
-    **dict.fromkeys(
-        ("mmlu_pro", "ifeval", "retain_ifeval"), ("", "")
-    ),  # the question brings its own instruction
-    "retain_mmlu": (ONE_LETTER, ONE_LETTER),
-    "countdown": ("\nGive only the expression.", COT),
-    "math": ("\nGive only the final answer.", COT),
-    "refcoco": ("\nGive only the box.", COT),
+INSTRUCTIONS = {  # what the prompt of every template adds to the question
+    **dict.fromkeys(("mmlu", "mmstar"), LETTER),
+    **{
+        f"{prefix}{name}": LETTER
+        for prefix in ("", "cpt7_", "released_")
+        for name in ("scienceqa", "mmmu")
+    },
+    **dict.fromkeys(("cpt7_mmlu_pro", "released_mmlu_pro"), LETTER),
+    **{
+        f"{prefix}{name}": WORD
+        for prefix in ("", "cpt7_", "released_")
+        for name in ("textvqa", "gqa", "geometry3k", "pathvqa", "superclevr", "pope")
+    },
+    "docvqa": WORD,
+    **dict.fromkeys(("vizwiz", "cpt7_vizwiz", "released_vizwiz"), UNANSWERABLE),
+    # The question brings its own instruction, or any response is allowed.
+    **dict.fromkeys(("mmlu_pro", "ifeval", "retain_ifeval", "mme"), ""),
+    **dict.fromkeys(("wildjailbreak", "wildguardtest"), ""),
+    "retain_mmlu": '\nReason about it and answer with "The answer is: <option>"',
+    "retain_math": "\nReason about the problem, derive your answer, and wrap your final answer in $\\boxed{ }$.",
+    "retain_countdown": "\nReason about it, and put the final expression, without an equals sign, in \\boxed{}.",
+    "countdown": "\nThe final answer is the expression alone.",
+    "math": "\nThe final answer is the result alone.",
+    "refcoco": "\nThe final answer is the box alone.",
 }
+ANSWER_SPACES = {  # scorer -> what its prompts must say about the answer
+    "mcq_letter": "letter|The answer is: <option>",
+    "mmstar": "letter",
+    "mmlu_pro": "letter",
+    "mmmu_official": "letter",
+    "retain_mmlu": "The answer is: <option>",
+    "retain_math": "final answer in \\$.boxed",
+    "retain_countdown": "expression, .* in .boxed",
+    "exact_match": "single word or phrase",
+    "pathvqa_split": "single word or phrase",
+    "vqa_soft": "single word or phrase",
+    "vqa_em_modal": "single word or phrase",
+    "anls": "single word or phrase",
+    "pope": "single word or phrase",
+    "mathruler_parity": "single word or phrase|letter",
+    "mme": "answer yes or no",
+    "math": "the result alone|single word or phrase",
+    "countdown": "an expression .* The final answer is the expression alone",
+    "iou50": "as \\[x1, y1, x2, y2\\].*The final answer is the box alone",
+    "jigsaw": "numbers separated by spaces.*The final answer is the numbers alone",
+}
+FREE_RESPONSES = {"ifeval", "rlvr_ifeval", "refusal"}
+WEIGHTS = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
 
 
-@pytest.mark.parametrize("name", SUFFIXES)
-def test_the_prompt_is_the_question_with_the_template_around_it(name, tmp_path):
+def prompts_of(task, example):
+    """Return the text of the last turn under every built-in template."""
+    return {
+        template: content_text(
+            prompted_task.make_prompted_task(
+                dataclasses.replace(task, template=""), template, WEIGHTS, None
+            ).build_prompt(example)[-1]["content"]
+        )
+        for template in BUILT_IN_TEMPLATES
+    }
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_every_template_states_the_answers_that_the_scorer_accepts(name, tmp_path):
     files, text, *_ = FIXTURES[name]
     write(tmp_path, files)
-    example = BUILT_IN_TASKS[name].load("test", root=str(tmp_path))[0]
-    weights = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
-    for template, suffix in zip(("direct", "cot"), SUFFIXES[name], strict=True):
-        turns = prompted_task.make_prompted_task(
-            BUILT_IN_TASKS[name], template, weights, None
-        ).build_prompt(example)
-        assert content_text(turns[-1]["content"]) == text + suffix and len(turns) == len(
-            example.messages
-        )
+    task = BUILT_IN_TASKS[name]
+    prompts = prompts_of(task, task.load("test", root=str(tmp_path))[0])
+    for template, prompt in prompts.items():
+        assert prompt.startswith((text + INSTRUCTIONS[name]).strip()), template
+        if task.scorer not in FREE_RESPONSES:
+            assert re.search(ANSWER_SPACES[task.scorer], prompt, re.DOTALL), template
+    assert prompts["none"] == (text + INSTRUCTIONS[name]).strip()
+    assert all("\\boxed{}" in prompts[name] for name in ("cot", "boxed", "released_cot"))
+    assert INSTRUCTIONS[name] == "" or prompts["direct"] == prompts["none"]
+
+
+def test_the_synthetic_jigsaw_states_its_answers_too(capsys):
+    task = BUILT_IN_TASKS["synthetic_jigsaw"]
+    for prompt in prompts_of(task, task.load("test", limit=1)[0]).values():
+        assert re.search(ANSWER_SPACES["jigsaw"], prompt, re.DOTALL)
+    assert "generated images, not photographs" in capsys.readouterr().out
+
+
+def test_a_users_template_has_the_instruction_as_a_variable(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ content }} [{{ instruction }}]")
+    write(tmp_path, FIXTURES["vizwiz"][0])
+    task = BUILT_IN_TASKS["vizwiz"]
+    prompted = prompted_task.make_prompted_task(task, str(tmp_path / "mine.jinja"), WEIGHTS, None)
+    (turn,) = prompted.build_prompt(task.load("test", root=str(tmp_path))[0])
+    assert content_text(turn["content"]) == f"<image>What is this? [{UNANSWERABLE.strip()}]"
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -166,7 +218,7 @@ def test_mmmu_open_questions_keep_every_gold_answer_and_their_own_suffix(tmp_pat
     write(tmp_path, [("MMMU/validation", MMMU, [row])])
     example = BUILT_IN_TASKS["mmmu"].load("test", root=str(tmp_path))[0]
     assert example_text(example) == "<image>How many?"
-    assert example.answer == ["8", "eight"] and example.meta["direct_suffix"].startswith(
+    assert example.answer == ["8", "eight"] and example.meta["instruction"].startswith(
         "Answer the question using a single word"
     )
     assert (
