@@ -13,7 +13,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cptjax", "cptjax.*"]),
-    package_data={"cptjax": ["tasks/templates/*.jinja", "evaluation/report/templates/*"]},
+    package_data={
+        "cptjax": [
+            "tasks/templates/*.jinja",
+            "tasks/datasets/*.b64",
+            "evaluation/report/templates/*",
+        ]
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -39,6 +45,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "plan": ["libtpu"],  # ahead-of-time compilation for TPU slices on a machine that has none
         "video": ["av"],  # decoding of video files; frame lists need nothing
+        "ifeval": ["langdetect"],  # constraints on the language of a response
         "int8": ["qwix>=0.1.8"],  # int8 rollout weights
         "tracking": ["tensorboardX", "wandb"],
         "test": [
@@ -49,6 +56,7 @@ setup(
             "libtpu",
             "qwix",
             "av",
+            "langdetect",
         ],
     },
 )

@@ -715,7 +715,8 @@ FIXTURES["released_superclevr"] = (
 FIXTURES["retain_mmlu"] = (
     [(path, features, rows * 8) for path, features, rows in FIXTURES["mmlu"][0]],
     " What is 2+2? \n\nAnswer options:\nA. 1\nB. 2\nC. 3\nD. 4\n",
-    *FIXTURES["mmlu"][2:],
+    "D",
+    "The answer is: D",
 )
 FIXTURES["retain_math"] = (
     FIXTURES["math"][0],

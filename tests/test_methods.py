@@ -87,7 +87,7 @@ def with_own_template(config, name: str, monkeypatch):
     task = config.stages[0]["task"]
     config.tasks[task].template = template
     if name.startswith("jigsaw"):
-        config.tasks[task] = dict(task="jigsaw", side=42)
+        config.tasks[task] = dict(task="jigsaw", images="synthetic", side=42)
     config.data.update(prompt_limit=512, buckets=(512,))
 
     def graded(prompted_tasks, items, texts):

@@ -21,6 +21,7 @@ from cptjax.data.datasets import Datasets
 from cptjax.data.model_context import ModelContext
 from cptjax.evaluation.base_kl import BaseResponses
 from cptjax.evaluation.evaluate import EvalPrompts
+from cptjax.evaluation.judge import Judge
 from cptjax.models import load
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.types import Params
@@ -67,6 +68,7 @@ class Run:
     # Kept between evaluations: prompts by (task, template), and the base model's responses by task.
     eval_prompts: dict[tuple[str, str], EvalPrompts] = dataclasses.field(default_factory=dict)
     base_responses: dict[str, BaseResponses] = dataclasses.field(default_factory=dict)
+    judges: dict[str, Judge] = dataclasses.field(default_factory=dict)  # by `judge` of their tasks
 
     @functools.cached_property
     def base_params(self) -> Params:

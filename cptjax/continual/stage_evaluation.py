@@ -16,10 +16,11 @@ from cptjax.continual.open_run import Run
 from cptjax.continual.resume import ResumePoint
 from cptjax.data import model_context
 from cptjax.data.cost import WorkCost
-from cptjax.evaluation import base_kl, evaluate, report, summary
+from cptjax.evaluation import base_kl, evaluate, judge, report, summary
 from cptjax.evaluation.matrix import AccuracyTable
 from cptjax.generation.sampling_config import eval_sampling
 from cptjax.models import trainable
+from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.task import limit_rows
 from cptjax.types import Params
 
@@ -217,8 +218,17 @@ def evaluate_with_template(
         batch=c.eval.batch,
         key=jax.random.fold_in(jax.random.key(c.seed), 10_000 + number),
         forced=forced,
+        judge=judge_of_task(run, eval_prompts.prompted),
         title=f"evaluate {task} {when}",
     )
+
+
+def judge_of_task(run: Run, prompted: PromptedTask) -> judge.Judge | None:
+    """Return the judge of a task, if it has one; tasks of a run share it."""
+    name = prompted.task.judge
+    if name and name not in run.judges:
+        run.judges[name] = judge.open_judge(name, run.config, run.sandbox)
+    return run.judges.get(name)
 
 
 # ---- inside a stage ------------------------------------------------------------------------------

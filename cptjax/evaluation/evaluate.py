@@ -18,6 +18,7 @@ from cptjax.data.device_batches import cut_to_shards
 from cptjax.data.mixture import RowRef
 from cptjax.data.model_context import ModelContext
 from cptjax.data.row_checks import CheckedRows
+from cptjax.evaluation.judge import Judge
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
@@ -184,12 +185,15 @@ def evaluate_task(
     batch: int,
     key: jax.Array,
     forced: bool = False,
+    judge: Judge | None = None,
     title: str = "",
 ) -> TaskResult:
     """Generate and score responses to some rows of a task.
 
-    `forced` also generates responses that continue the forced prefix.
+    `forced` also generates responses that continue the forced prefix. With `judge`, its verdicts
+    on the responses are scored, and no response is forced.
     """
+    forced = forced and not judge
     prompted, own_rows = eval_prompts.prompted, rows_of_process(rows)
     weights = generate.prepare_weights(model_ctx, params, sampling)
     total = len(own_rows) * (1 + forced)
@@ -207,6 +211,11 @@ def evaluate_task(
             forced_responses, forced_cost = respond(prefix)
             cost += forced_cost
     examples = [eval_prompts.scored[i] for i in own_rows]
+    predictions = responses
+    if judge:
+        questions = [example.meta["prompt"] for example in examples]
+        predictions, judge_cost = judge(questions, responses, [e.id for e in examples])
+        cost += judge_cost
 
     def gather(values: Sequence[T]) -> list[T]:
         """Gather the values of all processes, in the order of `rows`."""
@@ -215,7 +224,7 @@ def evaluate_task(
         return [by_row[i] for i in rows]
 
     extra_records = {
-        scorer: gather(dataclasses.replace(prompted, scorer=scorer).score(responses, examples))
+        scorer: gather(dataclasses.replace(prompted, scorer=scorer).score(predictions, examples))
         for scorer in prompted.extra_scorers
     }
     forced_records = (
@@ -223,7 +232,7 @@ def evaluate_task(
     )
     return TaskResult(
         prompted,
-        records=gather(prompted.score(responses, examples)),
+        records=gather(prompted.score(predictions, examples)),
         forced_records=forced_records,
         responses=gather(responses),
         cost=sum(distributed.gather_objects(cost), WorkCost()),

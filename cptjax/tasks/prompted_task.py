@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cptjax.tasks import prompt_templates, rewards
 from cptjax.tasks.prompt_templates import PromptTemplate
 from cptjax.tasks.scoring import scorers
-from cptjax.tasks.scoring.sandbox import SandboxPool
+from cptjax.tasks.scoring.sandbox import SandboxPool, split_target
 from cptjax.tasks.task import Task, content_text, place_media
 from cptjax.types import Example
 
@@ -58,6 +59,11 @@ class PromptedTask:
         self, completions: Sequence[str], examples: Sequence[Example]
     ) -> list[rewards.RewardParts]:
         """Compute the reward of each completion, by parts."""
+        if self.reward.scorer.is_judged and not self.reward.target:
+            raise ValueError(
+                f"task {self.name} is scored by a judge, which only evaluates; "
+                "to train on it, give it a reward"
+            )
         return self.reward(completions, *_scoring_columns(examples), pool=self.sandbox)
 
     def score(
@@ -88,6 +94,7 @@ def make_prompted_task(
     """
     loaded = prompt_templates.load_template(task.template or template)
     scorer, *extra = (_load_scorer(each, sandbox) for each in (task.scorer, *task.also))
+    _check_judge(task, scorer, sandbox)
     reward = rewards.find_reward(
         task.reward,
         loaded,
@@ -99,6 +106,27 @@ def make_prompted_task(
         pool=sandbox,
     )
     return PromptedTask(task, loaded, scorer, reward, sandbox, tuple(extra))
+
+
+def _check_judge(task: Task, scorer: scorers.Scorer, sandbox: SandboxPool) -> None:
+    """Refuse a task without the judge that its scorer needs, and load a judge that is a file."""
+    if scorer.is_judged and not task.judge:
+        raise ValueError(
+            f"task {task.name}: its scorer {scorer.name} needs a judge; set judge in "
+            f"tasks.{task.name} to the Hugging Face folder of a model or to file.py:function"
+        )
+    if task.judge and not scorer.is_judged:
+        raise ValueError(
+            f"task {task.name}: a judge belongs to the scorer refusal, not to {scorer.name}"
+        )
+    if ".py:" in task.judge:
+        path, function = split_target(task.judge)
+        sandbox.load(f"{path.resolve()}:{function}")
+    elif task.judge and not Path(task.judge).is_dir():
+        raise ValueError(
+            f"task {task.name}: judge={task.judge!r}: expected the Hugging Face folder of a model, "
+            "or file.py:function; there is no such folder"
+        )
 
 
 def _load_scorer(scorer: str | Callable, sandbox: SandboxPool) -> scorers.Scorer:

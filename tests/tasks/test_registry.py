@@ -78,7 +78,7 @@ def test_resolve_prefers_the_config_and_names_the_nearest():
         },
     )
     assert (own.name, own.scorer, own.instruction) == ("textvqa", "contains", "Short.")
-    assert resolve_task("pope").scorer == "yes_no"
+    assert resolve_task("pope").scorer == "pope"
     with pytest.raises(ValueError, match="no task 'textvqq'; did you mean 'textvqa'"):
         resolve_task("textvqq")
     with pytest.raises(ValueError, match="unknown setting 'rowz'; did you mean 'rows'"):

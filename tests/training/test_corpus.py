@@ -1,14 +1,18 @@
 """Responses of another run: correct ones, graded ones, inserted gold answers, refused files."""
 
+import dataclasses
 import hashlib
 import json
+import types
 
 import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
 from cptjax.common.files import read_jsonl
-from cptjax.training import self_training
+from cptjax.tasks import prompt_templates
+from cptjax.training import corpus, self_training
+from cptjax.types import Example
 
 
 def corpus_config(tmp_path, rows, **method):
@@ -108,6 +112,18 @@ def test_a_corpus_with_the_gold_answer_inserted(tmp_path):
     assert trained_texts(c, tmp_path / "run") == want
     with pytest.raises(ValueError, match="needs a boxed or tagged answer"):
         trained_texts(corpus_config(tmp_path, rows, corpus_answer="gold"), tmp_path / "plain")
+
+
+def test_the_gold_answer_is_inserted_in_the_form_that_the_question_asks_for():
+    template = prompt_templates.load_template("answer")
+    prompted = {"jigsaw": types.SimpleNamespace(template=template)}
+    example = Example("jigsaw/train/0", [], [2, 1, 3], "2 1 3", task="jigsaw")
+    insert = corpus._put_gold_answer
+    assert insert(prompted, example, "<think>x</think><answer>3") == (
+        "<think>x</think><answer>2 1 3</answer>"
+    )
+    with pytest.raises(ValueError, match="jigsaw/train/0 has no gold answer to insert"):
+        insert(prompted, dataclasses.replace(example, target=""), "x")
 
 
 BAD = {

@@ -41,13 +41,14 @@ def build_example(row: dict[str, Any]) -> Example:
 def build_paper_c_example(row: dict[str, Any]) -> Example:
     """Return an example with the prompt of paper C's released code."""
     options = format_options(row["choices"])
-    return _build_from_text(row, f"{row['question']}\n\nAnswer options:\n{options}\n")
+    text = f"{row['question']}\n\nAnswer options:\n{options}\n"
+    return _build_from_text(row, text, target="The answer is: {letter}")
 
 
-def _build_from_text(row: dict[str, Any], text: str) -> Example:
+def _build_from_text(row: dict[str, Any], text: str, target: str = "{letter}") -> Example:
     letter = OPTION_LETTERS[row["answer"]]
     meta = {"options": row["choices"], **select_columns(row, "subject")}
-    return Example("", user_turn(text), letter, letter, meta=meta)
+    return Example("", user_turn(text), letter, target.format(letter=letter), meta=meta)
 
 
 def make_task(name: str = "mmlu", paper_c: bool = False, **fields: Any) -> Task:

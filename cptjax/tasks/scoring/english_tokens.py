@@ -62,11 +62,11 @@ def _ends_sentence(text: str, boundary: re.Match) -> bool:
         return True
     following = re.match(r"[\w']{0,40}", text[boundary.start("next") :][:WORD_WINDOW])[0]
     window = text[max(0, boundary.start() - WORD_WINDOW) : boundary.start()]
-    word = (LAST_WORD.search(window) or [""])[0].lower().lstrip("\"'([{*")
+    word = (LAST_WORD.search(window) or [""])[0].lstrip("\"'([{*")
     if word.isdigit():
         return not following[:1].islower()
-    is_initial = len(word) == 1 and word.isalpha()
-    if len(mark) > 1 or is_initial or word in ABBREVIATIONS:
+    is_initial = len(word) == 1 and word.isupper()
+    if len(mark) > 1 or is_initial or word.lower() in ABBREVIATIONS:
         return following[:1].isupper() and following.lower() in SENTENCE_STARTERS
     return True
 

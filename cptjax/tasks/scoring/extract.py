@@ -65,12 +65,12 @@ def option_letter(text: str) -> str | None:
 
 
 EXTRACTIONS: dict[str, Callable[[str], str | None]] = {
-    "raw": raw_text,
     "whole": whole_text,
     "boxed": boxed_answer,
     "answer_tag": tagged_answer,
     "answer_is": stated_answer,
     "letter": option_letter,
+    "raw": raw_text,
 }
 
 

@@ -62,6 +62,7 @@ class Scorer:
     extraction: str = ""  # "" = the prompt template's
     missing: str | None = None  # the prediction where nothing was extracted; None = score 0
     summary: Summary | None = None  # further metrics of the records
+    is_judged: bool = False  # the prediction is the verdict of the task's judge
     # An error in a user's scorer stops the run; one in a built-in scorer scores 0.
     is_users: bool = False
 
@@ -146,6 +147,7 @@ _BUILT_IN = (
         reference="retaining-by-doing",
         extraction="raw",
         summary=summaries.summarise_refusals,
+        is_judged=True,
     ),
 )
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _BUILT_IN}

@@ -71,7 +71,7 @@ ANSWER_SPACES = {  # scorer -> what its prompts must say about the answer
     "mathruler_parity": "single word or phrase|letter",
     "mme": "answer yes or no",
     "math": "the result alone|single word or phrase",
-    "countdown": "an expression .* The final answer is the expression alone",
+    "countdown": "an expression .*The final answer is the expression alone",
     "iou50": "as \\[x1, y1, x2, y2\\].*The final answer is the box alone",
     "jigsaw": "numbers separated by spaces.*The final answer is the numbers alone",
 }
@@ -81,12 +81,11 @@ WEIGHTS = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
 
 def prompts_of(task, example):
     """Return the text of the last turn under every built-in template."""
+    judge = "." if task.scorer == "refusal" else ""  # a folder
+    task = dataclasses.replace(task, template="", judge=judge)
+    make = lambda template: prompted_task.make_prompted_task(task, template, WEIGHTS, None)
     return {
-        template: content_text(
-            prompted_task.make_prompted_task(
-                dataclasses.replace(task, template=""), template, WEIGHTS, None
-            ).build_prompt(example)[-1]["content"]
-        )
+        template: content_text(make(template).build_prompt(example)[-1]["content"])
         for template in BUILT_IN_TEMPLATES
     }
 

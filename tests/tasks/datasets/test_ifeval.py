@@ -1,49 +1,37 @@
-"""IFEval's and RLVR's constraints are ones that the scorer can check."""
+"""IFEval's and RLVR-IFeval's rows keep their constraints, those on the language too."""
 
-import json
-import logging
-
+import pytest
 from hub_fixtures import FIXTURES, write
 
-from cptjax.tasks.datasets import ifeval
 from cptjax.tasks.registry import BUILT_IN_TASKS
-from cptjax.tasks.scoring.instructions import follows_constraint
+from cptjax.tasks.scoring import language
 
 
-def test_every_rlvr_constraint_is_one_that_the_scorer_can_check():
-    arguments = {
-        "N": 2,
-        "quantifier": "around",
-        "keyword_list": ["a"],
-        "word": "a",
-        "forbidden_words": ["b"],
-        "letter": "a",
-        "i": 1,
-        "language": "hi",
-        "first_word": "a",
-        "postscript_marker": "P.S.",
-        "section_splitter": "Section",
-        "original_prompt": "say",
-        "end_phrase": "end",
-    }
-    for function in set(ifeval.RLVR_INSTRUCTIONS) - {"validate_response_language"}:
-        for constraint in ifeval.translate_constraint(
-            json.dumps({"func_name": function, **arguments})
-        ):
-            assert follows_constraint("a reply", constraint) in (True, False)
-    exactly = ifeval.translate_constraint(
-        json.dumps({"func_name": "verify_keyword_frequency", "word": "ha", "N": 2})
-    )
-    assert [
-        all(follows_constraint(text, c) for c in exactly) for text in ("ha", "ha ha", "ha ha ha")
-    ] == [False, True, False]
-    assert ifeval.count_bounds("at most", 5) == [("less than", 6)] and ifeval.count_bounds(
-        "around", 30
-    ) == [("at least", 27), ("less than", 34)]
-
-
-def test_ifeval_logs_how_many_rows_it_leaves_out(tmp_path, caplog):
+def test_every_row_is_kept_and_an_unknown_constraint_is_named(tmp_path):
+    ((path, features, rows),) = FIXTURES["ifeval"][0]
     write(tmp_path, FIXTURES["ifeval"][0])
-    with caplog.at_level(logging.WARNING, "cptjax"):
-        assert len(BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path))) == 1
-    assert "ifeval/test: 1 rows with a constraint that cannot be checked" in caplog.text
+    examples = BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path))
+    assert [e.answer[0]["id"] for e in examples] == [
+        "punctuation:no_comma",
+        "language:response_language",
+    ]
+    write(tmp_path, [(path, features, [rows[0] | {"instruction_id_list": ["a:b", "c:d"]}])])
+    with pytest.raises(ValueError, match="unknown constraint 'a:b'; known: keywords:existence"):
+        BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path))[0]
+
+
+def test_training_rows_are_rewarded_by_their_own_checks(tmp_path):
+    write(tmp_path, FIXTURES["retain_ifeval"][0])
+    task = BUILT_IN_TASKS["ifeval"]
+    example = task.load("train", root=str(tmp_path))[0]
+    assert example.answer["func_name"] == "validate_lowercase" and task.reward == "rlvr_ifeval"
+    assert example.meta["constraint_type"] == "All Lowercase"
+
+
+def test_a_missing_language_detector_is_reported_before_any_step(tmp_path, monkeypatch):
+    write(tmp_path, FIXTURES["ifeval"][0])
+    monkeypatch.setattr(language.importlib.util, "find_spec", lambda name: None)
+    message = r"task ifeval: .* need the package langdetect, .*pip install 'cptjax\[ifeval\]'"
+    with pytest.raises(ValueError, match=message):
+        BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path))
+    assert len(BUILT_IN_TASKS["ifeval"].load("test", root=str(tmp_path), limit=0)) == 0

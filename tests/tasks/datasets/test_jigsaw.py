@@ -79,10 +79,11 @@ def test_jigsaws_of_a_folder_of_another_task_and_of_synthetic_images(tmp_path):
     write(tmp_path, FIXTURES["pathvqa"][0])
     other = TASK_MAKERS["jigsaw"]("other", images="pathvqa").load("test", root=str(tmp_path))
     assert len(other) == 1 and sorted(other[0].answer) == list(range(1, 10))
-    assert (
-        len(BUILT_IN_TASKS["jigsaw"].load("test", limit=3)) == 3
-        and BUILT_IN_TASKS["jigsaw"].load("test", limit=3)[2].id == "jigsaw/test/2"
-    )
+    write(tmp_path, FIXTURES["textvqa"][0])  # photographs by default
+    by_default = BUILT_IN_TASKS["jigsaw"].load("test", root=str(tmp_path))
+    assert by_default[0].meta["source"].startswith("textvqa/test/")
+    generated = BUILT_IN_TASKS["synthetic_jigsaw"].load("test", limit=3)
+    assert len(generated) == 3 and generated[2].id == "synthetic_jigsaw/test/2"
     with pytest.raises(ValueError, match="expected a folder, a task or"):
         TASK_MAKERS["jigsaw"]("bad", images="nowhere").load("train")
     with pytest.raises(ValueError, match="no images for split 'validation'"):

@@ -53,5 +53,7 @@ def test_extraction_is_linear_in_degenerate_responses():
 
 
 def test_unknown_extraction_names_the_known_ones():
-    with pytest.raises(ValueError, match="whole, boxed, answer_tag, answer_is, letter; got 'box'"):
+    with pytest.raises(
+        ValueError, match="whole, boxed, answer_tag, answer_is, letter, raw; got 'box'"
+    ):
         extract_answer("x", "box")

@@ -104,11 +104,17 @@ def test_jigsaw_hits():
         puzzles.jigsaw_hit_rate("[2, 4, 3, 1]", [2, 4, 1, 3]) == 0.5
         and puzzles.score_jigsaw("2 4 3 1", [2, 4, 1, 3]) == 0.0
     )
-    assert puzzles.jigsaw_hit_rate("2 2 2 2", [2, 4, 1, 3]) == 0.0  # not a permutation: no free hit
-    assert (
-        puzzles.jigsaw_hit_rate("2 4 1", [2, 4, 1, 3]) == 0.0
-        and puzzles.jigsaw_hit_rate("", [2, 4, 1, 3]) == 0.0
-    )
+    # Every place counts on its own, as published: also in a response that is not a permutation.
+    assert puzzles.jigsaw_hit_rate("2 2 2 2", [2, 4, 1, 3]) == 0.25
+    assert puzzles.jigsaw_hit_rate("2 4 1", [2, 4, 1, 3]) == 0.75
+    nine = "1 2 3 4 5 6 7 8 8"
+    assert puzzles.jigsaw_hit_rate(nine, list(range(1, 10))) == pytest.approx(8 / 9)
+    assert puzzles.score_jigsaw("2 4 1 3 1", [2, 4, 1, 3]) == 0.0
+    assert puzzles.jigsaw_hit_rate("2 4 1 3 1", [2, 4, 1, 3]) == 1.0
+    assert puzzles.jigsaw_hit_rate("", [2, 4, 1, 3]) == 0.0
+    assert puzzles.jigsaw_hit_rate("2 " + "4" * 5_000, [2, 4, 1, 3]) == 0.25
+    with pytest.raises(ValueError, match="expected each tile 1..n once"):
+        puzzles.jigsaw_hit_rate("1 2", [1, 1])
     mean = (
         sum(
             puzzles.jigsaw_hit_rate(" ".join(map(str, p)), [1, 2, 3, 4])

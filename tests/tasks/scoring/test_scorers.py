@@ -6,6 +6,7 @@ import re
 import pytest
 
 from cptjax.tasks.scoring import scorers
+from cptjax.tasks.scoring.judged import write_verdict
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.tasks.scoring.scorers import (
     ScoreRecord,
@@ -84,6 +85,15 @@ def test_every_scorer_scores_a_right_and_a_wrong_answer(pool):
         "mathruler_parity": ("5", "6", "5", {}),
         "yes_no": ("yes", "no", "yes", {}),
         "mcq_letter": ("B", "A", "B", {}),
+        "scienceqa_strict": ("B", "A", "B", {}),
+        "mmstar": ("B", "A", "B", {}),
+        "pope": ("yes", "no", "yes", {}),
+        "mme": ("yes", "no", "yes", {}),
+        "retain_mmlu": ("The answer is: B", "B", "B", {}),
+        "retain_math": ("5", "6", "5", {}),
+        "retain_countdown": ("2+3", "2-3", 5, {"nums": [3, 2]}),
+        "rlvr_ifeval": ("x", "x,", {"func_name": "validate_no_commas"}, {}),
+        "refusal": (write_verdict(True), write_verdict(False), 1, {}),
         "mmlu_pro": ("B", "A", "B", {}),
         "mmmu_official": ("B", "A", "B", {"options": ["x", "y"]}),
         "mmmu_strict": ("B", "A", "B", {"options": ["x", "y"]}),
@@ -98,6 +108,12 @@ def test_every_scorer_scores_a_right_and_a_wrong_answer(pool):
         records = score_responses(scorer, [right, wrong], [answer] * 2, [meta] * 2, pool=pool)
         assert [r.score for r in records] == [1.0, 0.0], name
         assert values(scorer, records)["accuracy"] == 0.5, name
+
+
+def test_the_id_of_a_scorer_names_the_public_scorer_that_it_re_implements():
+    ids = [scorer.id for scorer in scorers.SCORERS.values()]
+    assert {"pope@1=LLaVA", "mmlu_pro@2=MMLU-Pro", "mmmu_official@2=lmms-eval"} <= set(ids)
+    assert {"rlvr_ifeval@1=retaining-by-doing", "exact@1"} <= set(ids) and len(set(ids)) == len(ids)
 
 
 def test_scores_do_not_depend_on_the_order_of_rows():

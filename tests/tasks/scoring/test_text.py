@@ -88,3 +88,55 @@ def test_anls():
 )
 def test_yes_or_no(said, found):
     assert text.parse_yes_no(said) == found
+
+
+def llava_pope(said):
+    """Read yes or no as LLaVA's evaluation of POPE does."""
+    first = said.split(".")[0] if "." in said else said
+    words = first.replace(",", "").split(" ")
+    return "no" if "No" in words or "not" in words or "no" in words else "yes"
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["Yes", "yes.", "No", "no.", "NO", "No, there is not", "There is not a dog", "There is a dog",
+     "Yes, there is no doubt", "Yes. There is no dog", "no\ndog", "Yes\nno", "nothing", "", "no!"],
+)  # fmt: skip
+def test_pope_is_llavas_rule(said):
+    assert text.parse_pope(said) == llava_pope(said)
+    assert text.score_pope(said, "yes") == float(llava_pope(said) == "yes")
+    assert text.score_pope(said, "no") == float(llava_pope(said) == "no")
+
+
+@pytest.mark.parametrize(
+    ("said", "strict", "lenient"),
+    [
+        ("No.", 1, 1),
+        ("NO", 1, 1),
+        ("n-o", 1, 1),
+        (" no", 0, 1),
+        ("no ", 0, 1),
+        ("no way", 0, 0),
+        ("yes", 0, 0),
+        ("", 0, 0),
+        ("n o", 0, 0),
+    ],
+)
+def test_gqa_strict_beside_lenient(said, strict, lenient):
+    assert text.score_gqa_strict(said, "no") == strict
+    assert text.score_exact_match(said, "no") == lenient
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [("Yes.", "yes"), ("n", "no"), ("Y", "yes"), ("It is no", "other"), ("nope", "no"),
+     ("not sure, yes", "no"), ("", "other"), ("x", "other"), ("  Yes, it is", "yes")],
+)  # fmt: skip
+def test_mme_looks_at_the_first_four_characters(said, read):
+    assert text.parse_mme(said) == read
+
+
+def test_lower_exact_match_ignores_case_and_outer_space_only():
+    score = text.score_lower_exact_match
+    assert score(" Nokia 3310 ", "nokia 3310") == 1.0
+    assert score("nokia 3310.", "nokia 3310") == score("nokia  3310", "nokia 3310") == 0.0
