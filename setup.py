@@ -47,6 +47,7 @@ setup(
         "video": ["av"],  # decoding of video files; frame lists need nothing
         "ifeval": ["langdetect"],  # constraints on the language of a response
         "int8": ["qwix>=0.1.8"],  # int8 rollout weights
+        "toy": ["scikit-learn"],  # the digits of launch/analyze.py parity
         "tracking": ["tensorboardX", "wandb"],
         "test": [
             "pytest",
@@ -57,6 +58,7 @@ setup(
             "qwix",
             "av",
             "langdetect",
+            "scikit-learn",
         ],
     },
 )

@@ -62,7 +62,9 @@ def get_config() -> ConfigDict:
 
     c.method = ConfigDict(dict(
         name="grpo",  # label in reports
-        source="rollouts",  # gold | rollouts | self (own correct responses) | corpus (a jsonl file)
+        # gold | rollouts | self (own correct responses) | corpus (a jsonl file)
+        # | gold+corpus (every gold answer, and every response of the file)
+        source="rollouts",
         objective="policy",  # policy | sft | eaft | distill
         # grpo | dr_grpo | rloo | remax | reinforce | reinforce01 | reinforce++ | batch
         advantage="grpo",
@@ -82,18 +84,27 @@ def get_config() -> ConfigDict:
         # objective="policy": largest importance weight (policy / sampler) of a token; None = none
         tis_cap=optional(float),
         entropy_coef=0.0,
-        # RIF-RFT: None | dict(name="incompetent" | "zero_variance", samples=8)
+        # objective="policy": train log-probabilities at rollout.temperature; False = at 1
+        tempered=True,
+        # RIF-RFT: None | dict(name="incompetent" | "zero_variance" | "unsolvable", samples=8)
         #      | dict(name="window" | "random", samples=8, lo=1, hi=8)
         #      | dict(name="random", like="<run folder>"): as many as the filter of that run kept
+        # and with samples: balanced=True, at most as many as are left out; most=7500, at most so
+        # many; top_p=1.0, of the sampled responses; corpus="FILE.jsonl", count the graded
+        # responses of a file instead of sampling.
         filter=optional(object),
         # DAPO's dynamic sampling: None | dict(lo=0.01, hi=0.99, max_refills=10)
         online_filter=optional(object),
-        corpus="",  # source="corpus": path of the file
+        corpus="",  # source="corpus": path of the file; see launch/generate.py
+        corpus_template="",  # prompt template of the corpus' responses; "" = data.template
         # own: its correct responses | gold: all of them, with the gold answer inserted
         corpus_answer="own",
         self_samples=4,  # source="self": responses sampled per prompt
         # source="self": when to sample again: never | epoch | a number of steps
         refresh=optional(object, "never"),
+        # what an epoch of a stage counts: prompts | responses (of a corpus, or of source="self"
+        # with refresh="never", which may have several per prompt)
+        epoch_unit="prompts",
         # fraction of a batch from earlier stages; kind: gold | prompts
         replay=dict(fraction=0.0, kind="gold"),
         penalty=dict(name="none", coef=0.0, samples=64),  # none | ewc | l2 | lwf
@@ -151,7 +162,9 @@ def get_config() -> ConfigDict:
         drift=0,  # prompts per task for KL(base || current model); 0 = off
     ))  # fmt: skip
     c.checkpoint = ConfigDict(dict(  # inside a stage; ends of stages are always saved and kept
-        every=100, minutes=0, keep=2, async_save=True,  # steps, minutes, checkpoints
+        every=100, minutes=0,  # steps, minutes between two of them
+        keep=2,  # the newest ones; keep more to analyze influence along a stage
+        async_save=True,
     ))  # fmt: skip
     c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))
     return c

@@ -4,31 +4,44 @@
     python launch/plan.py  --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4      # does it fit?
 
 MMMU, MMLU-Pro and POPE are evaluated but never trained. The argument names an arm, a size and
-optionally `official` and a corpus, in any order:
+optionally `paper` or `official` and a corpus, in any order:
 
     sft lora_sft low_lr_sft eaft joint      SFT; joint: all seven tasks at once
     grpo rloo remax nokl nocot              the paper's RFT arms
     rif rif_zero rif_control                RIF-RFT without prompts that are never solved | that are
                                             never or always solved | without as many random ones
+    rif_unsolvable                          only with prompts that are never solved
     self_sft iterative_sft                  SFT on own correct responses, sampled once | every 21
                                             steps (504 rows)
     traces rl_traces                        SFT on the correct responses of a larger model | of a
                                             grpo run; needs a corpus
+    sft_mixture                             SFT on bare gold answers and on the correct responses of
+                                            a corpus under the CoT template, in one stage
     sft_kl reinforce reinforce01            SFT with a KL term | REINFORCE without baseline | only
                                             on correct responses
     replay ewc l2 lwf wise                  SFT with a continual-learning method
     prompt_replay                           GRPO with replayed prompts
     3b 7b tiny                              the model
+    paper                                   the protocol of the released code, see below
     official                                the standard data and scorers, not the paper's
     corpus=DIR                              DIR/stage1.jsonl ... stage7.jsonl with id and response,
                                             such as the rollouts/ of a grpo run
 
 The settings are those of the paper's released code: 512 prompts x 8 responses, four updates per
 batch, learning rate 1e-6, KL 0.01 to the base model; SFT with learning rate 1e-5 (cosine), batch
-24 and bare answers. Differences: all arms have the same pixel limits and are evaluated with and
-without CoT, first with the template of their training, which fills matrix.csv; the prompt of the
-released no-CoT arm has another wording; the RFT arms have tis_cap=2.0; LoRA's alpha is 256 (twice
-the rank, the default of LLaMA-Factory).
+24 and bare answers. Differences: all arms have the same pixel limits and are evaluated greedily
+with and without CoT, first with the template of their training, which fills matrix.csv; the RFT
+arms have tis_cap=2.0; LoRA's alpha is 256 (twice the rank, the default of LLaMA-Factory).
+
+`paper` follows the released code further:
+
+    RFT    60 to 180 steps of ScienceQA instead of one epoch (13); bfloat16 Adam moments; no
+           tis_cap; evaluation at T = 0.5; the released wording of the prompts
+    RIF    KL to the stage's start; at most 7,500 prompts and at most as many as are left out, from
+           responses sampled with top_p = 1
+    SFT    no weight decay; images of up to 4,194,304 pixels, rows of up to 7,168 tokens
+
+What still differs from the release is listed in README, "Departures from the papers".
 
 The averages reported in the paper: SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59.4, RIF-RFT 57.5,
 joint 62.9; FM -10.4 for SFT and -2.3 for GRPO.
@@ -43,6 +56,9 @@ RL = dict(ratio="token", updates_per_batch=4, kl_coef=0.01, kl_reference="base",
           clip_low=0.2, clip_high=0.3, clip_dual=3.0)  # fmt: skip
 SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
 FILTER = dict(samples=8)
+# Steps of ScienceQA, by the names of the released checkpoints that the second stage starts from.
+SCIENCEQA_STEPS = dict(grpo=90, nokl=120, nocot=180)
+RELEASED_TEMPLATES = dict(cot="released_cot", direct="released_nocot")
 
 
 def rl(c, name="grpo", label="", **changes):
@@ -79,6 +95,24 @@ def _nocot(c):
     c.data.template = "direct"  # has no format reward, so the reward is only the accuracy
 
 
+def _as_released(c, arm):
+    """Set what the released code does and our own protocol does not."""
+    if c.method.objective != "policy":
+        c.train.weight_decay = 0.0
+        c.model.max_pixels = 4_194_304
+        c.data.prompt_limit = 7168
+        return
+    c.method.tis_cap = None
+    c.train.moments_dtype = "bfloat16"
+    c.data.template = RELEASED_TEMPLATES[c.data.template]
+    c.eval.temperature = 0.5
+    first, *others = c.stages
+    c.stages = (dict(task=first["task"], steps=SCIENCEQA_STEPS.get(arm, 90)), *others)
+    if c.method.filter:
+        c.method.kl_reference = "stage"
+        c.method.filter = dict(c.method.filter, top_p=1.0, balanced=True, most=7500)
+
+
 def _arm(build, **changes):
     return lambda c: build(c, **changes)
 
@@ -93,6 +127,14 @@ ARMS = {
     "iterative_sft": _arm(sft, name="iterative_sft", template="cot", self_samples=5, refresh="21"),
     "traces": _arm(sft, name="corpus_sft", label="sft traces", template="cot"),
     "rl_traces": _arm(sft, name="corpus_sft", label="sft rl traces", template="cot"),
+    "sft_mixture": _arm(
+        sft,
+        name="corpus_sft",
+        label="sft gold and traces",
+        source="gold+corpus",
+        corpus_template="cot",
+        epoch_unit="responses",
+    ),
     "sft_kl": _arm(sft, label="sft + kl", kl_coef=0.05, kl_estimator="k2", kl_reference="base"),
     "grpo": rl,
     "rloo": _arm(rl, name="rloo"),
@@ -107,6 +149,9 @@ ARMS = {
     ),
     "rif_control": _arm(
         rl, label="rif-rft control", filter=dict(name="random", lo=1, hi=8, **FILTER)
+    ),
+    "rif_unsolvable": _arm(
+        rl, label="rif-rft unsolvable", filter=dict(name="unsolvable", **FILTER)
     ),
     "replay": _arm(sft, label="sft + replay", replay=dict(fraction=0.1, kind="gold")),
     "ewc": _arm(sft, label="sft + ewc", penalty=dict(name="ewc", coef=1.0, samples=256)),
@@ -123,15 +168,20 @@ def get_config(arg="grpo,7b"):
     words = [a for a in arg.split(",") if a]
     names = [w for w in words if not w.startswith("corpus=")]
     corpus = [w.removeprefix("corpus=") for w in words if w not in names]
-    unknown = [n for n in names if n not in (*ARMS, *SIZES, "official")]
+    unknown = [n for n in names if n not in (*ARMS, *SIZES, "official", "paper")]
     if unknown:
-        known = f"an arm ({', '.join(ARMS)}), a size ({', '.join(SIZES)}), official or corpus=DIR"
-        raise ValueError(f"configs/cpt7.py:{arg}: {unknown[0]!r} is not {known}")
+        known = f"an arm ({', '.join(ARMS)}), a size ({', '.join(SIZES)})"
+        raise ValueError(
+            f"configs/cpt7.py:{arg}: {unknown[0]!r} is not {known}, paper, official or corpus=DIR"
+        )
+    if {"official", "paper"} <= set(names):
+        raise ValueError(f"configs/cpt7.py:{arg}: choose official or paper, not both")
     arm = next((n for n in names if n in ARMS), "grpo")
     size = next((n for n in names if n in SIZES), "7b")
     prefix = "" if "official" in names else "cpt7_"
     c = base()
-    c.name = f"cpt7_{arm}_{size}{'_official' * (not prefix)}"
+    paper = "paper" in names
+    c.name = f"cpt7_{arm}_{size}{'_official' * (not prefix)}{'_paper' * paper}"
     c.model.update(path=SIZES[size], remat="block")
     c.stages = tuple(dict(task=prefix + t, epochs=EPOCHS.get(t, 1)) for t in ORDER)
     c.data.update(template="cot", prompt_limit=4096, workers=8)
@@ -140,16 +190,22 @@ def get_config(arg="grpo,7b"):
         batch=256,
         max_new_tokens=1024,
         every=50,
+        drift=128,
     )
     # 7B has 4 key/value heads. With model=4, 64 to 256 chips have 16 to 64 batch shards, which
     # divide the batches.
     c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
     ARMS[arm](c)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")
+    if paper:
+        _as_released(c, arm)
+        if c.method.objective == "policy":
+            c.eval.templates = tuple(RELEASED_TEMPLATES[name] for name in c.eval.templates)
     if corpus:
-        if c.method.source != "corpus":
+        if "corpus" not in c.method.source:
             raise ValueError(
-                f"configs/cpt7.py:{arg}: corpus= belongs to traces and rl_traces, not to {arm}"
+                f"configs/cpt7.py:{arg}: corpus= belongs to traces, rl_traces and sft_mixture, not "
+                f"to {arm}"
             )
         c.stages = tuple(
             {**s, "method": dict(corpus=f"{corpus[0]}/stage{k}.jsonl")}

@@ -1,31 +1,43 @@
 """Explain forgetting on finished runs; each analysis has its own --help.
 
-python launch/analyze.py mixture | drift DIR [DIR ...] | influence DIR | fisher DIR
-    [--out=page.html]
+python launch/analyze.py mixture | parity | drift DIR ... | pareto DIR ... | influence DIR
+    | fisher DIR [--out=page.html]
 """
 
 import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ANALYSES = {
     "mixture": "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain",
+    "parity": "KL and forgetting of RL and SFT on handwritten digits, at many learning rates",
     "drift": "loss on tasks that a stage does not train, against the distance from the base model",
+    "pareto": "forgetting of methods at matched accuracy on the new tasks, over learning rates",
     "influence": "effect of a step on one response on gold responses of other tasks, by corpus",
     "fisher": "risk of the gradients of gold and sampled responses for other tasks, by Fisher",
 }
 # Only the module of the chosen analysis is imported: the simulation needs no JAX.
 MODULES = {
     "mixture": "gaussian_mixtures",
+    "parity": "parity_digits",
     "drift": "drift",
+    "pareto": "pareto",
     "influence": "influence",
     "fisher": "gradient_risk",
 }
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as in the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="name", required=True, metavar="|".join(ANALYSES))
@@ -35,14 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
     }
     by_name["mixture"].add_argument("--seed", type=int, default=0)
 
-    drift = by_name["drift"].add_argument
-    drift(
-        "folders",
-        nargs="+",
-        metavar="DIR",
-        help="a workdir, or a folder of workdirs (arms or seeds)",
+    by_name["parity"].add_argument("--seeds", type=int, default=3, help="base models")
+
+    for name in ("drift", "pareto"):
+        by_name[name].add_argument(
+            "folders",
+            nargs="+",
+            metavar="DIR",
+            help="a workdir, or a folder of workdirs (arms or seeds)",
+        )
+    by_name["drift"].add_argument(
+        "--weights", action="store_true", help="add distances of weights, from the checkpoints"
     )
-    drift("--weights", action="store_true", help="add distances of weights, from the checkpoints")
 
     influence = by_name["influence"].add_argument
     influence(
@@ -51,6 +67,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="gold, own (correct responses sampled now), or paths of rollouts/*.jsonl",
     )
     influence("--lr", type=float, default=1e-4, help="of the gradient descent step on one response")
+    influence(
+        "--steps",
+        default="0",
+        help="steps of the stage, such as 0,100,200, or all that are saved; 0 is its start",
+    )
     influence("--probes", type=int, default=16, help="gold responses of each other task")
     by_name["fisher"].add_argument(
         "--probes", type=int, default=16, help="rows of each other task in the Fisher information"
@@ -98,7 +119,7 @@ def main() -> None:
         finding.print_finding(result)
         print(finding.write_finding(result, Path(out or Path(folder) / f"{name}.html")))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -99,7 +99,11 @@ def analyze(folders: Sequence[str], weights: bool = False) -> Finding:
 
 def drift_of_stages(run: read.ReportRun, weights: bool) -> list[StageDrift]:
     """Return the stages of a run whose loss and KL are known."""
-    names = {"kl_new": "KL on the new task", "kl_old": "KL on the others"}
+    names = {
+        "kl_new": "KL on the new task",
+        "kl_old": "KL on the others",
+        "kl_new_sequence": "KL per response on the new task",
+    }
     drifts = []
     for row in run.summary["per_stage"]:
         if is_known(row["kl_new"]) and is_known(row["loss"]):

@@ -78,8 +78,13 @@ def analyze(
     corpus: str = "gold,own",
     lr: float = 1e-4,
     probes: int = 16,
+    steps: str = "0",
 ) -> Finding:
-    """Compare the influence of the responses of several corpora on the probes of other tasks."""
+    """Compare the influence of the responses of several corpora on the probes of other tasks.
+
+    `steps` are steps of the stage, "0" its start, "all" those whose weights are saved; the
+    responses are the same at all of them.
+    """
     if lr <= 0 or min(rows, samples, probes) < 1:
         raise ValueError(
             f"--lr={lr} --rows={rows} --samples={samples} --probes={probes}: "
@@ -90,14 +95,29 @@ def analyze(
         corpora = {
             name: corpus_responses(probe, name, rows, samples) for name in corpus.split(",") if name
         }
+        chosen = chosen_steps(probe, steps)
         pairs = min(ASYMMETRY_PAIRS, sum(map(len, known.values())))
-        steps = sum(len(responses) + pairs for responses in corpora.values())
-        with console.progress_bar("one step on each response", steps) as bar:
-            influences = [
-                measure_influence(probe, name, responses, known, lr, bar.advance)
-                for name, responses in corpora.items()
-            ]
-    return influence_finding(probe.stage.name, names, lr, influences)
+        total = sum(len(responses) + pairs for responses in corpora.values()) * len(chosen)
+        by_step: dict[int, list[CorpusInfluence]] = {}
+        with console.progress_bar("one step on each response", total) as bar:
+            for step in chosen:
+                probe_then = probe.at_step(step)
+                by_step[step] = [
+                    measure_influence(probe_then, name, responses, known, lr, bar.advance)
+                    for name, responses in corpora.items()
+                ]
+    finding = influence_finding(probe.stage.name, names, lr, by_step[chosen[0]])
+    return add_steps(finding, by_step) if len(chosen) > 1 else finding
+
+
+def chosen_steps(probe: Probe, steps: str) -> list[int]:
+    """Return the steps that the flag names, in order."""
+    if steps == "all":
+        return probe.saved_steps()
+    words = [word for word in steps.split(",") if word]
+    if not words or not all(word.isdigit() for word in words):
+        raise ValueError(f"--steps={steps!r}: expected all, or numbers of steps such as 0,100")
+    return sorted({int(word) for word in words})
 
 
 def corpus_responses(probe: Probe, name: str, rows: int, samples: int) -> list[EncodedConversation]:
@@ -284,6 +304,61 @@ def influence_finding(
         "corpora": [dataclasses.asdict(c) | {"perplexity": c.perplexity} for c in corpora],
     }
     return Finding(f"Influence of training on {stage}", sentences, [table], charts, numbers)
+
+
+def add_steps(finding: Finding, by_step: dict[int, list[CorpusInfluence]]) -> Finding:
+    """Add how perplexity, kernel and change of each corpus develop along the stage."""
+    values = {
+        "perplexity": lambda c: c.perplexity,
+        "kernel": lambda c: c.mean(lambda p: p.kernel),
+        "change": lambda c: c.mean(lambda p: p.mean_change),
+    }
+    rows = [
+        (str(step), corpus.name, *(f"{value(corpus):.3g}" for value in values.values()))
+        for step, corpora in by_step.items()
+        for corpus in corpora
+    ]
+    table = FindingTable(
+        "Along the stage, on the same responses", ("step", "responses", *values), rows
+    )
+    numbers = {
+        str(step): {c.name: {name: value(c) for name, value in values.items()} for c in corpora}
+        for step, corpora in by_step.items()
+    }
+    charts = [
+        FindingChart(
+            f"{title} along the stage",
+            note,
+            steps_chart(by_step, value, f"{title.lower()}, mean over the responses"),
+        )
+        for title, note, value in (
+            ("Change", "Below 0, a step at this point harms the other tasks.", values["change"]),
+            (
+                "Kernel",
+                "Its logarithm to base 10; the paper reports that it settles within a few dozen "
+                "steps.",
+                lambda c: float(np.log10(max(values["kernel"](c), 1e-30))),
+            ),
+        )
+    ]
+    return dataclasses.replace(
+        finding,
+        tables=[*finding.tables, table],
+        charts=[*finding.charts, *charts],
+        numbers=finding.numbers | {"steps": numbers},
+    )
+
+
+def steps_chart(
+    by_step: dict[int, list[CorpusInfluence]],
+    value: Callable[[CorpusInfluence], float],
+    y_label: str,
+) -> Markup | None:
+    series = []
+    for k, corpora in enumerate(zip(*by_step.values(), strict=True)):
+        points = [Point(step, value(c)) for step, c in zip(by_step, corpora, strict=True)]
+        series.append(Series(corpora[0].name, points, k, named=True))
+    return svg.line_chart(series, y_label, "step of the stage", y_label)
 
 
 def influence_row(corpus: CorpusInfluence, names: Sequence[str]) -> tuple[str, ...]:

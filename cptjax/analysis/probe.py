@@ -14,7 +14,7 @@ from cptjax import sharding
 from cptjax.common import console
 from cptjax.common.shuffle import permutation
 from cptjax.config import Stage, merge_config
-from cptjax.continual import fisher, open_run, stage_evaluation, workdir
+from cptjax.continual import fisher, open_run, resume, stage_evaluation, workdir
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
@@ -65,6 +65,27 @@ class Probe:
         earlier = [task for s in self.run.stages[: self.stage.number - 1] for task in s.tasks]
         general = stage_evaluation.tasks_to_evaluate(self.run)[1]
         return [t for t in dict.fromkeys((*earlier, *general)) if t not in self.stage.tasks]
+
+    def saved_steps(self) -> list[int]:
+        """Return the steps of the stage whose weights are known: 0, the saved ones, the end."""
+        found, number = self.run.files.checkpoints.found(), self.stage.number
+        return sorted({0, *(step for stage, step, _ in found if stage == number)})
+
+    def at_step(self, step: int) -> "Probe":
+        """Return this probe with the weights after a step of the stage."""
+        if step not in (steps := self.saved_steps()):
+            raise ValueError(
+                f"step {step} of stage {self.stage.number} is not saved; there are "
+                f"{', '.join(map(str, steps))} (checkpoint.every and checkpoint.keep decide)"
+            )
+        if step == 0:
+            return self
+        checkpoints, number = self.run.files.checkpoints, self.stage.number
+        kind = "steps" if (number, step, "steps") in checkpoints.found() else "stages"
+        structure = resume.checkpoint_structure(self.run, kind, self.stage, self.trained)
+        name = "state" if kind == "steps" else "params"
+        tree = checkpoints.restore(kind, number, step, {name: structure[name]})[name]
+        return dataclasses.replace(self, trained=tree.params if kind == "steps" else tree)
 
     @functools.cached_property
     def prompted_tasks(self) -> dict[str, PromptedTask]:

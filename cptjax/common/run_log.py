@@ -38,6 +38,7 @@ ACCURACY_FORCED = (
     "accuracy_forced"  # with the expected prefix forced, so the format is always right
 )
 KL_BASE = "kl_base"  # KL(base || current model) per token, on this task's prompts
+KL_BASE_SEQUENCE = "kl_base_sequence"  # the same, summed over the tokens of a response
 
 APPEND_ONLY_FILES = (
     "metrics.jsonl",

@@ -1,5 +1,6 @@
 """Offline filter (RIF-RFT): keep prompts by how many of K sampled responses are correct."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from cptjax.data.cost import WorkCost
 from cptjax.data.device_batches import batch_slices
 from cptjax.data.prompts import make_example_encoder
 from cptjax.tasks.task import Subset
-from cptjax.training import sampling_cache, self_training
+from cptjax.training import corpus, sampling_cache, self_training
 from cptjax.training.algorithms import prompt_filters
 from cptjax.training.sampling_cache import SamplingCache
 from cptjax.training.step_batch import BatchBuilder
@@ -76,12 +77,20 @@ def decide_prompts(
     lines = [{"row": i, "id": examples[i].id} for i in range(len(examples))]
     if other_run:
         count = count_kept_prompts(Path(other_run), stage, name, len(lines))
-        keep = prompt_filters.keep_random_prompts(len(lines), count, seed)
+        keep = prompt_filters.keep_random_prompts(np.ones(len(lines), bool), count, seed)
         for line, kept in zip(lines, keep.tolist(), strict=True):
             line["kept"] = kept
         return lines, WorkCost()
-    samples = window["samples"]
-    correct, spent = count_correct(stage, builder, params, name, examples, samples, cache)
+    samples, path = window["samples"], window.pop("corpus", "")
+    top_p = window.pop("top_p", None)
+    if path:
+        ids = [line["id"] for line in lines]
+        correct, spent = corpus.count_correct_responses(path, ids, samples), WorkCost()
+    else:
+        if top_p is not None:
+            sampling = dataclasses.replace(builder.sampling, top_p=top_p)
+            builder = dataclasses.replace(builder, sampling=sampling)
+        correct, spent = count_correct(stage, builder, params, name, examples, samples, cache)
     keep = prompt_filters.keep_prompts(correct, seed=seed, **window)
     for line, n, kept in zip(lines, correct.tolist(), keep.tolist(), strict=True):
         line |= {"correct": n, "samples": samples, "kept": kept}

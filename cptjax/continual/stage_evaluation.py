@@ -113,7 +113,7 @@ def evaluate_and_record(
             log.evals(evaluate.eval_rows(result, columns))
             if i == 0:
                 log.predictions(number, evaluate.prediction_rows(result, columns["step"]))
-    kl_rows = [measure_task_drift(run, params, task, columns)] if e.drift else []
+    kl_rows = measure_task_drift(run, params, task, columns) if e.drift else []
     if log:
         log.evals(kl_rows)
         logged = cost.logged() | {"seconds": time.perf_counter() - began}
@@ -122,8 +122,8 @@ def evaluate_and_record(
 
 def measure_task_drift(
     run: Run, params: Params, task: str, columns: dict[str, Any]
-) -> dict[str, Any]:
-    """Measure KL(base || model) on a task; return the row of evals.csv.
+) -> list[dict[str, Any]]:
+    """Measure KL(base || model) on a task; return rows of evals.csv.
 
     The base model's responses are sampled once per run.
     """
@@ -141,10 +141,10 @@ def measure_task_drift(
             batch=e.batch,
             seed=c.seed,
         )
-    metric = base_kl.measure_base_kl(
+    metrics = base_kl.measure_base_kl(
         run.model_ctx, base, params, run.base_responses[task], c.train.chunk
     )
-    return base_kl.base_kl_row(prompted, metric, e.max_new_tokens, columns)
+    return base_kl.base_kl_rows(prompted, metrics, e.max_new_tokens, columns)
 
 
 def write_results(workdir: Path, number: int, name: str) -> None:

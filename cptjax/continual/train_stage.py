@@ -21,7 +21,7 @@ from cptjax.continual.resume import UnfinishedStage
 from cptjax.continual.stage_callbacks import StageCallbacks
 from cptjax.data import prompts
 from cptjax.models import load, trainable
-from cptjax.training import build, train_loop
+from cptjax.training import build, self_training, train_loop
 from cptjax.training.algorithms import weight_penalties
 from cptjax.training.algorithms.optimizers import Optimizer
 from cptjax.training.stage_context import StageContext, StageProgress
@@ -116,7 +116,12 @@ def make_stage_context(
             run, stage, builder, sources[:n], params, resumed
         )
     order = build.stage_mixture(stage, list(map(len, sources)), run.config.seed)
-    return StageContext(
+    corpus_tasks = None
+    if c.method.corpus_template:
+        corpus_tasks = {
+            name: datasets.prompted_task(name, c, c.method.corpus_template) for name in names
+        }
+    ctx = StageContext(
         stage,
         builder,
         order,
@@ -126,8 +131,12 @@ def make_stage_context(
         run.files.workdir,
         load_reference(run, stage, start),
         make_teacher(run, stage, prompted_tasks, params, start),
+        corpus_tasks,
         run.sigterm.agreed,
     )
+    if stage.epochs and c.method.epoch_unit == "responses":
+        ctx.steps = self_training.steps_over_responses(ctx, params, stage.epochs)
+    return ctx
 
 
 def finish_stage(

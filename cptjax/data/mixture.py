@@ -120,9 +120,13 @@ class Mixture:
         start = step * self.batch + index * rows
         return [self.row_at(n) for n in range(start, start + rows)]
 
-    def steps(self, epochs: float) -> int:
-        """Return the number of steps that `epochs` passes over the stage's own rows take."""
-        return math.ceil(_exact_fraction(epochs) * sum(self.sizes) / (self.batch * self.own_share))
+    def steps(self, epochs: float, rows: int = 0) -> int:
+        """Return the number of steps that `epochs` passes over the stage's own rows take.
+
+        `rows` replaces their number, for example by that of the responses to them.
+        """
+        rows = rows or sum(self.sizes)
+        return math.ceil(_exact_fraction(epochs) * rows / (self.batch * self.own_share))
 
 
 @dataclasses.dataclass(frozen=True)

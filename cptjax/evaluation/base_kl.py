@@ -1,4 +1,4 @@
-"""Measure KL(base || current model) per token, on the base model's responses to each task."""
+"""Measure KL(base || current model) per token and response, on the base model's responses."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -93,8 +93,11 @@ def sample_base_responses(
 
 def measure_base_kl(
     model_ctx: ModelContext, base: Params, params: Params, responses: BaseResponses, chunk: int
-) -> summaries.Metric:
-    """Compute the KL per token from the base model to `params`, over all processes."""
+) -> dict[str, summaries.Metric]:
+    """Compute the KL from the base model to `params`, over all processes.
+
+    Return its mean per token and per response, by the names of evals.csv.
+    """
     program = _kl_program(model_ctx.cfg, model_ctx.dtype, chunk)
     sums: list[tuple[float, int]] = []
     for batch, lengths in responses:
@@ -102,22 +105,25 @@ def measure_base_kl(
             kl = sharding.local_rows(program(base, params, batch))
         sums += [(s, n) for s, n in zip(kl.sum(1).tolist(), lengths.tolist(), strict=True) if n]
     gathered = distributed.concat_lists(distributed.gather_objects(sums))
-    return summaries.ratio_metric(*zip(*gathered, strict=True))
+    totals, lengths = zip(*gathered, strict=True)
+    return {
+        run_log.KL_BASE: summaries.ratio_metric(totals, lengths),
+        run_log.KL_BASE_SEQUENCE: summaries.mean_metric(totals),
+    }
 
 
-def base_kl_row(
+def base_kl_rows(
     prompted: PromptedTask,
-    metric: summaries.Metric,
+    metrics: Mapping[str, summaries.Metric],
     max_new_tokens: int,
     columns: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the row of evals.csv for one task."""
-    return {
+) -> list[dict[str, Any]]:
+    """Return the rows of evals.csv for one task."""
+    shared = {
         "task": prompted.name,
-        "metric": run_log.KL_BASE,
-        **metric._asdict(),
         "scorer": "kl@1",
         "template": prompted.template.name,
         **columns,
         "decoding": f"the base's own, T=1, {max_new_tokens} tokens",
     }
+    return [{**shared, "metric": name, **metric._asdict()} for name, metric in metrics.items()]

@@ -56,6 +56,11 @@ FORMULAS = {
         "backward transfer, the same as fm_diagonal: mean over old tasks of R[S,j] - R[last(j),j]",
         "higher",
     ),
+    "fm_peak_own": Formula(
+        "mean over old tasks of R[S,j] - max(first(j)<=i<=S) R[i,j]; fm_peak without the stages "
+        "before the task's own, whose scores are zero-shot",
+        "higher",
+    ),
     "forgetting": Formula(
         "mean over old tasks of max(1<=i<S) R[i,j] - R[S,j]; positive = forgetting (Chaudhry)",
         "lower",
@@ -91,6 +96,8 @@ FORMULAS = {
     "kl_old": Formula(
         "mean over old and general tasks of KL(base || current) per token on their prompts", "lower"
     ),
+    "kl_new_sequence": Formula("kl_new summed over each response, not per token", "lower"),
+    "kl_old_sequence": Formula("kl_old summed over each response, not per token", "lower"),
 }
 FORMAT_SHARE = Formula(
     "1 - forced-prefix loss / loss, each the mean over old and general tasks; "
@@ -117,7 +124,8 @@ class AccuracyTable:
     stages: tuple[tuple[str, ...], ...]
     cells: Cells
     forced: Cells = dataclasses.field(default_factory=dict)
-    base_kl: Cells = dataclasses.field(default_factory=dict)
+    base_kl: Cells = dataclasses.field(default_factory=dict)  # per token
+    base_kl_sequence: Cells = dataclasses.field(default_factory=dict)  # per response
     # (stage, step, task, accuracy) within stages, on a fixed choice of few rows
     within_stage: tuple[tuple[int, int, str, float], ...] = ()
     evaluated: tuple[str, ...] | None = None  # tasks that the config evaluates; None = all
@@ -171,9 +179,9 @@ class AccuracyTable:
     def old(self) -> list[str]:
         return [t for t in self.trained() if self.last(t) < self.final]
 
-    def peak(self, task: str, upto: int) -> int:
-        """Return the earliest stage in 1..upto at which the task scored best."""
-        rows = [i for i in range(1, upto + 1) if (i, task) in self.cells]
+    def peak(self, task: str, upto: int, since: int = 1) -> int:
+        """Return the earliest stage in since..upto at which the task scored best."""
+        rows = [i for i in range(since, upto + 1) if (i, task) in self.cells]
         return max(rows, key=lambda i: self.cells[i, task].value, default=self.final)
 
     def array(self) -> np.ndarray:
@@ -222,8 +230,8 @@ def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
     def since_base(tasks: Iterable[str]) -> list[CellWeights]:
         return [add_cell_weights((1, S, j), (-1, 0, j)) for j in tasks if S]
 
-    def to_peak(j: str) -> CellWeights:
-        return add_cell_weights((1, S, j), (-1, t.peak(j, S), j))
+    def to_peak(j: str, since: int = 1) -> CellWeights:
+        return add_cell_weights((1, S, j), (-1, t.peak(j, S, since), j))
 
     to_diagonal = [add_cell_weights((1, S, j), (-1, t.last(j), j)) for j in old]
     return {
@@ -233,6 +241,7 @@ def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
         "learned_gain": [add_cell_weights((1, t.last(j), j), (-1, 0, j)) for j in trained],
         "fm_peak": [to_peak(j) for j in old],
         "fm_peak_all": [to_peak(j) for j in trained if old],
+        "fm_peak_own": [to_peak(j, t.first(j)) for j in old],
         "fm_diagonal": to_diagonal,
         "bwt": to_diagonal,
         "forgetting": [add_cell_weights((1, t.peak(j, S - 1), j), (-1, S, j)) for j in old],
@@ -277,8 +286,10 @@ def forgetting_metrics(
         metrics[f"{name}_forced"] = mean_of_sums(sums[name], t.forced)
     new = t.stages[t.final - 1] if t.final else ()
     old = [*t.old(), *t.general]
-    metrics["kl_new"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in new], t.base_kl)
-    metrics["kl_old"] = mean_of_sums([add_cell_weights((1, t.final, j)) for j in old], t.base_kl)
+    for group, tasks in (("new", new), ("old", old)):
+        final = [add_cell_weights((1, t.final, j)) for j in tasks]
+        metrics[f"kl_{group}"] = mean_of_sums(final, t.base_kl)
+        metrics[f"kl_{group}_sequence"] = mean_of_sums(final, t.base_kl_sequence)
     return {
         name: {**metrics[name], "formula": f.text, "better": f.better}
         for name, f in formulas_of_table(t).items()
@@ -323,6 +334,7 @@ def per_stage_metrics(t: AccuracyTable) -> list[dict[str, Any]]:
         }
         known = [j for j in others if learned[j] or j in t.general]
         gain = [add_cell_weights((1, s, j), (-1, s - 1, j)) for j in tasks]
+        after = {"new": tasks, "old": known}
         drop = [add_cell_weights((1, s - 1, j), (-1, s, j)) for j in others]
         loss = [add_cell_weights((1, learned[j], j), (-1, s, j)) for j in known]
         rows.append(
@@ -332,8 +344,11 @@ def per_stage_metrics(t: AccuracyTable) -> list[dict[str, Any]]:
                 "gain": mean(gain, t.cells),
                 "drop": mean(drop, t.cells),
                 "loss": mean(loss, t.cells),
-                "kl_new": mean([add_cell_weights((1, s, j)) for j in tasks], t.base_kl),
-                "kl_old": mean([add_cell_weights((1, s, j)) for j in known], t.base_kl),
+                **{
+                    f"kl_{group}{unit}": mean([add_cell_weights((1, s, j)) for j in js], cells)
+                    for unit, cells in (("", t.base_kl), ("_sequence", t.base_kl_sequence))
+                    for group, js in after.items()
+                },
             }
         )
     return rows

@@ -87,12 +87,14 @@ def build_accuracy_table(
         run_log.ACCURACY: {},
         run_log.ACCURACY_FORCED: {},
         run_log.KL_BASE: {},
+        run_log.KL_BASE_SEQUENCE: {},
     }
     within_stage: dict[tuple[int, int, str], float] = {}
     for row in rows:
         stage, task, metric = row["stage"], row["task"], row["metric"]
         is_first_template = row.get("template") == template.get(task, row.get("template"))
-        if metric != run_log.KL_BASE and not is_first_template:
+        is_kl = metric in (run_log.KL_BASE, run_log.KL_BASE_SEQUENCE)
+        if not is_kl and not is_first_template:
             continue
         if metric in cells:
             cells[metric][stage, task] = Cell(row["value"], _stderr(row), row["n"])
@@ -103,6 +105,7 @@ def build_accuracy_table(
         cells[run_log.ACCURACY],
         forced=cells[run_log.ACCURACY_FORCED],
         base_kl=cells[run_log.KL_BASE],
+        base_kl_sequence=cells[run_log.KL_BASE_SEQUENCE],
         within_stage=tuple((*key, value) for key, value in within_stage.items()),
         evaluated=evaluated,
         groups=groups or {},

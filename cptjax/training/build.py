@@ -51,7 +51,7 @@ def optimizer_from_config(config: ConfigDict, declared: Params) -> Optimizer:
 def scoring_program_from_config(
     cfg: ModelConfig, dtype: Any, config: ConfigDict
 ) -> Callable[[Params, Batch], Array]:
-    """Build the log-probability program; a policy is scored at the temperature of its rollouts."""
+    """Build the log-probability program; a policy is scored at the temperature that it trains."""
     loss = LossConfig.from_config(config)
     return make_scoring_program(cfg, dtype, loss.chunk, loss.temperature)
 

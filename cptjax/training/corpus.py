@@ -1,8 +1,16 @@
-"""Load the responses in another run's rollouts file as training data: match, check, grade."""
+"""Load the responses of a corpus file as training data: provenance, match, check, grade.
 
+A corpus is a jsonl file with a line per response: its `id` (of the task's row), `response`, and
+where known `rewards` and `finished`. It is the rollouts/*.jsonl of a run, or has its provenance in
+FILE.source.json beside FILE.jsonl, where launch/generate.py writes it.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from cptjax.common import console, files
 from cptjax.data.model_context import ModelContext
@@ -14,7 +22,18 @@ from cptjax.types import Example
 
 CORPUS_ANSWERS = ("own", "gold")
 
-RowResponse = tuple[int, int, str]  # source, row, response
+CORPUS_SOURCES = ("corpus", "gold+corpus")  # values of method.source that read a corpus
+
+
+class RowResponse(NamedTuple):
+    """A response to a row of a stage's data."""
+
+    source: int
+    row: int
+    text: str
+    gold: bool = False  # the row's gold answer, in a mixture with a corpus
+
+
 PromptedTasks = Mapping[str, PromptedTask]
 
 
@@ -29,18 +48,8 @@ def load_corpus(
     `model_ctx` must be the one for prompts with their responses.
     """
     path = Path(method.corpus)
-    if not path.is_file():
-        raise ValueError(
-            f"method.corpus={str(path)!r} does not exist; "
-            "expected the rollouts/*.jsonl of another run"
-        )
-    lines = files.read_jsonl(path)
-    if not lines or {"id", "response"} - lines[0].keys():
-        got = f"the keys {', '.join(lines[0])}" if lines else "no lines"
-        raise ValueError(
-            f"method.corpus={str(path)!r}: "
-            f"expected lines with id, response and, where known, rewards; got {got}"
-        )
+    lines = read_corpus_lines(path, "method.corpus")
+    find_provenance(path, "method.corpus")
     places = {}
     with console.progress_bar("match the corpus to its rows", total=sum(map(len, sources))) as bar:
         for s, source in enumerate(sources):
@@ -53,11 +62,11 @@ def load_corpus(
             f"method.corpus={str(path)!r}: {len(unknown)} of its ids are not in the stage's data, "
             f"the first is {unknown[0]!r}"
         )
-    responses = [(*places[line["id"]], line["response"]) for line in lines]
+    responses = [RowResponse(*places[line["id"]], line["response"]) for line in lines]
     if method.corpus_answer == "gold":
         pairs = [
-            (s, row, _put_gold_answer(prompted_tasks, sources[s][row], text))
-            for s, row, text in responses
+            RowResponse(s, row, _put_gold_answer(prompted_tasks, sources[s][row], text))
+            for s, row, text, _ in responses
         ]
     else:
         pairs = _correct_responses(path, lines, responses, sources, prompted_tasks)
@@ -70,6 +79,61 @@ def load_corpus(
     console.print_message(f"{path}: {len(pairs)} of {len(lines)} responses to train on")
     _check_lengths(path, pairs, sources, prompted_tasks, model_ctx)
     return pairs
+
+
+def read_corpus_lines(path: Path, setting: str) -> list[dict[str, Any]]:
+    """Read a corpus; refuse a file that is missing or has no responses."""
+    if not path.is_file():
+        raise ValueError(
+            f"{setting}={str(path)!r} does not exist; "
+            "expected the rollouts/*.jsonl of another run, or a file of launch/generate.py"
+        )
+    lines = files.read_jsonl(path)
+    if not lines or {"id", "response"} - lines[0].keys():
+        got = f"the keys {', '.join(lines[0])}" if lines else "no lines"
+        raise ValueError(
+            f"{setting}={str(path)!r}: "
+            f"expected lines with id, response and, where known, rewards; got {got}"
+        )
+    return lines
+
+
+def provenance_path(path: Path) -> Path:
+    """Return where the provenance of a corpus stands."""
+    return path.with_suffix(".source.json")
+
+
+def find_provenance(path: Path, setting: str) -> dict[str, Any]:
+    """Return what a corpus was made of; refuse one of unknown origin."""
+    source, run = provenance_path(path), path.absolute().parent.parent
+    if source.is_file():
+        return json.loads(source.read_text(encoding="utf-8"))
+    if path.absolute().parent.name == "rollouts" and (run / "config.json").is_file():
+        return {"run": str(run)}
+    raise ValueError(
+        f"{setting}={str(path)!r} has no provenance: expected {source.name} beside it, which "
+        "launch/generate.py writes, or the rollouts/ folder of a run; for a file of your own "
+        f'write {{"model": "..."}} to {source.name}'
+    )
+
+
+def count_correct_responses(file: str, ids: Sequence[str], samples: int) -> np.ndarray:
+    """Count for each row how many of the first `samples` responses of a graded corpus are right."""
+    path, setting = Path(file), "method.filter.corpus"
+    lines = read_corpus_lines(path, setting)
+    find_provenance(path, setting)
+    correct: dict[str, list[bool]] = {}
+    for line in lines:
+        if not line.get("rewards"):
+            raise ValueError(f"{setting}={file!r}: {line['id']!r} has a response without rewards")
+        correct.setdefault(line["id"], []).append(is_correct(line["rewards"]))
+    few = [row for row in ids if len(correct.get(row, ())) < samples]
+    if few:
+        raise ValueError(
+            f"{setting}={file!r}: expected {samples} responses to each row, got "
+            f"{len(correct.get(few[0], ()))} to {few[0]!r} ({len(few)} rows have too few)"
+        )
+    return np.array([sum(correct[row][:samples]) for row in ids])
 
 
 def _correct_responses(
@@ -100,8 +164,8 @@ def _correct_responses(
             ungraded.append(i)
     if ungraded:
         places = [responses[i] for i in ungraded]
-        items = [EncodedExample(sources[source][row], None) for source, row, _ in places]
-        texts = [text for _, _, text in places]
+        items = [EncodedExample(sources[place.source][place.row], None) for place in places]
+        texts = [place.text for place in places]
         graded = rollouts.grade_responses(prompted_tasks, items, texts)
         rewards |= dict(zip(ungraded, graded, strict=True))
     return [responses[i] for i in finished if is_correct(rewards[i])]
@@ -135,7 +199,7 @@ def _check_lengths(
     """Refuse responses that are too long, before the first step."""
     limit = max(model_ctx.buckets)
     with console.progress_bar("measure the corpus", total=len(pairs)) as bar:
-        for source, row, response in pairs:
+        for source, row, response, _ in pairs:
             example = sources[source][row]
             prompt = prompted_tasks[example.task].build_prompt(example)
             conversation = [*prompt, {"role": "assistant", "content": response}]

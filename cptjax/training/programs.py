@@ -260,8 +260,9 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
     sampling = rollout_sampling(c)
     rows = device_batches.pad_to_shards(c.train.batch, stage.shards)
     programs = []
-    if m.filter and "samples" in m.filter:
-        several = dataclasses.replace(sampling, group=m.filter["samples"])
+    if m.filter and "samples" in m.filter and not m.filter.get("corpus"):
+        top_p = m.filter.get("top_p") or sampling.top_p
+        several = dataclasses.replace(sampling, group=m.filter["samples"], top_p=top_p)
         loaded = ["trained weights", "frozen weights", "stage's start"]
         loaded += [] if c.train.reset_optimizer else ["optimiser"]
         not_loaded = tuple(name for name in stage.resident if name not in loaded)

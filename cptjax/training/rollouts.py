@@ -275,9 +275,9 @@ def _group_batches(
     uploaded once more.
     """
     samples = graded.samples
-    policy = builder.sampling.temperature == 1
+    untempered = builder.loss.temperature == 1
     arrays = {
-        "sampler_logps": samples.policy_logps if policy else samples.logps,
+        "sampler_logps": samples.policy_logps if untempered else samples.logps,
         "behaviour_logps": samples.logps,
     }
     arrays = {name: x for name, x in arrays.items() if name in builder.needs.arrays}

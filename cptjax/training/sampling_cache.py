@@ -53,10 +53,17 @@ class SamplingCache:
     have.
     """
 
-    def __init__(self, path: Path, stage: Stage, mesh: Mesh, stopping: Callable[[], bool] = bool):
+    def __init__(
+        self,
+        path: Path,
+        stage: Stage,
+        mesh: Mesh,
+        stopping: Callable[[], bool] = bool,
+        more: str = "",  # what the responses depend on beside the stage
+    ):
         self.path = path
         self.stopping = stopping
-        self.fingerprint = cache_fingerprint(stage)
+        self.fingerprint = f"{cache_fingerprint(stage)} {more}".rstrip()
         self.seconds = 0.0  # spent on sampling, over all parts
         self._file = path.with_name(f".{path.name}.partial{jax.process_index()}")
         self._header = {

@@ -1,4 +1,4 @@
-"""Self-SFT: train on the policy's own correct responses, in windows of steps, or on a corpus.
+"""SFT on listed responses: the policy's own in windows of steps, a corpus, or gold and a corpus.
 
 The responses of a window are written to corpus/stage{K}_step{start}.jsonl before they are used, so
 that a resumed run trains on the same responses. Their sampling cost (.cost.json) and their origin
@@ -26,7 +26,7 @@ from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
 from cptjax.tasks.rewards import is_correct
 from cptjax.training import sampling_cache
-from cptjax.training.corpus import RowResponse, load_corpus
+from cptjax.training.corpus import RowResponse, find_provenance, load_corpus
 from cptjax.training.rollouts import grade_responses
 from cptjax.training.sampling_cache import SamplingCache
 from cptjax.training.stage_context import StageContext
@@ -67,16 +67,10 @@ def _window_responses(
     path = ctx.workdir / "corpus" / f"stage{ctx.stage.number}_step{start}.jsonl"
     cache = SamplingCache(path, ctx.stage, ctx.builder.model_ctx.mesh, ctx.stopping)
     if not cache.is_complete():
-        if ctx.config.method.source == "corpus":
-            builder = ctx.builder
-            pairs, cost = (
-                load_corpus(
-                    builder.method, ctx.sources, builder.prompted_tasks, builder.training_ctx
-                ),
-                WorkCost(),
-            )
-        else:
+        if ctx.config.method.source == "self":
             pairs, cost = _sample_window(ctx, params, start, steps, cache)
+        else:
+            pairs, cost = _listed_responses(ctx), WorkCost()
         total = sum(distributed.gather_objects(cost), WorkCost())
         if distributed.is_main_process():
             sampling_cache.write_sampling_cost(path, total, cache.fingerprint)
@@ -84,7 +78,8 @@ def _window_responses(
             files.write_json(path.with_suffix(".source.json"), origin)
             lines = [
                 {"source": s, "row": r, "id": ctx.sources[s][r].id, "response": text}
-                for s, r, text in pairs
+                | ({"gold": True} if gold else {})
+                for s, r, text, gold in pairs
             ]
             files.write_text(
                 path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -101,17 +96,42 @@ def _window_responses(
 
 @functools.lru_cache(maxsize=2)
 def _read_responses(path: Path) -> list[RowResponse]:
-    return [(line["source"], line["row"], line["response"]) for line in files.read_jsonl(path)]
+    return [
+        RowResponse(line["source"], line["row"], line["response"], line.get("gold", False))
+        for line in files.read_jsonl(path)
+    ]
+
+
+def _listed_responses(ctx: StageContext) -> list[RowResponse]:
+    """Return the responses of the corpus, after the gold answers where both are trained on."""
+    builder, gold = ctx.builder, []
+    if builder.method.source == "gold+corpus":
+        gold = [
+            RowResponse(s, row, builder.prompted_tasks[example.task].gold_response(example), True)
+            for s, source in enumerate(ctx.sources)
+            for row, example in enumerate(source)
+        ]
+    prompted_tasks = ctx.corpus_tasks or builder.prompted_tasks
+    return gold + load_corpus(builder.method, ctx.sources, prompted_tasks, builder.training_ctx)
+
+
+def steps_over_responses(ctx: StageContext, params: Params, epochs: float) -> int:
+    """Return the steps of so many passes over the responses of a stage; they are sampled now."""
+    pairs, _ = _window_responses(ctx, params, 0, max(ctx.steps, ctx.mixture.steps(1)))
+    own = sum(pair.source < len(ctx.stage.tasks) for pair in pairs)
+    return ctx.mixture.steps(epochs, own)
 
 
 def _origin(ctx: StageContext, start: int) -> dict[str, Any]:
-    """Return the origin of a window's responses: a file, or the policy at a step."""
+    """Return the origin of a window's responses: a corpus, or the policy at a step."""
     method = ctx.config.method
     if method.source == "self":
         return {"policy": {"stage": ctx.stage.number, "step": start}}
-    text = Path(method.corpus).read_bytes()
+    path = Path(method.corpus)
+    text = path.read_bytes()
     return {
-        "corpus": str(Path(method.corpus).resolve()),
+        "corpus": str(path.resolve()),
+        "provenance": find_provenance(path, "method.corpus"),
         "sha256": hashlib.sha256(text).hexdigest(),
         "rows": text.count(b"\n"),
     }
@@ -143,7 +163,7 @@ def _sample_window(
     ]
     measured = distributed.concat_lists(distributed.gather_objects(measured))
     limit = max(builder.training_ctx.buckets)
-    pairs = sorted({(*place, text) for *place, text, tokens in measured if tokens <= limit})
+    pairs = sorted({RowResponse(*pair) for *pair, tokens in measured if tokens <= limit})
     if not pairs:
         raise ValueError(
             f"none of the policy's own responses to {len(places)} prompts is correct; "
@@ -240,12 +260,16 @@ def _encode_responses(ctx: StageContext, pairs: Sequence[RowResponse]) -> list[E
     """Encode prompts with their responses, reusing the encoded images of the prompts."""
     model_ctx = ctx.builder.training_ctx
     limit = max(model_ctx.buckets)
-    prompts = ctx.prompt_reader([RowRef(source, row) for source, row, _ in pairs])
+    prompts: dict[int, EncodedExample] = {}
+    for gold, reader in ((True, ctx.prompt_reader), (False, ctx.corpus_reader)):
+        chosen = [i for i, pair in enumerate(pairs) if pair.gold == gold]
+        rows = [RowRef(pairs[i].source, pairs[i].row) for i in chosen]
+        prompts |= zip(chosen, reader(rows), strict=True)
     return [
         EncodedExample(
-            prompt.example,
-            model_ctx.processor.append_response(prompt.encoded, text, limit=limit),
-            row,
+            prompts[i].example,
+            model_ctx.processor.append_response(prompts[i].encoded, pair.text, limit=limit),
+            pair.row,
         )
-        for prompt, (_, row, text) in zip(prompts, pairs, strict=True)
+        for i, pair in enumerate(pairs)
     ]

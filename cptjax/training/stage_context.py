@@ -13,6 +13,7 @@ from cptjax.data.data_config import DataConfig
 from cptjax.data.loader import BatchStream, LocalReader
 from cptjax.data.mixture import Mixture
 from cptjax.data.prompts import make_example_encoder
+from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Example, Params
@@ -40,6 +41,8 @@ class StageContext:
     workdir: Path
     reference: Params | None  # of the KL term
     teacher: Teacher | None
+    # The tasks with method.corpus_template; None = the template of the gold answers.
+    corpus_tasks: dict[str, PromptedTask] | None = None
     stopping: Callable[[], bool] = bool  # returns True if the run must end before long work
 
     @property
@@ -54,9 +57,17 @@ class StageContext:
     @functools.cached_property
     def prompt_reader(self) -> LocalReader:
         """The reader of the prompts of given rows."""
-        builder = self.builder
-        limit = max(builder.model_ctx.buckets)
-        encode = make_example_encoder(builder.model_ctx, builder.prompted_tasks, False, limit)
+        return self._make_reader(self.builder.prompted_tasks)
+
+    @functools.cached_property
+    def corpus_reader(self) -> LocalReader:
+        """The reader of the prompts of a corpus' rows, with their own template."""
+        return self._make_reader(self.corpus_tasks) if self.corpus_tasks else self.prompt_reader
+
+    def _make_reader(self, prompted_tasks: dict[str, PromptedTask]) -> LocalReader:
+        model_ctx = self.builder.model_ctx
+        limit = max(model_ctx.buckets)
+        encode = make_example_encoder(model_ctx, prompted_tasks, False, limit)
         return LocalReader(self.sources, encode)
 
     def open_stream(self, batches_taken: int) -> BatchStream:

@@ -4,6 +4,7 @@ source    rows -> responses                                            updates p
 gold      row -> conversation with its gold response                   1
 self      a window of rows -> correct responses of the policy          1
 corpus    a rollouts/*.jsonl -> its correct responses                  1
+gold+corpus   both, in proportion to the number of responses           1
 rollouts  row -> prompt -> responses -> rewards -> advantages          updates_per_batch * passes
 """
 
@@ -111,7 +112,7 @@ class BatchBuilder:
 
 def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
     """Return how much longer than a prompt a row may be: a response and the end of its turn."""
-    return max_new_tokens + 1 if method.source in ("self", "corpus") else 0
+    return max_new_tokens + 1 if method.source in ("self", "corpus", "gold+corpus") else 0
 
 
 def attach_arrays(batches: Sequence[Batch], **arrays: Sequence[Array]) -> list[Batch]:

@@ -193,7 +193,8 @@ def warn_of_mismatch(metrics: dict[str, float], stage: Stage) -> None:
     # A sampler that cuts a tempered distribution does not return log-probabilities over the whole
     # vocabulary, so there is nothing to compare.
     is_cut = rollout.top_p < 1 or rollout.top_k or rollout.min_p
-    if rollout.dtype not in ("", compute_dtype) or (rollout.temperature != 1 and is_cut):
+    tempered = stage.config.method.tempered and rollout.temperature != 1
+    if rollout.dtype not in ("", compute_dtype) or (tempered and is_cut):
         return
     if metrics.get("mismatch", 0.0) > limit:
         console.print_warning(

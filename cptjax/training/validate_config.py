@@ -14,7 +14,9 @@ from cptjax.training.algorithms import advantages, distillation, prompt_filters,
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.optimizers import OptimizerConfig, ScheduleConfig
 
-METHOD_SOURCES = ("gold", "rollouts", "self", "corpus")
+METHOD_SOURCES = ("gold", "rollouts", "self", "corpus", "gold+corpus")
+FILTER_KEYS = {"samples", "lo", "hi", *prompt_filters.FILTER_OPTIONS}
+EPOCH_UNITS = ("prompts", "responses")
 
 
 def validate_stage(stage: Stage) -> None:
@@ -60,21 +62,29 @@ def _check_source(m: ConfigDict) -> None:
             f"method.objective={m.objective!r} does not train on source={m.source!r}: "
             "policy and distill need rollouts, the others do not use them"
         )
-    if m.source == "corpus" and not m.corpus:
+    has_corpus = m.source in corpus.CORPUS_SOURCES
+    if has_corpus and not m.corpus:
         raise ValueError(
-            "method.source='corpus' needs method.corpus, the rollouts/*.jsonl of another run"
+            f"method.source={m.source!r} needs method.corpus, the rollouts/*.jsonl of another run "
+            "or a file of launch/generate.py"
         )
     if m.corpus_answer not in corpus.CORPUS_ANSWERS:
         raise ValueError(
             f"method.corpus_answer={m.corpus_answer!r}: choose one of "
             f"{', '.join(corpus.CORPUS_ANSWERS)}"
         )
-    if m.source != "corpus" and (m.corpus or m.corpus_answer != "own"):
+    if not has_corpus and (m.corpus or m.corpus_answer != "own"):
         given = f"method.corpus={m.corpus!r}, corpus_answer={m.corpus_answer!r}"
         raise ValueError(
             f"{given} belong to source='corpus'; "
             f"with source={m.source!r} leave them at '' and 'own'"
         )
+    if m.corpus_template and m.source != "gold+corpus":
+        raise ValueError(
+            f"method.corpus_template={m.corpus_template!r} belongs to source='gold+corpus'; "
+            f"with source={m.source!r} leave it '' and set data.template"
+        )
+    _check_epoch_unit(m)
     if m.refresh not in ("never", "epoch") and not (str(m.refresh).isdigit() and int(m.refresh)):
         raise ValueError(
             f"method.refresh={m.refresh!r}: expected never, epoch or a number of steps"
@@ -84,15 +94,29 @@ def _check_source(m: ConfigDict) -> None:
             f"method.replay.fraction={m.replay.fraction}: "
             "expected the share of rows from earlier stages, 0 <= fraction < 1"
         )
-    if m.replay.fraction and m.source == "corpus":
+    if m.replay.fraction and has_corpus:
         raise ValueError(
-            "method.replay does not work with source='corpus': "
+            f"method.replay does not work with source={m.source!r}: "
             "add the responses to rows of earlier stages to the file"
         )
     kind = "gold" if m.source == "gold" else "prompts"
     if m.replay.fraction and m.replay.kind != kind:
         raise ValueError(
             f"method.replay.kind={m.replay.kind!r} with source={m.source!r}: expected {kind!r}"
+        )
+
+
+def _check_epoch_unit(m: ConfigDict) -> None:
+    """Check that the responses of a stage are known at its start, if its epochs count them."""
+    if m.epoch_unit not in EPOCH_UNITS:
+        raise ValueError(
+            f"method.epoch_unit={m.epoch_unit!r}: choose one of {', '.join(EPOCH_UNITS)}"
+        )
+    known = m.source in corpus.CORPUS_SOURCES or (m.source == "self" and m.refresh == "never")
+    if m.epoch_unit == "responses" and not known:
+        raise ValueError(
+            "method.epoch_unit='responses' needs source='corpus', 'gold+corpus' or 'self' with "
+            f"refresh='never'; got source={m.source!r}, refresh={m.refresh!r}"
         )
 
 
@@ -107,6 +131,11 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
         raise ValueError(
             f"method.tis_cap={m.tis_cap} belongs to objective='policy', "
             f"not {m.objective!r}: leave it None"
+        )
+    if m.objective != "policy" and not m.tempered:
+        raise ValueError(
+            f"method.tempered=False belongs to objective='policy', not {m.objective!r}: leave it "
+            "True"
         )
     if m.advantage == "reinforce01" and m.kl_coef and m.kl_place == "reward":
         raise ValueError(
@@ -154,7 +183,7 @@ def _check_own_samples(m: ConfigDict, r: ConfigDict) -> None:
         )
     if m.filter is not None:
         prompt_filters.check_prompt_filter(
-            **_check_keys_of("filter", m.filter, {"name"}, {"samples", "lo", "hi", "like"})
+            **_check_keys_of("filter", m.filter, {"name"}, FILTER_KEYS)
         )
     if m.online_filter is not None:
         prompt_filters.check_online_filter(

@@ -129,6 +129,24 @@ def test_all_corpora_are_compared(workdir, tmp_path):
         influence.analyze(str(workdir), 2, 3, 8, "facts", corpus="nothing", probes=2)
 
 
+@pytest.mark.slow
+def test_influence_along_a_stage_has_the_weights_of_each_saved_step(workdir, tmp_path):
+    """The run keeps its two newest checkpoints; the last step has the weights of the next stage."""
+    found = influence.analyze(str(workdir), 1, 2, 4, "facts", corpus="gold", probes=1, steps="all")
+    steps = found.numbers["steps"]
+    assert list(steps) == ["0", "16", "18", "20"] and len(found.charts) == 4
+    perplexity = [step["gold"]["perplexity"] for step in steps.values()]
+    assert perplexity[0] > 2 * perplexity[1], "training makes the gold responses likelier"
+    with open_probe(workdir, 1, "facts", "float32") as (probe, _):
+        end = probe.at_step(20).trained
+        with open_probe(workdir, 2, "facts", "float32") as (next_probe, _):
+            jax.tree.map(np.testing.assert_array_equal, end, next_probe.trained)
+        with pytest.raises(ValueError, match="step 7 of stage 1 is not saved; there are 0, 16, 18"):
+            probe.at_step(7)
+        with pytest.raises(ValueError, match="--steps='x': expected all"):
+            influence.chosen_steps(probe, "x")
+
+
 def test_risks_of_a_run_follow_from_its_gradients(workdir, tmp_path):
     found = gradient_risk.analyze(str(workdir), 2, rows=4, samples=4, others="facts", probes=2)
     prompts = found.numbers["prompts"]
@@ -178,6 +196,10 @@ def test_weight_distances_of_a_run_add_up_over_parts(workdir):
         (["influence", "{w}", "--lr=0"], "expected numbers above 0"),
         (["influence", "nowhere"], "nowhere has no config.json"),
         (["drift", "nowhere"], "nowhere is not a run"),
+        (["pareto", "{w}"], "1 arms have an accuracy and a loss on other tasks, of fewer than two"),
+        (["parity", "--seeds=0"], "--seeds=0: expected at least one seed"),
+        (["wrong"], "invalid choice: 'wrong'"),
+        (["influence", "{w}", "--stage=x"], "invalid int value: 'x'"),
     ],
 )
 def test_a_mistake_prints_one_line(workdir, argv, message, monkeypatch, capsys):

@@ -67,6 +67,14 @@ def test_formulas_match_numbers_computed_by_hand(table, name, value, terms):
     assert found["formula"] == matrix.FORMULAS[name].text
 
 
+def test_the_peak_since_the_tasks_own_stage_leaves_out_zero_shot_scores():
+    """Task b scores best, 0.9, before it is trained: fm_peak counts that, fm_peak_own does not."""
+    t = make_table([[0.1, 0.8, 0], [0.5, 0.9, 0], [0.4, 0.7, 0], [0.3, 0.6, 1]], ["a", "b", "c"])
+    found = matrix.forgetting_metrics(t)
+    assert found["fm_peak"]["value"] == pytest.approx((0.3 - 0.5 + 0.6 - 0.9) / 2)
+    assert found["fm_peak_own"]["value"] == pytest.approx((0.3 - 0.5 + 0.6 - 0.7) / 2)
+
+
 def test_intransigence_is_positive_where_joint_training_learned_more():
     joint = make_table([[0.2, 0.3, 0.4], [0.9, 1.0, 0.9]], [("a", "b", "c")])
     assert matrix.forgetting_metrics(THREE, joint)["intransigence"]["value"] == pytest.approx(

@@ -18,6 +18,7 @@ from cptjax.types import Example
 def corpus_config(tmp_path, rows, **method):
     path = tmp_path / "other.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "other.source.json").write_text('{"model": "somebody"}')
     return method_config(
         "corpus_sft",
         steps=1,
@@ -60,7 +61,11 @@ def test_a_corpus_gives_its_correct_responses_and_grades_the_others(tmp_path):
     origin = json.loads((tmp_path / "run" / "corpus" / "stage1_step0.source.json").read_text())
     path = tmp_path / "other.jsonl"
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert origin == {"corpus": str(path), "sha256": sha256, "rows": 7, "answers": 4}
+    provenance = {"model": "somebody"}
+    assert origin == {
+        **{"corpus": str(path), "provenance": provenance, "sha256": sha256},
+        **{"rows": 7, "answers": 4},
+    }
 
 
 def test_rows_with_responses_may_be_longer_than_the_prompt_limit(tmp_path):
@@ -146,3 +151,62 @@ def test_an_unusable_corpus_is_refused_in_one_line(name, tmp_path):
     with pytest.raises(ValueError) as error:
         trained_texts(corpus_config(tmp_path, rows), tmp_path / "run")
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_corpus_of_unknown_origin_is_refused_in_one_line(tmp_path):
+    c = corpus_config(tmp_path, [{"id": "first/train/0", "response": "a", "reward": 1.0}])
+    (tmp_path / "other.source.json").unlink()
+    with pytest.raises(ValueError, match="has no provenance: expected other.source.json") as error:
+        trained_texts(c, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    rollouts = tmp_path / "theirs" / "rollouts" / "stage1.jsonl"  # of a run: its config tells
+    rollouts.parent.mkdir(parents=True)
+    (tmp_path / "other.jsonl").rename(rollouts)
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    assert corpus.find_provenance(rollouts, "x") == {"run": str(tmp_path / "theirs")}
+
+
+def test_gold_answers_and_a_corpus_in_one_stage_each_with_its_template(tmp_path):
+    """Every gold answer under data.template, every correct response under corpus_template."""
+    rows = [
+        {"id": f"first/train/{i}", "response": f"say {i}", "reward": float(i < 4)}
+        for i in (0, 1, 2, 3, 4)
+    ]
+    c = corpus_config(
+        tmp_path,
+        [*rows, {"id": "first/train/0", "response": "again", "reward": 1.0}],
+        source="gold+corpus",
+        corpus_template="answer",
+        epoch_unit="responses",
+    )
+    c.tasks["first"].template, c.data.template = "", "none"
+    c.stages = (dict(task="first", epochs=2),)
+    with stage_fixtures.prepare_stage(c, tmp_path / "run") as prepared:
+        ctx = prepared.ctx
+        assert len(ctx.sources[0]) == 8 and ctx.steps == 2 * (8 + 5) / 2  # of batches of two
+        decode = prepared.run.model_ctx.processor.decode
+        seen = []
+        for step in range(ctx.steps):
+            for item in self_training.response_examples(ctx, prepared.params, step)[0]:
+                prompt = decode([[int(t) for t in item.encoded.tokens]])[0]
+                said = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
+                seen.append((item.row, said.strip(), "<answer>" in prompt.removesuffix(said)))
+    gold = [(i, example.target, False) for i, example in enumerate(ctx.sources[0])]
+    theirs = [(i, f"say {i}", True) for i in range(4)] + [(0, "again", True)]
+    assert sorted(seen) == sorted(2 * (gold + theirs))
+
+
+def test_success_counts_of_a_graded_corpus(tmp_path):
+    lines = [
+        {"id": f"r{q}", "response": "a", "rewards": {"reward": r, "accuracy": r}}
+        for q, graded in enumerate(((1, 0, 1, 1), (0, 0, 0, 1), (1, 1, 1, 1)))
+        for r in map(float, graded)
+    ]
+    corpus_config(tmp_path, lines)
+    file = str(tmp_path / "other.jsonl")
+    count = lambda ids, samples: corpus.count_correct_responses(file, ids, samples).tolist()
+    assert count(["r0", "r1", "r2"], 4) == [3, 1, 4] and count(["r2", "r1"], 3) == [3, 0]
+    with pytest.raises(ValueError, match="expected 8 responses to each row, got 4 to 'r0'"):
+        count(["r0"], 8)
+    with pytest.raises(ValueError, match="got 0 to 'r9' .1 rows"):
+        count(["r0", "r9"], 2)

@@ -15,6 +15,7 @@ METRIC_TITLES = {
     "learned_gain": "Learned gain",
     "fm_peak": "FM peak",
     "fm_peak_all": "FM peak, over T",
+    "fm_peak_own": "FM peak, own stage on",
     "fm_diagonal": "FM",
     "bwt": "BWT",
     "forgetting": "Forgetting",
@@ -28,11 +29,14 @@ METRIC_TITLES = {
     "general_delta_forced": "General Δ, forced",
     "kl_new": "KL, new tasks",
     "kl_old": "KL, old tasks",
+    "kl_new_sequence": "KL per response, new tasks",
+    "kl_old_sequence": "KL per response, old tasks",
     "format_share": "Format share",
 }
 # Metrics shown in percent; all others except KL are differences in points.
 LEVEL_METRICS = ("avg_acc", "base_acc", "learned_acc", "maa")
-KL_METRICS = ("kl_new", "kl_old")  # nats per token
+# Nats per token, and per response.
+KL_METRICS = ("kl_new", "kl_old", "kl_new_sequence", "kl_old_sequence")
 EQUAL_LEARNING_GAP = 0.06  # largest difference in learned accuracy that counts as equal learning
 AMOUNT_SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -85,7 +85,7 @@ class LossConfig:
     kl_limit: float | None
     tis_cap: float | None
     entropy_coef: float
-    temperature: float  # of the distribution that is sampled and trained
+    temperature: float  # of the distribution whose log-probabilities are trained
     direction: str  # distillation: forward | reverse
     top_k: int  # distillation: number of tokens compared; 0 = the whole vocabulary
     skip_tokens: int  # distillation: number of first tokens of each response left out
@@ -96,9 +96,10 @@ class LossConfig:
     def from_config(cls, config: Any) -> "LossConfig":
         """Read the settings of a stage, most of them from `method` and `method.distill` by name."""
         method = config.method
+        is_tempered = method.objective == "policy" and method.tempered
         other = {
             "fixed_length": config.rollout.max_new_tokens,
-            "temperature": config.rollout.temperature if method.objective == "policy" else 1.0,
+            "temperature": config.rollout.temperature if is_tempered else 1.0,
             "lwf_coef": method.penalty.coef if method.penalty.name == "lwf" else 0.0,
             "chunk": config.train.chunk,
         }

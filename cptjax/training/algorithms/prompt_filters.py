@@ -3,31 +3,61 @@
     offline, before a stage: sample K responses per prompt, keep it if lo <= number correct <= hi
         incompetent      1 .. K      drop prompts that are never solved (RIF-RFT's released code)
         zero_variance    1 .. K-1    also drop prompts that are always solved
+        unsolvable       0 .. 0      keep only prompts that are never solved
         window           lo .. hi
         random           keep as many prompts as lo .. hi would keep, or as another run kept, chosen
                          at random: the control
+        balanced, most   keep at most as many as are dropped, and at most so many, chosen at random
     online, at each step: keep groups whose mean accuracy is strictly between lo and hi
 
 All filters use the accuracy part of a reward, never its format part.
 """
 
+from typing import Any
+
 import numpy as np
 
-PROMPT_FILTERS = ("incompetent", "zero_variance", "window", "random")
+PROMPT_FILTERS = ("incompetent", "zero_variance", "window", "random", "unsolvable")
+# Settings of a filter beside its name and window.
+FILTER_OPTIONS = ("like", "corpus", "balanced", "most", "top_p")
 
 
 def check_prompt_filter(
-    name: str, samples: int = 0, lo: int | None = None, hi: int | None = None, like: str = ""
+    name: str,
+    samples: int = 0,
+    lo: int | None = None,
+    hi: int | None = None,
+    like: str = "",
+    **options: Any,
 ) -> None:
     """Refuse offline filters without a window, and settings that a filter of this name ignores."""
     if name not in PROMPT_FILTERS:
         raise ValueError(f"method.filter.name={name!r}: choose one of {', '.join(PROMPT_FILTERS)}")
-    if not like:
-        success_window(name, samples, lo, hi)
-    elif name != "random" or not isinstance(like, str) or samples or (lo, hi) != (None, None):
+    if like:
+        window = samples or (lo, hi) != (None, None) or options
+        if name != "random" or not isinstance(like, str) or window:
+            raise ValueError(
+                f"method.filter.like={like!r}: expected name='random' and the folder of a run, "
+                f"without samples, lo and hi{', '.join(['', *options])}"
+            )
+        return
+    success_window(name, samples, lo, hi)
+    _check_filter_options(**options)
+
+
+def _check_filter_options(
+    corpus: str = "", balanced: bool = False, most: int | None = None, top_p: float | None = None
+) -> None:
+    if type(balanced) is not bool or (most is not None and (type(most) is not int or most < 1)):
         raise ValueError(
-            f"method.filter.like={like!r}: expected name='random' and the folder of a run, without "
-            "samples, lo and hi"
+            f"method.filter balanced={balanced!r}, most={most!r}: expected True or False, and a "
+            "number of prompts"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"method.filter.top_p={top_p!r}: expected a share in (0, 1]")
+    if corpus and top_p is not None:
+        raise ValueError(
+            f"method.filter.corpus={corpus!r}: its responses are already sampled; leave out top_p"
         )
 
 
@@ -53,7 +83,8 @@ def success_window(
             f"and for {name!r} at least {least} responses per prompt"
         )
     given = (1 if lo is None else lo, samples if hi is None else hi)
-    window = {"incompetent": (1, samples), "zero_variance": (1, samples - 1)}.get(name, given)
+    named = {"incompetent": (1, samples), "zero_variance": (1, samples - 1), "unsolvable": (0, 0)}
+    window = named.get(name, given)
     if lo not in (None, window[0]) or hi not in (None, window[1]):
         raise ValueError(
             f"method.filter lo={lo}, hi={hi}: {name!r} means lo={window[0]}, hi={window[1]} of "
@@ -74,6 +105,8 @@ def keep_prompts(
     samples: int,
     lo: int | None = None,
     hi: int | None = None,
+    balanced: bool = False,
+    most: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
     """Return a mask [Q] of the prompts to keep, from the number [Q] of correct responses each.
@@ -94,13 +127,22 @@ def keep_prompts(
             f"({(correct == 0).sum()} never and {(correct == samples).sum()} always solved in "
             f"{samples} responses): widen lo={lo}, hi={hi} or take more samples"
         )
-    return keep_random_prompts(len(keep), int(keep.sum()), seed) if name == "random" else keep
+    inside = int(keep.sum())
+    count = min(inside, len(keep) - inside if balanced else inside, most or inside)
+    if not count:
+        raise ValueError(
+            f"method.filter={name!r} with balanced=True keeps none of {len(keep)} prompts, "
+            "since it drops none: set balanced=False"
+        )
+    if name == "random":
+        return keep_random_prompts(np.ones(len(keep), bool), count, seed)
+    return keep if count == inside else keep_random_prompts(keep, count, seed)
 
 
-def keep_random_prompts(prompts: int, kept: int, seed: int) -> np.ndarray:
-    """Return a mask [prompts] that keeps `kept` prompts, chosen at random."""
-    keep = np.zeros(prompts, bool)
-    keep[np.random.default_rng(seed).permutation(prompts)[:kept]] = True
+def keep_random_prompts(candidates: np.ndarray, kept: int, seed: int) -> np.ndarray:
+    """Return a mask [Q] that keeps `kept` of the candidate prompts [Q], chosen at random."""
+    keep, rows = np.zeros(len(candidates), bool), np.flatnonzero(candidates)
+    keep[rows[np.random.default_rng(seed).permutation(len(rows))[:kept]]] = True
     return keep
 
 

@@ -29,6 +29,27 @@ def test_presets_and_window():
         )
 
 
+def test_equal_sets_of_solvable_unsolvable_and_random_prompts():
+    """The released filter of RIF-RFT compares sets of min(solvable, unsolvable, cap) prompts."""
+    counts = np.random.default_rng(0).integers(0, 3, 300)  # about 100 never, 200 sometimes
+    never = int((counts == 0).sum())
+    filters = {
+        "solvable": dict(name="incompetent"),
+        "unsolvable": dict(name="unsolvable"),
+        "random": dict(name="random", lo=1, hi=2),
+    }
+    for most, size in ((None, never), (7500, never), (40, 40)):
+        kept = {
+            k: prompt_filters.keep_prompts(counts, samples=2, balanced=True, most=most, **f)
+            for k, f in filters.items()
+        }
+        assert {int(mask.sum()) for mask in kept.values()} == {size}
+        assert counts[kept["solvable"]].min() >= 1 and counts[kept["unsolvable"]].max() == 0
+        assert 0 < (counts[kept["random"]] == 0).sum() < size
+    with pytest.raises(ValueError, match="keeps none of 5 prompts, since it drops none"):
+        keep("incompetent", np.ones(5, int), balanced=True)
+
+
 def test_the_control_keeps_as_many_prompts_without_using_the_counts():
     counts = np.random.default_rng(0).integers(0, 9, 1000)
     kept = keep("window", counts, lo=2, hi=7)

@@ -1,0 +1,68 @@
+"""Frontiers and losses at matched accuracy against numbers computed by hand."""
+
+import pytest
+
+from cptjax.analysis import finding, pareto
+from cptjax.analysis.pareto import ArmPoint
+from cptjax.common import files, run_log
+
+SFT = [ArmPoint("sft", a, x, y) for a, x, y in (("1", 0.4, 0.1), ("2", 0.6, 0.3), ("3", 0.8, 0.5))]
+RL = [ArmPoint("rl", a, x, y) for a, x, y in (("1", 0.5, 0.02), ("2", 0.7, 0.04), ("3", 0.6, 0.2))]
+
+
+def test_the_frontier_has_the_points_that_no_other_beats():
+    assert [p.arm for p in pareto.frontier(RL)] == ["1", "2"]  # the third is worse than the second
+    assert pareto.frontier(SFT[::-1]) == SFT
+
+
+def test_the_loss_at_an_accuracy_is_read_off_the_frontier():
+    assert pareto.loss_at(SFT, 0.7) == pytest.approx(0.4)
+    assert pareto.loss_at(RL, 0.6) == pytest.approx(0.03)
+    assert pareto.loss_at(SFT, 0.1) == pytest.approx(0.1)  # its first point reaches more than that
+    assert pareto.loss_at(RL, 0.71) is None
+
+
+def test_methods_are_compared_at_what_all_of_them_reach():
+    numbers = pareto.pareto_finding(SFT + RL, base=0.3).numbers
+    assert numbers["matched_accuracy"] == 0.7  # of rl, which learns less
+    assert numbers["loss_at_matched_accuracy"] == pytest.approx({"rl": 0.04, "sft": 0.4})
+    assert numbers["levels"] == pytest.approx([0.4, 0.5, 0.6, 0.7])
+    assert numbers["losses"]["sft"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def write_run(folder, method, accuracy, loss, seed=0):
+    """A workdir of one stage with an accuracy on its task, and a loss on a general task."""
+    log = run_log.RunLog(folder)
+    for stage, task, value in (
+        (0, "t", 0.2),
+        (0, "g", 0.9),
+        (1, "t", accuracy),
+        (1, "g", 0.9 - loss),
+    ):
+        values = (stage, "s", 1, task, "accuracy", value, 100, 0.01, "exact", "none", "1", "greedy")
+        log.evals([dict(zip(run_log.EVAL_COLUMNS, values, strict=True))])
+    log.close()
+    config = {
+        **{"name": folder.name, "seed": seed, "stages": [{"task": "t", "steps": 1}]},
+        **{"method": {"name": method}, "eval": {"tasks": "all", "general": ["g"], "groups": {}}},
+    }
+    files.write_json(folder / "config.json", config)
+
+
+def test_arms_of_a_sweep_with_seeds_become_points_of_their_method(tmp_path):
+    write_run(tmp_path / "sft_low", "sft", 0.5, 0.1)
+    write_run(tmp_path / "sft_high", "sft", 0.9, 0.5)
+    for seed, loss in enumerate((0.02, 0.04)):
+        write_run(tmp_path / "rl" / f"seed{seed}", "grpo", 0.7, loss, seed)
+    found = pareto.analyze([tmp_path])
+    numbers = found.numbers
+    assert numbers["matched_accuracy"] == pytest.approx(0.7)
+    assert numbers["loss_at_matched_accuracy"] == pytest.approx({"grpo": 0.03, "sft": 0.3})
+    assert {p["arm"]: p["method"] for p in numbers["points"]} == {
+        **{"sft_low": "sft", "sft_high": "sft"},
+        "rl": "grpo",
+    }
+    assert "At 70.0 % on the new tasks" in found.sentences[0]
+    assert "sft loses 27.0 points more" in found.sentences[0]
+    page = finding.write_finding(found, tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 1 and "FM peak, own stage on" in page
