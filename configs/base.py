@@ -155,7 +155,8 @@ def get_config() -> ConfigDict:
         mini=240,  # rows per task of an evaluation inside a stage
         before=True,  # evaluate the base model (row 0)
         batch=64,
-        max_new_tokens=256, temperature=0.0,
+        max_new_tokens=256, temperature=0.0, top_p=1.0,
+        samples=1,  # responses per row; with more, a row's score is their mean
         # Templates to evaluate with; () = each task's last training template, else data.template.
         templates=(),
         forced_prefix=False,  # also evaluate with a forced prefix: knowledge without format

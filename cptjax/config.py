@@ -54,6 +54,7 @@ MINIMUM_VALUES = {
     "eval.batch": 1,
     "eval.max_new_tokens": 1,
     "eval.temperature": 0.0,
+    "eval.samples": 1,
     "eval.drift": 0,
     "method.self_samples": 1,
     "log.every": 1,
@@ -155,6 +156,11 @@ def check_config_values(config: ConfigDict) -> None:
         if isinstance(value, bool) or not isinstance(value, kinds) or value < minimum:
             expected = f"{_TYPE_NAMES[type(minimum)]} of at least {minimum}"
             raise ValueError(f"config.{name}: expected {expected}, got {value!r}")
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise ValueError(
+            f"config.eval.samples={config.eval.samples} with config.eval.temperature=0: all "
+            "samples of a row are equal; set a temperature, or one sample"
+        )
     general = config.eval.general
     for name, tasks in config.eval.groups.items():
         if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(general):

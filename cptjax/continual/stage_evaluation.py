@@ -136,7 +136,9 @@ def measure_task_drift(
             base,
             prompted,
             run.datasets.examples(task, "test", c, template),
-            dataclasses.replace(eval_sampling(c), temperature=1.0, gather=False),
+            dataclasses.replace(
+                eval_sampling(c), group=1, temperature=1.0, top_p=1.0, gather=False
+            ),
             count=e.drift,
             batch=e.batch,
             seed=c.seed,
@@ -173,6 +175,8 @@ def shared_eval_columns(run: Run, number: int, step: int) -> dict[str, Any]:
     """Return the columns of evals.csv that all rows of one evaluation share."""
     e = run.config.eval
     decoding = "greedy" if e.temperature == 0 else f"T={e.temperature}"
+    decoding += f", top_p={e.top_p}" if e.top_p < 1 else ""
+    decoding += f", {e.samples} samples" if e.samples > 1 else ""
     return {
         "stage": number,
         "stage_name": run.stages[number - 1].name if number else "base",

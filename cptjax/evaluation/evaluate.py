@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """The scored responses of a model to the test rows of one task."""
+    """The scored responses of a model to the test rows of one task.
+
+    With several samples per row, the responses to a row are adjacent.
+    """
 
     prompted: PromptedTask
     records: list[scorers.ScoreRecord]
@@ -41,6 +44,7 @@ class TaskResult:
     extra_records: dict[scorers.Scorer, list[scorers.ScoreRecord]] = dataclasses.field(
         default_factory=dict
     )
+    samples: int = 1  # responses per row
 
 
 class EvalPrompts:
@@ -117,7 +121,7 @@ def generate_responses(
     bar: console.ProgressBar,
     prefix: Sequence[int] = (),
 ) -> tuple[list[str], WorkCost]:
-    """Generate responses to some rows, in the order of `rows`.
+    """Generate responses to some rows, in the order of `rows`; those to a row are adjacent.
 
     Each response continues the tokens of `prefix`.
     """
@@ -125,7 +129,7 @@ def generate_responses(
     processes = jax.process_count()
     batch = cut_to_shards(batch, model_ctx.shards * processes) // processes
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
-    responses: dict[int, str] = {}
+    responses: dict[int, list[str]] = {}
     cost = WorkCost()
     with contextlib.closing(eval_prompts.encode_batches(batches)) as encoded_batches:
         for batch_rows, prompts in zip(batches, encoded_batches, strict=True):
@@ -145,11 +149,17 @@ def generate_responses(
                 sampling,
                 limits=limits,
             )
-            responses |= zip(batch_rows, samples.texts[:count], strict=True)
-            lengths = samples.mask[:count].sum(1)[:, None]
+            texts = group_values(samples.texts[: count * sampling.group], sampling.group)
+            responses |= zip(batch_rows, texts, strict=True)
+            lengths = samples.mask[: count * sampling.group].sum(1).reshape(count, -1)
             cost += sampling_cost(model_ctx.cfg, [encoded[i] for i in batch_rows], lengths)
             bar.advance(count)
-    return [responses[i] for i in rows], cost
+    return [text for i in rows for text in responses[i]], cost
+
+
+def group_values(values: Sequence[T], size: int) -> list[list[T]]:
+    """Cut a list into parts of `size` values."""
+    return [list(values[i : i + size]) for i in range(0, len(values), size)]
 
 
 def append_response_prefix(encoded: EncodedConversation, ids: Sequence[int]) -> EncodedConversation:
@@ -210,7 +220,7 @@ def evaluate_task(
             prefix = model_ctx.processor.prefix_ids(prompted.forced_prefix)
             forced_responses, forced_cost = respond(prefix)
             cost += forced_cost
-    examples = [eval_prompts.scored[i] for i in own_rows]
+    examples = [eval_prompts.scored[i] for i in own_rows for _ in range(sampling.group)]
     predictions = responses
     if judge:
         questions = [example.meta["prompt"] for example in examples]
@@ -219,9 +229,9 @@ def evaluate_task(
 
     def gather(values: Sequence[T]) -> list[T]:
         """Gather the values of all processes, in the order of `rows`."""
-        pairs = list(zip(own_rows, values, strict=True))
+        pairs = list(zip(own_rows, group_values(values, sampling.group), strict=True))
         by_row = dict(distributed.concat_lists(distributed.gather_objects(pairs)))
-        return [by_row[i] for i in rows]
+        return [value for i in rows for value in by_row[i]]
 
     extra_records = {
         scorer: gather(dataclasses.replace(prompted, scorer=scorer).score(predictions, examples))
@@ -237,7 +247,32 @@ def evaluate_task(
         responses=gather(responses),
         cost=sum(distributed.gather_objects(cost), WorkCost()),
         extra_records=extra_records,
+        samples=sampling.group,
     )
+
+
+def summarise_samples(
+    scorer: scorers.Scorer, records: Sequence[scorers.ScoreRecord], samples: int
+) -> dict[str, summaries.Metric]:
+    """Summarise the records of rows with several samples each.
+
+    A metric is the mean over the samples. The standard error of the accuracy is that of the rows'
+    means; that of another metric is the mean over the samples, an upper bound. `pass@K` is the
+    share of rows with a right sample.
+    """
+    if samples == 1:
+        return scorers.summarise_records(scorer, records)
+    by_sample = [scorers.summarise_records(scorer, records[k::samples]) for k in range(samples)]
+    names = dict.fromkeys(name for metrics in by_sample for name in metrics)
+    metrics = {}
+    for name in names:
+        values, counts, errors = zip(*(m[name] for m in by_sample if name in m), strict=True)
+        metrics[name] = summaries.Metric(np.mean(values), max(counts), np.mean(errors))
+    scores = group_values([r.score for r in records], samples)
+    return metrics | {
+        run_log.ACCURACY: summaries.mean_metric(np.mean(scores, 1)),
+        f"pass@{samples}": summaries.mean_metric(np.max(scores, 1)),
+    }
 
 
 def eval_rows(
@@ -250,15 +285,16 @@ def eval_rows(
     def row(scorer: scorers.Scorer, name: str, metric: summaries.Metric) -> dict[str, Any]:
         return {**shared, "metric": name, "scorer": scorer.id, **metric._asdict()}
 
-    metrics = scorers.summarise_records(main, result.records)
+    metrics = summarise_samples(main, result.records, result.samples)
     if mini:
         return [row(main, run_log.ACCURACY_MINI, metrics[run_log.ACCURACY])]
     rows = [row(main, name, metric) for name, metric in metrics.items()]
     for scorer, records in result.extra_records.items():
-        for name, metric in scorers.summarise_records(scorer, records).items():
+        for name, metric in summarise_samples(scorer, records, result.samples).items():
             rows.append(row(scorer, f"{scorer.name}/{name}", metric))
     if result.forced_records:
-        metric = summaries.mean_metric([r.score for r in result.forced_records])
+        scores = group_values([r.score for r in result.forced_records], result.samples)
+        metric = summaries.mean_metric(np.mean(scores, 1))
         rows.append(row(main, run_log.ACCURACY_FORCED, metric))
     return rows
 

@@ -145,9 +145,12 @@ def load_accuracy_table(workdir: Path | str, config: Mapping[str, Any]) -> Accur
 
 
 def read_prediction_scores(workdir: Path | str, stage: int) -> dict[tuple[str, str], float]:
-    """Read predictions/stage{K}.jsonl: the score of each test example, by (task, id)."""
-    rows = files.read_jsonl(Path(workdir) / "predictions" / f"stage{stage}.jsonl")
-    return {(row["task"], str(row["id"])): row["score"] for row in rows if row["score"] is not None}
+    """Read predictions/stage{K}.jsonl: the mean score of each test example, by (task, id)."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in files.read_jsonl(Path(workdir) / "predictions" / f"stage{stage}.jsonl"):
+        if row["score"] is not None:
+            scores.setdefault((row["task"], str(row["id"])), []).append(row["score"])
+    return {key: sum(values) / len(values) for key, values in scores.items()}
 
 
 @dataclasses.dataclass(frozen=True)

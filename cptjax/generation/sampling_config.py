@@ -72,12 +72,13 @@ def rollout_sampling(config: ConfigDict) -> SamplingConfig:
 
 
 def eval_sampling(config: ConfigDict) -> SamplingConfig:
-    """Return the settings for evaluations: one response to each prompt, without token filters."""
+    """Return the settings for evaluations."""
     e, r = config.eval, config.rollout
     return SamplingConfig(
-        group=1,
+        group=e.samples,
         max_new_tokens=e.max_new_tokens,
         temperature=e.temperature,
+        top_p=e.top_p,
         check_every=r.check_every,
         gather=r.gather,
     )

@@ -66,7 +66,7 @@ def test_distances_are_zero_at_the_base_model_and_grow(data):
 
 def test_the_law_holds_in_a_small_simulation(monkeypatch):
     """KL explains most of forgetting over all methods, and SFT-1 moves farther than the oracle."""
-    monkeypatch.setattr(toy, "RATES", np.geomspace(3e-4, 1e-2, 4))
+    monkeypatch.setattr(toy, "RATES", np.geomspace(1e-4, 1e-3, 4))
     monkeypatch.setattr(toy, "EPOCHS", (1,))
     monkeypatch.setattr(toy, "SCHEDULES", ("constant",))
     monkeypatch.setattr(toy, "PRETRAINING_STEPS", 150)

@@ -14,6 +14,7 @@ from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models.config import PRESETS
 from cptjax.tasks import prompted_task
+from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.tasks.synthetic import dataset
 from cptjax.tasks.task import Examples, user_turn
@@ -45,7 +46,9 @@ def recording_context(monkeypatch):
     return model_ctx, batches, encoded_rows
 
 
-def evaluate_digits(model_ctx, cache_bytes, workers=0, rows=range(ROWS), forced=False, times=1):
+def evaluate_digits(
+    model_ctx, cache_bytes, workers=0, rows=range(ROWS), forced=False, times=1, samples=1
+):
     weights = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
     task = dataset.make_synthetic_task(
         "digits", "digit", level=3, also=("contains",), scorer="exact"
@@ -62,7 +65,7 @@ def evaluate_digits(model_ctx, cache_bytes, workers=0, rows=range(ROWS), forced=
             workers,
         )
         eval_prompts.row_cache.max_bytes = cache_bytes
-        key, sampling = jax.random.key(0), SamplingConfig(1, 4, 0.0, 1)
+        key, sampling = jax.random.key(0), SamplingConfig(samples, 4, 0.0, 1)
         for _ in range(times):
             result = evaluate.evaluate_task(
                 model_ctx,
@@ -112,6 +115,34 @@ def test_a_subset_of_rows_gets_the_same_responses(recording_context):
     assert some.responses == [all_rows.responses[i] for i in (3, 17, 9)] and {
         row for rows, *_ in batches[-1:] for row in rows
     } == {3, 9, 17}
+
+
+def test_several_samples_of_a_row_count_as_one_row():
+    """Three rows with scores 1 0, 1 1 and 0 0 of two samples each."""
+    scorer = scorers.SCORERS["exact"]
+    said = ["a", "x", "a", "a", "x", "x"]
+    records = scorers.score_responses(scorer, said, ["a"] * 6, [{}] * 6)
+    found = evaluate.summarise_samples(scorer, records, 2)
+    assert found["accuracy"] == pytest.approx((0.5, 3, np.std([0.5, 1, 0], ddof=1) / 3**0.5))
+    assert found["pass@2"].value == pytest.approx(2 / 3) and found["pass@2"].n == 3
+    assert evaluate.summarise_samples(scorer, records[::2], 1)["accuracy"].n == 3
+
+
+def test_samples_of_a_row_are_adjacent_and_in_the_order_of_the_rows(recording_context, monkeypatch):
+    console.set_console_mode("silent")
+    model_ctx, _, _ = recording_context
+
+    def sample(model_ctx, params, encoded, key, rows, sampling, **more):
+        texts = [f"{row}.{k}" for row in rows for k in range(sampling.group)]
+        return types.SimpleNamespace(texts=texts, mask=np.ones((len(texts), 4), bool))
+
+    monkeypatch.setattr(generate, "sample_responses", sample)
+    result = evaluate_digits(model_ctx, 0, rows=[3, 17, 9], forced=True, samples=2)
+    assert result.responses == ["3.0", "3.1", "17.0", "17.1", "9.0", "9.1"]
+    assert [r.id[-2:].strip("/") for r in result.records] == ["3", "3", "17", "17", "9", "9"]
+    rows = {r["metric"]: r["n"] for r in evaluate.eval_rows(result, {})}
+    assert rows["accuracy"] == rows["pass@2"] == rows["accuracy_forced"] == 3
+    assert [p["response"] for p in evaluate.prediction_rows(result, 1)] == result.responses
 
 
 def test_a_row_that_cannot_be_measured_is_named(recording_context, monkeypatch):
