@@ -178,9 +178,12 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
     sizes = [report.total - len(report.bad) for report in reports]
     steps = stage.steps or stage_mixture(stage, sizes, config.seed).steps(stage.epochs)
     own_rows = sum(sizes[: len(stage.tasks)])
+    length = f"{steps} steps"
+    if stage.epochs and c.method.epoch_unit == "responses":
+        length += " per response to each row (its epochs count responses)"
     console.print_message(
         f"\n{_label(name)}stage {stage.number} {stage.name} ({c.method.name}): "
-        f"{own_rows} rows, batch {c.train.batch}, {steps} steps"
+        f"{own_rows} rows, batch {c.train.batch}, {length}"
     )
     buckets = DataConfig.from_config(c.data).length_buckets
     tokens = [report.tokens for report in reports]
