@@ -77,6 +77,10 @@ def generate_corpus(
     if not request.model and not workdir:
         raise ValueError("expected --workdir of a run, or --model; got neither")
     folder = local_folder(workdir or out.parent)
+    if workdir and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"--workdir={str(folder)!r} has no config.json; expected the folder of one run"
+        )
     single = reevaluate.select_run(config, folder) if workdir else expand_runs(config)[0][1]
     check_config_values(single)
     if request.model:

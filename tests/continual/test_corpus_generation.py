@@ -74,14 +74,15 @@ def test_a_corpus_of_a_stage_resumes_to_the_same_bytes_and_feeds_other_runs(tmp_
 
 
 @pytest.mark.parametrize(
-    ("given", "out", "words"),
+    ("workdir", "given", "out", "words"),
     [
-        ({}, "a.csv", "ends with .jsonl"),
-        ({}, "a.jsonl", "--workdir of a run, or --model"),
-        ({"model": "hf", "stage": 1}, "a.jsonl", "leave out --model or --stage"),
+        ("", {}, "a.csv", "ends with .jsonl"),
+        ("", {}, "a.jsonl", "--workdir of a run, or --model"),
+        ("", {"model": "hf", "stage": 1}, "a.jsonl", "leave out --model or --stage"),
+        ("nowhere", {}, "a.jsonl", "--workdir='nowhere' has no config.json"),
     ],
 )
-def test_wrong_requests_are_one_line(given, out, words):
+def test_wrong_requests_are_one_line(workdir, given, out, words):
     with pytest.raises(ValueError, match=words) as error:
-        generate_corpus(None, "", CorpusRequest("digit", 1, **given), out)
+        generate_corpus(None, workdir, CorpusRequest("digit", 1, **given), out)
     assert "\n" not in str(error.value)
