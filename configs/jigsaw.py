@@ -34,6 +34,7 @@ STEPS = {  # (3b, 7b)
     "grpo": (2000, 2000), "bare": (200, 400), "trace": (4100, 4100),
     "rft_rollout": (2670, 3000), "self_generated": (2670, 3000), "iterative": (2670, 3000),
 }  # fmt: skip
+GENERAL = ("refcoco", "docvqa", "mme", "mmstar", "pope", "mmmu")
 CORPUS = METHODS["corpus_sft"]
 METHOD = {
     "grpo": METHODS["grpo"],
@@ -68,6 +69,6 @@ def get_config(arg="grpo,3b"):
         dict(batch=64, micro_batch=32, lr=1e-6) if arm == "grpo" else dict(batch=24, lr=1e-5)
     )
     c.rollout.update(group=8, max_new_tokens=1024, gather=True)
-    c.eval.update(general=("refcoco", "docvqa", "pope", "mmmu"), max_new_tokens=1024, drift=128)
+    c.eval.update(general=GENERAL, max_new_tokens=1024, drift=128)
     c.eval.templates = ("direct", "answer") if arm == "bare" else ("answer", "direct")
     return c.lock()

@@ -29,8 +29,10 @@ are the two sources, which disagree about SFT:
     scripts    1e-4 | 5e-5                                    256, self_sft on Countdown 128
 
 Under both, RL trains log-probabilities at temperature 1 although it samples at 0.8, the epochs of a
-corpus count its responses, iterative_sft has one stage per round, and the drop is the mean over the
-paper's five non-target sets. The learning rate of RL is always that of the scripts.
+corpus count its responses, iterative_sft has one stage per round, prompts and parsers are the
+release's, and the drop is the mean over the paper's five non-target sets, two of which
+(WildJailbreak, WildGuardTest) are judged by allenai/wildguard. The learning rate of RL is always
+that of the scripts.
 
 `bf16` tests a confound: the release has no float32 copy of its weights, and at a learning rate of
 5e-6 an update moves only about 8 % of bfloat16 weights, at 1e-4 about 88 %. So RL is a sparse
@@ -41,6 +43,9 @@ from configs.base import METHODS
 from configs.base import get_config as base
 
 TASKS = {"ifeval": "retain_ifeval", "mmlu": "retain_mmlu", "countdown": "countdown"}
+PUBLISHED_TASKS = {**TASKS, "countdown": "retain_countdown"}
+SAFETY = ("wildjailbreak", "wildguardtest")
+JUDGE = "allenai/wildguard"
 SIZES = {
     "qwen1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen7b": "Qwen/Qwen2.5-7B-Instruct",
@@ -70,6 +75,11 @@ ARMS = {
 
 def _as_published(c, arm, task, protocol, size):
     """Set what the paper's appendix or its released scripts do and our protocol does not."""
+    c.stages = (dict(task=PUBLISHED_TASKS[task], epochs=2),)
+    c.tasks.update({name: dict(task=name, judge=JUDGE) for name in SAFETY})
+    others = [t for name, t in PUBLISHED_TASKS.items() if name != task]
+    c.eval.general = (*others, "retain_math", *SAFETY)
+    c.eval.groups = dict(safety=SAFETY)
     if c.method.objective == "policy":
         c.method.tempered = False
         return
@@ -79,7 +89,7 @@ def _as_published(c, arm, task, protocol, size):
         c.train.batch = 128 if (arm, task) == ("self_sft", "countdown") else 256
     if arm == "iterative_sft":  # one round per stage: sample, then one pass over what is correct
         c.method.refresh = "never"
-        c.stages = 2 * (dict(task=TASKS[task], epochs=1),)
+        c.stages = 2 * (dict(c.stages[0], epochs=1),)
     if c.method.source != "gold":
         c.method.epoch_unit = "responses"
 

@@ -237,11 +237,13 @@ def test_paper_a_as_released():
         **{"grpo": 90, "nokl": 120, "nocot": 180, "rif": 90},
         "sft": None,
     }
-    assert paper("grpo").stages[1:] == cpt7.get_config("grpo,7b").stages[1:]
+    assert [s.get("epochs") for s in paper("grpo").stages] == [None, 1, 1, 1, 10, 1, 3]
     assert (paper("grpo").method.kl_reference, paper("rif").method.kl_reference) == (
         "base",
         "stage",
     )
+    tasks = [stage["task"] for stage in paper("sft").stages]
+    assert tasks == [f"released_{name}" for name in cpt7.ORDER]
     sets = {a: paper(a).method.filter for a in ("rif", "rif_unsolvable", "rif_control")}
     assert all(f["balanced"] and f["most"] == 7500 and f["top_p"] == 1 for f in sets.values())
     assert paper("grpo").eval.temperature == 0.5 and paper("sft").eval.temperature == 0
@@ -250,7 +252,9 @@ def test_paper_a_as_released():
     assert (paper("sft").train.weight_decay, paper("sft").train.moments_dtype) == (0, "float32")
     own, mixture = cpt7.get_config("grpo,7b"), paper("sft_mixture").method
     assert own.eval.temperature == 0 and own.method.tis_cap == 2 and own.stages[0]["epochs"] == 1
-    assert (mixture.source, mixture.corpus_template) == ("gold+corpus", "cot")
+    assert (mixture.source, mixture.corpus_template) == ("gold+corpus", "released_cot")
+    assert paper("nocot").eval.templates == ("released_nocot", "released_cot")
+    assert paper("sft").eval.templates == ("direct", "released_cot")
     with pytest.raises(ValueError, match="choose official or paper"):
         cpt7.get_config("grpo,paper,official")
 
@@ -277,6 +281,15 @@ def test_paper_c_rates_and_batches_by_source_and_size(arg, lr, batch):
         assert c.method.epoch_unit == ("responses" if published else "prompts")
 
 
+def test_paper_c_averages_the_drop_over_five_other_sets():
+    c = retain.get_config("grpo,mmlu,llama8b,paper")
+    assert c.eval.general == (
+        *("retain_ifeval", "retain_countdown", "retain_math"),
+        *("wildjailbreak", "wildguardtest"),
+    )
+    assert c.tasks.wildjailbreak.judge == c.tasks.wildguardtest.judge == "allenai/wildguard"
+
+
 def test_paper_c_in_bfloat16_changes_only_number_formats():
     plain, rounded = (retain.get_config(f"grpo,mmlu,qwen7b{w}") for w in ("", ",bf16"))
     changed = config_differences(config_to_dict(plain), config_to_dict(rounded))
@@ -289,7 +302,7 @@ def test_paper_c_in_bfloat16_changes_only_number_formats():
 
 def test_paper_c_iterates_in_one_stage_per_round():
     c = retain.get_config("iterative_sft,countdown,qwen7b,paper")
-    assert [(s["task"], s["epochs"]) for s in c.stages] == 2 * [(retain.TASKS["countdown"], 1)]
+    assert [(s["task"], s["epochs"]) for s in c.stages] == 2 * [("retain_countdown", 1)]
     assert c.method.refresh == "never" and c.method.source == "self"
 
 
@@ -304,7 +317,7 @@ def test_paper_b_uses_photographs_unless_others_are_asked_for():
 TEST_ROWS = dict(
     scienceqa=2017, textvqa=5000, vizwiz=4319, gqa=12578, geometry3k=601, pathvqa=6719,
     superclevr=642, mmmu=900, mmlu_pro=12032, pope=9000, refcoco=8811, docvqa=5349, jigsaw=5000,
-    ifeval=541, mmlu=2042, countdown=1000, math=500,
+    mme=2374, mmstar=1500, ifeval=541, mmlu=2042, countdown=1000, math=500,
 )  # fmt: skip
 
 

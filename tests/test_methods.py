@@ -175,7 +175,14 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
 HOST_SETTINGS = {
     *("name", "train.lr", "train.batch", "train.weight_decay", "method.epoch_unit", "stages"),
     *("eval.temperature", "eval.templates", "data.template", "data.prompt_limit"),
-    *("method.filter", "method.kl_reference", "method.refresh", "model.max_pixels"),
+    *(
+        "method.corpus_template",
+        "method.filter",
+        "method.kl_reference",
+        "method.refresh",
+        "model.max_pixels",
+    ),
+    *("tasks.wildjailbreak", "tasks.wildguardtest", "eval.general", "eval.groups"),
 }
 TESTED_ABOVE = {"method.tempered", "method.tis_cap", "train.moments_dtype"}  # one arm of each
 
