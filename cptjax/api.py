@@ -19,8 +19,10 @@ from cptjax.data.collate import EncodedConversation, collate_rows, length_bucket
 from cptjax.data.processor import Processor, load_processor
 from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import decoder, hf_checkpoint, logprobs, qwen2_5_vl, trainable
-from cptjax.models.config import PRESETS, ModelConfig, read_model_config
+from cptjax.models import causal_lm, decoder, hf_checkpoint, logprobs, trainable
+from cptjax.models.config import ModelConfig
+from cptjax.models.families import PRESETS
+from cptjax.models.hf_config import read_model_config
 from cptjax.models.load import MODEL_DTYPES, fit_for_inference
 from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
@@ -74,10 +76,10 @@ def load(
         params = hf_checkpoint.load_hf_checkpoint(source, cfg, mesh, MODEL_DTYPES[dtype])
     else:
         rules = sharding.rules_for(cfg.text.kv_heads, mesh)
-        declared = qwen2_5_vl.declare_params(cfg)
+        declared = causal_lm.declare_params(cfg)
         key = jax.random.key(seed)
         params = sharding.init_params(declared, key, MODEL_DTYPES[dtype], mesh, rules)
-    return Model(cfg, params, processor, mesh, dtype)
+    return Model(processor.cfg, params, processor, mesh, dtype)
 
 
 def generate(
@@ -213,7 +215,7 @@ def _score(
     params: Params, prompts: Prompts, responses: Array, cfg: ModelConfig, dtype: Any
 ) -> Array:
     params = trainable.cast_params(params, dtype)
-    hidden = qwen2_5_vl.forward_group(params, prompts, responses, cfg, dtype)
+    hidden = causal_lm.forward_group(params, prompts, responses, cfg, dtype)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     unembed = decoder.unembedding(params["text"])
     logps, _ = logprobs.token_logps(hidden, unembed, responses.reshape(-1))
@@ -223,6 +225,6 @@ def _score(
 @jax.jit(static_argnames=("cfg", "dtype"))
 def _logits(params: Params, prompts: Prompts, cfg: ModelConfig, dtype: Any) -> Array:
     params = trainable.cast_params(params, dtype)
-    hidden = qwen2_5_vl.forward(params, prompts, cfg, dtype)
+    hidden = causal_lm.forward(params, prompts, cfg, dtype)
     unembed = decoder.unembedding(params["text"])
     return jnp.dot(hidden, unembed, preferred_element_type=jnp.float32)

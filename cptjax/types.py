@@ -74,7 +74,7 @@ class Vision:
     """
 
     patches: Array  # [S W P C]
-    positions: Array  # [S W P 2] row and column, for the rotary embedding
+    positions: Array  # [S W P 2] row and column (and more, if a tower needs it)
     frames: Array  # [S W P] 0 = empty slot; full attention is within equal numbers of a row
 
 

@@ -48,8 +48,8 @@ def main() -> None:
     from cptjax import sharding
     from cptjax.continual.stage_model import check_folder_kind, export_stage
     from cptjax.data.processor_files import copy_processor_files
-    from cptjax.models.config import locate_checkpoint, read_model_config
     from cptjax.models.hf_checkpoint import load_hf_checkpoint, save_hf_checkpoint
+    from cptjax.models.hf_config import locate_checkpoint, read_model_config
     from cptjax.models.orbax_io import load_orbax, save_orbax
 
     shard_bytes = SHARD_GB.value * 1e9

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cptjax.models.config import PRESETS, ModelConfig, TextConfig
+from cptjax.models.families import PRESETS
 
 TINY = PRESETS["tiny"]
 TINY = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, vocab=384))
-QWEN = ModelConfig(text=TextConfig(vocab=152064))
+QWEN = PRESETS["7b"]
 SPECIALS = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end
     vision_pad image_pad video_pad""".split()  # from 151643 on
 TEMPLATE = (

@@ -22,7 +22,7 @@ from cptjax.continual import open_run, reference_models, train_stage
 from cptjax.continual.model_state import ModelState, restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.models import load, trainable
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 from cptjax.training import build, train_step, validate_config
 from cptjax.types import Params, TrainState
 

@@ -15,7 +15,7 @@ from PIL import Image
 import cptjax
 from cptjax import sharding
 from cptjax.data import processor
-from cptjax.models.config import locate_checkpoint, read_model_config
+from cptjax.models.hf_config import locate_checkpoint, read_model_config
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
 CONVERSATIONS = [

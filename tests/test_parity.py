@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import Image, Video
 
-from cptjax.models import attention, decoder, hf_checkpoint, qwen2_5_vl, vision
+from cptjax.models import attention, causal_lm, decoder, hf_checkpoint, vision_qwen2_5
 from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
@@ -92,20 +92,20 @@ def _layers(params, prompts, cfg):
     if (v := prompts.vision) is not None:
         rows = lambda x: x.reshape(-1, *x.shape[2:])
         x = rows(v.patches) @ params["vision"]["patch"]["w"]
-        rope, frames = vision.vision_cos_sin(rows(v.positions), cfg.vision), rows(v.frames)
+        rope, frames = vision_qwen2_5.vision_cos_sin(rows(v.positions), cfg.vision), rows(v.frames)
         blocks = params["vision"]["blocks"]
         for i in range(cfg.vision.depth):
-            x = vision.vision_block(
+            x = vision_qwen2_5.vision_block(
                 take(blocks, i), x, rope, frames, jnp.asarray(i in cfg.vision.full_blocks), cfg
             )
             tower.append(x)
-    x, seg = qwen2_5_vl.embed_inputs(params, prompts, cfg, jnp.float32), prompts.segments
+    x, seg = causal_lm.embed_inputs(params, prompts, cfg, jnp.float32).x, prompts.segments
     attend = lambda q, k, v: (attention.attend(q, k, v, seg, seg, causal=True, backend="xla"), None)
     for i in range(cfg.text.depth):
         x, _ = decoder.decoder_block(
             take(params["text"]["blocks"], i),
             x,
-            decoder.mrope_cos_sin(prompts.positions, cfg.text),
+            decoder.rope_cos_sin(prompts.positions, cfg.text),
             attend,
             cfg,
         )
@@ -113,7 +113,7 @@ def _layers(params, prompts, cfg):
     return (
         tower,
         seen,
-        qwen2_5_vl.forward(params, prompts, cfg) @ decoder.unembedding(params["text"]),
+        causal_lm.forward(params, prompts, cfg) @ decoder.unembedding(params["text"]),
     )
 
 
@@ -151,7 +151,7 @@ def test_logits_and_every_layer_equal_transformers(case):
 @functools.partial(jax.jit, static_argnums=3)
 @functools.partial(jax.value_and_grad)
 def _loss(params, prompts, weights, cfg):
-    logits = qwen2_5_vl.forward(params, prompts, cfg) @ decoder.unembedding(params["text"])
+    logits = causal_lm.forward(params, prompts, cfg) @ decoder.unembedding(params["text"])
     picked = jnp.take_along_axis(
         jax.nn.log_softmax(logits[:, :-1]), prompts.tokens[:, 1:, None], -1
     )[..., 0]
@@ -188,7 +188,7 @@ def test_gradients_equal_transformers(case):
     loss.backward()
     value, grads = _loss(params, prompts, weights, cfg)
     np.testing.assert_allclose(float(value), loss.item(), rtol=1e-5)
-    theirs = {hf_checkpoint.released_name(n): p.grad for n, p in model.named_parameters()}
+    theirs = {hf_checkpoint.released_name(n, cfg): p.grad for n, p in model.named_parameters()}
     for name, ours in _stored(grads, cfg):
         wanted = theirs.get(name)
         if wanted is None:
@@ -247,7 +247,7 @@ def test_three_steps_of_training_equal_torch(tmp_path):
             [loss.item(), norm.item()],
             rtol=1e-4,
         )
-    theirs = {hf_checkpoint.released_name(n): p.detach().numpy() for n, p in named.items()}
+    theirs = {hf_checkpoint.released_name(n, cfg): p.detach().numpy() for n, p in named.items()}
     for name, ours in _stored(state.params, cfg):
         off = np.linalg.norm(ours - theirs[name]) / np.linalg.norm(theirs[name] - start[name])
         assert off < 1e-2, f"the change of {name} is off by {off:.1e}"

@@ -15,7 +15,7 @@ from cptjax.benchmark.phase_times import CompilationCounter
 from cptjax.data import collate, device_batches, model_context, processor
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import qwen2_5_vl
+from cptjax.models import causal_lm
 from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
@@ -28,7 +28,7 @@ ROWS, PIXELS, LADDER = 2, (16 * 16, 32 * 32), (24, 32)
 
 @pytest.fixture(scope="module")
 def model_ctx() -> model_context.ModelContext:
-    cfg = dataclasses.replace(SMALL, attention="tiled", unroll=True)
+    cfg = SMALL.with_compute(attention="tiled", unroll=True)
     return model_context.ModelContext(
         cfg,
         processor.load_processor(None, cfg, *PIXELS),
@@ -41,7 +41,7 @@ def model_ctx() -> model_context.ModelContext:
 @pytest.fixture(scope="module")
 def params(model_ctx):
     return sharding.init_params(
-        qwen2_5_vl.declare_params(model_ctx.cfg), jax.random.key(0), jnp.float32, model_ctx.mesh
+        causal_lm.declare_params(model_ctx.cfg), jax.random.key(0), jnp.float32, model_ctx.mesh
     )
 
 

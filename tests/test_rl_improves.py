@@ -9,7 +9,7 @@ import stage_fixtures
 from configs import base, cpt7
 from cptjax.continual import open_run, stage_evaluation, train_stage
 from cptjax.continual.model_state import ModelState
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 from cptjax.tasks.synthetic.dataset import styled_exact
 
 ARMS = (

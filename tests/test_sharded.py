@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from tiny import Image, Video
 
 from cptjax import sharding
-from cptjax.models import decoder, qwen2_5_vl
+from cptjax.models import causal_lm, decoder
 
 MESHES = (2, 2, 2), (1, 4, 2), (1, 1, 8)
 ROWS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4], [2, Video(2, 4, 10), 6]]
@@ -25,7 +25,7 @@ def _model():
 
 
 def _loss(params, prompts, cfg):
-    logits = qwen2_5_vl.forward(params, prompts, cfg) @ decoder.unembedding(params["text"])
+    logits = causal_lm.forward(params, prompts, cfg) @ decoder.unembedding(params["text"])
     real = (prompts.segments > 0)[..., None]
     return jnp.sum(jnp.where(real, jnp.sin(logits), 0)), logits
 
@@ -40,7 +40,7 @@ def _run(sizes, group=False):
     responses = np.random.default_rng(5).integers(10, 300, (4, 3, 6)).astype(np.int32)
 
     def group_loss(params, prompts, responses):
-        out = qwen2_5_vl.forward_group(params, prompts, responses, cfg)
+        out = causal_lm.forward_group(params, prompts, responses, cfg)
         return jnp.sum(jnp.sin(out)), out
 
     f = group_loss if group else lambda params, prompts, _: _loss(params, prompts, cfg)
@@ -49,7 +49,7 @@ def _run(sizes, group=False):
         (_, out), grads = f(params, prompts, responses)
     else:
         where = sharding.param_shardings(
-            qwen2_5_vl.declare_params(cfg), mesh, sharding.rules_for(cfg.text.kv_heads, mesh)
+            causal_lm.declare_params(cfg), mesh, sharding.rules_for(cfg.text.kv_heads, mesh)
         )
         axes = lambda x: (
             (None, "batch", None)
@@ -80,7 +80,7 @@ def test_parameters_are_sharded_over_fsdp_and_model():
     cfg, _ = _model()
     mesh = sharding.make_mesh(1, 2, 4)
     tree = sharding.abstract_params(
-        qwen2_5_vl.declare_params(cfg),
+        causal_lm.declare_params(cfg),
         jnp.float32,
         mesh,
         sharding.rules_for(cfg.text.kv_heads, mesh),
@@ -96,7 +96,7 @@ def test_parameters_are_sharded_over_fsdp_and_model():
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
     cfg, _ = _model()
-    small = {"text": qwen2_5_vl.declare_params(cfg)["text"]}
+    small = {"text": causal_lm.declare_params(cfg)["text"]}
     wanted = sharding.init_params(small, jax.random.key(3), jnp.float32)
     mesh = sharding.make_mesh(1, 4, 2)
     got = sharding.init_params(small, jax.random.key(3), jnp.float32, mesh)
@@ -135,7 +135,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="'heads' of size 28 cannot be cut 8 ways"):
         sharding.named_sharding((None, "heads"), mesh, (3, 28))
     with pytest.raises(ValueError, match="'kv_heads' of size 2"):
-        sharding.param_shardings(qwen2_5_vl.declare_params(_model()[0]), mesh)
+        sharding.param_shardings(causal_lm.declare_params(_model()[0]), mesh)
     with pytest.raises(ValueError, match="no sharding rule for axis 'width'"):
         sharding.partition_spec(("width",))
     with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
@@ -145,7 +145,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_refused():
 def test_params_count_their_inputs():
     """Checkpoint conversion and adapters need the number of contracted axes of each leaf."""
     for path, p in jax.tree.leaves_with_path(
-        qwen2_5_vl.declare_params(_model()[0]), is_leaf=sharding.is_param
+        causal_lm.declare_params(_model()[0]), is_leaf=sharding.is_param
     ):
         name = path[-1].key
         assert (p.inputs > 0) == (name == "w"), path

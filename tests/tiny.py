@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cptjax.models import positions, qwen2_5_vl
-from cptjax.models.config import ModelConfig, config_from_hf
+from cptjax.models import causal_lm, vision_qwen2_5
+from cptjax.models.config import ModelConfig
+from cptjax.models.hf_config import config_from_hf
 from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
 
@@ -88,7 +89,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
         noise = rng.normal(size=p.shape).astype(np.float32)
         return 1 + 0.1 * noise if "norm" in path[-1].key else 0.08 * noise
 
-    return jax.tree.map_with_path(make, qwen2_5_vl.declare_params(cfg), is_leaf=is_param)
+    return jax.tree.map_with_path(make, causal_lm.declare_params(cfg), is_leaf=is_param)
 
 
 def save(
@@ -170,7 +171,7 @@ def _vision(
         mine = []
         for part, values in row.media:
             t, h, w = part.grid()
-            layout = positions.frame_layout(h, w, cfg.vision)
+            layout = vision_qwen2_5.frame_layout(h, w, cfg.vision)
             for frame in values.reshape(t, h * w, -1):
                 number += 1
                 real = layout.order >= 0
@@ -215,7 +216,9 @@ def prompts(
         grids = [part.grid() for part, _ in row.media]
         seconds = [part.seconds for part, _ in row.media if isinstance(part, Video)]
         out.tokens[i, here], out.segments[i, here] = row.tokens, 1
-        out.positions[:, i, here] = positions.mrope(row.types, grids, seconds, cfg.vision)
+        out.positions[:, i, here] = vision_qwen2_5.token_positions(
+            row.types, grids, seconds, cfg.vision
+        )
         out.slots[i, here][row.types > 0] = slots[i]
     ints = {
         f: getattr(out, f).astype(np.int32) for f in ("tokens", "positions", "segments", "slots")

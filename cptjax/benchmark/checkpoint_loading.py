@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from cptjax.benchmark.workload import BENCH_SIZES, Workload
 from cptjax.common import console
-from cptjax.models import hf_checkpoint, qwen2_5_vl, trainable
-from cptjax.models.config import read_model_config
+from cptjax.models import causal_lm, hf_checkpoint, trainable
+from cptjax.models.hf_config import read_model_config
 
 
 def process_memory(peak: bool = False) -> int:
@@ -43,7 +43,7 @@ def process_memory(peak: bool = False) -> int:
 def measure_loading(work: Workload) -> dict[str, float]:
     """Write a random checkpoint of several files, and measure how another process loads it."""
     cfg = BENCH_SIZES[work.size]
-    size = trainable.count_params(qwen2_5_vl.declare_params(cfg)) * 2
+    size = trainable.count_params(causal_lm.declare_params(cfg)) * 2
     with tempfile.TemporaryDirectory() as folder:
         free = shutil.disk_usage(folder).free
         if free < 1.1 * size:

@@ -14,7 +14,7 @@ from cptjax.data import processor
 from cptjax.data.collate import collate_rows
 from cptjax.data.loader import BatchStream
 from cptjax.data.mixture import Mixture
-from cptjax.models.config import PRESETS, VisionConfig
+from cptjax.models.families import PRESETS
 from cptjax.tasks.synthetic import dataset
 from cptjax.types import Example
 
@@ -23,7 +23,8 @@ def measure_data_pipeline(
     rows: int = 20_000, jpegs: int = 160, workers: int = 0
 ) -> dict[str, float]:
     """Return the rows per second of the pipeline, and those per core, with and without JPEGs."""
-    tiny, large = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], vision=VisionConfig())
+    tiny = PRESETS["tiny"]
+    large = dataclasses.replace(tiny, vision=PRESETS["3b"].vision)
     examples = dataset.make_synthetic_task("bench", "colour", side=64).load("train", limit=rows)
     words = [
         processor.load_processor(None, cfg, side * side, side * side)

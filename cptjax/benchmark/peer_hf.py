@@ -56,12 +56,15 @@ class HFPeer:
 
     def __init__(self, folder: str, device: str, dtype: str, group: int, micro: int, new: int):
         import torch
-        from transformers import Qwen2_5_VLForConditionalGeneration as Model
+        import transformers
 
         self.torch, self.new, self.device = torch, new, device
-        self.model = Model.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).to(device)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        self.model = (
+            getattr(transformers, config["architectures"][0])
+            .from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            .to(device)
+        )
         self.image_token = self.model.config.image_token_id
         given = np.load(Path(folder) / INPUTS_FILE)
 

@@ -43,14 +43,14 @@ from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import (
     attention,
+    causal_lm,
     flops,
     hf_checkpoint,
     logprobs,
-    positions,
-    qwen2_5_vl,
     trainable,
 )
-from cptjax.models.config import ModelConfig
+from cptjax.models.config import ComputeConfig, ModelConfig
+from cptjax.models.families import find_family
 from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
@@ -73,13 +73,13 @@ class BenchModel:
                 f"expected a multiple of the {shards} devices that share a batch"
             )
         size = BENCH_SIZES[work.size]
-        self.cfg = dataclasses.replace(
-            size,
+        compute = ComputeConfig(
             remat=work.remat,
             attention=attention.choose_backend(self.mesh, size, self.dtype),
             unroll=self.is_cpu,
         )
-        declared = qwen2_5_vl.declare_params(self.cfg)
+        self.cfg = dataclasses.replace(size, compute=compute)
+        declared = causal_lm.declare_params(self.cfg)
         self.param_count = trainable.count_params(declared)
         rules = sharding.rules_for(self.cfg.text.kv_heads, self.mesh)
         weights = sharding.init_params(declared, jax.random.key(0), self.dtype, self.mesh, rules)
@@ -211,7 +211,7 @@ def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, fl
     A backward pass counts as two forward passes.
     """
     n, g, p, r = work.prompts, work.group, work.prompt, work.new
-    slots = len(positions.frame_layout(work.grid, work.grid, cfg.vision).order)
+    slots = len(find_family(cfg).tower.frame_layout(work.grid, work.grid, cfg.vision).order)
     image = flops.vision_forward_flops(cfg, slots, slots)
     rollout = flops.text_forward_flops(cfg, n, p, 1) + flops.decode_flops(cfg, n, p, g, r - 1)
     rows = flops.text_forward_flops(cfg, n * g, p + r, r)
@@ -393,7 +393,7 @@ def run_benchmark(work: Workload, phases: Sequence[str], peer: str | None = None
         "compilations": compilations.count,
         "compile_s": compilations.seconds,
         "peak_gib": peak_memory_gib(),
-        "attention": model.cfg.attention,
+        "attention": model.cfg.compute.attention,
         "load_average": os.getloadavg()[0],
     }
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax.models import layers, positions
-from cptjax.models.config import PRESETS, ModelConfig, TextConfig, VisionConfig
+from cptjax.models import layers
+from cptjax.models.config import ModelConfig, RopeConfig
+from cptjax.models.families import PRESETS, find_family
 from cptjax.types import Prompts, Vision
 
 BENCH_PHASES = ("load", "data", "rollout", "logp", "sft", "grpo")
@@ -15,10 +17,14 @@ MODEL_PHASES = BENCH_PHASES[2:]
 BENCH_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def small_model(width: int, mlp: int, depth: int, vocab: int, vision: VisionConfig) -> ModelConfig:
-    """Return a small model of Qwen's shape, with 8 query heads over 2 key/value heads."""
+def small_model(
+    width: int, mlp: int, depth: int, vocab: int, vision: dict[str, Any]
+) -> ModelConfig:
+    """Return a small model of the 3B model's shape, with 8 query heads over 2 key/value heads."""
+    released = PRESETS["3b"]
     head, third = width // 8, width // 8 // 16 * 3
-    text = TextConfig(
+    text = dataclasses.replace(
+        released.text,
         vocab=vocab,
         width=width,
         mlp=mlp,
@@ -27,20 +33,21 @@ def small_model(width: int, mlp: int, depth: int, vocab: int, vision: VisionConf
         kv_heads=2,
         head_dim=head,
         max_positions=4096,
-        rope_sections=(head // 2 - 2 * third, third, third),
+        rope=RopeConfig(1e6, (head // 2 - 2 * third, third, third)),
+        tied=False,
     )
     names = ("image_token", "video_token", "vision_start", "vision_end")
-    return ModelConfig(
-        vision, text, **{name: vocab - 1 - i for i, name in enumerate(names)}, eos=(1,), pad=0
-    )
+    tokens = {name: vocab - 1 - i for i, name in enumerate(names)}
+    tower = dataclasses.replace(released.vision, **vision)
+    return dataclasses.replace(released, text=text, vision=tower, **tokens, eos=(1,), pad=0)
 
 
 BENCH_SIZES: dict[str, ModelConfig] = {
     "cpu-s": small_model(
-        256, 768, 6, 8192, VisionConfig(depth=4, width=128, mlp=256, heads=4, full_blocks=(1, 3))
+        256, 768, 6, 8192, vision=dict(depth=4, width=128, mlp=256, heads=4, full_blocks=(1, 3))
     ),
     "cpu-m": small_model(
-        512, 1536, 8, 32768, VisionConfig(depth=6, width=192, mlp=512, heads=4, full_blocks=(2, 5))
+        512, 1536, 8, 32768, vision=dict(depth=6, width=192, mlp=512, heads=4, full_blocks=(2, 5))
     ),
     "3b": PRESETS["3b"],
     "7b": PRESETS["7b"],
@@ -129,8 +136,9 @@ def equal_rows(tokens: np.ndarray, patches: np.ndarray, cfg: ModelConfig, shards
     """Return rows of equal shape [B T] as prompts, each with one square image [B P C]."""
     (b, t), side = tokens.shape, round(patches.shape[1] ** 0.5)
     is_image = tokens[0] == cfg.image_token
-    ids = positions.mrope(is_image.astype(int), [(1, side, side)], [], cfg.vision)
-    layout = positions.frame_layout(side, side, cfg.vision)
+    tower = find_family(cfg).tower
+    ids = tower.token_positions(is_image.astype(int), [(1, side, side)], [], cfg.vision)
+    layout = tower.frame_layout(side, side, cfg.vision)
     real, n = layout.order >= 0, len(layout.order)
     slots = np.full((b, t), -1, np.int32)
     slots[:, is_image] = (

@@ -75,7 +75,7 @@ def load_stage_model(
         load.find_model_config(settings), mesh, dtype, load.lora_scale(settings)
     )
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
-    model_ctx = ModelContext(cfg, processor, mesh, load.MODEL_DTYPES[dtype], ())
+    model_ctx = ModelContext(processor.cfg, processor, mesh, load.MODEL_DTYPES[dtype], ())
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if (workdir / "checkpoints").is_dir():  # opening a missing one would create it

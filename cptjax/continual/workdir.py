@@ -125,7 +125,7 @@ def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
         "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
         "mesh": dict(model_ctx.mesh.shape),
         "processes": jax.process_count(),
-        "attention": model_ctx.cfg.attention,
+        "attention": model_ctx.cfg.compute.attention,
     }
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from cptjax.common.images import Grid, ImageSettings
 from cptjax.data.image_patches import normalise_patches
 from cptjax.models.config import ModelConfig
-from cptjax.models.positions import FrameLayout, frame_layout
+from cptjax.models.families import find_family
+from cptjax.models.positions import FrameLayout
 from cptjax.types import Prompts, Vision
 
 
@@ -92,11 +93,16 @@ def round_up_size(n: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def max_image_slots(cfg: ModelConfig, max_pixels: int) -> int:
-    """Return the most vision slots that an image of `max_pixels` takes, with sides up to 4 : 1."""
-    v = cfg.vision
+    """Return the most vision slots that an image of `max_pixels` takes, with sides up to 4 : 1.
+
+    It is 0 if the model takes no images.
+    """
+    v, tower = cfg.vision, find_family(cfg).tower
+    if tower is None:
+        return 0
     units = max(max_pixels // (v.patch * v.merge) ** 2, 1)
     sides = range(max(1, math.isqrt(units) // 2), math.isqrt(units) + 1)
-    return max(len(frame_layout(h * v.merge, units // h * v.merge, v).order) for h in sides)
+    return max(len(tower.frame_layout(h * v.merge, units // h * v.merge, v).order) for h in sides)
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[tuple[int, int]]:
@@ -130,9 +136,9 @@ def _unique_frames(
     shard: Sequence[EncodedConversation],
 ) -> list[tuple[bytes, Media, int, FrameLayout]]:
     """Return every frame of a shard once, even if its image appears several times."""
-    unique = {m.key: (m, e.cfg.vision) for e in shard for m in e.media}
+    unique = {m.key: (m, e.cfg) for e in shard for m in e.media}
     return [
-        (key, m, t, frame_layout(*m.grid[1:], cfg))
+        (key, m, t, find_family(cfg).tower.frame_layout(*m.grid[1:], cfg.vision))
         for key, (m, cfg) in unique.items()
         for t in range(m.grid[0])
     ]
@@ -165,13 +171,14 @@ def fit_vision_rows(shards: Sequence[Sequence[int]], most: int) -> tuple[int, in
 
 
 def _pack_frames(
-    shards: Sequence[Sequence[EncodedConversation]], window: int
+    shards: Sequence[Sequence[EncodedConversation]],
 ) -> tuple[int, int, list[PlacedFrames]]:
     """Return (patches of a vision row, vision rows, placed frames of each shard)."""
     limits = {(e.cfg, m.pixels.max_pixels) for shard in shards for e in shard for m in e.media}
     if not limits:
         return 0, 0, [{} for _ in shards]
     frames = [_unique_frames(shard) for shard in shards]
+    window = next(iter(limits))[0].vision.window_slots
     sizes = [[len(layout.order) // window for *_, layout in shard] for shard in frames]
     most = max(max_image_slots(*limit) for limit in limits) // window
     width, rows = fit_vision_rows(sizes, most)
@@ -188,6 +195,8 @@ def largest_batch_shape(
     cfg: ModelConfig, max_pixels: int, rows: int, shards: int, length: int
 ) -> BatchShape:
     """Return the shape of a batch whose rows have an image of `max_pixels` each."""
+    if cfg.vision is None:
+        return BatchShape(rows, length, 0, 0)
     window = cfg.vision.window_slots
     largest = max_image_slots(cfg, max_pixels) // window
     width, vision_rows = fit_vision_rows([[largest] * (rows // shards)], largest)
@@ -202,7 +211,7 @@ def prompt_arrays(shape: BatchShape, shards: int, cfg: ModelConfig) -> Prompts:
         lead = (shards, shape.vision_rows, shape.patches)
         vision = Vision(
             patches=jax.ShapeDtypeStruct((*lead, cfg.vision.patch_dim), np.float32),
-            positions=jax.ShapeDtypeStruct((*lead, 2), np.int32),
+            positions=jax.ShapeDtypeStruct((*lead, cfg.vision.position_values), np.int32),
             frames=jax.ShapeDtypeStruct(lead, np.int32),
         )
     return Prompts(
@@ -232,9 +241,9 @@ def _fill_vision(vision: Vision, placed: Sequence[PlacedFrames]) -> None:
 def _feature_slots(e: EncodedConversation, placed: PlacedFrames, patches: int) -> np.ndarray:
     """Return the number [T] of the vision feature that each token takes; -1 for text."""
     slots = np.full(len(e), -1, np.int32)
-    area = e.cfg.vision.merge**2
     frames = [placed[m.key, t] for m in e.media for t in range(m.grid[0])]
     if frames:
+        area = e.cfg.vision.merge**2
         slots[e.types > 0] = np.concatenate(
             [(f.row * patches + f.offset) // area + f.layout.units for f in frames]
         )
@@ -327,7 +336,7 @@ def collate_rows(
         raise ValueError(f"side: expected left or right, got {side!r}")
     if not encoded:
         raise ValueError("got no conversations; expected at least one")
-    cfg, longest = encoded[0].cfg, max(len(e) for e in encoded)
+    longest = max(len(e) for e in encoded)
     if pack:
         longest = max(longest, min(sum(map(len, encoded)), max(buckets)))
     length = smallest_bucket(longest, buckets)
@@ -341,7 +350,7 @@ def collate_rows(
     by_shard: list[list[EncodedConversation]] = [[] for _ in range(shards)]
     for e, p in zip(encoded, placements, strict=True):
         by_shard[p.shard].append(e)
-    patches, vision_rows, placed = _pack_frames(by_shard, cfg.vision.window_slots)
+    patches, vision_rows, placed = _pack_frames(by_shard)
     shape = BatchShape(shards * shard_rows, length, patches, vision_rows)
     if agree is not None:
         shape = agree(shape)

@@ -9,12 +9,6 @@ from PIL import Image
 
 from cptjax.common.images import ImageSource, open_image
 
-# Only the template and the processor write these; in the text of a row they would be read as turns
-# and images.
-RESERVED_TOKENS = re.compile(
-    r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad)\|>"
-)
-
 Messages = Sequence[dict[str, Any]]
 
 
@@ -28,9 +22,12 @@ class MediaSource:
 
 
 def separate_media(
-    messages: Messages, fps: float
+    messages: Messages, fps: float, reserved: re.Pattern
 ) -> tuple[list[dict[str, Any]], list[MediaSource]]:
-    """Return the messages with an empty placeholder for each image or video, and these in order."""
+    """Return the messages with an empty placeholder for each image or video, and these in order.
+
+    reserved: the tokens that the text of a message must not contain.
+    """
     bare: list[dict[str, Any]] = []
     media: list[MediaSource] = []
     for message in messages:
@@ -40,7 +37,7 @@ def separate_media(
             )
         content = message["content"]
         if isinstance(content, str):
-            bare.append({**message, "content": refuse_reserved_tokens(content)})
+            bare.append({**message, "content": refuse_reserved_tokens(content, reserved)})
             continue
         parts: list[dict[str, str]] = []
         for part in content:
@@ -48,7 +45,8 @@ def separate_media(
                 part = {"type": "text", "text": part}
             kind = part.get("type")
             if kind == "text":
-                parts.append({"type": "text", "text": refuse_reserved_tokens(part["text"])})
+                text = refuse_reserved_tokens(part["text"], reserved)
+                parts.append({"type": "text", "text": text})
             elif kind in ("image", "video"):
                 if part.get(kind) is None:
                     raise ValueError(f"an {kind} placeholder has no {kind}; add {kind}=... to it")
@@ -64,9 +62,13 @@ def separate_media(
     return bare, media
 
 
-def refuse_reserved_tokens(text: str) -> str:
-    """Return a row's text; raise a ValueError if it contains a reserved token."""
-    token = RESERVED_TOKENS.search(text)
+def refuse_reserved_tokens(text: str, reserved: re.Pattern) -> str:
+    """Return a row's text; raise a ValueError if it contains a reserved token.
+
+    Only the template and the processor write these; in the text of a row they would be read as
+    turns and images.
+    """
+    token = reserved.search(text)
     if token:
         raise ValueError(
             f"the text of a message contains {token[0]}, which only the processor writes; "

@@ -60,7 +60,9 @@ def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]
     check_batch_shards(sharding.batch_shards(mesh), jax.process_count())
     cfg = fit_config(find_model_config(settings), settings, mesh)
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
-    return ModelContext(cfg, processor, mesh, MODEL_DTYPES[settings.compute_dtype], tuple(buckets))
+    return ModelContext(
+        processor.cfg, processor, mesh, MODEL_DTYPES[settings.compute_dtype], tuple(buckets)
+    )
 
 
 def gather_batch_shape(shape: BatchShape) -> BatchShape:
@@ -69,4 +71,5 @@ def gather_batch_shape(shape: BatchShape) -> BatchShape:
 
 
 def describe_pixel_limits(model_ctx: ModelContext) -> str:
-    return f"{model_ctx.processor.min_pixels}-{model_ctx.processor.max_pixels}"
+    pixels = model_ctx.processor.pixels
+    return "none" if pixels is None else f"{pixels.min_pixels}-{pixels.max_pixels}"

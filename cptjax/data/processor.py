@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,16 +17,16 @@ from cptjax.common.images import Grid, ImageSettings, open_image
 from cptjax.data import image_patches, processor_files, tiny_tokenizer, video
 from cptjax.data.collate import EncodedConversation, Media
 from cptjax.data.conversation import MediaSource, Messages, refuse_reserved_tokens, separate_media
-from cptjax.models.config import ModelConfig, locate_checkpoint
-from cptjax.models.positions import mrope
+from cptjax.models import positions
+from cptjax.models.config import ModelConfig
+from cptjax.models.families import find_family
+from cptjax.models.family import Family, MediaGrid
+from cptjax.models.hf_config import locate_checkpoint
 
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-# The odd pieces of a split are the assistant's responses, each with the end of its turn.
-ASSISTANT_TURN = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)
+VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+# Some templates write the date; with today's, a run that is resumed tomorrow would differ.
+TEMPLATE_DATE = "26 Jul 2024"  # the default of Llama 3's template
 MAX_CACHED_LAYOUTS = 512
-
-# The kind of an image or video, its grid, and the seconds between two frame pairs of a video.
-MediaGrid = tuple[str, Grid, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,20 @@ class Processor:
     tokenizer: PreTrainedTokenizerBase
     template: str
     cfg: ModelConfig
-    pixels: ImageSettings
+    pixels: ImageSettings | None  # None = the model takes no images
     source: Path | None = None
     fps: float = video.DEFAULT_FPS  # frames used per second of video
 
     @property
-    def min_pixels(self) -> int:
-        return self.pixels.min_pixels
+    def family(self) -> Family:
+        return find_family(self.cfg)
 
-    @property
-    def max_pixels(self) -> int:
-        return self.pixels.max_pixels
+    @functools.cached_property
+    def reserved(self) -> re.Pattern:
+        """The special tokens, which the text of a message must not contain."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def render(self, messages: Messages, generation: bool | None = None) -> str:
         """Write the conversation with the chat template.
@@ -70,6 +74,7 @@ class Processor:
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=generation,
+                date_string=TEMPLATE_DATE,
             )
         except (jinja2.TemplateError, KeyError, TypeError) as e:
             reason = " ".join(str(e).split())[:160]
@@ -77,7 +82,7 @@ class Processor:
 
     def render_text(self, messages: Messages) -> str:
         """Write a conversation with one placeholder for each of its images and videos."""
-        return self.render(separate_media(messages, self.fps)[0])
+        return self.render(self._separate(messages)[0])
 
     def encode(
         self,
@@ -92,11 +97,11 @@ class Processor:
         limit: the most tokens allowed; a longer conversation raises a ValueError.
         media: the conversation's images and videos if they are already open; None = open them.
         """
-        bare, sources = separate_media(messages, self.fps)
+        bare, sources = self._separate(messages)
         media = tuple(map(self._open, sources)) if media is None else tuple(media)
-        grids = [(s.kind, m.grid, m.seconds) for s, m in zip(sources, media, strict=True)]
+        grids = [MediaGrid(s.kind, m.grid, m.seconds) for s, m in zip(sources, media, strict=True)]
         layout = self._cached_layout(bare, generation, grids)
-        _check_prompt_limit(len(layout.tokens), media, self.pixels.merge, limit)
+        _check_prompt_limit(len(layout.tokens), media, limit)
         return EncodedConversation(
             layout.tokens, layout.types, layout.positions, layout.loss_mask, media, self.cfg
         )
@@ -105,11 +110,12 @@ class Processor:
         self, prompt: EncodedConversation, text: str, limit: int | None = None
     ) -> EncodedConversation:
         """Return what `encode` returns for the prompt and its response, and open no image again."""
-        ending, after_turn = self._turn_ending
-        response = self.ids(refuse_reserved_tokens(text) + ending)
+        answer = {"role": "assistant", "content": refuse_reserved_tokens(text, self.reserved)}
+        _, turn, after_turn = self._split_turns([{"role": "user", "content": "?"}, answer], False)
+        response = self.ids(turn)
         added = response + self.ids(after_turn)
         tokens = np.concatenate([prompt.tokens, np.array(added, np.int32)])
-        _check_prompt_limit(len(tokens), prompt.media, self.pixels.merge, limit)
+        _check_prompt_limit(len(tokens), prompt.media, limit)
         n, start = len(added), prompt.positions.max() + 1
         text_positions = start + np.arange(n, dtype=prompt.positions.dtype)
         return EncodedConversation(
@@ -121,24 +127,51 @@ class Processor:
             self.cfg,
         )
 
+    def _separate(self, messages: Messages) -> tuple[list[dict[str, Any]], list[MediaSource]]:
+        """Separate messages from their images; refuse images if the model takes none."""
+        bare, sources = separate_media(messages, self.fps, self.reserved)
+        if sources and self.pixels is None:
+            raise ValueError(
+                f"the conversation has images, and a {self.cfg.family} model takes only text; "
+                "choose a vision-language model or a task without images"
+            )
+        return bare, sources
+
+    def _split_turns(self, bare: Messages, generation: bool | None) -> list[str]:
+        """Render a conversation in pieces.
+
+        The odd pieces are the assistant's responses, each with the end token of its turn.
+        """
+        whole = self.render(bare, generation)
+        pieces, done = [], 0
+        for i, message in enumerate(bare):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(bare[:i], generation=True)
+            end = self.reserved.search(whole, len(prompt))
+            if not whole.startswith(prompt) or end is None:
+                raise ValueError(
+                    "the chat template does not write a conversation as its prompt, the "
+                    "assistant's response and an end token of the tokenizer; use another template"
+                )
+            pieces += [whole[done : len(prompt)], whole[len(prompt) : end.end()]]
+            done = end.end()
+        return [*pieces, whole[done:]]
+
     @functools.cached_property
-    def _turn_ending(self) -> tuple[str, str]:
-        """The texts that the chat template writes at the end of a response and after it."""
-        turn = self.render(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
-            generation=False,
-        )
-        *_, response, after_turn = ASSISTANT_TURN.split(turn)
-        return response.removeprefix("!"), after_turn
+    def turn_end(self) -> int:
+        """The token that ends the assistant's turns."""
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        return self.ids(self._split_turns(turn, False)[1])[-1]
 
     def measure(
         self, messages: Messages, *, generation: bool | None = None
     ) -> tuple[int, list[Grid]]:
         """Return the number of tokens and the grids of all images and videos, from file headers."""
-        bare, sources = separate_media(messages, self.fps)
-        grids = [(source.kind, *self._probe(source)) for source in sources]
+        bare, sources = self._separate(messages)
+        grids = [MediaGrid(source.kind, *self._probe(source)) for source in sources]
         layout = self._cached_layout(bare, generation, grids)
-        return len(layout.tokens), [grid for _, grid, _ in grids]
+        return len(layout.tokens), [media.grid for media in grids]
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of plain text."""
@@ -169,7 +202,7 @@ class Processor:
             self.tokenizer.save_pretrained(folder)
         else:
             processor_files.copy_processor_files(self.source, folder)
-        processor_files.write_processor_files(folder, self.pixels, self.template)
+        processor_files.write_processor_files(folder, self.pixels, self.template, self.cfg)
 
     def _cached_layout(
         self, bare: Messages, generation: bool | None, grids: list[MediaGrid]
@@ -194,40 +227,45 @@ class Processor:
     def _compute_layout(
         self, bare: Messages, generation: bool | None, grids: list[MediaGrid]
     ) -> TokenLayout:
-        pieces = ASSISTANT_TURN.split(self.render(bare, generation))
-        turns = sum(m["role"] == "assistant" for m in bare)
-        if len(pieces) // 2 != turns:
-            raise ValueError(
-                f"the chat template wrote {len(pieces) // 2} ChatML assistant turns for {turns}; "
-                "use a ChatML template"
-            )
+        pieces, tower = self._split_turns(bare, generation), self.family.tower
+        if tower is not None and tower.rewrite_videos is not None:
+            pieces, grids = tower.rewrite_videos(pieces, grids)
         # A response is tokenised separately from its prompt, so that no token spans the two, as in
         # a sampled response.
         ids = [self.ids(piece) for piece in pieces]
         tokens = np.array([token for piece in ids for token in piece], np.int32)
         mask = np.repeat(np.arange(len(ids)) % 2 == 1, [len(piece) for piece in ids])
+        types = np.zeros(len(tokens), np.int8)
+        if tower is not None:
+            tokens, types, mask = self._expand_placeholders(tokens, mask, grids)
+            seconds = [media.seconds for media in grids if media.kind == "video"]
+            ids3 = tower.token_positions(types, [m.grid for m in grids], seconds, self.cfg.vision)
+        else:
+            ids3 = positions.text_positions(len(tokens))
+        for array in (tokens, types, ids3, mask):
+            array.setflags(write=False)  # many rows share them
+        return TokenLayout(tokens, types, ids3, mask)
+
+    def _expand_placeholders(
+        self, tokens: np.ndarray, mask: np.ndarray, grids: list[MediaGrid]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, types and mask with as many tokens for an image as its merged patches."""
         is_image, is_video = tokens == self.cfg.image_token, tokens == self.cfg.video_token
         types = np.where(is_image, 1, np.where(is_video, 2, 0)).astype(np.int8)
         written = [("image", "video")[t - 1] for t in types[types > 0]]
-        if written != [kind for kind, _, _ in grids]:
+        if written != [media.kind for media in grids]:
             counts = collections.Counter(written)
             raise ValueError(
                 f"the chat template wrote placeholders for {counts['image']} images and "
                 f"{counts['video']} videos; the conversation has {len(grids)} images and videos in "
                 "another order or number"
             )
-        # A placeholder becomes as many tokens as its image has merged patches; this is the only
-        # place that expands placeholders.
         repeats = np.ones(len(tokens), np.int64)
         repeats[types > 0] = [
-            image_patches.count_image_tokens(grid, self.pixels.merge) for _, grid, _ in grids
+            image_patches.count_image_tokens(media.grid, self.pixels.merge) for media in grids
         ]
         tokens, types, mask = (np.repeat(x, repeats) for x in (tokens, types, mask))
-        seconds = [s for kind, _, s in grids if kind == "video"]
-        positions = mrope(types, [grid for _, grid, _ in grids], seconds, self.cfg.vision)
-        for array in (tokens, types, positions, mask):
-            array.setflags(write=False)  # many rows share them
-        return TokenLayout(tokens, types, positions, mask)
+        return tokens, types, mask
 
     def _probe(self, source: MediaSource) -> tuple[Grid, float]:
         """Return the grid, and the seconds between two frame pairs, without decoding."""
@@ -247,9 +285,9 @@ class Processor:
         return Media(patches, grid, self.pixels, seconds)
 
 
-def _check_prompt_limit(n: int, media: Sequence[Media], merge: int, limit: int | None) -> None:
+def _check_prompt_limit(n: int, media: Sequence[Media], limit: int | None) -> None:
     if limit is not None and n > limit:
-        image_tokens = sum(image_patches.count_image_tokens(m.grid, merge) for m in media)
+        image_tokens = sum(image_patches.count_image_tokens(m.grid, m.pixels.merge) for m in media)
         raise ValueError(
             f"a prompt of {n} tokens ({image_tokens} of them for {len(media)} images) is over the "
             f"limit of {limit}; raise data.prompt_limit or lower model.max_pixels"
@@ -264,10 +302,12 @@ def load_processor(
 ) -> Processor:
     """Load the processor of a Hugging Face checkpoint, a folder or a hub id.
 
-    None is the package's own small processor.
+    None is the package's own small processor. Use the config of the result: it has all end tokens.
     """
     source = None if folder is None else locate_checkpoint(folder)
-    pixels = processor_files.read_image_settings(source, cfg, min_pixels, max_pixels)
+    pixels = None
+    if cfg.vision is not None:
+        pixels = processor_files.read_image_settings(source, cfg, min_pixels, max_pixels)
     if source is None:
         tokenizer = tiny_tokenizer.build_tiny_tokenizer(cfg.text.vocab)
         template = tiny_tokenizer.TINY_CHAT_TEMPLATE
@@ -285,17 +325,22 @@ def load_processor(
         tokenizer.backend_tokenizer.no_truncation()  # some tokenizer files turn these on
         tokenizer.backend_tokenizer.no_padding()
         template = processor_files.read_chat_template(source, tokenizer.chat_template)
-    expected = {
-        IMAGE_TOKEN: cfg.image_token,
-        VIDEO_TOKEN: cfg.video_token,
-        "<|vision_start|>": cfg.vision_start,
-        "<|vision_end|>": cfg.vision_end,
-    }
-    for token, number in expected.items():
+    for token, number in zip(VISION_TOKENS, cfg.vision_tokens, strict=False):
         actual = tokenizer.convert_tokens_to_ids(token)
         if actual != number:
             owner = f"{source}'s tokenizer" if source else "the package's own tokenizer"
             raise ValueError(
                 f"{owner} gives {token} the id {actual}; expected {number} as in the model's config"
             )
-    return Processor(tokenizer, template, cfg, pixels, source)
+    return _stop_at_turn_end(Processor(tokenizer, template, cfg, pixels, source))
+
+
+def _stop_at_turn_end(processor: Processor) -> Processor:
+    """Return the processor, whose config names the token that ends a turn among the end tokens.
+
+    The configs of some checkpoints that were not trained to answer only name the end of a text.
+    """
+    cfg, end = processor.cfg, processor.turn_end
+    if end in cfg.eos:
+        return processor
+    return dataclasses.replace(processor, cfg=dataclasses.replace(cfg, eos=(*cfg.eos, end)))

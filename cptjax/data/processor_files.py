@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cptjax.common import images
 from cptjax.common.images import ImageSettings
 from cptjax.models.config import ModelConfig
+from cptjax.models.families import find_family
 
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -32,15 +32,19 @@ def _read_json_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({e})") from e
 
 
-def write_processor_files(folder: Path, pixels: ImageSettings, template: str) -> None:
+def write_processor_files(
+    folder: Path, pixels: ImageSettings | None, template: str, cfg: ModelConfig
+) -> None:
     """Write the chat template and the pixel limits over copied files."""
     if not (folder / "chat_template.json").is_file():
         (folder / "chat_template.jinja").write_text(template)
+    if pixels is None:
+        return
     limits = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels}
     limits["size"] = {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}
     old = _read_json_file(folder / "preprocessor_config.json")
     (folder / "preprocessor_config.json").write_text(
-        json.dumps(_hf_image_settings(pixels) | old | limits, indent=2)
+        json.dumps(_hf_image_settings(pixels, cfg) | old | limits, indent=2)
     )
     newer = folder / "processor_config.json"
     if newer.is_file():
@@ -50,10 +54,8 @@ def write_processor_files(folder: Path, pixels: ImageSettings, template: str) ->
         )
 
 
-def _hf_image_settings(pixels: ImageSettings) -> dict[str, Any]:
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
+def _hf_image_settings(pixels: ImageSettings, cfg: ModelConfig) -> dict[str, Any]:
+    return dict(find_family(cfg).tower.processor) | {
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
@@ -79,7 +81,7 @@ def read_image_settings(
     folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
 ) -> ImageSettings:
     """Return the image settings of a checkpoint; given pixel limits replace its own."""
-    v = cfg.vision
+    v, defaults = cfg.vision, find_family(cfg).tower.processor
     sizes = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
     raw = {}
     if folder is not None:
@@ -101,13 +103,13 @@ def read_image_settings(
         min_pixels
         or raw.get("min_pixels")
         or size.get("shortest_edge")
-        or max(images.DEFAULT_MIN_PIXELS, least)
+        or max(defaults["min_pixels"], least)
     )
     high = (
         max_pixels
         or raw.get("max_pixels")
         or size.get("longest_edge")
-        or max(images.DEFAULT_MAX_PIXELS, low)
+        or max(defaults["max_pixels"], low)
     )
     return ImageSettings(
         min_pixels=low,
@@ -115,8 +117,8 @@ def read_image_settings(
         patch=v.patch,
         temporal=v.temporal,
         merge=v.merge,
-        mean=tuple(raw.get("image_mean") or images.CLIP_MEAN),
-        std=tuple(raw.get("image_std") or images.CLIP_STD),
+        mean=tuple(raw.get("image_mean") or defaults["image_mean"]),
+        std=tuple(raw.get("image_std") or defaults["image_std"]),
         scale=raw.get("rescale_factor", ImageSettings.scale),
         resample=raw.get("resample", ImageSettings.resample),
     )

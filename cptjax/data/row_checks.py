@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -257,8 +258,9 @@ def measure_row(
         # Decode each image once: a header does not show that the rest of the file is complete.
         opened = dataclasses.replace(example, messages=open_conversation_images(example.messages))
         tokens, grids = processor.measure(_conversation(opened, prompted, spec))
-        merge = processor.cfg.vision.merge
-        image_tokens = sum(image_patches.count_image_tokens(grid, merge) for grid in grids)
+        image_tokens = sum(
+            image_patches.count_image_tokens(grid, processor.pixels.merge) for grid in grids
+        )
         if tokens > limit:
             raise ValueError(
                 f"{tokens} tokens ({image_tokens} of them for {len(grids)} images) are over the "
@@ -274,6 +276,6 @@ def measure_row(
                     f"data.prompt_limit and rollout.max_new_tokens={spec.demonstration_tokens} "
                     "hold; raise one of them"
                 )
-        return RowSize(tokens, image_tokens, image_tokens * merge**2)
+        return RowSize(tokens, image_tokens, sum(map(math.prod, grids)))
     except (ValueError, OSError) as error:
         return make_bad_row(examples, row, error)

@@ -323,7 +323,7 @@ def weights_programs(
     if prepare is None:
         return [], params
     program = Program(f"{name}: weights", prepare, (params,), calls, 0.0)
-    if sampling.dtype == "int8" or cfg.unroll:
+    if sampling.dtype == "int8" or cfg.compute.unroll:
         return [program], Output(program.name)
     return [program], rollout_weights.weights_output(params, sampling, dtype)
 

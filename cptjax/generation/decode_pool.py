@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cptjax.generation import token_sampling
-from cptjax.models import decoder, qwen2_5_vl, trainable, unrolled
+from cptjax.models import causal_lm, decoder, trainable, unrolled
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
@@ -31,7 +31,7 @@ from cptjax.types import Array, Params, Prompts, Rollouts
 class QueuedPrompts:
     """Embedded prompts with the limits and ids of their responses."""
 
-    embedded: Array | None  # [Q P D]
+    inputs: causal_lm.DecoderInputs | None  # [Q P D]
     positions: Array | None  # [3 Q P]
     segments: Array | None  # [Q P]
     first_position: Array  # [Q] position id of the first response token
@@ -44,7 +44,7 @@ class QueuedPrompts:
 class DecodePool:
     """The groups being decoded; S slots."""
 
-    cache: qwen2_5_vl.KVCache | None
+    cache: causal_lm.KVCache | None
     step: Array | None  # [] decode steps since the pool was created
     start_step: Array  # [S] the step at which a slot's group started
     prompts: QueuedPrompts  # of the slots, without embeddings, positions and segments
@@ -103,9 +103,9 @@ def queue_prompts(
 ) -> QueuedPrompts:
     """Embed the tokens and images of all prompts; an empty prompt gets a limit of 0."""
     filled = jnp.any(prompts.segments > 0, 1)[:, None]
-    first_position = qwen2_5_vl.next_positions(prompts)
+    first_position = causal_lm.next_positions(prompts)
     return QueuedPrompts(
-        embedded=qwen2_5_vl.embed_inputs(weights, prompts, cfg, static.dtype),
+        inputs=causal_lm.embed_inputs(weights, prompts, cfg, static.dtype),
         positions=prompts.positions,
         segments=prompts.segments,
         first_position=first_position,
@@ -121,8 +121,14 @@ def select_prompts(queue: QueuedPrompts, index: Array) -> QueuedPrompts:
     def select(x: Array) -> Array:
         return constrain(x[index], "batch", *(None,) * (x.ndim - 1))
 
-    positions = constrain(queue.positions[:, index], None, "batch", None)
-    return jax.tree.map(select, queue.replace(positions=None)).replace(positions=positions)
+    def select_second(x: Array) -> Array:  # [3 Q P], [n Q P D]
+        return constrain(x[:, index], None, "batch", *(None,) * (x.ndim - 2))
+
+    second = queue.positions, queue.inputs.added
+    rest = queue.replace(positions=None, inputs=queue.inputs._replace(added=None))
+    positions, added = jax.tree.map(select_second, second)
+    selected = jax.tree.map(select, rest)
+    return selected.replace(positions=positions, inputs=selected.inputs._replace(added=added))
 
 
 def prefill_slots(
@@ -134,10 +140,10 @@ def prefill_slots(
     static: StaticSettings,
 ) -> DecodePool:
     """Compute the keys and values of these prompts, and sample the first token of each response."""
-    hidden, keys, values = qwen2_5_vl.prefill(
-        weights, prompts.embedded, prompts.positions, prompts.segments, cfg
+    hidden, keys, values = causal_lm.prefill(
+        weights, prompts.inputs, prompts.positions, prompts.segments, cfg
     )
-    cache = qwen2_5_vl.new_kv_cache(
+    cache = causal_lm.new_kv_cache(
         keys, values, prompts.segments, static.group, static.max_new_tokens, cfg
     )
     s, g = prompts.row_ids.shape
@@ -147,8 +153,8 @@ def prefill_slots(
         cache=cache,
         step=step,
         start_step=jnp.full(s, step),
-        prompts=prompts.replace(embedded=None, positions=None, segments=None),
-        rope=qwen2_5_vl.response_cos_sin(prompts.first_position, cfg),
+        prompts=prompts.replace(inputs=None, positions=None, segments=None),
+        rope=causal_lm.response_cos_sin(prompts.first_position, cfg),
         token=zeros,
         length=zeros,
         done=prompts.limits <= 0,
@@ -178,10 +184,10 @@ def run_decode_steps(
         age = pool.step - pool.start_step  # index of the token of each group that was sampled last
         column = pool.step % ring_size
         visible = (column - columns) % ring_size <= age[:, None]
-        hidden, cache = qwen2_5_vl.decode_step(
+        hidden, cache = causal_lm.decode_step(
             weights, pool.token, pool.rope, column, visible, pool.cache, cfg, static.dtype
         )
-        rope = qwen2_5_vl.response_cos_sin(pool.prompts.first_position + age + 1, cfg)
+        rope = causal_lm.response_cos_sin(pool.prompts.first_position + age + 1, cfg)
         pool = pool.replace(cache=cache, step=pool.step + 1, rope=rope)
         return _sample_and_store(pool, _logits(weights, hidden), traced)
 

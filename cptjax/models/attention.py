@@ -55,7 +55,7 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
-    widths = cfg.text.head_dim, cfg.vision.head_dim
+    widths = [cfg.text.head_dim] + ([cfg.vision.head_dim] if cfg.vision else [])
     best = BACKENDS.get(platform, "xla")
     fits = (
         best == "cudnn"
@@ -65,7 +65,7 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
     if wanted == "cudnn" and not fits:
         raise ValueError(
             "model.attention='cudnn': expected bfloat16 and heads of 8, 16, ... 128 on an NVIDIA "
-            f"GPU, got {jnp.dtype(dtype).name} and heads of {widths[0]} and {widths[1]} on "
+            f"GPU, got {jnp.dtype(dtype).name} and heads of {' and '.join(map(str, widths))} on "
             f"{platform}; set it to 'auto'"
         )
     if wanted != "auto":

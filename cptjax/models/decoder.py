@@ -1,5 +1,6 @@
 """The language model: embedding, a scan over stacked decoder blocks, final norm."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cptjax.models import unrolled
-from cptjax.models.config import ModelConfig, TextConfig
+from cptjax.models.config import Llama3Scaling, ModelConfig, RopeConfig, TextConfig
 from cptjax.models.layers import (
     apply_remat,
     linear,
@@ -33,9 +34,9 @@ def decoder_params(t: TextConfig) -> Params:
         "embed": Param((t.vocab, d), ("vocab", "embed")),
         "blocks": {
             "norm1": norm_params(t.depth, d),
-            "q": layers({"embed": d}, {"heads": n, "head_dim": h}, bias=True),
-            "k": layers({"embed": d}, {"kv_heads": k, "head_dim": h}, bias=True),
-            "v": layers({"embed": d}, {"kv_heads": k, "head_dim": h}, bias=True),
+            "q": layers({"embed": d}, {"heads": n, "head_dim": h}, t.qkv_bias),
+            "k": layers({"embed": d}, {"kv_heads": k, "head_dim": h}, t.qkv_bias),
+            "v": layers({"embed": d}, {"kv_heads": k, "head_dim": h}, t.qkv_bias),
             "o": layers({"heads": n, "head_dim": h}, {"embed": d}),
             "norm2": norm_params(t.depth, d),
             "gate": layers({"embed": d}, {"mlp": f}),
@@ -44,19 +45,49 @@ def decoder_params(t: TextConfig) -> Params:
         },
         "norm": norm_params(0, d),
     }
+    if t.qk_norm:
+        tree["blocks"] |= {"q_norm": norm_params(t.depth, h), "k_norm": norm_params(t.depth, h)}
     if not t.tied:
         tree["unembed"] = linear_params(0, {"embed": d}, {"vocab": t.vocab}, bias=False)
     return tree
 
 
-def mrope_cos_sin(positions: Array, t: TextConfig) -> tuple[Array, Array]:
-    """Return cos and sin [... H / 2] of the M-RoPE angles of time, height and width ids [3 ...].
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Return the frequencies [H / 2], from high to low."""
+    freq = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    return freq if rope.scaling is None else _scale_frequencies(freq, rope.scaling)
 
-    Each frequency rotates with one of the three ids.
+
+def _scale_frequencies(freq: np.ndarray, s: Llama3Scaling) -> np.ndarray:
+    """Divide the frequencies of long wavelengths by `factor`, those between in part."""
+    turns = s.old_positions * freq / np.float32(2 * math.pi)  # in a row of pretraining
+    share = np.clip((turns - s.low) / (s.high - s.low), 0, 1)
+    return ((1 - share) * freq / s.factor + share * freq).astype(np.float32)
+
+
+def position_axes(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Return which of the ids of time (0), height (1) and width (2) each frequency [H / 2] uses.
+
+    sections 4 2 2                 0 0 0 0 1 1 2 2
+    sections 4 2 2, interleaved    0 1 2 0 1 2 0 0
     """
-    axis = np.repeat(np.arange(3), t.rope_sections)
-    freq = 1.0 / t.rope_theta ** (np.arange(0, t.head_dim, 2, dtype=np.float32) / t.head_dim)
-    angles = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32) * freq
+    if rope.sections is None:
+        return np.zeros(head_dim // 2, int)
+    if not rope.interleaved:
+        return np.repeat(np.arange(3), rope.sections)
+    axes = np.zeros(head_dim // 2, int)
+    for axis in (1, 2):
+        axes[axis : 3 * rope.sections[axis] : 3] = axis
+    return axes
+
+
+def rope_cos_sin(positions: Array, t: TextConfig) -> tuple[Array, Array]:
+    """Return cos and sin [... H / 2] of the angles of time, height and width ids [3 ...].
+
+    Each frequency rotates with one of the three ids; those of text are equal.
+    """
+    axes, freq = position_axes(t.rope, t.head_dim), rope_frequencies(t.rope, t.head_dim)
+    angles = jnp.moveaxis(positions[axes], 0, -1).astype(jnp.float32) * freq
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -76,6 +107,9 @@ def decoder_block(
     with jax.named_scope("attention"):
         y = rms_norm(x, p["norm1"], cfg.text.norm_eps)
         q, k, v = unrolled.fused_heads(p, y, cfg) if fused else project_heads(p, y, cfg)
+        if cfg.text.qk_norm:
+            q = rms_norm(q, p["q_norm"], cfg.text.norm_eps)
+            k = rms_norm(k, p["k_norm"], cfg.text.norm_eps)
         q = constrain(q, "batch", None, "heads", None)
         out, kept = attend(rotate(q, rope), rotate(k, rope), v)
         x = x + linear(p["o"], out, 2, cfg.lora_scale)
@@ -86,13 +120,35 @@ def decoder_block(
 
 
 def run_decoder(
-    p: Params, x: Array, positions: Array, attend: Callable, cfg: ModelConfig
+    p: Params,
+    x: Array,
+    positions: Array,
+    attend: Callable,
+    cfg: ModelConfig,
+    added: Array | None = None,
 ) -> tuple[Array, Any]:
-    """Run all blocks and the final norm; what `attend` keeps is stacked over the layers."""
-    rope = unrolled.compute_rope_once(mrope_cos_sin(positions, cfg.text), p["blocks"])
-    block = apply_remat(lambda x, layer: decoder_block(layer, x, rope, attend, cfg), cfg.remat)
-    x, kept = unrolled.scan_layers(block, x, p["blocks"])
+    """Run all blocks and the final norm; what `attend` keeps is stacked over the layers.
+
+    added: features [n B T D] that are added to the hidden states after the first n layers.
+    """
+    blocks = p["blocks"]
+    rope = unrolled.compute_rope_once(rope_cos_sin(positions, cfg.text), blocks)
+
+    def step(x: Array, layer: Params, number: Any = None) -> tuple[Array, Any]:
+        x, kept = decoder_block(layer, x, rope, attend, cfg)
+        return x if added is None else _add_features(x, added, number), kept
+
+    numbers = () if added is None else (unrolled.layer_numbers(blocks, cfg.text.depth),)
+    step = apply_remat(step, cfg.compute.remat)
+    x, kept = unrolled.scan_layers(step, x, blocks, *numbers)
     return rms_norm(x, p["norm"], cfg.text.norm_eps), kept
+
+
+def _add_features(x: Array, added: Array, number: Array | int) -> Array:
+    """Add the features after layer `number`; after the layers behind them, nothing."""
+    last = len(added) - 1
+    features = jax.lax.dynamic_index_in_dim(added, jnp.minimum(number, last), keepdims=False)
+    return x + jnp.where(number <= last, features, 0)
 
 
 def embed_tokens(p: Params, tokens: Array, dtype: jnp.dtype) -> Array:

@@ -4,6 +4,7 @@ A multiply-add counts as two, causal attention counts half, and recomputation do
 """
 
 from cptjax.models.config import ModelConfig
+from cptjax.models.families import find_family
 
 
 def text_forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> float:
@@ -32,15 +33,10 @@ def decode_flops(cfg: ModelConfig, prompts: int, prompt: int, group: int, steps:
     return prompts * group * (steps * (_per_token(cfg) + _per_logits(cfg)) + _per_pair(cfg) * pairs)
 
 
-def vision_forward_flops(cfg: ModelConfig, patches: int, frame: int) -> float:
+def vision_forward_flops(cfg: ModelConfig, patches: float, frame: float) -> float:
     """Return the FLOPs of `patches` slots in all, in frames of `frame` slots each."""
-    v, d = cfg.vision, cfg.vision.width
-    block = 2 * (4 * d * d + 3 * d * v.mlp)
-    full = len(v.full_blocks)
-    mixing = 4 * d * (full * frame + (v.depth - full) * v.window_slots)
-    wide = d * v.merge**2
-    merger = 2 * (wide * wide + wide * cfg.text.width) / v.merge**2
-    return patches * (2 * v.patch_dim * d + v.depth * block + mixing + merger)
+    tower = find_family(cfg).tower
+    return tower.count_flops(cfg, patches, frame) if tower and patches else 0.0
 
 
 def _per_token(cfg: ModelConfig) -> float:

@@ -18,43 +18,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.models import lora, qwen2_5_vl, safetensors_io, trainable
-from cptjax.models.config import ModelConfig, config_to_hf, locate_checkpoint
+from cptjax.models import causal_lm, lora, safetensors_io, trainable
+from cptjax.models.config import ModelConfig
+from cptjax.models.families import find_family
+from cptjax.models.hf_config import config_to_hf, locate_checkpoint
 from cptjax.models.safetensors_io import PlannedTensor, StoredTensor
 from cptjax.sharding import Param
 from cptjax.types import Params
 
-# Module in the tree -> module in the released checkpoints; {} is the number of the layer. The leaf
-# "w" and a module that is a single vector are .weight; the leaf "b" is .bias.
-HF_MODULES = {
-    "vision.patch": "visual.patch_embed.proj",
-    "vision.blocks.norm1": "visual.blocks.{}.norm1",
-    "vision.blocks.norm2": "visual.blocks.{}.norm2",
-    "vision.blocks.qkv": "visual.blocks.{}.attn.qkv",
-    "vision.blocks.proj": "visual.blocks.{}.attn.proj",
-    "vision.blocks.gate": "visual.blocks.{}.mlp.gate_proj",
-    "vision.blocks.up": "visual.blocks.{}.mlp.up_proj",
-    "vision.blocks.down": "visual.blocks.{}.mlp.down_proj",
-    "merger.norm": "visual.merger.ln_q",
-    "merger.fc1": "visual.merger.mlp.0",
-    "merger.fc2": "visual.merger.mlp.2",
-    "text.embed": "model.embed_tokens",
-    "text.blocks.norm1": "model.layers.{}.input_layernorm",
-    "text.blocks.norm2": "model.layers.{}.post_attention_layernorm",
-    "text.blocks.q": "model.layers.{}.self_attn.q_proj",
-    "text.blocks.k": "model.layers.{}.self_attn.k_proj",
-    "text.blocks.v": "model.layers.{}.self_attn.v_proj",
-    "text.blocks.o": "model.layers.{}.self_attn.o_proj",
-    "text.blocks.gate": "model.layers.{}.mlp.gate_proj",
-    "text.blocks.up": "model.layers.{}.mlp.up_proj",
-    "text.blocks.down": "model.layers.{}.mlp.down_proj",
-    "text.norm": "model.norm",
-    "text.unembed": "lm_head",
-}
-# Prefixes that transformers >= 4.52 writes -> those of the released checkpoints.
-HF_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
-HEAD_TENSOR, EMBED_TENSOR = "lm_head.weight", "model.embed_tokens.weight"
 LeafPath = tuple[str, ...]
+EMBED_LEAF: LeafPath = ("text", "embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +39,9 @@ class TensorEntry:
     shape: tuple[int, ...]
 
 
-def released_name(name: str) -> str:
+def released_name(name: str, cfg: ModelConfig) -> str:
     """Return the name that a tensor has in the released checkpoints."""
-    for old, new in HF_PREFIXES.items():
+    for old, new in find_family(cfg).prefixes.items():
         if name.startswith(old):
             return new + name[len(old) :]
     return name
@@ -101,16 +74,21 @@ def _stored_shape(path: LeafPath, p: Param, cfg: ModelConfig) -> tuple[int, ...]
 
 def declared_leaves(cfg: ModelConfig) -> dict[LeafPath, Param]:
     """Return the declared parameters of the model by their paths."""
-    return trainable.flatten_params(qwen2_5_vl.declare_params(cfg))
+    return trainable.flatten_params(causal_lm.declare_params(cfg))
+
+
+def _released_leaf(path: LeafPath, cfg: ModelConfig) -> str:
+    """Return the released name of a leaf, with {} for the number of its layer."""
+    leaf = path[-1] if path[-1] in ("w", "b") else ""
+    module = find_family(cfg).tensor_names[".".join(path[:-1] if leaf else path)]
+    return module + (".bias" if leaf == "b" else ".weight")
 
 
 def tensor_table(cfg: ModelConfig) -> dict[str, TensorEntry]:
     """Return every tensor of the model by its released name, ordered by layer as in checkpoints."""
     out = {}
     for path, p in declared_leaves(cfg).items():
-        leaf = path[-1] if path[-1] in ("w", "b") else ""
-        name = HF_MODULES[".".join(path[:-1] if leaf else path)]
-        name += ".bias" if leaf == "b" else ".weight"
+        name = _released_leaf(path, cfg)
         for layer in range(p.shape[0]) if _stacked(p) else (None,):
             out[name.format(layer)] = TensorEntry(path, layer, _stored_shape(path, p, cfg))
 
@@ -129,15 +107,16 @@ def _first_and_count(names: set[str]) -> str:
 
 def _drop_tied_head(stored: dict[str, StoredTensor], cfg: ModelConfig) -> None:
     """Drop the head that a tied checkpoint may also store; it must equal the embedding."""
-    if not cfg.text.tied or HEAD_TENSOR not in stored or EMBED_TENSOR not in stored:
+    names = [_released_leaf(path, cfg) for path in (("text", "unembed", "w"), EMBED_LEAF)]
+    if not cfg.text.tied or not stored.keys() >= set(names):
         return
-    head, embed = stored.pop(HEAD_TENSOR), stored[EMBED_TENSOR]
+    head, embed = stored.pop(names[0]), stored[names[1]]
     every = slice(0, cfg.text.vocab)
     same = (np.array_equal(a, b) for a, b in zip(head.rows(every), embed.rows(every), strict=True))
     if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not all(same):
         raise ValueError(
-            f"config.json has tie_word_embeddings=true, but {HEAD_TENSOR} differs from "
-            f"{EMBED_TENSOR}; set it to false"
+            f"config.json has tie_word_embeddings=true, but {names[0]} differs from {names[1]}; "
+            "set it to false"
         )
 
 
@@ -236,11 +215,13 @@ def load_hf_checkpoint(
     They have the dtype of the checkpoint unless `dtype` is given.
     """
     folder = locate_checkpoint(folder, weights=True)
-    stored = safetensors_io.find_tensors(folder, released_name)
+    stored = safetensors_io.find_tensors(folder, functools.partial(released_name, cfg=cfg))
     expected = tensor_table(cfg)
     _drop_tied_head(stored, cfg)
     _check_tensors(stored, expected, folder)
-    dtype = jnp.dtype(dtype or safetensors_io.SAFETENSORS_DTYPES[stored[EMBED_TENSOR].dtype])
+    if dtype is None:
+        dtype = safetensors_io.SAFETENSORS_DTYPES[stored[_released_leaf(EMBED_LEAF, cfg)].dtype]
+    dtype = jnp.dtype(dtype)
     if mesh is not None and rules is None:
         rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     layers: dict[LeafPath, list[StoredTensor]] = {}

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cptjax import sharding
-from cptjax.models import attention, hf_checkpoint, lora, qwen2_5_vl, trainable
-from cptjax.models.config import PRESETS, ModelConfig, read_model_config
+from cptjax.models import attention, causal_lm, hf_checkpoint, lora, trainable
+from cptjax.models.config import ComputeConfig, ModelConfig
+from cptjax.models.families import PRESETS, find_family
+from cptjax.models.hf_config import read_model_config
 from cptjax.types import Params
 
 # The most text layers that a CPU runs without a loop: that is faster, but compiles every layer.
@@ -24,24 +26,22 @@ def fit_config(cfg: ModelConfig, settings: ConfigDict, mesh: Mesh) -> ModelConfi
     """Return the config with the settings that depend on `config.model` and the mesh."""
     dtype = MODEL_DTYPES[settings.compute_dtype]
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return dataclasses.replace(
-        cfg,
+    compute = ComputeConfig(
         remat=settings.remat,
         attention=attention.choose_backend(mesh, cfg, dtype, settings.attention),
-        lora_scale=lora_scale(settings),
         unroll=on_cpu and cfg.text.depth <= MAX_UNROLLED_LAYERS,
     )
+    return dataclasses.replace(cfg, lora_scale=lora_scale(settings), compute=compute)
 
 
 def fit_for_inference(cfg: ModelConfig, mesh: Mesh, dtype: str, scale: float = 1.0) -> ModelConfig:
     """Return the config for generating and scoring, which need no gradient."""
-    return dataclasses.replace(
-        cfg,
+    compute = ComputeConfig(
         remat="none",
         attention=attention.choose_backend(mesh, cfg, dtype),
-        lora_scale=scale,
         unroll=mesh.devices.flat[0].platform != "tpu",
     )
+    return dataclasses.replace(cfg, lora_scale=scale, compute=compute)
 
 
 def lora_scale(settings: ConfigDict) -> float:
@@ -58,10 +58,29 @@ def find_preset(name: str) -> ModelConfig:
 
 def declare_model_params(settings: ConfigDict, cfg: ModelConfig) -> Params:
     """Declare the parameters of `config.model`, adapters included."""
-    tree = qwen2_5_vl.declare_params(cfg)
+    tree, tower = causal_lm.declare_params(cfg), find_family(cfg).tower
+    check_parts(settings, cfg)
     if not settings.lora.rank:
         return tree
-    return lora.add_lora(tree, settings.lora.rank, settings.lora.targets, settings.lora.vision)
+    adapters = tower.adapters if tower and settings.lora.vision else None
+    return lora.add_lora(tree, settings.lora.rank, settings.lora.targets, adapters)
+
+
+def check_parts(settings: ConfigDict, cfg: ModelConfig) -> None:
+    """Refuse settings of `config.model` for a vision tower that the model does not have."""
+    if find_family(cfg).tower is not None:
+        return
+    named = [part for part in settings.freeze if part != "language"]
+    if named or settings.lora.vision:
+        wrong = f"freeze names {named[0]}" if named else "lora.vision=True"
+        raise ValueError(
+            f"model.{wrong}: a {cfg.family} model has no vision tower; remove the setting"
+        )
+    if "language" in settings.freeze:
+        raise ValueError(
+            f"model.freeze names language, the only part of a {cfg.family} model; nothing is left "
+            "to train"
+        )
 
 
 def describe_model_source(settings: ConfigDict) -> str:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from cptjax.models import decoder, qwen2_5_vl
+from cptjax.models import causal_lm, decoder
 from cptjax.models.config import ModelConfig
 from cptjax.models.trainable import cast_params
 from cptjax.sharding import RULES
@@ -211,12 +211,12 @@ def target_logps(
 def predicting_states(params: Params, batch: Batch, cfg: ModelConfig, dtype: jnp.dtype) -> Array:
     """Return the hidden states [B A D] that predict `batch.targets`."""
     if batch.where is not None:
-        hidden = qwen2_5_vl.forward(params, batch.prompts, cfg, dtype)
+        hidden = causal_lm.forward(params, batch.prompts, cfg, dtype)
         return jnp.take_along_axis(hidden, batch.where[..., None], 1)
     q = batch.prompts.tokens.shape[0]
     b, a = batch.targets.shape
     responses = batch.targets.reshape(q, b // q, a)
-    hidden = qwen2_5_vl.forward_group(params, batch.prompts, responses, cfg, dtype)
+    hidden = causal_lm.forward_group(params, batch.prompts, responses, cfg, dtype)
     return hidden.reshape(b, a, -1)
 
 

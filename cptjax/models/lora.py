@@ -1,6 +1,6 @@
 """LoRA: declare low-rank adapters in a parameter tree, and merge them into their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,6 @@ from cptjax.models.layers import DECODER_LINEARS, zeros
 from cptjax.models.trainable import flatten_params, is_adapter, is_trained, unflatten_params
 from cptjax.sharding import Param
 from cptjax.types import Array, Params
-
-# The names of the same maps in the vision tower, where they differ.
-VISION_TARGETS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "proj"}
 
 
 def check_lora(freeze: Sequence[str], rank: int, vision: bool) -> None:
@@ -29,11 +26,16 @@ def check_lora(freeze: Sequence[str], rank: int, vision: bool) -> None:
 
 
 def add_lora(
-    params: Params, rank: int, targets: Sequence[str] = DECODER_LINEARS, vision: bool = False
+    params: Params,
+    rank: int,
+    targets: Sequence[str] = DECODER_LINEARS,
+    vision: Mapping[str, str] | None = None,
 ) -> Params:
     """Declare adapters of the targeted weights: y += (x a) b * alpha / rank.
 
     The tree of Param gains a random `lora_a` and a zero `lora_b` next to each such `w`.
+    vision: the names that the targets have in the vision tower (`ImageTower.adapters`); None = the
+        tower gets no adapters.
     """
     if rank < 1 or not targets or not set(targets) <= set(DECODER_LINEARS):
         raise ValueError(
@@ -41,8 +43,8 @@ def add_lora(
             f"got rank={rank} targets={tuple(targets)}"
         )
     names = {"text": set(targets)}
-    if vision:
-        names["vision"] = {VISION_TARGETS.get(name, name) for name in targets}
+    if vision is not None:
+        names["vision"] = {vision[name] for name in targets}
     flat = flatten_params(params)
     out = dict(flat)
     for path, p in flat.items():

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.models import hf_checkpoint, trainable
-from cptjax.models.config import ModelConfig, read_model_config
+from cptjax.models.config import ModelConfig
+from cptjax.models.hf_config import read_model_config
 from cptjax.types import Params
 
 ORBAX_FOLDER, LORA_SCALE_FILE = "params", "lora.json"

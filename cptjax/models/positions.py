@@ -5,10 +5,9 @@ No function of this module is traced, so new image sizes do not cause a compilat
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
-
-from cptjax.models.config import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +29,9 @@ class FrameLayout:
 
 
 @functools.lru_cache(maxsize=4096)
-def frame_layout(h: int, w: int, cfg: VisionConfig) -> FrameLayout:
-    """Return the window order of a frame of h x w patches."""
-    m = cfg.merge
-    side = cfg.window // cfg.patch // m  # of a window, in units
+def window_layout(h: int, w: int, merge: int, side: int) -> FrameLayout:
+    """Return the order of a frame of h x w patches in windows of side x side merge units."""
+    m = merge
     if h % m or w % m:
         raise ValueError(f"a frame of {h} x {w} patches: expected multiples of {m} on both sides")
     uh, uw = h // m, w // m
@@ -57,14 +55,16 @@ def frame_layout(h: int, w: int, cfg: VisionConfig) -> FrameLayout:
 
 def mrope(
     types: np.ndarray,
-    grids: list[tuple[int, int, int]],
-    seconds_per_grid: list[float],
-    cfg: VisionConfig,
+    grids: Sequence[tuple[int, int, int]],
+    seconds_per_grid: Sequence[float],
+    merge: int,
+    tokens_per_second: float,
 ) -> np.ndarray:
     """Return the time, height and width ids [3 T] of a row.
 
     types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance;
-    `seconds_per_grid` has one entry per video. Example with text, an image of 2 x 2 units, text:
+    `seconds_per_grid` has one entry per video, from one frame pair to the next, and a second adds
+    `tokens_per_second` to the time ids. Example with text, an image of 2 x 2 units, text:
 
         token    a b i i i i c d
         time     0 1 2 2 2 2 4 5
@@ -82,11 +82,11 @@ def mrope(
             start += n
         else:
             t, h, w = next(grids)
-            h, w = h // cfg.merge, w // cfg.merge
+            h, w = h // merge, w // merge
             n = t * h * w
             step = np.float32(1)
             if kind == 2:  # transformers multiplies in float32 and truncates
-                step = np.float32(cfg.tokens_per_second) * np.float32(next(seconds))
+                step = np.float32(tokens_per_second) * np.float32(next(seconds))
             times = (np.arange(t, dtype=np.float32) * step).astype(np.int32)
             ids = times[:, None, None], np.arange(h)[:, None], np.arange(w)
             for row, axis_ids in zip(out[:, at : at + n], ids, strict=True):
@@ -94,3 +94,8 @@ def mrope(
             start += max(h, w)
         at += n
     return out
+
+
+def text_positions(length: int) -> np.ndarray:
+    """Return the ids [3 T] of a row of text: the same three for each token."""
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (3, length)).copy()

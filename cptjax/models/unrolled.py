@@ -1,8 +1,8 @@
 """Run the decoder's layers without a loop and with fused products, which is faster on CPUs.
 
 A loop over stacked weights copies the weights of each layer before it uses them, and many narrow
-products are slower than a few wide ones (when decoding, also on GPUs). `ModelConfig.unroll` selects
-another form of the same weights:
+products are slower than a few wide ones (when decoding, also on GPUs). `ComputeConfig.unroll`
+selects another form of the same weights:
 
     stacked    blocks = {"q": {"w": [L D N H]}, ...}, run by jax.lax.scan
     unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers
@@ -31,9 +31,9 @@ LayerArrays = Array | tuple[Array, ...]  # [L ...] | L x [...]
 
 
 def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
-    """Return the parameters with unrolled text blocks if `cfg.unroll` is set."""
+    """Return the parameters with unrolled text blocks if `cfg.compute.unroll` is set."""
     blocks = p["text"]["blocks"]
-    if not cfg.unroll or isinstance(blocks, tuple):
+    if not cfg.compute.unroll or isinstance(blocks, tuple):
         return p
     mesh = jax.sharding.get_abstract_mesh()
     # Tensor parallelism shards q, k and v by their own heads, so they stay separate.
@@ -48,7 +48,7 @@ def unstack_for_forward(p: Params, cfg: ModelConfig) -> Params:
 
     XLA:CPU schedules unrolled layers for speed and would keep the arrays of all of them in memory.
     """
-    return p if cfg.remat == "block" else unstack_layers(p, cfg)
+    return p if cfg.compute.remat == "block" else unstack_layers(p, cfg)
 
 
 def _fuse_linears(layer: Params) -> Params:

@@ -106,12 +106,11 @@ def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> flo
     """Return the bytes that all layers keep for the backward pass, plus those inside one layer."""
     t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
     text_inner = (t.heads + 2 * t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
-    vision_inner = 3 * v.width + 2 * v.width + 2 * v.mlp
+    parts = [(tokens, t.depth, t.width, text_inner)]
+    if v is not None:
+        parts.append((patches, v.depth, v.width, v.block_values))
     total = 0.0
-    for n, depth, width, inner in (
-        (tokens, t.depth, t.width, text_inner),
-        (patches, v.depth, v.width, vision_inner),
-    ):
+    for n, depth, width, inner in parts:
         kept = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}
         per_layer = width + kept[stage.config.model.remat]
         total += n * itemsize * (depth * per_layer + 2 * inner)

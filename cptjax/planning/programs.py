@@ -1,6 +1,5 @@
 """Collect all programs of a stage and its evaluation, as training and sampling provide them."""
 
-import re
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -11,7 +10,8 @@ from cptjax.continual.fisher import fisher_programs
 from cptjax.data.device_batches import cut_to_shards
 from cptjax.generation.sampling_config import eval_sampling
 from cptjax.models import load
-from cptjax.models.config import PRESETS, ModelConfig
+from cptjax.models.config import ModelConfig
+from cptjax.models.families import RELEASED
 from cptjax.training.programs import (
     AbstractStage,
     abstract_stage,
@@ -41,11 +41,10 @@ def planned_stage(config: ConfigDict, mesh: Mesh) -> AbstractStage:
 
 
 def planned_model_config(settings: ConfigDict) -> ModelConfig:
-    """Return the model's config from its folder, from the size in its name, or from the hub."""
-    size = re.search(r"Qwen2\.5-VL-(\d+)B", settings.path, re.I)
-    if size and not Path(settings.path).is_dir() and f"{size[1]}b" in PRESETS:
-        return PRESETS[f"{size[1]}b"]
-    return load.find_model_config(settings)
+    """Return the model's config from its folder, from its name on the hub, or from the hub."""
+    path = Path(settings.path)
+    known = None if path.is_dir() else RELEASED.get(path.name)
+    return known or load.find_model_config(settings)
 
 
 def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -> str:

@@ -13,11 +13,10 @@ import tiny
 from cptjax.benchmark import checkpoint_loading, data_pipeline, phase_times, workload
 from cptjax.benchmark.workload import MODEL_PHASES, Workload
 from cptjax.models import flops
-from cptjax.models.config import VisionConfig
 
 ROOT = Path(__file__).parents[2]
 NANO = workload.small_model(
-    128, 64, 1, 512, VisionConfig(depth=2, width=32, mlp=32, heads=2, full_blocks=(1,))
+    128, 64, 1, 512, dict(depth=2, width=32, mlp=32, heads=2, full_blocks=(1,))
 )
 WORK = Workload(
     "nano", image=84, prompts=8, group=2, text=8, new=4, repeat=1

@@ -13,7 +13,7 @@ from cptjax.continual import driver, stage_model
 from cptjax.continual.model_state import restore_stage_params
 from cptjax.continual.open_run import open_run_readonly
 from cptjax.models import trainable
-from cptjax.models.config import read_model_config
+from cptjax.models.hf_config import read_model_config
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Name a colour."}],

@@ -80,5 +80,7 @@ def theirs(qwen):
         def check_argument_for_proper_class(self, name, argument):
             """transformers' video processor needs torchvision."""
 
-    images = Qwen2VLImageProcessorPil(min_pixels=qwen.min_pixels, max_pixels=qwen.max_pixels)
+    images = Qwen2VLImageProcessorPil(
+        min_pixels=qwen.pixels.min_pixels, max_pixels=qwen.pixels.max_pixels
+    )
     return WithoutVideo(image_processor=images, tokenizer=qwen.tokenizer, chat_template=TEMPLATE)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from cptjax.data import collate, image_patches, processor
 from cptjax.data.collate import collate_rows
-from cptjax.models.config import ModelConfig, VisionConfig
-from cptjax.models.positions import frame_layout
+from cptjax.models.config import ModelConfig
+from cptjax.models.vision_qwen2_5 import Qwen25VisionConfig, frame_layout
 from cptjax.types import Prompts
 
 
@@ -276,7 +276,9 @@ def test_processes_agree_on_one_shape(tiny):
 def test_vision_of_odd_configs():
     cfg = dataclasses.replace(
         TINY,
-        vision=VisionConfig(depth=1, width=48, mlp=96, heads=4, patch=8, window=48, full_blocks=()),
+        vision=Qwen25VisionConfig(
+            depth=1, width=48, mlp=96, heads=4, patch=8, window=48, full_blocks=()
+        ),
     )
     p = processor.load_processor(None, cfg, 256, 64 * 64)
     e = p.encode([user(make_image(70, 50))])
@@ -292,7 +294,7 @@ def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack
     import tiny as models
 
     from cptjax import sharding
-    from cptjax.models import decoder, hf_checkpoint, qwen2_5_vl
+    from cptjax.models import causal_lm, decoder, hf_checkpoint
 
     for name, token in (("IMAGE", 5), ("VIDEO", 6), ("START", 3), ("END", 4)):
         monkeypatch.setattr(models, name, token)
@@ -302,7 +304,9 @@ def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack
     prompts, _ = collate_rows(
         rows, buckets=(64, 128), shards=1 if pack else 2, side="right", pack=pack
     )
-    flat = {hf_checkpoint.released_name(n): x.detach().numpy() for n, x in model.named_parameters()}
+    flat = {
+        hf_checkpoint.released_name(n, cfg): x.detach().numpy() for n, x in model.named_parameters()
+    }
     params, declared = {}, hf_checkpoint.declared_leaves(cfg)
     for path, d in declared.items():
         parts = [
@@ -312,11 +316,11 @@ def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack
         ]
         params[path] = np.stack([x.T if d.inputs else x for x in parts]).reshape(d.shape)
     params = traverse_util.unflatten_dict(params)
-    assert sharding.abstract_params(qwen2_5_vl.declare_params(cfg), np.float32) == jax.eval_shape(
+    assert sharding.abstract_params(causal_lm.declare_params(cfg), np.float32) == jax.eval_shape(
         lambda: params
     )
     logits = np.asarray(
-        jax.jit(lambda p, x: qwen2_5_vl.forward(p, x, cfg) @ decoder.unembedding(p["text"]))(
+        jax.jit(lambda p, x: causal_lm.forward(p, x, cfg) @ decoder.unembedding(p["text"]))(
             params, prompts
         )
     )

@@ -192,7 +192,7 @@ def test_templates_that_lose_something_are_refused(tiny):
         lambda: deaf.encode(
             [user("a"), {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
         ),
-        "ChatML",
+        "an end token",
     )
     broken = dataclasses.replace(tiny, template="{{ raise_exception('no tools') }}")
     fails(lambda: broken.encode([user("a")]), "no tools")

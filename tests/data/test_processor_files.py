@@ -5,7 +5,7 @@ import dataclasses
 from conversation_helpers import QWEN, TEMPLATE, TINY, fails, make_image, says, user
 
 from cptjax.data import processor
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 
 
 def test_transformers_loads_the_saved_processor(qwen, tmp_path):

@@ -18,7 +18,7 @@ from cptjax.data.mixture import RowRef
 from cptjax.data.processor import load_processor
 from cptjax.data.prompts import make_example_encoder
 from cptjax.evaluation.evaluate import EvalPrompts
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 
 LIMIT, ROWS = 128, 6
 

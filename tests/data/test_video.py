@@ -8,7 +8,7 @@ from conversation_helpers import QWEN, TINY, fails, make_image, user
 from PIL import Image
 
 from cptjax.data import video
-from cptjax.models.positions import mrope
+from cptjax.models.vision_qwen2_5 import token_positions
 
 
 def test_frames_are_sampled_as_transformers_does():
@@ -57,7 +57,7 @@ def test_video_positions_follow_the_frame_rate(tiny):
     for fps in (1.0, 2.0):
         e = tiny.encode([user({"type": "video", "video": frames, "fps": fps})])
         assert np.array_equal(
-            e.positions, mrope(e.types, [e.media[0].grid], [2 / fps], TINY.vision)
+            e.positions, token_positions(e.types, [e.media[0].grid], [2 / fps], TINY.vision)
         )
         times = sorted(set(e.positions[0][e.types == 2].tolist()))
         assert np.diff(times).tolist() == [TINY.vision.tokens_per_second * 2 / fps] * 2

@@ -12,7 +12,7 @@ from cptjax.data.row_checks import CheckedRows
 from cptjax.evaluation import evaluate
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 from cptjax.tasks import prompted_task
 from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.sandbox import SandboxPool

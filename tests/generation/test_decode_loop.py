@@ -1,7 +1,5 @@
 """Rollouts equal transformers' greedy search, with the trainer's log-probabilities."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,9 @@ from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
 from cptjax.generation import decode_loop, generate, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import decoder, logprobs, qwen2_5_vl
-from cptjax.models.config import PRESETS, ModelConfig
+from cptjax.models import causal_lm, decoder, logprobs
+from cptjax.models.config import ModelConfig
+from cptjax.models.families import PRESETS
 from cptjax.training import validate_config
 
 ROWS = [
@@ -39,7 +38,7 @@ def cfg() -> ModelConfig:
 @pytest.fixture(scope="module")
 def params(cfg):
     """Random weights with logits wide enough that tokens differ."""
-    tree = sharding.init_params(qwen2_5_vl.declare_params(cfg), jax.random.key(0), jnp.float32)
+    tree = sharding.init_params(causal_lm.declare_params(cfg), jax.random.key(0), jnp.float32)
     tree["text"]["embed"] *= 4
     return tree
 
@@ -78,7 +77,7 @@ def same(a, b, atol=1e-4):
 
 def trainer_logps(params, prompts, tokens, cfg, group):
     """What the training step computes for the same tokens."""
-    hidden = qwen2_5_vl.forward_group(
+    hidden = causal_lm.forward_group(
         params, prompts, jnp.asarray(tokens).reshape(-1, group, tokens.shape[1]), cfg
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -92,7 +91,7 @@ def trainer_logps(params, prompts, tokens, cfg, group):
     "settings", [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 0.0}], ids=str
 )
 def test_policy_logps_equal_the_trainers(cfg, params, settings, unroll):
-    cfg = dataclasses.replace(cfg, unroll=unroll)
+    cfg = cfg.with_compute(unroll=unroll)
     out = run(params, prompts(cfg), cfg, **settings)
     want = trainer_logps(params, prompts(cfg), out.tokens, cfg, 3)
     np.testing.assert_allclose(out.policy_logps, np.where(out.mask, want, 0), atol=1e-4)
@@ -151,7 +150,7 @@ def test_slots_do_not_change_rows(cfg, params, slots, unroll):
         run(
             params,
             prompts(cfg),
-            dataclasses.replace(cfg, unroll=unroll),
+            cfg.with_compute(unroll=unroll),
             stop=stops,
             slots=slots,
             check_every=3,
@@ -183,7 +182,7 @@ def test_meshes_do_not_change_rows(cfg, params, shape, slots):
     shards = sharding.batch_shards(mesh)
     whole = run(params, prompts(cfg), cfg, rows=np.arange(8) + 3)
     placed = jax.device_put(
-        params, sharding.param_shardings(qwen2_5_vl.declare_params(cfg), mesh, rules)
+        params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh, rules)
     )
     batch = prompts(cfg, shards=shards)
     batch = batch.replace(
@@ -249,9 +248,9 @@ def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     copied = decode_loop.kv_cache_bytes(cfg, 64 * 16, 1000, 1, 100, jnp.bfloat16)
     assert copied > 5 * shared
     batch = prompts(cfg)
-    x = qwen2_5_vl.embed_inputs(params, batch, cfg, jnp.float32)
-    _, k, v = qwen2_5_vl.prefill(params, x, batch.positions, batch.segments, cfg)
-    cache = qwen2_5_vl.new_kv_cache(k, v, batch.segments, 3, 12, cfg)
+    x = causal_lm.embed_inputs(params, batch, cfg, jnp.float32)
+    _, k, v = causal_lm.prefill(params, x, batch.positions, batch.segments, cfg)
+    cache = causal_lm.new_kv_cache(k, v, batch.segments, 3, 12, cfg)
     held = sum(x.nbytes for x in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v))
     assert held == decode_loop.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
 
@@ -260,7 +259,7 @@ def test_integer_weights_stay_near_the_policy(cfg, params):
     pytest.importorskip("qwix")
     gentle = jax.tree.map(lambda x: x / 2 if x.ndim > 1 else x, params)
     for unroll in (False, True):
-        c = dataclasses.replace(cfg, unroll=unroll)
+        c = cfg.with_compute(unroll=unroll)
         out = run(
             rollout_weights.prepare_rollout_weights(gentle, c, sampling(dtype="int8"), jnp.float32),
             prompts(cfg),
@@ -324,12 +323,12 @@ def test_responses_are_sampled_in_the_type_of_the_setting(cfg, params):
     Int8 keeps the model's type.
     """
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    tiny_cfg = dataclasses.replace(PRESETS["tiny"], unroll=True)
+    tiny_cfg = PRESETS["tiny"].with_compute(unroll=True)
     model_ctx = model_context.ModelContext(
         tiny_cfg, processor.load_processor(None, tiny_cfg, 256, 256), mesh, jnp.float32, (32,)
     )
     weights = sharding.init_params(
-        qwen2_5_vl.declare_params(tiny_cfg), jax.random.key(0), jnp.float32, mesh
+        causal_lm.declare_params(tiny_cfg), jax.random.key(0), jnp.float32, mesh
     )
     encoded = [
         model_ctx.processor.encode([{"role": "user", "content": "what is it"}], generation=True)

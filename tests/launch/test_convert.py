@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import cptjax
 from cptjax.config import recorded_config
 from cptjax.models import hf_checkpoint, trainable
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.models import attention, attention_tiled, decoder, vision
-from cptjax.models.config import PRESETS
+from cptjax.models import attention, attention_tiled, decoder, vision_qwen2_5
+from cptjax.models.families import PRESETS
 from cptjax.types import Vision
 
 PACKED = [1] * 50 + [2] * 90 + [3] * 40 + [0] * 20  # three conversations and right padding
@@ -339,7 +339,7 @@ def test_the_decoder_block_compiles_for_a_tpu_slice(no_cache):
     """The block of the 3B model, packed rows of 1,000 tokens, forward and backward, on v5e:2x2."""
     pytest.importorskip("libtpu")
     t = dataclasses.replace(PRESETS["3b"].text, depth=1)
-    cfg = dataclasses.replace(PRESETS["3b"], text=t, attention="splash")
+    cfg = dataclasses.replace(PRESETS["3b"], text=t).with_compute(attention="splash")
     blocks = jax.tree.map(
         lambda p: dataclasses.replace(p, shape=p.shape[1:], axes=p.axes[1:]),
         decoder.decoder_params(t)["blocks"],
@@ -354,7 +354,7 @@ def test_the_decoder_block_compiles_for_a_tpu_slice(no_cache):
         out, _ = decoder.decoder_block(
             p,
             x,
-            decoder.mrope_cos_sin(jnp.broadcast_to(positions, (3, *positions.shape)), t),
+            decoder.rope_cos_sin(jnp.broadcast_to(positions, (3, *positions.shape)), t),
             attend,
             cfg,
         )
@@ -373,12 +373,11 @@ def test_the_vision_tower_compiles_for_a_tpu_slice(no_cache):
     """The released tower (head width 80): a window block and a full block in a scan, with remat."""
     pytest.importorskip("libtpu")
     v = dataclasses.replace(PRESETS["3b"].vision, depth=2, full_blocks=(1,))
-    cfg = dataclasses.replace(PRESETS["3b"], vision=v, attention="splash", remat="block")
-    tree = {"vision": vision.vision_params(v), "merger": vision.merger_params(cfg)}
+    cfg = dataclasses.replace(PRESETS["3b"], vision=v)
+    cfg = cfg.with_compute(attention="splash", remat="block")
+    tree = vision_qwen2_5.declare_tower(cfg)
     loss = lambda p, x: (
-        vision.encode_vision(p["vision"], p["merger"], x, cfg, jnp.bfloat16)
-        .astype(jnp.float32)
-        .sum()
+        vision_qwen2_5.encode_vision(p, x, cfg, jnp.bfloat16).merged.astype(jnp.float32).sum()
     )
     shape = lambda *s, dtype=jnp.int32: jax.ShapeDtypeStruct((2, 1, 1024, *s), dtype)
     assert all(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from cptjax import sharding
-from cptjax.models import flops, qwen2_5_vl, trainable
-from cptjax.models.config import PRESETS
+from cptjax.models import causal_lm, flops, trainable
+from cptjax.models.families import PRESETS
 from cptjax.planning import hlo_costs
 from cptjax.types import Prompts
 
@@ -25,7 +25,7 @@ def _weights(tree, top):
 @pytest.mark.parametrize("name", ["tiny", "3b", "7b", "72b"])
 def test_a_token_costs_two_operations_for_each_weight_it_meets(name):
     cfg = PRESETS[name]
-    weights = _weights(qwen2_5_vl.declare_params(cfg), "text") + (
+    weights = _weights(causal_lm.declare_params(cfg), "text") + (
         cfg.text.width * cfg.text.vocab if cfg.text.tied else 0
     )
     pair = 4 * cfg.text.depth * cfg.text.heads * cfg.text.head_dim
@@ -35,7 +35,7 @@ def test_a_token_costs_two_operations_for_each_weight_it_meets(name):
 @pytest.mark.parametrize("name", ["tiny", "7b"])
 def test_a_patch_costs_two_operations_for_each_weight_and_the_merger_once_in_four(name):
     cfg = PRESETS[name]
-    v, tree = cfg.vision, qwen2_5_vl.declare_params(cfg)
+    v, tree = cfg.vision, causal_lm.declare_params(cfg)
     mixing = (
         4 * v.width * (len(v.full_blocks) * 256 + (v.depth - len(v.full_blocks)) * v.window_slots)
     )
@@ -65,9 +65,9 @@ def test_compiled_forward_does_what_was_counted(depth):
     b, t = 2, 48
     ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
     prompts = Prompts(ids, jax.ShapeDtypeStruct((3, b, t), jnp.int32), ids, ids)
-    run = jax.jit(lambda p, x: qwen2_5_vl.forward(p, x, cfg) @ p["text"]["embed"].T)
+    run = jax.jit(lambda p, x: causal_lm.forward(p, x, cfg) @ p["text"]["embed"].T)
     text = (
-        run.lower(sharding.abstract_params(qwen2_5_vl.declare_params(cfg), jnp.float32), prompts)
+        run.lower(sharding.abstract_params(causal_lm.declare_params(cfg), jnp.float32), prompts)
         .compile()
         .as_text()
     )

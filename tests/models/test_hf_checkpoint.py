@@ -19,20 +19,19 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cptjax import sharding
-from cptjax.models import decoder, hf_checkpoint, qwen2_5_vl, safetensors_io, trainable
-from cptjax.models.config import (
-    PRESETS,
-    ModelConfig,
-    TextConfig,
-    VisionConfig,
-    config_to_hf,
-    read_model_config,
-)
+from cptjax.models import causal_lm, decoder, hf_checkpoint, safetensors_io, trainable
+from cptjax.models.config import ModelConfig, RopeConfig, TextConfig
+from cptjax.models.families import FAMILIES, PRESETS
+from cptjax.models.hf_config import config_to_hf, read_model_config
 from cptjax.models.lora import add_lora
+from cptjax.models.vision_qwen2_5 import Qwen25VisionConfig
 
+HEAD_TENSOR, EMBED_TENSOR = "lm_head.weight", "model.embed_tokens.weight"
+ADAPTERS = FAMILIES["qwen2_5_vl"].tower.adapters
 ROOT = Path(__file__).parents[2]
 CFG = ModelConfig(  # every axis divides by two, so that each mesh below can cut it
-    vision=VisionConfig(depth=2, width=32, mlp=48, heads=4, full_blocks=(1,)),
+    family="qwen2_5_vl",
+    vision=Qwen25VisionConfig(depth=2, width=32, mlp=48, heads=4, full_blocks=(1,)),
     text=TextConfig(
         vocab=64,
         width=32,
@@ -41,8 +40,10 @@ CFG = ModelConfig(  # every axis divides by two, so that each mesh below can cut
         heads=4,
         kv_heads=2,
         head_dim=8,
-        rope_sections=(1, 1, 2),
+        rope=RopeConfig(1e6, (1, 1, 2)),
         tied=False,
+        qkv_bias=True,
+        max_positions=128000,
     ),
     image_token=5,
     video_token=6,
@@ -176,7 +177,7 @@ def test_a_mesh_loads_the_same_tree_with_the_declared_shardings(folder, shape):
     params = hf_checkpoint.load_hf_checkpoint(folder, CFG, mesh)
     rules = sharding.rules_for(CFG.text.kv_heads, mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == sharding.param_shardings(
-        qwen2_5_vl.declare_params(CFG), mesh, rules
+        causal_lm.declare_params(CFG), mesh, rules
     )
     assert equal(params, hf_checkpoint.load_hf_checkpoint(folder, CFG))
     for shard in params["text"]["blocks"]["q"][
@@ -213,7 +214,7 @@ def test_the_names_of_newer_transformers_are_read(copy):
 def test_adapters_are_merged_on_save(tmp_path):
     """The export has the logits of the model with adapters; those of both towers matter."""
     cfg, rng = dataclasses.replace(tiny.our_config(), lora_scale=0.5), np.random.default_rng(1)
-    declared = trainable.flatten_params(add_lora(qwen2_5_vl.declare_params(cfg), 4, vision=True))
+    declared = trainable.flatten_params(add_lora(causal_lm.declare_params(cfg), 4, vision=ADAPTERS))
     lora = {
         path: jnp.float32(0.1 * rng.normal(size=p.shape))
         for path, p in declared.items()
@@ -226,7 +227,7 @@ def test_adapters_are_merged_on_save(tmp_path):
         tmp_path / "merged", read_model_config(tmp_path / "merged")
     )
     prompts = tiny.prompts([tiny.random_row([5, tiny.Image(6, 10), 9], cfg, rng)], cfg)
-    logits = jax.jit(lambda p: qwen2_5_vl.forward(p, prompts, cfg) @ decoder.unembedding(p["text"]))
+    logits = jax.jit(lambda p: causal_lm.forward(p, prompts, cfg) @ decoder.unembedding(p["text"]))
     wanted, text_alone = logits(params), logits(params | {"vision": base["vision"]})
     np.testing.assert_allclose(
         logits(merged), wanted, atol=1e-5 * float(jnp.abs(wanted).max()), rtol=0
@@ -237,15 +238,15 @@ def test_adapters_are_merged_on_save(tmp_path):
 def test_a_tied_checkpoint_may_repeat_its_embedding_as_head(tmp_path):
     cfg = dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, tied=True))
     hf_checkpoint.write_random_checkpoint(cfg, tmp_path / "a")
-    assert hf_checkpoint.HEAD_TENSOR not in tensors(tmp_path / "a")
+    assert HEAD_TENSOR not in tensors(tmp_path / "a")
     rewrite(
         tmp_path / "a",
-        lambda t: t.update({hf_checkpoint.HEAD_TENSOR: t[hf_checkpoint.EMBED_TENSOR].copy()}),
+        lambda t: t.update({HEAD_TENSOR: t[EMBED_TENSOR].copy()}),
     )
     assert "unembed" not in hf_checkpoint.load_hf_checkpoint(tmp_path / "a", cfg)["text"]
     rewrite(
         tmp_path / "a",
-        lambda t: t.update({hf_checkpoint.HEAD_TENSOR: t[hf_checkpoint.EMBED_TENSOR] * 2}),
+        lambda t: t.update({HEAD_TENSOR: t[EMBED_TENSOR] * 2}),
     )
     fails(
         lambda: hf_checkpoint.load_hf_checkpoint(tmp_path / "a", cfg),
@@ -318,9 +319,9 @@ def test_the_index_may_not_leave_its_folder(copy, tmp_path):
 
 
 def test_the_config_of_another_model_is_refused(copy):
-    raw = config_to_hf(CFG) | {"model_type": "llama"}
+    raw = config_to_hf(CFG) | {"model_type": "gemma3"}
     (copy / "config.json").write_text(json.dumps(raw))
-    fails(lambda: read_model_config(copy), "model_type", "llama")
+    fails(lambda: read_model_config(copy), "model_type", "gemma3", "qwen2_5_vl", "llama")
 
 
 def test_save_refuses_what_it_cannot_write(folder, tmp_path):
@@ -350,7 +351,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 from cptjax import sharding
-from cptjax.models.config import read_model_config
+from cptjax.models.hf_config import read_model_config
 from cptjax.models.hf_checkpoint import load_hf_checkpoint, save_hf_checkpoint
 from cptjax.models.orbax_io import load_orbax, save_orbax
 root = Path(sys.argv[3])
@@ -381,7 +382,7 @@ def test_two_processes_write_what_one_wrote(folder, tmp_path):
 
 MEASURE = """
 import sys, jax
-from cptjax.models.config import read_model_config
+from cptjax.models.hf_config import read_model_config
 from cptjax.models.hf_checkpoint import load_hf_checkpoint
 def of(key): return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
@@ -401,7 +402,7 @@ def test_peak_memory_of_a_load_stays_near_the_size_of_the_checkpoint(tmp_path):
         depth=6,
         heads=8,
         head_dim=128,
-        rope_sections=(16, 24, 24),
+        rope=RopeConfig(1e6, (16, 24, 24)),
     )
     cfg = dataclasses.replace(
         CFG, text=big, vision=dataclasses.replace(CFG.vision, width=256, mlp=512, depth=4)

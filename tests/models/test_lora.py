@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from cptjax import sharding
-from cptjax.models import lora, qwen2_5_vl, trainable
+from cptjax.models import causal_lm, lora, trainable
+from cptjax.models.families import find_family
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,9 @@ def adapted():
     """(config, parameters with random adapters of both towers, prompts)."""
     cfg = dataclasses.replace(tiny.our_config(), lora_scale=0.5)
     rng = np.random.default_rng(0)
-    declared = lora.add_lora(qwen2_5_vl.declare_params(cfg), 4, vision=True)
+    declared = lora.add_lora(
+        causal_lm.declare_params(cfg), 4, vision=find_family(cfg).tower.adapters
+    )
     adapters, _ = trainable.split_params(declared, trainable.is_adapter)
     random = jax.tree.map(
         lambda p: jnp.float32(0.1 * rng.normal(size=p.shape)), adapters, is_leaf=sharding.is_param
@@ -31,7 +34,7 @@ def test_merged_adapters_keep_the_outputs(adapted):
     cfg, params, prompts = adapted
     merged = lora.merge_lora(params, cfg.lora_scale)
     assert not any(map(trainable.is_adapter, trainable.flatten_params(merged)))
-    forward = jax.jit(lambda p: qwen2_5_vl.forward(p, prompts, cfg))
+    forward = jax.jit(lambda p: causal_lm.forward(p, prompts, cfg))
     expected = forward(params)
     np.testing.assert_allclose(forward(merged), expected, atol=1e-4 * jnp.abs(expected).max())
     _, base = trainable.split_params(params, trainable.is_adapter)
@@ -48,7 +51,7 @@ def test_a_merged_weight_is_that_of_the_formula(adapted):
 
 
 def test_new_adapters_have_no_effect():
-    declared = lora.add_lora(qwen2_5_vl.declare_params(tiny.our_config()), 2, ("q", "o"))
+    declared = lora.add_lora(causal_lm.declare_params(tiny.our_config()), 2, ("q", "o"))
     params = sharding.init_params(declared, jax.random.key(0), jnp.float32)
     for name, leaves in params["text"]["blocks"].items():
         if name in ("q", "o"):
@@ -59,6 +62,6 @@ def test_new_adapters_have_no_effect():
 
 @pytest.mark.parametrize("rank, targets", [(0, ("q",)), (2, ()), (2, ("qkv",))])
 def test_adapters_without_rank_or_known_target_are_refused(rank, targets):
-    declared = qwen2_5_vl.declare_params(tiny.our_config())
+    declared = causal_lm.declare_params(tiny.our_config())
     with pytest.raises(ValueError, match="expected rank >= 1 and targets among q, k, v, o"):
         lora.add_lora(declared, rank, targets)

@@ -6,7 +6,8 @@ import json
 import pytest
 import tiny
 
-from cptjax.models.config import PRESETS, config_from_hf, config_to_hf, read_model_config
+from cptjax.models.families import PRESETS
+from cptjax.models.hf_config import config_from_hf, config_to_hf, read_model_config
 
 VISION = {
     "depth": 32,
@@ -139,7 +140,7 @@ def test_missing_keys_have_the_defaults_of_transformers():
     theirs, ours = Qwen2_5_VLConfig(**raw), config_from_hf(raw)
     assert ours.text.norm_eps == theirs.text_config.rms_norm_eps
     assert ours.text.max_positions == theirs.text_config.max_position_embeddings
-    assert ours.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
+    assert ours.text.rope.theta == theirs.text_config.rope_parameters["rope_theta"]
     for name, key in {
         "tokens_per_second": "tokens_per_second",
         "window": "window_size",
@@ -151,19 +152,21 @@ def test_missing_keys_have_the_defaults_of_transformers():
 
 @pytest.mark.parametrize("size", PRESETS)
 def test_a_written_config_reads_back(size):
-    from transformers import Qwen2_5_VLConfig
+    """By us, and by transformers, which writes its own form of it."""
+    from transformers import AutoConfig
 
     cfg = PRESETS[size]
     raw = config_to_hf(cfg)
     generation = {"eos_token_id": list(cfg.eos), "pad_token_id": cfg.pad}
     assert config_from_hf(raw, generation) == cfg
-    theirs = Qwen2_5_VLConfig(**raw)
+    theirs = AutoConfig.for_model(**raw)
     assert config_from_hf(theirs.to_dict(), generation) == cfg
-    assert (
-        theirs.tie_word_embeddings == cfg.text.tied
-        and theirs.text_config.rms_norm_eps == cfg.text.norm_eps
-    )
-    assert theirs.text_config.rope_parameters["mrope_section"] == list(cfg.text.rope_sections)
+    text = theirs.get_text_config()
+    assert theirs.tie_word_embeddings == cfg.text.tied
+    assert text.rms_norm_eps == cfg.text.norm_eps
+    assert text.rope_parameters["rope_theta"] == cfg.text.rope.theta
+    if cfg.text.rope.sections is not None:
+        assert text.rope_parameters["mrope_section"] == list(cfg.text.rope.sections)
 
 
 def test_config_is_hashable_and_frozen():

@@ -7,8 +7,8 @@ import pytest
 import tiny
 from tiny import Image, Video
 
-from cptjax.models import positions
-from cptjax.models.config import VisionConfig
+from cptjax.models import vision_qwen2_5
+from cptjax.models.vision_qwen2_5 import Qwen25VisionConfig
 
 GRIDS = [(2, 2), (4, 6), (8, 8), (8, 16), (10, 4), (6, 22), (16, 18), (2, 34), (36, 20), (24, 24)]
 
@@ -26,8 +26,8 @@ def _window_index(h, w, cfg):
 @pytest.mark.parametrize("window", [56, 112, 120, 168])
 @pytest.mark.parametrize("h,w", GRIDS)
 def test_the_window_order_is_that_of_transformers(h, w, window):
-    cfg = VisionConfig(window=window)
-    layout = positions.frame_layout(h, w, cfg)
+    cfg = Qwen25VisionConfig(window=window)
+    layout = vision_qwen2_5.frame_layout(h, w, cfg)
     index, bounds, places = _window_index(h, w, cfg)
     real = layout.order >= 0
     patches = (index[:, None] * 4 + np.arange(4)).reshape(-1)
@@ -41,7 +41,7 @@ def test_the_window_order_is_that_of_transformers(h, w, window):
 
 
 def test_the_window_order_is_the_diagram_of_the_docstring():
-    layout = positions.frame_layout(8, 12, VisionConfig())
+    layout = vision_qwen2_5.frame_layout(8, 12, Qwen25VisionConfig())
     units = layout.order[::4].reshape(2, 16) // 4
     assert units[0].tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21]
     assert units[1].tolist() == [4, 5, 10, 11, 16, 17, 22, 23] + [-1] * 8
@@ -50,11 +50,13 @@ def test_the_window_order_is_the_diagram_of_the_docstring():
 
 def test_a_frame_that_cannot_be_merged_is_refused():
     with pytest.raises(ValueError, match="5 x 8 patches"):
-        positions.frame_layout(5, 8, VisionConfig())
+        vision_qwen2_5.frame_layout(5, 8, Qwen25VisionConfig())
 
 
 def test_mrope_is_the_diagram_of_the_docstring():
-    ids = positions.mrope(np.array([0, 0, 1, 1, 1, 1, 0, 0]), [(1, 4, 4)], [], VisionConfig())
+    ids = vision_qwen2_5.token_positions(
+        np.array([0, 0, 1, 1, 1, 1, 0, 0]), [(1, 4, 4)], [], Qwen25VisionConfig()
+    )
     assert ids.tolist() == [
         [0, 1, 2, 2, 2, 2, 4, 5],
         [0, 1, 2, 2, 3, 3, 4, 5],
@@ -94,5 +96,5 @@ def test_mrope_is_that_of_transformers(rows, per_second, left):
     for row, delta in zip(rows, deltas[:, 0].tolist(), strict=True):
         grids = [part.grid() for part, _ in row.media]
         seconds = [part.seconds for part, _ in row.media if isinstance(part, Video)]
-        ids = positions.mrope(row.types, grids, seconds, cfg.vision)
+        ids = vision_qwen2_5.token_positions(row.types, grids, seconds, cfg.vision)
         assert ids.max() + 1 == len(row.tokens) + delta

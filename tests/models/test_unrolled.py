@@ -10,7 +10,7 @@ import tiny
 from tiny import Image
 
 from cptjax import sharding
-from cptjax.models import qwen2_5_vl, unrolled
+from cptjax.models import causal_lm, unrolled
 from cptjax.types import Prompts
 
 PROMPTS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4]]
@@ -41,16 +41,14 @@ def test_unrolled_layers_equal_the_loop(model):
     )
 
     def run(cfg):
-        loss = lambda p: (weight * qwen2_5_vl.forward_group(p, prompts, responses, cfg)).sum()
+        loss = lambda p: (weight * causal_lm.forward_group(p, prompts, responses, cfg)).sum()
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    layer = unrolled.unstack_layers(params, dataclasses.replace(cfg, unroll=True))["text"][
-        "blocks"
-    ][0]
+    layer = unrolled.unstack_layers(params, cfg.with_compute(unroll=True))["text"]["blocks"][0]
     assert {"qkv", "gate_up"} <= layer.keys() and not {"q", "gate"} & layer.keys()
-    a, wanted = run(dataclasses.replace(cfg, attention="xla"))
+    a, wanted = run(cfg.with_compute(attention="xla"))
     for backend in ("xla", "tiled"):
-        b, found = run(dataclasses.replace(cfg, unroll=True, attention=backend))
+        b, found = run(cfg.with_compute(unroll=True, attention=backend))
         np.testing.assert_allclose(a, b, rtol=1e-5)
         for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(x).max())
@@ -75,18 +73,15 @@ def test_layers_with_adapters_or_cut_heads_are_not_fused(model):
 
 def test_block_remat_saves_memory_with_unrolled_layers(model):
     """Six layers keep only their inputs: less than half of all their arrays."""
-    cfg = dataclasses.replace(
-        model[0], text=dataclasses.replace(model[0].text, depth=6), unroll=True
-    )
-    params = sharding.abstract_params({"text": qwen2_5_vl.declare_params(cfg)["text"]}, jnp.float32)
+    cfg = model[0].with_compute(unroll=True)
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, depth=6))
+    params = sharding.abstract_params({"text": causal_lm.declare_params(cfg)["text"]}, jnp.float32)
     prompts = Prompts(
         *(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8, 128), (3, 8, 128), (8, 128), (8, 128)))
     )
 
     def temporaries(remat):
-        loss = lambda p, x: jnp.sum(
-            qwen2_5_vl.forward(p, x, dataclasses.replace(cfg, remat=remat)) ** 2
-        )
+        loss = lambda p, x: jnp.sum(causal_lm.forward(p, x, cfg.with_compute(remat=remat)) ** 2)
         return (
             jax.jit(jax.grad(loss))
             .lower(params, prompts)

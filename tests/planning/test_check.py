@@ -21,7 +21,7 @@ from cptjax.data.data_config import DataConfig
 from cptjax.data.datasets import Datasets
 from cptjax.data.mixture import Mixture
 from cptjax.models import load
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 from cptjax.planning import check, memory
 from cptjax.tasks import prompted_task, registry
 from cptjax.tasks.scoring import sandbox

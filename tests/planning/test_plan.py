@@ -19,7 +19,7 @@ from cptjax.common.program import Program
 from cptjax.config import resolve_stages
 from cptjax.data import collate
 from cptjax.models import trainable
-from cptjax.models.config import PRESETS
+from cptjax.models.families import PRESETS
 from cptjax.planning import aot_compile, chips, hlo, memory, plan
 from cptjax.planning.memory import resident_bytes
 from cptjax.planning.programs import planned_stage, stage_programs

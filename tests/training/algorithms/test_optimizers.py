@@ -317,10 +317,10 @@ def test_adafactor_is_small_and_moves_as_far_as_adamw():
 
 
 def test_muon_reads_the_declared_model():
-    from cptjax.models import qwen2_5_vl
-    from cptjax.models.config import PRESETS
+    from cptjax.models import causal_lm
+    from cptjax.models.families import PRESETS
 
-    declared = qwen2_5_vl.declare_params(PRESETS["tiny"])
+    declared = causal_lm.declare_params(PRESETS["tiny"])
     matrices = {path for path, _ in optimizers.muon_axes(declared)}
     leaves = {
         optimizers.parameter_path(path): p

@@ -1,14 +1,16 @@
-"""The vision tower, which maps patches in window order to one feature per merged token."""
+"""The vision tower of Qwen2.5-VL: patches in window order -> one feature per merged token."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax.models import attention
+from cptjax.models import attention, positions
 from cptjax.models.config import ModelConfig, VisionConfig
+from cptjax.models.family import Grid, VisionFeatures
 from cptjax.models.layers import (
     apply_remat,
     linear,
@@ -18,6 +20,7 @@ from cptjax.models.layers import (
     rms_norm,
     rotate,
 )
+from cptjax.models.positions import FrameLayout
 from cptjax.sharding import constrain
 from cptjax.types import Array, Params, Vision
 
@@ -25,7 +28,53 @@ VISION_EPS = 1e-6
 VISION_ROPE_THETA = 1e4
 
 
-def vision_params(v: VisionConfig) -> Params:
+@dataclasses.dataclass(frozen=True)
+class Qwen25VisionConfig(VisionConfig):
+    """Shape of the tower; the defaults are those of the released models."""
+
+    window: int = 112  # pixels
+    full_blocks: tuple[int, ...] = (7, 15, 23, 31)  # the others attend within windows
+    tokens_per_second: int = 2  # time ids of one second of video
+
+    @property
+    def window_side(self) -> int:
+        """Merge units of a side of a whole window."""
+        return self.window // self.patch // self.merge
+
+    @property
+    def window_slots(self) -> int:
+        return (self.window_side * self.merge) ** 2
+
+
+def frame_layout(h: int, w: int, v: Qwen25VisionConfig) -> FrameLayout:
+    """Return the window order of a frame of h x w patches."""
+    return positions.window_layout(h, w, v.merge, v.window_side)
+
+
+def token_positions(
+    types: np.ndarray, grids: Sequence[Grid], seconds: Sequence[float], v: Qwen25VisionConfig
+) -> np.ndarray:
+    """Return the M-RoPE ids [3 T] of a row; the time ids of a video follow its seconds."""
+    return positions.mrope(types, grids, seconds, v.merge, v.tokens_per_second)
+
+
+def tower_flops(cfg: ModelConfig, patches: float, frame: float) -> float:
+    """Return the FLOPs of `patches` slots in all, in frames of `frame` slots each."""
+    v, d = cfg.vision, cfg.vision.width
+    block = 2 * (4 * d * d + 3 * d * v.mlp)
+    full = len(v.full_blocks)
+    mixing = 4 * d * (full * frame + (v.depth - full) * v.window_slots)
+    wide = d * v.merge**2
+    merger = 2 * (wide * wide + wide * cfg.text.width) / v.merge**2
+    return patches * (2 * v.patch_dim * d + v.depth * block + mixing + merger)
+
+
+def declare_tower(cfg: ModelConfig) -> Params:
+    """Declare the parameters of the tower and its merger."""
+    return {"vision": vision_params(cfg.vision), "merger": merger_params(cfg)}
+
+
+def vision_params(v: Qwen25VisionConfig) -> Params:
     """Declare the parameters of the vision tower."""
     d, n, h, f = v.width, v.heads, v.head_dim, v.mlp
 
@@ -72,16 +121,16 @@ def _attend(
     q: Array, k: Array, v: Array, frames: Array, full: Array | bool, cfg: ModelConfig
 ) -> Array:
     """Attend with q, k, v [rows P N H] within frames (full blocks) or within their windows."""
-    slots = cfg.vision.window_slots
+    slots, backend = cfg.vision.window_slots, cfg.compute.attention
 
     def whole(q, k, v):
-        return attention.attend(q, k, v, frames, frames, causal=False, backend=cfg.attention)
+        return attention.attend(q, k, v, frames, frames, causal=False, backend=backend)
 
     def windows(q, k, v):
         cut = lambda x: x.reshape(-1, slots, *x.shape[2:])
-        backend = attention.short_row_backend(cfg.attention)
+        short = attention.short_row_backend(backend)
         qs, ks, vs, fs = (cut(x) for x in (q, k, v, frames))
-        return attention.attend(qs, ks, vs, fs, fs, causal=False, backend=backend).reshape(q.shape)
+        return attention.attend(qs, ks, vs, fs, fs, causal=False, backend=short).reshape(q.shape)
 
     if isinstance(full, bool):
         return whole(q, k, v) if full else windows(q, k, v)
@@ -123,10 +172,10 @@ def _scan_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> 
     every = depth // max(1, len(full_blocks))
     if full_blocks != tuple(range(every - 1, depth, every)):
         full = np.isin(np.arange(depth), full_blocks)
-        block = apply_remat(lambda x, layer: step(x, *layer), cfg.remat)
+        block = apply_remat(lambda x, layer: step(x, *layer), cfg.compute.remat)
         return jax.lax.scan(block, x, (blocks, jnp.asarray(full)))[0]
-    window_block = apply_remat(functools.partial(step, full=False), cfg.remat)
-    full_block = apply_remat(functools.partial(step, full=True), cfg.remat)
+    window_block = apply_remat(functools.partial(step, full=False), cfg.compute.remat)
+    full_block = apply_remat(functools.partial(step, full=True), cfg.compute.remat)
 
     def period(x, layers):
         x, _ = jax.lax.scan(window_block, x, jax.tree.map(lambda w: w[:-1], layers))
@@ -137,9 +186,10 @@ def _scan_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> 
 
 
 def encode_vision(
-    tower: Params, merger: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype
-) -> Array:
+    params: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype
+) -> VisionFeatures:
     """Return the features [S W*P/4 D_text] of the patches of each batch shard."""
+    tower = params["vision"]
     s, w, slots, values = vision.patches.shape
     rows = lambda x: x.reshape(s * w, *x.shape[2:])
     x = constrain(linear(tower["patch"], rows(vision.patches).astype(dtype)), "batch", None, None)
@@ -149,5 +199,5 @@ def encode_vision(
         return vision_block(p, x, rope, frames, full, cfg), None
 
     x = _scan_blocks(tower["blocks"], x, step, cfg)
-    features = merge_patches(merger, x, cfg)
-    return features.reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width)
+    features = merge_patches(params["merger"], x, cfg)
+    return VisionFeatures(features.reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width))

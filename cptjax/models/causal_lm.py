@@ -1,11 +1,14 @@
-"""Qwen2.5-VL: forward over rows and groups, prefill and decode, as pure functions."""
+"""The model of any family: forward over rows and groups, prefill and decode, as pure functions."""
+
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cptjax.models import attention, decoder, unrolled, vision
+from cptjax.models import attention, decoder, unrolled
 from cptjax.models.config import ModelConfig
+from cptjax.models.families import find_family
 from cptjax.models.layers import rms_norm
 from cptjax.models.unrolled import LayerArrays, read_layer, unstack_for_forward, write_column
 from cptjax.sharding import constrain
@@ -14,24 +17,37 @@ from cptjax.types import Array, Params, Prompts
 
 def declare_params(cfg: ModelConfig) -> Params:
     """Declare the parameters of the whole model as a tree of `sharding.Param`."""
-    return {
-        "vision": vision.vision_params(cfg.vision),
-        "merger": vision.merger_params(cfg),
-        "text": decoder.decoder_params(cfg.text),
-    }
+    tower = find_family(cfg).tower
+    parts = {} if tower is None else tower.declare_params(cfg)
+    return parts | {"text": decoder.decoder_params(cfg.text)}
 
 
-def embed_inputs(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype) -> Array:
-    """Return token embeddings [B T D] with the vision features in their slots."""
+class DecoderInputs(NamedTuple):
+    """What the decoder gets for a row of tokens."""
+
+    x: Array  # [B T D] embeddings of tokens, or features of the vision tower
+    added: Array | None = None  # [n B T D] added to the hidden states after the first n layers
+
+
+def embed_inputs(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype) -> DecoderInputs:
+    """Return token embeddings with the vision features in their slots."""
     x = decoder.embed_tokens(p["text"], prompts.tokens, dtype)
     if prompts.vision is None:
-        return x
+        return DecoderInputs(x)
     with jax.named_scope("vision"):
-        features = vision.encode_vision(p["vision"], p["merger"], prompts.vision, cfg, dtype)
-    shards, (b, t) = features.shape[0], prompts.slots.shape
+        features = find_family(cfg).tower.encode(p, prompts.vision, cfg, dtype)
+    shards, (b, t) = features.merged.shape[0], prompts.slots.shape
     slots = prompts.slots.reshape(shards, b // shards * t)
-    image = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], 1).reshape(x.shape)
-    return jnp.where(prompts.slots[..., None] >= 0, image, x)
+    is_image = prompts.slots[..., None] >= 0
+
+    def place(features: Array, elsewhere: Array | float) -> Array:
+        image = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], 1)
+        return jnp.where(is_image, image.reshape(x.shape), elsewhere)
+
+    added = features.added
+    if added is not None:
+        added = jax.vmap(lambda layer: place(layer, jnp.zeros((), x.dtype)))(added)
+    return DecoderInputs(place(features.merged, x), added)
 
 
 def forward(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -40,11 +56,11 @@ def forward(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype = jn
     seg = prompts.segments
 
     def attend(q, k, v):
-        out = attention.attend(q, k, v, seg, seg, causal=True, backend=cfg.attention)
+        out = attention.attend(q, k, v, seg, seg, causal=True, backend=cfg.compute.attention)
         return out, None
 
-    x = embed_inputs(p, prompts, cfg, dtype)
-    return decoder.run_decoder(p["text"], x, prompts.positions, attend, cfg)[0]
+    inputs = embed_inputs(p, prompts, cfg, dtype)
+    return decoder.run_decoder(p["text"], inputs.x, prompts.positions, attend, cfg, inputs.added)[0]
 
 
 def next_positions(prompts: Prompts) -> Array:
@@ -66,15 +82,19 @@ def forward_group(
     plen = prompts.tokens.shape[1]
     ids = next_positions(prompts)[:, None] + jnp.arange(r)
     ids = jnp.broadcast_to(ids[None, :, None], (3, nq, g, r)).reshape(3, nq, g * r)
-    prompt_x = embed_inputs(p, prompts, cfg, dtype)
+    inputs = embed_inputs(p, prompts, cfg, dtype)
     response_x = decoder.embed_tokens(p["text"], responses.reshape(nq, g * r), dtype)
-    x = jnp.concatenate([prompt_x, response_x], 1)
+    x = jnp.concatenate([inputs.x, response_x], 1)
+    added = inputs.added
+    if added is not None:
+        added = jnp.pad(added, [(0, 0), (0, 0), (0, g * r), (0, 0)])
     positions = jnp.concatenate([prompts.positions, ids], 2)
 
     def attend(q, k, v):
-        return attention.attend_group(q, k, v, prompts.segments, plen, g, cfg.attention), None
+        backend = cfg.compute.attention
+        return attention.attend_group(q, k, v, prompts.segments, plen, g, backend), None
 
-    hidden, _ = decoder.run_decoder(p["text"], x, positions, attend, cfg)
+    hidden, _ = decoder.run_decoder(p["text"], x, positions, attend, cfg, added)
     first = jnp.broadcast_to(hidden[:, None, plen - 1 : plen], (nq, g, 1, hidden.shape[-1]))
     return jnp.concatenate([first, hidden[:, plen:].reshape(nq, g, r, -1)[:, :, :-1]], 2)
 
@@ -94,18 +114,21 @@ class KVCache:
 
 
 def prefill(
-    p: Params, x: Array, positions: Array, segments: Array, cfg: ModelConfig
+    p: Params, inputs: DecoderInputs, positions: Array, segments: Array, cfg: ModelConfig
 ) -> tuple[Array, LayerArrays, LayerArrays]:
-    """Run left-padded prompts x [Q P D], which are the results of `embed_inputs`.
+    """Run left-padded prompts [Q P], which are the results of `embed_inputs`.
 
     Return the last hidden states [Q D], and the keys and values [L Q P K H].
     """
 
     def attend(q, k, v):
-        out = attention.attend(q, k, v, segments, segments, causal=True, backend=cfg.attention)
+        backend = cfg.compute.attention
+        out = attention.attend(q, k, v, segments, segments, causal=True, backend=backend)
         return out, (k, v)
 
-    hidden, (keys, values) = decoder.run_decoder(p["text"], x, positions, attend, cfg)
+    hidden, (keys, values) = decoder.run_decoder(
+        p["text"], inputs.x, positions, attend, cfg, inputs.added
+    )
     return hidden[:, -1], keys, values
 
 
@@ -141,7 +164,7 @@ def kv_axis(cfg: ModelConfig) -> str | None:
 def response_cos_sin(positions: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """Return cos and sin [Q 1 H/2] of the position ids [Q] of text tokens."""
     ids = jnp.broadcast_to(positions[None, :, None], (3, positions.shape[0], 1))
-    return decoder.mrope_cos_sin(ids, cfg.text)
+    return decoder.rope_cos_sin(ids, cfg.text)
 
 
 def decode_step(

@@ -11,8 +11,8 @@ import tiny
 from tiny import Image
 
 from cptjax import sharding
-from cptjax.models import attention, decoder, positions, qwen2_5_vl
-from cptjax.models.config import PRESETS
+from cptjax.models import attention, causal_lm, decoder, vision_qwen2_5
+from cptjax.models.families import PRESETS
 from cptjax.types import Prompts
 
 
@@ -25,7 +25,7 @@ def model():
 
 @functools.partial(jax.jit, static_argnums=2)
 def _forward(params, prompts, cfg):
-    return qwen2_5_vl.forward(params, prompts, cfg)
+    return causal_lm.forward(params, prompts, cfg)
 
 
 def _random_rows(rows, cfg, seed=0):
@@ -65,10 +65,10 @@ def test_a_group_equals_copies_of_its_prompt(model):
     full = _copies(prompts, responses)
 
     def shared(params):
-        return qwen2_5_vl.forward_group(params, prompts, responses, cfg)
+        return causal_lm.forward_group(params, prompts, responses, cfg)
 
     def copied(params):
-        return qwen2_5_vl.forward(params, full, cfg)[:, p - 1 : -1].reshape(weight.shape)
+        return causal_lm.forward(params, full, cfg)[:, p - 1 : -1].reshape(weight.shape)
 
     (a, da), (b, db) = (
         jax.jit(jax.value_and_grad(lambda w: _with(f(w), weight), has_aux=True))(params)
@@ -90,7 +90,7 @@ def test_a_group_needs_a_third_of_the_flops():
     """
     base = PRESETS["3b"]
     cfg = dataclasses.replace(base, text=dataclasses.replace(base.text, depth=1, vocab=256))
-    params = sharding.abstract_params({"text": qwen2_5_vl.declare_params(cfg)["text"]}, jnp.float32)
+    params = sharding.abstract_params({"text": causal_lm.declare_params(cfg)["text"]}, jnp.float32)
 
     def flops(f, rows, length, *more):
         ints = [
@@ -101,9 +101,9 @@ def test_a_group_needs_a_third_of_the_flops():
         loss = lambda p, *x: jnp.sum(f(p, *x))
         return jax.jit(jax.grad(loss)).lower(params, prompts, *more).cost_analysis()["flops"]
 
-    copied = flops(lambda p, x: qwen2_5_vl.forward(p, x, cfg), 8, 1200)
+    copied = flops(lambda p, x: causal_lm.forward(p, x, cfg), 8, 1200)
     shared = flops(
-        lambda p, x, r: qwen2_5_vl.forward_group(p, x, r, cfg),
+        lambda p, x, r: causal_lm.forward_group(p, x, r, cfg),
         1,
         1000,
         jax.ShapeDtypeStruct((1, 8, 200), jnp.int32),
@@ -125,7 +125,7 @@ def test_no_state_depends_on_a_later_token(model):
         attention.attend(q, k, v, prompts.segments, prompts.segments, causal=True, backend="xla"),
         None,
     )
-    x = qwen2_5_vl.embed_inputs(params, prompts, cfg, jnp.float32)
+    x = causal_lm.embed_inputs(params, prompts, cfg, jnp.float32).x
     state = jax.jit(
         lambda x, i: jnp.sum(
             jnp.sin(decoder.run_decoder(params["text"], x, prompts.positions, attend, cfg)[0][0, i])
@@ -218,7 +218,7 @@ def test_image_sizes_of_one_bucket_share_one_program(model):
     @jax.jit
     def forward(params, prompts):
         traces.append(1)
-        return qwen2_5_vl.forward(params, prompts, cfg)
+        return causal_lm.forward(params, prompts, cfg)
 
     for h, w in ((8, 8), (4, 20), (12, 10), (2, 6), (14, 14), (6, 16)):
         assert np.isfinite(forward(params, _within_bucket(h, w, cfg))).all()
@@ -228,10 +228,10 @@ def test_image_sizes_of_one_bucket_share_one_program(model):
 def test_an_unknown_remat_is_refused(model):
     cfg, params = model
     with pytest.raises(ValueError, match="model.remat='all'"):
-        qwen2_5_vl.forward(
+        causal_lm.forward(
             params,
             tiny.prompts(_random_rows([[4]], cfg), cfg),
-            dataclasses.replace(cfg, remat="all"),
+            cfg.with_compute(remat="all"),
         )
 
 
@@ -240,7 +240,10 @@ def test_positions_continue_after_the_prompt(model):
     rows = _random_rows(PROMPTS, cfg)
     for left in (True, False):
         wanted = [
-            positions.mrope(d.types, [part.grid() for part, _ in d.media], [], cfg.vision).max() + 1
+            vision_qwen2_5.token_positions(
+                d.types, [part.grid() for part, _ in d.media], [], cfg.vision
+            ).max()
+            + 1
             for d in rows
         ]
-        assert qwen2_5_vl.next_positions(tiny.prompts(rows, cfg, left)).tolist() == wanted
+        assert causal_lm.next_positions(tiny.prompts(rows, cfg, left)).tolist() == wanted

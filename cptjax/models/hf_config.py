@@ -1,0 +1,105 @@
+"""Read and write the config of a Hugging Face checkpoint, and find its folder."""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from cptjax.models.config import ModelConfig
+from cptjax.models.families import FAMILIES, PRESETS, find_family
+from cptjax.models.family import find_key, text_keys
+
+
+def _end_tokens(*sources: dict) -> tuple[int, ...]:
+    """Return all end tokens that the sources name, in order, each once."""
+    tokens: list[int] = []
+    for source in sources:
+        ids = source.get("eos_token_id")
+        tokens += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(tokens))
+
+
+def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
+    """Return the config of a Hugging Face `config.json` and `generation_config.json`.
+
+    A missing key has the default of transformers.
+    """
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise ValueError(
+            f"config.json has model_type={raw.get('model_type')!r}; expected one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    cfg, text, generation = family.read_config(raw), text_keys(raw), generation or {}
+    stops = _end_tokens(generation, raw, text) or cfg.eos
+    default_pad = stops[-1] if stops else cfg.pad
+    pad = find_key(text, "pad_token_id", default=default_pad)
+    return dataclasses.replace(
+        cfg,
+        eos=stops,
+        pad=find_key(generation, "pad_token_id", default=pad),
+    )
+
+
+def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
+    """Return the folder of a checkpoint: the path, or the local copy of the hub's `org/name`.
+
+    `weights` downloads the weights too.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        raise ValueError(
+            f"{path} is neither a folder nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct; presets "
+            f"are {', '.join(PRESETS)}"
+        )
+    return _download(str(path), weights)
+
+
+@functools.cache
+def _download(name: str, weights: bool) -> Path:
+    """Download a checkpoint; of several processes on a machine, one downloads and the rest wait."""
+    patterns = ["*.json", "*.txt", "*.jinja"]
+    if weights:
+        patterns.append("*.safetensors")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} is neither a local folder nor a model that the hub returns ({reason[:160]})"
+        ) from error
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """Return the config of a Hugging Face checkpoint, a folder or a hub id."""
+    path = locate_checkpoint(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a Hugging Face checkpoint folder")
+    generation = path.with_name("generation_config.json")
+    raw = _read_json(path)
+    return config_from_hf(raw, _read_json(generation) if generation.is_file() else None)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+
+
+def config_to_hf(cfg: ModelConfig, dtype: str = "bfloat16") -> dict:
+    """Return a `config.json` for transformers and vLLM."""
+    family = find_family(cfg)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        "torch_dtype": dtype,
+        **family.write_config(cfg),
+        "eos_token_id": cfg.eos[0] if cfg.eos else None,
+        "pad_token_id": cfg.pad,
+        "bos_token_id": None,
+    }
