@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from cptjax.config import config_to_dict, resolve_stages
 from cptjax.data.datasets import Datasets
-from cptjax.models.config import locate_checkpoint
+from cptjax.models.hf_config import locate_checkpoint
 from cptjax.tasks import hub
 from cptjax.tasks.user_data.readers import DATA_SUFFIXES
 
