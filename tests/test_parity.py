@@ -22,7 +22,22 @@ ONE = [[6, Image(8, 12), 9]]
 THREE = [[3, Image(4, 10), 5, Image(12, 18), 2, Image(6, 22), 7]]
 MIXED = [[30], [4, Image(6, 10), 8], [5, Image(10, 4), 3, Image(4, 14), 11], [2, Image(8, 8), 1]]
 CLIP = [[4, Video(3, 8, 12, 0.7), 6, Video(1, 4, 6, 2.0), 5]]
+TEXT_ROWS = [[30], [25], [7]]
 CASES = {
+    **{
+        f"{family}, {'tied' if tied else 'untied'}": (
+            {"family": family, "tied": tied},
+            TEXT_ROWS,
+            tied,  # padding on the left or on the right
+        )
+        for family in tiny.TEXT_FAMILIES
+        for tied in (False, True)
+    },
+    "llama without rope scaling": (
+        {"family": "llama", "text": {"rope_parameters": tiny.PLAIN_ROPE}},
+        TEXT_ROWS,
+        True,
+    ),
     "text": ({}, [[40], [25]], True),
     "one image": ({}, ONE, True),
     "three images": ({}, THREE, True),
@@ -122,11 +137,11 @@ def test_logits_and_every_layer_equal_transformers(case):
     caught = {"vision": [], "text": []}
     hooks = [
         b.register_forward_hook(lambda _, __, out: caught["vision"].append(out.numpy()))
-        for b in model.model.visual.blocks
+        for b in (model.model.visual.blocks if cfg.vision else ())
     ]
     hooks += [
         b.register_forward_hook(lambda _, __, out: caught["text"].append(out.numpy()))
-        for b in model.model.language_model.layers
+        for b in getattr(model.model, "language_model", model.model).layers
     ]
     with torch.no_grad():
         theirs = model(**inputs).logits.numpy()

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL in cptjax and transformers, random checkpoints, and input rows for both."""
+"""Tiny models of the families in cptjax and transformers, random checkpoints, and rows for both."""
 
 import copy
 import dataclasses
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cptjax.models import causal_lm, vision_qwen2_5
+from cptjax.models import causal_lm, positions, vision_qwen2_5
 from cptjax.models.config import ModelConfig
+from cptjax.models.families import FAMILIES
 from cptjax.models.hf_config import config_from_hf
 from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
@@ -41,15 +42,37 @@ VISION = {
     "temporal_patch_size": 2,
     "tokens_per_second": 2,
 }
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+TEXT_FAMILIES = {  # the keys in which each differs
+    "qwen2": {"rope_parameters": PLAIN_ROPE},
+    "qwen3": {"rope_parameters": PLAIN_ROPE, "head_dim": 24},
+    "llama": {"rope_parameters": LLAMA3_ROPE},
+}
 
 
-def hf_config(tied: bool = False, text: dict | None = None, vision: dict | None = None) -> Any:
+def hf_config(
+    tied: bool = False,
+    text: dict | None = None,
+    vision: dict | None = None,
+    family: str = "qwen2_5_vl",
+) -> Any:
     """Return transformers' config of the tiny model.
 
     Every mesh of the tests divides its 8 heads.
     """
-    from transformers import Qwen2_5_VLConfig
+    from transformers import AutoConfig, Qwen2_5_VLConfig
 
+    if family in TEXT_FAMILIES:
+        keys = TEXT | TEXT_FAMILIES[family] | (text or {})
+        return AutoConfig.for_model(family, **copy.deepcopy(keys), tie_word_embeddings=tied)
     return Qwen2_5_VLConfig(
         text_config=copy.deepcopy(TEXT | (text or {})),
         vision_config=VISION | (vision or {}),
@@ -68,10 +91,11 @@ def our_config(**kwargs: Any) -> ModelConfig:
 def torch_model(seed: int = 0, **kwargs: Any) -> Any:
     """Return a random transformers model without zero biases or unit norms."""
     torch = pytest.importorskip("torch")
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    import transformers
 
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(hf_config(**kwargs)).float().eval()
+    config = hf_config(**kwargs)
+    model = getattr(transformers, FAMILIES[config.model_type].architecture)(config).float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn_like(p)
@@ -207,17 +231,21 @@ def prompts(
         np.zeros((b, length), int),
         np.full((b, length), -1),
     )
-    window = cfg.vision.window_slots
-    packed = [_vision(rows[s * per : (s + 1) * per], cfg, window) for s in range(shards)]
-    slots = [x for part, _ in packed for x in part]
+    packed, slots = [], [np.zeros(0, np.int32)] * b
+    if cfg.vision is not None:
+        window = cfg.vision.window_slots
+        packed = [_vision(rows[s * per : (s + 1) * per], cfg, window) for s in range(shards)]
+        slots = [x for part, _ in packed for x in part]
     for i, row in enumerate(rows):
         n = len(row.tokens)
         here = slice(length - n, length) if left else slice(0, n)
         grids = [part.grid() for part, _ in row.media]
         seconds = [part.seconds for part, _ in row.media if isinstance(part, Video)]
         out.tokens[i, here], out.segments[i, here] = row.tokens, 1
-        out.positions[:, i, here] = vision_qwen2_5.token_positions(
-            row.types, grids, seconds, cfg.vision
+        out.positions[:, i, here] = (
+            positions.text_positions(n)
+            if cfg.vision is None
+            else vision_qwen2_5.token_positions(row.types, grids, seconds, cfg.vision)
         )
         out.slots[i, here][row.types > 0] = slots[i]
     ints = {
@@ -242,8 +270,10 @@ def hf_inputs(rows: list[PreparedRow], cfg: ModelConfig, left: bool = True) -> d
     out: dict[str, Any] = {
         "input_ids": torch.tensor(ours.tokens).long(),
         "attention_mask": torch.tensor(ours.segments).long(),
-        "mm_token_type_ids": torch.tensor(types),
     }
+    if cfg.vision is None:
+        return out | {"position_ids": torch.tensor(ours.positions[0]).long()}
+    out["mm_token_type_ids"] = torch.tensor(types)
     media = [m for row in rows for m in row.media]
     for kind, pixels, grid in (
         (Image, "pixel_values", "image_grid_thw"),

@@ -135,6 +135,8 @@ class Processor:
                 f"the conversation has images, and a {self.cfg.family} model takes only text; "
                 "choose a vision-language model or a task without images"
             )
+        if self.pixels is None:  # the templates of text models take strings
+            bare = [{**message, "content": _join_text(message["content"])} for message in bare]
         return bare, sources
 
     def _split_turns(self, bare: Messages, generation: bool | None) -> list[str]:
@@ -283,6 +285,10 @@ class Processor:
             seconds = self.pixels.temporal / clip.fps
         patches, grid = image_patches.cut_patches(frames, self.pixels)
         return Media(patches, grid, self.pixels, seconds)
+
+
+def _join_text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _check_prompt_limit(n: int, media: Sequence[Media], limit: int | None) -> None:

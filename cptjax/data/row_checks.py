@@ -163,6 +163,7 @@ def check_rows(
 
     Of synthetic rows only the first are checked, if these are good.
     """
+    _refuse_images(examples, processor, spec)
     tokens = np.zeros(len(examples), np.int32)
     if isinstance(examples, SyntheticExamples):
         first = range(min(len(examples), SYNTHETIC_ROWS_CHECKED))
@@ -183,6 +184,18 @@ def check_rows(
     return RowChecks(bad, tokens)
 
 
+def _refuse_images(examples: Sequence[Example], processor: Processor, spec: SplitSpec) -> None:
+    """Refuse a task with images if the model takes none, by the first row alone."""
+    if processor.pixels is not None or not len(examples):
+        return
+    contents = [message["content"] for message in examples[0].messages]
+    if any(part["type"] != "text" for c in contents if not isinstance(c, str) for part in c):
+        raise ValueError(
+            f"task {spec.task} has images, and a {processor.cfg.family} model takes only text; "
+            "choose a vision-language model or tasks without images"
+        )
+
+
 def check_split(
     config: ConfigDict, spec: SplitSpec, rows: int | None, sandbox: SandboxPool
 ) -> SplitReport:
@@ -194,6 +207,7 @@ def check_split(
     processor = load_processor(
         model.path or None, find_model_config(model), model.min_pixels, model.max_pixels
     )
+    _refuse_images(examples, processor, spec)
     chosen = limit_rows(range(len(examples)), rows, config.seed).tolist()
     limit = DataConfig.from_config(config.data).longest_row
     sizes = _measure_rows(examples, chosen, prompted, processor, spec, limit)

@@ -12,7 +12,7 @@ from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
 from cptjax.generation import decode_loop, generate, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import causal_lm, decoder, logprobs
+from cptjax.models import causal_lm, decoder, hf_checkpoint, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import PRESETS
 from cptjax.training import validate_config
@@ -403,3 +403,50 @@ def test_greedy_equals_transformers(tmp_path):
         width = out.mask.sum(1).max()
         np.testing.assert_array_equal(out.tokens[:, :width], theirs[:, -width:])
         assert 5 < out.finished.sum() < 50
+
+
+@pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)
+def test_greedy_tokens_of_text_families_equal_transformers(family):
+    """50 prompts; the log-probabilities are also those of a plain forward pass over each row."""
+    torch = pytest.importorskip("torch")
+    model, cfg = tiny.torch_model(family=family), tiny.our_config(family=family)
+    flat = {name: x.detach().numpy() for name, x in model.named_parameters()}
+    params = hf_arrays(flat, cfg)
+    rng = np.random.default_rng(0)
+    rows = [tiny.random_row([int(n)], cfg, rng) for n in rng.integers(3, 20, 50)]
+    prompts, new = tiny.prompts(rows, cfg), 10
+    inputs = tiny.hf_inputs(rows, cfg)
+    with torch.no_grad():
+        theirs = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=new,
+            suppress_tokens=[cfg.pad],
+        ).numpy()[:, prompts.tokens.shape[1] :]
+    ours = decode_loop.generate_rollouts(
+        params,
+        jax.tree.map(jnp.asarray, prompts),
+        jax.random.key(0),
+        cfg.with_compute(unroll=True),
+        SamplingConfig(group=1, max_new_tokens=new, temperature=0.0, check_every=new),
+        dtype=jnp.float32,
+    )
+    mask = np.asarray(ours.mask)
+    assert mask.sum() > 400, "almost all rows reach the limit"
+    assert np.array_equal(np.asarray(ours.tokens)[mask], theirs[:, : mask.shape[1]][mask])
+    hidden = causal_lm.forward_group(params, prompts, np.asarray(ours.tokens)[:, None], cfg)
+    logits = hidden[:, 0] @ decoder.unembedding(params["text"])
+    logps = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ours.tokens[..., None], -1)
+    np.testing.assert_allclose(ours.policy_logps[mask], logps[..., 0][mask], atol=2e-4)
+
+
+def hf_arrays(flat: dict[str, np.ndarray], cfg: ModelConfig) -> dict:
+    """Return the tensors of transformers as our parameters."""
+    params, declared = {}, hf_checkpoint.declared_leaves(cfg)
+    table = hf_checkpoint.tensor_table(cfg)
+    for path, p in declared.items():
+        layers = [flat[name] for name, entry in table.items() if entry.path == path]
+        layers = [x.T if p.inputs else x for x in layers]
+        params[path] = jnp.asarray(np.stack(layers).reshape(p.shape))
+    return trainable.unflatten_params(params)

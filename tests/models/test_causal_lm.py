@@ -55,10 +55,13 @@ def _copies(prompts: Prompts, responses: np.ndarray) -> Prompts:
     )
 
 
-def test_a_group_equals_copies_of_its_prompt(model):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *tiny.TEXT_FAMILIES])
+def test_a_group_equals_copies_of_its_prompt(family):
     """Values and all gradients, of prompts with and without images."""
-    cfg, params = model
-    prompts = tiny.prompts(_random_rows(PROMPTS, cfg), cfg)
+    cfg = tiny.our_config(family=family)
+    params = jax.tree.map(jnp.asarray, tiny.random_params(cfg))
+    rows = PROMPTS if cfg.vision else [[14], [12], [9]]
+    prompts = tiny.prompts(_random_rows(rows, cfg), cfg)
     nq, p = prompts.tokens.shape
     responses = np.random.default_rng(1).integers(10, 300, (nq, G, R)).astype(np.int32)
     weight = np.random.default_rng(2).normal(size=(nq, G, R, cfg.text.width)).astype(np.float32)

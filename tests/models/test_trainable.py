@@ -1,0 +1,33 @@
+"""Trained and frozen leaves of parameter trees."""
+
+import jax.numpy as jnp
+import pytest
+
+from cptjax.models import trainable
+
+TREE = {
+    "vision": {"patch": {"w": jnp.ones(3)}},
+    "merger": {"norm": jnp.ones(2)},
+    "text": {"blocks": {"q": {"w": jnp.ones(4), "lora_a": jnp.ones(5)}}, "embed": jnp.ones(6)},
+}
+
+
+def test_a_tree_is_split_into_trained_and_frozen_leaves_and_joined():
+    trained, frozen = trainable.split_params(TREE, trainable.is_trained(("vision",)))
+    assert trained.keys() == {"merger", "text"} and frozen.keys() == {"vision"}
+    assert trainable.join_params(trained, frozen).keys() == TREE.keys()
+    assert trainable.count_params(TREE) == 20
+    adapters, _ = trainable.split_params(TREE, trainable.is_trained((), lora_rank=4))
+    assert list(trainable.flatten_params(adapters)) == [("text", "blocks", "q", "lora_a")]
+
+
+def test_a_cast_changes_only_floating_point_leaves():
+    tree = {"w": jnp.ones(2, jnp.float32), "int8": jnp.ones(2, jnp.int8)}
+    cast = trainable.cast_params(tree, jnp.bfloat16)
+    assert cast["w"].dtype == jnp.bfloat16 and cast["int8"].dtype == jnp.int8
+
+
+@pytest.mark.parametrize("freeze", [("tower",), ("vision", "merger", "language")])
+def test_unknown_parts_and_all_parts_cannot_be_frozen(freeze):
+    with pytest.raises(ValueError, match="model.freeze"):
+        trainable.is_trained(freeze)
