@@ -17,14 +17,16 @@ from absl import flags
 
 from cptjax.common import cli
 
-SIZE = flags.DEFINE_string("size", "cpu-s", "cpu-s, cpu-m, 3b or 7b.")
+SIZE = flags.DEFINE_string("size", "cpu-s", "cpu-s, cpu-m, or a preset such as 3b or qwen2.5-7b.")
 PHASES = flags.DEFINE_list(
     "phases", ["rollout", "logp", "sft", "grpo"], "Some of load, data, rollout, logp, sft, grpo."
 )
 PEER = flags.DEFINE_enum(
     "peer", None, ["hf"], "Time transformers + torch in turns with our phases (needs torch)."
 )
-IMAGE = flags.DEFINE_integer("image", 112, "Pixels of an image's side, a multiple of 28.")
+IMAGE = flags.DEFINE_integer(
+    "image", 112, "Pixels of a side of an image, a multiple of two patches (28); 0 = no images."
+)
 PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts, each with an image.", lower_bound=1)
 GROUP = flags.DEFINE_integer("group", 8, "Responses to each prompt.", lower_bound=1)
 TEXT = flags.DEFINE_integer("text", 32, "Text tokens of a prompt.", lower_bound=4)

@@ -65,7 +65,8 @@ class HFPeer:
             .from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
             .to(device)
         )
-        self.image_token = self.model.config.image_token_id
+        # None in a model that takes no images.
+        self.image_token = getattr(self.model.config, "image_token_id", None)
         given = np.load(Path(folder) / INPUTS_FILE)
 
         def on_device(x: np.ndarray) -> torch.Tensor:
@@ -82,16 +83,17 @@ class HFPeer:
 
     def _image_inputs(self, rows: slice) -> dict[str, Any]:
         patches = self.patches[rows]
+        if not patches.shape[1]:
+            return {}
         side = round(patches.shape[1] ** 0.5)
         grids = self.torch.tensor([[1, side, side]] * len(patches), device=self.device)
         return {"pixel_values": patches.flatten(0, 1), "image_grid_thw": grids}
 
     def _text_inputs(self, tokens: Any) -> dict[str, Any]:
-        return {
-            "input_ids": tokens,
-            "attention_mask": self.torch.ones_like(tokens),
-            "mm_token_type_ids": (tokens == self.image_token).int(),
-        }
+        inputs = {"input_ids": tokens, "attention_mask": self.torch.ones_like(tokens)}
+        if self.image_token is not None:
+            inputs["mm_token_type_ids"] = (tokens == self.image_token).int()
+        return inputs
 
     def _logps(self, rows: slice) -> Any:
         """Return the log-probabilities of the new tokens; logits are computed only for these."""

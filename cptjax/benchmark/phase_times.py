@@ -31,11 +31,11 @@ from cptjax.benchmark import checkpoint_loading, data_pipeline, peer_hf
 from cptjax.benchmark.checkpoint_loading import process_memory
 from cptjax.benchmark.workload import (
     BENCH_DTYPES,
-    BENCH_SIZES,
     MODEL_PHASES,
     Workload,
     check_workload,
     equal_rows,
+    find_size,
     random_inputs,
 )
 from cptjax.common import console
@@ -72,7 +72,7 @@ class BenchModel:
                 f"--prompts={work.prompts}: "
                 f"expected a multiple of the {shards} devices that share a batch"
             )
-        size = BENCH_SIZES[work.size]
+        size = find_size(work.size)
         compute = ComputeConfig(
             remat=work.remat,
             attention=attention.choose_backend(self.mesh, size, self.dtype),
@@ -211,8 +211,10 @@ def phase_flops(phase: str, work: Workload, cfg: ModelConfig) -> tuple[float, fl
     A backward pass counts as two forward passes.
     """
     n, g, p, r = work.prompts, work.group, work.prompt, work.new
-    slots = len(find_family(cfg).tower.frame_layout(work.grid, work.grid, cfg.vision).order)
-    image = flops.vision_forward_flops(cfg, slots, slots)
+    image = 0.0
+    if work.grid:
+        layout = find_family(cfg).tower.frame_layout(work.grid, work.grid, cfg.vision)
+        image = flops.vision_forward_flops(cfg, len(layout.order), len(layout.order))
     rollout = flops.text_forward_flops(cfg, n, p, 1) + flops.decode_flops(cfg, n, p, g, r - 1)
     rows = flops.text_forward_flops(cfg, n * g, p + r, r)
     groups = flops.group_forward_flops(cfg, n, p, g, r)

@@ -54,6 +54,11 @@ BENCH_SIZES: dict[str, ModelConfig] = {
 }
 
 
+def find_size(name: str) -> ModelConfig:
+    """Return the model of a benchmark's size, or a preset."""
+    return BENCH_SIZES[name] if name in BENCH_SIZES else PRESETS[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """The model size, shapes and dtype of a benchmark.
@@ -62,7 +67,7 @@ class Workload:
     """
 
     size: str = "cpu-s"
-    image: int = 112  # pixels of a side
+    image: int = 112  # pixels of a side; 0 = prompts without images
     prompts: int = 8
     group: int = 8
     text: int = 32  # text tokens of a prompt
@@ -79,18 +84,23 @@ class Workload:
 
     @property
     def grid(self) -> int:
-        return self.image // 14
+        vision = find_size(self.size).vision
+        return self.image // vision.patch if vision else 0
 
     @property
     def prompt(self) -> int:
         """Tokens of a prompt: the text, the image, and one token before and after the image."""
-        return self.text + self.grid**2 // 4 + 2
+        return self.text + (self.image_tokens + 2 if self.grid else 0)
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid**2 // find_size(self.size).vision.merge ** 2 if self.grid else 0
 
 
 def check_workload(work: Workload, phases: Sequence[str]) -> None:
     """Refuse a workload that cannot be measured."""
     named = [
-        ("size", work.size, BENCH_SIZES),
+        ("size", work.size, BENCH_SIZES | PRESETS),
         ("dtype", work.dtype, BENCH_DTYPES),
         ("remat", work.remat, layers.REMAT_POLICIES),
     ]
@@ -102,10 +112,11 @@ def check_workload(work: Workload, phases: Sequence[str]) -> None:
             )
     if not phases:
         raise ValueError(f"--phases is empty: expected some of {', '.join(BENCH_PHASES)}")
-    if work.image < 28 or work.image % 28:
-        raise ValueError(
-            f"--image={work.image}: expected a multiple of 28 pixels (two patches), at least 28"
-        )
+    cfg = find_size(work.size)
+    unit = cfg.vision.patch * cfg.vision.merge if cfg.vision else 0
+    if work.image and (not unit or work.image % unit):
+        expected = f"a multiple of {unit} pixels (of merged patches), or 0" if unit else "0"
+        raise ValueError(f"--image={work.image}: expected {expected} for a {cfg.family} model")
     if work.micro and work.rows % work.micro:
         raise ValueError(
             f"--micro={work.micro}: it must divide the {work.rows} rows (prompts x group)"
@@ -118,29 +129,34 @@ def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, 
     words = min(cfg.text.vocab, 150_000) - 10
     text = rng.integers(10, words, (work.prompts, work.text))
     fill = lambda token, n: np.full((work.prompts, n), token)
-    image = [
-        fill(cfg.vision_start, 1),
-        fill(cfg.image_token, work.grid**2 // 4),
-        fill(cfg.vision_end, 1),
-    ]
+    image = []
+    if work.grid:
+        image = [
+            fill(cfg.vision_start, 1),
+            fill(cfg.image_token, work.image_tokens),
+            fill(cfg.vision_end, 1),
+        ]
+    values = cfg.vision.patch_dim if work.grid else 0
     return {
         "prompts": np.concatenate([text[:, :4], *image, text[:, 4:]], 1),
         "responses": rng.integers(10, words, (work.rows, work.new)),
-        "patches": rng.standard_normal(
-            (work.prompts, work.grid**2, cfg.vision.patch_dim), np.float32
-        ),
+        "patches": rng.standard_normal((work.prompts, work.grid**2, values), np.float32),
     }
 
 
 def equal_rows(tokens: np.ndarray, patches: np.ndarray, cfg: ModelConfig, shards: int) -> Prompts:
-    """Return rows of equal shape [B T] as prompts, each with one square image [B P C]."""
+    """Return rows of equal shape [B T] as prompts, each with one square image [B P C] or none."""
     (b, t), side = tokens.shape, round(patches.shape[1] ** 0.5)
+    ones, none = np.ones((b, t), np.int32), np.full((b, t), -1, np.int32)
+    if not side:
+        ids = np.broadcast_to(np.arange(t, dtype=np.int32), (3, b, t))
+        return Prompts(tokens.astype(np.int32), ids, ones, none)
     is_image = tokens[0] == cfg.image_token
     tower = find_family(cfg).tower
     ids = tower.token_positions(is_image.astype(int), [(1, side, side)], [], cfg.vision)
     layout = tower.frame_layout(side, side, cfg.vision)
     real, n = layout.order >= 0, len(layout.order)
-    slots = np.full((b, t), -1, np.int32)
+    slots = none
     slots[:, is_image] = (
         np.arange(b)[:, None] % (b // shards) * (n // cfg.vision.merge**2) + layout.units
     )
@@ -152,4 +168,4 @@ def equal_rows(tokens: np.ndarray, patches: np.ndarray, cfg: ModelConfig, shards
         rows(real.astype(np.int32)),
     )
     positioned = np.broadcast_to(ids[:, None], (3, b, t))
-    return Prompts(tokens.astype(np.int32), positioned, np.ones((b, t), np.int32), slots, vision)
+    return Prompts(tokens.astype(np.int32), positioned, ones, slots, vision)

@@ -338,10 +338,10 @@ def load_processor(
             raise ValueError(
                 f"{owner} gives {token} the id {actual}; expected {number} as in the model's config"
             )
-    return _stop_at_turn_end(Processor(tokenizer, template, cfg, pixels, source))
+    return stop_at_turn_end(Processor(tokenizer, template, cfg, pixels, source))
 
 
-def _stop_at_turn_end(processor: Processor) -> Processor:
+def stop_at_turn_end(processor: Processor) -> Processor:
     """Return the processor, whose config names the token that ends a turn among the end tokens.
 
     The configs of some checkpoints that were not trained to answer only name the end of a text.

@@ -7,7 +7,8 @@ import pytest
 from conversation_helpers import CONVERSATIONS, TEMPLATE, encoded, fails, make_image, says, user
 from PIL import Image
 
-from cptjax.data import image_patches
+from cptjax.data import image_patches, processor
+from cptjax.models.families import PRESETS
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -196,3 +197,65 @@ def test_templates_that_lose_something_are_refused(tiny):
     )
     broken = dataclasses.replace(tiny, template="{{ raise_exception('no tools') }}")
     fails(lambda: broken.encode([user("a")]), "no tools")
+
+
+LLAMA3_TEMPLATE = (  # the form of Llama 3.2's, without tools
+    "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% endif %}<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+THINKING_TEMPLATE = (  # as in Qwen3, the response to the last question alone has a thought
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _text_processor(template: str, *tokens: str) -> processor.Processor:
+    """Return the processor of a tiny llama with more special tokens."""
+    made = processor.load_processor(None, PRESETS["tiny_llama"])
+    made.tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    if tokens:
+        made.tokenizer.bos_token = tokens[0]
+    cfg = dataclasses.replace(made.cfg, eos=(0,))
+    return processor.stop_at_turn_end(dataclasses.replace(made, template=template, cfg=cfg))
+
+
+def _responses(p: processor.Processor, e) -> list[str]:
+    spans = np.split(np.arange(len(e)), np.flatnonzero(np.diff(e.loss_mask)) + 1)
+    return [p.tokenizer.decode(e.tokens[s].tolist()) for s in spans if e.loss_mask[s[0]]]
+
+
+def test_a_template_that_is_not_chatml():
+    headers = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    p = _text_processor(LLAMA3_TEMPLATE, *headers)
+    parts = [{"type": "text", "text": "what "}, {"type": "text", "text": "colour?"}]
+    talk = [{"role": "user", "content": parts}, says("red"), user("and?"), says("blue")]
+    e = p.encode(talk)
+    assert _responses(p, e) == ["red<|eot_id|>", "blue<|eot_id|>"]
+    assert p.tokenizer.convert_ids_to_tokens(e.tokens.tolist())[0] == headers[0]
+    assert p.cfg.eos == (0, p.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
+    assert "what colour?" in p.render_text(talk) and processor.TEMPLATE_DATE in p.render_text(talk)
+    assert (e.positions == np.arange(len(e))).all() and e.positions.shape == (3, len(e))
+    again = p.append_response(p.encode(talk[:3]), "blue")
+    assert again.tokens.tolist() == e.tokens.tolist()
+    assert again.loss_mask.sum() == len(p.ids("red<|eot_id|>")) + len(p.ids("blue<|eot_id|>"))
+    fails(lambda: p.encode([user("a<|eot_id|>")]), "only the processor writes")
+
+
+def test_a_template_that_adds_to_the_last_response():
+    p = _text_processor(THINKING_TEMPLATE)
+    talk = [user("a"), says("red"), user("b"), says("blue")]
+    thought = "<think>\n\n</think>\n\n"
+    assert _responses(p, p.encode(talk)) == ["red<|im_end|>", f"{thought}blue<|im_end|>"]
+    again = p.append_response(p.encode(talk[:3]), "blue")
+    assert again.tokens.tolist() == p.encode(talk).tokens.tolist()
+
+
+def test_images_are_refused_by_a_text_model():
+    p = _text_processor(THINKING_TEMPLATE)
+    for call in (p.encode, p.measure):
+        fails(lambda: call([user(make_image(20, 20), "a")]), "a llama model takes only text")
