@@ -55,7 +55,7 @@ def test_unrolled_layers_equal_the_loop(model):
 
 
 def test_layers_with_adapters_or_cut_heads_are_not_fused(model):
-    cfg, params = dataclasses.replace(model[0], unroll=True), model[1]
+    cfg, params = model[0].with_compute(unroll=True), model[1]
     first = lambda p: unrolled.unstack_layers(p, cfg)["text"]["blocks"][0]
     blocks = params["text"]["blocks"]
     low = {
