@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
     # Expected results, each dict(arm=, metric=, at_least= ...); see evaluation/report/expect.py.
     c.expect = ()
     c.prestage = ConfigDict()  # overrides of a run that first makes the base model; empty = none
-    c.allow_change = False  # resume although the config differs from that of the run's start
+    # Resume although the config, a data, reward or template file, or the model differs from that of
+    # the run's start.
+    c.allow_change = False
 
     c.model = ConfigDict(dict(
         path="",  # Hugging Face folder or hub id; "" = a random model of `preset`
@@ -163,8 +165,8 @@ def get_config() -> ConfigDict:
         drift=0,  # prompts per task for KL(base || current model); 0 = off
     ))  # fmt: skip
     c.checkpoint = ConfigDict(dict(  # inside a stage; ends of stages are always saved and kept
-        every=100, minutes=0,  # steps, minutes between two of them
-        keep=2,  # the newest ones; keep more to analyze influence along a stage
+        every=100, minutes=20.0,  # steps, minutes between two of them
+        keep=2,  # the newest ones; more than 2 stay after the stage, to analyze influence along it
         async_save=True,
     ))  # fmt: skip
     c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))

@@ -66,6 +66,8 @@ def load(
         model_ctx, params, _ = load_stage_model(path, mesh, stage, dtype)
         params = trainable.cast_params(params, MODEL_DTYPES[dtype])
         return Model(model_ctx.cfg, params, model_ctx.processor, mesh, dtype)
+    if stage is not None:
+        raise ValueError(f"stage={stage}: expected the workdir of a run, got {path} without stages")
     if kind in ("runs", "orbax"):
         check_folder_kind("path", path, "hf")
     source = None if str(path) in PRESETS and not Path(path).is_dir() else path

@@ -1,7 +1,7 @@
 """Train and evaluate what a config describes; a run that was stopped continues.
 
 python launch/train.py --config=configs/demo.py --workdir=runs/demo
-    [--config.seeds=0,1,2] [--config.arms.grpo.train.lr=2e-4]
+    [--config.seeds=0,1,2] [--config.arms.grpo.train.lr=2e-4] [--start_over]
 
 On a CPU, `source launch/cpu_memory.sh` first, as launch/quickstart.sh does: it makes steps that use
 gigabytes faster.
@@ -14,6 +14,12 @@ from cptjax.common import cli, config_flag, console
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that was stopped in it continues.", required=True
 )
+START_OVER = flags.DEFINE_bool(
+    "start_over",
+    False,
+    "If checkpoints or results of a run are lost, continue from the newest state that can be read; "
+    "its records are first copied to old/ in the workdir. Other runs continue as usual.",
+)
 PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 CONFIG = config_flag.define_config_flag()
 
@@ -24,7 +30,7 @@ def main() -> None:
     cli.init_distributed()
     from cptjax.continual import driver
 
-    driver.run(CONFIG.value, WORKDIR.value)
+    driver.run(CONFIG.value, WORKDIR.value, START_OVER.value)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,10 @@ def test_public_names_are_imported_on_first_use():
             lambda m: cptjax.load("tiny", dtype="float8"),
             "dtype='float8'; expected one of float32, bfloat16",
         ),
+        (
+            lambda m: cptjax.load("tiny", stage=1),
+            "stage=1: expected the workdir of a run, got tiny",
+        ),
         (lambda m: cptjax.generate(m, []), "expected a list of conversations"),
         (lambda m: cptjax.generate(m, CONVERSATIONS[0]), "expected a list of conversations"),
         (

@@ -9,11 +9,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import device_fixtures
 import pytest
 import run_helpers
 from device_fixtures import devices, said  # noqa: F401
 
 from cptjax.continual import driver, workdir
+from cptjax.continual.checkpoint import Checkpoints
 from cptjax.data.mixture import Mixture
 
 KILL = int(signal.SIGKILL)
@@ -24,18 +26,18 @@ TINY = {
 }
 
 
-def go(workdir, **sections):
-    return driver.run(run_helpers.config("sft", **{**TINY, **sections}), workdir)
+def go(workdir, start_over=False, **sections):
+    return driver.run(run_helpers.config("sft", **{**TINY, **sections}), workdir, start_over)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One stage of facts, uninterrupted, in a process of its own; read only."""
+    """One stage of facts, uninterrupted, that keeps its checkpoint inside the stage; read only."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    (metrics,) = run_helpers.run_processes(
-        {"method": "sft", "workdir": str(folder), "sections": TINY, "signals": [(KILL, None)]}
-    )
-    assert metrics["code"] == 0, metrics["said"]
+    with pytest.MonkeyPatch.context() as patch:
+        device_fixtures.see(patch, 1)
+        patch.setattr(Checkpoints, "remove_steps", lambda *_: None)
+        go(folder)
     return folder
 
 
@@ -45,14 +47,17 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
 ):
     folder = shutil.copytree(whole, tmp_path / "run")
     number = 10**9 + (4 if gone == "stages" else 2)
+    (folder / "progress.json").unlink()  # killed before the evaluation was recorded
     if gone == "steps":  # killed in the stage, and the newest step checkpoint is the only one
         shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
-        (folder / "progress.json").unlink()
     for path in (
         p for p in (folder / "checkpoints" / gone / str(number)).rglob("*") if p.is_file()
     ):
         os.truncate(path, path.stat().st_size // 3)
-    go(folder)
+    if gone == "stages":  # its results are not cut without being asked
+        with pytest.raises(ValueError, match="checkpoint stages of stage 1, step 4 .*--start_over"):
+            go(folder)
+    go(folder, start_over=gone == "stages")
     err = capsys.readouterr().err
     assert f"warning: checkpoint {gone} of stage 1" in err and "cannot be read" in err
     assert ("continuing from step 2 of stage 1" in err) == (gone == "stages")
@@ -61,13 +66,14 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
 
 def test_another_config_is_refused_and_its_differences_are_named(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = lambda: [p for p in folder.rglob("*") if p.is_file() and p.name != "run.log"]
+    before = {p: p.read_bytes() for p in files()}
     with pytest.raises(
         ValueError,
         match="was started with another config: train.lr: 0.01 -> 0.5. .*--config.allow_change=True",
     ):
         go(folder, train={"lr": 0.5})
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in files()} == before
     go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
     assert json.loads((folder / "config.json").read_text())["train"]["lr"] == 0.5
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))

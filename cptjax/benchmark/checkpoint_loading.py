@@ -1,8 +1,10 @@
 """The load phase: measure seconds and host memory for loading a checkpoint of several files.
 
-load_s_per_gb      seconds per GB of the checkpoint, with a warm file cache
-load_peak_ratio    peak growth of the process's memory divided by the size of the checkpoint; on
-                   a CPU this includes the parameters
+load_s_per_gb        seconds per GB of the checkpoint, with a warm file cache
+load_peak_ratio      peak growth of the process's memory divided by the size of the checkpoint; on
+                     a CPU this includes the parameters
+checksum_s_per_gb    seconds per GB for the checksums of the loaded arrays, which a run computes
+                     each time it saves or restores a checkpoint
 """
 
 import json
@@ -19,8 +21,10 @@ import jax.numpy as jnp
 
 from cptjax.benchmark.workload import BENCH_SIZES, Workload
 from cptjax.common import console
+from cptjax.continual import checksums
 from cptjax.models import causal_lm, hf_checkpoint, trainable
 from cptjax.models.hf_config import read_model_config
+from cptjax.types import Params
 
 
 def process_memory(peak: bool = False) -> int:
@@ -67,6 +71,7 @@ def measure_loading(work: Workload) -> dict[str, float]:
     return {
         "load_gb": size / 1e9,
         "load_s_per_gb": metrics["load_s"] / size * 1e9,
+        "checksum_s_per_gb": metrics.pop("checksum_s") / size * 1e9,
         "load_peak_ratio": metrics.pop("grown") / size,
         **metrics,
     }
@@ -77,7 +82,17 @@ def report_loading(folder: str) -> None:
     jax.block_until_ready(jnp.zeros(()))
     before = process_memory()
     start = time.perf_counter()
-    jax.block_until_ready(hf_checkpoint.load_hf_checkpoint(folder, read_model_config(folder)))
+    params = hf_checkpoint.load_hf_checkpoint(folder, read_model_config(folder))
+    jax.block_until_ready(params)
     seconds = time.perf_counter() - start
     peak = process_memory(peak=True)
-    print(json.dumps({"load_s": seconds, "load_peak_gib": peak / 2**30, "grown": peak - before}))
+    metrics = {"load_s": seconds, "load_peak_gib": peak / 2**30, "grown": peak - before}
+    print(json.dumps({**metrics, "checksum_s": time_checksums(params)}))
+
+
+def time_checksums(params: Params) -> float:
+    """Return the seconds for the checksums of all arrays, without compiling the program."""
+    checksums.array_checksums(params)
+    start = time.perf_counter()
+    checksums.array_checksums(params)
+    return time.perf_counter() - start

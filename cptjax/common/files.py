@@ -1,6 +1,8 @@
-"""Write files atomically, append to files of lines, and read both."""
+"""Write files atomically, append to files of lines, read both, and verify them by hashes."""
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -36,13 +38,72 @@ def write_text(path: Path | str, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path | str) -> None:
+    """Write the names in a folder to disk: a rename survives a power loss only after that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Write the files in a folder to disk, with their names."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def write_json(path: Path | str, value: Any) -> None:
     """Replace a JSON file atomically."""
     write_text(path, json.dumps(to_jsonable(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; a file that is not JSON is refused by name."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: expected JSON ({reason}); restore the file") from None
+
+
+def add_hash(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON values of a record with their hash under the key "sha256"."""
+    values = json.loads(json.dumps(values))
+    return {**values, "sha256": _hash_values(values)}
+
+
+def has_valid_hash(values: Any) -> bool:
+    """Return whether a record is what `add_hash` returned."""
+    if not isinstance(values, dict) or "sha256" not in values:
+        return False
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    return _hash_values(rest) == values["sha256"]
+
+
+def _hash_values(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_checked_json(path: Path | str, values: Mapping[str, Any]) -> None:
+    """Replace a JSON object atomically; `read_checked_json` notices any later change."""
+    write_json(path, add_hash(to_jsonable(values)))
+
+
+def read_checked_json(path: Path | str) -> dict[str, Any]:
+    """Read what `write_checked_json` wrote; refuse a file that was changed since."""
+    values = read_json(path)
+    if not has_valid_hash(values):
+        raise ValueError(f"{path}: its values differ from their sha256; restore the file")
+    return {key: value for key, value in values.items() if key != "sha256"}
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
@@ -64,13 +125,20 @@ class LineFile:
         self.path, self.columns = Path(path), columns
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
-        end = self.file.seek(0, os.SEEK_END)
+        self._hash = hashlib.sha256()  # of the first `_hashed` bytes
+        self._hashed = 0
+        self._end_at_line(self.file.seek(0, os.SEEK_END))
+
+    def _end_at_line(self, end: int) -> None:
+        """Cut the file behind its last complete line before a position."""
         while end:
             self.file.seek(end - 1)
             if self.file.read(1) == b"\n":
                 break
             end -= 1
         self.file.truncate(end)
+        if end < self._hashed:
+            self._hash, self._hashed = hashlib.sha256(), 0
 
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Append rows; a CSV file starts with its header."""
@@ -90,23 +158,55 @@ class LineFile:
             )
         return csv_text([[row[c] for c in self.columns]])
 
-    def position(self) -> int:
-        """Write everything to disk, and return the length in bytes."""
+    def position(self) -> dict[str, Any]:
+        """Write everything to disk; return the length in bytes, and a hash of the content."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
+        self.file.seek(self._hashed)
+        while part := self.file.read(1 << 20):
+            self._hash.update(part)
+            self._hashed += len(part)
+        return {"bytes": self._hashed, "sha256": self._hash.hexdigest()}
 
-    def truncate(self, position: int) -> None:
-        """Cut the file back to a length that `position` returned."""
-        if (size := self.position()) < position:
-            raise ValueError(
-                f"{self.path}: the checkpoint expects at least {position} bytes, the file has "
-                f"{size}; restore the file"
-            )
-        self.file.truncate(position)
+    def truncate(self, size: int) -> None:
+        """Cut the file back to a length; a shorter file keeps its complete lines."""
+        self._end_at_line(min(size, self.file.seek(0, os.SEEK_END)))
 
     def close(self) -> None:
         self.file.close()
+
+
+def file_position(path: Path) -> dict[str, Any]:
+    """Return the length in bytes and the hash of a file, as `LineFile.position` does."""
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def describe_change(path: Path, position: Mapping[str, Any]) -> str:
+    """Say how a file differs from its recorded position; "" = its first bytes are the same."""
+    size = position["bytes"]
+    if not path.is_file():
+        return f"{path} is missing; {size} bytes of it were recorded" if size else ""
+    with path.open("rb") as file:
+        total, left = hashlib.sha256(), size
+        while part := file.read(min(left, 1 << 20)):
+            total.update(part)
+            left -= len(part)
+    if left:
+        return f"{path} has {size - left} bytes; {size} were recorded"
+    if position.get("sha256", total.hexdigest()) != total.hexdigest():
+        return f"{path} was changed: its first {size} bytes are not those that were recorded"
+    return ""
+
+
+def restore_line_ends(path: Path, position: Mapping[str, Any]) -> bool:
+    """Undo a change of the line ends to CRLF, as spreadsheets make it, if that is all."""
+    text = path.read_bytes().replace(b"\r\n", b"\n") if path.is_file() else b""
+    start = hashlib.sha256(text[: position["bytes"]]).hexdigest()
+    if not text or start != position.get("sha256"):
+        return False
+    write_text(path, text.decode(errors="replace"))
+    return True
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:

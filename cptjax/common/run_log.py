@@ -2,7 +2,7 @@
 
 The append-only files of a workdir are metrics.jsonl, evals.csv, rollouts/stage{K}.jsonl and
 predictions/stage{K}.jsonl. A checkpoint stores `RunLog.positions()`; `RunLog.rewind(positions)`
-removes what a killed run wrote after its last checkpoint.
+removes what a killed run wrote after its last checkpoint, if what was written before is intact.
 """
 
 import csv
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cptjax.common import console, files
 from cptjax.common.files import LineFile, folder_bytes, to_jsonable
 from cptjax.common.trackers import Tracker
 
@@ -46,9 +47,40 @@ APPEND_ONLY_FILES = (
     "rollouts/stage*.jsonl",
     "predictions/stage*.jsonl",
 )
+# Written once and read again by a stage that continues.
+SAMPLE_FILES = ("corpus/stage*.jsonl", "filters/stage*.jsonl")
+NEEDED_FILES = ("metrics.jsonl", "evals.csv")
+
+Positions = Mapping[str, Mapping[str, Any]]  # file -> {"bytes", "sha256"}, see LineFile.position
+
 # The cost since the previous line of metrics.jsonl: seconds, generated tokens, trained tokens
 # (without padding), responses, floating-point operations.
 COST_KEYS = ("seconds", "tokens", "trained", "rollouts", "flops")
+
+
+class RecordsDamaged(ValueError):
+    """A file of results that is missing or was changed since it was recorded."""
+
+
+def check_records(workdir: Path, positions: Positions, stage: int = 0) -> dict[str, str]:
+    """Compare the files of a workdir with recorded positions; write nothing but line ends.
+
+    Return how the files differ that the run can do without, and raise RecordsDamaged for another;
+    `stage` is the stage that continues.
+    """
+    lost = {}
+    for name, position in sorted(positions.items()):
+        path = workdir / name
+        change = files.describe_change(path, position)
+        if not change:
+            continue
+        if files.restore_line_ends(path, position):
+            console.print_warning(f"{path}: line ends restored, which a spreadsheet had changed")
+        elif name in NEEDED_FILES or f"/stage{stage}_" in name:
+            raise RecordsDamaged(change)
+        else:
+            lost[name] = change
+    return lost
 
 
 class RunLog:
@@ -57,6 +89,7 @@ class RunLog:
     def __init__(self, workdir: Path | str, trackers: Sequence[Tracker] = ()):
         self.workdir, self.trackers = Path(workdir), tuple(trackers)
         self.files: dict[str, LineFile] = {}
+        self._samples: dict[str, tuple[Any, Mapping[str, Any]]] = {}
 
     def lines(self, name: str) -> LineFile:
         """Return an append-only file by its name in the workdir, opened on first use."""
@@ -98,20 +131,45 @@ class RunLog:
         for tracker in self.trackers:
             tracker.log(numbers, x, stage, step)
 
-    def positions(self) -> dict[str, int]:
-        """Return the length of every append-only file, to be stored in a checkpoint."""
-        return {name: self.lines(name).position() for name in self._names()}
+    def positions(self) -> Positions:
+        """Return the length and hash of every append-only file, to be stored in a checkpoint.
 
-    def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut every append-only file back to its length in a checkpoint; {} removes all of them."""
-        for name in {*self._names(), *positions}:
-            self.lines(name).truncate(positions.get(name, 0))
-            if not positions.get(name, 0):
+        Sampled responses and filter decisions, which are written once, are included.
+        """
+        append_only = {name: self.lines(name).position() for name in self._names()}
+        return append_only | {
+            name: self._sample_position(name) for name in self._names(SAMPLE_FILES)
+        }
+
+    def _sample_position(self, name: str) -> Mapping[str, Any]:
+        """Return the position of a file that is written once; it is read again only if replaced."""
+        stat = (self.workdir / name).stat()
+        version, position = self._samples.get(name, (None, {}))
+        if version != (stat.st_mtime_ns, stat.st_size):
+            position = files.file_position(self.workdir / name)
+            self._samples[name] = (stat.st_mtime_ns, stat.st_size), position
+        return position
+
+    def rewind(self, positions: Positions, stage: int = 0) -> None:
+        """Cut every append-only file back to its length in a checkpoint; {} removes all of them.
+
+        Before any file is cut, all are compared with their hashes. A lost or changed file is
+        refused if the run reads it again: the metrics, the evaluations, and the samples of
+        `stage`, the one that continues. Any other is only warned of and recorded.
+        """
+        lost = check_records(self.workdir, positions, stage)
+        for name in self._names():
+            size = positions[name]["bytes"] if name in positions else 0
+            self.lines(name).truncate(size)
+            if not size:
                 self.files.pop(name).close()
                 (self.workdir / name).unlink()
+        for name, change in lost.items():
+            console.print_warning(f"{change}; the run continues without it")
+            self.step(stage, 0, {"event": "lost", "file": name})
 
-    def _names(self) -> list[str]:
-        paths = [p for pattern in APPEND_ONLY_FILES for p in self.workdir.glob(pattern)]
+    def _names(self, patterns: Sequence[str] = APPEND_ONLY_FILES) -> list[str]:
+        paths = [p for pattern in patterns for p in self.workdir.glob(pattern)]
         return sorted(str(path.relative_to(self.workdir)) for path in paths)
 
     def close(self) -> None:

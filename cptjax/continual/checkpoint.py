@@ -4,13 +4,19 @@
     stages/     one at the end of each stage, never deleted
     damaged/    those that could not be read
 
-A checkpoint holds named trees of arrays and a JSON record called `progress`. Orbax renames it into
-place when it is complete, so a killed run still has the checkpoint before. The checkpoints are
-numbered by stage * STEPS_PER_STAGE + step, so that they sort by time.
+A checkpoint holds named trees of arrays and a JSON record called `progress`, with the shape, dtype
+and checksum of each array and a hash of the record itself, which are verified on reading. Orbax
+renames a checkpoint into place when it is complete, so a killed run still has the checkpoint
+before. The checkpoints are numbered by stage * STEPS_PER_STAGE + step, so that they sort by time.
+
+An error of the disk or the network is not damage: reading is tried again, then the run stops. Only
+a file that is missing, cannot be parsed, or does not match its checksum marks a checkpoint as
+damaged.
 """
 
 import contextlib
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +26,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from cptjax.common import console, distributed
+from cptjax.common import console, distributed, files
+from cptjax.continual import checksums
 
 
 def abstract_tree(tree: Any) -> Any:
@@ -29,14 +36,14 @@ def abstract_tree(tree: Any) -> Any:
 
 
 STEPS_PER_STAGE = 10**9  # more steps than any stage has
-# Errors of the storage, which do not mean that a file is damaged.
-TRANSIENT_ERRORS = (
-    "RESOURCE_EXHAUSTED",
-    "PERMISSION_DENIED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-)
+RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a failed read is tried again
+# Words of errors that say nothing about the files: raised unchanged.
+OTHER_ERRORS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+# Words of errors of the disk or the network in the messages of the array store.
+STORAGE_ERRORS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "OS error")
+MISSING_WORDS = ("NOT_FOUND", "No such file")
 CHECKPOINT_KINDS = ("steps", "stages")
+DAMAGED_NAME = re.compile(r"(?P<kind>steps|stages)-stage(?P<stage>\d+)-step(?P<step>\d+)")
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
@@ -51,6 +58,10 @@ class RunRefused(ValueError):
     """A workdir or an intact checkpoint that must not be used, such as one of another config."""
 
 
+class StateLost(ValueError):
+    """A run cannot continue where it stopped, since a checkpoint or a file of results is lost."""
+
+
 class CheckpointDamaged(ValueError):
     """A checkpoint whose files are missing, truncated or corrupt."""
 
@@ -59,6 +70,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     `tidy` removes the incomplete files of a killed run, so only the run itself may set it.
+    `on_saved(stage, step, kind)` is called when a checkpoint is completely on disk.
     """
 
     def __init__(
@@ -69,6 +81,7 @@ class Checkpoints:
         keep: int = 2,
         async_save: bool = True,
         tidy: bool = False,
+        on_saved: Callable[[int, int, str], None] | None = None,
     ):
         if every < 0 or minutes < 0 or keep < 1:
             raise ValueError(
@@ -77,6 +90,7 @@ class Checkpoints:
             )
         self.folder = Path(folder).absolute()
         self.every, self.seconds, self.saved = every, minutes * 60, time.monotonic()
+        self.on_saved, self._saving = on_saved, None
         more = {
             "enable_async_checkpointing": async_save,
             "create": True,
@@ -113,8 +127,10 @@ class Checkpoints:
         number, manager = stage * STEPS_PER_STAGE + step, self.managers[kind]
         if number in manager.all_steps():  # the run was resumed from this one
             return
+        self.wait()
         parts = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        progress = progress | {"trees": {name: tree_shapes(tree) for name, tree in trees.items()}}
+        described = {name: describe_arrays(tree) for name, tree in trees.items()}
+        progress = files.add_hash(progress | {"trees": described})
         self._check_disk_space(trees)
         with _explain_failed_save(self.folder):
             manager.save(
@@ -122,13 +138,18 @@ class Checkpoints:
                 args=ocp.args.Composite(**parts, progress=ocp.args.JsonSave(progress)),
                 force=True,
             )
-        self.saved = time.monotonic()
+        self.saved, self._saving = time.monotonic(), (stage, step, kind)
 
     def wait(self) -> None:
         """Wait until everything saved is on disk; raise the errors of the background thread."""
         with _explain_failed_save(self.folder):
             for manager in self.managers.values():
                 manager.wait_until_finished()
+            saved, self._saving = self._saving, None
+            if saved:
+                files.sync_folder(self.folder / saved[2])
+        if saved and self.on_saved:
+            self.on_saved(*saved)
 
     def _check_disk_space(self, trees: Mapping[str, Any]) -> None:
         """Refuse trees that do not fit on the disk, before anything is written."""
@@ -153,31 +174,53 @@ class Checkpoints:
         ]
         return [(*divmod(n, STEPS_PER_STAGE), kind) for n, _, kind in sorted(numbers, reverse=True)]
 
+    def path(self, kind: str, stage: int, step: int) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.folder / kind / str(stage * STEPS_PER_STAGE + step)
+
     def progress(self, kind: str, stage: int, step: int) -> dict:
         """Load the JSON record of a checkpoint."""
-        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        with _reading():
-            return self.managers[kind].restore(stage * STEPS_PER_STAGE + step, args=args)[
-                "progress"
-            ]
+        record = self._read(kind, stage, step, {"progress": ocp.args.JsonRestore()})["progress"]
+        if not is_unverified(record) and not files.has_valid_hash(record):
+            raise CheckpointDamaged("its record does not match its hash")
+        return record
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Load the trees named in `like`, with its dtypes and shardings, onto any mesh.
 
         `like` has trees of ShapeDtypeStruct.
         """
-        refuse_other_shapes(
-            self.progress(kind, stage, step)["trees"],
-            like,
-            f"checkpoint {kind} of stage {stage}, step {step}",
-        )
-        args = ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        )
-        with _reading():
-            return dict(
-                self.managers[kind].restore(stage * STEPS_PER_STAGE + step, args=args).items()
-            )
+        where = f"checkpoint {kind} of stage {stage}, step {step}"
+        record = self.progress(kind, stage, step)
+        refuse_other_shapes(record["trees"], like, where)
+        if is_unverified(record):
+            console.print_warning(f"{where} is of an older version, without checksums: unverified")
+        as_saved = {name: _with_saved_dtypes(like[name], record["trees"][name]) for name in like}
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in as_saved.items()}
+        trees = self._read(kind, stage, step, args)
+        if not is_unverified(record):
+            _refuse_changed_arrays(trees, record["trees"])
+        return {name: jax.tree.map(_cast_like, trees[name], like[name]) for name in like}
+
+    def _read(self, kind: str, stage: int, step: int, args: dict[str, Any]) -> dict[str, Any]:
+        """Read parts of a checkpoint; an error of the disk is tried again, then raised."""
+        place, manager = self.path(kind, stage, step), self.managers[kind]
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                number = stage * STEPS_PER_STAGE + step
+                return dict(manager.restore(number, args=ocp.args.Composite(**args)).items())
+            except Exception as error:
+                problem = _refuse_other_errors(error)
+                if pause is None and isinstance(problem, FileNotFoundError):
+                    raise CheckpointDamaged(f"a file is missing: {problem}") from error
+                if pause is None:
+                    raise OSError(
+                        f"{place} cannot be read ({problem}); nothing was changed: run the same "
+                        "command again when the disk answers"
+                    ) from error
+                console.print_warning(f"{place}: {problem}; reading again in {pause:g} s")
+                time.sleep(pause)
+        raise AssertionError
 
     def newest_stage(self) -> int:
         """Return the newest stage with a checkpoint at its end; 0 = none."""
@@ -198,36 +241,65 @@ class Checkpoints:
             )
         return max(steps)
 
-    def newest(self, read: Callable[[str, int, int], Any]) -> Any | None:
+    def newest(
+        self, read: Callable[[str, int, int], Any], repeat_stages: bool = False
+    ) -> Any | None:
         """Return `read(kind, stage, step)` for the newest readable checkpoint.
 
-        Damaged checkpoints are set aside with a warning. Return None if there is no checkpoint, or
-        only damaged ones inside the first stage. Raise RunRefused if a finished stage is lost.
+        Damaged checkpoints inside a stage are set aside with a warning. Return None if there is no
+        other. A damaged end of a stage raises StateLost, unless finished stages may be repeated.
         """
         damaged: list[tuple[str, int, int]] = []
-        first_problem = ""
         for stage, step, kind in self.found():
-            result, problem = None, ""
+            result, problem = None, ("", "")
             try:
                 result = read(kind, stage, step)
             except CheckpointDamaged as error:
-                problem = str(error)
-            if not any(distributed.gather_objects(bool(problem))):
+                problem = ("damaged", str(error))
+            except OSError as error:  # the other processes must not wait for this one
+                problem = ("unreadable", str(error))
+            problems = [p for p in distributed.gather_objects(problem) if p[0]]
+            for sort, reason in problems:
+                if sort == "unreadable":
+                    raise OSError(reason)
+            if not problems:
                 self._set_aside(damaged)
                 return result
+            name = f"checkpoint {kind} of stage {stage}, step {step}"
+            reason = problems[0][1][:300]
+            if kind == "stages" and not repeat_stages:
+                raise StateLost(f"{name} ({self.path(kind, stage, step)}) is damaged: {reason}")
             damaged.append((kind, stage, step))
-            first_problem = first_problem or problem
-            console.print_warning(
-                f"checkpoint {kind} of stage {stage}, step {step} cannot be read "
-                f"({problem[:160]}); trying the one before"
-            )
-        if any(kind == "stages" for kind, _, _ in damaged):
-            raise RunRefused(
-                f"none of the {len(damaged)} checkpoints in {self.folder} can be read "
-                f"({first_problem[:160]}); restore them, or move the workdir away to start again"
-            )
+            console.print_warning(f"{name} cannot be read ({reason}); trying the one before")
         self._set_aside(damaged)
         return None
+
+    def newest_name(self) -> tuple[int, int, str] | None:
+        """Return (stage, step, kind) of the newest checkpoint, one in `damaged/` included."""
+        names = [
+            (int(m["stage"]), int(m["step"]), m["kind"])
+            for path in (self.folder / "damaged").glob("*")
+            if (m := DAMAGED_NAME.fullmatch(path.name))
+        ]
+        return max([*names, *self.found()], key=checkpoint_order, default=None)
+
+    def remove_steps(self, stage: int) -> None:
+        """Delete the checkpoints inside all stages up to this one, whose end is saved."""
+        manager = self.managers["steps"]
+        for number in manager.all_steps():
+            if number // STEPS_PER_STAGE <= stage:
+                manager.delete(number)
+
+    def move_all(self, folder: Path) -> None:
+        """Move all checkpoints into another folder of the same disk."""
+        if distributed.is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind in CHECKPOINT_KINDS:
+                (self.folder / kind).rename(folder / kind)
+                (self.folder / kind).mkdir()
+        distributed.gather_objects(True)
+        for manager in self.managers.values():
+            manager.reload()
 
     def _set_aside(self, damaged: list[tuple[str, int, int]]) -> None:
         """Move damaged checkpoints to `damaged/`, so that the run can save at their steps again."""
@@ -236,7 +308,7 @@ class Checkpoints:
                 to = self.folder / "damaged" / f"{kind}-stage{stage}-step{step}"
                 shutil.rmtree(to, ignore_errors=True)
                 to.parent.mkdir(exist_ok=True)
-                (self.folder / kind / str(stage * STEPS_PER_STAGE + step)).rename(to)
+                self.path(kind, stage, step).rename(to)
         if damaged:
             distributed.gather_objects(True)
             for manager in self.managers.values():
@@ -249,6 +321,15 @@ class Checkpoints:
                 manager.close()
 
 
+def checkpoint_order(name: tuple[int, int, str]) -> tuple[int, int, bool]:
+    """Return a key that sorts (stage, step, kind) by time."""
+    stage, step, kind = name
+    return stage, step, kind == "stages"
+
+
+# ---- what a record says about the arrays ---------------------------------------------------------
+
+
 def tree_shapes(tree: Any) -> dict[str, list[int]]:
     """Return the shape of every array in a tree, by path."""
     return {
@@ -257,12 +338,60 @@ def tree_shapes(tree: Any) -> dict[str, list[int]]:
     }
 
 
+def describe_arrays(tree: Any) -> dict[str, dict[str, Any]]:
+    """Return shape, dtype and checksum of every array in a tree, by path."""
+    sums = checksums.array_checksums(tree)
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {jax.tree_util.keystr(path): x for path, x in paths}
+    return {
+        path: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": sums[path]}
+        for path, x in leaves.items()
+    }
+
+
+def is_unverified(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is of an older version, which stored only the shapes."""
+    return any(
+        isinstance(array, list) for tree in record["trees"].values() for array in tree.values()
+    )
+
+
+def _saved_shape(array: dict[str, Any] | list[int]) -> list[int]:
+    return array["shape"] if isinstance(array, dict) else array
+
+
+def _with_saved_dtypes(tree: Any, saved: Mapping[str, Any]) -> Any:
+    """Return abstract arrays with the dtypes of the checkpoint, whose checksums need them."""
+
+    def restored(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        array = saved[jax.tree_util.keystr(path)]
+        dtype = array["dtype"] if isinstance(array, dict) else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(restored, tree)
+
+
+def _cast_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+
+def _refuse_changed_arrays(trees: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointDamaged if a restored array does not match its checksum."""
+    for name, tree in trees.items():
+        sums = {path: array["checksum"] for path, array in saved[name].items()}
+        if changed := checksums.changed_arrays(tree, sums):
+            raise CheckpointDamaged(
+                f"{name}{changed[0]} does not match its checksum ({len(changed)} arrays differ)"
+            )
+
+
 def refuse_other_shapes(
-    saved: Mapping[str, dict[str, list[int]]], like: Mapping[str, Any], where: str
+    saved: Mapping[str, Mapping[str, Any]], like: Mapping[str, Any], where: str
 ) -> None:
     """Refuse an intact checkpoint of another model or optimizer."""
     for name, tree in like.items():
-        got, expected = saved.get(name, {}), tree_shapes(tree)
+        expected = tree_shapes(tree)
+        got = {path: _saved_shape(array) for path, array in saved.get(name, {}).items()}
         paths = got.keys() | expected.keys()
         different = sorted(path for path in paths if got.get(path) != expected.get(path))
         if different:
@@ -275,18 +404,24 @@ def refuse_other_shapes(
             )
 
 
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Raise CheckpointDamaged for an unreadable file; raise other errors unchanged."""
-    try:
-        yield
-    except (MemoryError, PermissionError):
-        raise
-    # A damaged file causes errors of JSON, of the array store or of a missing folder.
-    except Exception as error:
-        if any(word in str(error) for word in TRANSIENT_ERRORS):
-            raise
-        raise CheckpointDamaged(_first_line(error)) from error
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def _refuse_other_errors(error: Exception) -> OSError:
+    """Return an error of the disk or the network; raise CheckpointDamaged for a damaged file.
+
+    Lack of memory and of permission, and errors of the program, are raised unchanged.
+    """
+    text = str(error)
+    unrelated = isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError))
+    if unrelated or any(word in text for word in OTHER_ERRORS):
+        raise error
+    if isinstance(error, FileNotFoundError) or any(word in text for word in MISSING_WORDS):
+        return FileNotFoundError(_first_line(error)[:300])
+    if isinstance(error, OSError) or any(word in text for word in STORAGE_ERRORS):
+        return OSError(_first_line(error)[:300])
+    # A damaged file causes errors of JSON, of the array store or of Orbax's own records.
+    raise CheckpointDamaged(_first_line(error)) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from cptjax.common import console, distributed, files
 from cptjax.config import Stage, check_config_values, expand_runs, merge_config
 from cptjax.continual import reevaluate
-from cptjax.continual.model_state import restore_stage_params
+from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
 from cptjax.continual.workdir import local_folder, refuse_changed_config, software_versions
 from cptjax.data.cost import WorkCost, sampling_cost
@@ -98,7 +98,7 @@ def _generate(run: Run, request: CorpusRequest, out: Path) -> dict[str, Any]:
     if request.model:
         number = 0
     elif number is None:
-        number = checkpoints.newest_stage() if checkpoints else 0
+        number = newest_stage(run.files.workdir, checkpoints)
     trained = [s.config for s in run.stages if request.task in s.tasks]
     settings = request.settings(trained[-1] if trained else run.config)
     prompted = run.datasets.prompted_task(request.task, settings)

@@ -9,23 +9,44 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed
+from cptjax.common import console, distributed, files
 from cptjax.common.signals import SigtermHandler, handle_sigterm
-from cptjax.config import all_runs, check_config_values, expand_runs, prestage_runs, resolve_stages
-from cptjax.continual import stage_evaluation, train_stage
+from cptjax.config import (
+    all_runs,
+    check_config_values,
+    expand_runs,
+    prestage_runs,
+    recorded_config,
+    resolve_stages,
+)
+from cptjax.continual import fingerprints, stage_evaluation, train_stage
 from cptjax.continual.checkpoint import RunRefused
-from cptjax.continual.open_run import RunFiles, open_run, write_run_files
-from cptjax.continual.resume import resume_run
-from cptjax.continual.workdir import changes_since_start, format_changes, local_folder, lock_workdir
+from cptjax.continual.open_run import open_run, write_run_files
+from cptjax.continual.records import copy_records, step_was_taken, warn_of_changed_records
+from cptjax.continual.resume import ResumePoint, resume_run
+from cptjax.continual.workdir import (
+    changed_inputs,
+    changes_since_start,
+    format_changes,
+    local_folder,
+    lock_workdir,
+    refuse_changed_config,
+    refuse_changed_inputs,
+)
 from cptjax.evaluation import report, summary
 from cptjax.evaluation.report import expect
 from cptjax.models import hf_checkpoint
 from cptjax.training import validate_config
 
+# Settings that the evaluation of the base model does not depend on.
+TRAINING_ONLY = ("train.", "method.", "name:")
 
-def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
+
+def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> np.ndarray:
     """Run everything that a config describes; continue runs that were stopped.
 
+    A run whose newest state is lost is refused; with `start_over` it continues from an earlier
+    one, or from the base model, after its records are copied to old/.
     Return the accuracy matrix [stage, task]; row 0 is the base model. The matrices of several runs
     (arms, seeds, orders) are stacked as [run, stage, task] and padded with NaN.
     """
@@ -39,10 +60,10 @@ def run(config: ConfigDict, workdir: str | Path) -> np.ndarray:
         console.keep_log(workdir / log_name()),
     ):
         for subfolder, prestage in prestage_runs(config).items():
-            make_base_model(prestage, workdir / subfolder, sigterm)
+            make_base_model(prestage, workdir / subfolder, sigterm, start_over)
         runs = expand_runs(config, workdir)
         for subfolder, single in runs:
-            matrices.append(run_one(single, workdir / subfolder, sigterm))
+            matrices.append(run_one(single, workdir / subfolder, sigterm, start_over=start_over))
             if len(runs) > 1 and distributed.is_main_process():
                 report.write_comparison(workdir)
     return matrices[0] if len(runs) == 1 else stack_matrices(matrices)
@@ -54,13 +75,24 @@ def log_name() -> str:
 
 
 def run_one(
-    config: ConfigDict, workdir: Path, sigterm: SigtermHandler, export: Path | None = None
+    config: ConfigDict,
+    workdir: Path,
+    sigterm: SigtermHandler,
+    export: Path | None = None,
+    start_over: bool = False,
 ) -> np.ndarray:
     """Run one config to its end; with `export`, save the last model as a Hugging Face folder."""
+    finished = stage_evaluation.finished_positions(config, workdir)
+    changed = accept_changes(config, workdir, finished is not None)
+    if finished is not None and not export and warn_of_changed_records(workdir, finished):
+        if distributed.is_main_process():
+            files.write_json(workdir / "config.json", recorded_config(config, workdir))
+        console.print_message(f"{workdir}: finished, at {ResumePoint(len(config.stages))}")
+        return write_final_results(workdir)
     with contextlib.closing(open_run(config, workdir, sigterm)) as run:
-        resume_point, model_state = resume_run(run)
+        resume_point, model_state = resume_run(run, start_over)
         stage_evaluation.check_remaining_splits(run, resume_point)
-        write_run_files(run)
+        write_run_files(run, changed)
         for number in range(resume_point.stage, len(run.stages) + 1):
             resumed = number == resume_point.stage
             if not resume_point.is_trained(number):
@@ -74,7 +106,7 @@ def run_one(
                 evaluated = resume_point.evaluated if resumed else ()
                 stage_evaluation.evaluate_stage(run, number, model_state.params, evaluated)
         run.files.checkpoints.wait()
-        matrix = write_final_results(run.files)
+        matrix = write_final_results(workdir)
         if export is not None:
             hf_checkpoint.save_hf_checkpoint(
                 model_state.params,
@@ -86,10 +118,37 @@ def run_one(
     return matrix
 
 
-def write_final_results(run_files: RunFiles) -> np.ndarray:
+def accept_changes(config: ConfigDict, workdir: Path, finished: bool) -> list[str]:
+    """Return what differs from the run's start and is accepted; refuse any other change.
+
+    Accepted are changes with `allow_change`, and those before the first training step. In a
+    finished run, changed files are only reported.
+    """
+    settings = changes_since_start(config, workdir)
+    inputs = changed_inputs(workdir, fingerprints.file_hashes(config))
+    taken = step_was_taken(workdir)
+    settings, inputs, taken = distributed.gather_objects((settings, inputs, taken))[0]
+    if finished and not settings:
+        for line in inputs:
+            console.print_warning(f"{workdir}: since the run was started, {line}")
+        return []
+    if (settings or inputs) and not config.allow_change and not taken:
+        where = ""
+        if inputs or not all(line.startswith(TRAINING_ONLY) for line in settings):
+            where = f"; the records so far are in {copy_records(workdir, move=True)}"
+        console.print_message(
+            f"{workdir}: started again before its first training step, with "
+            f"{format_changes([*settings, *inputs])}{where}"
+        )
+        return [*settings, *inputs]
+    refuse_changed_config(config, workdir)
+    refuse_changed_inputs(config, workdir, inputs)
+    return [*settings, *inputs]
+
+
+def write_final_results(workdir: Path) -> np.ndarray:
     """Write the summary and the report of a run; return its accuracy matrix."""
-    workdir = run_files.workdir
-    if run_files.log:
+    if distributed.is_main_process():
         tables = summary.load_run_tables(workdir)
         page = report.write_run_report(tables, summary.write_summary(tables))
         console.print_message(f"done: {page}")
@@ -106,13 +165,15 @@ def check_all_runs(config: ConfigDict) -> None:
             validate_config.validate_stage(stage)
 
 
-def make_base_model(config: ConfigDict, folder: Path, sigterm: SigtermHandler) -> None:
+def make_base_model(
+    config: ConfigDict, folder: Path, sigterm: SigtermHandler, start_over: bool = False
+) -> None:
     """Train the pre-stage once and save its model in `hf/`.
 
     If the model exists, refuse another config, since other runs start from the model.
     """
     if not (folder / "hf" / "config.json").is_file():
-        run_one(config, folder, sigterm, export=folder / "hf")
+        run_one(config, folder, sigterm, folder / "hf", start_over)
         return
     changed = [
         line

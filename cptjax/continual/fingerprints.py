@@ -19,6 +19,7 @@ from cptjax.config import config_to_dict, resolve_stages
 from cptjax.data.datasets import Datasets
 from cptjax.models.hf_config import locate_checkpoint
 from cptjax.tasks import hub
+from cptjax.tasks.task import example_text
 from cptjax.tasks.user_data.readers import DATA_SUFFIXES
 
 RECORDED_PACKAGES = (
@@ -36,7 +37,7 @@ RECORDED_PACKAGES = (
 )
 WHOLE_FILE_BYTES = 256 << 20  # a longer file is hashed in SAMPLES pieces
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16
-SAMPLED_ROWS = 1000  # of a split, whose ids are hashed
+SAMPLED_ROWS = 256  # of a split
 
 
 def process_fingerprints(config: ConfigDict) -> dict[str, str]:
@@ -182,7 +183,7 @@ def _starts(size: int) -> Sequence[int]:
 
 
 def row_hashes(datasets: Datasets) -> dict[str, str]:
-    """Return a hash of the rows of every split that is loaded: their number, ids and lengths.
+    """Return a hash of the rows of every split that is loaded: number, ids, texts and answers.
 
     Of public datasets that were read, also the revision on the hub, or a hash of the local files.
     """
@@ -192,8 +193,7 @@ def row_hashes(datasets: Datasets) -> dict[str, str]:
         hashes[f"dataset {name}"] = source if known else _short_hash(map(Path, source))
     for spec, rows in datasets.loaded_splits():
         number = len(rows.examples)
-        sampled = range(0, number, max(1, number // SAMPLED_ROWS))
-        ids = [rows.examples[i].id for i in sampled]
-        digest = _short_hash([repr(ids), repr(list(rows.indices)), repr(rows.tokens.tolist())])
-        hashes[f"rows of {spec.task} {spec.split} ({spec.template})"] = f"{number} rows, {digest}"
+        sampled = [rows.examples[i] for i in range(0, number, max(1, number // SAMPLED_ROWS))]
+        texts = (repr((e.id, example_text(e), e.answer, e.target)) for e in sampled)
+        hashes[f"rows of {spec.task} {spec.split}"] = f"{number} rows, {_short_hash(texts)}"
     return hashes

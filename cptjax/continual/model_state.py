@@ -1,10 +1,12 @@
 """The model between two stages, and how the weights of a stage are restored."""
 
 import dataclasses
+from pathlib import Path
 
 import optax
 from ml_collections import ConfigDict
 
+from cptjax.common import console
 from cptjax.continual.checkpoint import Checkpoints, abstract_tree
 from cptjax.data.model_context import ModelContext
 from cptjax.models import load, trainable
@@ -28,6 +30,14 @@ def split_trained(config: ConfigDict, params: Params) -> tuple[Params, Params]:
     """Split parameters into the leaves that the run trains and the frozen ones."""
     chosen = trainable.is_trained(config.model.freeze, config.model.lora.rank)
     return trainable.split_params(params, chosen)
+
+
+def newest_stage(workdir: Path, checkpoints: Checkpoints | None) -> int:
+    """Return the newest finished stage of a run; if it has none, say that the base is used."""
+    stage = checkpoints.newest_stage() if checkpoints else 0
+    if not stage:
+        console.print_warning(f"{workdir} has no finished stage in checkpoints/: the base model")
+    return stage
 
 
 def restore_stage_params(

@@ -43,8 +43,8 @@ def filter_prompts(
         if not cache.is_complete():
             rows, spent = decide_prompts(stage, builder, params, name, examples, cache)
             if distributed.is_main_process():
-                sampling_cache.write_sampling_cost(path, spent, cache.fingerprint, cache.seconds)
-                files.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
+                text = "".join(json.dumps(r) + "\n" for r in rows)
+                sampling_cache.write_samples(path, text, spent, cache.fingerprint, cache.seconds)
         distributed.gather_objects(True)  # no process reads the file before it is written
         cache.discard()
         rows = files.read_jsonl(path)

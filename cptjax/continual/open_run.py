@@ -9,10 +9,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files, trackers
-from cptjax.common.run_log import RunLog
+from cptjax.common.run_log import Positions, RunLog
 from cptjax.common.signals import SigtermHandler
 from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
-from cptjax.continual import workdir
+from cptjax.continual import fingerprints, progress, workdir
 from cptjax.continual.checkpoint import Checkpoints
 from cptjax.continual.model_state import restore_stage_params
 from cptjax.data import model_context
@@ -41,8 +41,8 @@ class RunFiles:
     # The cost since the last line of metrics.jsonl.
     unlogged_cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def positions(self) -> dict[str, int]:
-        """Return the length of each append-only file."""
+    def positions(self) -> Positions:
+        """Return the length and hash of each append-only file."""
         return self.log.positions() if self.log else {}
 
     def close(self) -> None:
@@ -92,16 +92,21 @@ class Run:
 
 
 def open_run(config: ConfigDict, folder: Path, sigterm: SigtermHandler | None = None) -> Run:
-    """Open a run to train it; refuse a workdir that was started with another config."""
+    """Open a run to train it; `driver.accept_changes` has checked its workdir."""
     folder.mkdir(parents=True, exist_ok=True)
-    workdir.refuse_changed_config(config, folder)
     model_ctx = _load_model_context(config)
     log = None
     if distributed.is_main_process():
         log = RunLog(folder, trackers.open_trackers(folder, config_to_dict(config)))
     c = config.checkpoint
     checkpoints = Checkpoints(
-        folder / "checkpoints", c.every, c.minutes, c.keep, c.async_save, tidy=True
+        folder / "checkpoints",
+        c.every,
+        c.minutes,
+        c.keep,
+        c.async_save,
+        tidy=True,
+        on_saved=functools.partial(progress.record_saved, folder),
     )
     return _build_run(
         config, model_ctx, RunFiles(folder, log, checkpoints), sigterm or SigtermHandler()
@@ -135,9 +140,16 @@ def _load_model_context(config: ConfigDict) -> ModelContext:
         return model_context.load_model_context(config.model, config.mesh, lengths)
 
 
-def write_run_files(run: Run) -> None:
-    """Write config.json and versions.json; call it after all checks of the workdir."""
+def write_run_files(run: Run, changed: list[str]) -> None:
+    """Write config.json, versions.json and inputs.json; call it after all checks of the workdir.
+
+    Refuse rows that differ from those of the run's start. `changed` are accepted changes.
+    """
+    folder = run.files.workdir
+    inputs = fingerprints.file_hashes(run.config) | fingerprints.row_hashes(run.datasets)
+    rows = distributed.gather_objects(workdir.changed_inputs(folder, inputs))[0]
+    workdir.refuse_changed_inputs(run.config, folder, rows)
     if run.files.log:
-        folder = run.files.workdir
         files.write_json(folder / "config.json", recorded_config(run.config, folder))
-        files.write_json(folder / "versions.json", workdir.software_versions(run.model_ctx))
+        accepted = list(dict.fromkeys([*changed, *rows]))
+        workdir.record_start(folder, run.model_ctx, accepted, inputs)

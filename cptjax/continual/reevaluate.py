@@ -6,12 +6,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cptjax.common import distributed, files, run_log
+from cptjax.common import console, distributed, run_log
 from cptjax.config import check_config_values, expand_runs, merge_config
-from cptjax.continual import resume, stage_evaluation
-from cptjax.continual.model_state import restore_stage_params
+from cptjax.continual import fingerprints, progress, stage_evaluation
+from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
-from cptjax.continual.workdir import local_folder, lock_workdir, refuse_changed_config
+from cptjax.continual.stage_model import check_folder_kind
+from cptjax.continual.workdir import (
+    changed_inputs,
+    local_folder,
+    lock_workdir,
+    refuse_changed_config,
+    refuse_changed_inputs,
+)
 from cptjax.evaluation import evaluate, summary
 from cptjax.types import Params
 
@@ -38,7 +45,9 @@ def reevaluate_stage(
     if model:
         single = merge_config(single, {"model": {"path": model}})
     else:
+        check_folder_kind("--workdir", workdir, "run")
         refuse_changed_config(single, workdir)
+        check_inputs(single, workdir, record)
     root, _ = split_run_folder(config, workdir)
     lock = lock_workdir(root) if record else contextlib.nullcontext()
     with lock, open_run_readonly(single, workdir) as run:
@@ -46,7 +55,7 @@ def reevaluate_stage(
         if model:
             stage = 0
         elif stage is None:
-            stage = checkpoints.newest_stage() if checkpoints else 0
+            stage = newest_stage(workdir, checkpoints)
         names = stage_evaluation.select_tasks(run, tasks, "--tasks")
         params = restore_stage_params(single, run.model_ctx, checkpoints, stage)
         step = checkpoints.stage_end(stage) if stage else 0
@@ -56,6 +65,15 @@ def reevaluate_stage(
         if record:
             append_evals(run, rows)
     return rows
+
+
+def check_inputs(config: ConfigDict, workdir: Path, record: bool) -> None:
+    """Warn of input files that changed since the run's start; with `record`, refuse them."""
+    changed = changed_inputs(workdir, fingerprints.file_hashes(config))
+    if record:
+        refuse_changed_inputs(config, workdir, changed)
+    for line in changed:
+        console.print_warning(f"since the run was started, {line}")
 
 
 def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -104,9 +122,8 @@ def append_evals(run: Run, rows: list[dict[str, Any]]) -> None:
 
     An unfinished run is refused, since it would cut the rows off when it continues.
     """
-    workdir, progress = run.files.workdir, resume.read_eval_progress(run)
-    every_task = set(stage_evaluation.all_tasks_to_evaluate(run))
-    if progress.get("stage") != len(run.stages) or set(progress["done"]) != every_task:
+    workdir = run.files.workdir
+    if stage_evaluation.finished_positions(run.config, workdir) is None:
         raise ValueError(
             f"--record: expected a finished run, got {workdir}, which would cut the rows off "
             "when it continues; leave out --record"
@@ -114,8 +131,8 @@ def append_evals(run: Run, rows: list[dict[str, Any]]) -> None:
     if distributed.is_main_process():
         log = run_log.RunLog(workdir)
         log.evals(rows)
-        progress["positions"] = log.positions()
-        files.write_json(resume.eval_progress_file(run), progress)
+        recorded = progress.read_evaluation(workdir) | {"positions": log.positions()}
+        progress.record_evaluation(workdir, **recorded)
         log.close()
         summary.write_summary(summary.load_run_tables(workdir))
 

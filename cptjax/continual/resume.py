@@ -8,22 +8,25 @@ The state is the newest of these that can be read:
 After the end of a stage, or with the base model, progress.json says which tasks of the following
 evaluation are already recorded.
 
-Checkpoints and progress.json both record the lengths of the append-only files; lines that a killed
-run wrote after that are cut off. progress.json is deleted before the files are cut below the
-lengths that it records, so it never describes missing lines.
+Checkpoints and progress.json both record the lengths and hashes of the append-only files; lines
+that a killed run wrote after that are cut off. Nothing is cut or moved before all of it is checked:
+
+    a checkpoint that progress.json or the results show to have existed is missing,
+    the end of a finished stage is damaged,                     -> refused; with `start_over`, the
+    metrics.jsonl, evals.csv or the stage's samples changed        records are copied to old/ first
+    another file of results is lost or changed                  -> a warning, recorded as an event
 """
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cptjax.common import console, distributed, files
+from cptjax.common import console, run_log
 from cptjax.config import Stage, config_fingerprint
-from cptjax.continual.checkpoint import RunRefused, abstract_tree
+from cptjax.continual import progress, records
+from cptjax.continual.checkpoint import RunRefused, StateLost, abstract_tree
 from cptjax.continual.model_state import ModelState, restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data import model_context
@@ -56,6 +59,11 @@ class ResumePoint:
         """Return whether a stage is trained to its end."""
         return number < self.stage or (number == self.stage and self.unfinished is None)
 
+    @property
+    def unfinished_stage(self) -> int:
+        """The stage that continues in its middle; 0 = none."""
+        return self.stage if self.unfinished else 0
+
     def __str__(self) -> str:
         if self.unfinished is not None:
             return f"step {self.unfinished.progress.step} of stage {self.stage}"
@@ -64,51 +72,81 @@ class ResumePoint:
         )
 
 
-def resume_run(run: Run) -> tuple[ResumePoint, ModelState]:
-    """Restore the newest state of a run and cut its append-only files back to it."""
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A state that a run can continue from, before any file is cut."""
+
+    point: ResumePoint
+    model_state: ModelState
+    positions: run_log.Positions
+    spent: dict[str, float]
+
+
+def resume_run(run: Run, start_over: bool = False) -> tuple[ResumePoint, ModelState]:
+    """Restore the newest state of a run and cut its append-only files back to it.
+
+    If that state is lost, refuse; with `start_over`, continue from an earlier one, after the
+    records are copied to old/.
+    """
     with console.show_waiting("loading the weights"):
         base = restore_stage_params(run.config, run.model_ctx, None, 0)
-    point, model_state, record = run.files.checkpoints.newest(
-        lambda kind, stage, step: restore_checkpoint(run, base, kind, stage, step)
-    ) or (ResumePoint(), ModelState(base), {"positions": {}, "spent": {}})
-    run.files.unlogged_cost = dict(record["spent"])
-    positions, evaluation = record["positions"], read_eval_progress(run)
+    workdir = run.files.workdir
+    try:
+        restored = find_state(run, base)
+    except StateLost as error:
+        if not start_over:
+            raise RunRefused(
+                f"{workdir}: {error}. Bring back what is missing; or --start_over continues from "
+                "the newest state that can be read, and first copies the records to old/"
+            ) from error
+        restored = find_earlier_state(run, base, str(error))
+    point = restored.point
+    run.files.unlogged_cost = dict(restored.spent)
+    progress.forget_evaluation(workdir, point.stage, point.unfinished is not None)
+    if run.files.log:
+        run.files.log.rewind(restored.positions, point.unfinished_stage)
+    if point.stage or point.evaluated:
+        console.print_message(f"{workdir}: continuing from {point}")
+    return point, restored.model_state
+
+
+def find_state(run: Run, base: Params) -> Restored:
+    """Return the newest state of a run; raise StateLost if it was lost."""
+    records.refuse_lost_checkpoint(run.files.workdir, run.files.checkpoints)
+    restored = _restore_newest(run, base)
+    point, positions = restored.point, restored.positions
+    records.refuse_lost_evaluation(run.files.workdir, point.stage, positions)
+    records.refuse_changed_records(run.files.workdir, positions, point.unfinished_stage)
+    return restored
+
+
+def find_earlier_state(run: Run, base: Params, problem: str) -> Restored:
+    """Return the newest state that can still be read, after the records are copied to old/."""
+    workdir = run.files.workdir
+    old = records.copy_records(workdir)
+    progress.clear(workdir)
+    console.print_warning(f"{workdir}: {problem}; starting over, the records so far are in {old}")
+    restored = _restore_newest(run, base, repeat_stages=True)
+    try:
+        stage = restored.point.unfinished_stage
+        records.refuse_changed_records(workdir, restored.positions, stage)
+    except StateLost as error:
+        console.print_warning(f"{error}; starting over from the base model")
+        run.files.checkpoints.move_all(old / "checkpoints")
+        return Restored(ResumePoint(), ModelState(base), {}, {})
+    return restored
+
+
+def _restore_newest(run: Run, base: Params, repeat_stages: bool = False) -> Restored:
+    """Return the newest readable state, with the part of its evaluation that is recorded."""
+    restored = run.files.checkpoints.newest(
+        lambda kind, stage, step: restore_checkpoint(run, base, kind, stage, step), repeat_stages
+    ) or Restored(ResumePoint(), ModelState(base), {}, {})
+    point, evaluation = restored.point, progress.read_evaluation(run.files.workdir)
     if evaluation and point.unfinished is None and evaluation["stage"] == point.stage:
         point = dataclasses.replace(point, evaluated=tuple(evaluation["done"]))
-        positions = evaluation["positions"]
-    elif evaluation and evaluation["stage"] >= point.stage and distributed.is_main_process():
-        eval_progress_file(run).unlink()
-    distributed.gather_objects(True)  # progress.json is deleted before any file is cut
-    if run.files.log:
-        run.files.log.rewind(positions)
-    if point.stage or point.evaluated:
-        console.print_message(f"{run.files.workdir}: continuing from {point}")
-    return point, model_state
-
-
-# ---- progress of an evaluation -------------------------------------------------------------------
-
-
-def eval_progress_file(run: Run) -> Path:
-    return run.files.workdir / "progress.json"
-
-
-def read_eval_progress(run: Run) -> dict[str, Any]:
-    """Read which part of the newest evaluation is recorded; {} = none."""
-    path = eval_progress_file(run)
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_eval_progress(run: Run, stage: int, done: list[str]) -> None:
-    """Record that these tasks are evaluated after a stage.
-
-    The first call after a stage waits until its checkpoint is on disk.
-    """
-    if len(done) == 1:
-        run.files.checkpoints.wait()
-    if run.files.log:
-        progress = {"stage": stage, "done": done, "positions": run.files.positions()}
-        files.write_json(eval_progress_file(run), progress)
+        return dataclasses.replace(restored, point=point, positions=evaluation["positions"])
+    return restored
 
 
 # ---- what a checkpoint holds ---------------------------------------------------------------------
@@ -129,9 +167,7 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
     }
 
 
-def restore_checkpoint(
-    run: Run, base: Params, kind: str, number: int, step: int
-) -> tuple[ResumePoint, ModelState, dict[str, Any]]:
+def restore_checkpoint(run: Run, base: Params, kind: str, number: int, step: int) -> Restored:
     """Load a checkpoint onto the mesh of this run.
 
     Frozen leaves, which no checkpoint stores, are those of `base`.
@@ -152,12 +188,15 @@ def restore_checkpoint(
     trees = run.files.checkpoints.restore(kind, number, step, structure)
     unfinished = None
     if kind == "steps":
-        progress = StageProgress(**record["progress"])
-        unfinished = UnfinishedStage(trees["state"], progress, trees.get("teacher"))
+        stage_progress = StageProgress(**record["progress"])
+        unfinished = UnfinishedStage(trees["state"], stage_progress, trees.get("teacher"))
     trained = trees["state"].params if unfinished else trees["params"]
     params = trainable.join_params(trained, frozen)
     model_state = ModelState(params, trees.get("opt_state"), trees.get("fisher"))
-    return ResumePoint(number, unfinished), model_state, record
+    positions = {  # an older version stored only the length
+        name: p if isinstance(p, dict) else {"bytes": p} for name, p in record["positions"].items()
+    }
+    return Restored(ResumePoint(number, unfinished), model_state, positions, record["spent"])
 
 
 def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:

@@ -8,10 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from cptjax.common import console
-from cptjax.config import Stage, eval_templates, evaluated_tasks, replayed_tasks
-from cptjax.continual import resume
+from cptjax.common.run_log import Positions
+from cptjax.config import (
+    Stage,
+    config_fingerprint,
+    eval_templates,
+    evaluated_tasks,
+    replayed_tasks,
+    resolve_stages,
+)
+from cptjax.continual import progress
 from cptjax.continual.open_run import Run
 from cptjax.continual.resume import ResumePoint
 from cptjax.data import model_context
@@ -24,17 +33,30 @@ from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.task import limit_rows
 from cptjax.types import Params
 
+# With `checkpoint.keep` above this number, checkpoints inside a stage stay after it, for analyses.
+KEPT_TO_RESUME = 2
 
-def tasks_to_evaluate(run: Run) -> tuple[list[str], list[str]]:
+
+def tasks_to_evaluate(config: ConfigDict, stages: list[Stage]) -> tuple[list[str], list[str]]:
     """Return the tasks of the stages and the general tasks, each once."""
-    stage_tasks = evaluated_tasks(run.config, run.stages)
-    general = dict.fromkeys(run.config.eval.general)
+    stage_tasks = evaluated_tasks(config, stages)
+    general = dict.fromkeys(config.eval.general)
     return stage_tasks, [task for task in general if task not in stage_tasks]
 
 
 def all_tasks_to_evaluate(run: Run) -> list[str]:
-    stage_tasks, general = tasks_to_evaluate(run)
+    stage_tasks, general = tasks_to_evaluate(run.config, run.stages)
     return [*stage_tasks, *general]
+
+
+def finished_positions(config: ConfigDict, workdir: Path) -> Positions | None:
+    """Return the positions of a finished run's files, or None: the run is not finished."""
+    stages, evaluation = resolve_stages(config), progress.read_evaluation(workdir)
+    every_task = {task for part in tasks_to_evaluate(config, stages) for task in part}
+    if evaluation.get("stage") != len(stages) or not every_task <= set(evaluation["done"]):
+        return None
+    same = config.allow_change or evaluation["config"] in ("", config_fingerprint(config))
+    return evaluation["positions"] if same else None
 
 
 def select_tasks(run: Run, tasks: Sequence[str], flag: str) -> list[str]:
@@ -92,10 +114,23 @@ def evaluate_stage(
         if task not in evaluated_before:
             evaluate_and_record(run, number, params, task, columns)
             done.append(task)
-            resume.write_eval_progress(run, number, done)
+            record_evaluated(run, number, done)
+    if number and run.config.checkpoint.keep <= KEPT_TO_RESUME:
+        run.files.checkpoints.remove_steps(number)
     if run.files.log:
         name = run.stages[number - 1].name if number else ""
         write_results(run.files.workdir, number, name)
+
+
+def record_evaluated(run: Run, number: int, done: list[str]) -> None:
+    """Record that these tasks are evaluated; the first time, wait for the stage's checkpoint."""
+    if len(done) == 1:
+        run.files.checkpoints.wait()
+    if run.files.log:
+        fingerprint = config_fingerprint(run.config)
+        progress.record_evaluation(
+            run.files.workdir, number, done, run.files.positions(), fingerprint
+        )
 
 
 def evaluate_and_record(
@@ -249,7 +284,7 @@ def evaluate_within_stage(
     began, cost = time.perf_counter(), WorkCost()
     columns = shared_eval_columns(run, stage.number, step)
     accuracies: dict[str, list[float]] = {"accuracy": [], "others": []}
-    for task in tasks_to_evaluate(run)[0]:
+    for task in tasks_to_evaluate(run.config, run.stages)[0]:
         template = templates_of_task(run, task)[0]
         result = evaluate_with_template(
             run,

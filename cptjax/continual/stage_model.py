@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.continual.checkpoint import Checkpoints
-from cptjax.continual.model_state import restore_stage_params
+from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.workdir import read_run_config
 from cptjax.data.model_context import ModelContext
 from cptjax.data.processor import load_processor
@@ -82,7 +82,7 @@ def load_stage_model(
             checkpoints = Checkpoints(workdir / "checkpoints", async_save=False)
             stack.enter_context(contextlib.closing(checkpoints))
         if stage is None:
-            stage = checkpoints.newest_stage() if checkpoints else 0
+            stage = newest_stage(workdir, checkpoints)
         return model_ctx, restore_stage_params(config, model_ctx, checkpoints, stage), stage
 
 

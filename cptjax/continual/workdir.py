@@ -1,21 +1,21 @@
-"""The folder of a run: its lock, the config that it was started with, software versions."""
+"""The folder of a run: its lock, and the config, input files and software that it started with."""
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed
+from cptjax.common import console, distributed, files
 from cptjax.config import config_differences, recorded_config
 from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
@@ -24,6 +24,8 @@ from cptjax.data.model_context import ModelContext
 
 def local_folder(workdir: str | Path) -> Path:
     """Return the path of a local folder; refuse the address of a bucket."""
+    if not str(workdir):
+        raise ValueError("--workdir is empty: expected a folder; is a shell variable not set?")
     if re.match(r"\w{2,}:/", str(workdir)):
         raise ValueError(
             f"--workdir={workdir}: expected a folder; mount the bucket (gcsfuse) or a shared disk "
@@ -83,7 +85,7 @@ def read_run_config(workdir: Path) -> ConfigDict:
 
     The path of a pre-stage's model, which is stored relative to the workdir, is resolved.
     """
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = ConfigDict(files.read_json(workdir / "config.json"))
     if len(config.prestage):
         config.model.path = str(workdir / config.model.path)
     return config
@@ -94,7 +96,7 @@ def changes_since_start(config: ConfigDict, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     if not path.is_file():
         return []
-    return config_differences(json.loads(path.read_text()), recorded_config(config, workdir))
+    return config_differences(files.read_json(path), recorded_config(config, workdir))
 
 
 def refuse_changed_config(config: ConfigDict, workdir: Path) -> None:
@@ -102,7 +104,8 @@ def refuse_changed_config(config: ConfigDict, workdir: Path) -> None:
     changed = [] if config.allow_change else changes_since_start(config, workdir)
     if changed:
         raise RunRefused(
-            f"{workdir} was started with another config: {format_changes(changed)}. "
+            f"{workdir / 'config.json'}: the run was started with another config: "
+            f"{format_changes(changed)}. "
             "Use another --workdir, or --config.allow_change=True to continue with the new one"
         )
 
@@ -111,7 +114,58 @@ def format_changes(changed: list[str]) -> str:
     return "; ".join(changed[:8]) + " ..." * (len(changed) > 8)
 
 
+# ---- the same input files ------------------------------------------------------------------------
+
+
+def changed_inputs(workdir: Path, now: Mapping[str, str]) -> list[str]:
+    """List the files and rows that differ from those of the run's start, by fingerprints.
+
+    What is not known now, such as a file that was removed, is not compared.
+    """
+    before = recorded_inputs(workdir)
+    return [
+        f"{name} has changed ({before[name]} -> {now[name]})"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
+
+
+def recorded_inputs(workdir: Path) -> dict[str, str]:
+    """Return the fingerprints in inputs.json; {} = none."""
+    path = workdir / "inputs.json"
+    return files.read_checked_json(path) if path.is_file() else {}
+
+
+def refuse_changed_inputs(config: ConfigDict, workdir: Path, changed: list[str]) -> None:
+    """Refuse a run whose input files changed after its start, unless `allow_change` is set."""
+    if changed and not config.allow_change:
+        raise RunRefused(
+            f"{workdir}: since the run was started, {format_changes(changed)}. Restore it, or "
+            "--config.allow_change=True to continue with the new content"
+        )
+
+
 # ---- software ------------------------------------------------------------------------------------
+
+
+def record_start(
+    workdir: Path, model_ctx: ModelContext, changed: list[str], inputs: Mapping[str, str]
+) -> None:
+    """Add the software of this start to versions.json, and the fingerprints to inputs.json."""
+    path = workdir / "versions.json"
+    versions = files.read_json(path) if path.is_file() else {"starts": []}
+    starts = versions["starts"] if "starts" in versions else [versions]
+    start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), **software_versions(model_ctx)}
+    starts.append(start | {"accepted_changes": changed})
+    before, now = starts[0].get("packages", {}), start["packages"]
+    updated = [f"{n} {before[n]} -> {now[n]}" for n in now if before.get(n, now[n]) != now[n]]
+    if updated:
+        console.print_warning(
+            f"since the run was started, packages have changed: {', '.join(updated)}; "
+            "results may differ from those of an uninterrupted run"
+        )
+    files.write_json(path, {"starts": starts})
+    files.write_checked_json(workdir / "inputs.json", {**recorded_inputs(workdir), **inputs})
 
 
 def software_versions(model_ctx: ModelContext) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Load the tasks and splits of a run, each once, and check their rows."""
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -87,12 +88,19 @@ class Datasets:
         key = repr(row_checks.split_key(self.config, dataclasses.replace(spec, allowed_bad_rows=0)))
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         path = self.workdir / "rows" / f"{spec.task}_{spec.split}_{digest}.json"
-        if distributed.gather_objects(path.is_file())[0]:
-            recorded = json.loads(path.read_text())
+        if recorded := distributed.gather_objects(_read_recorded(path))[0]:
             bad = [BadRow(*row) for row in recorded["bad"]]
             return RowChecks(bad, np.array(recorded["tokens"], np.int32))
         checks = self._check(spec, prompted, examples)
         if self.recording:
             bad = [dataclasses.astuple(row) for row in checks.bad]
-            files.write_json(path, {"bad": bad, "tokens": checks.tokens.tolist()})
+            files.write_checked_json(path, {"bad": bad, "tokens": checks.tokens.tolist()})
         return checks
+
+
+def _read_recorded(path: Path) -> dict[str, Any]:
+    """Return the recorded checks as the main process reads them; {} = none, or a damaged file."""
+    if distributed.is_main_process() and path.is_file():
+        with contextlib.suppress(ValueError):
+            return files.read_checked_json(path)
+    return {}

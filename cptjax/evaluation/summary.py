@@ -256,6 +256,9 @@ def summarise_run(tables: RunTables) -> dict[str, Any]:
             **summarise_table(tables.accuracy),
             "transitions": count_run_transitions(tables),
             "cost": run_log.summarise_cost(tables.metrics_lines, tables.workdir),
+            "lost_files": [
+                line["file"] for line in tables.metrics_lines if line.get("event") == "lost"
+            ],
         }
     )
 

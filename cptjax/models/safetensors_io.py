@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cptjax.common.files import sync_files, sync_folder
+
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -180,12 +182,16 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it, or choose another destination")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.parent.iterdir():  # what killed processes left
+        if path.name.startswith(f".{folder.name}.") and path.name.endswith(".partial"):
+            shutil.rmtree(path, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        sync_files(temporary)
         os.replace(temporary, folder)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cptjax.common import console, files
+from cptjax.data.conversation import has_reserved_tokens
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.tasks.prompted_task import PromptedTask
@@ -70,7 +71,10 @@ def load_corpus(
         ]
     else:
         pairs = _correct_responses(path, lines, responses, sources, prompted_tasks)
-    pairs = list(dict.fromkeys(pairs))
+    usable = [pair for pair in dict.fromkeys(pairs) if not has_reserved_tokens(pair[2])]
+    if reserved := len(dict.fromkeys(pairs)) - len(usable):
+        console.print_message(f"{path}: {reserved} responses spell a special token: left out")
+    pairs = usable
     if not pairs:
         raise ValueError(
             f"method.corpus={str(path)!r}: none of its {len(lines)} responses is correct; "

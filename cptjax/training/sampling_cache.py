@@ -1,6 +1,8 @@
 """A cache of sampled responses in parts, so that a killed run samples only the missing parts."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -19,18 +21,22 @@ from cptjax.data.cost import WorkCost
 CACHE_SECTIONS = ("seed", "model", "tasks", "data", "method", "rewards", "rollout", "train")
 
 
-def write_sampling_cost(path: Path, cost: WorkCost, fingerprint: str, seconds: float = 0.0) -> None:
-    """Write the cost of sampled responses and the fingerprint of their settings next to their file.
-
-    Call it before writing the file of the responses.
-    """
+def write_samples(
+    path: Path, text: str, cost: WorkCost, fingerprint: str, seconds: float = 0.0
+) -> None:
+    """Write sampled responses to a file; before that, their cost and settings next to it."""
     values = {**dataclasses.asdict(cost), "seconds": seconds, "fingerprint": fingerprint}
-    files.write_json(path.with_suffix(".cost.json"), values)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    files.write_checked_json(path.with_suffix(".cost.json"), values | {"samples_sha256": digest})
+    files.write_text(path, text)
 
 
 def read_cost_file(path: Path) -> dict[str, Any]:
-    """Read the values that `write_sampling_cost` wrote."""
-    return json.loads(path.with_suffix(".cost.json").read_text())
+    """Read the values that `write_samples` wrote; refuse samples that were changed since."""
+    values = files.read_checked_json(path.with_suffix(".cost.json"))
+    if files.file_position(path)["sha256"] != values["samples_sha256"]:
+        raise ValueError(f"{path} was changed since it was written; restore it")
+    return values
 
 
 def read_sampling_cost(path: Path) -> tuple[WorkCost, float]:
@@ -98,11 +104,8 @@ class SamplingCache:
                 raise SamplingStopped
             began = time.perf_counter()
             value, cost = sample()
-            row = {
-                "value": value,
-                "cost": dataclasses.asdict(cost),
-                "seconds": time.perf_counter() - began,
-            }
+            spent = {"cost": dataclasses.asdict(cost), "seconds": time.perf_counter() - began}
+            row = files.add_hash(files.to_jsonable({"value": value, **spent}))
             self._lines.append(row)
         self.seconds += row["seconds"]
         return row["value"], WorkCost(**row["cost"])
@@ -110,6 +113,7 @@ class SamplingCache:
     def _open(self) -> None:
         header, *rows = files.read_jsonl(self._file) or [None]
         rows = rows if header == self._header else []
+        rows = list(itertools.takewhile(files.has_valid_hash, rows))
         self._stored = rows[: min(distributed.gather_objects(len(rows)))]
         lines = [json.dumps(row, ensure_ascii=False) for row in (self._header, *self._stored)]
         files.write_text(self._file, "".join(f"{line}\n" for line in lines))

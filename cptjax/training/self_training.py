@@ -19,6 +19,7 @@ import numpy as np
 from cptjax import sharding
 from cptjax.common import console, distributed, files
 from cptjax.common.shuffle import permutation
+from cptjax.data.conversation import has_reserved_tokens
 from cptjax.data.cost import WorkCost, sampling_cost
 from cptjax.data.device_batches import batch_slices, pad_to_shards
 from cptjax.data.mixture import RowRef, component_at, component_counts
@@ -73,7 +74,6 @@ def _window_responses(
             pairs, cost = _listed_responses(ctx), WorkCost()
         total = sum(distributed.gather_objects(cost), WorkCost())
         if distributed.is_main_process():
-            sampling_cache.write_sampling_cost(path, total, cache.fingerprint)
             origin = _origin(ctx, start) | {"answers": len(pairs)}
             files.write_json(path.with_suffix(".source.json"), origin)
             lines = [
@@ -81,9 +81,8 @@ def _window_responses(
                 | ({"gold": True} if gold else {})
                 for s, r, text, gold in pairs
             ]
-            files.write_text(
-                path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            )
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            sampling_cache.write_samples(path, text, total, cache.fingerprint)
         distributed.gather_objects(True)  # no process reads the file before it is written
         cache.discard()
         _read_responses.cache_clear()
@@ -158,9 +157,9 @@ def _sample_window(
     # When encoded again, a text may have other tokens than the sampled ones. Two more tokens end
     # the turn and its line.
     ids = builder.model_ctx.processor.ids
-    measured = [
-        (*local[i], text, len(items[i].encoded) + len(ids(text)) + 2) for i, text in correct
-    ]
+    usable = [(i, text) for i, text in correct if not has_reserved_tokens(text)]
+    measured = [(*local[i], text, len(items[i].encoded) + len(ids(text)) + 2) for i, text in usable]
+    reserved = sum(distributed.gather_objects(len(correct) - len(usable)))
     measured = distributed.concat_lists(distributed.gather_objects(measured))
     limit = max(builder.training_ctx.buckets)
     pairs = sorted({RowResponse(*pair) for *pair, tokens in measured if tokens <= limit})
@@ -171,6 +170,7 @@ def _sample_window(
         )
     too_long = sum(tokens > limit for *_, tokens in measured)
     more = f"; {too_long} more are too long when encoded again" if too_long else ""
+    more += f"; {reserved} more spell a special token" if reserved else ""
     console.print_message(
         f"stage {ctx.stage.number}: "
         f"{len(pairs)} correct own responses to {len(places)} prompts{more}"

@@ -12,10 +12,57 @@ from cptjax.common.files import LineFile
 
 
 def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):
-    lines = LineFile(tmp_path / "x.jsonl")
+    path = tmp_path / "x.jsonl"
+    lines = LineFile(path)
     lines.append({"a": 1})
-    with pytest.raises(ValueError, match=r"expects at least 99 bytes, the file has 9"):
-        lines.truncate(99)
+    position = lines.position()
+    assert files.describe_change(path, position) == "" == files.describe_change(path, {"bytes": 9})
+    lines.append({"a": 2})
+    assert files.describe_change(path, position) == ""
+    assert lines.position() == files.file_position(path)
+    change = files.describe_change(path, {"bytes": 99})
+    assert change == f"{path} has 18 bytes; 99 were recorded"
+    path.write_text('{"a": 3}\n')
+    change = files.describe_change(path, position)
+    assert change == f"{path} was changed: its first 9 bytes are not those that were recorded"
+    path.unlink()
+    change = files.describe_change(path, position)
+    assert change == f"{path} is missing; 9 bytes of it were recorded"
+
+
+def test_a_file_that_is_cut_ends_with_a_complete_line(tmp_path):
+    lines = LineFile(tmp_path / "x.jsonl")
+    lines.append({"a": 1}, {"a": 2})
+    first = lines.position()
+    lines.truncate(12)
+    assert lines.position()["bytes"] == 9 and lines.position() != first
+    lines.truncate(99)
+    lines.append({"a": 2})
+    assert lines.position() == first
+
+
+def test_line_ends_that_a_spreadsheet_changed_are_restored(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'a,b\n1,"two\nlines"\n')
+    position = files.file_position(path)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert files.describe_change(path, position) and files.restore_line_ends(path, position)
+    assert files.describe_change(path, position) == ""
+    path.write_bytes(path.read_bytes().replace(b"1", b"2").replace(b"\n", b"\r\n"))
+    assert not files.restore_line_ends(path, position) and b"\r\n" in path.read_bytes()
+
+
+def test_a_changed_or_broken_json_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_checked_json(path, {"a": 1, "b": [1.5, None]})
+    assert files.read_checked_json(path) == {"a": 1, "b": [1.5, None]}
+    path.write_text(path.read_text().replace("1.5", "2.5"))
+    with pytest.raises(ValueError, match=r"x.json: its values differ from their sha256; restore"):
+        files.read_checked_json(path)
+    for text in ("", "\0\0", '{"a": 1', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x.json: expected JSON \(.*\); restore the file"):
+            files.read_json(path)
 
 
 def test_an_incomplete_last_line_is_removed_when_the_file_is_opened(tmp_path):

@@ -8,7 +8,7 @@ from eval_rows import EVAL_ROW
 
 from cptjax.common import run_log
 from cptjax.common.files import read_jsonl
-from cptjax.common.run_log import RunLog
+from cptjax.common.run_log import RecordsDamaged, RunLog
 from cptjax.types import Mean
 
 
@@ -56,6 +56,66 @@ def test_rewind_to_nothing_leaves_no_file(tmp_path):
     )
     assert line == '0,base,0,"a,b",accuracy,0.5,4,0.25,exact,cot,1-2,T=0'
     assert run_log.read_evals(tmp_path / "evals.csv") == [EVAL_ROW]
+
+
+def recorded(tmp_path) -> tuple[RunLog, dict]:
+    """A log of stage 1 with every kind of file, and its positions; later lines follow."""
+    log = RunLog(tmp_path)
+    for line in range(3):
+        log.step(1, line, {"loss": 0.5})
+        log.evals([EVAL_ROW])
+        log.rollouts(1, [{"text": str(line)}])
+        log.predictions(0, [{"text": str(line)}])
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "stage1_step0.jsonl").write_text("{}\n")
+    positions = log.positions()
+    log.evals([EVAL_ROW])
+    log.close()
+    return RunLog(tmp_path), json.loads(json.dumps(positions))
+
+
+@pytest.mark.parametrize("name", ["evals.csv", "metrics.jsonl", "corpus/stage1_step0.jsonl"])
+@pytest.mark.parametrize("how", ["removed", "truncated", "changed"])
+def test_a_needed_file_that_is_lost_is_refused_before_any_is_cut(tmp_path, name, how):
+    log, positions = recorded(tmp_path)
+    path, text = tmp_path / name, (tmp_path / name).read_bytes()
+    path.unlink()
+    if how != "removed":
+        path.write_bytes(text[:-5] if how == "truncated" else b"x" + text[1:])
+    if how == "truncated" and name == "evals.csv":  # as long as the recorded part or shorter
+        path.write_bytes(text[: positions[name]["bytes"] - 1])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(RecordsDamaged, match=name):
+        log.rewind(positions, stage=1)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_another_lost_file_is_a_warning_and_is_recorded(tmp_path, capsys):
+    log, positions = recorded(tmp_path)
+    (tmp_path / "predictions" / "stage0.jsonl").unlink()
+    rollouts = tmp_path / "rollouts" / "stage1.jsonl"
+    rollouts.write_text(rollouts.read_text()[:-3])
+    log.rewind(positions, stage=2)
+    err = " ".join(capsys.readouterr().err.split())
+    assert "predictions/stage0.jsonl is missing; 42 bytes of it were recorded" in err
+    assert "rollouts/stage1.jsonl has 39 bytes; 42 were recorded" in err
+    assert len(read_jsonl(rollouts)) == 2 and not (tmp_path / "predictions/stage0.jsonl").exists()
+    lines = read_jsonl(tmp_path / "metrics.jsonl")[3:]
+    assert [(line["event"], line["file"]) for line in lines] == [
+        ("lost", "predictions/stage0.jsonl"),
+        ("lost", "rollouts/stage1.jsonl"),
+    ]
+    assert len(run_log.read_evals(tmp_path / "evals.csv")) == 3
+
+
+def test_a_table_that_a_spreadsheet_saved_again_is_restored(tmp_path, capsys):
+    log, positions = recorded(tmp_path)
+    path = tmp_path / "evals.csv"
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"\n", b"\r\n"))
+    log.rewind(positions, stage=1)
+    assert path.read_bytes() == before[: positions["evals.csv"]["bytes"]]
+    assert "line ends restored" in capsys.readouterr().err
 
 
 def test_the_share_of_step_time_that_waited_for_data():

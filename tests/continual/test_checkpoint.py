@@ -1,5 +1,6 @@
 """Checkpoints are restored bit for bit on any mesh, and a damaged one is skipped and set aside."""
 
+import random
 import shutil
 
 import jax
@@ -10,9 +11,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cptjax import sharding
-from cptjax.continual.checkpoint import Checkpoints, RunRefused
+from cptjax.continual import checkpoint
+from cptjax.continual.checkpoint import CheckpointDamaged, Checkpoints, RunRefused, StateLost
 
 DEVICES = jax.devices()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0.0, 0.0))
 
 
 def placed(x, devices: int):
@@ -110,6 +117,17 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_can_be_saved_again(
     assert saved.newest(reader(saved))[0] == 99
 
 
+def test_a_damaged_end_of_a_stage_is_refused_unless_stages_may_be_repeated(saved):
+    for kind, number in (("steps", 2 * 10**9 + 2), ("stages", 10**9 + 5)):
+        damage(saved, kind, number)
+    with pytest.raises(StateLost, match="stages of stage 1, step 5 .*/stages/1000000005.* is dam"):
+        saved.newest(reader(saved))
+    assert len(saved.found()) == 4  # all are still in place
+    assert saved.newest(reader(saved), repeat_stages=True)[0] == 14
+    assert saved.found() == [(1, 4, "steps"), (1, 2, "steps")]
+    assert saved.newest_name() == (2, 2, "steps")  # in damaged/, which is not lost
+
+
 def test_a_lost_stage_is_refused_instead_of_trained_again(saved):
     for kind, number in (
         ("steps", 10**9 + 2),
@@ -118,9 +136,105 @@ def test_a_lost_stage_is_refused_instead_of_trained_again(saved):
         ("steps", 2 * 10**9 + 2),
     ):
         damage(saved, kind, number)
-    with pytest.raises(RunRefused, match="none of the 4 checkpoints"):
+    with pytest.raises(StateLost, match="stages of stage 1, step 5"):
         saved.newest(reader(saved))
     assert len(saved.found()) == 4  # all are still in place
+    assert saved.newest(reader(saved), repeat_stages=True) is None and saved.found() == []
+
+
+def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    """60 single bits, by the sizes of the files. Without checksums, 59 were restored silently."""
+    x = {"w": placed(np.random.default_rng(0).normal(size=(64, 300)).astype(np.float32), 2)}
+    kept = Checkpoints(tmp_path / "c", async_save=False)
+    kept.save("stages", 1, 3, {"params": x}, {})
+    kept.close()
+    paths = [p for p in (tmp_path / "c" / "stages").rglob("*") if p.is_file()]
+    rng, noticed = random.Random(0), 0
+    for path in rng.choices(paths, [p.stat().st_size for p in paths], k=60):
+        before, data = path.read_bytes(), bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        again = Checkpoints(tmp_path / "c", async_save=False)
+        try:
+            assert equal(again.restore("stages", 1, 3, {"params": like(x)})["params"], x)
+        except CheckpointDamaged:
+            noticed += 1
+        again.close()
+        path.write_bytes(before)
+    assert noticed > 50
+
+
+def test_a_changed_record_is_noticed(tmp_path):
+    kept = Checkpoints(tmp_path, async_save=False)
+    kept.save("stages", 1, 3, {"params": tree()}, {"positions": {"evals.csv": 1234}})
+    path = kept.path("stages", 1, 3) / "progress" / "metadata"
+    path.write_text(path.read_text().replace("1234", "1235"))
+    with pytest.raises(CheckpointDamaged, match="its record does not match its hash"):
+        kept.progress("stages", 1, 3)
+    kept.close()
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_a_read_error_is_tried_again_and_then_stops_the_run(saved, monkeypatch, capsys, failures):
+    """It is not damage: everything stays in place."""
+    place = ocp.checkpoint_manager.CheckpointManager
+    restore, calls = place.restore, []
+
+    def failing(self, *args, **more):
+        calls.append(args)
+        if len(calls) <= failures:
+            raise OSError(5, "Input/output error")
+        return restore(self, *args, **more)
+
+    monkeypatch.setattr(place, "restore", failing)
+    if failures == 1:
+        assert saved.newest(reader(saved))[0] == 22
+    else:
+        with pytest.raises(OSError, match="/steps/2000000002 cannot be read .*Input/output error"):
+            saved.newest(reader(saved))
+        assert len(calls) == 3
+    assert (
+        "steps/2000000002: [Errno 5] Input/output error; reading again" in capsys.readouterr().err
+    )
+    assert len(saved.found()) == 4 and not (saved.folder / "damaged").exists()
+
+
+def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "describe_arrays", checkpoint.tree_shapes)
+        patched.setattr(checkpoint.files, "add_hash", dict)
+        kept = Checkpoints(tmp_path, async_save=False)
+        kept.save("stages", 1, 3, {"params": tree(1)}, {})
+    assert equal(kept.restore("stages", 1, 3, {"params": like(tree())})["params"], tree(1))
+    assert "of an older version, without checksums: unverified" in capsys.readouterr().err
+    kept.close()
+
+
+def test_arrays_are_verified_before_they_are_cast(tmp_path):
+    kept = Checkpoints(tmp_path, async_save=False)
+    kept.save("stages", 1, 3, {"params": {"x": placed(np.float32([0, 1, 2**-20, 3]), 1)}}, {})
+    half = {"x": jax.ShapeDtypeStruct((4,), jnp.bfloat16, sharding=tree()["n"].sharding)}
+    found = kept.restore("stages", 1, 3, {"params": half})["params"]["x"]
+    assert found.dtype == jnp.bfloat16 and np.array_equal(found, [0, 1, 2**-20, 3])
+    kept.close()
+
+
+def test_what_is_on_disk_is_reported_and_steps_of_ended_stages_are_removed(tmp_path):
+    names: list = []
+    kept = Checkpoints(tmp_path, on_saved=lambda *name: names.append(name))
+    kept.save("steps", 1, 2, {"params": tree()}, {})
+    assert names == []  # not known to be complete
+    kept.save("stages", 1, 4, {"params": tree()}, {})
+    assert names == [(1, 2, "steps")]
+    kept.wait()
+    assert names == [(1, 2, "steps"), (1, 4, "stages")]
+    kept.save("steps", 2, 2, {"params": tree()}, {})
+    kept.wait()
+    kept.remove_steps(1)
+    assert kept.found() == [(2, 2, "steps"), (1, 4, "stages")]
+    kept.move_all(tmp_path / "old")
+    assert kept.found() == [] and (tmp_path / "old" / "stages" / str(10**9 + 4)).is_dir()
+    kept.close()
 
 
 def test_damage_inside_the_first_stage_starts_the_run_again(tmp_path):

@@ -1,6 +1,5 @@
 """Fingerprints change with every input of a run, and with nothing else."""
 
-import dataclasses
 import types
 
 import numpy as np
@@ -9,6 +8,7 @@ import run_helpers
 
 from cptjax.continual import fingerprints
 from cptjax.data.row_checks import CheckedRows
+from cptjax.types import Example
 
 
 @pytest.fixture
@@ -78,24 +78,20 @@ def test_a_large_file_is_hashed_in_pieces(tmp_path, monkeypatch):
     assert fingerprints.hash_path(path) != before
 
 
-@dataclasses.dataclass
-class Row:
-    id: str
-
-
 class Splits:
-    """Stands in for the loaded splits of a run: one split with these row ids."""
+    """Stands in for the loaded splits of a run: one split with these rows."""
 
-    def __init__(self, ids, dropped=()):
-        rows, kept = [Row(i) for i in ids], [i for i in range(len(ids)) if i not in dropped]
-        spec = types.SimpleNamespace(task="t", split="train", template="none")
-        checked = CheckedRows(rows, kept, np.ones(len(kept), np.int32))
+    def __init__(self, ids, answer="yes"):
+        turn = {"role": "user", "content": "Is it?"}
+        rows = [Example(i, [turn], answer) for i in ids]
+        spec = types.SimpleNamespace(task="t", split="train")
+        checked = CheckedRows(rows, range(len(rows)), np.ones(len(rows), np.int32))
         self.loaded_splits = lambda: [(spec, checked)]
 
 
-def test_rows_are_compared_by_number_and_id():
+def test_rows_are_compared_by_number_id_and_answer():
     hashes = [
-        fingerprints.row_hashes(Splits(*given))["rows of t train (none)"]
-        for given in (("abc",), ("abc",), ("abd",), ("abcd",), ("abc", (1,)))
+        fingerprints.row_hashes(Splits(*given))["rows of t train"]
+        for given in (("abc",), ("abc",), ("abd",), ("abcd",), ("abc", "no"))
     ]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4 and hashes[0].startswith("3 rows, ")

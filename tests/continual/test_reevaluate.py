@@ -40,6 +40,13 @@ def test_a_stage_is_evaluated_again_with_the_same_result_and_recorded_on_request
     ):
         with pytest.raises(ValueError, match=message):
             reevaluate.reevaluate_stage(c, tmp_path, **arguments)
+    for workdir, message in (
+        (tmp_path / "typo", "typo: expected the workdir of a run, with the config.json"),
+        ("", "--workdir is empty: expected a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reevaluate.reevaluate_stage(c, workdir)
+    assert not (tmp_path / "typo").exists()
     assert reevaluate.format_eval_rows(added).splitlines()[0].split() == list(
         reevaluate.PRINTED_COLUMNS
     )

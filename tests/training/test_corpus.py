@@ -50,6 +50,8 @@ def test_a_corpus_gives_its_correct_responses_and_grades_the_others(tmp_path):
             "finished": False,
         },  # it met its length limit
         {"id": "first/train/4", "response": "uncut", "reward": 1.0, "finished": True},
+        # It would be read as the end of a turn.
+        {"id": "first/train/5", "response": "a<|im_end|>", "reward": 1.0},
     ]
     want = {
         ("first/train/0", "kept"),
@@ -64,7 +66,7 @@ def test_a_corpus_gives_its_correct_responses_and_grades_the_others(tmp_path):
     provenance = {"model": "somebody"}
     assert origin == {
         **{"corpus": str(path), "provenance": provenance, "sha256": sha256},
-        **{"rows": 7, "answers": 4},
+        **{"rows": 8, "answers": 4},
     }
 
 

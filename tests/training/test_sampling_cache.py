@@ -70,10 +70,22 @@ def test_stopping_keeps_the_parts_and_other_settings_do_not(tmp_path):
 def test_a_file_of_other_settings_is_removed(tmp_path):
     path = tmp_path / "a.jsonl"
     assert not cache(path).is_complete()
-    sampling_cache.write_sampling_cost(path, WorkCost(), cache(path).fingerprint)
-    files.write_text(path, "")
+    sampling_cache.write_samples(path, "", WorkCost(), cache(path).fingerprint)
     assert cache(path).is_complete() and cache(path, eval={"limit": 3}).is_complete()
     assert not cache(path, train={"lr": 0.5}).is_complete() and not path.exists()
+
+
+def test_samples_that_were_changed_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    sampling_cache.write_samples(path, "{}\n", WorkCost(seen=8), cache(path).fingerprint)
+    cost = path.with_suffix(".cost.json")
+    path.write_text("[]\n")
+    with pytest.raises(ValueError, match="a.jsonl was changed since it was written; restore it"):
+        cache(path).is_complete()
+    path.write_text("{}\n")
+    cost.write_text(cost.read_text().replace("8", "9", 1))
+    with pytest.raises(ValueError, match="a.cost.json: its values differ from their sha256"):
+        cache(path).is_complete()
 
 
 @pytest.mark.parametrize("stop", ["killed", "sigterm"])

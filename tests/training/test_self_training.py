@@ -1,12 +1,16 @@
 """Self-SFT: windows of the policy's own correct responses."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import stage_fixtures
 from stage_fixtures import method_config
 
+from cptjax.common import console
 from cptjax.common.files import read_jsonl
+from cptjax.generation import generate
 from cptjax.tasks import rewards
 from cptjax.training import self_training
 
@@ -55,3 +59,24 @@ def test_an_own_response_is_trained_on_after_its_prompt(tmp_path):
         for item in items:
             response = decode([[int(t) for t in item.encoded.tokens[item.encoded.loss_mask]]])[0]
             assert any(row == item.row and response.startswith(text.strip()) for row, text in rows)
+
+
+def test_own_responses_that_spell_a_special_token_are_left_out(tmp_path, monkeypatch, capsys):
+    """Encoded again, they would be read as turns. Restarts read what the first pass wrote."""
+    sample = generate.sample_responses
+
+    def spelled(*args):
+        out = sample(*args)
+        texts = [f"<|im_end|>{t}" if i % 2 else t for i, t in enumerate(out.texts)]
+        return dataclasses.replace(out, texts=texts)
+
+    monkeypatch.setattr(generate, "sample_responses", spelled)
+    console.set_console_mode("plain")
+    with stage_fixtures.prepare_stage(method_config("self_sft", steps=1), tmp_path) as prepared:
+        examples = lambda: self_training.response_examples(prepared.ctx, prepared.params, 0)[0]
+        first = [(item.row, bytes(item.encoded.tokens)) for item in examples()]
+        self_training._read_responses.cache_clear()
+        assert [(item.row, bytes(item.encoded.tokens)) for item in examples()] == first
+    lines = read_jsonl(tmp_path / "corpus" / "stage1_step0.jsonl")
+    assert lines and not any("<|im_end|>" in line["response"] for line in lines)
+    assert re.search(r"; [1-9]\d* more spell a special token", capsys.readouterr().err)

@@ -4,11 +4,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from cptjax.common import console, run_log
+from cptjax.common import console, files, run_log
 from cptjax.evaluation import matrix, summary
 from cptjax.evaluation.report import charts, expect, words
 from cptjax.evaluation.report.read import (
@@ -67,9 +68,18 @@ def pretty_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
+def read_versions(path: Path) -> dict[str, Any]:
+    """Return the software of the newest start of a run, and the number of starts."""
+    if not path.is_file():
+        return {}
+    versions = files.read_json(path)
+    starts = versions.get("starts", [versions])
+    return {"starts": len(starts), **starts[-1]}
+
+
 def render_run_page(run: ReportRun) -> str:
     panels, other_panels = charts.training_panels(run)
-    versions = run.path / "versions.json"
+    versions = read_versions(run.path / "versions.json")
     return (
         jinja_environment()
         .get_template("run.html.jinja")
@@ -88,7 +98,7 @@ def render_run_page(run: ReportRun) -> str:
             panels=panels,
             other_panels=other_panels,
             gallery=rollout_gallery(run, GALLERY_GROUPS),
-            versions=versions.read_text(encoding="utf-8") if versions.exists() else "",
+            versions=pretty_json(versions) if versions else "",
             cost_rows=[
                 part
                 for part in run.summary["cost"]["parts"]
