@@ -77,11 +77,6 @@ def refuse_reserved_tokens(text: str, reserved: re.Pattern) -> str:
     return text
 
 
-def has_reserved_tokens(text: str) -> bool:
-    """Return whether a text spells a reserved token, as a sampled response may."""
-    return RESERVED_TOKENS.search(text) is not None
-
-
 def open_conversation_images(messages: Messages) -> list[dict[str, Any]]:
     """Return the conversation with its images opened, and the frames of videos given as lists."""
 

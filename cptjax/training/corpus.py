@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cptjax.common import console, files
-from cptjax.data.conversation import has_reserved_tokens
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.tasks.prompted_task import PromptedTask
@@ -71,8 +70,9 @@ def load_corpus(
         ]
     else:
         pairs = _correct_responses(path, lines, responses, sources, prompted_tasks)
-    usable = [pair for pair in dict.fromkeys(pairs) if not has_reserved_tokens(pair[2])]
-    if reserved := len(dict.fromkeys(pairs)) - len(usable):
+    pairs, reserved_tokens = list(dict.fromkeys(pairs)), model_ctx.processor.reserved
+    usable = [pair for pair in pairs if not reserved_tokens.search(pair[2])]
+    if reserved := len(pairs) - len(usable):
         console.print_message(f"{path}: {reserved} responses spell a special token: left out")
     pairs = usable
     if not pairs:

@@ -19,7 +19,6 @@ import numpy as np
 from cptjax import sharding
 from cptjax.common import console, distributed, files
 from cptjax.common.shuffle import permutation
-from cptjax.data.conversation import has_reserved_tokens
 from cptjax.data.cost import WorkCost, sampling_cost
 from cptjax.data.device_batches import batch_slices, pad_to_shards
 from cptjax.data.mixture import RowRef, component_at, component_counts
@@ -156,8 +155,9 @@ def _sample_window(
 
     # When encoded again, a text may have other tokens than the sampled ones. Two more tokens end
     # the turn and its line.
-    ids = builder.model_ctx.processor.ids
-    usable = [(i, text) for i, text in correct if not has_reserved_tokens(text)]
+    processor = builder.model_ctx.processor
+    ids = processor.ids
+    usable = [(i, text) for i, text in correct if not processor.reserved.search(text)]
     measured = [(*local[i], text, len(items[i].encoded) + len(ids(text)) + 2) for i, text in usable]
     reserved = sum(distributed.gather_objects(len(correct) - len(usable)))
     measured = distributed.concat_lists(distributed.gather_objects(measured))
