@@ -58,7 +58,8 @@ def get_config() -> ConfigDict:
         workers=0,  # processes that decode images; 0 = the main process
         prefetch=2,  # batches
         pack=False,  # SFT: put several conversations into one row
-        template="cot",  # cot | boxed | direct | letter | answer | none | path.jinja
+        # cot | boxed | direct | letter | answer | none | released_cot | released_nocot | path.jinja
+        template="cot",
         weights=(),  # sampling weights of a stage's tasks if it has several; () = by size
     ))  # fmt: skip
 

@@ -223,7 +223,7 @@ def evaluate_task(
     examples = [eval_prompts.scored[i] for i in own_rows for _ in range(sampling.group)]
     predictions = responses
     if judge:
-        questions = [example.meta["prompt"] for example in examples]
+        questions = [judged_prompt(example) for example in examples]
         predictions, judge_cost = judge(questions, responses, [e.id for e in examples])
         cost += judge_cost
 
@@ -273,6 +273,16 @@ def summarise_samples(
         run_log.ACCURACY: summaries.mean_metric(np.mean(scores, 1)),
         f"pass@{samples}": summaries.mean_metric(np.max(scores, 1)),
     }
+
+
+def judged_prompt(example: Example) -> str:
+    """Return the text that a judge reads as the request."""
+    if not isinstance(prompt := example.meta.get("prompt"), str):
+        raise ValueError(
+            f"{example.id}: a judge reads the request in the column `prompt`, "
+            f"got {', '.join(map(str, example.meta)) or 'no columns'}"
+        )
+    return prompt
 
 
 def eval_rows(

@@ -163,12 +163,14 @@ class RunTables:
     metrics_lines: list[dict[str, Any]]  # of metrics.jsonl
     # by stage, for the stages that `count_run_transitions` compares
     prediction_scores: dict[int, dict[tuple[str, str], float]]
+    scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of `collect_scores`
 
 
 def load_run_tables(workdir: Path | str) -> RunTables:
     """Load the result files of a finished, running or crashed run."""
     config = load_config(workdir)
-    table = load_accuracy_table(workdir, config)
+    rows = run_log.read_evals(Path(workdir) / "evals.csv")
+    table = build_accuracy_table(rows, tasks_by_stage(config), **evaluation_fields(config))
     compared = {0, table.final, *(table.last(task) for task in table.old())}
     return RunTables(
         Path(workdir),
@@ -176,7 +178,35 @@ def load_run_tables(workdir: Path | str) -> RunTables:
         table,
         files.read_jsonl(Path(workdir) / "metrics.jsonl"),
         {stage: read_prediction_scores(workdir, stage) for stage in sorted(compared)},
+        collect_scores(rows, table.final),
     )
+
+
+def collect_scores(rows: Iterable[Mapping[str, Any]], final: int) -> list[dict[str, Any]]:
+    """Return every metric of every scorer on every task, for the base model and after stage S.
+
+    A metric that was not measured there is None. The order is that of evals.csv.
+    """
+    left_out = (run_log.ACCURACY_MINI, run_log.KL_BASE)
+    scores: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        if row["metric"] in left_out or row["stage"] not in (0, final):
+            continue
+        key = tuple(row.get(name) for name in ("task", "template", "scorer", "metric"))
+        score = scores.setdefault(
+            key,
+            {
+                **dict(zip(("task", "template", "scorer", "metric"), key, strict=True)),
+                "base": None,
+                "final": None,
+            },
+        )
+        score["n"] = row["n"]
+        if row["stage"] == 0:
+            score["base"] = row["value"]
+        if row["stage"] == final:
+            score["final"] = row["value"]
+    return list(scores.values())
 
 
 def count_run_transitions(tables: RunTables) -> dict[str, Any]:

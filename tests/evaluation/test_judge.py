@@ -41,11 +41,9 @@ def pool():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def model():
     console.set_console_mode("silent")
-    path = tmp_path_factory.mktemp("judge") / "tiny"
-    cptjax.save(cptjax.load("tiny", dtype="float32"), path)
-    return path
+    return cptjax.load("tiny", dtype="float32")
 
 
 def refused(verdicts):
@@ -87,13 +85,16 @@ def test_a_task_without_a_usable_judge_is_refused_before_step_0(user, pool):
         make(judge=f"{user}:refuses").compute_rewards(["a"], [])
 
 
-def test_a_model_judges_in_batches_and_its_verdicts_keep_their_rows(folder, monkeypatch):
+def test_a_model_judges_in_batches_and_its_verdicts_keep_their_rows(model, tmp_path, monkeypatch):
+    cptjax.save(model, tmp_path / "tiny")
     config = base.get_config()
     config.eval.batch = 2
-    model_judge = judge.open_judge(str(folder), config, None)
-    # Random weights write no verdict.
-    with pytest.raises(ValueError, match=r"expected verdicts of the form .*, got none among 3;"):
-        model_judge(PROMPTS, RESPONSES, IDS)
+    model_judge = judge.open_judge(str(tmp_path / "tiny"), config, None)
+    with monkeypatch.context() as short:  # random weights write no verdict
+        short.setattr(judged, "JUDGE_QUESTION", "{prompt} {response}")
+        short.setattr(judged, "VERDICT_INSTRUCTION", "")
+        with pytest.raises(ValueError, match=r"expected verdicts of the form .*, got none among 3"):
+            model_judge(PROMPTS, RESPONSES, IDS)
     seen = []
 
     def sample(ctx, weights, encoded, key, rows, sampling, limits):
@@ -114,8 +115,8 @@ def test_a_folder_without_a_model_is_one_line(tmp_path):
         judge.open_judge(str(tmp_path), base.get_config(), None)(PROMPTS, RESPONSES, IDS)
 
 
-def test_wildguards_own_prompt_is_used_for_wildguard(folder):
-    processor = cptjax.load("tiny", dtype="float32").processor
+def test_wildguards_own_prompt_is_used_for_wildguard(model):
+    processor = model.processor
     encoded = judge._encode_for_wildguard(processor, "p?", "r!")
     text = processor.decode([encoded.tokens])[0]
     assert "Human user:\np?\n\nAI assistant:\nr!\n\n---\n\nAnswers: [/INST]" in text

@@ -48,6 +48,13 @@ def test_think_then_box(response, good):
     assert thinks_then_boxes(response) == good
 
 
+def test_rlvr_ifeval_is_a_reward():
+    reward = rewards.find_reward("rlvr_ifeval", load_template("none"), find_scorer("exact"))
+    row = {"func_name": "verify_paragraph_count", "N": 2}
+    found = parts(reward, ["a\n* * *\nb", "a\n***\nb", ""], [row] * 3)
+    assert [p["reward"] for p in found] == [1.0, 0.0, 0.0]
+
+
 def test_think_then_box_is_the_pattern_of_the_paper():
     pattern, rng = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL), random.Random(0)
     pieces, seen = ["<think>", "</think>", "\\boxed{", "}", "x", "\n", " <", "think>"], set()

@@ -48,6 +48,7 @@ def jinja_environment() -> jinja2.Environment:
     environment.filters |= {
         "percent": words.format_percent,
         "points": words.format_points,
+        "score": words.format_score,
         "amount": words.format_amount,
         "duration": console.format_duration,
     }

@@ -63,6 +63,13 @@ def format_metric(name: str, value: float | None) -> str:
     return (format_percent if name in LEVEL_METRICS else format_points)(value)
 
 
+def format_score(value: float | None) -> str:
+    """Format a metric of a scorer: a share with three decimals, or points such as MME's."""
+    if not is_known(value):
+        return "–"
+    return f"{value:.1f}" if abs(value) > 2 else f"{value:.3f}"
+
+
 def metric_title(name: str) -> str:
     """Return the heading of a metric; groups keep their names from the config."""
     group = name.removesuffix("_forced")

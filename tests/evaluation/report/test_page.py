@@ -45,6 +45,20 @@ def test_the_page_of_a_finished_run_shows_its_numbers(tmp_path):
     ]
 
 
+def test_the_page_names_the_scorer_of_each_number(tmp_path):
+    workdir = make_run(tmp_path / "grpo")
+    log = run_log.RunLog(workdir)
+    row = eval_row(0, "base", "colour", 0.5, metric="mme/perception") | {
+        "scorer": "mme@1=lmms-eval"
+    }
+    log.evals([row | {"value": 1234.5}])
+    log.close()
+    text = write_page(workdir)
+    assert "How each task is scored" in text and "mme@1=lmms-eval" in text and "1234.5" in text
+    (score,) = [s for s in summary.load_run_tables(workdir).scores if s["metric"][:3] == "mme"]
+    assert (score["base"], score["final"], score["template"]) == (1234.5, None, "answer")
+
+
 def test_the_page_needs_no_network(tmp_path):
     text = write_page(make_run(tmp_path / "a", "sft_bare"), make_run(tmp_path / "b", "grpo"))
     assert (

@@ -109,7 +109,7 @@ def test_the_synthetic_jigsaw_states_its_answers_too(capsys):
     task = BUILT_IN_TASKS["synthetic_jigsaw"]
     for prompt in prompts_of(task, task.load("test", limit=1)[0]).values():
         assert re.search(ANSWER_SPACES["jigsaw"], prompt, re.DOTALL)
-    assert "generated images, not photographs" in capsys.readouterr().out
+    assert "generated images, not photographs" in capsys.readouterr().err
 
 
 def test_a_users_template_has_the_instruction_as_a_variable(tmp_path):
