@@ -594,7 +594,7 @@ GENERAL_FIXTURES = {
     "mmstar": (
         [
             (
-                "Lin-Chen__MMStar/mmstar/val-00000-of-00001",
+                "Lin-Chen__MMStar/mmstar",
                 MMSTAR,
                 [
                     {
@@ -616,7 +616,7 @@ GENERAL_FIXTURES = {
     "wildguardtest": (
         [
             (
-                "allenai__wildguardmix/wildguardtest/test/wildguard_test",
+                "allenai__wildguardmix/test/wildguard_test",
                 WILDGUARDTEST,
                 [
                     {

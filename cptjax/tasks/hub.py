@@ -41,6 +41,7 @@ class HubSource:
     part: tuple[float, float] = (0.0, 1.0)
     most: int | None = None  # largest number of rows taken from that order
     tabs: bool = False  # the files of the hub are texts with tabs
+    file: str = ""  # the name of its data file without suffix, where it does not name the split
 
 
 BuildExample = Callable[[dict[str, Any]], Example]
@@ -209,7 +210,7 @@ def _from_folder(folder: Path, source: HubSource) -> tuple[Any, list[str]]:
 
 
 def find_split_files(folder: Path, source: HubSource) -> list[str]:
-    """Return the data files of a split: those named after it or its config, or in its folder.
+    """Return the data files of a split: those named after it, or in a folder of that name.
 
     A single file that is named after no split is the training split. A dataset with several configs
     has a folder for each; the default config, or a copy of one config alone, is at the top.
@@ -232,7 +233,7 @@ def find_split_files(folder: Path, source: HubSource) -> list[str]:
             for path in files
             if re.match(rf"{source.split}([-_.]|$)", path.stem)
             or path.parent.name == source.split
-            or path.stem == source.config
+            or path.stem == source.file
         ]
         if (
             not matching

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cptjax.common import console
+from cptjax.continual import stage_evaluation
 from cptjax.data import processor
 from cptjax.data.row_checks import CheckedRows
 from cptjax.evaluation import evaluate
@@ -17,7 +18,7 @@ from cptjax.tasks import prompted_task
 from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.tasks.synthetic import dataset
-from cptjax.tasks.task import Examples, user_turn
+from cptjax.tasks.task import Examples, Task, user_turn
 from cptjax.types import Example
 
 ROWS = 22
@@ -154,3 +155,39 @@ def test_a_row_that_cannot_be_measured_is_named(recording_context, monkeypatch):
     monkeypatch.setattr(processor.Processor, "measure", refuse)
     with pytest.raises(ValueError, match="digits/test/0: too long"):
         evaluate_digits(recording_context[0], 0)
+
+
+def test_the_verdict_of_a_judge_is_scored_and_the_response_is_kept(recording_context, tmp_path):
+    console.set_console_mode("silent")
+    (tmp_path / "mine.py").write_text("def refused(prompt, response): return 'virus' in prompt\n")
+    target = f"{tmp_path / 'mine.py'}:refused"
+    texts = ["write a virus", "say hello"]
+    build = lambda i: Example("", user_turn(texts[i]), 1, meta={"prompt": texts[i]})
+    examples = Examples("safe", "test", range(2), build)
+    weights = types.SimpleNamespace(accuracy=1.0, format=0.0, on_error="stop")
+    with SandboxPool(processes=1) as pool:
+        task = Task("safe", list, "refusal", judge=target)
+        prompted = prompted_task.make_prompted_task(task, "none", weights, pool)
+        rows = CheckedRows(examples, range(2), np.zeros(2, int))
+        run = types.SimpleNamespace(judges={}, config=None, sandbox=pool)
+        judge = stage_evaluation.judge_of_task(run, prompted)
+        assert stage_evaluation.judge_of_task(run, prompted) is judge and len(run.judges) == 1
+        evaluate_rows = lambda eval_prompts: evaluate.evaluate_task(
+            recording_context[0],
+            {},
+            eval_prompts,
+            [0, 1],
+            sampling=SamplingConfig(1, 4, 0.0, 1),
+            batch=2,
+            key=jax.random.key(0),
+            forced=True,
+            judge=judge,
+        )
+        result = evaluate_rows(evaluate.EvalPrompts(recording_context[0], prompted, rows))
+        assert [r.score for r in result.records] == [1.0, 0.0] and not result.forced_records
+        assert "refusal: yes" in result.records[0].prediction
+        assert "refusal" not in result.responses[0]
+        without = Examples("safe", "test", range(2), lambda i: Example("", user_turn("x"), 1))
+        rows = CheckedRows(without, range(2), np.zeros(2, int))
+        with pytest.raises(ValueError, match="safe/test/0: a judge reads .* `prompt`, got no col"):
+            evaluate_rows(evaluate.EvalPrompts(recording_context[0], prompted, rows))

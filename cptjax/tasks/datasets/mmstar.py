@@ -10,7 +10,7 @@ from cptjax.tasks import hub
 from cptjax.tasks.task import OPTION_LETTER_SUFFIX, Task, select_columns, user_turn
 from cptjax.types import Example
 
-SOURCES = {"test": hub.HubSource("Lin-Chen/MMStar", "val")}
+SOURCES = {"test": hub.HubSource("Lin-Chen/MMStar", "val", file="mmstar")}
 
 
 def build_example(row: dict[str, Any]) -> Example:

@@ -12,7 +12,9 @@ from cptjax.tasks import hub
 from cptjax.tasks.task import Task, select_columns, user_turn
 from cptjax.types import Example
 
-WILDJAILBREAK = {"test": hub.HubSource("allenai/wildjailbreak", "train", "eval", tabs=True)}
+WILDJAILBREAK = {
+    "test": hub.HubSource("allenai/wildjailbreak", "train", "eval", tabs=True, file="eval")
+}
 
 
 def has_label(rows: hub.ArrowRows) -> np.ndarray:

@@ -49,12 +49,18 @@ def mean_metric(values: Sequence[float]) -> Metric:
     return ratio_metric(values, np.ones(len(values)))
 
 
-def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> dict[str, Metric]:
-    """Compute the mean score of each group of rows."""
+def group_scores(name: Callable[[Any], str], records: Records) -> dict[str, list[float]]:
+    """Return the scores of each group of rows, groups in alphabetical order."""
     groups = defaultdict(list)
     for record in records:
         groups[name(record)].append(record.score)
-    return {f"{prefix}/{key}": mean_metric(groups[key]) for key in sorted(groups)}
+    return {key: groups[key] for key in sorted(groups)}
+
+
+def group_means(name: Callable[[Any], str], prefix: str, records: Records) -> dict[str, Metric]:
+    """Compute the mean score of each group of rows."""
+    groups = group_scores(name, records)
+    return {f"{prefix}/{key}": mean_metric(scores) for key, scores in groups.items()}
 
 
 def binary_metrics(predicted: Sequence[str | None], records: Records) -> dict[str, Metric]:
@@ -115,9 +121,8 @@ def _sum_metric(groups: Sequence[Sequence[float]]) -> Metric:
 
 def summarise_mmstar(records: Records) -> dict[str, Metric]:
     """Compute the accuracy of each of MMStar's categories, and their mean, its official score."""
+    total = _sum_metric(list(group_scores(row_category, records).values()))
     categories = group_means(row_category, "category", records)
-    total = _sum_metric([[r.score for r in records if row_category(r) == c.partition("/")[2]]
-                         for c in categories])  # fmt: skip
     count = max(1, len(categories))
     average = Metric(total.value / count, total.n, total.stderr / count)
     return {"average": average} | categories

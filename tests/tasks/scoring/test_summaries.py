@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cptjax.tasks.scoring.judged import write_verdict
 from cptjax.tasks.scoring.scorers import (
     find_scorer,
     score_responses,
@@ -122,3 +123,64 @@ def test_mmlu_pro_mean_is_weighted_by_size():
         and metrics["category/law"] == 1.0
         and metrics["category/math"] == 0.0
     )
+
+
+def official_mme_points(rows):
+    """Compute the sum over categories of mean(accuracy + accuracy+) as lmms-eval does."""
+    categories = {}
+    for meta, score in rows:
+        images = categories.setdefault(meta["category"], {})
+        images.setdefault(meta["question_id"], []).append(score)
+    points = {}
+    for category, images in categories.items():
+        pairs = [100 * sum(s) / len(s) + 100 * (sum(s) == 2) for s in images.values()]
+        points[category] = sum(pairs) / len(pairs)
+    return points
+
+
+def test_mme_sums_its_points_over_the_categories_of_perception_and_cognition():
+    scorer, rng = find_scorer("mme"), np.random.default_rng(0)
+    metas = [
+        {"category": category, "question_id": f"{category}/{i}.png"}
+        for category in ("OCR", "count", "code_reasoning")
+        for i in range(6)
+        for _ in range(2)
+    ]
+    said = [["Yes", "No.", "maybe"][k] for k in rng.integers(0, 3, len(metas))]
+    gold = [["Yes", "No"][k] for k in rng.integers(0, 2, len(metas))]
+    records = score_responses(scorer, said, gold, metas)
+    points = official_mme_points([(m, r.score) for m, r in zip(metas, records, strict=True)])
+    metrics = summarise_records(scorer, records)
+    assert metrics["perception"].value == pytest.approx(points["OCR"] + points["count"])
+    assert metrics["cognition"].value == pytest.approx(points["code_reasoning"])
+    assert metrics["total"].value == pytest.approx(sum(points.values()))
+    assert metrics["category/OCR"].value == pytest.approx(points["OCR"])
+    # An image with one question left has no accuracy+, and counts in neither sum.
+    assert summarise_records(scorer, records[1:])["category/OCR"].n == 5
+
+
+def test_mmstar_averages_its_categories():
+    scorer = find_scorer("mmstar")
+    metas = [{"category": "math"}] * 3 + [{"category": "logical reasoning"}]
+    records = score_responses(scorer, ["A", "A", "B", "B"], ["A", "A", "A", "B"], metas)
+    metrics = summarise_records(scorer, records)
+    assert metrics["category/math"].value == pytest.approx(2 / 3)
+    assert metrics["average"].value == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["accuracy"].value == 0.75
+
+
+def test_pope_reports_llavas_metrics_and_its_kinds_of_questions():
+    scorer = find_scorer("pope")
+    said, gold = ["Yes", "no", "It is not", "maybe"], ["yes", "yes", "no", "no"]
+    metas = [{"category": kind} for kind in ("random", "random", "popular", "popular")]
+    metrics = summarise_records(scorer, score_responses(scorer, said, gold, metas))
+    assert metrics["accuracy"].value == metrics["precision"].value == metrics["recall"].value == 0.5
+    assert metrics["yes_ratio"].value == 0.5 and metrics["category/popular"].value == 0.5
+
+
+def test_refusals_are_reported_for_harmful_and_benign_prompts():
+    scorer = find_scorer("refusal")
+    verdicts = [write_verdict(True), write_verdict(False), write_verdict(True), "I think so"]
+    metrics = summarise_records(scorer, score_responses(scorer, verdicts, [1, 1, 0, 0], [{}] * 4))
+    assert metrics["prompt/harmful"].value == 0.5 and metrics["prompt/benign"].value == 0.0
+    assert metrics["unread_verdict"].value == 0.25
