@@ -18,12 +18,14 @@ SENTENCE_STARTERS = set(
     "some such that the their then there these they this those to two until was we were what when "
     "where which while who why will with would yes you your".split()
 )
-# A mark that may end a sentence, with closing quotes and brackets; then space and the next word,
-# or another mark, which begins the next piece.
+CLOSERS = "\"')]}‘’“”«»"
+# A mark that may end a sentence, with what closes it; then space and the next word, or the end, or
+# a mark that begins the next sentence without a space.
 BOUNDARY = re.compile(
-    r"(?P<mark>(?<![.!?])[.!?]+)"
-    r"(?:[\"')\]}]*(?:\s+(?P<next>\S)|\s*\Z)|(?=[\";*:@({\[])(?P<joined>\S))"
+    rf"(?P<mark>(?<![.!?])[.!?]+)(?:[{re.escape(CLOSERS)}]*(?:\s+(?P<next>\S)|(?P<end>\s*\Z))"
+    r"|(?=[\"'*@({\[‘“]|(?<=[!?])[:;])(?P<joined>\S))"
 )
+MARK_INSIDE = re.compile(rf"[^.][.!?][*!?:;{re.escape(CLOSERS)}]")
 LAST_WORD = re.compile(r"\S+\Z")
 # Longest word that can matter before a period; bounds the search backwards.
 WORD_WINDOW = 40
@@ -51,19 +53,29 @@ def count_sentences(text: str) -> int:
             continue
         stop = boundary.start("next") if boundary["next"] else boundary.end()
         stop = boundary.start("joined") if boundary["joined"] else stop
-        count += bool(text[start:stop].strip())
+        count += _has_words(text[start:stop])
         start = stop
-    return count + bool(text[start:].strip())
+    return count + _has_words(text[start:]) + bool(re.search(r"[!?]{2}\s*\Z", text))
+
+
+def _has_words(piece: str) -> bool:
+    """Return whether a piece is a sentence, not the quotes and brackets that close another."""
+    return bool(piece.strip().strip(CLOSERS))
 
 
 def _ends_sentence(text: str, boundary: re.Match) -> bool:
     mark = boundary["mark"]
-    if "!" in mark or "?" in mark or not boundary["next"]:
+    if "!" in mark or "?" in mark or boundary["end"] is not None:
         return True
-    following = re.match(r"[\w']{0,40}", text[boundary.start("next") :][:WORD_WINDOW])[0]
+    if boundary["joined"]:
+        return len(mark) == 1
+    ahead = text[boundary.start("next") :][:WORD_WINDOW].split(maxsplit=1)[0]
+    if MARK_INSIDE.search(ahead):  # a quirk of punkt: it sees the end of the next sentence
+        return True
+    following = re.match(r"[\w']*", ahead)[0]
     window = text[max(0, boundary.start() - WORD_WINDOW) : boundary.start()]
     word = (LAST_WORD.search(window) or [""])[0].lstrip("\"'([{*")
-    if word.isdigit():
+    if word.isdigit() or (len(word) == 1 and word.islower()):
         return not following[:1].islower()
     is_initial = len(word) == 1 and word.isupper()
     if len(mark) > 1 or is_initial or word.lower() in ABBREVIATIONS:

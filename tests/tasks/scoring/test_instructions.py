@@ -170,6 +170,8 @@ def test_all_checks_agree_with_a_second_statement_of_the_original():
         ('He said "Go." Then he left. (Really!)', 3),
         ("Stop!!! Now", 2),
         ("no end", 1),
+        ("What?! No!!", 3),  # punkt's quirk: a last mark of several is a sentence of its own
+        ('Done.** Next* "', 2),
         ("1. apples 2. pears", 1),
         (" \n", 0),
     ],
