@@ -1,6 +1,6 @@
 r"""Prompt templates: the instruction around a row's text, and how to read the answer.
 
-A template is a jinja file. In it, `content` is the text of the row, `instruction` is the task's
+A template is a jinja file. In it, `content` is the text of the row, `answer_instruction` the task's
 statement of which answers are accepted ("" if it has none), and the row's columns are variables.
 All built-in templates contain both texts. `released_cot` and `released_nocot` are worded as in the
 released code of arXiv 2507.05386. Constants at the top say how to read the responses:
@@ -10,7 +10,7 @@ released code of arXiv 2507.05386. Constants at the top say how to read the resp
     {% set forced_prefix = "\\boxed{" %}   a forced start of the response, for evaluation
     {% set forced_extract = "boxed" %}     `extract` for forced_prefix + completion
     {{ content }}
-    {{ instruction }}
+    {{ answer_instruction }}
     Write the final answer inside \boxed{}.
 
 Without `extract`, the answer is the whole response; without `forced_extract`, it is `extract`. A
@@ -55,10 +55,10 @@ class PromptTemplate:
     forced_extract: str
 
     def render(
-        self, content: str, columns: Mapping[str, Any] | None = None, instruction: str = ""
+        self, content: str, columns: Mapping[str, Any] | None = None, answer_instruction: str = ""
     ) -> str:
         """Return the text of the prompt; placeholders such as <image> in `content` are kept."""
-        own = {"content": content, "instruction": instruction}
+        own = {"content": content, "answer_instruction": answer_instruction}
         try:
             text = _compile_template(self.source).render({**(columns or {}), **own})
         except jinja2.UndefinedError as error:

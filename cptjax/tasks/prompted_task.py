@@ -35,7 +35,8 @@ class PromptedTask:
     def build_prompt(self, example: Example) -> list[dict[str, Any]]:
         """Return an example's conversation with the instructions in the last turn."""
         *before, last = example.messages
-        instructions = filter(None, [example.meta.get("instruction"), self.task.instruction])
+        of_row = example.meta.get("answer_instruction")
+        instructions = filter(None, [of_row, self.task.answer_instruction])
         text = self.template.render(
             content_text(last["content"]), example.meta, "\n".join(instructions)
         )

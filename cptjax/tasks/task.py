@@ -35,8 +35,8 @@ class Task:
     template: str = ""  # "" = the config's
     extraction: str = ""  # "" = the template's
     # which answers the scorer accepts, such as "a single word or phrase"; in the prompt under every
-    # template, after the row's own meta["instruction"]
-    instruction: str = ""
+    # template, after the row's own meta["answer_instruction"]
+    answer_instruction: str = ""
     # the start of a response that evaluation can force, to score knowledge apart from format;
     # "" = the template's
     forced_prefix: str = ""
@@ -201,7 +201,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def refuse_old_name(setting: str, name: str) -> None:
     """Raise a ValueError that gives the new name of an old task or setting."""
-    renamed = {"direct_suffix": "instruction"}
+    renamed = {"direct_suffix": "answer_instruction"}
     if re.fullmatch(r"drawn(_\w+)?", name):
         renamed[name] = name.replace("drawn", "synthetic", 1)
     if new := renamed.get(name):

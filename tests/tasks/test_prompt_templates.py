@@ -96,7 +96,7 @@ def test_content_is_text_not_a_template():
     [
         (
             "{{ content }} {{ hnt }}",
-            r"mine\.jinja: 'hnt' is undefined; the row has content, instruction, hint",
+            r"mine\.jinja: 'hnt' is undefined; the row has content, answer_instruction, hint",
         ),
         ("{{ content.__class__.__mro__ }}", r"mine\.jinja: access to attribute '__class__'"),
         ("{% for i in range(10**9) %}x{% endfor %}", r"mine\.jinja: Range too big"),

@@ -18,16 +18,18 @@ def prompted(template, /, **fields):
 
 
 def test_the_instruction_of_the_task_is_in_every_prompt_and_the_image_keeps_its_place():
-    (turn,) = prompted("direct", instruction="Be short.").build_prompt(EXAMPLE)
+    (turn,) = prompted("direct", answer_instruction="Be short.").build_prompt(EXAMPLE)
     assert turn["content"] == [
         {"type": "image", "image": "a.png"},
         {"type": "text", "text": "What?\nBe short."},
     ]
-    (turn,) = prompted("boxed", instruction="Be short.").build_prompt(EXAMPLE)
+    (turn,) = prompted("boxed", answer_instruction="Be short.").build_prompt(EXAMPLE)
     text = turn["content"][1]["text"]
     assert text.startswith("What?\nBe short.\n") and "\\boxed{}" in text
-    row = dataclasses.replace(EXAMPLE, meta={"instruction": "A letter."})
-    (turn,) = prompted("cot", instruction="Be short.").build_prompt(row)
+    row = dataclasses.replace(
+        EXAMPLE, meta={"answer_instruction": "A letter.", "instruction": "a column"}
+    )
+    (turn,) = prompted("cot", answer_instruction="Be short.").build_prompt(row)
     assert turn["content"][1]["text"].startswith("What?\nA letter.\nBe short.\nReason first")
 
 

@@ -73,11 +73,11 @@ def test_resolve_prefers_the_config_and_names_the_nearest():
                 "task": "textvqa",
                 "ocr": True,
                 "scorer": "contains",
-                "instruction": "Short.",
+                "answer_instruction": "Short.",
             }
         },
     )
-    assert (own.name, own.scorer, own.instruction) == ("textvqa", "contains", "Short.")
+    assert (own.name, own.scorer, own.answer_instruction) == ("textvqa", "contains", "Short.")
     assert resolve_task("pope").scorer == "pope"
     with pytest.raises(ValueError, match="no task 'textvqq'; did you mean 'textvqa'"):
         resolve_task("textvqq")

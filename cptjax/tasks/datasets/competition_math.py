@@ -41,7 +41,11 @@ def build_paper_c_example(row: dict[str, Any]) -> Example:
 
 def make_task(name: str = "math", paper_c: bool = False, **fields: Any) -> Task:
     if paper_c:
-        own = {"scorer": "retain_math", "template": "none", "instruction": PAPER_C_INSTRUCTION}
+        own = {
+            "scorer": "retain_math",
+            "template": "none",
+            "answer_instruction": PAPER_C_INSTRUCTION,
+        }
         return hub.make_hub_task(name, SOURCES, build_paper_c_example, **{**own, **fields})
-    own = {"scorer": "math", "instruction": INSTRUCTION}
+    own = {"scorer": "math", "answer_instruction": INSTRUCTION}
     return hub.make_hub_task(name, SOURCES, build_example, **{**own, **fields})

@@ -126,11 +126,11 @@ def make_task(
         if synthetic
         else functools.partial(hub.load_hub_split, name, sources, build_example)
     )
-    own = {"scorer": "countdown", "instruction": INSTRUCTION}
+    own = {"scorer": "countdown", "answer_instruction": INSTRUCTION}
     if paper_c:
         own = {
             "scorer": "retain_countdown",
-            "instruction": PAPER_C_INSTRUCTION,
+            "answer_instruction": PAPER_C_INSTRUCTION,
             "template": "none",
         }
     return Task(name, load, **{**own, **fields})

@@ -27,5 +27,5 @@ def make_task(name: str = "geometry3k", scorer: str = "math", **fields: Any) -> 
         SOURCES,
         build_example,
         scorer,
-        **{"instruction": SHORT_ANSWER_SUFFIX, "also": ("mathruler_parity",), **fields},
+        **{"answer_instruction": SHORT_ANSWER_SUFFIX, "also": ("mathruler_parity",), **fields},
     )

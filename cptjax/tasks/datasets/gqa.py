@@ -88,7 +88,7 @@ def make_task(
     own = {
         "scorer": "exact_match",
         "also": ("gqa_strict",),
-        "instruction": SHORT_ANSWER_SUFFIX,
+        "answer_instruction": SHORT_ANSWER_SUFFIX,
     }
     return Task(
         name, functools.partial(load_split, name, train_rows, released), **{**own, **fields}

@@ -220,7 +220,7 @@ def make_task(
     own = {
         "scorer": "jigsaw",
         "reward": "jigsaw",
-        "instruction": INSTRUCTION,
+        "answer_instruction": INSTRUCTION,
     }
     return Task(
         name,

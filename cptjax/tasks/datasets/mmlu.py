@@ -53,7 +53,11 @@ def _build_from_text(row: dict[str, Any], text: str, target: str = "{letter}") -
 
 def make_task(name: str = "mmlu", paper_c: bool = False, **fields: Any) -> Task:
     if paper_c:
-        own = {"scorer": "retain_mmlu", "template": "none", "instruction": PAPER_C_INSTRUCTION}
+        own = {
+            "scorer": "retain_mmlu",
+            "template": "none",
+            "answer_instruction": PAPER_C_INSTRUCTION,
+        }
         return hub.make_hub_task(name, PAPER_C_SOURCES, build_paper_c_example, **{**own, **fields})
-    own = {"scorer": "mcq_letter", "instruction": OPTION_LETTER_SUFFIX}
+    own = {"scorer": "mcq_letter", "answer_instruction": OPTION_LETTER_SUFFIX}
     return hub.make_hub_task(name, SOURCES, build_example, **{**own, **fields})

@@ -85,5 +85,5 @@ def make_task(
     With `shots` > 0 the prompt contains its own instruction (template "none"); with 0 (paper A) the
     template adds one.
     """
-    own = {"instruction": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}
+    own = {"answer_instruction": OPTION_LETTER_SUFFIX} if not shots else {"template": "none"}
     return Task(name, functools.partial(load_split, name, shots), scorer, **{**own, **fields})

@@ -33,7 +33,7 @@ def build_example(row: dict[str, Any]) -> Example:
         answer = [str(item) for item in ast.literal_eval(answer)]
     meta = {
         "options": options,
-        "instruction": OPTION_LETTER_SUFFIX if choice else SHORT_ANSWER_SUFFIX,
+        "answer_instruction": OPTION_LETTER_SUFFIX if choice else SHORT_ANSWER_SUFFIX,
         "subject": "_".join(row["id"].split("_")[1:-1]),  # of an id like validation_Art_Theory_3
         **select_columns(row, "id", "question_type", "subfield", "topic_difficulty", "img_type"),
     }

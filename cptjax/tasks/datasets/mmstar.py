@@ -26,5 +26,9 @@ def build_example(row: dict[str, Any]) -> Example:
 
 def make_task(name: str = "mmstar", scorer: str = "mmstar", **fields: Any) -> Task:
     return hub.make_hub_task(
-        name, SOURCES, build_example, scorer, **{"instruction": OPTION_LETTER_SUFFIX, **fields}
+        name,
+        SOURCES,
+        build_example,
+        scorer,
+        **{"answer_instruction": OPTION_LETTER_SUFFIX, **fields},
     )

@@ -29,5 +29,9 @@ def build_example(row: dict[str, Any]) -> Example:
 
 def make_task(name: str = "pathvqa", scorer: str = "pathvqa_split", **fields: Any) -> Task:
     return hub.make_hub_task(
-        name, SOURCES, build_example, scorer, **{"instruction": SHORT_ANSWER_SUFFIX, **fields}
+        name,
+        SOURCES,
+        build_example,
+        scorer,
+        **{"answer_instruction": SHORT_ANSWER_SUFFIX, **fields},
     )

@@ -101,7 +101,7 @@ def make_task(
     build_row = functools.partial(build_example, min_pixels=min_pixels, max_pixels=max_pixels)
     own = {
         "scorer": "iou50",
-        "instruction": INSTRUCTION,
+        "answer_instruction": INSTRUCTION,
         "pixels": (min_pixels, max_pixels),
     }
     return Task(name, functools.partial(load_split, name, sources, build_row), **{**own, **fields})

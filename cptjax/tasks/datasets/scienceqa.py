@@ -56,7 +56,7 @@ def make_task(name: str = "scienceqa", released: bool = False, **fields: Any) ->
     own = {
         "scorer": "mcq_letter",
         "also": ("scienceqa_strict",),
-        "instruction": OPTION_LETTER_SUFFIX,
+        "answer_instruction": OPTION_LETTER_SUFFIX,
     }
     if released:
         return Task(name, functools.partial(load_released_split, name), **{**own, **fields})

@@ -118,5 +118,5 @@ def make_task(name: str = "superclevr", released: bool = False, **fields: Any) -
         if released
         else functools.partial(hub.load_hub_split, name, SOURCES, build_example)
     )
-    own = {"scorer": "vqa_em_modal", "instruction": SHORT_ANSWER_SUFFIX}
+    own = {"scorer": "vqa_em_modal", "answer_instruction": SHORT_ANSWER_SUFFIX}
     return Task(name, load, **{**own, **fields})

@@ -53,5 +53,5 @@ def make_task(
     """
     build_row = functools.partial(build_example, ocr=ocr, single=single, released=released)
     return hub.make_hub_task(
-        name, SOURCES, build_row, scorer, **{"instruction": SHORT_ANSWER_SUFFIX, **fields}
+        name, SOURCES, build_row, scorer, **{"answer_instruction": SHORT_ANSWER_SUFFIX, **fields}
     )

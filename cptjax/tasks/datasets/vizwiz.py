@@ -103,5 +103,5 @@ def make_task(
         name,
         functools.partial(load_split, name, build_row),
         scorer,
-        **{"instruction": SUFFIX, **fields},
+        **{"answer_instruction": SUFFIX, **fields},
     )

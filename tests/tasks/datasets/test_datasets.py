@@ -113,7 +113,7 @@ def test_the_synthetic_jigsaw_states_its_answers_too(capsys):
 
 
 def test_a_users_template_has_the_instruction_as_a_variable(tmp_path):
-    (tmp_path / "mine.jinja").write_text("{{ content }} [{{ instruction }}]")
+    (tmp_path / "mine.jinja").write_text("{{ content }} [{{ answer_instruction }}]")
     write(tmp_path, FIXTURES["vizwiz"][0])
     task = BUILT_IN_TASKS["vizwiz"]
     prompted = prompted_task.make_prompted_task(task, str(tmp_path / "mine.jinja"), WEIGHTS, None)
@@ -217,7 +217,7 @@ def test_mmmu_open_questions_keep_every_gold_answer_and_their_own_suffix(tmp_pat
     write(tmp_path, [("MMMU/validation", MMMU, [row])])
     example = BUILT_IN_TASKS["mmmu"].load("test", root=str(tmp_path))[0]
     assert example_text(example) == "<image>How many?"
-    assert example.answer == ["8", "eight"] and example.meta["instruction"].startswith(
+    assert example.answer == ["8", "eight"] and example.meta["answer_instruction"].startswith(
         "Answer the question using a single word"
     )
     assert (
