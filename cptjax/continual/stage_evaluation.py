@@ -92,6 +92,7 @@ def check_remaining_splits(run: Run, resume_point: ResumePoint) -> None:
         for task in tasks:
             for template in templates_of_task(run, task):
                 run.datasets.examples(task, "test", run.config, template)
+                judge_of_task(run, run.datasets.prompted_task(task, run.config, template))
     for stage in remaining:
         for task in (*stage.tasks, *replayed_tasks(run.stages, stage)):
             run.datasets.examples(task, "train", stage.config)

@@ -27,6 +27,7 @@ from cptjax.data.processor import Processor
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import hf_checkpoint
+from cptjax.models.config import read_model_config
 from cptjax.tasks.scoring import judged
 from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, split_target
 from cptjax.types import Params
@@ -39,7 +40,10 @@ Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], tuple[list[str],
 
 
 def open_judge(judge: str, config: ConfigDict, sandbox: SandboxPool) -> Judge:
-    """Return the judge of a task: `judge` is file.py:function or the folder of a model."""
+    """Return the judge of a task: `judge` is file.py:function, or the folder or hub id of a model.
+
+    A model whose config cannot be read is refused at once; its weights are loaded when needed.
+    """
     if ".py:" in judge:
         return functools.partial(_judge_by_function, judge, sandbox)
     return ModelJudge(judge, config)
@@ -76,6 +80,14 @@ class ModelJudge:
 
     def __init__(self, path: str, config: ConfigDict):
         self.path, self.config = path, config
+        try:
+            read_model_config(path)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split())[:200]
+        return ValueError(f"judge {self.path!r} cannot be loaded: {reason}")
 
     @functools.cached_property
     def _model(self) -> tuple[ModelContext, Params]:
@@ -85,8 +97,7 @@ class ModelJudge:
             with console.show_waiting(f"loading the judge ({self.path})"):
                 params = hf_checkpoint.load_hf_checkpoint(self.path, ctx.cfg, ctx.mesh, ctx.dtype)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"judge {self.path!r} cannot be loaded: {reason}") from error
+            raise self._unreadable(error) from error
         return ctx, generate.prepare_weights(ctx, params, SAMPLING)
 
     def __call__(

@@ -1,6 +1,7 @@
 """One task with one prompt template: its prompts, gold responses, rewards and scores."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.sandbox import SandboxPool, split_target
 from cptjax.tasks.task import Task, content_text, place_media
 from cptjax.types import Example
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _check_judge(task: Task, scorer: scorers.Scorer, sandbox: SandboxPool) -> No
     if scorer.is_judged and not task.judge:
         raise ValueError(
             f"task {task.name}: its scorer {scorer.name} needs a judge; set judge in "
-            f"tasks.{task.name} to the Hugging Face folder of a model or to file.py:function"
+            f"tasks.{task.name} to the folder or hub id of a model, or to file.py:function"
         )
     if task.judge and not scorer.is_judged:
         raise ValueError(
@@ -123,10 +126,10 @@ def _check_judge(task: Task, scorer: scorers.Scorer, sandbox: SandboxPool) -> No
     if ".py:" in task.judge:
         path, function = split_target(task.judge)
         sandbox.load(f"{path.resolve()}:{function}")
-    elif task.judge and not Path(task.judge).is_dir():
+    elif task.judge and not (Path(task.judge).is_dir() or HUB_ID.fullmatch(task.judge)):
         raise ValueError(
-            f"task {task.name}: judge={task.judge!r}: expected the Hugging Face folder of a model, "
-            "or file.py:function; there is no such folder"
+            f"task {task.name}: judge={task.judge!r} is neither the Hugging Face folder of a model "
+            "nor a hub id nor file.py:function"
         )
 
 

@@ -42,7 +42,7 @@ class Task:
     forced_prefix: str = ""
     also: tuple[str, ...] = ()  # further scorers to report
     # who reads a prompt with its response and gives the verdict that is scored: the Hugging Face
-    # folder of a model, or "file.py:function"; "" = the response itself is scored
+    # folder or hub id of a model, or "file.py:function"; "" = the response itself is scored
     judge: str = ""
     # the limits of the model's image size that the answers depend on; None = any
     pixels: tuple[int, int] | None = None

@@ -75,7 +75,9 @@ def test_a_task_without_a_usable_judge_is_refused_before_step_0(user, pool):
     )
     with pytest.raises(ValueError, match="scorer refusal needs a judge; set judge in tasks.wildj"):
         make()
-    with pytest.raises(ValueError, match=r"judge='nowhere': expected .*; there is no such folder"):
+    with pytest.raises(
+        ValueError, match=r"judge='nowhere' is neither the Hugging Face folder of a model"
+    ):
         make(judge="nowhere")
     with pytest.raises(ValueError, match=r"no function 'nope' in .*mine\.py"):
         make(judge=f"{user}:nope")
@@ -112,7 +114,7 @@ def test_a_model_judges_in_batches_and_its_verdicts_keep_their_rows(model, tmp_p
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"judge '.*' cannot be loaded: "):
-        judge.open_judge(str(tmp_path), base.get_config(), None)(PROMPTS, RESPONSES, IDS)
+        judge.open_judge(str(tmp_path), base.get_config(), None)
 
 
 def test_wildguards_own_prompt_is_used_for_wildguard(model):
