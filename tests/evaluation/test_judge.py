@@ -1,5 +1,6 @@
 """Judges: a user's function, and a model that runs through the decode loop beside the evaluated one."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -95,6 +96,7 @@ def test_a_model_judges_in_batches_and_its_verdicts_keep_their_rows(model, tmp_p
     with monkeypatch.context() as short:  # random weights write no verdict
         short.setattr(judged, "JUDGE_QUESTION", "{prompt} {response}")
         short.setattr(judged, "VERDICT_INSTRUCTION", "")
+        short.setattr(judge, "SAMPLING", dataclasses.replace(judge.SAMPLING, max_new_tokens=4))
         with pytest.raises(ValueError, match=r"expected verdicts of the form .*, got none among 3"):
             model_judge(PROMPTS, RESPONSES, IDS)
     seen = []

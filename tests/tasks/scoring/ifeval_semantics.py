@@ -4,6 +4,7 @@ Sentences and capital words, which the original counts with nltk, are compared w
 written down in the tests.
 """
 
+import functools
 import json
 import re
 
@@ -14,6 +15,7 @@ def related(count, relation, threshold):
     return {"less than": count < threshold, "at least": count >= threshold}[relation]
 
 
+@functools.cache
 def language_is(text, code):
     try:
         return detect(text) == code
