@@ -27,7 +27,7 @@ from cptjax.data.processor import Processor
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import hf_checkpoint
-from cptjax.models.config import read_model_config
+from cptjax.models.hf_config import read_model_config
 from cptjax.tasks.scoring import judged
 from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, split_target
 from cptjax.types import Params
