@@ -21,7 +21,8 @@ optionally `paper` or `official` and a corpus, in any order:
                                             on correct responses
     replay ewc l2 lwf wise                  SFT with a continual-learning method
     prompt_replay                           GRPO with replayed prompts
-    3b 7b tiny                              the model
+    3b 7b tiny                              the model, of the family Qwen2.5-VL
+    qwen3vl2b qwen3vl4b qwen3vl8b           or Qwen3-VL, also qwen3vl32b
     paper                                   the protocol of the released code, see below
     official                                the standard data and scorers, not the paper's
     corpus=DIR                              DIR/stage1.jsonl ... stage7.jsonl with id and response,
@@ -56,7 +57,12 @@ ORDER = ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "supe
 EPOCHS = dict(geometry3k=10, superclevr=3)
 RL = dict(ratio="token", updates_per_batch=4, kl_coef=0.01, kl_reference="base",
           clip_low=0.2, clip_high=0.3, clip_dual=3.0)  # fmt: skip
-SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
+SIZES = {
+    "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    **{f"qwen3vl{n}b": f"Qwen/Qwen3-VL-{n}B-Instruct" for n in (2, 4, 8, 32)},
+    "tiny": "",
+}
 FILTER = dict(samples=8)
 # Steps of ScienceQA, by the names of the released checkpoints that the second stage starts from.
 SCIENCEQA_STEPS = dict(grpo=90, nokl=120, nocot=180)

@@ -6,10 +6,11 @@
     python launch/train.py --config=configs/jigsaw.py:rft_rollout,3b \\
         --workdir=runs/jigsaw_rft_rollout --config.method.corpus=runs/jigsaw.jsonl
 
-The argument names an arm, a size (3b | 7b | tiny) and optionally the images, `images=NAME`. The
-puzzles are made of photographs, those of TextVQA; NAME is another task with images, a folder of
-photographs, or `synthetic` for drawn images, which the run's name then says. Three arms need
-method.corpus, a file of launch/generate.py or the rollouts of a run:
+The argument names an arm, a size (3b | 7b | tiny of Qwen2.5-VL; qwen3vl2b | qwen3vl4b | qwen3vl8b |
+qwen3vl32b) and optionally the images, `images=NAME`. The puzzles are made of photographs, those of
+TextVQA; NAME is another task with images, a folder of photographs, or `synthetic` for drawn images,
+which the run's name then says. Three arms need method.corpus, a file of launch/generate.py or the
+rollouts of a run:
 
     grpo             GRPO on own rollouts
     bare             SFT on bare answers
@@ -28,7 +29,13 @@ not public; those of paper A are used.
 from configs.base import METHODS
 from configs.base import get_config as base
 
-SIZES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": ""}
+SIZES = {
+    "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    **{f"qwen3vl{n}b": f"Qwen/Qwen3-VL-{n}B-Instruct" for n in (2, 4, 8, 32)},
+    "tiny": "",
+}
+LARGE = ("7b", "qwen3vl8b", "qwen3vl32b")  # take the steps of the paper's 7B model
 PHOTOGRAPHS = "textvqa"  # the task whose images are cut into tiles
 STEPS = {  # (3b, 7b)
     "grpo": (2000, 2000), "bare": (200, 400), "trace": (4100, 4100),
@@ -62,7 +69,7 @@ def get_config(arg="grpo,3b"):
     c.name = f"jigsaw_{arm}_{size}{'_synthetic' * (images == 'synthetic')}"
     c.tasks.jigsaw = dict(task="jigsaw", images=images)
     c.model.update(path=SIZES[size], remat="block")
-    c.stages = (dict(task="jigsaw", steps=STEPS[arm][size == "7b"]),)
+    c.stages = (dict(task="jigsaw", steps=STEPS[arm][size in LARGE]),)
     c.method.update(METHOD[arm])
     c.data.template = "direct" if arm == "bare" else "answer"
     c.train.update(

@@ -29,7 +29,9 @@ CPT7 = [
     for arm in cpt7.ARMS
     for size, more in (("3b", ""), ("7b", ",official"), ("7b", ",paper"), ("tiny", ""))
 ]
-JIGSAW = [f"{arm},{size}" for arm in jigsaw.METHOD for size in jigsaw.SIZES]
+CPT7 += ["grpo,qwen3vl8b"]
+JIGSAW = [f"{arm},{size}" for arm in jigsaw.METHOD for size in ("3b", "7b", "tiny")]
+JIGSAW += ["bare,qwen3vl4b", "grpo,qwen3vl32b"]
 JIGSAW += ["grpo,images=synthetic"]
 GOLD = ("sft", "sft_kl")  # need gold answers, which MMLU alone has
 PAIRS = [

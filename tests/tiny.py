@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cptjax.models import causal_lm, positions, vision_qwen2_5
+from cptjax.models import causal_lm, positions
 from cptjax.models.config import ModelConfig
-from cptjax.models.families import FAMILIES
+from cptjax.models.families import FAMILIES, find_family
 from cptjax.models.hf_config import config_from_hf
 from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
@@ -111,7 +111,8 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
 
     def make(path, p):
         noise = rng.normal(size=p.shape).astype(np.float32)
-        return 1 + 0.1 * noise if "norm" in path[-1].key else 0.08 * noise
+        is_scale = path[-1].key != "b" and any("norm" in key.key for key in path)
+        return 1 + 0.1 * noise if is_scale else 0.08 * noise
 
     return jax.tree.map_with_path(make, causal_lm.declare_params(cfg), is_leaf=is_param)
 
@@ -167,6 +168,13 @@ class PreparedRow:
     media: list[tuple[Any, np.ndarray]]  # with its patches, processor order
 
 
+def _token_grids(part: Image | Video, cfg: ModelConfig) -> list[tuple[int, int, int]]:
+    """Return the grid of each run of tokens: one, or one per frame pair where these have a time."""
+    t, h, w = part.grid()
+    split = isinstance(part, Video) and find_family(cfg).tower.rewrite_videos is not None
+    return [(1, h, w)] * t if split else [part.grid()]
+
+
 def random_row(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> PreparedRow:
     tokens, types, media = [], [], []
     for part in row:
@@ -174,15 +182,15 @@ def random_row(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Prepared
             tokens += list(rng.integers(10, 300, part))
             types += [0] * part
             continue
-        t, h, w = part.grid()
-        n, still = t * h * w // cfg.vision.merge**2, isinstance(part, Image)
-        tokens += (
-            [cfg.vision_start]
-            + [cfg.image_token if still else cfg.video_token] * n
-            + [cfg.vision_end]
-        )
-        types += [0] + [1 if still else 2] * n + [0]
-        media.append((part, rng.normal(size=(t * h * w, cfg.vision.patch_dim)).astype(np.float32)))
+        still = isinstance(part, Image)
+        token, grids = cfg.image_token if still else cfg.video_token, _token_grids(part, cfg)
+        for grid in grids:
+            n = np.prod(grid) // cfg.vision.merge**2
+            time = [] if grids == [part.grid()] else list(rng.integers(10, 300, 3))
+            tokens += time + [cfg.vision_start] + [token] * n + [cfg.vision_end]
+            types += [0] * len(time) + [0] + [1 if still else 2] * n + [0]
+        patches = rng.normal(size=(np.prod(part.grid()), cfg.vision.patch_dim))
+        media.append((part, patches.astype(np.float32)))
     return PreparedRow(np.array(tokens, np.int32), np.array(types, np.int32), media)
 
 
@@ -195,7 +203,7 @@ def _vision(
         mine = []
         for part, values in row.media:
             t, h, w = part.grid()
-            layout = vision_qwen2_5.frame_layout(h, w, cfg.vision)
+            layout = find_family(cfg).tower.frame_layout(h, w, cfg.vision)
             for frame in values.reshape(t, h * w, -1):
                 number += 1
                 real = layout.order >= 0
@@ -207,7 +215,7 @@ def _vision(
         slots.append(np.concatenate(mine) if mine else np.zeros(0, np.int32))
     empty = (
         np.zeros((spare, cfg.vision.patch_dim), np.float32),
-        np.zeros((spare, 2), np.int32),
+        np.zeros((spare, cfg.vision.position_values), np.int32),
         np.zeros(spare, np.int32),
     )
     return slots, tuple(
@@ -239,13 +247,13 @@ def prompts(
     for i, row in enumerate(rows):
         n = len(row.tokens)
         here = slice(length - n, length) if left else slice(0, n)
-        grids = [part.grid() for part, _ in row.media]
+        grids = [grid for part, _ in row.media for grid in _token_grids(part, cfg)]
         seconds = [part.seconds for part, _ in row.media if isinstance(part, Video)]
         out.tokens[i, here], out.segments[i, here] = row.tokens, 1
         out.positions[:, i, here] = (
             positions.text_positions(n)
             if cfg.vision is None
-            else vision_qwen2_5.token_positions(row.types, grids, seconds, cfg.vision)
+            else find_family(cfg).tower.token_positions(row.types, grids, seconds, cfg.vision)
         )
         out.slots[i, here][row.types > 0] = slots[i]
     ints = {
@@ -282,6 +290,7 @@ def hf_inputs(rows: list[PreparedRow], cfg: ModelConfig, left: bool = True) -> d
         if mine := [m for m in media if isinstance(m[0], kind)]:
             out[pixels] = torch.tensor(np.concatenate([values for _, values in mine]))
             out[grid] = torch.tensor([part.grid() for part, _ in mine])
-    if seconds := [part.seconds for part, _ in media if isinstance(part, Video)]:
+    seconds = [part.seconds for part, _ in media if isinstance(part, Video)]
+    if seconds and find_family(cfg).tower.rewrite_videos is None:
         out["second_per_grid_ts"] = torch.tensor(seconds)
     return out

@@ -133,6 +133,8 @@ class ImageSettings:
 
     min_pixels: int = DEFAULT_MIN_PIXELS
     max_pixels: int = DEFAULT_MAX_PIXELS
+    # (min, max) of all frames of a video together; None = each frame has the limits of an image.
+    video_pixels: tuple[int, int] | None = None
     patch: int = 14
     temporal: int = 2
     merge: int = 2
@@ -149,8 +151,8 @@ class ImageSettings:
                 f"min_pixels <= max_pixels, as one merged patch has {least} pixels"
             )
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Return (height, width) after resizing.
+    def size(self, width: int, height: int, frames: int | None = None) -> tuple[int, int]:
+        """Return (height, width) after resizing an image, or the frames of a video.
 
         Both are multiples of the side of a merged patch, and their area is within the limits. The
         aspect ratio is kept as closely as these conditions allow.
@@ -161,19 +163,26 @@ class ImageSettings:
                 f"at most {MAX_ASPECT_RATIO}"
             )
         unit, sides = self.patch * self.merge, (height, width)
+        low, high, count, padded = self.min_pixels, self.max_pixels, 1, 1
+        if frames is not None and self.video_pixels is not None:
+            count, padded = frames, max(round(frames / self.temporal), 1) * self.temporal
+            high = min(self.video_pixels[1], self.max_pixels * padded)
+            low = min(self.video_pixels[0], high)
+            grow = max(1, unit / min(sides))
+            sides = tuple(int(side * grow) for side in sides)
         h, w = (round(side / unit) * unit for side in sides)
-        if h * w > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
+        if padded * h * w > high:
+            shrink = math.sqrt(count * math.prod(sides) / high)
             h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in sides)
-        elif h * w < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
+        elif padded * h * w < low:
+            grow = math.sqrt(low / (count * math.prod(sides)))
             h, w = (math.ceil(side * grow / unit) * unit for side in sides)
         return h, w
 
-    def grid(self, width: int, height: int, frames: int = 1) -> Grid:
+    def grid(self, width: int, height: int, frames: int | None = None) -> Grid:
         """Return the patch grid of an image, or of the frames of a video."""
-        h, w = self.size(width, height)
-        return -(-frames // self.temporal), h // self.patch, w // self.patch
+        h, w = self.size(width, height, frames)
+        return -(-(frames or 1) // self.temporal), h // self.patch, w // self.patch
 
 
 def image_size(source: Any) -> tuple[int, int]:

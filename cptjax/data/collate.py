@@ -25,6 +25,7 @@ class Media:
     grid: Grid
     pixels: ImageSettings
     seconds: float = 0.0  # from one frame pair of a video to the next
+    times: tuple[float, ...] = ()  # the second of each frame pair of a video
 
     @functools.cached_property
     def key(self) -> bytes:

@@ -15,7 +15,9 @@ def count_image_tokens(grid: Grid, merge: int) -> int:
     return math.prod(grid) // merge**2
 
 
-def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[np.ndarray, Grid]:
+def cut_patches(
+    frames: Sequence[Image.Image], pixels: ImageSettings, is_video: bool = False
+) -> tuple[np.ndarray, Grid]:
     """Resize RGB frames of one size, and return them as patches of bytes with their grid.
 
     The patches are [t * h * w, channels * temporal * patch * patch]. A still image is one frame
@@ -26,7 +28,7 @@ def cut_patches(frames: Sequence[Image.Image], pixels: ImageSettings) -> tuple[n
         raise ValueError(
             f"the frames of a video differ in size: {sorted(sizes)[:2]}; resize them to one size"
         )
-    h, w = pixels.size(*frames[0].size)
+    h, w = pixels.size(*frames[0].size, len(frames) if is_video else None)
     arrays = [
         np.asarray(f if f.size == (w, h) else f.resize((w, h), pixels.resample)) for f in frames
     ]

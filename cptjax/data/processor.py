@@ -17,6 +17,7 @@ from cptjax.common.images import Grid, ImageSettings, open_image
 from cptjax.data import image_patches, processor_files, tiny_tokenizer, video
 from cptjax.data.collate import EncodedConversation, Media
 from cptjax.data.conversation import MediaSource, Messages, refuse_reserved_tokens, separate_media
+from cptjax.data.video import VideoClip
 from cptjax.models import positions
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
@@ -99,7 +100,10 @@ class Processor:
         """
         bare, sources = self._separate(messages)
         media = tuple(map(self._open, sources)) if media is None else tuple(media)
-        grids = [MediaGrid(s.kind, m.grid, m.seconds) for s, m in zip(sources, media, strict=True)]
+        grids = [
+            MediaGrid(s.kind, m.grid, m.seconds, m.times)
+            for s, m in zip(sources, media, strict=True)
+        ]
         layout = self._cached_layout(bare, generation, grids)
         _check_prompt_limit(len(layout.tokens), media, limit)
         return EncodedConversation(
@@ -171,7 +175,7 @@ class Processor:
     ) -> tuple[int, list[Grid]]:
         """Return the number of tokens and the grids of all images and videos, from file headers."""
         bare, sources = self._separate(messages)
-        grids = [MediaGrid(source.kind, *self._probe(source)) for source in sources]
+        grids = [self._probe(source)[0] for source in sources]
         layout = self._cached_layout(bare, generation, grids)
         return len(layout.tokens), [media.grid for media in grids]
 
@@ -269,22 +273,24 @@ class Processor:
         tokens, types, mask = (np.repeat(x, repeats) for x in (tokens, types, mask))
         return tokens, types, mask
 
-    def _probe(self, source: MediaSource) -> tuple[Grid, float]:
-        """Return the grid, and the seconds between two frame pairs, without decoding."""
+    def _probe(self, source: MediaSource) -> tuple[MediaGrid, VideoClip | None]:
+        """Return the grid of an image or a video, and a video's chosen frames, without decoding."""
         if source.kind == "image":
-            return self.pixels.grid(*images.image_size(source.source)), 0.0
-        clip = video.probe_video(source.source, source.fps, self.pixels.temporal)
-        return self.pixels.grid(*clip.size, len(clip.indices)), self.pixels.temporal / clip.fps
+            return MediaGrid("image", self.pixels.grid(*images.image_size(source.source))), None
+        temporal, choose = self.pixels.temporal, self.family.tower.choose_frames
+        clip = video.probe_video(source.source, source.fps, temporal, choose)
+        grid = self.pixels.grid(*clip.size, len(clip.indices))
+        return MediaGrid("video", grid, temporal / clip.fps, clip.pair_times(temporal)), clip
 
     def _open(self, source: MediaSource) -> Media:
         if source.kind == "image":
-            frames, seconds = [open_image(source.source)], 0.0
-        else:
-            clip = video.probe_video(source.source, source.fps, self.pixels.temporal)
-            frames = video.read_frames(source.source, clip)
-            seconds = self.pixels.temporal / clip.fps
-        patches, grid = image_patches.cut_patches(frames, self.pixels)
-        return Media(patches, grid, self.pixels, seconds)
+            frames = [open_image(source.source)]
+            patches, grid = image_patches.cut_patches(frames, self.pixels)
+            return Media(patches, grid, self.pixels)
+        probed, clip = self._probe(source)
+        frames = video.read_frames(source.source, clip)
+        patches, grid = image_patches.cut_patches(frames, self.pixels, is_video=True)
+        return Media(patches, grid, self.pixels, probed.seconds, probed.times)
 
 
 def _join_text(content: str | list[dict[str, str]]) -> str:

@@ -46,6 +46,13 @@ def write_processor_files(
     (folder / "preprocessor_config.json").write_text(
         json.dumps(_hf_image_settings(pixels, cfg) | old | limits, indent=2)
     )
+    video = find_family(cfg).tower.video_processor
+    if video is not None and not (folder / "video_preprocessor_config.json").is_file():
+        shared = {k: v for k, v in _hf_image_settings(pixels, cfg).items() if k not in limits}
+        shared.pop("image_processor_type")
+        (folder / "video_preprocessor_config.json").write_text(
+            json.dumps(shared | dict(video), indent=2)
+        )
     newer = folder / "processor_config.json"
     if newer.is_file():
         old = _read_json_file(newer)
@@ -81,13 +88,16 @@ def read_image_settings(
     folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
 ) -> ImageSettings:
     """Return the image settings of a checkpoint; given pixel limits replace its own."""
-    v, defaults = cfg.vision, find_family(cfg).tower.processor
+    v, tower = cfg.vision, find_family(cfg).tower
+    defaults = tower.processor
     sizes = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
-    raw = {}
+    raw, video = {}, {}
     if folder is not None:
-        raw = _read_json_file(folder / "preprocessor_config.json") or _read_json_file(
-            folder / "processor_config.json"
-        ).get("image_processor", {})
+        newer = _read_json_file(folder / "processor_config.json")
+        raw = _read_json_file(folder / "preprocessor_config.json")
+        raw = raw or newer.get("image_processor", {})
+        video = _read_json_file(folder / "video_preprocessor_config.json")
+        video = video or newer.get("video_processor", {})
     for name, expected in sizes.items():
         if raw.get(name, expected) != expected:
             raise ValueError(
@@ -114,6 +124,7 @@ def read_image_settings(
     return ImageSettings(
         min_pixels=low,
         max_pixels=high,
+        video_pixels=_video_limits(video, tower.video_processor),
         patch=v.patch,
         temporal=v.temporal,
         merge=v.merge,
@@ -122,6 +133,14 @@ def read_image_settings(
         scale=raw.get("rescale_factor", ImageSettings.scale),
         resample=raw.get("resample", ImageSettings.resample),
     )
+
+
+def _video_limits(stored: dict[str, Any], defaults: dict | None) -> tuple[int, int] | None:
+    """Return the least and most pixels of all frames of a video; None = no common limit."""
+    if defaults is None:
+        return None
+    size = defaults["size"] | stored.get("size", {})
+    return size["shortest_edge"], size["longest_edge"]
 
 
 def read_chat_template(folder: Path, tokenizer_template: str | None) -> str:

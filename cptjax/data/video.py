@@ -1,17 +1,15 @@
 """Choose and read frames of a video at a steady rate, as transformers does."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from cptjax.common.images import find_file, image_size, open_image
 
 DEFAULT_FPS = 2.0
-MIN_FRAMES, MAX_FRAMES = 4, 768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,29 +19,27 @@ class VideoClip:
     size: tuple[int, int]  # width, height
     indices: tuple[int, ...]
     fps: float  # of the chosen frames
+    native_fps: float  # of all frames
+
+    def pair_times(self, temporal: int) -> tuple[float, ...]:
+        """Return the second of each group of `temporal` frames: the mean of its first and last."""
+        frames = [*self.indices, *self.indices[-1:] * (-len(self.indices) % temporal)]
+        seconds = [i / self.native_fps for i in frames]
+        pairs = zip(seconds[::temporal], seconds[temporal - 1 :: temporal], strict=True)
+        return tuple((first + last) / 2 for first, last in pairs)
 
 
-def choose_frames(
-    total: int, native_fps: float, fps: float, temporal: int
-) -> tuple[tuple[int, ...], float]:
-    """Return the frames to use of `total` and their rate.
-
-    The frames are evenly spaced; their number is a multiple of `temporal` if there are enough.
-    """
-    most = min(MAX_FRAMES, total) // temporal * temporal
-    n = int(min(max(total / native_fps * fps, MIN_FRAMES), most)) // temporal * temporal or 1
-    indices = tuple((np.arange(n) * (total / n)).astype(np.float32).astype(int).tolist())
-    return indices, n / total * native_fps
+FrameChoice = Callable[[int, float, float, int], tuple[int, ...]]
 
 
-def probe_video(source: Any, fps: float, temporal: int) -> VideoClip:
+def probe_video(source: Any, fps: float, temporal: int, choose: FrameChoice) -> VideoClip:
     """Choose the frames of a video from its header; of a list of frames, all are used, at `fps`."""
     if fps <= 0:
         raise ValueError(f"fps={fps}; expected frames per second > 0")
     if is_frame_list(source):
         if not source:
             raise ValueError("a video: expected a path or a list of frames, got an empty list")
-        return VideoClip(image_size(source[0]), tuple(range(len(source))), fps)
+        return VideoClip(image_size(source[0]), tuple(range(len(source))), fps, fps)
     av, path = _import_av(), find_file(source)
     try:
         with av.open(str(path)) as container:
@@ -56,7 +52,8 @@ def probe_video(source: Any, fps: float, temporal: int) -> VideoClip:
         raise ValueError(f"{path}: not a video that can be read ({reason})") from e
     if not total:
         raise ValueError(f"{path}: a video without frames")
-    return VideoClip(size, *choose_frames(total, native_fps, fps, temporal))
+    indices = choose(total, native_fps, fps, temporal)
+    return VideoClip(size, indices, len(indices) / total * native_fps, native_fps)
 
 
 def read_frames(source: Any, clip: VideoClip) -> list[Image.Image]:

@@ -85,16 +85,13 @@ def forward_group(
     inputs = embed_inputs(p, prompts, cfg, dtype)
     response_x = decoder.embed_tokens(p["text"], responses.reshape(nq, g * r), dtype)
     x = jnp.concatenate([inputs.x, response_x], 1)
-    added = inputs.added
-    if added is not None:
-        added = jnp.pad(added, [(0, 0), (0, 0), (0, g * r), (0, 0)])
     positions = jnp.concatenate([prompts.positions, ids], 2)
 
     def attend(q, k, v):
         backend = cfg.compute.attention
         return attention.attend_group(q, k, v, prompts.segments, plen, g, backend), None
 
-    hidden, _ = decoder.run_decoder(p["text"], x, positions, attend, cfg, added)
+    hidden, _ = decoder.run_decoder(p["text"], x, positions, attend, cfg, inputs.added)
     first = jnp.broadcast_to(hidden[:, None, plen - 1 : plen], (nq, g, 1, hidden.shape[-1]))
     return jnp.concatenate([first, hidden[:, plen:].reshape(nq, g, r, -1)[:, :, :-1]], 2)
 

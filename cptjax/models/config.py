@@ -73,6 +73,11 @@ class VisionConfig:
         return self.merge**2
 
     @property
+    def added_layers(self) -> int:
+        """Layers of the decoder after which features of the tower are added."""
+        return 0
+
+    @property
     def block_values(self) -> int:
         """Values of a patch inside a block, without its input, that the backward pass needs."""
         return 5 * self.width + 2 * self.mlp

@@ -129,7 +129,8 @@ def run_decoder(
 ) -> tuple[Array, Any]:
     """Run all blocks and the final norm; what `attend` keeps is stacked over the layers.
 
-    added: features [n B T D] that are added to the hidden states after the first n layers.
+    added: features [n B P D] that are added to the hidden states of the first P tokens after the
+        first n layers.
     """
     blocks = p["blocks"]
     rope = unrolled.compute_rope_once(rope_cos_sin(positions, cfg.text), blocks)
@@ -145,9 +146,11 @@ def run_decoder(
 
 
 def _add_features(x: Array, added: Array, number: Array | int) -> Array:
-    """Add the features after layer `number`; after the layers behind them, nothing."""
+    """Add the features of the first P tokens after layer `number`; later layers have none."""
     last = len(added) - 1
     features = jax.lax.dynamic_index_in_dim(added, jnp.minimum(number, last), keepdims=False)
+    # Padding here, not outside of the loop, keeps n * (T - P) states less in memory.
+    features = jnp.pad(features, ((0, 0), (0, x.shape[1] - features.shape[1]), (0, 0)))
     return x + jnp.where(number <= last, features, 0)
 
 

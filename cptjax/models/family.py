@@ -11,6 +11,7 @@ from cptjax.models.config import ModelConfig, RopeConfig, TextConfig, VisionConf
 from cptjax.models.positions import FrameLayout
 from cptjax.types import Array, Params, Vision
 
+MIN_FRAMES, MAX_FRAMES = 4, 768  # used of a video, as in transformers
 HFConfig = dict[str, Any]  # the content of a config.json
 Grid = tuple[int, int, int]  # time, height, width in patches
 
@@ -21,6 +22,7 @@ class MediaGrid(NamedTuple):
     kind: str  # image | video
     grid: Grid
     seconds: float = 0.0  # from one frame pair of a video to the next
+    times: tuple[float, ...] = ()  # the second of each frame pair of a video
 
 
 class VisionFeatures(NamedTuple):
@@ -29,6 +31,13 @@ class VisionFeatures(NamedTuple):
     merged: Array  # [S N D] replace the embeddings of the tokens
     # [n S N D] are added to the tokens' hidden states after the first n decoder layers, or None.
     added: Array | None = None
+
+
+def choose_even_frames(total: int, native_fps: float, fps: float, temporal: int) -> tuple[int, ...]:
+    """Return frames at a steady rate from the first one, a multiple of `temporal` if possible."""
+    most = min(MAX_FRAMES, total) // temporal * temporal
+    n = int(min(max(total / native_fps * fps, MIN_FRAMES), most)) // temporal * temporal or 1
+    return tuple((np.arange(n) * (total / n)).astype(np.float32).astype(int).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +62,11 @@ class ImageTower:
     rewrite_videos: (
         Callable[[list[str], list[MediaGrid]], tuple[list[str], list[MediaGrid]]] | None
     ) = None
+    # (frames of a video, their rate, wanted rate, frames of a patch) -> the frames to use.
+    choose_frames: Callable[[int, float, float, int], tuple[int, ...]] = choose_even_frames
+    # video_preprocessor_config.json where a checkpoint does not say otherwise: `size` limits the
+    # pixels of all frames of a video together; None = each frame has the limits of an image.
+    video_processor: HFConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -342,7 +342,8 @@ def write_random_checkpoint(
 
     def make(entry: TensorEntry) -> np.ndarray:
         x = rng.standard_normal(entry.shape, np.float32) * np.float32(0.02)
-        return x + 1 if "norm" in entry.path[-1] else x
+        is_scale = entry.path[-1] != "b" and any("norm" in name for name in entry.path)
+        return x + 1 if is_scale else x
 
     plan = [
         PlannedTensor(name, entry.shape, functools.partial(make, entry))

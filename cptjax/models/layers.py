@@ -1,5 +1,6 @@
 """Layers that both towers share: linear maps, RMS norm, rotary embedding, gated MLP, remat."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -64,6 +65,12 @@ def norm_params(depth: int, width: int) -> Param:
     return Param((depth, width), ("layer", None), ones) if depth else Param((width,), (None,), ones)
 
 
+def layer_norm_params(depth: int, width: int) -> Params:
+    """Declare the scales and offsets of a layer norm, stacked `depth` times (0: not stacked)."""
+    scales = norm_params(depth, width)
+    return {"w": scales, "b": dataclasses.replace(scales, init=zeros)}
+
+
 def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Array:
     """Map x [..., *in] to [..., *out].
 
@@ -91,6 +98,14 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(p: Params, x: Array, eps: float) -> Array:
+    """Subtract the mean, normalise, scale and shift, all in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * p["w"].astype(jnp.float32) + p["b"].astype(jnp.float32)).astype(x.dtype)
 
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:

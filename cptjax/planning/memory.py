@@ -109,7 +109,7 @@ def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> flo
     parts = [(tokens, t.depth, t.width, text_inner)]
     if v is not None:
         parts.append((patches, v.depth, v.width, v.block_values))
-    total = 0.0
+    total = 0.0 if v is None else tokens * itemsize * v.added_layers * t.width
     for n, depth, width, inner in parts:
         kept = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}
         per_layer = width + kept[stage.config.model.remat]

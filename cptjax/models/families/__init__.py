@@ -1,13 +1,14 @@
 """The table of model families."""
 
 from cptjax.models.config import ModelConfig
-from cptjax.models.families import llama, qwen2, qwen2_5_vl, qwen3
+from cptjax.models.families import llama, qwen2, qwen2_5_vl, qwen3, qwen3_vl
 from cptjax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         qwen2_5_vl.FAMILY,
+        qwen3_vl.FAMILY,
         qwen2.FAMILY,
         qwen3.FAMILY,
         llama.FAMILY,

@@ -266,10 +266,12 @@ def decay_mask(params: Params) -> Any:
 
     Names decide, since stacked vectors have an additional axis.
     """
-    is_vector = lambda name: name == "b" or name.startswith("norm")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not is_vector(parameter_path(path)[-1]), params
-    )
+
+    def is_matrix(path: tuple, _: Array) -> bool:
+        names = parameter_path(path)
+        return names[-1] != "b" and not any("norm" in name for name in names)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def parameter_path(path: tuple) -> tuple[str, ...]:
