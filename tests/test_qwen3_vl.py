@@ -148,7 +148,7 @@ def test_the_sampler_equals_the_trainer_and_plain_copies(unroll):
     cfg, prompts = cfg.with_compute(unroll=unroll), tiny.prompts(_rows(ROWS), cfg)
 
     def sample(group, rows=None):
-        settings = SamplingConfig(group=group, max_new_tokens=NEW, check_every=NEW)
+        settings = SamplingConfig(group=group, max_new_tokens=NEW, temperature=1.0, check_every=NEW)
         out = decode_loop.generate_rollouts(
             params, prompts, jax.random.key(7), cfg, settings, dtype=jnp.float32, rows=rows
         )
