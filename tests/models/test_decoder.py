@@ -1,5 +1,7 @@
 """The options of the decoder: which positions rotate, features added after layers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import tiny
 
 from cptjax.models import attention, decoder, unrolled
 from cptjax.models.config import RopeConfig
+from cptjax.models.families import PRESETS
 
 
 def test_sections_in_blocks_and_interleaved_are_the_diagram_of_the_docstring():
@@ -17,15 +20,21 @@ def test_sections_in_blocks_and_interleaved_are_the_diagram_of_the_docstring():
     assert rope(sections=(4, 2, 2), interleaved=True) == [0, 1, 2, 0, 1, 2, 0, 0]
 
 
-def test_interleaved_sections_are_those_of_transformers():
+def test_interleaved_sections_rotate_as_in_transformers():
     torch = pytest.importorskip("torch")
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding as Rotary
+    from transformers import AutoConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-    ids = np.arange(3 * 64, dtype=np.float32).reshape(3, 1, 64)
-    rotary = object.__new__(Rotary)
-    wanted = rotary.apply_interleaved_mrope(torch.tensor(ids[:, :, None]), [24, 20, 20])
-    axes = decoder.position_axes(RopeConfig(1e6, (24, 20, 20), interleaved=True), 128)
-    assert np.array_equal(ids[axes, 0, np.arange(64)], wanted[0, 0].numpy())
+    sections = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 5e6} | sections
+    config = AutoConfig.for_model("qwen3_vl_text", head_dim=128, rope_parameters=rope)
+    ids = np.stack([np.arange(9), 3 * np.arange(9), 70 + np.arange(9)])
+    wanted = Qwen3VLTextRotaryEmbedding(config)(torch.zeros(1), torch.tensor(ids[:, None]))
+    text = dataclasses.replace(
+        PRESETS["qwen3-8b"].text, rope=RopeConfig(5e6, (24, 20, 20), interleaved=True)
+    )
+    for ours, theirs in zip(decoder.rope_cos_sin(ids, text), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs[0, :, :64], atol=1e-5)
 
 
 @pytest.mark.parametrize("unroll", [False, True])

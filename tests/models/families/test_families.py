@@ -13,7 +13,7 @@ from cptjax.models import causal_lm, families, hf_checkpoint, lora
 from cptjax.models.families import FAMILIES, PRESETS, llama
 from cptjax.models.hf_config import config_from_hf, config_to_hf, read_model_config
 from cptjax.models.load import check_parts, declare_model_params
-from cptjax.models.trainable import is_trained
+from cptjax.models.trainable import count_params, is_trained
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "qwen3_5", "mixtral", None])
@@ -94,3 +94,32 @@ def test_meshes_give_the_same_logits(family):
         with jax.set_mesh(mesh):
             found = forward(jax.device_put(params, places), sharding.place_prompts(prompts, mesh))
         np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+RELEASED_SIZES = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
+
+
+def test_presets_have_as_many_parameters_as_the_released_models():
+    for name, size in RELEASED_SIZES.items():
+        assert count_params(causal_lm.declare_params(PRESETS[name])) == size, name
