@@ -71,7 +71,7 @@ def load_corpus(
     else:
         pairs = _correct_responses(path, lines, responses, sources, prompted_tasks)
     pairs, reserved_tokens = list(dict.fromkeys(pairs)), model_ctx.processor.reserved
-    usable = [pair for pair in pairs if not reserved_tokens.search(pair[2])]
+    usable = [pair for pair in pairs if not reserved_tokens.search(pair.text)]
     if reserved := len(pairs) - len(usable):
         console.print_message(f"{path}: {reserved} responses spell a special token: left out")
     pairs = usable
