@@ -178,8 +178,8 @@ def test_a_changed_data_file_is_refused_by_name(config, rows, stopped):
         before = contents(stopped)
         with pytest.raises(
             RunRefused,
-            match="since the run was started, tasks.mine.train: .*rows.jsonl has changed .*; "
-            "tasks.mine.test: .*Restore it, or --config.allow_change=True to continue",
+            match="since the run was started, tasks.mine.test: .*rows.jsonl has changed .*; "
+            "tasks.mine.train: .*Restore it, or --config.allow_change=True to continue",
         ):
             driver.run(config, stopped)
         assert contents(stopped) == before
