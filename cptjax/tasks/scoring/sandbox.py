@@ -4,8 +4,8 @@ Symbolic algebra and users' own code process arbitrary responses, and both may l
 C code that no Python signal interrupts. A call is therefore sent to another process, and a process
 that exceeds its time limit is killed and replaced:
 
-    parent  --(pickled arguments)-->  worker
-    parent  <--(one line of JSON)---  worker
+    parent  --(number, pickled arguments)-->  worker
+    parent  <--(one line of JSON, with the number)---  worker
 
 A worker is a new interpreter that runs this file by its path: it imports neither jax nor the
 user's main script, and the parent, which has jax's threads, never forks.
@@ -17,6 +17,7 @@ these.
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -120,6 +121,7 @@ class _Worker:
         self.memory = memory
         self.process: subprocess.Popen | None = None
         self.loaded: set[str] = set()
+        self.numbers = itertools.count()
 
     def run(
         self, target: str, call: SandboxCall | None, limit: float, patience: float
@@ -139,7 +141,7 @@ class _Worker:
         return SandboxOutcome() if call is None else self._ask(message, limit, patience)
 
     def _ask(self, message: bytes, limit: float, patience: float = 1.0) -> SandboxOutcome:
-        process, late, line = self._start(), threading.Event(), b""
+        process, late, line, number = self._start(), threading.Event(), b"", next(self.numbers)
 
         def expire() -> None:
             late.set()
@@ -150,12 +152,18 @@ class _Worker:
         timer.start()
         with contextlib.suppress(OSError):
             # A dead worker leaves the line empty, which is checked below.
-            process.stdin.write(struct.pack(">Q", len(message)) + message)
+            process.stdin.write(struct.pack(">QQ", number, len(message)) + message)
             process.stdin.flush()
             line = process.stdout.readline()
         timer.cancel()
         if line.endswith(b"\n") and not late.is_set():
-            return SandboxOutcome(*json.loads(line))
+            answered, *outcome = json.loads(line)
+            if answered == number:
+                return SandboxOutcome(*outcome)
+            self.stop()
+            return SandboxOutcome(
+                error=f"its process answered call {answered} instead of {number}; it was stopped"
+            )
         code = self.stop()
         if late.is_set() or code == -signal.SIGPROF:
             return SandboxOutcome(
@@ -237,9 +245,13 @@ def serve(memory: int, path: list[str]) -> None:
         memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     functions: dict[str, Any] = {}
-    while header := requests.read(8):
-        reply = _reply(requests.read(struct.unpack(">Q", header)[0]), functions)
-        replies.write(json.dumps(reply).encode() + b"\n")
+    worker = os.getpid()
+    while header := requests.read(16):
+        number, length = struct.unpack(">QQ", header)
+        reply = _reply(requests.read(length), functions)
+        if os.getpid() != worker:  # a child that a user's function forked has returned from it
+            os._exit(0)
+        replies.write(json.dumps([number, *reply]).encode() + b"\n")
         replies.flush()
 
 

@@ -35,6 +35,16 @@ def numpy_like(prediction, answer):
 def makes_child(prediction, answer):
     if os.fork() == 0: time.sleep(30)
     time.sleep(30)
+def forks(prediction, answer):
+    os.fork()
+    return float(prediction)
+def speaks(prediction, answer):
+    if prediction == "1":
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2:
+                try: os.write(number, b"[99, 1.0, null]\\n")
+                except OSError: pass
+    return float(prediction)
 """
 
 
@@ -103,3 +113,14 @@ def test_importing_a_slow_file_is_not_under_the_limit_of_a_call(tmp_path):
             workers, tmp_path / "slow.py", "f", "a", "hang", "a"
         )  # the replacement imports it again
     assert [o.value for o in outcomes] == [1.0, None, 1.0]
+
+
+def test_a_function_whose_child_returns_does_not_shift_the_following_answers(user, pool):
+    answers = ask(pool, user, "forks", *map(str, range(8)))
+    assert [answer.value for answer in answers] == [float(i) for i in range(8)]
+
+
+def test_an_answer_to_another_call_is_refused(user, pool):
+    answers = ask(pool, user, "speaks", "1", "2", "3")
+    assert "answered call 99 instead of" in answers[0].error
+    assert [answer.value for answer in answers[1:]] == [2.0, 3.0]
