@@ -6,7 +6,7 @@ python launch/evaluate.py --config=configs/demo.py --workdir=runs/demo/grpo
 
 from absl import flags
 
-from cptjax.common import cli, config_flag
+from cptjax.common import cli, config_flag, console
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 STAGE = flags.DEFINE_integer(
@@ -23,10 +23,11 @@ RECORD = flags.DEFINE_bool(
     "record", False, "Append the rows to evals.csv in the workdir; the run must be finished."
 )
 CONFIG = config_flag.define_config_flag()
+cli.define_cluster_flags()
 
 
 def main() -> None:
-    cli.init_distributed()
+    cli.connect_processes()
     from cptjax.common import distributed
     from cptjax.continual import reevaluate
 
@@ -34,7 +35,7 @@ def main() -> None:
         CONFIG.value, WORKDIR.value, STAGE.value, MODEL.value, tuple(TASKS.value), RECORD.value
     )
     if distributed.is_main_process():
-        print(reevaluate.format_eval_rows(rows))
+        console.print_result(reevaluate.format_eval_rows(rows))
 
 
 if __name__ == "__main__":

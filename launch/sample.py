@@ -6,7 +6,7 @@ python launch/sample.py --model=HF_DIR|ORG/NAME|WORKDIR|tiny --prompt="What is t
 
 from absl import flags
 
-from cptjax.common import cli
+from cptjax.common import cli, console
 
 MODEL = flags.DEFINE_string(
     "model",
@@ -69,7 +69,7 @@ def main() -> None:
     for i, response in enumerate(responses):
         if N.value > 1:
             print(f"--- {i + 1} of {N.value}")
-        print(response)
+        console.print_result(response)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ START_OVER = flags.DEFINE_bool(
 )
 PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 CONFIG = config_flag.define_config_flag()
+cli.define_cluster_flags()
 
 
 def main() -> None:
     if PLAIN.value:
         console.set_console_mode("plain")
-    cli.init_distributed()
+    cli.connect_processes()
     from cptjax.continual import driver
 
     driver.run(CONFIG.value, WORKDIR.value, START_OVER.value)

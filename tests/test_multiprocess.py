@@ -1,6 +1,7 @@
-"""Two processes reach the same result as one process with as many devices."""
+"""Two processes reach the result of one with as many devices, and end together when one fails."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -98,6 +99,112 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
     for p, (_, err) in zip(processes, said, strict=True):
         assert p.returncode == 0, err[-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def run_pairs(folder, *names: str, limit: float = 60) -> dict[str, list]:
+    """Run programs of `cluster_workers` with two processes each, all at the same time.
+
+    Return [exit code, seconds, lines on standard error] by "program.process".
+    """
+    order = [sys.executable, str(run_helpers.ROOT / "tests" / "cluster_workers.py")]
+    ports = json.dumps([free_port() for _ in names])
+    done = subprocess.run(
+        [*order, str(limit), ports, *names],
+        cwd=folder,
+        env=run_helpers.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=2 * limit + 60,
+    )
+    ended = json.loads(done.stdout.splitlines()[-1])
+    said = {path.stem: path.read_text().splitlines() for path in folder.glob("*.err")}
+    lines = {name: [x for x in said[name] if "2 processes with" not in x] for name in said}
+    return {name: [*ended.get(name, (None, None)), lines[name]] for name in lines}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failures")
+    names = ("exchanges", "raises", "bug", "sigterm", "kill 1", "kill 0", "stop 1", "stop 0")
+    return folder, run_pairs(folder, *names)
+
+
+def test_exchanges_of_any_size_compile_few_programs_and_never_answer_another(failures):
+    folder, ended = failures
+    for index in range(2):
+        compiled, *refused = map(
+            json.loads,
+            [
+                x
+                for x in (folder / f"exchanges.{index}.out").read_text().splitlines()
+                if x[0] == "{"
+            ],
+        )
+        # 43 sizes above 32 kB are 4 size classes: 128, 256, 512 kB and 1 MB
+        assert compiled == {"compilations": 4}
+        assert "No such file or directory: '/nowhere0'" in refused[0]["refused"]
+        assert "differ in lr: process 0 (host" in refused[1]["refused"]
+        assert "has 0.01, process 1" in refused[1]["refused"]
+        code, _, lines = ended[f"exchanges.{index}"]
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("error: at exchange 89 ")
+        assert "other_exchange, process 1" in lines[0] and lines[0].endswith("data and folder")
+
+
+def test_an_error_on_one_process_ends_both_at_once_with_its_reason(failures):
+    _, ended = failures
+    reason = "row 3 of rows.jsonl has no answer"
+    assert ended["raises.1"][0] == 2 and ended["raises.1"][2] == [f"error: {reason}"]
+    code, seconds, (line,) = ended["raises.0"]
+    assert code == 2 and seconds < 30
+    assert line.startswith("error: process 1 (host ") and f"stopped: {reason}; run the" in line
+    assert ended["bug.0"][0] == 1 and ended["bug.0"][2][0].startswith("Traceback")
+    assert ended["bug.1"][0] == 2 and "KeyError: 'weights'" in ended["bug.1"][2][0]
+
+
+@pytest.mark.parametrize("name", ["kill 1", "kill 0", "stop 1", "stop 0"])
+def test_a_process_that_dies_or_hangs_ends_the_other_with_a_line_that_names_it(failures, name):
+    lost = int(name[-1])
+    code, seconds, (line,) = failures[1][f"{name}.{1 - lost}"]
+    assert code == 1 and 5 < seconds < 40  # lost after 6 s, in production after 30 s
+    assert line.startswith(f"error: process {lost} (host ") and "died or hangs; run the" in line
+
+
+def test_sigterm_to_one_process_ends_both_after_the_same_exchange(failures):
+    for index in range(2):
+        code, _, (line,) = failures[1][f"sigterm.{index}"]
+        assert code == 0 and line.startswith("stopped by SIGTERM outside of training")
+
+
+def test_processes_with_one_difference_are_refused_at_the_start(tmp_path):
+    expected = {
+        "learning rate": 'differ in config.train.lr: process 0 .* has "0.01", process 1 .* has "0.5"',
+        "data": "differ in tasks.mine.test: rows.jsonl: process 0",
+        "code": 'differ in code: process 0 .* has "commit 0", process 1 .* has "commit 1"',
+        "folder": "process 1 .* is another folder than on process 0 .*; give a folder that all",
+    }
+    ended = run_pairs(tmp_path, *expected)
+    for name, text in expected.items():
+        for index in range(2):
+            code, seconds, (line,) = ended[f"{name}.{index}"]
+            assert code == 2 and seconds < 30 and re.search(text, line), line
+
+
+@pytest.mark.slow
+def test_a_run_ends_together_when_one_process_cannot_go_on(tmp_path):
+    """Then the run that was stopped in an evaluation continues to its end, with uneven rows."""
+    ended = run_pairs(tmp_path, "full disk", "reward", "interrupted", limit=400)
+    for index in range(2):
+        code, _, lines = ended[f"full disk.{index}"]
+        assert code == 2 and "got 0.0 MB of free disk" in lines[-1]
+        code, _, lines = ended[f"reward.{index}"]
+        assert code == 2 and "ZeroDivisionError" in lines[-1]
+        code, _, lines = ended[f"interrupted.{index}"]
+        assert code == 0 and "stopped by SIGTERM" in lines[-1]
+    ended = run_pairs(tmp_path, "continued", limit=400)
+    assert [ended[f"continued.{index}"][0] for index in range(2)] == [0, 0]
+    assert "continuing from step 1 of stage 1" in "".join(ended["continued.0"][2])
+    steps = run_helpers.metrics_lines(tmp_path / "interrupted" / "run")
+    assert [line["step"] for line in steps] == [1, 2]  # seven rows, a batch of four
 
 
 def test_a_mesh_without_batch_shards_for_every_process_is_refused(monkeypatch):

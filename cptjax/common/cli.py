@@ -3,20 +3,39 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
 
-from cptjax.common import config_flag
+from cptjax.common import cluster, config_flag, console
 
 
-def init_distributed() -> None:
-    """Connect to the other hosts if the launch script says that there are some."""
-    if os.environ.get("CPTJAX_DISTRIBUTED"):
-        import jax
+def define_cluster_flags() -> None:
+    """Define the flags that connect the processes of a run (see `connect_processes`)."""
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, to run on several hosts without a scheduler."
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0; with --coordinator.")
 
-        jax.distributed.initialize()
+
+def connect_processes() -> None:
+    """Connect to the other processes of the run, if there are some.
+
+    The flags name them. With CPTJAX_DISTRIBUTED=1 JAX finds them by itself, on Cloud TPU and under
+    SLURM.
+    """
+    values = flags.FLAGS.flag_values_dict()
+    given = [values[name] for name in ("coordinator", "num_processes", "process_id")]
+    if None in given and given != [None] * 3:
+        raise ValueError(
+            "--coordinator, --num_processes, --process_id: expected all of them or none, got "
+            f"{given[0]}, {given[1]}, {given[2]}"
+        )
+    if None not in given or os.environ.get("CPTJAX_DISTRIBUTED"):
+        cluster.connect(*given)
 
 
 def run_launcher(main: Callable[[], None]) -> None:
@@ -32,18 +51,33 @@ def run_launcher(main: Callable[[], None]) -> None:
             config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
             config_flag.refuse_ineffective_overrides(config, sys.argv[1:])
             main()
-            # Everything is saved, so a SIGTERM while Python exits must not change the exit code.
+            cluster.disconnect()
+            # Everything is saved, so a signal while Python exits must not change the exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        except BrokenPipeError:  # nobody reads the results, as in `... | head -1`
+            os._exit(128 + signal.SIGPIPE)
         except (ValueError, OSError) as error:
             _exit_with_error(error)
+        except KeyboardInterrupt:
+            cluster.end_all("stopped by Ctrl-C", 128 + signal.SIGINT)
         except SystemExit as error:
-            # After a SIGTERM, exit at once: a normal exit would release the device while a program
-            # runs on it.
+            # After a stop signal, exit at once: a normal exit would release the device while a
+            # program runs on it.
             if not isinstance(error.code, int):
                 raise
+            if cluster.is_connected() and 0 < error.code < 128:
+                cluster.end_all(f"exit code {error.code}", error.code)
+            cluster.disconnect()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.code)
+        except Exception as error:
+            if not cluster.is_connected():
+                raise
+            if isinstance(error, RuntimeError):  # a collective fails if another process is lost
+                cluster.wait_for_lost_process()
+            traceback.print_exc()
+            cluster.end_all(f"{type(error).__name__}: {error}", 1, say=False)
 
     app.run(run, flags_parser=_parse_flags)
 
@@ -68,5 +102,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _exit_with_error(error: object) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if cluster.is_connected():
+        cluster.end_all(str(error))
+    console.print_error(error)
     sys.exit(2)

@@ -2,18 +2,21 @@
 
 A terminal shows live bars, a log file gets a plain line every few seconds, and tests show nothing.
 All output is on standard error, so that standard output has only results. `keep_log` also appends
-it to a file.
+it to a file. Control characters of data are shown escaped, and a failure to print stops no run.
 """
 
 import contextlib
+import errno
 import os
+import re
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +32,9 @@ from rich.progress import (
 from rich.table import Table
 
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
+# Control characters except tab and new line, characters that change the direction of text, and
+# halves of surrogate pairs, which cannot be written.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _mode = "auto"
 _live: Progress | None = None  # the live display that nested bars share
 _depth = 0  # how many bars are nested in it
@@ -50,28 +56,47 @@ def console_mode() -> str:
     return "live" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
 
 
+def escape_controls(text: str) -> str:
+    """Return text in which control characters are shown as \\x1b or \\u202e, not obeyed."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def print_message(text: str) -> None:
     """Print one line, above a live bar."""
     write_log(text)
     if console_mode() != "silent":
-        _console().print(text, markup=False, highlight=False, soft_wrap=True)
+        _console().print(escape_controls(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
     write_log(f"warning: {text}")
     if console_mode() != "silent":
         _console().print(
-            f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True
+            f"[yellow]warning:[/yellow] {escape(escape_controls(text))}",
+            highlight=False,
+            soft_wrap=True,
         )
+
+
+def print_error(error: object) -> None:
+    """Print the line that ends a command; it is shown in every mode."""
+    line = f"error: {' '.join(str(error).split())}"
+    write_log(line)
+    _Stderr().write(f"{escape_controls(line)}\n")
+
+
+def print_result(text: str) -> None:
+    """Print a result on standard output; data for a file or a pipe are not changed."""
+    print(escape_controls(text) if sys.stdout.isatty() else text)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a small table; the first column is aligned to the left, the others to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(escape(name), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(escape_controls(str(cell))) for cell in row))
     write_log("\n".join([title, *("  ".join(map(str, row)) for row in (header, *rows))]))
     if console_mode() != "silent":
         _console().print(table)
@@ -109,7 +134,7 @@ def write_log(text: str) -> None:
     """Write lines to the log file, if there is one; a log that cannot be written stops no run."""
     if _log is not None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        lines = "".join(f"{now}  {line}\n" for line in text.splitlines())
+        lines = "".join(f"{now}  {line}\n" for line in escape_controls(text).split("\n"))
         with contextlib.suppress(OSError):
             _log.write(lines.encode(errors="backslashreplace"))
 
@@ -124,7 +149,8 @@ class ProgressBar:
     """
 
     def __init__(self, text: str, total: int | None, done: int = 0):
-        self.text, self.total, self.done, self.resumed = text, total, done, done
+        self.text, self.total = escape_controls(text), total
+        self.done, self.resumed = done, done
         self.shown: dict[str, object] = {}
         self.started = self.printed = time.monotonic()
 
@@ -195,10 +221,10 @@ class _LiveBar(ProgressBar):
     def __init__(self, text: str, total: int | None, done: int, live: Progress):
         super().__init__(text, total, done)
         self.live = live
-        self.id = live.add_task(escape(text), total=total, completed=done, shown="")
+        self.id = live.add_task(escape(self.text), total=total, completed=done, shown="")
 
     def _show(self) -> None:
-        self.live.update(self.id, completed=self.done, shown=escape(self.values()))
+        self.live.update(self.id, completed=self.done, shown=escape(escape_controls(self.values())))
         if time.monotonic() - self.printed >= PLAIN_EVERY:
             self.printed = time.monotonic()
             write_log(self.line())
@@ -269,8 +295,38 @@ class _Reminder:
         self.thread.join()
 
 
+class _Stderr:
+    """Standard error, without the errors of a full disk or of a closed terminal.
+
+    A closed pipe acts like a closed terminal: the process gets SIGHUP, after which a run saves and
+    ends (see `signals`).
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, act: Any, *args: str) -> None:
+        try:
+            act(*args)
+        # ValueError: a closed stream; RuntimeError: a signal handler prints while a print runs.
+        except (OSError, ValueError, RuntimeError) as error:
+            if getattr(error, "errno", None) == errno.EPIPE:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                signal.raise_signal(signal.SIGHUP)
+
+
 def _console() -> Console:
-    return _live.console if _live else Console(stderr=True)
+    return _live.console if _live else Console(file=_Stderr())
 
 
 @contextlib.contextmanager
@@ -289,7 +345,7 @@ def _live_display() -> Iterator[Progress | None]:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[shown]}"),
-            console=Console(stderr=True),
+            console=Console(file=_Stderr()),
             transient=True,
         )
         _live.start()

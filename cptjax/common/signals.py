@@ -1,42 +1,58 @@
-"""Handle SIGTERM: finish and save a training step first; anywhere else, end the process at once."""
+"""Handle SIGTERM, SIGHUP and Ctrl-C: finish and save a training step first, then end the process.
+
+Outside of training the process ends at once. With several processes all of them end after the same
+exchange, whichever of them received the signal (see `distributed`).
+"""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
 
-from cptjax.common import console, distributed
+from cptjax.common import cluster, console, distributed
+
+# The signals that end a run, and how messages name them.
+STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C"}
 
 
 class SamplingStopped(Exception):
-    """Raised after SIGTERM between two parts of a long task; all finished parts are kept."""
+    """Raised after a stop signal between two parts of a long task; all finished parts are kept."""
 
 
 class Preempted(SystemExit):
-    """Raised after SIGTERM, once everything is saved; exit code 0."""
+    """Raised after a stop signal, once everything is saved.
 
-    def __init__(self) -> None:
-        super().__init__(0)
+    The exit code is 0 after SIGTERM, which a scheduler sends, and 128 + the signal otherwise.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(0 if number == signal.SIGTERM else 128 + number)
 
 
 class SigtermHandler:
-    """Handles SIGTERM at once, or only records it inside a `deferred` block."""
+    """Handles a stop signal at once, or only records it inside a `deferred` block."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = 0  # the first stop signal that this process received
         self._deferring = False
 
-    def __call__(self, *_: object) -> None:
-        self.received = True
-        if not self._deferring:
+    def __call__(self, number: int, _frame: object = None) -> None:
+        if self.received and number == signal.SIGINT:
+            cluster.end_all(
+                "stopped at once by a second Ctrl-C; what was saved before is intact", 128 + number
+            )
+        self.received = self.received or number
+        if distributed.process_count() == 1 and not self._deferring:
             self.leave("outside of training")
+        if number == signal.SIGINT:
+            console.print_message("Ctrl-C: saving after this step; press it again to end at once")
 
     def deferred(self) -> contextlib.AbstractContextManager[None]:
-        """Only record SIGTERM inside this block; its code calls `agreed` where it can stop."""
+        """Only record a signal inside this block; its code calls `agreed` where it can stop."""
         return self._deferring_set_to(True)
 
     def immediate(self) -> contextlib.AbstractContextManager[None]:
-        """Handle SIGTERM at once inside a `deferred` block, for work that need not finish."""
+        """Handle a signal at once inside a `deferred` block, for work that need not finish."""
         return self._deferring_set_to(False)
 
     @contextlib.contextmanager
@@ -48,26 +64,47 @@ class SigtermHandler:
             self._deferring = before
 
     def agreed(self) -> bool:
-        """Return whether any process received SIGTERM; all processes must call it together."""
-        return any(distributed.gather_objects(self.received))
+        """Return whether any process received a signal; all processes must call it together."""
+        numbers = distributed.gather_objects(self.received)
+        self.received = self.received or max(numbers)
+        return any(numbers)
+
+    def after_exchange(self, number: int) -> None:
+        """End this process after an exchange in which some process reported a signal.
+
+        All processes take part in an exchange, so all of them end here.
+        """
+        if not self._deferring:
+            self.received = self.received or number
+            self.leave("outside of training")
 
     def leave(self, where: str) -> None:
-        """End the process with exit code 0 and say how to continue."""
-        console.print_message(f"stopped by SIGTERM {where}; run the same command again to go on")
-        raise Preempted
+        """End the process and say how to continue."""
+        name = STOP_SIGNALS.get(signal.Signals(self.received or signal.SIGTERM))
+        console.print_message(f"stopped by {name} {where}; run the same command again to go on")
+        raise Preempted(self.received or signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def handle_sigterm(sigterm: SigtermHandler) -> Iterator[None]:
-    """Handle SIGTERM with `sigterm` inside this block.
+    """Handle the stop signals with `sigterm` inside this block.
 
-    Python allows handlers only in the main thread; in another thread this block does nothing.
+    SIGHUP or SIGINT that was ignored before stays ignored, as after `nohup`. Python allows handlers
+    only in the main thread; in another thread this block does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, sigterm)
+    before = {
+        number: signal.getsignal(number)
+        for number in STOP_SIGNALS
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+    }
+    for number in before:
+        signal.signal(number, sigterm)
     try:
-        yield
+        with distributed.flag_in_exchanges(lambda: sigterm.received, sigterm.after_exchange):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

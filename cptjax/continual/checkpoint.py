@@ -18,6 +18,7 @@ import contextlib
 import logging
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -95,6 +96,7 @@ class Checkpoints:
             "enable_async_checkpointing": async_save,
             "create": True,
             "cleanup_tmp_directories": tidy,
+            "single_host_load_and_broadcast": True,  # all processes see the same checkpoints
         }
         options = {
             kind: ocp.CheckpointManagerOptions(
@@ -154,12 +156,13 @@ class Checkpoints:
     def _check_disk_space(self, trees: Mapping[str, Any]) -> None:
         """Refuse trees that do not fit on the disk, before anything is written."""
         size = sum(x.nbytes for x in jax.tree.leaves(trees))
-        free = shutil.disk_usage(self.folder).free
-        if any(distributed.gather_objects(free < size)):
+        space = (shutil.disk_usage(self.folder).free, socket.gethostname())
+        free, host = min(distributed.gather_objects(space))
+        if free < size:
             raise OSError(
                 f"{self.folder}: a checkpoint needs up to {size / 1e6:.1f} MB, got "
-                f"{free / 1e6:.1f} MB of free disk; free some space and run the same command "
-                "again. What was saved before is intact"
+                f"{free / 1e6:.1f} MB of free disk on host {host}; free some space and run the "
+                "same command again. What was saved before is intact"
             )
 
     def found(self) -> list[tuple[int, int, str]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def run_one(
     start_over: bool = False,
 ) -> np.ndarray:
     """Run one config to its end; with `export`, save the last model as a Hugging Face folder."""
+    refuse_different_processes(config)
     finished = stage_evaluation.finished_positions(config, workdir)
     changed = accept_changes(config, workdir, finished is not None)
     if finished is not None and not export and warn_of_changed_records(workdir, finished):
@@ -89,9 +91,12 @@ def run_one(
             files.write_json(workdir / "config.json", recorded_config(config, workdir))
         console.print_message(f"{workdir}: finished, at {ResumePoint(len(config.stages))}")
         return write_final_results(workdir)
-    with contextlib.closing(open_run(config, workdir, sigterm)) as run:
+    with open_run(config, workdir, sigterm) as run:
         resume_point, model_state = resume_run(run, start_over)
         stage_evaluation.check_remaining_splits(run, resume_point)
+        if distributed.process_count() > 1:
+            rows = fingerprints.row_hashes(run.datasets)
+            distributed.require_equal(rows, "give all processes the same data")
         write_run_files(run, changed)
         for number in range(resume_point.stage, len(run.stages) + 1):
             resumed = number == resume_point.stage
@@ -141,7 +146,7 @@ def accept_changes(config: ConfigDict, workdir: Path, finished: bool) -> list[st
             f"{format_changes([*settings, *inputs])}{where}"
         )
         return [*settings, *inputs]
-    refuse_changed_config(config, workdir)
+    distributed.decide_on_main(lambda: refuse_changed_config(config, workdir))
     refuse_changed_inputs(config, workdir, inputs)
     return [*settings, *inputs]
 
@@ -165,6 +170,21 @@ def check_all_runs(config: ConfigDict) -> None:
             validate_config.validate_stage(stage)
 
 
+def refuse_different_processes(config: ConfigDict) -> None:
+    """Compare settings, code, packages, input files and devices over the processes of a run."""
+    if distributed.process_count() == 1:
+        return
+    facts = {
+        "kind of device": jax.local_devices()[0].device_kind,
+        "number of devices of a process": jax.local_device_count(),
+        "version of Python": platform.python_version(),
+    }
+    distributed.require_equal(
+        fingerprints.process_fingerprints(config) | facts,
+        "start all processes with the same command, code, packages and files",
+    )
+
+
 def make_base_model(
     config: ConfigDict, folder: Path, sigterm: SigtermHandler, start_over: bool = False
 ) -> None:
@@ -172,12 +192,13 @@ def make_base_model(
 
     If the model exists, refuse another config, since other runs start from the model.
     """
-    if not (folder / "hf" / "config.json").is_file():
+    made = distributed.decide_on_main(lambda: (folder / "hf" / "config.json").is_file())
+    if not made:
         run_one(config, folder, sigterm, folder / "hf", start_over)
         return
     changed = [
         line
-        for line in changes_since_start(config, folder)
+        for line in distributed.decide_on_main(lambda: changes_since_start(config, folder))
         if not line.startswith(("eval.", "name:"))
     ]
     if changed:

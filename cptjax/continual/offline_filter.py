@@ -45,7 +45,7 @@ def filter_prompts(
             if distributed.is_main_process():
                 text = "".join(json.dumps(r) + "\n" for r in rows)
                 sampling_cache.write_samples(path, text, spent, cache.fingerprint, cache.seconds)
-        distributed.gather_objects(True)  # no process reads the file before it is written
+        distributed.wait_for_file(path)
         cache.discard()
         rows = files.read_jsonl(path)
         metrics = filter_metrics(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed, files, trackers
+from cptjax.common import cluster, console, distributed, files, trackers
 from cptjax.common.run_log import Positions, RunLog
 from cptjax.common.signals import SigtermHandler
 from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
@@ -83,6 +83,16 @@ class Run:
         The copy has the compute dtype unless `dtype` names another.
         """
         return load.copy_params(params, dtype or self.config.model.compute_dtype)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for saves in the background, which need all processes. After an error the
+        # others may wait for this process, so it does not wait for them.
+        failed = kind is not None and issubclass(kind, Exception)
+        if not (failed and cluster.is_connected()):
+            self.close()
 
     def close(self) -> None:
         try:

@@ -74,7 +74,8 @@ def train_stage(
             # A stage that stopped between steps is not saved yet; a step that is saved is skipped.
             if progress.step and end is None:
                 callbacks.save(state, progress, resume.checkpoint_record(run))
-    if end is None or run.sigterm.agreed():
+            stopped = end is None or run.sigterm.agreed()
+    if stopped:
         run.files.checkpoints.wait()
         run.sigterm.leave(f"after step {progress.step} of stage {stage.number}, saved")
     return end

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,8 @@ from cptjax.config import config_differences, recorded_config
 from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
 from cptjax.data.model_context import ModelContext
+
+VISIBLE_SECONDS = 15.0  # for which a network file system may hide a new file from other hosts
 
 
 def local_folder(workdir: str | Path) -> Path:
@@ -43,15 +46,16 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
     It is a lock of the operating system, which releases it however this process ends.
     """
-    holder = ""
+    holder, owner = "", f"process {os.getpid()} on {socket.gethostname()}, start {uuid.uuid4().hex}"
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             workdir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((workdir / ".lock").open("a+"))
-            holder = _take_lock(file, workdir)
-        holder = distributed.gather_objects(holder)[0]
+            holder = _take_lock(file, workdir, owner)
+        holder, owner = distributed.gather_objects((holder, owner))[0]
         if holder:
             raise RunRefused(f"{workdir} is in use by {holder}; wait for it, or stop it")
+        _refuse_other_folder(workdir, owner)
         try:
             yield
         finally:
@@ -59,21 +63,43 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
                 file.truncate(0)
 
 
-def _take_lock(file: IO[str], workdir: Path) -> str:
+def _refuse_other_folder(workdir: Path, owner: str) -> None:
+    """Refuse a workdir that is not the same folder on all processes: all read the lock's text."""
+    end = time.monotonic() + (VISIBLE_SECONDS if distributed.process_count() > 1 else 0.0)
+    while not (seen := _read_text(workdir / ".lock") == owner) and time.monotonic() < end:
+        time.sleep(0.5)
+    results = distributed.gather_objects((seen, socket.gethostname()))
+    others = [f"{i} (host {host})" for i, (sees, host) in enumerate(results) if not sees]
+    if others:
+        raise RunRefused(
+            f"{workdir} on process {others[0]} is another folder than on process 0 (host "
+            f"{results[0][1]}); give a folder that all hosts share at the same path"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _take_lock(file: IO[str], workdir: Path, owner: str) -> str:
     """Take the lock and return "", or return the name of the process that holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        return file.read().strip() or "another process"
+        return file.read().partition(",")[0] or "another process"
     except OSError as error:
         console.print_warning(
             f"{workdir} cannot be locked ({error.strerror}); "
             "make sure that no other process uses it"
         )
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(owner)
     file.flush()
+    os.fsync(file.fileno())
     return ""
 
 

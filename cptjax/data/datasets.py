@@ -65,6 +65,8 @@ class Datasets:
         examples = row_checks.load_split(self.config, spec, prompted.task)
         if not len(examples) and not getattr(examples, "bad", ()):
             raise ValueError(f"task {spec.task}: its {spec.split} split has no rows")
+        length = {f"number of rows of {spec.task} {spec.split}": len(examples)}
+        distributed.require_equal(length, "give all processes the same data")
         # The user's files may change between two starts of the run. Public datasets do not, and
         # reading all their rows takes a long time.
         read = self._read_or_check if isinstance(examples, Examples) else self._check

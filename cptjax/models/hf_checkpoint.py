@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cptjax import sharding
+from cptjax.common import distributed
 from cptjax.models import causal_lm, lora, safetensors_io, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
@@ -326,8 +327,7 @@ def save_hf_checkpoint(
                 save_processor(temporary)
     else:
         safetensors_io.write_safetensors(None, plan, dtype, shard_bytes)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {folder}")
+    distributed.gather_objects(True)  # no process reads the files before they are written
 
 
 def write_random_checkpoint(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cptjax import sharding
+from cptjax.common import distributed
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.hf_config import read_model_config
@@ -37,8 +37,7 @@ def save_orbax(
         (folder / LORA_SCALE_FILE).write_text(json.dumps({"lora_scale": cfg.lora_scale}))
         if save_processor is not None:
             save_processor(folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {folder}")
+    distributed.gather_objects(True)  # no process reads the files before they are written
 
 
 def load_orbax(

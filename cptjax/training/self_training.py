@@ -82,7 +82,7 @@ def _window_responses(
             ]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             sampling_cache.write_samples(path, text, total, cache.fingerprint)
-        distributed.gather_objects(True)  # no process reads the file before it is written
+        distributed.wait_for_file(path)
         cache.discard()
         _read_responses.cache_clear()
     # The file has the cost of all processes, and a step sums the costs of its processes.

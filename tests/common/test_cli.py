@@ -30,3 +30,16 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(argument, mes
     )
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_part_of_the_cluster_flags_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", "--config=configs/demo.py", f"--workdir={tmp_path}"]
+        + ["--coordinator=localhost:1"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: --coordinator, --num_processes, --process_id: expected")

@@ -1,5 +1,7 @@
 """Progress bars: live, plain and silent."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -86,3 +88,41 @@ def test_the_log_keeps_what_was_printed_and_why_it_ended_over_restarts(
     ):
         assert line in lines
     assert sum(line.startswith("----") for line in lines) == 3 and "after the block" not in lines
+
+
+def test_control_characters_of_data_are_shown_escaped(monkeypatch, capsys):
+    console.set_console_mode("plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
+    hostile = "a\x1b]52;c;eA==\x07\r\x9b2J\u202eb\tc\ud800"
+    shown = "a\\x1b]52;c;eA==\\x07\\r\\x9b2J\\u202eb\tc\\ud800"
+    console.print_message(hostile)
+    console.print_warning(hostile)
+    console.print_error(hostile.replace("\t", ""))
+    with console.progress_bar(hostile, 2) as bar:
+        bar.advance(1, reward=hostile)
+    console.set_console_mode("live")
+    console.print_table("t", ["task"], [[hostile]])
+    err = capsys.readouterr().err
+    assert not set(err) & set("\x1b\x07\r\x9b\u202e\ud800")
+    assert err.startswith(f"{shown}\n".expandtabs()) and shown.partition("\t")[0] in err
+    assert console.escape_controls(hostile) == shown
+
+
+def test_a_closed_pipe_acts_like_a_closed_terminal_and_a_full_disk_is_ignored(monkeypatch):
+    """A print never raises; after a broken pipe the process gets SIGHUP, which a run handles."""
+    code = (
+        "import os, signal\n"
+        "from cptjax.common import console\n"
+        "got = []\n"
+        "signal.signal(signal.SIGHUP, lambda *_: got.append(1))\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "console.print_message('lost')\n"
+        "assert not got\n"
+        "read, write = os.pipe()\n"
+        "os.dup2(write, 2)\n"
+        "os.close(read)\n"
+        "console.print_message('to nobody')\n"
+        "console.print_warning('again')\n"
+        "assert got == [1], got\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,7 +1,9 @@
-"""SIGTERM ends the process at once, or waits for the end of a `deferred` block."""
+"""Stop signals end the process at once, or wait for the end of a `deferred` block."""
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,42 @@ def test_the_previous_handler_is_restored():
     with signals.handle_sigterm(sigterm):
         assert signal.getsignal(signal.SIGTERM) is sigterm
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "number, code, name", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")]
+)
+def test_ctrl_c_and_a_closed_terminal_stop_a_run_like_sigterm(number, code, name, capsys):
+    sigterm = signals.SigtermHandler()
+    with signals.handle_sigterm(sigterm), sigterm.deferred():
+        os.kill(os.getpid(), number)
+        assert sigterm.agreed()
+        with pytest.raises(signals.Preempted) as end:
+            sigterm.leave("after step 3, saved")
+    assert end.value.code == code
+    assert f"stopped by {name} after step 3, saved; run the same" in capsys.readouterr().err
+
+
+def test_sighup_stays_ignored_after_nohup(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.handle_sigterm(signals.SigtermHandler()):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    code = (
+        "import os, signal\n"
+        "from cptjax.common import signals\n"
+        "sigterm = signals.SigtermHandler()\n"
+        "with signals.handle_sigterm(sigterm), sigterm.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still running')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: stopped at once by a second Ctrl-C")

@@ -1,0 +1,265 @@
+"""Connect the processes of a run, notice lost ones, and end all of them together.
+
+Each process has two threads beside its work. One writes a heartbeat into the key-value store of
+JAX's coordination service and reads those of the others. One waits for the line with which a
+process ends all of them. Both end this process, even if its main thread waits in a collective.
+"""
+
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cptjax.common import console
+
+BEAT_SECONDS = 2.0
+LOST_SECONDS = 30.0  # without a heartbeat
+# JAX's own heartbeat ends a process with native traces; it is only for a process whose threads
+# above do not run.
+JAX_HEARTBEAT_SECONDS = 3600
+CONNECT_SECONDS = 300
+END_KEY = "cptjax/end"
+GO_ON = "run the same command again to continue from the last save"
+_watch: "_Watch | None" = None
+_service: "_Service | None" = None  # on process 0
+
+
+def connect(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    index: int | None = None,
+    seconds: int = CONNECT_SECONDS,
+) -> None:
+    """Connect to the other processes; without arguments, JAX asks the scheduler or the TPU.
+
+    coordinator: host:port of process 0. seconds: for which the processes wait for each other.
+    """
+    global _watch
+    import jax
+
+    gpus = slurm_gpus(os.environ)
+    with _service_in_own_process():
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                index,
+                local_device_ids=None if gpus is None else list(range(gpus)),
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=60,
+            )
+        except RuntimeError as error:
+            raise OSError(
+                f"the processes of the run did not connect to {coordinator or 'process 0'}: "
+                f"{str(error).splitlines()[0][:200]}; start all of them, and check the address"
+            ) from error
+    _watch = _Watch()
+    here = jax.local_device_count()
+    if gpus is not None and here < gpus:
+        raise ValueError(
+            f"host {socket.gethostname()}: SLURM gave {gpus} GPUs, JAX sees {here} devices "
+            f"({jax.devices()[0].device_kind}); check the driver and the installed jax[cuda]"
+        )
+    if not jax.process_index():
+        console.print_message(
+            f"{jax.process_count()} processes with {jax.device_count()} devices "
+            f"({jax.devices()[0].device_kind}); {here} on host {socket.gethostname()}"
+        )
+
+
+def slurm_gpus(environ: Mapping[str, str]) -> int | None:
+    """Return how many GPUs of this node belong to a process that is alone on it under SLURM.
+
+    By itself JAX would take one. None = not under SLURM, no GPUs, or several processes per node.
+    """
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]  # such as 1(x4)
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    if "SLURM_PROCID" not in environ or "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    return int(gpus) if tasks == "1" and gpus.isdigit() else None
+
+
+def is_connected() -> bool:
+    """Return whether this process is one of several that `connect` connected."""
+    return _watch is not None
+
+
+def disconnect() -> None:
+    """Wait until all processes are done, and leave them in order."""
+    global _watch
+    if _watch is None:
+        return
+    import jax
+
+    from cptjax.common import distributed
+
+    distributed.coordination_client().wait_at_barrier("cptjax/done", 3_600_000)
+    _watch.stop()
+    _watch = None
+    jax.distributed.shutdown()
+
+
+def end_all(reason: str, code: int = 2, say: bool = True) -> NoReturn:
+    """End this process with an error, and all others with a line that names this process."""
+    if _watch is not None:
+        _watch.claim_end()
+        _watch.publish(reason)
+    if say:
+        console.print_error(reason)
+    _exit(code)
+
+
+def wait_for_lost_process() -> None:
+    """Give the threads time to end this process, whose error may come from a lost one."""
+    if _watch is not None:
+        time.sleep(LOST_SECONDS + 5 * BEAT_SECONDS)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _service is not None:
+        _service.end("stop")
+    os._exit(code)
+
+
+class _Watch:
+    """The two threads that watch over the other processes."""
+
+    def __init__(self) -> None:
+        from cptjax.common import distributed
+
+        self.client = distributed.coordination_client()
+        self.index, self.host = distributed.process_index(), socket.gethostname()
+        self.stopping, self.ending = threading.Event(), threading.Lock()
+        now = time.monotonic()
+        self.answered = now  # when the service answered
+        self.beats = dict.fromkeys(range(distributed.process_count()), "")
+        self.heard = dict.fromkeys(self.beats, now)  # when another beat came
+        for act in (self._beat, self._listen):
+            threading.Thread(target=act, name=f"cptjax{act.__name__}", daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+    def claim_end(self) -> None:
+        """Keep the threads from ending this process, which ends itself."""
+        with self.ending:
+            self.stopping.set()
+
+    def publish(self, reason: str) -> None:
+        """Store the line that ends the other processes; the first of several reasons counts."""
+        line = f"process {self.index} (host {self.host}) stopped: {reason}; {GO_ON}"
+        with contextlib.suppress(RuntimeError):
+            self.client.key_value_set(END_KEY, line)
+
+    def _beat(self) -> None:
+        for number in itertools.count():
+            with contextlib.suppress(RuntimeError):  # the service does not answer
+                self._exchange_beats(number)
+            if lost := self._lost():
+                self._end_with(f"{lost}; {GO_ON}", 1)
+            if self.stopping.wait(BEAT_SECONDS):
+                return
+
+    def _exchange_beats(self, number: int) -> None:
+        """Write a heartbeat, and note whose changed."""
+        key = f"cptjax/beat/{self.index}"
+        self.client.key_value_set(key, f"{number} {self.host}", allow_overwrite=True)
+        found = self.client.key_value_dir_get("cptjax/beat/")
+        self.answered = time.monotonic()
+        for key, beat in found:
+            index = int(key.rsplit("/", 1)[1])
+            if beat != self.beats[index]:
+                self.beats[index], self.heard[index] = beat, self.answered
+
+    def _lost(self) -> str:
+        """Say which process gave no sign of life for LOST_SECONDS; "" = none."""
+        if time.monotonic() - self.answered > LOST_SECONDS:
+            return (
+                f"the host of process 0 has not answered for {LOST_SECONDS:.0f} s: it is down, or "
+                "the network is"
+            )
+        for index, heard in self.heard.items():
+            if self.answered - heard > LOST_SECONDS:
+                host = self.beats[index].partition(" ")[2] or "unknown"
+                return (
+                    f"process {index} (host {host}) has given no sign of life for "
+                    f"{LOST_SECONDS:.0f} s: it died or hangs"
+                )
+        return ""
+
+    def _listen(self) -> None:
+        """End this process when another one publishes why."""
+        while not self.stopping.is_set():
+            try:
+                line = self.client.blocking_key_value_get(END_KEY, 5000)
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    time.sleep(1.0)  # the service does not answer; `_beat` measures for how long
+                if lost := self._lost():  # a call of `_beat` may hang
+                    self._end_with(f"{lost}; {GO_ON}", 1)
+                continue
+            # An error that all processes have reaches each of them by itself.
+            if not self.stopping.wait(1.0):
+                self._end_with(line, 2)
+            return
+
+    def _end_with(self, line: str, code: int) -> None:
+        """Print a line once and end this process."""
+        with self.ending:
+            if not self.stopping.is_set():
+                self.stopping.set()
+                console.print_error(line)
+                _exit(code)
+
+
+class _Service:
+    """JAX's coordination service in a process of its own (see `coordinator`)."""
+
+    def __init__(self, address: str, processes: int, heartbeat: int):
+        path = Path(__file__).with_name("coordinator.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(path), address, str(processes), str(heartbeat)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+        if (word := self.process.stdout.readline().strip()) != "ready":
+            raise OSError(f"the coordination service did not start ({word or 'it died'})")
+
+    def end(self, word: str) -> None:
+        """Let the service end after the time that others need (see `coordinator`)."""
+        with contextlib.suppress(OSError):
+            print(word, file=self.process.stdin, flush=True)
+            self.process.stdin.close()
+
+    def shutdown(self) -> None:
+        """Let the service end at once; JAX calls it when all processes have left."""
+        self.end("done")
+
+
+@contextlib.contextmanager
+def _service_in_own_process() -> Iterator[None]:
+    """Let jax.distributed.initialize start the service in a process of its own."""
+    from jax._src.lib import _jax
+
+    def start(address: str, processes: int, **options: Any) -> _Service:
+        global _service
+        _service = _Service(address, processes, options["heartbeat_timeout"])
+        return _service
+
+    before, _jax.get_distributed_runtime_service = _jax.get_distributed_runtime_service, start
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = before

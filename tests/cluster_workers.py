@@ -1,0 +1,298 @@
+"""Small programs of two processes, for tests of what happens when one of them fails.
+
+The processes are forks of this one, which imports everything but starts no device.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LOST_SECONDS = 6.0  # instead of 30
+
+
+def exchanges(index: int) -> None:
+    """Values of many sizes, decisions and comparisons; at the end another exchange on each."""
+    import jax
+
+    from cptjax.common import distributed
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: (
+            compiled.append(event) if event.endswith("backend_compile_duration") else None
+        )
+    )
+    for size in [*range(0, 4000, 100), *range(40_000, 900_000, 20_000)]:
+        values = distributed.gather_objects((index, bytes(size + index)))
+        assert [(i, len(v)) for i, v in values] == [(0, size), (1, size + 1)]
+    say(compilations=len(compiled))
+    assert distributed.decide_on_main(lambda: f"by {index}") == "by 0"
+    assert distributed.gather_objects("x" * 50_000 * index) == ["", "x" * 50_000]
+    for act in (
+        lambda: distributed.decide_on_main(lambda: open(f"/nowhere{index}")),
+        lambda: distributed.require_equal(
+            {"lr": [0.01, 0.5][index], "seed": 0}, "start them alike"
+        ),
+    ):
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            say(refused=f"{type(error).__name__}: {error}")
+    distributed.require_equal({"lr": 0.5}, "")
+    if index:
+        distributed.gather_objects("a")
+    else:
+        other_exchange()
+
+
+def other_exchange() -> None:
+    from cptjax.common import distributed
+
+    distributed.gather_objects("a")
+
+
+def raises(index: int) -> None:
+    """Process 1 raises while process 0 waits in a collective."""
+    if index:
+        raise ValueError("row 3 of rows.jsonl has no answer")
+    wait_in_collective()
+
+
+def bug(index: int) -> None:
+    """Process 0 has an unexpected error while process 1 waits in an exchange."""
+    from cptjax.common import distributed
+
+    if index:
+        distributed.gather_objects(1)
+    raise KeyError("weights")
+
+
+def lost(killed: int, number: int, wait: Callable[[], None]) -> Callable[[int], None]:
+    def act(index: int) -> None:
+        if index == killed:
+            os.kill(os.getpid(), number)
+        wait()
+
+    return act
+
+
+def wait_in_collective() -> None:
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    multihost_utils.process_allgather(np.zeros(3))
+
+
+def wait_in_exchange() -> None:
+    from cptjax.common import distributed
+
+    distributed.gather_objects(1)
+
+
+def sigterm(index: int) -> None:
+    """Only process 1 gets SIGTERM, outside of training."""
+    from cptjax.common import distributed, signals
+
+    handler = signals.SigtermHandler()
+    with signals.handle_sigterm(handler):
+        with handler.deferred():
+            os.kill(os.getpid(), signal.SIGTERM if index else 0)
+            assert not index or handler.received
+            assert distributed.gather_objects(index) == [0, 1]
+            assert handler.agreed()
+        for _ in range(10):
+            distributed.gather_objects(index)
+    raise AssertionError("still running")
+
+
+FAILURES = {
+    "exchanges": exchanges,
+    "raises": raises,
+    "bug": bug,
+    "sigterm": sigterm,
+    "kill 1": lost(1, signal.SIGKILL, wait_in_collective),
+    "kill 0": lost(0, signal.SIGKILL, wait_in_exchange),
+    "stop 1": lost(1, signal.SIGSTOP, wait_in_exchange),
+    "stop 0": lost(0, signal.SIGSTOP, wait_in_collective),
+}
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": f"say {word}", "answer": word} for word in "red green blue one two six ten".split()
+]
+REWARD = """import os
+
+def reward(completion, answer):
+    return 1 / (os.environ["HOST"] != "1")
+"""
+SHORT = {
+    "steps": 2,
+    "stages": ({"task": "mine", "epochs": 1},),
+    "eval": {"before": False, "limit": 4, "batch": 4, "every": 1, "mini": 4},
+    "checkpoint": {"every": 0},
+}
+
+
+def run(workdir: str, method: str = "sft", **sections: object) -> None:
+    """Train on a task of seven rows with a batch of four, in the working folder."""
+    import run_helpers
+
+    from cptjax.continual import driver
+
+    task = {"train": "rows.jsonl", "test": "rows.jsonl", "template": "none"}
+    task |= {"reward": "reward.py:reward"} if method == "grpo" else {}
+    driver.run(
+        run_helpers.config(method, **{**SHORT, "tasks": {"mine": task}, **sections}), workdir
+    )
+
+
+def in_folder(folder: str, rows: list[dict]) -> None:
+    """Enter a folder with the files of a run; both processes may write them at the same time."""
+    from cptjax.common import files
+
+    Path(folder).mkdir(exist_ok=True)
+    os.chdir(folder)
+    files.write_text("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text("reward.py", REWARD)
+
+
+def learning_rate(index: int) -> None:
+    in_folder("learning rate", ROWS)
+    run("run", train={"batch": 4, "lr": [0.01, 0.5][index]})
+
+
+def data(index: int) -> None:
+    """The hosts have different copies of the data file."""
+    shared = Path.cwd() / "data"
+    in_folder(f"data of {index}", ROWS[: 7 - index])
+    run(str(shared))
+
+
+def code(index: int) -> None:
+    from cptjax.continual import fingerprints
+
+    fingerprints.code_hash = lambda: f"commit {index}"
+    in_folder("code", ROWS)
+    run("run")
+
+
+def folder(index: int) -> None:
+    """Each host has its own folder."""
+    from cptjax.continual import workdir
+
+    workdir.VISIBLE_SECONDS = 1.0
+    in_folder(f"folder of {index}", ROWS)
+    run("run")
+
+
+def full_disk(index: int) -> None:
+    import shutil
+
+    if index:
+        shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10, 10, 0)
+    in_folder("full disk", ROWS)
+    run("run")
+
+
+def reward(index: int) -> None:
+    """A reward raises on the second process only."""
+    in_folder("reward", ROWS)
+    os.environ["HOST"] = str(index)
+    run("run", "grpo")
+
+
+def interrupted(index: int) -> None:
+    """Process 1 gets SIGTERM in the evaluation after the first step."""
+    from cptjax.continual import stage_evaluation
+
+    evaluate = stage_evaluation.evaluate_within_stage
+
+    def evaluate_after_signal(*args):
+        if index:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    stage_evaluation.evaluate_within_stage = evaluate_after_signal
+    in_folder("interrupted", ROWS)
+    run("run")
+
+
+def continued(index: int) -> None:
+    in_folder("interrupted", ROWS)
+    run("run")
+
+
+RUNS = {
+    "learning rate": learning_rate,
+    "data": data,
+    "code": code,
+    "folder": folder,
+    "full disk": full_disk,
+    "reward": reward,
+    "interrupted": interrupted,
+    "continued": continued,
+}
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def say(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def start(name: str, index: int, port: int) -> int:
+    """Start one process of a program; what it prints goes to a file."""
+    if pid := os.fork():
+        return pid
+    from cptjax.common import cli, cluster, console
+
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{index}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    cluster.LOST_SECONDS = LOST_SECONDS
+    console.set_console_mode("plain")
+    sys.argv[1:] = []
+
+    def main() -> None:
+        cluster.connect(f"localhost:{port}", 2, index)
+        (FAILURES | RUNS)[name](index)
+
+    cli.run_launcher(main)
+    os._exit(0)
+
+
+def main() -> None:
+    """Run programs, all at the same time; print [exit code, seconds] of each process."""
+    from jax.experimental import multihost_utils  # noqa: F401
+
+    from cptjax.common import cli, cluster, signals  # noqa: F401
+
+    limit, ports, names = float(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    if set(names) & set(RUNS):
+        import run_helpers  # noqa: F401
+
+        from cptjax.continual import driver  # noqa: F401
+    began, running, ended = time.monotonic(), {}, {}
+    for name, port in zip(names, ports, strict=True):
+        running |= {start(name, index, port): f"{name}.{index}" for index in range(2)}
+    stopped = {f"stop {i}.{i}" for i in range(2)}  # they never end
+    while set(running.values()) - set(ended) - stopped and time.monotonic() - began < limit:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ended[running[pid]] = (os.waitstatus_to_exitcode(status), time.monotonic() - began)
+        time.sleep(0.02)
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    print(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main()
