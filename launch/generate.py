@@ -39,10 +39,11 @@ TOP_P = flags.DEFINE_float("top_p", None, "Default: rollout.top_p.")
 MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Default: rollout.max_new_tokens.")
 OUT = flags.DEFINE_string("out", None, "Path of the corpus, FILE.jsonl.", required=True)
 CONFIG = config_flag.define_config_flag()
+cli.define_cluster_flags()
 
 
 def main() -> None:
-    cli.init_distributed()
+    cli.connect_processes()
     from cptjax.common import distributed
     from cptjax.continual import corpus_generation
 
