@@ -256,7 +256,8 @@ def start(name: str, index: int, port: int) -> int:
 
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{index}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    cluster.LOST_SECONDS = LOST_SECONDS
+    if name in FAILURES:
+        cluster.LOST_SECONDS = LOST_SECONDS
     console.set_console_mode("plain")
     sys.argv[1:] = []
 

@@ -140,10 +140,10 @@ class _Watch:
         self.client = distributed.coordination_client()
         self.index, self.host = distributed.process_index(), socket.gethostname()
         self.stopping, self.ending = threading.Event(), threading.Lock()
-        now = time.monotonic()
-        self.answered = now  # when the service answered
+        self.answered = time.monotonic()  # when the service answered
+        self.asked: float | None = None  # since when an answer is awaited
         self.beats = dict.fromkeys(range(distributed.process_count()), "")
-        self.heard = dict.fromkeys(self.beats, now)  # when another beat came
+        self.silent = dict.fromkeys(self.beats, 0.0)  # seconds without another beat
         for act in (self._beat, self._listen):
             threading.Thread(target=act, name=f"cptjax{act.__name__}", daemon=True).start()
 
@@ -163,8 +163,10 @@ class _Watch:
 
     def _beat(self) -> None:
         for number in itertools.count():
+            self.asked = self.asked or time.monotonic()
             with contextlib.suppress(RuntimeError):  # the service does not answer
                 self._exchange_beats(number)
+                self.asked = None
             if lost := self._lost():
                 self._end_with(f"{lost}; {GO_ON}", 1)
             if self.stopping.wait(BEAT_SECONDS):
@@ -175,21 +177,24 @@ class _Watch:
         key = f"cptjax/beat/{self.index}"
         self.client.key_value_set(key, f"{number} {self.host}", allow_overwrite=True)
         found = self.client.key_value_dir_get("cptjax/beat/")
-        self.answered = time.monotonic()
-        for key, beat in found:
-            index = int(key.rsplit("/", 1)[1])
-            if beat != self.beats[index]:
-                self.beats[index], self.heard[index] = beat, self.answered
+        now = time.monotonic()
+        # A time in which this thread did not run says little about the others.
+        passed, self.answered = min(now - self.answered, 3 * BEAT_SECONDS), now
+        beats = {int(key.rsplit("/", 1)[1]): beat for key, beat in found}
+        for index, before in self.beats.items():
+            changed = beats.get(index, "") != before
+            self.silent[index] = 0.0 if changed else self.silent[index] + passed
+        self.beats |= beats
 
     def _lost(self) -> str:
         """Say which process gave no sign of life for LOST_SECONDS; "" = none."""
-        if time.monotonic() - self.answered > LOST_SECONDS:
+        if self.asked is not None and time.monotonic() - self.asked > LOST_SECONDS:
             return (
                 f"the host of process 0 has not answered for {LOST_SECONDS:.0f} s: it is down, or "
                 "the network is"
             )
-        for index, heard in self.heard.items():
-            if self.answered - heard > LOST_SECONDS:
+        for index, seconds in self.silent.items():
+            if seconds > LOST_SECONDS:
                 host = self.beats[index].partition(" ")[2] or "unknown"
                 return (
                     f"process {index} (host {host}) has given no sign of life for "
