@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cptjax.common import images
 from cptjax.common.images import Grid, ImageSettings, open_image
@@ -324,6 +324,8 @@ def load_processor(
         tokenizer = tiny_tokenizer.build_tiny_tokenizer(cfg.text.vocab)
         template = tiny_tokenizer.TINY_CHAT_TEMPLATE
     else:
+        from transformers import AutoTokenizer  # imports torch where it is installed: two seconds
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=False, local_files_only=True
