@@ -99,8 +99,12 @@ class Workload:
 
 def check_workload(work: Workload, phases: Sequence[str]) -> None:
     """Refuse a workload that cannot be measured."""
+    if work.size not in BENCH_SIZES | PRESETS:
+        raise ValueError(
+            f"--size={work.size}: expected one of {', '.join(BENCH_SIZES)}, or another preset of "
+            "config.model"
+        )
     named = [
-        ("size", work.size, BENCH_SIZES | PRESETS),
         ("dtype", work.dtype, BENCH_DTYPES),
         ("remat", work.remat, layers.REMAT_POLICIES),
     ]

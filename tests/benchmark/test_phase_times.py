@@ -162,7 +162,8 @@ def test_the_launcher_exits_with_code_2():
         [sys.executable, ROOT / "launch/bench.py", "--size=70b"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip() == "error: --size=70b: expected one of cpu-s, cpu-m, 3b, 7b"
+    expected = "error: --size=70b: expected one of cpu-s, cpu-m, 3b, 7b, or another preset of"
+    assert done.stderr.strip() == f"{expected} config.model"
 
 
 def test_the_memory_settings_for_a_cpu_extend_what_is_given_and_are_added_once():
