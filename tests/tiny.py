@@ -55,6 +55,7 @@ TEXT_FAMILIES = {  # the keys in which each differs
     "qwen2": {"rope_parameters": PLAIN_ROPE},
     "qwen3": {"rope_parameters": PLAIN_ROPE, "head_dim": 24},
     "llama": {"rope_parameters": LLAMA3_ROPE},
+    "mistral": {"rope_parameters": PLAIN_ROPE, "sliding_window": None},
 }
 
 

@@ -1,7 +1,7 @@
 """The table of model families."""
 
 from cptjax.models.config import ModelConfig
-from cptjax.models.families import llama, qwen2, qwen2_5_vl, qwen3, qwen3_vl
+from cptjax.models.families import llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl
 from cptjax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -12,6 +12,7 @@ FAMILIES: dict[str, Family] = {
         qwen2.FAMILY,
         qwen3.FAMILY,
         llama.FAMILY,
+        mistral.FAMILY,
     )
 }
 PRESETS: dict[str, ModelConfig] = {
