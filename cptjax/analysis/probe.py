@@ -139,12 +139,14 @@ class Probe:
 
     def sample_graded(self, items: Sequence[EncodedExample], samples: int) -> list[GradedRollouts]:
         """Sample responses to prompts and grade them as the stage does, in batches of prompts."""
-        config = merge_config(
-            self.stage.config, {"method": {"advantage": "dr_grpo"}, "rollout": {"group": samples}}
-        )
+        size = cut_to_shards(self.stage.config.train.batch, self.model_ctx.shards)
+        changes = {
+            "method": {"advantage": "dr_grpo", "updates_per_batch": 1},
+            "rollout": {"group": samples},
+            "train": {"batch": size * jax.process_count(), "micro_batch": 0},  # one device pass
+        }
+        config = merge_config(self.stage.config, changes)
         builder = build.batch_builder_from_config(self.run.model_ctx, self.prompted_tasks, config)
-        shards = self.model_ctx.shards
-        size = cut_to_shards(config.train.batch, shards)
         key = jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number)
         batches = []
         with console.progress_bar("sample responses", len(items)) as bar:

@@ -82,14 +82,13 @@ def decide_prompts(
             line["kept"] = kept
         return lines, WorkCost()
     samples, path = window["samples"], window.pop("corpus", "")
-    top_p = window.pop("top_p", None)
+    window.pop("top_p", None)
     if path:
         ids = [line["id"] for line in lines]
         correct, spent = corpus.count_correct_responses(path, ids, samples), WorkCost()
     else:
-        if top_p is not None:
-            sampling = dataclasses.replace(builder.sampling, top_p=top_p)
-            builder = dataclasses.replace(builder, sampling=sampling)
+        sampling = dataclasses.replace(builder.sampling, **builder.needs.filter_sampling)
+        builder = dataclasses.replace(builder, sampling=sampling)
         correct, spent = count_correct(stage, builder, params, name, examples, samples, cache)
     keep = prompt_filters.keep_prompts(correct, seed=seed, **window)
     for line, n, kept in zip(lines, correct.tolist(), keep.tolist(), strict=True):

@@ -289,30 +289,67 @@ def _place_rows(
     return placements, rows // shards or round_up_size(1 + max(p.row for p in placements))
 
 
-def _fill_prompts(
+@dataclasses.dataclass(frozen=True)
+class _BatchPlan:
+    """Where the conversations and images of a batch are placed, and the shape that holds them."""
+
+    encoded: Sequence[EncodedConversation]
+    placements: Sequence[_Placement]
+    placed: Sequence[PlacedFrames]  # of each shard
+    shape: BatchShape
+    pad_left: bool
+
+    def fill(self, shape: BatchShape) -> tuple[Prompts, np.ndarray]:
+        """Return (Prompts of numpy arrays, loss mask [B T]) in a shape that may be larger."""
+        cfg = self.encoded[0].cfg
+        prompts: Prompts = jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(shape, len(self.placed), cfg)
+        )
+        prompts.tokens[:] = cfg.pad
+        prompts.slots[:] = -1
+        if prompts.vision is not None:
+            _fill_vision(prompts.vision, self.placed)
+        mask = np.zeros(prompts.tokens.shape, bool)
+        shard_rows = shape.rows // len(self.placed)
+        added = shape.length - self.shape.length if self.pad_left else 0
+        for e, p in zip(self.encoded, self.placements, strict=True):
+            start = p.start + added
+            at = p.shard * shard_rows + p.row, slice(start, start + len(e))
+            prompts.tokens[at] = e.tokens
+            prompts.segments[at] = p.segment
+            prompts.positions[:, *at] = e.positions
+            prompts.slots[at] = _feature_slots(e, self.placed[p.shard], shape.patches)
+            mask[at] = e.loss_mask
+        return prompts, mask
+
+
+def _plan_batch(
     encoded: Sequence[EncodedConversation],
-    placements: Sequence[_Placement],
-    placed: Sequence[PlacedFrames],
-    shape: BatchShape,
-) -> tuple[Prompts, np.ndarray]:
-    cfg = encoded[0].cfg
-    prompts: Prompts = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(shape, len(placed), cfg)
-    )
-    prompts.tokens[:] = cfg.pad
-    prompts.slots[:] = -1
-    if prompts.vision is not None:
-        _fill_vision(prompts.vision, placed)
-    mask = np.zeros(prompts.tokens.shape, bool)
-    shard_rows = shape.rows // len(placed)
+    buckets: Sequence[int],
+    side: str,
+    shards: int,
+    pack: bool = False,
+    rows: int = 0,
+) -> _BatchPlan:
+    if not encoded:
+        raise ValueError("got no conversations; expected at least one")
+    longest = max(len(e) for e in encoded)
+    if pack:
+        longest = max(longest, min(sum(map(len, encoded)), max(buckets)))
+    length = smallest_bucket(longest, buckets)
+    placements, shard_rows = _place_rows(encoded, shards, rows, length, pack, side)
+    too_few = any(p.shard >= shards or p.row >= shard_rows for p in placements)
+    if rows % shards or too_few:
+        raise ValueError(
+            f"rows={rows}; expected a multiple of the {shards} shards, with room for "
+            f"{len(encoded)} conversations"
+        )
+    by_shard: list[list[EncodedConversation]] = [[] for _ in range(shards)]
     for e, p in zip(encoded, placements, strict=True):
-        at = p.shard * shard_rows + p.row, slice(p.start, p.start + len(e))
-        prompts.tokens[at] = e.tokens
-        prompts.segments[at] = p.segment
-        prompts.positions[:, *at] = e.positions
-        prompts.slots[at] = _feature_slots(e, placed[p.shard], shape.patches)
-        mask[at] = e.loss_mask
-    return prompts, mask
+        by_shard[p.shard].append(e)
+    patches, vision_rows, placed = _pack_frames(by_shard)
+    shape = BatchShape(shards * shard_rows, length, patches, vision_rows)
+    return _BatchPlan(encoded, placements, placed, shape, side == "left" and not pack)
 
 
 def collate_rows(
@@ -335,30 +372,27 @@ def collate_rows(
     """
     if side not in ("left", "right"):
         raise ValueError(f"side: expected left or right, got {side!r}")
-    if not encoded:
-        raise ValueError("got no conversations; expected at least one")
-    longest = max(len(e) for e in encoded)
-    if pack:
-        longest = max(longest, min(sum(map(len, encoded)), max(buckets)))
-    length = smallest_bucket(longest, buckets)
-    placements, shard_rows = _place_rows(encoded, shards, rows, length, pack, side)
-    too_few = any(p.shard >= shards or p.row >= shard_rows for p in placements)
-    if rows % shards or too_few:
-        raise ValueError(
-            f"rows={rows}; expected a multiple of the {shards} shards, with room for "
-            f"{len(encoded)} conversations"
-        )
-    by_shard: list[list[EncodedConversation]] = [[] for _ in range(shards)]
-    for e, p in zip(encoded, placements, strict=True):
-        by_shard[p.shard].append(e)
-    patches, vision_rows, placed = _pack_frames(by_shard)
-    shape = BatchShape(shards * shard_rows, length, patches, vision_rows)
-    if agree is not None:
-        shape = agree(shape)
-    if side == "left" and not pack:
-        added = shape.length - length
-        placements = [dataclasses.replace(p, start=p.start + added) for p in placements]
-    return _fill_prompts(encoded, placements, placed, shape)
+    plan = _plan_batch(encoded, buckets, side, shards, pack, rows)
+    return plan.fill(plan.shape if agree is None else agree(plan.shape))
+
+
+def collate_prompts(
+    batches: Sequence[Sequence[EncodedConversation]],
+    *,
+    buckets: Sequence[int],
+    shards: int,
+    agree: Callable[[BatchShape], BatchShape],
+) -> list[Prompts]:
+    """Return the left-padded prompts of each micro-batch, all in one shape.
+
+    The micro-batches have equally many prompts. `agree` is called once, as in `collate_rows`.
+    """
+    counts = [len(encoded) for encoded in batches]
+    if len(set(counts)) > 1:
+        raise ValueError(f"got micro-batches of {counts} prompts; expected equal numbers")
+    plans = [_plan_batch(encoded, buckets, "left", shards) for encoded in batches]
+    shape = agree(widest_shape([plan.shape for plan in plans]))
+    return [plan.fill(shape)[0] for plan in plans]
 
 
 def widest_shape(shapes: Sequence[BatchShape]) -> BatchShape:

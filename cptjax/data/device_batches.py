@@ -1,10 +1,14 @@
 """Build batches on the mesh from encoded conversations or sampled responses, in few shapes."""
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from cptjax.common import distributed
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, smallest_bucket
@@ -102,6 +106,56 @@ def conversation_batch(
         batch.mask[row, :n] = True
         batch.extra["segments"][row, :n] = prompts.segments[row, at]
     return place_batch(batch, model_ctx.mesh)
+
+
+def join_prompts(model_ctx: ModelContext, parts: Sequence[Prompts]) -> tuple[Prompts, np.ndarray]:
+    """Join micro-batches on the device; return the prompts, and the index in the batch of each row.
+
+    Each batch shard joins its own rows and images, so nothing moves between devices:
+
+        2 micro-batches of 4 rows on 2 shards      rows 0 1 | 2 3      4 5 | 6 7
+        joined                                     rows 0 1 4 5 | 2 3 6 7
+
+    The indices are those of this process's rows.
+    """
+    rows = len(parts[0].tokens) // jax.process_count()
+    index = np.arange(len(parts) * rows).reshape(len(parts), model_ctx.shards, -1)
+    order = index.swapaxes(0, 1).ravel()
+    if len(parts) == 1:
+        return parts[0], order
+    places, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, parts[0]))
+    program = _join_program(len(parts), structure, tuple(places), model_ctx.cfg.vision.merge**2)
+    return program(*parts), order
+
+
+@functools.lru_cache(maxsize=16)
+def _join_program(
+    count: int, structure: Any, places: tuple[NamedSharding, ...], area: int
+) -> Callable[..., Prompts]:
+    """Return the program that joins `count` micro-batches with these shardings.
+
+    area: patches of a vision feature.
+    """
+    shardings = structure.unflatten(places)
+    specs = jax.tree.map(lambda x: x.spec, shardings)
+
+    def join_shard(*parts: Prompts) -> Prompts:
+        features = math.prod(parts[0].vision.frames.shape) // area if parts[0].vision else 0
+        numbered = [
+            p.replace(slots=jnp.where(p.slots < 0, -1, p.slots + i * features))
+            for i, p in enumerate(parts)
+        ]
+        # Position ids begin with the axis of time, height and width, images with that of shards.
+        axes = Prompts(tokens=0, positions=1, segments=0, slots=0, vision=1)
+        return jax.tree.map(
+            lambda axis, *xs: jax.tree.map(lambda *x: jnp.concatenate(x, axis), *xs),
+            axes,
+            *numbered,
+        )
+
+    mesh = places[0].mesh
+    joined = jax.shard_map(join_shard, mesh=mesh, in_specs=(specs,) * count, out_specs=specs)
+    return jax.jit(joined, out_shardings=shardings)
 
 
 def target_buckets(length: int) -> list[int]:

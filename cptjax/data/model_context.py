@@ -39,14 +39,16 @@ class ModelContext:
 
     def place_prompts(self, encoded: Sequence[EncodedConversation]) -> Prompts:
         """Collate this process's prompts, padded on the left, and place them on the mesh."""
-        prompts, _ = collate.collate_rows(
-            list(encoded),
-            buckets=self.buckets,
-            side="left",
-            shards=self.shards,
-            agree=gather_batch_shape,
+        return self.place_prompt_batches([encoded])[0]
+
+    def place_prompt_batches(
+        self, batches: Sequence[Sequence[EncodedConversation]]
+    ) -> list[Prompts]:
+        """Do what `place_prompts` does for each micro-batch; all get one shape."""
+        collated = collate.collate_prompts(
+            batches, buckets=self.buckets, shards=self.shards, agree=gather_batch_shape
         )
-        return place_prompts(prompts, self.mesh)
+        return [place_prompts(prompts, self.mesh) for prompts in collated]
 
 
 def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]) -> ModelContext:

@@ -25,6 +25,13 @@ class Samples:
     policy_logps: np.ndarray  # [B R]
     finished: np.ndarray  # [B]
 
+    def restore_order(self, order: np.ndarray) -> "Samples":
+        """Return the responses by prompt; sampled group i responds to prompt `order[i]`."""
+        group = len(self.texts) // len(order)
+        rows = (np.argsort(order)[:, None] * group + np.arange(group)).ravel()
+        arrays = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)[1:]}
+        return Samples([self.texts[r] for r in rows], **arrays)
+
 
 def prepare_weights(model_ctx: ModelContext, params: Params, sampling: SamplingConfig) -> Params:
     """Return the weights that `sample_responses` takes: `params`, or a gathered or int8 copy.

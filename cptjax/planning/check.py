@@ -18,7 +18,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.planning import memory
 from cptjax.tasks.scoring import sandbox
 from cptjax.training.build import stage_mixture
-from cptjax.training.programs import AbstractStage, abstract_stage
+from cptjax.training.programs import abstract_stage
 
 BAD_ROWS_SHOWN = 20  # bad rows printed per split
 PADDING_STEPS = 500  # steps per stage whose padding is counted
@@ -205,10 +205,7 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
     """Print the estimated memory per device, for several device counts if the mesh has a -1."""
     cfg = load.find_model_config(config.model)
-    sizes = {
-        n: memory.estimate_bytes(stage, prompt, patches)
-        for n, stage in stages_by_device_count(config, cfg).items()
-    }
+    sizes = memory_by_device_count(config, cfg, prompt, patches)
     unit, scale = ("GB", 1e9) if max(s["peak"] for s in sizes.values()) > 1e9 else ("MB", 1e6)
     parts = next(iter(sizes.values()))
     lines = [(part, *(f"{s[part] / scale:.2f}" for s in sizes.values())) for part in parts]
@@ -217,14 +214,17 @@ def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:
     )
 
 
-def stages_by_device_count(config: ConfigDict, cfg: ModelConfig) -> dict[int, AbstractStage]:
-    """Return the abstract stage for each device count that divides its batch and weights."""
-    stages, error = {}, None
+def memory_by_device_count(
+    config: ConfigDict, cfg: ModelConfig, prompt: int, patches: int
+) -> dict[int, dict[str, float]]:
+    """Return the bytes per device for each device count that divides micro-batches and weights."""
+    sizes, error = {}, None
     for n in memory.possible_device_counts(config.mesh, DEVICE_COUNTS, config.train.batch):
         try:
-            stages[n] = abstract_stage(config, cfg, memory.mesh_of_size(config.mesh, n))
-        except ValueError as reason:  # an axis of the weights that n devices do not divide
+            stage = abstract_stage(config, cfg, memory.mesh_of_size(config.mesh, n))
+            sizes[n] = memory.estimate_bytes(stage, prompt, patches)
+        except ValueError as reason:  # n devices do not divide a micro-batch or the weights
             error = reason
-    if not stages:
+    if not sizes:
         raise error
-    return stages
+    return sizes

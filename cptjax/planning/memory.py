@@ -13,6 +13,7 @@ from cptjax import sharding
 from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.training.programs import AbstractStage
+from cptjax.training.step_batch import extra_response_tokens
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -59,13 +60,14 @@ def estimate_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str,
 
 def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, float]:
     """Return the bytes of a device pass of the update, in addition to the resident arrays."""
-    c, trained = stage.config, stage.state.params
+    c, layout, trained = stage.config, stage.layout, stage.state.params
     m, t, r = c.method, c.train, c.rollout
-    batch = t.batch // m.updates_per_batch
-    micro = t.micro_batch or batch
-    response = {"rollouts": r.group * r.max_new_tokens, "gold": 0}.get(m.source, r.max_new_tokens)
-    rows, model = micro / stage.shards, stage.mesh.shape["model"]
-    sums = 2 if micro < batch else 1  # the sum so far, and that of the current micro-batch
+    response = extra_response_tokens(m, r.max_new_tokens)
+    if m.source == "rollouts":
+        response = r.group * r.max_new_tokens
+    rows, model = layout.rows / stage.shards, stage.mesh.shape["model"]
+    # The sum so far, and that of the current micro-batch.
+    sums = 2 if layout.micro_batches > 1 else 1
     gradients = sums * bytes_per_device(_cast(trained, jnp.float32))
     if c.model.param_dtype != c.model.compute_dtype:
         gradients += bytes_per_device(_cast(trained, stage.dtype))

@@ -19,6 +19,9 @@ class MethodNeeds:
     kl_in_reward: bool
     policy_logps: bool  # of the policy before the updates of a step
     greedy_samples: bool  # one greedy response to each prompt
+    # The settings of sampling that the offline filter changes; {} = it samples nothing.
+    filter_sampling: dict[str, Any]
+    self_samples: int  # responses to each prompt of a window that is sampled to be learned
     # By name in `Batch.extra`, with the letters of its shape: B rows, A targets of a row, D width
     # of the model, V vocabulary.
     arrays: dict[str, str]
@@ -57,5 +60,14 @@ def method_needs(method: Any) -> MethodNeeds:
         kl_in_reward=kl_in_reward,
         policy_logps=several_updates or kl_in_reward,
         greedy_samples=samples and method.advantage == "remax",
+        filter_sampling=_filter_sampling(dict(method.filter or {})),
+        self_samples=method.self_samples if method.source == "self" else 0,
         arrays={name: letters for name, (letters, needed) in arrays.items() if needed},
     )
+
+
+def _filter_sampling(filter: dict[str, Any]) -> dict[str, Any]:
+    if "samples" not in filter or filter.get("corpus"):
+        return {}
+    top_p = filter.get("top_p")
+    return {"group": filter["samples"]} | ({} if top_p is None else {"top_p": top_p})

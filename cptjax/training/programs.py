@@ -162,11 +162,14 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def abstract_prompts(stage: AbstractStage, rows: int, length: int) -> Prompts:
-    """Return `rows` prompts of `length` tokens with an image each."""
-    shape = collate.largest_batch_shape(
-        stage.cfg, stage.config.model.max_pixels, rows, stage.shards, length
+def abstract_prompts(
+    stage: AbstractStage, rows: int, length: int, micro_batches: int = 1
+) -> Prompts:
+    """Return `rows` prompts of `length` tokens with an image each, joined from micro-batches."""
+    part = collate.largest_batch_shape(
+        stage.cfg, stage.config.model.max_pixels, rows // micro_batches, stage.shards, length
     )
+    shape = dataclasses.replace(part, rows=rows, vision_rows=part.vision_rows * micro_batches)
     prompts = collate.prompt_arrays(shape, stage.shards, stage.cfg)
     return sharding.place_prompts(prompts, stage.mesh)
 
@@ -248,7 +251,7 @@ def training_programs(stage: AbstractStage) -> list[Program]:
     layout = stage.layout
     return [
         *rollout_programs(stage),
-        *scoring_programs(stage, layout.rows, layout.micro_batches * layout.parts),
+        *scoring_programs(stage, layout.rows, layout.total_micro_batches),
         *teacher_programs(stage, layout.rows, layout.micro_batches * layout.updates),
         *update_programs(stage, layout.rows, layout.micro_batches, layout.updates),
     ]
@@ -256,13 +259,12 @@ def training_programs(stage: AbstractStage) -> list[Program]:
 
 def rollout_programs(stage: AbstractStage) -> list[Program]:
     """Return the sampling programs: those of the offline filter, then those of the stage."""
-    c, m = stage.config, stage.config.method
+    c, needs = stage.config, stage.needs
     sampling = rollout_sampling(c)
     rows = device_batches.pad_to_shards(c.train.batch, stage.shards)
     programs = []
-    if m.filter and "samples" in m.filter and not m.filter.get("corpus"):
-        top_p = m.filter.get("top_p") or sampling.top_p
-        several = dataclasses.replace(sampling, group=m.filter["samples"], top_p=top_p)
+    if needs.filter_sampling:
+        several = dataclasses.replace(sampling, **needs.filter_sampling)
         loaded = ["trained weights", "frozen weights", "stage's start"]
         loaded += [] if c.train.reset_optimizer else ["optimiser"]
         not_loaded = tuple(name for name in stage.resident if name not in loaded)
@@ -270,21 +272,28 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
             dataclasses.replace(program, not_loaded=not_loaded)
             for program in response_programs(stage, "filter", rows, [several], 0.0)
         ]
-    if m.source == "self":
-        several = dataclasses.replace(sampling, group=m.self_samples)
+    if needs.self_samples:
+        several = dataclasses.replace(sampling, group=needs.self_samples)
         programs += response_programs(stage, "rollouts", rows, [several], 0.0)
-    if m.source == "rollouts":
-        samplings = [sampling, sampling.greedy()] if stage.needs.greedy_samples else [sampling]
-        programs += response_programs(stage, "rollouts", c.train.batch, samplings, 1.0)
+    if c.method.source == "rollouts":
+        samplings = [sampling, sampling.greedy()] if needs.greedy_samples else [sampling]
+        cuts = stage.layout.total_micro_batches
+        programs += response_programs(stage, "rollouts", c.train.batch, samplings, 1.0, cuts)
     return programs
 
 
 def response_programs(
-    stage: AbstractStage, name: str, rows: int, samplings: list[SamplingConfig], calls: float
+    stage: AbstractStage,
+    name: str,
+    rows: int,
+    samplings: list[SamplingConfig],
+    calls: float,
+    micro_batches: int = 1,
 ) -> list[Program]:
-    """Return the programs that sample responses to `rows` prompts.
+    """Return the programs that sample responses to `rows` prompts, joined from micro-batches.
 
-    A second entry of `samplings` is greedy sampling.
+    The program that joins them only copies them, and is left out. A second entry of `samplings` is
+    greedy sampling.
     """
     if rows % stage.shards:
         raise ValueError(
@@ -295,7 +304,7 @@ def response_programs(
         name, stage.params, samplings[0], stage.cfg, stage.dtype, calls
     )
     kept = tuple(program.name for program in programs)
-    prompts = abstract_prompts(stage, rows, stage.longest_prompt)
+    prompts = abstract_prompts(stage, rows, stage.longest_prompt, micro_batches)
     for label, sampling in zip((name, "greedy responses"), samplings, strict=False):
         programs += decode_loop.sampling_programs(
             label,

@@ -5,10 +5,10 @@
 
 An online filter (DAPO) samples further prompts until enough groups have mixed rewards.
 
-Prompts and images are collated and uploaded once, for the sampler; an update of one micro-batch
-trains on the same arrays. The reference, the policy before the updates and the teacher score the
-micro-batches, and their results stay on the device; only a KL term in the reward transfers
-log-probabilities to the host.
+Prompts and images are collated and uploaded once, as the micro-batches of the updates; for the
+sampler they are joined on the device. The reference, the policy before the updates and the teacher
+score the micro-batches, and their results stay on the device; only a KL term in the reward
+transfers log-probabilities to the host.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ import numpy as np
 from cptjax import sharding
 from cptjax.common import distributed
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
-from cptjax.data.device_batches import batch_slices, group_batch, response_bucket
+from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_bucket
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
 from cptjax.generation.generate import Samples
+from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import flops
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.task import example_text
@@ -48,7 +49,8 @@ class GradedRollouts:
     greedy_rewards: np.ndarray | None  # [Q] of the greedy responses after the length rules (ReMax)
     cost: WorkCost
     seconds: dict[str, float]
-    prompts: Prompts | None = None  # the sampler's, on the device; None = groups of several batches
+    # The micro-batches on the device; None = groups of several batches.
+    prompts: list[Prompts] | None = None
 
     @property
     def rewards(self) -> np.ndarray:
@@ -88,15 +90,22 @@ def sample_rollouts(
     model_ctx, sampling, count = builder.model_ctx, builder.sampling, len(items)
     numbers = first + jax.process_index() * count + np.arange(count)
     encoded = [i.encoded for i in items]
-    prompts = model_ctx.place_prompts(encoded)
+    prompts = model_ctx.place_prompt_batches([encoded[p] for p in builder.prompt_slices(count)])
+    joined, order = join_prompts(model_ctx, prompts)
     weights = generate.prepare_weights(model_ctx, params, sampling)
-    samples = generate.sample_from_prompts(model_ctx, weights, prompts, key, numbers, sampling)
-    cost = sampling_cost(model_ctx.cfg, encoded, samples.mask.sum(1).reshape(count, -1))
+
+    def sample(sampling: SamplingConfig) -> tuple[Samples, WorkCost]:
+        samples = generate.sample_from_prompts(
+            model_ctx, weights, joined, key, numbers[order], sampling
+        ).restore_order(order)
+        lengths = samples.mask.sum(1).reshape(count, -1)
+        return samples, sampling_cost(model_ctx.cfg, encoded, lengths)
+
+    samples, cost = sample(sampling)
     greedy = None
     if builder.needs.greedy_samples:
-        once = sampling.greedy()
-        greedy = generate.sample_from_prompts(model_ctx, weights, prompts, key, numbers, once)
-        cost += sampling_cost(model_ctx.cfg, encoded, greedy.mask.sum(1)[:, None])
+        greedy, greedy_cost = sample(sampling.greedy())
+        cost += greedy_cost
     sampled = time.perf_counter()
     greedy_rewards = None
     if greedy is not None:
@@ -230,8 +239,9 @@ def rollout_step_batch(
     began, metrics = time.perf_counter(), {}
     slices, batches = _group_batches(builder, graded, keep)
 
-    ref_logps = builder.score_batches(reference, batches) if needs.reference else []
-    old_logps = builder.score_batches(params, batches) if needs.policy_logps else []
+    # Log-probabilities [B A] of each batch's targets; they stay on the device.
+    ref_logps = [builder.score(reference, b) for b in batches] if needs.reference else []
+    old_logps = [builder.score(params, b) for b in batches] if needs.policy_logps else []
     if needs.kl_in_reward:
         shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
     scores = {"ref_logps": ref_logps, "old_logps": old_logps}
@@ -270,8 +280,7 @@ def _group_batches(
 ) -> tuple[list[slice], list[Batch]]:
     """Build the micro-batches of whole groups, with the slice of prompts of each.
 
-    A single micro-batch takes the sampler's prompts. Smaller ones have other rows and images on
-    each device, and groups of several batches have no common arrays: their prompts are collated and
+    Groups of several batches have no common arrays on the device: their prompts are collated and
     uploaded once more.
     """
     samples = graded.samples
@@ -283,12 +292,13 @@ def _group_batches(
     arrays = {name: x for name, x in arrays.items() if name in builder.needs.arrays}
     mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
     length = response_bucket(samples.mask, builder.sampling.max_new_tokens)
-    slices = batch_slices(len(graded.items), builder.layout.rows // jax.process_count())
+    slices = builder.prompt_slices(len(graded.items))
+    placed = graded.prompts
+    if placed is None:
+        encoded = [i.encoded for i in graded.items]
+        placed = builder.model_ctx.place_prompt_batches([encoded[p] for p in slices])
     batches = []
-    for p in slices:
-        prompts = graded.prompts
-        if prompts is None or len(slices) > 1:
-            prompts = builder.model_ctx.place_prompts([i.encoded for i in graded.items[p]])
+    for p, prompts in zip(slices, placed, strict=True):
         r = slice(p.start * graded.group, p.stop * graded.group)
         extra = {name: x[r] for name, x in arrays.items()}
         batches.append(

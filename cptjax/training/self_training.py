@@ -150,7 +150,7 @@ def _sample_window(
     label = f"own responses, stage {ctx.stage.number}"
     with console.progress_bar(label, total=len(local)) as bar:
         items = ctx.prompt_reader([RowRef(*place) for place in local])
-        samples, key = ctx.config.method.self_samples, ctx.step_key(start)
+        samples, key = builder.needs.self_samples, ctx.step_key(start)
         correct, cost = sample_correct_responses(builder, params, items, samples, key, bar, cache)
 
     # When encoded again, a text may have other tokens than the sampled ones. Two more tokens end

@@ -56,6 +56,11 @@ class StepLayout:
     def updates(self) -> int:
         return self.parts * self.passes
 
+    @property
+    def total_micro_batches(self) -> int:
+        """The micro-batches of the batch."""
+        return self.parts * self.micro_batches
+
 
 def step_layout(method: Any, batch: int, micro_batch: int, shards: int) -> StepLayout:
     """Return how a batch is cut for a mesh of so many batch shards; refuse what does not divide."""
@@ -94,6 +99,10 @@ class BatchBuilder:
         more = extra_response_tokens(self.method, self.sampling.max_new_tokens)
         return self.model_ctx.with_longer_rows(more)
 
+    def prompt_slices(self, count: int) -> list[slice]:
+        """Cut the `count` prompts of this process into micro-batches of whole groups."""
+        return batch_slices(count, self.layout.rows // jax.process_count())
+
     def conversation_batches(self, items: Sequence[EncodedExample]) -> list[Batch]:
         """Build the micro-batches of one update from conversations with their responses."""
         layout, count = self.layout, jax.process_count()
@@ -104,10 +113,6 @@ class BatchBuilder:
             )
             for part in batch_slices(len(items), share)
         ]
-
-    def score_batches(self, params: Params, batches: Sequence[Batch]) -> list[Array]:
-        """Compute the log-probabilities [B A] of each batch's targets; they stay on the device."""
-        return [self.score(params, batch) for batch in batches]
 
 
 def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
@@ -150,7 +155,8 @@ def sft_step_batch(
     """Build the batch of an SFT step; the reference and the teacher score the same batches."""
     batches = builder.conversation_batches(items)
     if "ref_logps" in builder.needs.arrays:
-        batches = attach_arrays(batches, ref_logps=builder.score_batches(reference, batches))
+        ref_logps = [builder.score(reference, batch) for batch in batches]
+        batches = attach_arrays(batches, ref_logps=ref_logps)
     forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
     work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)
     tokens = sum(len(i.encoded) for i in items)

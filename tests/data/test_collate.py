@@ -1,9 +1,11 @@
 """Encoded conversations as rows: buckets, padding, packing, shapes that processes agree on."""
 
 import dataclasses
+import functools
 import math
 from itertools import product
 
+import jax
 import numpy as np
 import pytest
 from conversation_helpers import TINY, fails, make_image, says, user
@@ -273,6 +275,20 @@ def test_processes_agree_on_one_shape(tiny):
     )
 
 
+def test_micro_batches_of_prompts_get_one_shape_by_one_agreement(tiny):
+    parts = [[tiny.encode(ROWS[0]), tiny.encode(ROWS[1])], [tiny.encode(ROWS[1])] * 2]
+    seen = []
+    collate_prompts = functools.partial(
+        collate.collate_prompts, buckets=(16, 64), shards=2, agree=lambda s: seen.append(s) or s
+    )
+    prompts = collate_prompts(parts)
+    assert len(seen) == 1 and seen[0].length == 64 and seen[0].patches
+    for got, part in zip(prompts, parts, strict=True):
+        alone, _ = collate_rows(part, buckets=(16, 64), shards=2, agree=lambda _: seen[0])
+        jax.tree.map(np.testing.assert_array_equal, got, alone)
+    fails(lambda: collate_prompts([parts[0], parts[1][:1]]), "[2, 1]", "equal numbers")
+
+
 def test_vision_of_odd_configs():
     cfg = dataclasses.replace(
         TINY,
@@ -290,7 +306,6 @@ def test_vision_of_odd_configs():
 def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack):
     """From images to logits: processor, rows and model equal transformers on each conversation."""
     torch = pytest.importorskip("torch")
-    import jax
     import tiny as models
 
     from cptjax import sharding

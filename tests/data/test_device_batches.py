@@ -3,13 +3,17 @@
 Micro-batches change nothing.
 """
 
+import math
+
 import jax
 import numpy as np
 import pytest
 import stage_fixtures
+from PIL import Image
 
 from configs import base
-from cptjax.data import device_batches
+from cptjax import sharding
+from cptjax.data import device_batches, model_context, processor
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_loop import next_step_batch
 
@@ -75,6 +79,57 @@ def test_rows_of_a_device_pass():
         device_batches.micro_batch_layout(8, 3, 1, fill=True)
     with pytest.raises(ValueError, match="6 prompts.*4 shards"):
         device_batches.micro_batch_layout(6, 0, 4, fill=False)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_joined_micro_batches_have_the_rows_and_images_of_each(sizes):
+    """Two micro-batches of four prompts; some have no image, and images have several sizes."""
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    cfg, rng = stage_fixtures.SMALL, np.random.default_rng(0)
+    reader = processor.load_processor(None, cfg, 256, 64 * 64)
+    ctx = model_context.ModelContext(cfg, reader, mesh, np.float32, (16, 64))
+    image = lambda *size: Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    contents = [
+        [
+            *({"type": "image", "image": image(*size)} for size in images),
+            {"type": "text", "text": text},
+        ]
+        for images, text in zip(
+            (
+                [(32, 32)],
+                [],
+                [(48, 32), (16, 16)],
+                [(40, 40)],
+                [(64, 64)],
+                [(16, 48)],
+                [],
+                [(32, 64)],
+            ),
+            ("red", "a b", "", "blue or red", "x", "y", "z", "red"),
+            strict=True,
+        )
+    ]
+    encoded = [reader.encode([{"role": "user", "content": c}], generation=True) for c in contents]
+    parts = ctx.place_prompt_batches([encoded[:4], encoded[4:]])
+    joined, order = device_batches.join_prompts(ctx, parts)
+    assert joined.vision.patches.sharding == parts[0].vision.patches.sharding
+    assert order.tolist() == ([0, 4, 1, 5, 2, 6, 3, 7] if sizes[0] == 2 else list(range(8)))
+    assert joined.vision.frames.shape[1] == 2 * parts[0].vision.frames.shape[1]
+    for name, axis in (("tokens", 0), ("positions", 1), ("segments", 0)):
+        rows = np.concatenate([getattr(p, name) for p in parts], axis)
+        np.testing.assert_array_equal(getattr(joined, name), np.take(rows, order, axis))
+
+    def patches(prompts):
+        """The patches [B T 4 C] of each token's image feature; 0 for text."""
+        values = np.asarray(prompts.vision.patches)
+        values = values.reshape(len(values), -1, cfg.vision.merge**2 * values.shape[-1])
+        slots = np.asarray(prompts.slots).reshape(len(values), -1)
+        taken = np.take_along_axis(values, np.maximum(slots, 0)[..., None], 1)
+        return (taken * (slots >= 0)[..., None]).reshape(len(prompts.tokens), -1)
+
+    np.testing.assert_array_equal(
+        patches(joined), np.concatenate([patches(p) for p in parts])[order]
+    )
 
 
 def test_pieces_and_trimmed():

@@ -296,7 +296,7 @@ def test_histogram_counts_every_row():
 
 def test_memory_of_the_seven_billion_model():
     c = base()
-    c.train.update(batch=64, micro_batch=8)
+    c.train.update(batch=64, micro_batch=16)
     one, sixteen = (estimate(c, 1024, 4096, n) for n in (1, 16))
     n = 8.292166656e9  # parameters of Qwen2.5-VL-7B
     assert one["trained weights"] + one["frozen weights"] == pytest.approx(4 * n)
@@ -337,6 +337,21 @@ def test_devices_that_a_mesh_allows():
     c.mesh.fsdp = 2
     assert memory.possible_device_counts(c.mesh, (1, 4), 8) == [8]
     assert memory.mesh_of_size(c.mesh, 8).shape == {"data": 1, "fsdp": 2, "model": 4}
+
+
+def test_memory_is_shown_for_devices_that_divide_a_micro_batch():
+    c = base()
+    c.train.update(batch=16, micro_batch=4)
+    shown = check.memory_by_device_count(c, PRESETS["tiny"], 64, 96)
+    assert list(shown) == [1, 4]
+    assert shown[4]["activations"] == shown[1]["activations"] / 4
+    c.train.micro_batch = 0  # one sum of gradients, of the whole batch
+    whole = check.memory_by_device_count(c, PRESETS["tiny"], 64, 96)
+    assert list(whole) == [1, 4, 8, 16] and whole[1]["gradients"] < shown[1]["gradients"]
+    c.mesh.fsdp = 8
+    c.train.micro_batch = 4
+    with pytest.raises(ValueError, match="4 prompts.*8 shards"):
+        check.memory_by_device_count(c, PRESETS["tiny"], 64, 96)
 
 
 def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):

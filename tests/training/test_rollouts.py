@@ -348,9 +348,9 @@ def counts(monkeypatch):
 
         return call
 
-    collated = counting("collations", collate.collate_rows)
-    monkeypatch.setattr(collate, "collate_rows", collated)
-    monkeypatch.setattr(device_batches, "collate_rows", collated)
+    monkeypatch.setattr(collate, "collate_prompts", counting("collations", collate.collate_prompts))
+    fill = counting("filled", collate._BatchPlan.fill)
+    monkeypatch.setattr(collate._BatchPlan, "fill", fill)
     upload = counting(
         "images",
         jax.make_array_from_process_local_data,
@@ -361,19 +361,20 @@ def counts(monkeypatch):
     return counts
 
 
-PATHS = {  # changes of method, rows of a device pass -> collations of the step
+PATHS = {  # changes of method, rows of a device pass -> micro-batches of the step
     "kl in the loss": (dict(kl_coef=0.1), 0, 1),
     "kl in the reward": (dict(kl_coef=0.1, kl_place="reward", kl_estimator="k1"), 0, 1),
     "several passes over the batch": (dict(kl_coef=0.1, passes=2), 0, 1),
     "greedy baseline": (dict(advantage="remax"), 0, 1),
-    "several updates": (dict(kl_coef=0.1, updates_per_batch=2), 0, 1 + 2),
-    "micro-batches": (dict(kl_coef=0.1), 2, 1 + 2),
+    "several updates": (dict(kl_coef=0.1, updates_per_batch=2), 0, 2),
+    "micro-batches": (dict(kl_coef=0.1), 2, 2),
+    "greedy baseline of micro-batches": (dict(advantage="remax", updates_per_batch=2), 1, 4),
 }
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name):
-    changes, micro_batch, collations = PATHS[name]
+    changes, micro_batch, micro_batches = PATHS[name]
     prepared = image_stage
     method = merge_config(prepared.ctx.builder.method, changes)
     settings = {k: v for k, v in changes.items() if k.startswith("kl_")}
@@ -385,16 +386,18 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
     )
     reference = jax.tree.map(lambda x: x * 1.5, prepared.params) if method.kl_coef else None
     graded = sample(prepared, b)
-    assert (counts["collations"], counts["images"]) == (1, 1)
+    once = (1, micro_batches, micro_batches)
+    assert (counts["collations"], counts["filled"], counts["images"]) == once
     counts["fetched"] = 0
     found = rollouts.rollout_step_batch(b, prepared.params, graded, reference, 1, 1)
     updates = list(found.updates)
-    assert (counts["collations"], counts["images"]) == (collations, collations)
+    assert (counts["collations"], counts["filled"], counts["images"]) == once
     assert (counts["fetched"] > 0) == (name == "kl in the reward")
     assert len(updates) == method.updates_per_batch * method.passes
 
     # The same numbers as a separate scoring of rows that are collated for it.
     batches = [batch for update in updates[: method.updates_per_batch] for batch in update]
+    assert len(batches) == micro_batches
     size = 4 // len(batches)
     for i, batch in enumerate(batches):
         p, r = slice(i * size, (i + 1) * size), slice(i * size * 2, (i + 1) * size * 2)
@@ -411,7 +414,7 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
         if len(updates) > 1:
             np.testing.assert_array_equal(batch.extra["old_logps"], own)
         want = graded.rewards[p].reshape(-1)
-        if name == "greedy baseline":
+        if name.startswith("greedy baseline"):
             want = want - np.repeat(graded.greedy_rewards[p], 2)
         if name == "kl in the reward":
             kl = np.where(alone.mask, own - b.score(reference, alone), 0)
@@ -421,6 +424,36 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
             assert ("ref_logps" in batch.extra) == (reference is not None)
         if "ref_logps" in batch.extra:
             np.testing.assert_array_equal(batch.extra["ref_logps"], b.score(reference, alone))
+
+
+def check_micro_batches_sample_the_same(prepared, micro_batch, counts):
+    whole = sample(prepared)
+    assert counts["images"] == 1
+    cut = sample(prepared, dataclasses.replace(prepared.ctx.builder, micro_batch=micro_batch))
+    assert counts["images"] == 1 + len(cut.prompts) and counts["collations"] == 2
+    assert len(cut.prompts) == len(cut.items) // micro_batch > 1
+    assert cut.samples.texts == whole.samples.texts and len(set(whole.samples.texts)) > 2
+    assert cut.reward_parts == whole.reward_parts and cut.cost == whole.cost
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(cut.samples, name), getattr(whole.samples, name))
+    for name in ("logps", "policy_logps"):
+        a, b = getattr(cut.samples, name), getattr(whole.samples, name)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rollouts_do_not_depend_on_micro_batches(image_stage, counts):
+    check_micro_batches_sample_the_same(image_stage, 1, counts)
+
+
+def test_rollouts_of_a_mesh_do_not_depend_on_micro_batches(tmp_path, counts):
+    """Each shard joins its own rows, so the sampler's order is not that of the prompts."""
+    c = stage_fixtures.tiny(
+        method_config("grpo", method=dict(kl_coef=0.0)), batch=8, family="shape", side=32
+    )
+    c.data.template = "none"
+    c.mesh.update(data=2, fsdp=2, model=2)
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        check_micro_batches_sample_the_same(prepared, 4, counts)
 
 
 def test_filtered_groups_are_collated_once_more(image_stage, counts, monkeypatch):
