@@ -18,6 +18,9 @@ from cptjax.data import model_context
 # longer rows.
 ROWS = 6
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
+# The second stage of GRPO has two micro-batches in a step. All its rewards are 0, and without KL its
+# gradient is exactly 0; with KL it would be rounding noise, which Adam amplifies.
+SECOND = {"sft": {}, "grpo": {"train": {"micro_batch": 2}, "method": {"kl_coef": 0.0}}}
 SCRIPT = """
 import json, sys
 sys.path[:0] = [{tests!r}]
@@ -40,7 +43,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def sections(folder) -> dict:
+def sections(folder, method: str) -> dict:
     """Text alone, then a task of both kinds whose rows fall into two buckets."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
         folder / "a.png"
@@ -61,7 +64,7 @@ def sections(folder) -> dict:
         "scorer": "exact",
     }
     return {
-        "stages": ({"task": "facts", "steps": 2}, {"task": "mixed", "steps": 2}),
+        "stages": ({"task": "facts", "steps": 2}, {"task": "mixed", "steps": 2} | SECOND[method]),
         "tasks": {"facts": facts, "mixed": mixed},
         "eval": {"limit": ROWS, "batch": 4, "every": 1, "mini": 4},
         "data": {"buckets": (16, 32)},
@@ -71,7 +74,7 @@ def sections(folder) -> dict:
 def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
     about = {
         "method": method,
-        "sections": sections(workdir.parent) | MORE[method],
+        "sections": sections(workdir.parent, method) | MORE[method],
         "workdir": str(workdir),
     }
     plan = about | {"count": count, "address": f"localhost:{free_port()}"}

@@ -21,7 +21,7 @@ class MethodNeeds:
     greedy_samples: bool  # one greedy response to each prompt
     # The settings of sampling that the offline filter changes; {} = it samples nothing.
     filter_sampling: dict[str, Any]
-    self_samples: int  # responses to each prompt of a window that is sampled to be learned
+    self_samples: int  # responses to each prompt of a Self-SFT window; 0 = none
     # By name in `Batch.extra`, with the letters of its shape: B rows, A targets of a row, D width
     # of the model, V vocabulary.
     arrays: dict[str, str]
