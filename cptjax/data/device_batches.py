@@ -124,7 +124,9 @@ def join_prompts(model_ctx: ModelContext, parts: Sequence[Prompts]) -> tuple[Pro
     if len(parts) == 1:
         return parts[0], order
     places, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, parts[0]))
-    program = _join_program(len(parts), structure, tuple(places), model_ctx.cfg.vision.merge**2)
+    v = model_ctx.cfg.vision
+    area = v.merge**2 if v else 1
+    program = _join_program(len(parts), structure, tuple(places), area)
     return program(*parts), order
 
 
