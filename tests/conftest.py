@@ -31,6 +31,9 @@ import pytest
 from cptjax.common import console
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # the backend has read the flags
+# libtpu, which is loaded later, does not know this flag.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -63,7 +63,7 @@ class Probe:
     def other_tasks(self) -> list[str]:
         """The tasks that the stage can harm: those of earlier stages and the general tasks."""
         earlier = [task for s in self.run.stages[: self.stage.number - 1] for task in s.tasks]
-        general = stage_evaluation.tasks_to_evaluate(self.run)[1]
+        general = stage_evaluation.tasks_to_evaluate(self.run.config, self.run.stages)[1]
         return [t for t in dict.fromkeys((*earlier, *general)) if t not in self.stage.tasks]
 
     def saved_steps(self) -> list[int]:

@@ -36,6 +36,7 @@ def workdir(tmp_path_factory):
     c = run_helpers.config(
         "sft", steps=3, tasks=tasks, eval=dict(general=("facts",), limit=4, batch=4, drift=4)
     )
+    c.checkpoint.keep = 3  # more than 2 stay after the stage
     c.stages = (dict(task="colour", steps=20), dict(task="digit", steps=2))
     with pytest.MonkeyPatch.context() as patch:
         see(patch, 1)
@@ -131,17 +132,19 @@ def test_all_corpora_are_compared(workdir, tmp_path):
 
 @pytest.mark.slow
 def test_influence_along_a_stage_has_the_weights_of_each_saved_step(workdir, tmp_path):
-    """The run keeps its two newest checkpoints; the last step has the weights of the next stage."""
+    """The run keeps its three newest checkpoints; the last step has the weights of the next stage."""
     found = influence.analyze(str(workdir), 1, 2, 4, "facts", corpus="gold", probes=1, steps="all")
     steps = found.numbers["steps"]
-    assert list(steps) == ["0", "16", "18", "20"] and len(found.charts) == 4
+    assert list(steps) == ["0", "14", "16", "18", "20"] and len(found.charts) == 4
     perplexity = [step["gold"]["perplexity"] for step in steps.values()]
     assert perplexity[0] > 2 * perplexity[1], "training makes the gold responses likelier"
     with open_probe(workdir, 1, "facts", "float32") as (probe, _):
         end = probe.at_step(20).trained
         with open_probe(workdir, 2, "facts", "float32") as (next_probe, _):
             jax.tree.map(np.testing.assert_array_equal, end, next_probe.trained)
-        with pytest.raises(ValueError, match="step 7 of stage 1 is not saved; there are 0, 16, 18"):
+        with pytest.raises(
+            ValueError, match="step 7 of stage 1 is not saved; there are 0, 14, 16, 18"
+        ):
             probe.at_step(7)
         with pytest.raises(ValueError, match="--steps='x': expected all"):
             influence.chosen_steps(probe, "x")

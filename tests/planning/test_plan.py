@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import resource
 import subprocess
@@ -397,7 +398,10 @@ def run_launcher(tmp_path, *flags):
         f"--json={tmp_path / 'plan.json'}",
         *flags,
     ]
-    env = run_helpers.environment(PYTHONPATH=f"{run_helpers.ROOT}:{run_helpers.ROOT / 'tests'}")
+    env = run_helpers.environment(
+        PYTHONPATH=f"{run_helpers.ROOT}:{run_helpers.ROOT / 'tests'}",
+        XLA_FLAGS=os.environ["XLA_FLAGS"],  # libtpu knows these only
+    )
     done = subprocess.run(
         order, cwd=run_helpers.ROOT, env=env, capture_output=True, text=True, timeout=300
     )
