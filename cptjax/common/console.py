@@ -163,8 +163,9 @@ class ProgressBar:
     def _show(self) -> None:
         pass
 
-    def _end(self) -> None:
-        pass
+    def _end(self, complete: bool) -> None:
+        """Remove the bar. Its last line is not printed after an error or a signal, which ends the
+        output with its own line."""
 
     def eta(self) -> float | None:
         """Return the seconds left at this process's speed; None before its first finished unit."""
@@ -209,9 +210,9 @@ class _PlainBar(ProgressBar):
             self.printed = time.monotonic()
             print_message(self.line())
 
-    def _end(self) -> None:
+    def _end(self, complete: bool) -> None:
         self.reminder.stop()
-        if time.monotonic() - self.started >= PLAIN_EVERY / 2:
+        if complete and time.monotonic() - self.started >= PLAIN_EVERY / 2:
             print_message(self.line())
 
 
@@ -229,9 +230,9 @@ class _LiveBar(ProgressBar):
             self.printed = time.monotonic()
             write_log(self.line())
 
-    def _end(self) -> None:
+    def _end(self, complete: bool) -> None:
         self.live.remove_task(self.id)
-        if time.monotonic() - self.started >= PLAIN_EVERY / 2:
+        if complete and time.monotonic() - self.started >= PLAIN_EVERY / 2:
             write_log(self.line())
 
 
@@ -245,10 +246,12 @@ def progress_bar(text: str, total: int | None = None, done: int = 0) -> Iterator
             bar = _PlainBar(text, total, done)
         else:
             bar = ProgressBar(text, total, done)
+        complete = False
         try:
             yield bar
+            complete = True
         finally:
-            bar._end()
+            bar._end(complete)
 
 
 @contextlib.contextmanager

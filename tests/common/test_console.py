@@ -24,6 +24,16 @@ def test_plain_progress_has_counts_eta_and_values(monkeypatch, capsys):
     )
 
 
+def test_the_line_of_an_error_or_a_signal_is_the_last_one(monkeypatch, capsys):
+    console.set_console_mode("plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.02)
+    with pytest.raises(SystemExit), console.progress_bar("stage 1", 4):
+        time.sleep(0.05)
+        console.print_message("stopped by SIGTERM")
+        raise SystemExit
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM"
+
+
 def test_a_plain_bar_prints_while_its_first_step_compiles_and_no_longer(monkeypatch, capsys):
     console.set_console_mode("plain")
     monkeypatch.setattr(console, "PLAIN_EVERY", 0.02)
