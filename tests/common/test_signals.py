@@ -48,10 +48,22 @@ def test_the_previous_handler_is_restored():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def default_handlers():
+    """The tests themselves may run in the background, where a shell ignores SIGINT."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     "number, code, name", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")]
 )
-def test_ctrl_c_and_a_closed_terminal_stop_a_run_like_sigterm(number, code, name, capsys):
+def test_ctrl_c_and_a_closed_terminal_stop_a_run_like_sigterm(
+    number, code, name, capsys, default_handlers
+):
     sigterm = signals.SigtermHandler()
     with signals.handle_sigterm(sigterm), sigterm.deferred():
         os.kill(os.getpid(), number)
@@ -76,6 +88,7 @@ def test_a_second_ctrl_c_ends_at_once():
     code = (
         "import os, signal\n"
         "from cptjax.common import signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sigterm = signals.SigtermHandler()\n"
         "with signals.handle_sigterm(sigterm), sigterm.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
