@@ -15,7 +15,7 @@ and measure general knowledge:
     joint        SFT on bare labels of all four tasks at once
 
 The README shows the results of three seeds. configs/demo.py:2 is seed 2, configs/demo.py:0,short
-runs only a few steps of everything, and `--config.seeds=0,1,2` runs three seeds.
+runs only a few small steps of everything, and `--config.seeds=0,1,2` runs three seeds.
 """
 
 from ml_collections import ConfigDict
@@ -63,6 +63,7 @@ def get_config(arg="0"):
     seed, *rest = arg.split(",")
     short = "short" in rest
     seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1000
+    batch, limit = (32, 16) if short else (128, TEST)  # training rows per step, test rows per task
     c = base()
     c.name, c.seed, c.expect = "demo", seed, () if short else EXPECT
     c.model.update(
@@ -72,15 +73,15 @@ def get_config(arg="0"):
     c.data.update(template="none", prompt_limit=32, buckets=(24, 32), limit=ROWS, prefetch=4)
     c.tasks = ConfigDict(_tasks({"": 1.0}, 0.0))
     c.stages = tuple(dict(task=t, steps=steps) for t in TARGETS)
-    c.train.update(batch=128, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
+    c.train.update(batch=batch, b2=0.99, weight_decay=0.0, clip=1.0, lr=1e-4)
     c.rollout.update(group=8, max_new_tokens=8, check_every=8)
     c.eval.update(
         general=HELD_APART,
         groups=dict(text=TEXT),
-        limit=16 if short else TEST,
+        limit=limit,
         drift=0 if short else 64,
     )
-    c.eval.update(batch=192, max_new_tokens=12, forced_prefix=True)
+    c.eval.update(batch=limit, max_new_tokens=12, forced_prefix=True)
     c.checkpoint.update(every=100, keep=2)
     frozen = dict(model=dict(freeze=("vision", "merger")))
     bare, style = {"": 1.0}, {"it is": 1.0}
@@ -104,5 +105,5 @@ def get_config(arg="0"):
                    stages=(dict(task=TARGETS, steps=4 * steps),)),
     ))  # fmt: skip
     # 16 prompts x 8 responses are as many sequences as the batch of the other arms, 128.
-    c.arms.grpo.train.batch = 16
+    c.arms.grpo.train.batch = batch // 8
     return c

@@ -15,6 +15,7 @@ from cptjax.training import programs, train_loop
 from cptjax.training.programs import abstract_stage, abstract_update_batch, training_programs
 from cptjax.training.stage_context import StageProgress
 
+pytestmark = pytest.mark.slow
 TWO_UPDATES = {"updates_per_batch": 2, "passes": 2, "tis_cap": 2.0}
 
 
