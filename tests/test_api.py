@@ -156,6 +156,7 @@ def test_public_names_are_imported_on_first_use():
             lambda m: cptjax.load("tiny", stage=1),
             "stage=1: expected the workdir of a run, got tiny",
         ),
+        (lambda m: cptjax.save(m, "gs://bucket/m"), "folder=gs://bucket/m: expected a folder"),
         (lambda m: cptjax.generate(m, []), "expected a list of conversations"),
         (lambda m: cptjax.generate(m, CONVERSATIONS[0]), "expected a list of conversations"),
         (

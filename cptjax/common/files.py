@@ -7,9 +7,22 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
+    """Return the path of a local folder; refuse the address of a bucket."""
+    if not str(folder):
+        raise ValueError(f"{setting} is empty: expected a folder; is a shell variable not set?")
+    if re.match(r"\w{2,}:/", str(folder)):
+        raise ValueError(
+            f"{setting}={folder}: expected a folder; mount the bucket (gcsfuse) or a shared disk "
+            "and give the path"
+        )
+    return Path(folder)
 
 
 def to_jsonable(value: Any) -> Any:

@@ -193,9 +193,9 @@ def image_size(source: Any) -> tuple[int, int]:
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, (bytes, bytearray)):
-            image = Image.open(io.BytesIO(source))
+            image = Image.open(io.BytesIO(source), formats=IMAGE_FORMATS)
         elif isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:"):
-            image = Image.open(find_file(source))
+            image = Image.open(find_file(source), formats=IMAGE_FORMATS)
         else:
             image = open_image(source)
         # Without this check, Pillow would decode a whole PNG to search for orientation data.

@@ -21,7 +21,7 @@ from cptjax.config import Stage, check_config_values, expand_runs, merge_config
 from cptjax.continual import reevaluate
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
-from cptjax.continual.workdir import local_folder, refuse_changed_config, software_versions
+from cptjax.continual.workdir import refuse_changed_config, software_versions
 from cptjax.data.cost import WorkCost, sampling_cost
 from cptjax.data.device_batches import batch_slices, cut_to_shards
 from cptjax.data.prompts import make_example_encoder
@@ -76,7 +76,7 @@ def generate_corpus(
         raise ValueError("--model is not a stage of the workdir: leave out --model or --stage")
     if not request.model and not workdir:
         raise ValueError("expected --workdir of a run, or --model; got neither")
-    folder = local_folder(workdir or out.parent)
+    folder = files.local_folder(workdir or out.parent)
     if workdir and not (folder / "config.json").is_file():
         raise ValueError(
             f"--workdir={str(folder)!r} has no config.json; expected the folder of one run"

@@ -29,7 +29,6 @@ from cptjax.continual.workdir import (
     changed_inputs,
     changes_since_start,
     format_changes,
-    local_folder,
     lock_workdir,
     refuse_changed_config,
     refuse_changed_inputs,
@@ -51,7 +50,7 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> np
     Return the accuracy matrix [stage, task]; row 0 is the base model. The matrices of several runs
     (arms, seeds, orders) are stacked as [run, stage, task] and padded with NaN.
     """
-    workdir = local_folder(workdir)
+    workdir = files.local_folder(workdir)
     check_all_runs(config)
     sigterm, matrices = SigtermHandler(), []
     with (

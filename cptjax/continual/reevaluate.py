@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed, run_log
+from cptjax.common import console, distributed, files, run_log
 from cptjax.config import check_config_values, expand_runs, merge_config
 from cptjax.continual import fingerprints, progress, stage_evaluation
 from cptjax.continual.model_state import newest_stage, restore_stage_params
@@ -14,7 +14,6 @@ from cptjax.continual.open_run import Run, open_run_readonly
 from cptjax.continual.stage_model import check_folder_kind
 from cptjax.continual.workdir import (
     changed_inputs,
-    local_folder,
     lock_workdir,
     refuse_changed_config,
     refuse_changed_inputs,
@@ -39,7 +38,7 @@ def reevaluate_stage(
     """
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
-    workdir = local_folder(workdir)
+    workdir = files.local_folder(workdir)
     single = select_run(config, workdir)
     check_config_values(single)
     if model:

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -23,18 +22,6 @@ from cptjax.continual.checkpoint import RunRefused
 from cptjax.data.model_context import ModelContext
 
 VISIBLE_SECONDS = 15.0  # for which a network file system may hide a new file from other hosts
-
-
-def local_folder(workdir: str | Path) -> Path:
-    """Return the path of a local folder; refuse the address of a bucket."""
-    if not str(workdir):
-        raise ValueError("--workdir is empty: expected a folder; is a shell variable not set?")
-    if re.match(r"\w{2,}:/", str(workdir)):
-        raise ValueError(
-            f"--workdir={workdir}: expected a folder; mount the bucket (gcsfuse) or a shared disk "
-            "and give the path"
-        )
-    return Path(workdir)
 
 
 # ---- one process at a time -----------------------------------------------------------------------

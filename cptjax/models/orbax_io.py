@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.common import distributed
+from cptjax.common import distributed, files
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.hf_config import read_model_config
@@ -26,7 +26,7 @@ def save_orbax(
     save_processor: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an Orbax checkpoint with its config and processor files; adapters are not merged."""
-    folder = Path(folder).absolute()
+    folder = files.local_folder(folder, "--dst").absolute()
     if (folder / ORBAX_FOLDER).exists():
         raise ValueError(f"{folder} holds a checkpoint already; remove it, or choose another --dst")
     folder.mkdir(parents=True, exist_ok=True)

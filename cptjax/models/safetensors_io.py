@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cptjax.common.files import sync_files, sync_folder
+from cptjax.common.files import local_folder, sync_files, sync_folder
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 INDEX_FILE = "model.safetensors.index.json"
@@ -178,7 +178,7 @@ def copy_in_strips(target: np.ndarray, source: np.ndarray) -> None:
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to `folder` when it is complete."""
-    folder = Path(folder)
+    folder = local_folder(folder, "folder")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it, or choose another destination")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from cptjax.common import files
+from cptjax.common.images import open_image
 from cptjax.evaluation import summary
 from cptjax.evaluation.matrix import AccuracyTable
 from cptjax.evaluation.summary import RunTables
@@ -209,14 +208,19 @@ def prompt_text(prompt: Any) -> str:
 
 
 def rollout_thumbnail(run: ReportRun, source: str | None) -> str | None:
-    """Return a thumbnail as a data URI, or None for a file that is not in the workdir."""
+    """Return a thumbnail as a data URI, or None.
+
+    None is returned for a file that is not in the workdir or is not an image that can be read.
+    """
     if not source or source.startswith("data:image/"):
         return source
     path = (run.path / source).resolve()
     if not path.is_relative_to(run.path.resolve()) or not path.is_file():
         return None
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    try:
+        image = open_image(path)
+    except ValueError:
+        return None
     if max(image.size) > THUMBNAIL_PIXELS:
         image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     kind = "png" if max(image.size) <= 160 else "jpeg"

@@ -45,6 +45,8 @@ def test_images_are_embedded_only_from_the_workdir(tmp_path):
     )
     Image.new("RGB", (2000, 1000)).save(tmp_path / "run/big.png")
     assert len(read.rollout_thumbnail(run, "big.png")) < 20_000
+    (tmp_path / "run/program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    assert read.rollout_thumbnail(run, "program.png") is None, "Pillow would start Ghostscript"
 
 
 def test_long_rollout_files_are_read_at_both_ends(tmp_path, monkeypatch):
