@@ -244,15 +244,19 @@ def damage_one_file(folder, rng) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("CPTJAX_LONG"), reason="60 runs: set CPTJAX_LONG=1")
+# Orbax leaves its other reads unfinished where one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_damaged_file_is_refused_by_name_or_changes_nothing(
     config, runs, tmp_path, monkeypatch, capsys
 ):
-    """Warned of are only lost rollouts and predictions, which no number depends on."""
+    """Warned of are only lost rollouts and predictions, which no number depends on.
+
+    With CPTJAX_LONG=1 it tries 60 files.
+    """
     monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0.0,))
     rng, want = random.Random(0), run_helpers.run_state(runs / "whole")
     outcomes = []
-    for round in range(60):
+    for round in range(60 if os.environ.get("CPTJAX_LONG") else 16):
         name = rng.choice(("stopped", "whole"))
         folder = shutil.copytree(runs / name, tmp_path / str(round))
         done = damage_one_file(folder, rng)
