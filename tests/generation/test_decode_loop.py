@@ -441,6 +441,27 @@ def test_greedy_tokens_of_text_families_equal_transformers(family):
     np.testing.assert_allclose(ours.policy_logps[mask], logps[..., 0][mask], atol=2e-4)
 
 
+@pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)
+def test_a_group_of_a_text_family_has_the_responses_of_plain_copies(family):
+    cfg = tiny.our_config(family=family).with_compute(unroll=True)
+    params = jax.tree.map(jnp.asarray, tiny.random_params(cfg))
+    rng = np.random.default_rng(0)
+    prompts = tiny.prompts([tiny.random_row([n], cfg, rng) for n in (5, 9)], cfg)
+
+    def sample(group, rows):
+        settings = SamplingConfig(group=group, max_new_tokens=6, temperature=1.0, check_every=6)
+        out = decode_loop.generate_rollouts(
+            params, prompts, jax.random.key(7), cfg, settings, dtype=jnp.float32, rows=rows
+        )
+        return jax.tree.map(np.asarray, out)
+
+    together = sample(3, None)
+    for k in range(3):
+        alone = sample(1, np.arange(2) * 3 + k)  # the numbers of these responses in the groups
+        np.testing.assert_array_equal(alone.tokens, together.tokens[k::3])
+        np.testing.assert_allclose(alone.policy_logps, together.policy_logps[k::3], atol=1e-4)
+
+
 def hf_arrays(flat: dict[str, np.ndarray], cfg: ModelConfig) -> dict:
     """Return the tensors of transformers as our parameters."""
     params, declared = {}, hf_checkpoint.declared_leaves(cfg)
