@@ -71,6 +71,13 @@ def test_kl_to_base_counts_the_rows_of_the_config_on_any_device_count(tmp_path, 
     assert [(s, n) for s, n, _ in found[1]] == [("0", "3"), ("1", "3")] and found[1][1][2] > 1e-4
     assert [x[:2] for x in found[8]] == [x[:2] for x in found[1]]
     assert np.allclose([x[2] for x in found[8]], [x[2] for x in found[1]], rtol=1e-3, atol=1e-6)
+    per_response = [
+        float(r["value"])
+        for r in run_helpers.read_evals(tmp_path / "1")
+        if r["metric"] == "kl_base_sequence"
+    ]
+    tokens = 3 * per_response[1] / found[1][1][2]  # both are the sum over the same three responses
+    assert tokens >= 3 and tokens == pytest.approx(round(tokens), rel=1e-4)
 
 
 @pytest.mark.slow
