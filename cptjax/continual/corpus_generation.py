@@ -77,7 +77,8 @@ def generate_corpus(
     if not request.model and not workdir:
         raise ValueError("expected --workdir of a run, or --model; got neither")
     folder = files.local_folder(workdir or out.parent)
-    if workdir and not (folder / "config.json").is_file():
+    is_run = distributed.decide_on_main(lambda: (folder / "config.json").is_file())
+    if workdir and not is_run:
         raise ValueError(
             f"--workdir={str(folder)!r} has no config.json; expected the folder of one run"
         )
@@ -107,7 +108,7 @@ def _generate(run: Run, request: CorpusRequest, out: Path) -> dict[str, Any]:
     asked = dataclasses.asdict(request) | {"stage": number}
     stage = Stage(number, (request.task,), None, None, settings)
     cache = SamplingCache(out, stage, run.model_ctx.mesh, more=json.dumps(asked, sort_keys=True))
-    found = distributed.gather_objects(_read_finished(out, cache.fingerprint))[0]
+    found = distributed.decide_on_main(lambda: _read_finished(out, cache.fingerprint))
     if found is not None:
         console.print_message(f"{out} is complete")
         return found

@@ -3,9 +3,7 @@
 import csv
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cptjax.common import console, distributed, files, run_log
 from cptjax.common.run_log import Positions
@@ -30,7 +28,7 @@ def refuse_lost_checkpoint(workdir: Path, checkpoints: Checkpoints) -> None:
             raise StateLost(
                 f"progress.json records the checkpoint {describe_checkpoint(*wanted)}, but {holds}"
             )
-    ended = _on_main_process(lambda: ended_stages(workdir))
+    ended = distributed.decide_on_main(lambda: ended_stages(workdir))
     newest_end = (newest[0] if newest[2] == "stages" else newest[0] - 1) if newest else 0
     if ended > newest_end:
         raise StateLost(
@@ -67,7 +65,7 @@ def _accuracy_rows(path: Path, start: int) -> list[dict[str, str]]:
 def refuse_lost_evaluation(workdir: Path, stage: int, positions: Positions) -> None:
     """Raise StateLost if progress.json is lost and the run would cut finished evaluations."""
     start = positions["evals.csv"]["bytes"] if "evals.csv" in positions else 0
-    tasks = _on_main_process(
+    tasks = distributed.decide_on_main(
         lambda: sorted({row["task"] for row in _accuracy_rows(workdir / "evals.csv", start)})
     )
     if len(tasks) > 1:
@@ -87,7 +85,7 @@ def refuse_changed_records(workdir: Path, positions: Positions, stage: int = 0) 
             return str(error)
         return ""
 
-    if change := _on_main_process(problem):
+    if change := distributed.decide_on_main(problem):
         raise StateLost(change)
 
 
@@ -102,7 +100,7 @@ def warn_of_changed_records(workdir: Path, positions: Positions) -> bool:
             return False
         return True
 
-    return _on_main_process(intact)
+    return distributed.decide_on_main(intact)
 
 
 def step_was_taken(workdir: Path) -> bool:
@@ -126,10 +124,4 @@ def copy_records(workdir: Path, move: bool = False) -> Path:
                     path.unlink()
         return folder
 
-    return _on_main_process(copy)
-
-
-def _on_main_process(function: Callable[[], Any]) -> Any:
-    """Return what a function returns on the main process, on every process."""
-    value = function() if distributed.is_main_process() else None
-    return distributed.gather_objects(value)[0]
+    return distributed.decide_on_main(copy)

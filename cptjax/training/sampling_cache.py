@@ -91,7 +91,7 @@ class SamplingCache:
             and read_cost_file(self.path).get("fingerprint") != self.fingerprint
         ):
             self.path.unlink()
-        return distributed.gather_objects(self.path.exists())[0]
+        return distributed.decide_on_main(self.path.exists)
 
     def next_part(self, sample: Callable[[], tuple[list, WorkCost]]) -> tuple[list, WorkCost]:
         """Return the next part: the stored one of a killed run, or a new one from `sample`."""
