@@ -82,9 +82,10 @@ def run_one(
     start_over: bool = False,
 ) -> np.ndarray:
     """Run one config to its end; with `export`, save the last model as a Hugging Face folder."""
-    refuse_different_processes(config)
+    hashes = fingerprints.file_hashes(config)
+    refuse_different_processes(config, hashes)
     finished = stage_evaluation.finished_positions(config, workdir)
-    changed = accept_changes(config, workdir, finished is not None)
+    changed = accept_changes(config, workdir, hashes, finished is not None)
     if finished is not None and not export and warn_of_changed_records(workdir, finished):
         if distributed.is_main_process():
             files.write_json(workdir / "config.json", recorded_config(config, workdir))
@@ -93,10 +94,10 @@ def run_one(
     with open_run(config, workdir, sigterm) as run:
         resume_point, model_state = resume_run(run, start_over)
         stage_evaluation.check_remaining_splits(run, resume_point)
+        rows = fingerprints.row_hashes(run.datasets)
         if distributed.process_count() > 1:
-            rows = fingerprints.row_hashes(run.datasets)
             distributed.require_equal(rows, "give all processes the same data")
-        write_run_files(run, changed)
+        write_run_files(run, hashes | rows, changed)
         for number in range(resume_point.stage, len(run.stages) + 1):
             resumed = number == resume_point.stage
             if not resume_point.is_trained(number):
@@ -122,14 +123,16 @@ def run_one(
     return matrix
 
 
-def accept_changes(config: ConfigDict, workdir: Path, finished: bool) -> list[str]:
+def accept_changes(
+    config: ConfigDict, workdir: Path, hashes: dict[str, str], finished: bool
+) -> list[str]:
     """Return what differs from the run's start and is accepted; refuse any other change.
 
     Accepted are changes with `allow_change`, and those before the first training step. In a
     finished run, changed files are only reported.
     """
     settings = changes_since_start(config, workdir)
-    inputs = changed_inputs(workdir, fingerprints.file_hashes(config))
+    inputs = changed_inputs(workdir, hashes)
     taken = step_was_taken(workdir)
     settings, inputs, taken = distributed.gather_objects((settings, inputs, taken))[0]
     if finished and not settings:
@@ -169,7 +172,7 @@ def check_all_runs(config: ConfigDict) -> None:
             validate_config.validate_stage(stage)
 
 
-def refuse_different_processes(config: ConfigDict) -> None:
+def refuse_different_processes(config: ConfigDict, hashes: dict[str, str]) -> None:
     """Compare settings, code, packages, input files and devices over the processes of a run."""
     if distributed.process_count() == 1:
         return
@@ -179,7 +182,7 @@ def refuse_different_processes(config: ConfigDict) -> None:
         "version of Python": platform.python_version(),
     }
     distributed.require_equal(
-        fingerprints.process_fingerprints(config) | facts,
+        fingerprints.process_fingerprints(config, hashes) | facts,
         "start all processes with the same command, code, packages and files",
     )
 

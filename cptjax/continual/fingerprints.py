@@ -40,13 +40,14 @@ SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 SAMPLED_ROWS = 256  # of a split
 
 
-def process_fingerprints(config: ConfigDict) -> dict[str, str]:
+def process_fingerprints(config: ConfigDict, hashes: Mapping[str, str]) -> dict[str, str]:
     """Return what all processes of a run must share, before anything is loaded.
 
-    The keys name the setting, package or file; the values of settings are readable.
+    `hashes` are those of `file_hashes`. The keys name the setting, package or file; the values of
+    settings are readable.
     """
     packages = {f"version of {name}": v or "none" for name, v in package_versions().items()}
-    return dict(_flatten_settings(config)) | {"code": code_hash()} | packages | file_hashes(config)
+    return dict(_flatten_settings(config)) | {"code": code_hash()} | packages | dict(hashes)
 
 
 def _flatten_settings(config: ConfigDict) -> Iterator[tuple[str, str]]:

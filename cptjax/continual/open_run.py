@@ -12,7 +12,7 @@ from cptjax.common import cluster, console, distributed, files, trackers
 from cptjax.common.run_log import Positions, RunLog
 from cptjax.common.signals import SigtermHandler
 from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
-from cptjax.continual import fingerprints, progress, workdir
+from cptjax.continual import progress, workdir
 from cptjax.continual.checkpoint import Checkpoints
 from cptjax.continual.model_state import restore_stage_params
 from cptjax.data import model_context
@@ -150,13 +150,13 @@ def _load_model_context(config: ConfigDict) -> ModelContext:
         return model_context.load_model_context(config.model, config.mesh, lengths)
 
 
-def write_run_files(run: Run, changed: list[str]) -> None:
+def write_run_files(run: Run, inputs: dict[str, str], changed: list[str]) -> None:
     """Write config.json, versions.json and inputs.json; call it after all checks of the workdir.
 
-    Refuse rows that differ from those of the run's start. `changed` are accepted changes.
+    `inputs` are the hashes of the files and rows. Refuse those that differ from the run's start.
+    `changed` are accepted changes.
     """
     folder = run.files.workdir
-    inputs = fingerprints.file_hashes(run.config) | fingerprints.row_hashes(run.datasets)
     rows = distributed.gather_objects(workdir.changed_inputs(folder, inputs))[0]
     workdir.refuse_changed_inputs(run.config, folder, rows)
     if run.files.log:

@@ -36,6 +36,10 @@ def config(tmp_path, monkeypatch):
     )
 
 
+def process_fingerprints(config):
+    return fingerprints.process_fingerprints(config, fingerprints.file_hashes(config))
+
+
 CHANGES = {
     "train.jsonl": "tasks.mine.train: train.jsonl",
     "data/test.csv": "tasks.mine.test: ",
@@ -48,21 +52,21 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_file_changes_its_own_fingerprint_only(config, tmp_path, name):
-    before = fingerprints.process_fingerprints(config)
+    before = process_fingerprints(config)
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text(text[:-1] + "?")  # of the same length
-    after = fingerprints.process_fingerprints(config)
+    after = process_fingerprints(config)
     changed = [key for key in before if before[key] != after[key]]
     assert before.keys() == after.keys() and len(changed) == 1
     assert changed[0].startswith(CHANGES[name])
     (tmp_path / name).write_text(text)
-    assert fingerprints.process_fingerprints(config) == before
+    assert process_fingerprints(config) == before
 
 
 def test_settings_and_packages_are_named(config, monkeypatch):
-    before = fingerprints.process_fingerprints(config)
+    before = process_fingerprints(config)
     config.train.lr = 0.5
-    after = fingerprints.process_fingerprints(config)
+    after = process_fingerprints(config)
     assert {k: (before[k], after[k]) for k in before if before[k] != after[k]} == {
         "config.train.lr": ("0.01", "0.5")
     }
