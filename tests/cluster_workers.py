@@ -98,8 +98,8 @@ def sigterm(index: int) -> None:
     """Only process 1 gets SIGTERM, outside of training."""
     from cptjax.common import distributed, signals
 
-    handler = signals.SigtermHandler()
-    with signals.handle_sigterm(handler):
+    handler = signals.StopSignals()
+    with signals.handle_stop_signals(handler):
         with handler.deferred():
             os.kill(os.getpid(), signal.SIGTERM if index else 0)
             assert not index or handler.received

@@ -165,7 +165,7 @@ def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monk
     c, estimated, agreed, answers = (
         run_helpers.config("sft", **SFT, **short),
         [],
-        signals.SigtermHandler.agreed,
+        signals.StopSignals.agreed,
         device_batches.conversation_batch,
     )
     monkeypatch.setattr(
@@ -175,7 +175,7 @@ def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monk
     )
     with monkeypatch.context() as patched, pytest.raises(signals.Preempted):
         patched.setattr(
-            signals.SigtermHandler, "agreed", lambda self: len(estimated) == 2 or agreed(self)
+            signals.StopSignals, "agreed", lambda self: len(estimated) == 2 or agreed(self)
         )
         driver.run(c, tmp_path / "run")
     assert len(estimated) == 2 and not list(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from cptjax.common import cluster, console, distributed
 
 # The signals that end a run, and how messages name them.
-STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C"}
+SIGNAL_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGINT: "Ctrl-C"}
 
 
 class SamplingStopped(Exception):
@@ -29,7 +29,7 @@ class Preempted(SystemExit):
         super().__init__(0 if number == signal.SIGTERM else 128 + number)
 
 
-class SigtermHandler:
+class StopSignals:
     """Handles a stop signal at once, or only records it inside a `deferred` block."""
 
     def __init__(self) -> None:
@@ -80,14 +80,14 @@ class SigtermHandler:
 
     def leave(self, where: str) -> None:
         """End the process and say how to continue."""
-        name = STOP_SIGNALS.get(signal.Signals(self.received or signal.SIGTERM))
+        name = SIGNAL_NAMES.get(signal.Signals(self.received or signal.SIGTERM))
         console.print_message(f"stopped by {name} {where}; run the same command again to go on")
         raise Preempted(self.received or signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def handle_sigterm(sigterm: SigtermHandler) -> Iterator[None]:
-    """Handle the stop signals with `sigterm` inside this block.
+def handle_stop_signals(stop_signals: StopSignals) -> Iterator[None]:
+    """Handle the stop signals with `stop_signals` inside this block.
 
     SIGHUP or SIGINT that was ignored before stays ignored, as after `nohup`. Python allows handlers
     only in the main thread; in another thread this block does nothing.
@@ -97,13 +97,15 @@ def handle_sigterm(sigterm: SigtermHandler) -> Iterator[None]:
         return
     before = {
         number: signal.getsignal(number)
-        for number in STOP_SIGNALS
+        for number in SIGNAL_NAMES
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
     }
     for number in before:
-        signal.signal(number, sigterm)
+        signal.signal(number, stop_signals)
     try:
-        with distributed.flag_in_exchanges(lambda: sigterm.received, sigterm.after_exchange):
+        with distributed.flag_in_exchanges(
+            lambda: stop_signals.received, stop_signals.after_exchange
+        ):
             yield
     finally:
         for number, handler in before.items():

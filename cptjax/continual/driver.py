@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files
-from cptjax.common.signals import SigtermHandler, handle_sigterm
+from cptjax.common.signals import StopSignals, handle_stop_signals
 from cptjax.config import (
     all_runs,
     check_config_values,
@@ -52,18 +52,20 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> np
     """
     workdir = files.local_folder(workdir)
     check_all_runs(config)
-    sigterm, matrices = SigtermHandler(), []
+    stop_signals, matrices = StopSignals(), []
     with (
-        handle_sigterm(sigterm),
+        handle_stop_signals(stop_signals),
         explain_full_disk(workdir),
         lock_workdir(workdir),
         console.keep_log(workdir / log_name()),
     ):
         for subfolder, prestage in prestage_runs(config).items():
-            make_base_model(prestage, workdir / subfolder, sigterm, start_over)
+            make_base_model(prestage, workdir / subfolder, stop_signals, start_over)
         runs = expand_runs(config, workdir)
         for subfolder, single in runs:
-            matrices.append(run_one(single, workdir / subfolder, sigterm, start_over=start_over))
+            matrices.append(
+                run_one(single, workdir / subfolder, stop_signals, start_over=start_over)
+            )
             if len(runs) > 1 and distributed.is_main_process():
                 report.write_comparison(workdir)
     return matrices[0] if len(runs) == 1 else stack_matrices(matrices)
@@ -77,7 +79,7 @@ def log_name() -> str:
 def run_one(
     config: ConfigDict,
     workdir: Path,
-    sigterm: SigtermHandler,
+    stop_signals: StopSignals,
     export: Path | None = None,
     start_over: bool = False,
 ) -> np.ndarray:
@@ -91,7 +93,7 @@ def run_one(
             files.write_json(workdir / "config.json", recorded_config(config, workdir))
         console.print_message(f"{workdir}: finished, at {ResumePoint(len(config.stages))}")
         return write_final_results(workdir)
-    with open_run(config, workdir, sigterm) as run:
+    with open_run(config, workdir, stop_signals) as run:
         resume_point, model_state = resume_run(run, start_over)
         stage_evaluation.check_remaining_splits(run, resume_point)
         rows = fingerprints.row_hashes(run.datasets)
@@ -188,7 +190,7 @@ def refuse_different_processes(config: ConfigDict, hashes: dict[str, str]) -> No
 
 
 def make_base_model(
-    config: ConfigDict, folder: Path, sigterm: SigtermHandler, start_over: bool = False
+    config: ConfigDict, folder: Path, stop_signals: StopSignals, start_over: bool = False
 ) -> None:
     """Train the pre-stage once and save its model in `hf/`.
 
@@ -196,7 +198,7 @@ def make_base_model(
     """
     made = distributed.decide_on_main(lambda: (folder / "hf" / "config.json").is_file())
     if not made:
-        run_one(config, folder, sigterm, folder / "hf", start_over)
+        run_one(config, folder, stop_signals, folder / "hf", start_over)
         return
     changed = [
         line

@@ -112,7 +112,7 @@ def update_fisher(
         console.progress_bar("Fisher information", total=len(examples)) as bar,
     ):
         for example in examples:
-            if run.sigterm.agreed():
+            if run.stop_signals.agreed():
                 raise SamplingStopped
             encoded = encode(example).encoded
             gradient = example_gradient(trained, frozen, encoded)

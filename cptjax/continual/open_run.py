@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cptjax.common import cluster, console, distributed, files, trackers
 from cptjax.common.run_log import Positions, RunLog
-from cptjax.common.signals import SigtermHandler
+from cptjax.common.signals import StopSignals
 from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
 from cptjax.continual import progress, workdir
 from cptjax.continual.checkpoint import Checkpoints
@@ -64,7 +64,7 @@ class Run:
     files: RunFiles
     datasets: Datasets
     sandbox: SandboxPool
-    sigterm: SigtermHandler
+    stop_signals: StopSignals
     # Kept between evaluations: prompts by (task, template), and the base model's responses by task.
     eval_prompts: dict[tuple[str, str], EvalPrompts] = dataclasses.field(default_factory=dict)
     base_responses: dict[str, BaseResponses] = dataclasses.field(default_factory=dict)
@@ -101,7 +101,7 @@ class Run:
             self.sandbox.close()
 
 
-def open_run(config: ConfigDict, folder: Path, sigterm: SigtermHandler | None = None) -> Run:
+def open_run(config: ConfigDict, folder: Path, stop_signals: StopSignals | None = None) -> Run:
     """Open a run to train it; `driver.accept_changes` has checked its workdir."""
     folder.mkdir(parents=True, exist_ok=True)
     model_ctx = _load_model_context(config)
@@ -119,7 +119,7 @@ def open_run(config: ConfigDict, folder: Path, sigterm: SigtermHandler | None = 
         on_saved=functools.partial(progress.record_saved, folder),
     )
     return _build_run(
-        config, model_ctx, RunFiles(folder, log, checkpoints), sigterm or SigtermHandler()
+        config, model_ctx, RunFiles(folder, log, checkpoints), stop_signals or StopSignals()
     )
 
 
@@ -129,19 +129,21 @@ def open_run_readonly(config: ConfigDict, folder: Path) -> Iterator[Run]:
     model_ctx, checkpoints = _load_model_context(config), None
     if (folder / "checkpoints").is_dir():
         checkpoints = Checkpoints(folder / "checkpoints", async_save=False)
-    run = _build_run(config, model_ctx, RunFiles(folder, None, checkpoints), SigtermHandler())
+    run = _build_run(config, model_ctx, RunFiles(folder, None, checkpoints), StopSignals())
     with contextlib.closing(run):
         yield run
 
 
 def _build_run(
-    config: ConfigDict, model_ctx: ModelContext, run_files: RunFiles, sigterm: SigtermHandler
+    config: ConfigDict, model_ctx: ModelContext, run_files: RunFiles, stop_signals: StopSignals
 ) -> Run:
     r = config.rewards
     sandbox = SandboxPool(processes=r.processes, timeout=r.timeout, memory=SANDBOX_MEMORY)
     recording = run_files.log is not None
     datasets = Datasets(config, model_ctx, sandbox, run_files.workdir, recording)
-    return Run(config, resolve_stages(config), model_ctx, run_files, datasets, sandbox, sigterm)
+    return Run(
+        config, resolve_stages(config), model_ctx, run_files, datasets, sandbox, stop_signals
+    )
 
 
 def _load_model_context(config: ConfigDict) -> ModelContext:

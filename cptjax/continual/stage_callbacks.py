@@ -32,7 +32,7 @@ class StageCallbacks:
         run, last = self.run, progress.step == self.ctx.steps
         self.log(progress, info, rows)
         self.bar.advance(1, **{k: info[k] for k in ("reward", "loss") if k in info})
-        stop = run.sigterm.agreed()
+        stop = run.stop_signals.agreed()
         if not last and (run.files.checkpoints.due(progress.step) or stop):
             self.save(state, progress, resume.checkpoint_record(run))
         if stop:
@@ -77,7 +77,7 @@ class StageCallbacks:
             return
         record = resume.checkpoint_record(run)  # before the evaluation adds lines to the files
         try:
-            with run.sigterm.immediate():  # the evaluation may take long
+            with run.stop_signals.immediate():  # the evaluation may take long
                 accuracies = stage_evaluation.evaluate_within_stage(
                     run, self.stage, state.params, self.frozen, step
                 )

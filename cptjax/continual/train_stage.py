@@ -64,7 +64,7 @@ def train_stage(
         callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.fisher, bar)
         if resumed:
             callbacks.evaluate_if_due(state, progress)
-        with run.sigterm.deferred():
+        with run.stop_signals.deferred():
             state = train_loop.train_loop(
                 ctx, state, frozen, steps, progress, penalty_arrays, callbacks.after_step
             )
@@ -74,10 +74,10 @@ def train_stage(
             # A stage that stopped between steps is not saved yet; a step that is saved is skipped.
             if progress.step and end is None:
                 callbacks.save(state, progress, resume.checkpoint_record(run))
-            stopped = end is None or run.sigterm.agreed()
+            stopped = end is None or run.stop_signals.agreed()
     if stopped:
         run.files.checkpoints.wait()
-        run.sigterm.leave(f"after step {progress.step} of stage {stage.number}, saved")
+        run.stop_signals.leave(f"after step {progress.step} of stage {stage.number}, saved")
     return end
 
 
@@ -133,7 +133,7 @@ def make_stage_context(
         load_reference(run, stage, start),
         make_teacher(run, stage, prompted_tasks, params, start),
         corpus_tasks,
-        run.sigterm.agreed,
+        run.stop_signals.agreed,
     )
     if stage.epochs and c.method.epoch_unit == "responses":
         ctx.steps = self_training.steps_over_responses(ctx, params, stage.epochs)

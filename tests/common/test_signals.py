@@ -15,36 +15,39 @@ def send_sigterm():
 
 
 def test_sigterm_ends_the_process_at_once_outside_a_deferred_block(capsys):
-    with signals.handle_sigterm(signals.SigtermHandler()), pytest.raises(signals.Preempted) as end:
+    with (
+        signals.handle_stop_signals(signals.StopSignals()),
+        pytest.raises(signals.Preempted) as end,
+    ):
         send_sigterm()
     assert end.value.code == 0
     assert "stopped by SIGTERM outside of training" in capsys.readouterr().err
 
 
 def test_sigterm_is_only_recorded_inside_a_deferred_block():
-    sigterm = signals.SigtermHandler()
-    with signals.handle_sigterm(sigterm):
-        with sigterm.deferred():
-            assert not sigterm.agreed()
+    stop_signals = signals.StopSignals()
+    with signals.handle_stop_signals(stop_signals):
+        with stop_signals.deferred():
+            assert not stop_signals.agreed()
             send_sigterm()
-            assert sigterm.agreed()
+            assert stop_signals.agreed()
         with pytest.raises(signals.Preempted):  # the block is over
             send_sigterm()
 
 
 def test_an_immediate_block_inside_a_deferred_one_ends_the_process_at_once():
-    sigterm = signals.SigtermHandler()
-    with signals.handle_sigterm(sigterm), sigterm.deferred():
-        with pytest.raises(signals.Preempted), sigterm.immediate():
+    stop_signals = signals.StopSignals()
+    with signals.handle_stop_signals(stop_signals), stop_signals.deferred():
+        with pytest.raises(signals.Preempted), stop_signals.immediate():
             send_sigterm()
         send_sigterm()  # deferred again, after an exception too
 
 
 def test_the_previous_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
-    sigterm = signals.SigtermHandler()
-    with signals.handle_sigterm(sigterm):
-        assert signal.getsignal(signal.SIGTERM) is sigterm
+    stop_signals = signals.StopSignals()
+    with signals.handle_stop_signals(stop_signals):
+        assert signal.getsignal(signal.SIGTERM) is stop_signals
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -64,12 +67,12 @@ def default_handlers():
 def test_ctrl_c_and_a_closed_terminal_stop_a_run_like_sigterm(
     number, code, name, capsys, default_handlers
 ):
-    sigterm = signals.SigtermHandler()
-    with signals.handle_sigterm(sigterm), sigterm.deferred():
+    stop_signals = signals.StopSignals()
+    with signals.handle_stop_signals(stop_signals), stop_signals.deferred():
         os.kill(os.getpid(), number)
-        assert sigterm.agreed()
+        assert stop_signals.agreed()
         with pytest.raises(signals.Preempted) as end:
-            sigterm.leave("after step 3, saved")
+            stop_signals.leave("after step 3, saved")
     assert end.value.code == code
     assert f"stopped by {name} after step 3, saved; run the same" in capsys.readouterr().err
 
@@ -77,7 +80,7 @@ def test_ctrl_c_and_a_closed_terminal_stop_a_run_like_sigterm(
 def test_sighup_stays_ignored_after_nohup(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with signals.handle_sigterm(signals.SigtermHandler()):
+        with signals.handle_stop_signals(signals.StopSignals()):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
@@ -89,8 +92,8 @@ def test_a_second_ctrl_c_ends_at_once():
         "import os, signal\n"
         "from cptjax.common import signals\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "sigterm = signals.SigtermHandler()\n"
-        "with signals.handle_sigterm(sigterm), sigterm.deferred():\n"
+        "stop_signals = signals.StopSignals()\n"
+        "with signals.handle_stop_signals(stop_signals), stop_signals.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still running')\n"

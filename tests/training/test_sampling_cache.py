@@ -110,7 +110,7 @@ def test_a_run_that_ends_while_it_samples_resumes_there(tmp_path, monkeypatch, s
         pytest.raises(KeyboardInterrupt if stop == "killed" else signals.Preempted),
     ):
         if stop == "sigterm":
-            patched.setattr(signals.SigtermHandler, "agreed", lambda self: len(calls) == 3)
+            patched.setattr(signals.StopSignals, "agreed", lambda self: len(calls) == 3)
         driver.run(c, tmp_path / "run")
     assert (
         len(files.read_jsonl(tmp_path / "run" / "corpus" / ".stage1_step2.jsonl.partial0")) == 2
