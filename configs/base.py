@@ -51,6 +51,9 @@ def get_config() -> ConfigDict:
     c.stages = ()
     c.data = ConfigDict(dict(
         root="",  # folder with local copies of the datasets; "" = the hub
+        # Folders outside of that of a data file from which its rows may take images and videos, by
+        # an absolute path, .. or a link; ("/",) = from everywhere.
+        outside_images=(),
         prompt_limit=2048,  # tokens; a longer prompt is a bad row
         buckets=(),  # token lengths that rows are padded to; () = powers of two up to prompt_limit
         bad_rows=0,  # number of bad rows to leave out (each is printed); more stop the run

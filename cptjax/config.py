@@ -27,6 +27,7 @@ STAGE_SECTIONS = ("data", "method", "rewards", "rollout", "train", "eval.every",
 RUN_ONLY_KEYS = (
     "data.prompt_limit",
     "data.buckets",
+    "data.outside_images",
     "rewards.timeout",
     "rewards.processes",
     "log.tensorboard",

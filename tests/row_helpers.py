@@ -22,10 +22,9 @@ def write(folder, *rows, name="train.jsonl"):
     return str(folder / name)
 
 
-def load(source, split="train", seed=0, limit=None, **settings):
-    return resolve_task("mine", {"mine": {"train": source, **settings}}).load(
-        split, seed=seed, limit=limit
-    )
+def load(source, split="train", seed=0, limit=None, outside=(), **settings):
+    tasks = {"mine": {"train": source, **settings}}
+    return resolve_task("mine", tasks, outside_images=outside).load(split, seed=seed, limit=limit)
 
 
 def only_bad(examples):

@@ -126,6 +126,10 @@ def test_a_hub_id_loads_as_its_folder(model, tmp_path, monkeypatch):
         match=r"^org/other is neither a local folder nor a model that the hub returns \(Cannot find it\)$",
     ):
         cptjax.load("org/other")
+    monkeypatch.chdir(tmp_path)
+    for path in ("saved/a.Model-3", "hf:saved/a.Model-3"):  # a folder that is here, and the hub
+        with pytest.raises(ValueError, match="hf:saved/" if path[2] == "v" else "that the hub"):
+            cptjax.load(path)
     for path in ("org/a/b", "./org", "gs://bucket/x", "~/x"):
         with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
             locate_checkpoint(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -23,6 +24,35 @@ def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
             "and give the path"
         )
     return Path(folder)
+
+
+HUB_PREFIX = "hf:"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def find_hub_id(text: str) -> str | None:
+    """Return the hub id that a setting names: hf:org/name, or org/name if no folder org/ is here.
+
+    Return None for other text. With a folder org/, org/name is a path that does not exist.
+    """
+    name = text.removeprefix(HUB_PREFIX)
+    if not HUB_ID.fullmatch(name):
+        return None
+    folder = Path(name.partition("/")[0])
+    if name == text and folder.is_dir():
+        raise ValueError(
+            f"{text}: no such file or folder{nearest_path(text)}; since the folder {folder}/ "
+            f"exists, this is not read as a hub id: write {HUB_PREFIX}{text} for that"
+        )
+    return name
+
+
+def nearest_path(text: str) -> str:
+    """Return "; did you mean PATH?" for a path that does not exist, or "" without a similar one."""
+    path = Path(text).expanduser()
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def to_jsonable(value: Any) -> Any:

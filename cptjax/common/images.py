@@ -1,12 +1,15 @@
 """Open any image as upright RGB, and compute the size to which it is resized for the model."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import logging
 import math
 import os
+import threading
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ Image.init()
 KNOWN_FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF JPEG2000 TGA"
 IMAGE_FORMATS = tuple(f for f in KNOWN_FORMATS.split() if f in Image.OPEN)
 MAX_FILE_PIXELS = 89_478_485  # 256 MiB of RGB, the size above which Pillow warns
+# Of all images that the threads of this process decode at a time; more wait. One image may have
+# more: it is then decoded alone.
+MAX_DECODED_PIXELS = 1 << 26
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 EXIF_ORIENTATION = 0x0112
 ROTATED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -41,9 +47,9 @@ def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image
     An image that cannot be opened raises a ValueError that names it.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "image")
+        return _to_rgb(source)
     if isinstance(source, np.ndarray):
-        return _to_rgb(Image.fromarray(source), "image")
+        return _to_rgb(Image.fromarray(source))
     stream, name = _open_stream(source, base)
     try:
         image = Image.open(stream, formats=IMAGE_FORMATS)
@@ -59,8 +65,7 @@ def open_image(source: ImageSource, base: str | os.PathLike = "") -> Image.Image
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         _log.warning("%s: an animation of %d frames, the first one is used", name, image.n_frames)
     try:
-        image.load()
-        return _to_rgb(image, name)
+        return _to_rgb(image)
     except Exception as error:
         raise ValueError(f"{name}: cut short or corrupt ({_one_line_reason(error)})") from error
 
@@ -96,8 +101,14 @@ def _open_stream(source: ImageSource, base: str | os.PathLike) -> tuple[Any, str
     raise ValueError(f"image: expected a path, bytes or a PIL image, got {source!r:.80}")
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any colour mode to upright RGB: white behind transparency, 16 bits scaled to 8."""
+    with _decoding.reserve(image.width * image.height):
+        image.load()
+        return _convert_to_rgb(image)
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES or image.mode in ("I", "F"):
         image = _to_eight_bit(image)
@@ -110,13 +121,42 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and float grey levels to 0-255, by the range of the mode or values."""
-    values = np.asarray(image).astype(np.float64)
-    peak = values.max(initial=0.0)
+    values = np.asarray(image)
+    peak = float(values.max(initial=0.0))
     if image.mode in SIXTEEN_BIT_MODES or peak > 255:
         top = max(65535.0, peak)
     else:
         top = 1.0 if image.mode == "F" and peak <= 1 else 255.0
-    return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for row, line in zip(scaled, values, strict=True):  # 8 bytes per pixel only of one line
+        row[:] = np.clip(line.astype(np.float64) / top * 255 + 0.5, 0, 255)
+    return Image.fromarray(scaled)
+
+
+class _DecodingLimit:
+    """Bounds the pixels of all images that are decoded at a time, so that many threads need no
+    more memory than a few."""
+
+    def __init__(self) -> None:
+        self._freed, self._pixels = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Wait until the pixels fit, or until no other image is being decoded."""
+        with self._freed:
+            self._freed.wait_for(
+                lambda: not self._pixels or self._pixels + pixels <= MAX_DECODED_PIXELS
+            )
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._pixels -= pixels
+                self._freed.notify_all()
+
+
+_decoding = _DecodingLimit()
 
 
 def _too_large_message(what: str) -> str:

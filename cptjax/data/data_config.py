@@ -11,6 +11,7 @@ class DataConfig:
     """`config.data`; the defaults and the units are in configs/base.py."""
 
     root: str
+    outside_images: tuple[str, ...]
     prompt_limit: int
     buckets: tuple[int, ...]
     bad_rows: int
@@ -31,7 +32,7 @@ class DataConfig:
     def from_config(cls, section: Any) -> "DataConfig":
         """Read a config's `data` section."""
         values = {field.name: section[field.name] for field in dataclasses.fields(cls)}
-        for name in ("buckets", "weights"):
+        for name in ("outside_images", "buckets", "weights"):
             values[name] = tuple(values[name])
         return cls(**values)
 

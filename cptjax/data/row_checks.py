@@ -138,13 +138,15 @@ def split_key(config: ConfigDict, spec: SplitSpec) -> tuple:
         model.min_pixels,
         model.max_pixels,
         DataConfig.from_config(config.data).length_buckets,
+        tuple(config.data.outside_images),
     )
 
 
 def resolve_config_task(config: ConfigDict, name: str) -> Task:
     """Return a task of the config; raise a ValueError if it needs other pixel limits."""
     pixels = (config.model.min_pixels, config.model.max_pixels)
-    return registry.resolve_task(name, config.tasks.to_dict(), pixels)
+    outside = DataConfig.from_config(config.data).outside_images
+    return registry.resolve_task(name, config.tasks.to_dict(), pixels, outside)
 
 
 def load_split(config: ConfigDict, spec: SplitSpec, task: Task) -> Sequence[Example]:

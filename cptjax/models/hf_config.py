@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 
 import huggingface_hub
 
+from cptjax.common import files
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import FAMILIES, PRESETS, find_family
 from cptjax.models.family import find_key, text_keys
@@ -47,16 +47,17 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
 def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
     """Return the folder of a checkpoint: the path, or the local copy of the hub's `org/name`.
 
-    `weights` downloads the weights too.
+    `hf:org/name` is always a hub id. `weights` downloads the weights too.
     """
     if Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+    hub_id = files.find_hub_id(str(path))
+    if hub_id is None:
         raise ValueError(
-            f"{path} is neither a folder nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct; presets "
-            f"are {', '.join(PRESETS)}"
+            f"{path} is neither a folder nor a hub id like Qwen/Qwen2.5-VL-3B-Instruct"
+            f"{files.nearest_path(str(path))}; presets are {', '.join(PRESETS)}"
         )
-    return _download(str(path), weights)
+    return _download(hub_id, weights)
 
 
 @functools.cache

@@ -125,6 +125,16 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
         ) from error
 
 
+def media_folders(root: str = "") -> tuple[Path, ...]:
+    """Return the folders that hold the images and videos of public datasets."""
+    import datasets
+    import huggingface_hub
+
+    c, hub_cache = datasets.config, huggingface_hub.constants.HF_HUB_CACHE
+    caches = (c.HF_DATASETS_CACHE, c.DOWNLOADED_DATASETS_PATH, hub_cache)
+    return (*map(Path, caches), *([Path(root)] if root else []))
+
+
 _sources_read: dict[str, str | list[str]] = {}
 
 

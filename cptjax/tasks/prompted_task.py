@@ -1,19 +1,17 @@
 """One task with one prompt template: its prompts, gold responses, rewards and scores."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cptjax.common import files
 from cptjax.tasks import prompt_templates, rewards
 from cptjax.tasks.prompt_templates import PromptTemplate
 from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.sandbox import SandboxPool, split_target
 from cptjax.tasks.task import Task, content_text, place_media
 from cptjax.types import Example
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _check_judge(task: Task, scorer: scorers.Scorer, sandbox: SandboxPool) -> No
     if ".py:" in task.judge:
         path, function = split_target(task.judge)
         sandbox.load(f"{path.resolve()}:{function}")
-    elif task.judge and not (Path(task.judge).is_dir() or HUB_ID.fullmatch(task.judge)):
+    elif task.judge and not Path(task.judge).is_dir() and files.find_hub_id(task.judge) is None:
         raise ValueError(
             f"task {task.name}: judge={task.judge!r} is neither the Hugging Face folder of a model "
             "nor a hub id nor file.py:function"

@@ -125,13 +125,15 @@ def resolve_task(
     name: str,
     user_tasks: Mapping[str, Mapping[str, Any]] | None = None,
     pixels: tuple[int, int] | None = None,
+    outside_images: tuple[str, ...] = (),
 ) -> Task:
     """Return a task by name: one of the config's tasks, or else a built-in one.
 
     `pixels` are the model's limits (min_pixels, max_pixels). A task whose answers are positions
-    in pixels must have the same limits.
+    in pixels must have the same limits. `outside_images` are folders outside of the data's from
+    which a user's rows may take images.
     """
-    resolved = _find_task(name, user_tasks or {})
+    resolved = _find_task(name, user_tasks or {}, outside_images)
     if pixels and resolved.pixels not in (None, pixels):
         raise ValueError(
             f"task {name}: its answers are positions in images of {resolved.pixels[0]} to "
@@ -141,7 +143,9 @@ def resolve_task(
     return resolved
 
 
-def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
+def _find_task(
+    name: str, user_tasks: Mapping[str, Mapping[str, Any]], outside_images: tuple[str, ...]
+) -> Task:
     if name not in user_tasks:
         if name not in BUILT_IN_TASKS:
             refuse_old_name("task", name)
@@ -153,7 +157,7 @@ def _find_task(name: str, user_tasks: Mapping[str, Mapping[str, Any]]) -> Task:
     settings = dict(user_tasks[name])
     base = settings.pop("task", None)
     if base is None:
-        return task.make_user_task(name, **settings)
+        return task.make_user_task(name, outside_images, **settings)
     if base not in TASK_MAKERS:
         refuse_old_name(f"tasks.{name}.task", base)
         raise ValueError(

@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cptjax.common import files
 from cptjax.tasks import hub
 from cptjax.tasks.bad_rows import BadRow
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>[\w.-]+))?")
+HUB_DATASET = re.compile(
+    r"(?P<id>(hf:)?[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>[\w.-]+))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +35,32 @@ class DataTable:
     bad: tuple[BadRow, ...] = ()
     # role -> column, see task.py
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # further folders that hold images of the rows
+    image_folders: tuple[Path, ...] = ()
 
 
 def read_tables(source: str, split: str, root: str = "") -> list[DataTable]:
     """Read a data file, a folder of data files or images, or a hub dataset.
 
-    A hub dataset is named org/name[:config][@split].
+    A hub dataset is named org/name[:config][@split], and with hf: before it in any case.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, split)
     if path.is_file():
         return [_read_file(path)]
-    hub_id = HUB_ID.fullmatch(source)
-    if not hub_id or path.suffix in DATA_SUFFIXES:
+    named = HUB_DATASET.fullmatch(source)
+    is_file_name = path.suffix in DATA_SUFFIXES and not source.startswith(files.HUB_PREFIX)
+    hub_id = files.find_hub_id(named["id"]) if named and not is_file_name else None
+    if hub_id is None:
         raise ValueError(
             f"{source}: no such file or folder, nor a hub dataset of the form "
-            "org/name[:config][@split]"
+            f"org/name[:config][@split]{files.nearest_path(source)}"
         )
-    hub_source = hub.HubSource(hub_id["id"], hub_id["split"] or split, hub_id["config"])
-    return [_arrow_table(source, Path(), hub.load_rows(hub_source, root))]
+    hub_source = hub.HubSource(hub_id, named["split"] or split, named["config"])
+    rows, folders = hub.load_rows(hub_source, root), hub.media_folders(root)
+    table = _arrow_table(source, folders[0], rows)
+    return [dataclasses.replace(table, image_folders=folders)]
 
 
 def _arrow_table(file: str, folder: Path, rows: hub.ArrowRows) -> DataTable:
@@ -72,9 +81,9 @@ def _read_folder(path: Path, split: str) -> list[DataTable]:
                 raise ValueError(f"{path}: no split {split!r}; it has {', '.join(dataset)}")
             dataset = dataset[split]
         return [_arrow_table(str(path), path, hub.ArrowRows(dataset))]
-    files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
-    if files:
-        return [_read_file(file) for file in files]
+    data_files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
+    if data_files:
+        return [_read_file(file) for file in data_files]
     images = sorted(
         file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
     )

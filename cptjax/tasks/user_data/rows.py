@@ -1,10 +1,12 @@
 """Build an example from a row of a user's table: its turns, images, videos and answer."""
 
 import dataclasses
+import functools
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ class UserTaskSpec:
     columns: tuple[tuple[str, str], ...] = ()  # (role, column)
     prompt: str = ""
     image_root: str = ""
+    outside_images: tuple[str, ...] = ()  # see data.outside_images in configs/base.py
     limit: int | None = None
     needs_answer: bool = True
 
@@ -82,7 +85,7 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
     gold = gold[0] if isinstance(gold, list) else gold
     return Example(
         _row_id(row, cells.get("id")),
-        load_media(turns, cells, table.folder),
+        load_media(turns, cells, MediaFolders(table.folder, table.image_folders)),
         "" if answer is None else answer,
         gold if isinstance(gold, str) else "",
         spec.name,
@@ -124,25 +127,55 @@ def read_turns(
     return turns
 
 
+@dataclasses.dataclass(frozen=True)
+class MediaFolders:
+    """Where the images and videos of a row lie."""
+
+    start: Path  # of relative paths
+    allowed: tuple[Path, ...]  # without symbolic links
+
+    def find(self, path: str) -> Path:
+        """Return a file; one outside of the allowed folders, also by a link, is an error."""
+        found = find_file(path, self.start)
+        real = _real_folder(found.parent) / found.name
+        real = Path(os.path.realpath(real)) if real.is_symlink() else real
+        if not any(real.is_relative_to(folder) for folder in self.allowed):
+            raise ValueError(
+                f"{found} is {real}, outside of the folder of the data ({self.start}); if the "
+                "rows may read it, name its folder in data.outside_images"
+            )
+        return found
+
+
+def real_folders(folders: Iterable[str | Path]) -> tuple[Path, ...]:
+    """Return folders without symbolic links and repetitions."""
+    return tuple(dict.fromkeys(_real_folder(Path(folder).expanduser()) for folder in folders))
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
+
+
 def load_media(
-    turns: list[dict[str, Any]], cells: Mapping[str, Any], folder: Path
+    turns: list[dict[str, Any]], cells: Mapping[str, Any], folders: MediaFolders
 ) -> list[dict[str, Any]]:
     """Return the turns with their images and videos.
 
     The images and videos of the columns `images` and `videos` fill, in order, each <image> and
     <video> in a text and each part that has none of its own.
     """
-    images = [locate_image(image, folder) for image in as_list(cells.get("images"))]
+    images = [locate_image(image, folders) for image in as_list(cells.get("images"))]
     sources = as_list(cells.get("videos"))
     if sources and all(
         isinstance(source, str) and Path(source).suffix.lower() in IMAGE_SUFFIXES
         for source in sources
     ):
         sources = [sources]  # a flat list of image files is one video, frame by frame
-    videos = [load_video(source, folder) for source in sources]
+    videos = [load_video(source, folders) for source in sources]
     contents = [
         [
-            _read_part(part, folder)
+            _read_part(part, folders)
             for part in ([turn["content"]] if isinstance(turn["content"], str) else turn["content"])
         ]
         for turn in turns
@@ -154,7 +187,7 @@ def load_media(
     )
 
 
-def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
+def _read_part(part: Any, folders: MediaFolders) -> str | dict[str, Any]:
     """Return a text with placeholders, or a finished part if it has its own image or video."""
     if isinstance(part, str):
         return part
@@ -167,35 +200,35 @@ def _read_part(part: Any, folder: Path) -> str | dict[str, Any]:
     if not value:
         return f"<{kind}>"
     if kind == "image":
-        return {"type": "image", "image": locate_image(value, folder)}
-    return {"type": "video", "video": load_video(value, folder)}
+        return {"type": "image", "image": locate_image(value, folders)}
+    return {"type": "video", "video": load_video(value, folders)}
 
 
-def locate_image(source: Any, folder: Path) -> Any:
+def locate_image(source: Any, folders: MediaFolders) -> Any:
     """Return the path or the bytes of an image, to open it later.
 
     A missing file is an error.
     """
     value = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
     if isinstance(value, str) and value and not value.startswith("data:image/"):
-        return find_file(value, folder)
+        return folders.find(value)
     if not value:
         raise ValueError(f"an image: expected a path or bytes, got {source!r}")
     return source
 
 
-def load_video(video: Any, folder: Path) -> Any:
+def load_video(video: Any, folders: MediaFolders) -> Any:
     """Return the path of a video file, or the frames of a list or folder of images."""
     if isinstance(video, dict):
         video = video.get("path") or video.get("video")
-    if isinstance(video, str) and Path(folder, video).is_dir():
+    if isinstance(video, str) and Path(folders.start, video).is_dir():
         video = sorted(
             str(path)
-            for path in Path(folder, video).iterdir()
+            for path in Path(folders.start, video).iterdir()
             if path.suffix.lower() in IMAGE_SUFFIXES
         )
     if isinstance(video, str) and video:
-        path = find_file(video, folder)
+        path = folders.find(video)
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: expected a video, got an empty file")
         return str(path)
@@ -203,7 +236,7 @@ def load_video(video: Any, folder: Path) -> Any:
         raise ValueError(
             f"a video: expected a file, or a list or folder of frames, got {video!r:.80}"
         )
-    return [locate_image(frame, folder) for frame in video]
+    return [locate_image(frame, folders) for frame in video]
 
 
 def as_list(value: Any) -> list[Any]:

@@ -9,7 +9,8 @@
         columns=dict(prompt="question", images="image", answer="label"),
         # builds the prompt from columns, where the data has no placeholders
         prompt="<image>{question}",
-        # folder of relative image paths; "" = the folder of the data file
+        # folder of relative image paths; "" = the folder of the data file. Images elsewhere are
+        # refused, unless data.outside_images names their folder
         image_root="",
         scorer="exact", reward="my.py:reward", template="direct", limit=None)
 
@@ -28,7 +29,12 @@ from typing import Any
 from cptjax.tasks.bad_rows import BadRow
 from cptjax.tasks.task import Task, did_you_mean, limit_rows
 from cptjax.tasks.user_data.readers import DataTable, read_tables
-from cptjax.tasks.user_data.rows import UserRow, UserTaskSpec, build_user_example
+from cptjax.tasks.user_data.rows import (
+    UserRow,
+    UserTaskSpec,
+    build_user_example,
+    real_folders,
+)
 from cptjax.types import Example
 
 COLUMN_ROLES = ("prompt", "images", "videos", "answer", "messages", "target", "id")
@@ -43,7 +49,7 @@ USER_SPLITS = ("train", "validation", "test")
 ROW_SETTINGS = ("prompt", "image_root", "limit")
 
 
-def make_user_task(name: str, **settings: Any) -> Task:
+def make_user_task(name: str, outside_images: tuple[str, ...] = (), /, **settings: Any) -> Task:
     """Build a task from the settings in the module's docstring.
 
     All other settings are fields of Task.
@@ -61,6 +67,7 @@ def make_user_task(name: str, **settings: Any) -> Task:
         tuple(sources.items()),
         tuple(columns.items()),
         needs_answer=needs_answer,
+        outside_images=outside_images,
         **row_settings,
     )
     return Task(name, functools.partial(load_user_split, spec), **{"scorer": "exact", **settings})
@@ -194,7 +201,8 @@ def resolve_columns(spec: UserTaskSpec, table: DataTable) -> DataTable:
         hint = f"columns.prompt to its name, or tasks.{spec.name}.prompt to build a prompt"
         raise _missing_column(table, "prompt", hint)
     folder = Path(spec.image_root) if spec.image_root else table.folder
-    return dataclasses.replace(table, folder=folder, roles=roles)
+    allowed = real_folders((folder, table.folder, *table.image_folders, *spec.outside_images))
+    return dataclasses.replace(table, folder=folder, roles=roles, image_folders=allowed)
 
 
 def _missing_column(table: DataTable, name: str, setting: str) -> ValueError:

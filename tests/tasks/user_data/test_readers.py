@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import datasets
 import pytest
@@ -77,7 +78,7 @@ def as_json_lines_named_json(folder):
     [as_json, as_csv, as_parquet, as_folder, as_saved_dataset, as_json_lines_named_json],
 )
 def test_every_container_gives_the_same_examples(folder, container):
-    examples = load(str(folder / container(folder)))
+    examples = load(str(folder / container(folder)), outside=(str(folder),))
     assert bad_rows(examples) == []
     assert [(example_text(e), e.answer, e.target) for e in examples] == [
         ("<image>What colour?", "red", "red"),
@@ -106,6 +107,32 @@ def test_a_hub_dataset_by_id_config_and_split(folder, monkeypatch):
         "Why?",
         "3",
     )
+
+
+def test_a_mistyped_path_is_not_read_as_a_hub_dataset(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, *_, **__: asked.append(name) or datasets.Dataset.from_list([row(images=[])]),
+    )
+    monkeypatch.chdir(folder)
+    (folder / "data").mkdir()
+    write(folder / "data", row())
+    for wrong, near in (
+        ("data/trian", ""),
+        ("data/train.json", "; did you mean data/train.jsonl?"),
+        ("./train.jsonl/x", ""),
+        ("dta/train.jsonl", ""),
+        ("dat", "; did you mean data?"),
+    ):
+        with pytest.raises(ValueError, match=f"{wrong}: no such file or folder.*{re.escape(near)}"):
+            load(wrong)
+    with pytest.raises(ValueError, match="folder data/ exists.*: write hf:data/trian for that"):
+        load("data/trian")
+    assert not asked
+    load("hf:data/trian"), load("org/name"), load("hf:org/name.json")
+    assert asked == ["data/trian", "org/name", "org/name.json"]
 
 
 def test_bad_json_lines(folder):

@@ -6,6 +6,7 @@ import unicodedata
 import warnings
 import zlib
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -263,26 +264,73 @@ def test_unicode_names_in_either_normal_form(folder):
         assert pixel(example) == RED and example_text(example) == "<image>색깔?"
 
 
-def test_paths_are_relative_to_the_data_file_or_absolute_anywhere(
-    folder, tmp_path_factory, monkeypatch
+@pytest.fixture
+def outside(tmp_path_factory):
+    """A folder with an image, which is not the folder of the data."""
+    path = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (5, 5), RED).save(path / "far.png")
+    return path
+
+
+def test_images_lie_in_the_folder_of_the_data_file_or_in_that_of_the_task(
+    folder, outside, monkeypatch
 ):
-    outside = tmp_path_factory.mktemp("elsewhere")
-    Image.new("RGB", (5, 5), RED).save(outside / "far.png")
-    (folder / "data").mkdir()
+    monkeypatch.chdir(outside)
+    (folder / "link.png").symlink_to("a.png")
     source = write(
-        folder / "data",
-        row(images=["../a.png"]),
-        row(images=[str(outside / "far.png")]),
+        folder,
+        row(images=["./a.png"]),
+        row(images=[str(folder / "a.png")]),
+        row(images=["link.png"]),
         row(images=["/no/such.png"]),
     )
-    monkeypatch.chdir(outside)
     examples = load(source)
-    assert [pixel(example) for example in examples] == [RED, RED]
-    assert [bad.row for bad in examples.bad] == [
-        3
-    ] and "/no/such.png: no such file" in examples.bad[0].reason
-    (example,) = load(write(folder / "data", row(images=["far.png"])), image_root=str(outside))
+    assert [pixel(example) for example in examples] == [RED, RED, RED]
+    (bad,) = examples.bad
+    assert bad.row == 4 and "/no/such.png: no such file" in bad.reason
+    (example,) = load(write(folder, row(images=["far.png"])), image_root=str(outside))
     assert pixel(example) == RED
+
+
+def test_images_elsewhere_need_a_setting(folder, outside, monkeypatch):
+    monkeypatch.chdir(outside)
+    (folder / "data").mkdir()
+    (folder / "data" / "file.png").symlink_to(outside / "far.png")
+    (folder / "data" / "photos").symlink_to(outside)
+    ways = ("../a.png", str(outside / "far.png"), "file.png", "photos/far.png")
+    source = write(
+        folder / "data",
+        *(row(images=[way]) for way in ways),
+        row(
+            images=[],
+            messages=[{"role": "user", "content": [{"type": "image", "image": "../a.png"}]}],
+        ),
+        row(prompt="<video>?", images=[], videos=["photos"]),
+    )
+    examples = load(source)
+    assert not len(examples) and [bad.row for bad in examples.bad] == [1, 2, 3, 4, 5, 6]
+    for bad in examples.bad:
+        assert (
+            bad.file == source
+            and f"outside of the folder of the data ({folder}/data)" in bad.reason
+        )
+        assert "name its folder in data.outside_images" in bad.reason
+    real = f"file.png is {outside}/far.png, outside of"
+    assert real in examples.bad[2].reason
+    allowed = load(source, outside=(str(outside), str(folder)))
+    assert len(allowed) == 6 and not allowed.bad
+    assert [bad.row for bad in load(source, outside=(str(outside),)).bad] == [1, 5]
+    assert len(load(source, outside=("/",))) == 6
+
+
+def test_rows_of_the_hub_read_no_file_of_this_machine(folder, monkeypatch):
+    """Neither by an absolute path nor from the working folder."""
+    monkeypatch.chdir(folder)
+    rows = [row(images=[path]) for path in (str(folder / "a.png"), "a.png")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    examples = load("org/name")
+    reasons = [bad.reason for bad in examples.bad]
+    assert "outside of the folder of the data" in reasons[0] and "no such file" in reasons[1]
 
 
 def test_addresses_are_not_fetched(folder):
