@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
             rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"), vision=False),
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, model=1, slices=1))  # devices per axis; one may be -1
+    # Minutes after which processes end that wait for each other at different places; 0 = never.
+    c.stuck_minutes = 10.0
 
     c.tasks = ConfigDict()  # a user's own tasks by name; see README "Your own task"
     # Each dict(task="name" | ("a", "b"), steps=N | epochs=N) and overrides of any section below.

@@ -19,7 +19,7 @@ FREE_SECTIONS = ("tasks", "arms", "prestage", "groups")
 MULTI_RUN_SECTIONS = ("arms", "seeds", "orders", "prestage")
 
 # Sections that may change when a run is resumed: they do not change its results.
-RESUME_SECTIONS = ("allow_change", "log", "checkpoint", "mesh", "expect")
+RESUME_SECTIONS = ("allow_change", "log", "checkpoint", "mesh", "expect", "stuck_minutes")
 
 # What a stage may override, except the keys that belong to the whole run, which has one model, one
 # mesh and one evaluation.
@@ -61,6 +61,7 @@ MINIMUM_VALUES = {
     "log.every": 1,
     "log.gallery": 0,
     "mesh.slices": 1,
+    "stuck_minutes": 0.0,
 }
 
 _TYPE_NAMES = {
@@ -149,9 +150,10 @@ def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
 def check_config_values(config: ConfigDict) -> None:
     """Refuse numbers below their minimum, and groups of tasks that are not evaluated."""
     for name, minimum in MINIMUM_VALUES.items():
-        section, key = name.split(".")
-        value = config[section][key]
-        if value is None and is_optional(config[section], key):
+        path, _, key = name.rpartition(".")
+        section = config[path] if path else config
+        value = section[key]
+        if value is None and is_optional(section, key):
             continue
         kinds = int if isinstance(minimum, int) else int | float
         if isinstance(value, bool) or not isinstance(value, kinds) or value < minimum:

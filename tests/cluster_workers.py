@@ -7,12 +7,14 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 LOST_SECONDS = 6.0  # instead of 30
+WAIT_SECONDS = 4.0  # instead of 10 minutes
 
 
 def exchanges(index: int) -> None:
@@ -63,6 +65,14 @@ def raises(index: int) -> None:
     wait_in_collective()
 
 
+def kill_in_program(index: int) -> None:
+    """Process 1 dies while process 0 waits for a device program."""
+    run_programs([])
+    if index:
+        os.kill(os.getpid(), signal.SIGKILL)
+    run_programs([])
+
+
 def bug(index: int) -> None:
     """Process 0 has an unexpected error while process 1 waits in an exchange."""
     from cptjax.common import distributed
@@ -88,10 +98,57 @@ def wait_in_collective() -> None:
     multihost_utils.process_allgather(np.zeros(3))
 
 
+def run_programs(names: list[str]) -> None:
+    """Run `add` and `copy` with the other process, then the named ones without it."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), "x")
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in ("x", ()))
+    x = jax.make_array_from_callback((2, 3), rows, lambda _: np.ones((1, 3)))
+    add = jax.jit(lambda x: x.sum(0), out_shardings=everywhere)
+    copy = jax.jit(lambda x: x[::-1] * 2, out_shardings=everywhere)
+    for name in ("add", "copy", *names):
+        if name == "add":
+            np.asarray(add(x))
+        else:
+            np.asarray(copy(x))
+
+
 def wait_in_exchange() -> None:
     from cptjax.common import distributed
 
     distributed.gather_objects(1)
+
+
+def places(index: int) -> None:
+    """Process 0 waits in a collective that process 1 does not run: it waits in an exchange."""
+    if index:
+        wait_in_exchange()
+    wait_in_collective()
+
+
+def programs(index: int) -> None:
+    """Each process waits for another device program."""
+    run_programs(["copy", "add"] if index else ["add"])
+    wait_in_exchange()
+
+
+def works(index: int) -> None:
+    """Process 1 waits for long, but process 0 compiles, waits for a command and computes."""
+    import numpy as np
+
+    if not index:
+        names = {"__name__": "jax._src.compiler", "sleep": time.sleep}
+        exec("def compile(seconds): sleep(seconds)", names)
+        names["compile"](WAIT_SECONDS + 2)
+        subprocess.run(["sleep", str(WAIT_SECONDS + 2)], check=True)
+        end = time.monotonic() + WAIT_SECONDS + 2
+        while time.monotonic() < end:
+            np.ones(10_000).sum()
+    wait_in_exchange()
+    say(done=index)
 
 
 def sigterm(index: int) -> None:
@@ -115,8 +172,11 @@ FAILURES = {
     "raises": raises,
     "bug": bug,
     "sigterm": sigterm,
-    "kill 1": lost(1, signal.SIGKILL, wait_in_collective),
+    "kill 1": kill_in_program,
     "kill 0": lost(0, signal.SIGKILL, wait_in_exchange),
+    "places": places,
+    "programs": programs,
+    "works": works,
     "stop 1": lost(1, signal.SIGSTOP, wait_in_exchange),
     "stop 0": lost(0, signal.SIGSTOP, wait_in_collective),
 }
@@ -168,6 +228,16 @@ def learning_rate(index: int) -> None:
     run("run", train={"batch": 4, "lr": [0.01, 0.5][index]})
 
 
+def batch(index: int) -> None:
+    in_folder("batch", ROWS)
+    run("run", train={"batch": [4, 2][index]})
+
+
+def steps(index: int) -> None:
+    in_folder("steps", ROWS)
+    run("run", stages=({"task": "mine", "steps": 2 + index},))
+
+
 def data(index: int) -> None:
     """The hosts have different copies of the data file."""
     shared = Path.cwd() / "data"
@@ -178,7 +248,7 @@ def data(index: int) -> None:
 def code(index: int) -> None:
     from cptjax.continual import fingerprints
 
-    fingerprints.code_hash = lambda: f"commit {index}"
+    fingerprints.source_hashes = lambda: {"common/files.py": f"hash {index}"}
     in_folder("code", ROWS)
     run("run")
 
@@ -231,6 +301,8 @@ def continued(index: int) -> None:
 
 RUNS = {
     "learning rate": learning_rate,
+    "batch": batch,
+    "steps": steps,
     "data": data,
     "code": code,
     "folder": folder,
@@ -262,7 +334,8 @@ def start(name: str, index: int, port: int) -> int:
     sys.argv[1:] = []
 
     def main() -> None:
-        cluster.connect(f"localhost:{port}", 2, index)
+        wait_seconds = WAIT_SECONDS if name in FAILURES else 0.0
+        cluster.connect(f"localhost:{port}", 2, index, wait_seconds=wait_seconds)
         (FAILURES | RUNS)[name](index)
 
     cli.run_launcher(main)

@@ -129,7 +129,7 @@ def run_pairs(folder, *names: str, limit: float = 60) -> dict[str, list]:
 def failures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failures")
     names = ("exchanges", "raises", "bug", "sigterm", "kill 1", "kill 0", "stop 1", "stop 0")
-    return folder, run_pairs(folder, *names)
+    return folder, run_pairs(folder, *names, "places", "programs", "works")
 
 
 def test_exchanges_of_any_size_compile_few_programs_and_never_answer_another(failures):
@@ -172,6 +172,25 @@ def test_a_process_that_dies_or_hangs_ends_the_other_with_a_line_that_names_it(f
     assert line.startswith(f"error: process {lost} (host ") and "died or hangs; run the" in line
 
 
+@pytest.mark.parametrize("name", ["places", "programs"])
+def test_processes_that_wait_for_each_other_at_different_places_end(failures, name):
+    """Both send heartbeats, so only the places show that they would wait for ever."""
+    for index in range(2):
+        code, seconds, (line,) = failures[1][f"{name}.{index}"]
+        assert code == 1 and 4 < seconds < 30
+        assert re.fullmatch(
+            r"error: process 0 \(host .*\) waits at cluster_workers.py:\d+ (wait_in_collective|run_programs) "
+            r"after 0 exchanges, process 1 \(host .*\) at cluster_workers.py:\d+ (wait_in_exchange|"
+            r"run_programs) after [01], for \d+ s so far: the processes do not run the same steps. "
+            "Give all .* run the same command again to continue from the last save",
+            line,
+        ), line
+
+
+def test_a_process_that_works_may_let_another_wait(failures):
+    assert [failures[1][f"works.{index}"][0] for index in range(2)] == [0, 0]
+
+
 def test_sigterm_to_one_process_ends_both_after_the_same_exchange(failures):
     for index in range(2):
         code, _, (line,) = failures[1][f"sigterm.{index}"]
@@ -182,7 +201,9 @@ def test_processes_with_one_difference_are_refused_at_the_start(tmp_path):
     expected = {
         "learning rate": 'differ in config.train.lr: process 0 .* has "0.01", process 1 .* has "0.5"',
         "data": "differ in tasks.mine.test: rows.jsonl: process 0",
-        "code": 'differ in code: process 0 .* has "commit 0", process 1 .* has "commit 1"',
+        "batch": 'differ in config.train.batch: process 0 .* has "4", process 1 .* has "2"',
+        "steps": "differ in config.stages: process 0 .*process 1 .*; start all processes with",
+        "code": 'cptjax/common/files.py: process 0 .* has "hash 0", process 1 .* has "hash 1"',
         "folder": "process 1 .* is another folder than on process 0 .*; give a folder that all",
     }
     ended = run_pairs(tmp_path, *expected)

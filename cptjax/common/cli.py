@@ -35,7 +35,8 @@ def connect_processes() -> None:
             f"{given[0]}, {given[1]}, {given[2]}"
         )
     if None not in given or os.environ.get("CPTJAX_DISTRIBUTED"):
-        cluster.connect(*given)
+        minutes = values["config"].stuck_minutes if values.get("config") else 0.0
+        cluster.connect(*given, wait_seconds=60 * minutes)
 
 
 def run_launcher(main: Callable[[], None]) -> None:
@@ -74,8 +75,7 @@ def run_launcher(main: Callable[[], None]) -> None:
         except Exception as error:
             if not cluster.is_connected():
                 raise
-            if isinstance(error, RuntimeError):  # a collective fails if another process is lost
-                cluster.wait_for_lost_process()
+            cluster.wait_for_lost_process(error)
             traceback.print_exc()
             cluster.end_all(f"{type(error).__name__}: {error}", 1, say=False)
 
@@ -103,6 +103,8 @@ def _last_line(error: Exception) -> str:
 
 def _exit_with_error(error: object) -> NoReturn:
     if cluster.is_connected():
+        if isinstance(error, Exception):
+            cluster.wait_for_lost_process(error)
         cluster.end_all(str(error))
     console.print_error(error)
     sys.exit(2)

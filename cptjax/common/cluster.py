@@ -3,11 +3,18 @@
 Each process has two threads beside its work. One writes a heartbeat into the key-value store of
 JAX's coordination service and reads those of the others. One waits for the line with which a
 process ends all of them. Both end this process, even if its main thread waits in a collective.
+
+A heartbeat also says where the main thread is, and for how long it has waited there for a device or
+for an exchange. Processes that wait for each other at different places would wait for ever; they
+end after `wait_seconds`. At the same place they may run one long program, so that is no reason to
+end.
 """
 
 import contextlib
 import itertools
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,17 +22,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from cptjax.common import console
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a heartbeat
+BUSY_SECONDS = 0.1  # of a processor between two heartbeats: the main thread works
 # JAX's own heartbeat ends a process with native traces; it is only for a process whose threads
 # above do not run.
 JAX_HEARTBEAT_SECONDS = 3600
 CONNECT_SECONDS = 300
 END_KEY = "cptjax/end"
+DEVICE_ERROR = re.compile("[A-Z_]{5,}: ")
 GO_ON = "run the same command again to continue from the last save"
 _watch: "_Watch | None" = None
 _service: "_Service | None" = None  # on process 0
@@ -36,10 +45,12 @@ def connect(
     processes: int | None = None,
     index: int | None = None,
     seconds: int = CONNECT_SECONDS,
+    wait_seconds: float = 0.0,
 ) -> None:
     """Connect to the other processes; without arguments, JAX asks the scheduler or the TPU.
 
-    coordinator: host:port of process 0. seconds: for which the processes wait for each other.
+    coordinator: host:port of process 0. seconds: for which the processes wait for each other now.
+    wait_seconds: for which they may wait for each other at different places; 0 = for ever.
     """
     global _watch
     import jax
@@ -61,7 +72,7 @@ def connect(
                 f"the processes of the run did not connect to {coordinator or 'process 0'}: "
                 f"{str(error).splitlines()[0][:200]}; start all of them, and check the address"
             ) from error
-    _watch = _Watch()
+    _watch = _Watch(wait_seconds)
     here = jax.local_device_count()
     if gpus is not None and here < gpus:
         raise ValueError(
@@ -117,9 +128,14 @@ def end_all(reason: str, code: int = 2, say: bool = True) -> NoReturn:
     _exit(code)
 
 
-def wait_for_lost_process() -> None:
-    """Give the threads time to end this process, whose error may come from a lost one."""
-    if _watch is not None:
+def wait_for_lost_process(error: Exception) -> None:
+    """Give the threads time to end this process if its error may come from a lost one.
+
+    A collective fails then, with an error of JAX; one that a device reports later is a ValueError
+    that begins with a code such as "UNKNOWN: ".
+    """
+    is_of_device = isinstance(error, RuntimeError) or DEVICE_ERROR.match(str(error))
+    if _watch is not None and is_of_device:
         time.sleep(LOST_SECONDS + 5 * BEAT_SECONDS)
 
 
@@ -131,24 +147,75 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+class _Place(NamedTuple):
+    """Where the main thread of a process is."""
+
+    exchange: int  # exchanges that it has started
+    line: str  # file, line and function
+    waits: bool  # for a device or an exchange
+
+
+def main_thread_place() -> _Place:
+    """Return where the main thread is; it waits if it is in a call of JAX that does not compile.
+
+    A call of a compiled function has no frame of its own, so the package's own frames count as
+    waiting too; `_Watch` looks at the processor time.
+    """
+    from cptjax.common import distributed
+
+    frame: Any = sys._current_frames()[threading.main_thread().ident]
+    modules = []
+    while frame.f_back:
+        modules.append(frame.f_globals["__name__"])
+        if modules[-1].partition(".")[0] != "jax" and modules[-1] != distributed.__name__:
+            break
+        frame = frame.f_back
+    waits = modules[0].partition(".")[0] in ("jax", "cptjax", "__main__")
+    code = frame.f_code
+    line = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+    compiles = "jax._src.compiler" in modules
+    return _Place(distributed.exchanges_started(), line, waits and not compiles)
+
+
+class _Beat(NamedTuple):
+    """What a process writes with every heartbeat."""
+
+    number: int
+    host: str
+    waited: float  # seconds at the place
+    exchange: int
+    line: str
+
+
+NO_BEAT = _Beat(-1, "unknown", 0.0, 0, "")
+
+
 class _Watch:
     """The two threads that watch over the other processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait_seconds: float) -> None:
         from cptjax.common import distributed
 
-        self.client = distributed.coordination_client()
+        self.client, self.wait_seconds = distributed.coordination_client(), wait_seconds
         self.index, self.host = distributed.process_index(), socket.gethostname()
         self.stopping, self.ending = threading.Event(), threading.Lock()
         self.answered = time.monotonic()  # when the service answered
         self.asked: float | None = None  # since when an answer is awaited
-        self.beats = dict.fromkeys(range(distributed.process_count()), "")
+        self.beats = dict.fromkeys(range(distributed.process_count()), NO_BEAT)
+        self.place, self.worked, self.busy = main_thread_place(), time.monotonic(), 0.0
         self.silent = dict.fromkeys(self.beats, 0.0)  # seconds without another beat
-        for act in (self._beat, self._listen):
-            threading.Thread(target=act, name=f"cptjax{act.__name__}", daemon=True).start()
+        self.threads = [
+            threading.Thread(target=act, name=f"cptjax{act.__name__}", daemon=True)
+            for act in (self._beat, self._listen)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
+        """End the threads: Python cannot exit in order while one is in a call of the service."""
         self.stopping.set()
+        for thread in self.threads:
+            thread.join()
 
     def claim_end(self) -> None:
         """Keep the threads from ending this process, which ends itself."""
@@ -169,22 +236,49 @@ class _Watch:
                 self.asked = None
             if lost := self._lost():
                 self._end_with(f"{lost}; {GO_ON}", 1)
+            if stuck := self._stuck():  # the others need a beat to notice it too
+                self._end_with(f"{stuck}; {GO_ON}", 1, 2 * BEAT_SECONDS)
             if self.stopping.wait(BEAT_SECONDS):
                 return
 
     def _exchange_beats(self, number: int) -> None:
         """Write a heartbeat, and note whose changed."""
-        key = f"cptjax/beat/{self.index}"
-        self.client.key_value_set(key, f"{number} {self.host}", allow_overwrite=True)
+        key, waited = f"cptjax/beat/{self.index}", self._waited()
+        beat = _Beat(number, self.host, waited, self.place.exchange, self.place.line)
+        self.client.key_value_set(key, json.dumps(beat), allow_overwrite=True)
         found = self.client.key_value_dir_get("cptjax/beat/")
         now = time.monotonic()
         # A time in which this thread did not run says little about the others.
         passed, self.answered = min(now - self.answered, 3 * BEAT_SECONDS), now
-        beats = {int(key.rsplit("/", 1)[1]): beat for key, beat in found}
+        beats = {int(key.rsplit("/", 1)[1]): _Beat(*json.loads(beat)) for key, beat in found}
         for index, before in self.beats.items():
-            changed = beats.get(index, "") != before
+            changed = beats.get(index, NO_BEAT).number != before.number
             self.silent[index] = 0.0 if changed else self.silent[index] + passed
         self.beats |= beats
+
+    def _waited(self) -> float:
+        """Return for how many seconds the main thread has waited at one place."""
+        clock = time.pthread_getcpuclockid(threading.main_thread().ident)
+        place, busy, now = main_thread_place(), time.clock_gettime(clock), time.monotonic()
+        if not place.waits or place != self.place or busy - self.busy > BUSY_SECONDS:
+            self.worked = now
+        self.place, self.busy = place, busy
+        return now - self.worked
+
+    def _stuck(self) -> str:
+        """Say at which places the processes wait for each other; "" = they do not."""
+        places = {(beat.exchange, beat.line) for beat in self.beats.values()}
+        waited = min(beat.waited for beat in self.beats.values())
+        if not self.wait_seconds or waited < self.wait_seconds or len(places) == 1:
+            return ""
+        first = self.beats[0]
+        index, other = next((i, b) for i, b in self.beats.items() if b[3:] != first[3:])
+        return (
+            f"process 0 (host {first.host}) waits at {first.line} after {first.exchange} "
+            f"exchanges, process {index} (host {other.host}) at {other.line} after "
+            f"{other.exchange}, for {waited:.0f} s so far: the processes do not run the same "
+            "steps. Give all of them the same code, config, data and folder"
+        )
 
     def _lost(self) -> str:
         """Say which process gave no sign of life for LOST_SECONDS; "" = none."""
@@ -195,10 +289,9 @@ class _Watch:
             )
         for index, seconds in self.silent.items():
             if seconds > LOST_SECONDS:
-                host = self.beats[index].partition(" ")[2] or "unknown"
                 return (
-                    f"process {index} (host {host}) has given no sign of life for "
-                    f"{LOST_SECONDS:.0f} s: it died or hangs"
+                    f"process {index} (host {self.beats[index].host}) has given no sign of life "
+                    f"for {LOST_SECONDS:.0f} s: it died or hangs"
                 )
         return ""
 
@@ -206,7 +299,7 @@ class _Watch:
         """End this process when another one publishes why."""
         while not self.stopping.is_set():
             try:
-                line = self.client.blocking_key_value_get(END_KEY, 5000)
+                line = self.client.blocking_key_value_get(END_KEY, 1000)
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     time.sleep(1.0)  # the service does not answer; `_beat` measures for how long
@@ -218,12 +311,13 @@ class _Watch:
                 self._end_with(line, 2)
             return
 
-    def _end_with(self, line: str, code: int) -> None:
-        """Print a line once and end this process."""
+    def _end_with(self, line: str, code: int, seconds: float = 0.0) -> None:
+        """Print a line once and end this process some seconds later."""
         with self.ending:
             if not self.stopping.is_set():
                 self.stopping.set()
                 console.print_error(line)
+                time.sleep(seconds)
                 _exit(code)
 
 

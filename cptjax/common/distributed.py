@@ -8,7 +8,6 @@ exchange end with an error that names both.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -30,7 +29,7 @@ T = TypeVar("T")
 LARGE_BYTES = 32 * 1024
 SIZE_CLASS_BYTES = 128 * 1024  # the smallest size class of large values
 FILE_SECONDS = 90.0  # for which a network file system may hide a new file
-_numbers = itertools.count()
+_started = 0  # exchanges of this process
 
 
 class ProcessesDiffer(ValueError):
@@ -70,7 +69,9 @@ def gather_objects(value: Any) -> list[Any]:
     """Return the values of all processes, in order; each process passes one picklable value."""
     if process_count() == 1:
         return [value]
-    pickled, number = pickle.dumps(value), next(_numbers)
+    global _started
+    pickled, number = pickle.dumps(value), _started
+    _started += 1
     inline = pickled if len(pickled) <= LARGE_BYTES else b""
     message = _Message(_caller(), socket.gethostname(), _flag(), len(pickled), inline)
     messages = _relay(number, message)
@@ -81,6 +82,11 @@ def gather_objects(value: Any) -> list[Any]:
     if flag := max(m.flag for m in messages):
         _on_flag(flag)
     return [pickle.loads(part) for part in parts]
+
+
+def exchanges_started() -> int:
+    """Return the number of exchanges that this process has started."""
+    return _started
 
 
 def concat_lists(parts: list[list[Any]]) -> list[Any]:
