@@ -35,6 +35,7 @@ RECORDED_PACKAGES = (
     "numpy",
     "cptjax",
 )
+SOURCE_SUFFIXES = (".py", ".jinja", ".b64")
 WHOLE_FILE_BYTES = 256 << 20  # a longer file is hashed in SAMPLES pieces
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 SAMPLED_ROWS = 256  # of a split
@@ -44,10 +45,13 @@ def process_fingerprints(config: ConfigDict, hashes: Mapping[str, str]) -> dict[
     """Return what all processes of a run must share, before anything is loaded.
 
     `hashes` are those of `file_hashes`. The keys name the setting, package or file; the values of
-    settings are readable.
+    settings are readable. The source of this package is compared file by file, which is stricter
+    than its git commit: a file that is changed and not committed counts, and a host may have a copy
+    without git. versions.json records the commit.
     """
     packages = {f"version of {name}": v or "none" for name, v in package_versions().items()}
-    return dict(_flatten_settings(config)) | {"code": code_hash()} | packages | dict(hashes)
+    sources = {f"cptjax/{name}": value for name, value in source_hashes().items()}
+    return dict(_flatten_settings(config)) | sources | packages | dict(hashes)
 
 
 def _flatten_settings(config: ConfigDict) -> Iterator[tuple[str, str]]:
@@ -74,12 +78,16 @@ def package_versions() -> dict[str, str | None]:
 
 
 @functools.cache
+def source_hashes() -> dict[str, str]:
+    """Return a hash of each source file of this package, by its path in the package."""
+    package = Path(__file__).parents[1]
+    sources = sorted(p for p in package.rglob("*") if p.suffix in SOURCE_SUFFIXES)
+    return {str(p.relative_to(package)): _short_hash([p]) for p in sources}
+
+
 def code_hash() -> str:
     """Return a hash of the source of this package, committed or not."""
-    package = Path(__file__).parents[1]
-    sources = sorted(p for p in package.rglob("*") if p.suffix in (".py", ".jinja"))
-    names = [str(p.relative_to(package)) for p in sources]
-    return _short_hash(part for n, p in zip(names, sources, strict=True) for part in (n, p))
+    return _short_hash(f"{name} {value}" for name, value in source_hashes().items())
 
 
 # ---- files ---------------------------------------------------------------------------------------

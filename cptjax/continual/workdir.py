@@ -172,6 +172,8 @@ def record_start(
     starts.append(start | {"accepted_changes": changed})
     before, now = starts[0].get("packages", {}), start["packages"]
     updated = [f"{n} {before[n]} -> {now[n]}" for n in now if before.get(n, now[n]) != now[n]]
+    if starts[0].get("code", start["code"]) != start["code"]:
+        updated.append(f"source of cptjax {starts[0]['commit']} -> {start['commit']}")
     if updated:
         console.print_warning(
             f"since the run was started, packages have changed: {', '.join(updated)}; "
@@ -187,7 +189,7 @@ def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "packages": fingerprints.package_versions(),
-        "commit": _git_commit(),
+        "commit": git_commit(Path(__file__).parents[1]),
         "code": fingerprints.code_hash(),
         "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
         "mesh": dict(model_ctx.mesh.shape),
@@ -196,15 +198,19 @@ def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def git_commit(package: Path) -> str | None:
+    """Return the commit of a package, with "-dirty" if files differ from it; None = not in git.
+
+    An installed package may lie inside a repository of something else, which does not track it.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        if not git("ls-files", "__init__.py"):
+            return None
+        return git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty") or None
     except OSError:  # git is not installed
         return None
-    return done.stdout.strip() or None
