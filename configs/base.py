@@ -113,10 +113,17 @@ def get_config() -> ConfigDict:
         # what an epoch of a stage counts: prompts | responses (of a corpus, or of source="self"
         # with refresh="never", which may have several per prompt)
         epoch_unit="prompts",
-        # fraction of a batch from earlier stages; kind: gold | prompts
-        replay=dict(fraction=0.0, kind="gold"),
-        penalty=dict(name="none", coef=0.0, samples=64),  # none | ewc | l2 | lwf
-        average=0.0,  # WiSE-FT: weight of the stage's start in the average after it, in [0, 1)
+        # Continual-learning methods, one of each kind; None = the default of the method's class in
+        # cptjax/training/algorithms/continual_learning.
+        # none | gold | prompts: rows of earlier stages, in a fraction of each batch
+        replay=dict(name="none", fraction=optional(float)),
+        loss=dict(name="none", coef=optional(float)),  # none | lwf
+        # none | l2 | ewc; samples: rows for the importance of weights
+        penalty=dict(name="none", coef=optional(float), samples=optional(int)),
+        # none | wise_ft: average with the weight of the stage's start, in (0, 1)
+        stage_end=dict(name="none", weight=optional(float)),
+        plugin="",  # a class of your own, "file.py:Class"; see README
+        plugin_settings=optional(object),  # dict of its settings
         distill=dict(  # SDFT; teacher: ema | frozen | current; direction: forward | reverse
             teacher="ema", ema=0.01, direction="forward", top_k=0, skip_tokens=0),
     ))  # fmt: skip

@@ -166,13 +166,13 @@ ARMS = {
     "rif_unsolvable": _arm(
         rl, label="rif-rft unsolvable", filter=dict(name="unsolvable", **FILTER)
     ),
-    "replay": _arm(sft, label="sft + replay", replay=dict(fraction=0.1, kind="gold")),
+    "replay": _arm(sft, label="sft + replay", replay=dict(name="gold", fraction=0.1)),
     "ewc": _arm(sft, label="sft + ewc", penalty=dict(name="ewc", coef=1.0, samples=256)),
-    "l2": _arm(sft, label="sft + l2", penalty=dict(name="l2", coef=0.01, samples=0)),
-    "lwf": _arm(sft, label="sft + kl to previous", penalty=dict(name="lwf", coef=0.1, samples=0)),
-    "wise": _arm(sft, label="sft + averaging", average=0.5),
+    "l2": _arm(sft, label="sft + l2", penalty=dict(name="l2", coef=0.01)),
+    "lwf": _arm(sft, label="sft + kl to previous", loss=dict(name="lwf", coef=0.1)),
+    "wise": _arm(sft, label="sft + averaging", stage_end=dict(name="wise_ft", weight=0.5)),
     "prompt_replay": _arm(
-        rl, label="grpo + prompt replay", replay=dict(fraction=0.1, kind="prompts")
+        rl, label="grpo + prompt replay", replay=dict(name="prompts", fraction=0.1)
     ),
 }
 

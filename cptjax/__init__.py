@@ -10,6 +10,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 _PUBLIC = {
     **dict.fromkeys(("Model", "generate", "load", "logits", "save", "score"), "cptjax.api"),
     "run": "cptjax.continual.driver",
+    "ContinualMethod": "cptjax.training.algorithms.continual_learning.hooks",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -128,3 +128,5 @@ class TrainState:
     params: Params  # the trained leaves (None elsewhere)
     opt_state: Any
     skipped: Array  # [] non-finite steps in a row
+    # The states of continual-learning methods that follow the updates of the stage, by name.
+    methods: dict[str, Any] = flax.struct.field(default_factory=dict)

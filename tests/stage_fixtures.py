@@ -24,6 +24,7 @@ from cptjax.continual.open_run import Run
 from cptjax.models import load, trainable
 from cptjax.models.families import PRESETS
 from cptjax.training import build, train_step, validate_config
+from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.types import Params, TrainState
 
 MAKE_MESH = sharding.make_mesh
@@ -101,7 +102,8 @@ def tiny(
             c.method.filter = dict(c.method.filter, samples=samples) | (
                 {"hi": 3} if "hi" in c.method.filter else {}
             )
-        c.method.penalty.samples = min(c.method.penalty.samples, 2)
+        if c.method.penalty.name == "ewc":
+            c.method.penalty.samples = 2
         c.method.updates_per_batch = min(c.method.updates_per_batch, 2)
     return c
 
@@ -157,7 +159,7 @@ class PreparedStage:
     state: TrainState
     frozen: Params
     programs: train_step.StepPrograms
-    penalty_arrays: Any
+    arrays: HookArrays
 
     @property
     def params(self) -> Params:
@@ -167,7 +169,7 @@ class PreparedStage:
         """Take one update on copies; the state of the stage does not change."""
         with jax.set_mesh(self.run.model_ctx.mesh):
             state, metrics = self.programs.run(
-                jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.penalty_arrays
+                jax.tree.map(jnp.copy, self.state), self.frozen, batches, lr, self.arrays
             )
         return state, {k: v.value for k, v in jax.device_get(metrics).items()}
 
@@ -186,14 +188,15 @@ def prepare_stage(
         opt = build.optimizer_from_config(
             stage.config, load.declare_model_params(stage.config.model, run.model_ctx.cfg)
         )
-        state = train_step.init_state(opt, trained, run.model_ctx.mesh)
-        penalty, penalty_arrays = reference_models.make_penalty(run, stage, start, None)
+        methods = build.step_methods_from_config(stage.config)
+        state = train_step.init_state(opt, trained, run.model_ctx.mesh, methods)
         programs = train_step.make_step_programs(
             run.model_ctx.cfg,
             build.objective_from_config(stage.config),
             opt,
             train_step.StateShardings.of(state),
             run.model_ctx.dtype,
-            penalty,
+            methods,
         )
-        yield PreparedStage(run, ctx, state, frozen, programs, penalty_arrays)
+        arrays = reference_models.hook_arrays(run, stage, start, {})
+        yield PreparedStage(run, ctx, state, frozen, programs, arrays)

@@ -391,7 +391,7 @@ def test_a_preset_replaces_every_setting_of_any_other_method(name):
     def resolved(*presets):
         config = base.get_config()
         config.method.update({"filter": {"name": "window", "samples": 8}, "tis_cap": 2.0})
-        config.method.replay.fraction = 0.5
+        config.method.replay.update(name="prompts", fraction=0.5)
         for preset in presets[:-1]:
             config.method.update(base.METHODS[preset])
         config.stages = (dict(task="a", steps=1, method=base.METHODS[presets[-1]]),)
@@ -443,8 +443,8 @@ WRONG = {
         {},
         "belong to source='corpus'",
     ),
-    "replay fraction": (dict(replay=dict(fraction=1.0, kind="prompts")), {}, "0 <= fraction < 1"),
-    "replay kind": (dict(replay=dict(fraction=0.5, kind="gold")), {}, "expected 'prompts'"),
+    "replay fraction": (dict(replay=dict(name="prompts", fraction=1.0)), {}, "0 < fraction < 1"),
+    "replay kind": (dict(replay=dict(name="gold", fraction=0.5)), {}, "expected 'prompts'"),
     "filter of a word": (
         dict(filter="incompetent"),
         {},
@@ -566,12 +566,16 @@ WRONG = {
         "forward, reverse",
     ),
     "two teachers": (
-        dict(objective="distill", kl_coef=0.0, penalty=dict(name="lwf", coef=1.0)),
+        dict(objective="distill", kl_coef=0.0, loss=dict(name="lwf", coef=1.0)),
         {},
         "both need the teacher",
     ),
-    "penalty without coefficient": (dict(penalty=dict(name="ewc")), {}, "coef=0 does nothing"),
-    "average": (dict(average=1.0), {}, "average=1.0"),
+    "penalty without coefficient": (
+        dict(penalty=dict(name="ewc")),
+        {},
+        "needs method.penalty.coef",
+    ),
+    "average": (dict(stage_end=dict(name="wise_ft", weight=1.0)), {}, "weight=1.0"),
     "packed rollouts": ({}, dict(data=dict(pack=True)), "only conversations"),
     "overlong": (dict(overlong=5000), {}, "overlong=5000"),
 }

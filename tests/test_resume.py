@@ -10,7 +10,7 @@ import run_helpers
 from device_fixtures import devices  # noqa: F401
 
 from cptjax.common import signals
-from cptjax.continual import driver, fisher
+from cptjax.continual import driver, stage_end
 from cptjax.data import device_batches
 
 GRPO = {
@@ -169,7 +169,7 @@ def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monk
         device_batches.conversation_batch,
     )
     monkeypatch.setattr(
-        fisher,
+        stage_end,
         "conversation_batch",
         lambda *row, **more: estimated.append(row) or answers(*row, **more),
     )

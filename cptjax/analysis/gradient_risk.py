@@ -15,6 +15,7 @@ gradient under any form of advantage.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,7 +28,6 @@ from cptjax.common import console
 from cptjax.data.prompts import EncodedExample
 from cptjax.evaluation.report import svg
 from cptjax.evaluation.report.svg import Point, Series
-from cptjax.training.algorithms import weight_penalties
 from cptjax.types import Params
 
 
@@ -66,9 +66,9 @@ def analyze(
     with open_probe(folder, stage, others, dtype) as (probe, names):
         with console.progress_bar("Fisher information", probes * len(names)) as bar:
             known = [e for name in names for e in probe.gold_test_responses(name, probes)]
-            fisher = weight_penalties.zero_fisher(probe.trained)
+            fisher = _zeros_like(probe.trained)
             for encoded in known:  # one at a time, as in EWC
-                fisher = _add(fisher, probe.gradient(encoded), len(known))
+                fisher = _add_square(fisher, probe.gradient(encoded), len(known))
                 bar.advance()
         risks = gradient_risks(probe, probe.training_rows(rows), samples, fisher)
     return risk_finding(probe.stage.name, names, risks)
@@ -107,7 +107,7 @@ def prompt_risk(
     Equal responses share one gradient.
     """
     rewards = np.array([reward for _, reward in responses])
-    mean, rft, total = float(rewards.mean()), 0.0, weight_penalties.zero_fisher(fisher)
+    mean, rft, total = float(rewards.mean()), 0.0, _zeros_like(fisher)
     for (text, reward), n in collections.Counter(responses).items():
         if advantage := reward - mean:
             g = gradient(text)
@@ -117,7 +117,17 @@ def prompt_risk(
     return GradientRisk(name, mean, float(rewards.var()), sft, rft, group)
 
 
-_add = jax.jit(weight_penalties.add_fisher, donate_argnums=0)
+def _zeros_like(params: Params) -> Params:
+    """Return float32 zeros in the shapes of the parameters."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_square(fisher: Params, gradient: Params, rows: int) -> Params:
+    """Add the gradient of one of `rows` rows to their mean of squares."""
+    return jax.tree.map(lambda f, g: f + jnp.square(g) / rows, fisher, gradient)
+
+
 _add_weighted = jax.jit(
     lambda total, gradient, weight: jax.tree.map(lambda t, g: t + weight * g, total, gradient),
     donate_argnums=0,

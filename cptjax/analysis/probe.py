@@ -14,7 +14,7 @@ from cptjax import sharding
 from cptjax.common import console
 from cptjax.common.shuffle import permutation
 from cptjax.config import Stage, merge_config
-from cptjax.continual import fisher, open_run, resume, stage_evaluation, workdir
+from cptjax.continual import open_run, resume, stage_end, stage_evaluation, workdir
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
@@ -163,7 +163,7 @@ class Probe:
     @functools.cached_property
     def gradient(self) -> Callable[[EncodedConversation], Params]:
         """f(conversation) -> gradient of its negative log-likelihood in the trained weights."""
-        gradient = fisher.make_example_gradient(self.model_ctx, self.stage.config)
+        gradient = stage_end.make_example_gradient(self.model_ctx, self.stage.config)
 
         def gradient_on_mesh(encoded: EncodedConversation) -> Params:
             with jax.set_mesh(self.model_ctx.mesh):

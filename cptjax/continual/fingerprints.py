@@ -116,6 +116,7 @@ def _settings_with_files(config: ConfigDict) -> Iterator[tuple[str, Any]]:
         c, where = stage.config, f"stage {stage.number}: "
         yield f"{where}data.template", c.data.template
         yield f"{where}method.corpus", c.method.corpus
+        yield f"{where}method.plugin", c.method.plugin
         yield f"{where}method.kl_reference", c.method.kl_reference
         like = (c.method.filter or {}).get("like")
         yield f"{where}method.filter.like", like and str(Path(like) / "filters")

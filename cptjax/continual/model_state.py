@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import optax
 from ml_collections import ConfigDict
@@ -23,7 +24,8 @@ class ModelState:
 
     params: Params  # all leaves, trained and frozen
     opt_state: optax.OptState | None = None  # None unless train.reset_optimizer=False keeps it
-    fisher: Params | None = None  # Fisher information of EWC over the stages so far
+    # What continual-learning methods keep between stages, by their names.
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def split_trained(config: ConfigDict, params: Params) -> tuple[Params, Params]:

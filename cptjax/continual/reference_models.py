@@ -1,8 +1,6 @@
-"""The models that a stage compares itself with: its start, KL reference, teacher, anchor."""
+"""The models that a stage compares itself with: its start, KL reference, teacher."""
 
 from typing import Any
-
-import numpy as np
 
 from cptjax.config import Stage, merge_config
 from cptjax.continual.model_state import restore_stage_params, split_trained
@@ -10,10 +8,10 @@ from cptjax.continual.open_run import Run
 from cptjax.data import prompts
 from cptjax.models import load
 from cptjax.tasks.prompted_task import PromptedTask
-from cptjax.training.algorithms import weight_penalties
+from cptjax.training import build
+from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.method_needs import method_needs
-from cptjax.training.train_step import PenaltyFn
 from cptjax.types import Params
 
 
@@ -73,16 +71,11 @@ def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | Non
     return run.copy_for_comparison(params)
 
 
-def make_penalty(
-    run: Run, stage: Stage, start: Params | None, fisher: Params | None
-) -> tuple[PenaltyFn | None, dict[str, Any] | None]:
-    """Return the function of a penalty and its arrays, or (None, None) without a penalty.
-
-    EWC has no penalty before Fisher information exists.
-    """
-    p = stage.config.method.penalty
-    penalty = weight_penalties.PENALTY_FUNCTIONS.get(p.name)
-    if penalty is None or (p.name == "ewc" and fisher is None):
-        return None, None
-    anchor, _ = split_trained(run.config, start)
-    return penalty, weight_penalties.penalty_arrays(p.name, anchor, np.float32(p.coef), fisher)
+def hook_arrays(run: Run, stage: Stage, start: Params | None, kept: dict[str, Any]) -> HookArrays:
+    """Return the arrays that the stage's continual-learning methods take in each update."""
+    methods = build.step_methods_from_config(stage.config)
+    names = {m.name for m in methods}
+    kept = {name: tree for name, tree in kept.items() if name in names}
+    if not any(m.needs_start for m in methods):
+        return HookArrays(None, kept)
+    return HookArrays(split_trained(run.config, start)[0], kept)

@@ -18,10 +18,12 @@ that a killed run wrote after that are cut off. Nothing is cut or moved before a
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cptjax.common import console, run_log
 from cptjax.config import Stage, config_fingerprint
@@ -32,6 +34,8 @@ from cptjax.continual.open_run import Run
 from cptjax.data import model_context
 from cptjax.models import load, trainable
 from cptjax.training import build
+from cptjax.training.algorithms.continual_learning.hooks import KeptLayout
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_step import abstract_state
@@ -192,7 +196,7 @@ def restore_checkpoint(run: Run, base: Params, kind: str, number: int, step: int
         unfinished = UnfinishedStage(trees["state"], stage_progress, trees.get("teacher"))
     trained = trees["state"].params if unfinished else trees["params"]
     params = trainable.join_params(trained, frozen)
-    model_state = ModelState(params, trees.get("opt_state"), trees.get("fisher"))
+    model_state = ModelState(params, trees.get("opt_state"), trees.get("kept", {}))
     positions = {  # an older version stored only the length
         name: p if isinstance(p, dict) else {"bytes": p} for name, p in record["positions"].items()
     }
@@ -202,13 +206,15 @@ def restore_checkpoint(run: Run, base: Params, kind: str, number: int, step: int
 def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:
     """Return the shapes, dtypes and shardings of a checkpoint's trees, which the config decides."""
     structure: dict[str, Any] = {}
-    # A run has Fisher information from the end of its first stage with EWC on.
     ended = run.stages[: stage.number if kind == "stages" else stage.number - 1]
-    if any(s.config.method.penalty.name == "ewc" for s in ended):
-        structure["fisher"] = abstract_float32(trained)
+    if kept := kept_shapes(ended, trained, run.model_ctx.mesh):
+        structure["kept"] = kept
     declared = load.declare_model_params(run.config.model, run.model_ctx.cfg)
     state = abstract_state(
-        build.optimizer_from_config(stage.config, declared), trained, run.model_ctx.mesh
+        build.optimizer_from_config(stage.config, declared),
+        trained,
+        run.model_ctx.mesh,
+        build.step_methods_from_config(stage.config),
     )
     if kind == "stages":
         structure["params"] = abstract_tree(trained)
@@ -219,6 +225,17 @@ def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> 
     if method_needs(stage.config.method).teacher == "follower":
         structure["teacher"] = abstract_float32(trained)
     return structure
+
+
+def kept_shapes(ended: Sequence[Stage], trained: Params, mesh: Mesh) -> dict[str, Any]:
+    """Return the shapes of what continual-learning methods keep after these stages, by name."""
+    shapes = {}
+    for stage in ended:
+        layout = KeptLayout(abstract_tree(trained), mesh, stage.number)
+        for method in continual_methods(stage.config.method):
+            if (tree := method.kept_shapes(layout)) is not None:
+                shapes[method.name] = tree
+    return shapes
 
 
 def abstract_float32(tree: Params) -> Params:

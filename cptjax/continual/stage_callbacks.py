@@ -22,7 +22,7 @@ class StageCallbacks:
     stage: Stage
     ctx: StageContext
     frozen: Params
-    fisher: Params | None  # of the stages before
+    kept: dict[str, Any]  # what continual-learning methods kept from the stages before
     bar: console.ProgressBar
 
     def after_step(
@@ -59,8 +59,8 @@ class StageCallbacks:
     def save(self, state: TrainState, progress: StageProgress, record: dict[str, Any]) -> None:
         """Save the state inside the stage with a `record` of `resume.checkpoint_record`."""
         trees = {"state": state}
-        if self.fisher is not None:
-            trees["fisher"] = self.fisher
+        if self.kept:
+            trees["kept"] = self.kept
         if method_needs(self.stage.config.method).teacher == "follower":
             trees["teacher"] = self.ctx.teacher.trained
         record = record | {"progress": dataclasses.asdict(progress)}

@@ -1,6 +1,5 @@
 """Train one stage: build what it needs, run its steps, save its end."""
 
-import time
 from typing import Any
 
 import jax
@@ -8,21 +7,21 @@ import jax
 from cptjax.common import console
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage, replayed_tasks
-from cptjax.continual import fisher, offline_filter, resume
+from cptjax.continual import offline_filter, resume
 from cptjax.continual.model_state import ModelState, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.continual.reference_models import (
+    hook_arrays,
     load_reference,
     load_stage_start,
-    make_penalty,
     make_teacher,
 )
 from cptjax.continual.resume import UnfinishedStage
 from cptjax.continual.stage_callbacks import StageCallbacks
+from cptjax.continual.stage_end import end_methods
 from cptjax.data import prompts
 from cptjax.models import load, trainable
 from cptjax.training import build, self_training, train_loop
-from cptjax.training.algorithms import weight_penalties
 from cptjax.training.algorithms.optimizers import Optimizer
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.train_step import StateShardings, init_state, make_step_programs
@@ -47,30 +46,30 @@ def train_stage(
         progress, state = unfinished.progress, unfinished.state
     else:
         progress, state = StageProgress(), init_stage(run, stage, opt, trained, model_state)
-    penalty, penalty_arrays = make_penalty(run, stage, start, model_state.fisher)
+    arrays = hook_arrays(run, stage, start, model_state.kept)
     steps = make_step_programs(
         model_ctx.cfg,
         build.objective_from_config(c),
         opt,
         StateShardings.of(state),
         model_ctx.dtype,
-        penalty,
+        build.step_methods_from_config(c),
     )
     label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
     with (
         jax.set_mesh(model_ctx.mesh),
         console.progress_bar(label, total=ctx.steps, done=progress.step) as bar,
     ):
-        callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.fisher, bar)
+        callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.kept, bar)
         if resumed:
             callbacks.evaluate_if_due(state, progress)
         with run.stop_signals.deferred():
             state = train_loop.train_loop(
-                ctx, state, frozen, steps, progress, penalty_arrays, callbacks.after_step
+                ctx, state, frozen, steps, progress, arrays, callbacks.after_step
             )
             end = None
             if progress.step >= ctx.steps:
-                end = finish_stage(run, stage, state, frozen, start, model_state.fisher, progress)
+                end = finish_stage(run, stage, state, frozen, start, model_state.kept, progress)
             # A stage that stopped between steps is not saved yet; a step that is saved is skipped.
             if progress.step and end is None:
                 callbacks.save(state, progress, resume.checkpoint_record(run))
@@ -85,7 +84,8 @@ def init_stage(
     run: Run, stage: Stage, opt: Optimizer, trained: Params, model_state: ModelState
 ) -> TrainState:
     """Return a new training state, with the previous optimizer state if the config keeps it."""
-    state = init_state(opt, trained, run.model_ctx.mesh)
+    methods = build.step_methods_from_config(stage.config)
+    state = init_state(opt, trained, run.model_ctx.mesh, methods)
     if stage.config.train.reset_optimizer or stage.number == 1:
         return state
     kept = model_state.opt_state
@@ -146,28 +146,19 @@ def finish_stage(
     state: TrainState,
     frozen: Params,
     start: Params | None,
-    fisher_before: Params | None,
+    kept: dict[str, Any],
     progress: StageProgress,
 ) -> ModelState | None:
-    """Average the weights, update the Fisher information of EWC, and save the stage.
+    """Run the end of each continual-learning method, and save the stage.
 
-    Return None if SIGTERM stopped the estimate of the Fisher information.
+    Return None if SIGTERM stopped it.
     """
-    m, trained, new_fisher = stage.config.method, state.params, fisher_before
-    if m.average:
-        start_trained, _ = split_trained(run.config, start)
-        trained = weight_penalties.interpolate(trained, start_trained, m.average)
-    if m.penalty.name == "ewc":
-        began = time.perf_counter()
-        try:
-            new_fisher, cost = fisher.update_fisher(run, stage, trained, frozen, fisher_before)
-        except SamplingStopped:
-            return None
-        if run.files.log:
-            metrics = {"event": "fisher", **cost.logged(), "seconds": time.perf_counter() - began}
-            run.files.log.step(stage.number, progress.step, metrics)
+    try:
+        trained, kept = end_methods(run, stage, state, frozen, start, kept, progress.step)
+    except SamplingStopped:
+        return None
     opt_state = state.opt_state if resume.keeps_optimizer(run, stage) else None
-    trees: dict[str, Any] = {"params": trained, "fisher": new_fisher, "opt_state": opt_state}
+    trees: dict[str, Any] = {"params": trained, "kept": kept or None, "opt_state": opt_state}
     with console.show_waiting(f"saving stage {stage.number}"):
         run.files.checkpoints.save(
             "stages",
@@ -176,4 +167,4 @@ def finish_stage(
             {name: tree for name, tree in trees.items() if tree is not None},
             resume.checkpoint_record(run),
         )
-    return ModelState(trainable.join_params(trained, frozen), opt_state, new_fisher)
+    return ModelState(trainable.join_params(trained, frozen), opt_state, kept)

@@ -1,4 +1,4 @@
-"""Parameter trees: choose the trained leaves, split, join, cast and count."""
+"""Parameter trees: choose the trained leaves, split, join, cast, average and count."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -69,6 +69,14 @@ def cast_params(params: Params, dtype: Any) -> Params:
         return x if keep else x.astype(dtype)
 
     return jax.tree.map(cast, params)
+
+
+def interpolate(a: Params, b: Params, weight: float | jax.Array) -> Params:
+    """Return (1 - weight) a + weight b, computed in float32, in the dtypes of a."""
+    # optax.incremental_update adds in the other order, which rounds differently, and computes
+    # bfloat16 leaves in bfloat16.
+    average = lambda x, y: (1 - weight) * x.astype(jnp.float32) + weight * y.astype(jnp.float32)
+    return jax.tree.map(lambda x, y: average(x, y).astype(x.dtype), a, b)
 
 
 def count_params(params: Params) -> int:

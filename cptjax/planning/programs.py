@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cptjax.common.program import Program
-from cptjax.continual.fisher import fisher_programs
+from cptjax.continual.stage_end import stage_end_programs
 from cptjax.data.device_batches import cut_to_shards
 from cptjax.generation.sampling_config import eval_sampling
 from cptjax.models import load
@@ -29,7 +29,7 @@ def stage_programs(stage: AbstractStage) -> list[Program]:
     sampling = eval_sampling(stage.config)
     return [
         *training_programs(stage),
-        *fisher_programs(stage),
+        *stage_end_programs(stage),
         *response_programs(stage, "evaluation", rows, [sampling], 0.0),
     ]
 

@@ -14,6 +14,12 @@ from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import make_scoring_program
 from cptjax.tasks.prompted_task import PromptedTask
+from cptjax.training.algorithms.continual_learning.hooks import (
+    UPDATE_HOOKS,
+    Methods,
+    overrides_hook,
+)
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.algorithms.optimizers import Optimizer, OptimizerConfig, make_optimizer
@@ -32,7 +38,7 @@ def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
         c.train.batch,
         DataConfig.from_config(c.data).weights,
         tuple(sizes[own:]),
-        c.method.replay.fraction,
+        sum(m.replayed_share for m in continual_methods(c.method)),
         seed,
         stage.number,
     )
@@ -40,7 +46,13 @@ def stage_mixture(stage: Stage, sizes: Sequence[int], seed: int) -> Mixture:
 
 def objective_from_config(config: ConfigDict) -> Objective:
     """Build the objective of a stage."""
-    return Objective(LossConfig.from_config(config))
+    methods = (m for m in continual_methods(config.method) if overrides_hook(m, "token_loss"))
+    return Objective(LossConfig.from_config(config), tuple(methods))
+
+
+def step_methods_from_config(config: ConfigDict) -> Methods:
+    """Return the continual-learning methods that act in the update of a stage."""
+    return tuple(m for m in continual_methods(config.method) if overrides_hook(m, *UPDATE_HOOKS))
 
 
 def optimizer_from_config(config: ConfigDict, declared: Params) -> Optimizer:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from cptjax.training.algorithms.continual_learning.table import continual_methods
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodNeeds:
@@ -29,6 +31,7 @@ class MethodNeeds:
 
 def method_needs(method: Any) -> MethodNeeds:
     """Return what `config.method` of a stage needs."""
+    methods = continual_methods(method)
     samples = method.source == "rollouts"
     several_updates = method.updates_per_batch * method.passes > 1
     reference = method.kl_reference if method.kl_coef else ""
@@ -36,10 +39,10 @@ def method_needs(method: Any) -> MethodNeeds:
     teacher = ""
     if method.objective == "distill":
         teacher = "start" if method.distill.teacher == "frozen" else "follower"
-    elif method.penalty.name == "lwf":
+    elif any(m.needs_teacher for m in methods):
         teacher = "start"
     start = ""
-    if method.average or method.penalty.name in ("l2", "ewc"):
+    if any(m.needs_start for m in methods):
         start = "exact"
     elif reference == "stage" or teacher == "start":
         start = "rounded"

@@ -24,7 +24,13 @@ from cptjax.models import flops, load, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array
 from cptjax.training import build, step_batch, train_step
-from cptjax.training.algorithms import distillation, weight_penalties
+from cptjax.training.algorithms import distillation
+from cptjax.training.algorithms.continual_learning.hooks import (
+    HookArrays,
+    KeptLayout,
+    Methods,
+)
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.method_needs import MethodNeeds, method_needs
 from cptjax.training.step_batch import StepLayout
 from cptjax.types import Batch, Params, Prompts, TrainState
@@ -49,8 +55,8 @@ class AbstractStage:
     start: Params | None  # the model at the stage's start
     reference: Params | None  # of the KL term
     teacher: Params | None
-    penalty: Any  # its function, or None
-    penalty_arrays: dict[str, Any] | None
+    methods: Methods  # continual-learning methods that act in the update
+    arrays: HookArrays  # of the methods, after an earlier stage with them
 
     @property
     def needs(self) -> MethodNeeds:
@@ -97,7 +103,7 @@ class AbstractStage:
             "optimiser": (state.opt_state, state.step, state.skipped),
             "reference": self.reference,
             "teacher": self.teacher,
-            "penalty": self.penalty_arrays,
+            "continual learning": self.arrays if jax.tree.leaves(self.arrays) else None,
             "stage's start": self.start,
         }
         return {name: tree for name, tree in trees.items() if tree is not None}
@@ -122,7 +128,9 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
 
     frozen = abstract(frozen_params, dtype)
     optimizer = build.optimizer_from_config(config, declared)
-    state = train_step.abstract_state(optimizer, abstract(trained_params, param_dtype), mesh)
+    methods = build.step_methods_from_config(config)
+    trained = abstract(trained_params, param_dtype)
+    state = train_step.abstract_state(optimizer, trained, mesh, methods)
 
     needs = method_needs(method)
     start = reference = teacher = None
@@ -134,15 +142,13 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         teacher = trainable.join_params(abstract(trained_params, jnp.float32), frozen)
     elif needs.teacher:
         teacher = start
-    penalty = weight_penalties.PENALTY_FUNCTIONS.get(method.penalty.name)
-    penalty_arrays = None
-    if penalty:
-        penalty_arrays = weight_penalties.penalty_arrays(
-            method.penalty.name,
-            trainable.split_params(start, is_trained)[0],
-            abstract_array((), jnp.float32, mesh),
-            abstract(trained_params, jnp.float32),
-        )
+    layout = KeptLayout(trained, mesh, max(len(config.stages) - 1, 1))
+    kept = {m.name: m.kept_shapes(layout) for m in continual_methods(method)}
+    trained_start = None
+    if any(m.needs_start for m in methods):
+        trained_start = trainable.split_params(start, is_trained)[0]
+    kept = {name: tree for name, tree in kept.items() if tree is not None}
+    arrays = HookArrays(trained_start, kept)
     return AbstractStage(
         config,
         cfg,
@@ -154,8 +160,8 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         start,
         reference,
         teacher,
-        penalty,
-        penalty_arrays,
+        methods,
+        arrays,
     )
 
 
@@ -362,19 +368,19 @@ def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) 
         build.optimizer_from_config(stage.config, stage.declared),
         train_step.StateShardings.of(state),
         stage.dtype,
-        stage.penalty,
+        stage.methods,
     )
     batch = abstract_update_batch(stage, rows)
     lr = abstract_array((), jnp.float32, stage.mesh)
     useful = update_flops(stage, rows)
     if passes == 1:
-        args = (state, frozen, batch, lr, stage.penalty_arrays)
+        args = (state, frozen, batch, lr, stage.arrays)
         return [Program("train step", steps.step, args, updates, useful)]
     # The teacher's states of all micro-batches of an update are computed before its first gradient.
     kept = (TEACHER_STATES,) * passes if stage.teacher is not None else ()
     total = abstract_gradient_sum(steps, stage, batch)
     add_args = (total, state.params, frozen, batch)
-    apply_args = (state, total, lr, stage.penalty_arrays)
+    apply_args = (state, total, lr, stage.arrays)
     return [
         Program("add gradients", steps.add, add_args, passes * updates, useful, kept[1:]),
         Program("apply gradients", steps.finish, apply_args, updates, 0.0, kept),

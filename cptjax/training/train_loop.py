@@ -21,6 +21,7 @@ from cptjax.data.cost import WorkCost
 from cptjax.data.loader import BatchStream
 from cptjax.models import trainable
 from cptjax.training import rollouts, self_training, step_batch
+from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.training.algorithms.optimizers import ScheduleConfig, learning_rates
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.step_batch import StepBatch
@@ -37,7 +38,7 @@ def train_loop(
     frozen: Params,
     programs: StepPrograms,
     progress: StageProgress,
-    penalty_arrays: Any,
+    arrays: HookArrays,
     on_step: Callable[[TrainState, StageProgress, dict[str, float], list[dict[str, Any]]], bool],
 ) -> TrainState:
     """Train from `progress` to the last step.
@@ -70,9 +71,7 @@ def train_loop(
             pending: list[dict[str, Any]] = []  # metrics on the device, fetched after dispatch
             for micro_batches in batch.updates:
                 rate = rates[progress.updates]
-                state, update_metrics = programs.run(
-                    state, frozen, micro_batches, rate, penalty_arrays
-                )
+                state, update_metrics = programs.run(state, frozen, micro_batches, rate, arrays)
                 pending.append(update_metrics)
                 progress.updates += 1
             progress.step += 1

@@ -4,7 +4,7 @@ A loss takes the predicting states of the response tokens and returns sums. They
 count of the whole batch, so micro-batches, padding and devices cannot change the update:
 
     for each micro-batch:  total += gradient of loss_sum, count, metric sums
-    once:                  update(state, total.gradient / total.count + gradient of penalty)
+    once:                  update(state, total.gradient / total.count + gradient of penalties)
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from cptjax.models import decoder, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import predicting_states
 from cptjax.training.algorithms import losses, optimizers
+from cptjax.training.algorithms.continual_learning import hooks
+from cptjax.training.algorithms.continual_learning.hooks import HookArrays, Methods
 from cptjax.training.algorithms.losses import Loss
 from cptjax.types import Array, Batch, Mean, Params, TrainState
 
 # Hidden states [B A D], unembedding [D V], batch -> loss. Hashable, so that stages share programs.
 ObjectiveFn = Callable[[Array, Array, Batch], Loss]
-# Trained parameters, arrays of the penalty -> scalar.
-PenaltyFn = Callable[[Params, Any], Array]
+NO_ARRAYS = HookArrays()
 
 
 @flax.struct.dataclass
@@ -47,7 +48,7 @@ class StepPrograms:
 
     begin: Callable[..., GradientSum]  # trained, frozen, batch -> sum
     add: Callable[..., GradientSum]  # sum, trained, frozen, batch -> sum
-    # state, sum, learning rate, arrays of the penalty -> state, metrics
+    # state, sum, learning rate, arrays of the continual-learning methods -> state, metrics
     finish: Callable[..., tuple[TrainState, dict[str, Mean]]]
     # begin and finish in one program, for an update of one micro-batch
     step: Callable[..., tuple[TrainState, dict[str, Mean]]]
@@ -58,16 +59,16 @@ class StepPrograms:
         frozen: Params,
         batches: Sequence[Batch],
         lr: float,
-        penalty_arrays: Any = None,
+        arrays: HookArrays = NO_ARRAYS,
     ) -> tuple[TrainState, dict[str, Mean]]:
         """Apply one update, computed from its micro-batches."""
         rate = jnp.float32(lr)
         if len(batches) == 1:
-            return self.step(state, frozen, batches[0], rate, penalty_arrays)
+            return self.step(state, frozen, batches[0], rate, arrays)
         total = self.begin(state.params, frozen, batches[0])
         for batch in batches[1:]:
             total = self.add(total, state.params, frozen, batch)
-        return self.finish(state, total, rate, penalty_arrays)
+        return self.finish(state, total, rate, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,16 @@ def make_step_programs(
     optimizer: optimizers.Optimizer,
     places: StateShardings,
     dtype: Any,
-    penalty: PenaltyFn | None = None,
+    methods: Methods = (),
 ) -> StepPrograms:
     """Return the programs of a stage; equal arguments return the same programs.
 
     The state keeps the shardings `places`.
     """
+    projects_gradient, projects_change, follows_updates = (
+        [m for m in methods if hooks.overrides_hook(m, hook)]
+        for hook in ("project_gradient", "project_change", "after_update")
+    )
 
     def begin(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
         def value(trained):
@@ -135,24 +140,37 @@ def make_step_programs(
         )
 
     def finish(
-        state: TrainState, total: GradientSum, lr: Array, penalty_arrays: Any
+        before: TrainState, total: GradientSum, lr: Array, arrays: HookArrays
     ) -> tuple[TrainState, dict[str, Mean]]:
         count = jnp.maximum(total.count, 1)
-        gradient = jax.tree.map(lambda g: g / count, total.gradient)
+        of_objective = gradient = jax.tree.map(lambda g: g / count, total.gradient)
         metrics = dict(total.metrics, loss=Mean(total.loss, total.count))
-        if penalty is not None:
-            value, penalty_gradient = jax.value_and_grad(penalty)(state.params, penalty_arrays)
-            gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
+        penalty = functools.partial(hooks.total_penalty, methods, arrays=arrays)
+        if penalty(before.params) is not None:
+            value, of_penalty = jax.value_and_grad(penalty)(before.params)
+            gradient = jax.tree.map(jnp.add, gradient, of_penalty)
             metrics["penalty"] = Mean(value, jnp.ones(()))
+        for m in projects_gradient:
+            gradient = m.project_gradient(gradient, arrays.kept.get(m.name))
         # Without a token to train on, the NaN skips the update, including its weight decay.
         loss = jnp.where(total.count > 0, total.loss, jnp.nan)
-        state, update_metrics = optimizer.update(state, gradient, loss, lr)
+        state, update_metrics = optimizer.update(before, gradient, loss, lr)
+        for m in projects_change:
+            change = hooks.float_difference(state.params, before.params)
+            change = m.project_change(change, arrays.kept.get(m.name))
+            moved = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), before.params, change)
+            state = state.replace(params=moved)
+        for m in follows_updates:
+            new = m.after_update(before.methods[m.name], of_objective, before.params, state.params)
+            keep = lambda n, o: jnp.where(state.skipped == 0, n, o)  # noqa: B023
+            new = jax.tree.map(keep, new, before.methods[m.name])
+            state = state.replace(methods=state.methods | {m.name: new})
         return places.pin(state), metrics | update_metrics
 
     def step(
-        state: TrainState, frozen: Params, batch: Batch, lr: Array, penalty_arrays: Any
+        state: TrainState, frozen: Params, batch: Batch, lr: Array, arrays: HookArrays
     ) -> tuple[TrainState, dict[str, Mean]]:
-        return finish(state, begin(state.params, frozen, batch), lr, penalty_arrays)
+        return finish(state, begin(state.params, frozen, batch), lr, arrays)
 
     return StepPrograms(
         jax.jit(begin),
@@ -162,7 +180,9 @@ def make_step_programs(
     )
 
 
-def abstract_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> TrainState:
+def abstract_state(
+    optimizer: optimizers.Optimizer, params: Params, mesh: Mesh, methods: Methods = ()
+) -> TrainState:
     """Return the shapes and shardings of a new state.
 
     Moments have the sharding of their parameter; all other arrays are replicated.
@@ -179,20 +199,25 @@ def abstract_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) 
         place = sharding.canonical_sharding(param.sharding)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
+    return jax.tree_util.tree_map_with_path(
+        find, jax.eval_shape(functools.partial(_fresh_state, optimizer, methods), params)
+    )
 
 
-def init_state(optimizer: optimizers.Optimizer, params: Params, mesh: Mesh) -> TrainState:
+def init_state(
+    optimizer: optimizers.Optimizer, params: Params, mesh: Mesh, methods: Methods = ()
+) -> TrainState:
     """Return a new state; the trained parameters are donated to it.
 
     The other arrays are created on their devices.
     """
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, params, mesh))
-    return jax.jit(_fresh_state, static_argnums=0, out_shardings=where, donate_argnums=1)(
-        optimizer, params
+    state = abstract_state(optimizer, params, mesh, methods)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(_fresh_state, static_argnums=(0, 1), out_shardings=where, donate_argnums=2)(
+        optimizer, methods, params
     )
 
 
-def _fresh_state(optimizer: optimizers.Optimizer, params: Params) -> TrainState:
+def _fresh_state(optimizer: optimizers.Optimizer, methods: Methods, params: Params) -> TrainState:
     # A module-level function, so that the next stage reuses the compiled program.
-    return optimizer.init(params)
+    return optimizer.init(params).replace(methods=hooks.begin_methods(methods, params))

@@ -10,7 +10,8 @@ from cptjax.config import Stage
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models import layers, lora
 from cptjax.training import corpus
-from cptjax.training.algorithms import advantages, distillation, prompt_filters, weight_penalties
+from cptjax.training.algorithms import advantages, distillation, prompt_filters
+from cptjax.training.algorithms.continual_learning.table import check_methods
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.optimizers import OptimizerConfig, ScheduleConfig
 
@@ -33,7 +34,7 @@ def validate_stage(stage: Stage) -> None:
     LossConfig.from_config(config).validate()
     OptimizerConfig.from_config(t).validate()
     ScheduleConfig.from_config(t).validate()
-    weight_penalties.check_penalty(m.penalty.name, m.penalty.coef, m.penalty.samples, m.average)
+    check_methods(config)
     if m.kl_reference not in ("base", "stage") and not Path(m.kl_reference).is_dir():
         raise ValueError(
             f"method.kl_reference={m.kl_reference!r}: "
@@ -54,7 +55,7 @@ def validate_stage(stage: Stage) -> None:
 
 
 def _check_source(m: ConfigDict) -> None:
-    """Check the source of the responses, and the replay of earlier stages."""
+    """Check the source of the responses."""
     if m.source not in METHOD_SOURCES:
         raise ValueError(f"method.source={m.source!r}: choose one of {', '.join(METHOD_SOURCES)}")
     if (m.objective in ("policy", "distill")) != (m.source == "rollouts"):
@@ -88,21 +89,6 @@ def _check_source(m: ConfigDict) -> None:
     if m.refresh not in ("never", "epoch") and not (str(m.refresh).isdigit() and int(m.refresh)):
         raise ValueError(
             f"method.refresh={m.refresh!r}: expected never, epoch or a number of steps"
-        )
-    if not 0 <= m.replay.fraction < 1:
-        raise ValueError(
-            f"method.replay.fraction={m.replay.fraction}: "
-            "expected the share of rows from earlier stages, 0 <= fraction < 1"
-        )
-    if m.replay.fraction and has_corpus:
-        raise ValueError(
-            f"method.replay does not work with source={m.source!r}: "
-            "add the responses to rows of earlier stages to the file"
-        )
-    kind = "gold" if m.source == "gold" else "prompts"
-    if m.replay.fraction and m.replay.kind != kind:
-        raise ValueError(
-            f"method.replay.kind={m.replay.kind!r} with source={m.source!r}: expected {kind!r}"
         )
 
 
@@ -151,10 +137,6 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
         raise ValueError(
             f"method.kl_coef={m.kl_coef} with objective='distill', "
             "which is itself a divergence: set it to 0"
-        )
-    if m.objective == "distill" and m.penalty.name == "lwf":
-        raise ValueError(
-            "method.penalty.name='lwf' and objective='distill' both need the teacher; choose one"
         )
     if data.pack and m.objective not in ("sft", "eaft"):
         raise ValueError(

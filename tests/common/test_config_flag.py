@@ -124,7 +124,7 @@ def test_an_override_of_an_arm_changes_that_arm_alone(load):
     config = load("arms.one.model.freeze=vision", "arms.one.method.replay.fraction=0.5")
     assert config.arms.one.model.freeze == ("vision",) and config.arms.two.model.freeze == ()
     assert config.arms.one.method.replay.fraction == 0.5
-    assert config.arms.two.method.replay.fraction == METHODS["sft"]["replay"]["fraction"] == 0.0
+    assert config.arms.two.method.replay.fraction == METHODS["sft"]["replay"]["fraction"] is None
 
 
 def test_overrides_without_effect_on_the_type_leave_the_config_equal(load):

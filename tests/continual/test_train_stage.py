@@ -42,8 +42,8 @@ def test_penalties_and_averages_hold_a_stage_near_its_start(tmp_path):
     start = None
     cases = {
         "none": {},
-        "l2": dict(penalty=dict(name="l2", coef=100.0, samples=0)),
-        "wise": dict(average=0.75),
+        "l2": dict(penalty=dict(name="l2", coef=100.0)),
+        "wise": dict(stage_end=dict(name="wise_ft", weight=0.75)),
     }
     for name, method in cases.items():
         c = method_config("sft", steps=6, method=method, train=dict(lr=1e-2, weight_decay=0.0))

@@ -1,6 +1,8 @@
 """Trained and frozen leaves of parameter trees."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cptjax.models import trainable
@@ -31,3 +33,17 @@ def test_a_cast_changes_only_floating_point_leaves():
 def test_unknown_parts_and_all_parts_cannot_be_frozen(freeze):
     with pytest.raises(ValueError, match="model.freeze"):
         trainable.is_trained(freeze)
+
+
+def test_interpolation():
+    values = np.random.default_rng(0).normal(size=(2, 3))
+    p, a = ({"text": {"b": jnp.asarray(x, jnp.float32)}} for x in values)
+    half = trainable.interpolate(p, a, 0.25)
+    np.testing.assert_allclose(
+        half["text"]["b"], 0.75 * p["text"]["b"] + 0.25 * a["text"]["b"], rtol=1e-6
+    )
+    jax.tree.map(np.testing.assert_array_equal, trainable.interpolate(p, a, 0.0), p)
+    assert (
+        trainable.interpolate({"w": jnp.ones(1, jnp.bfloat16)}, {"w": jnp.zeros(1)}, 0.5)["w"].dtype
+        == jnp.bfloat16
+    )

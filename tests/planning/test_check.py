@@ -184,7 +184,7 @@ def test_replayed_rows_are_in_the_order(monkeypatch):
         {
             "task": "synthetic_shape",
             "steps": 2,
-            "method": {"replay": {"fraction": 0.25, "kind": "prompts"}},
+            "method": {"replay": {"name": "prompts", "fraction": 0.25}},
         },
     )
     check.run_preflight(c)

@@ -50,9 +50,10 @@ def small(method="grpo", /, **changes):
 
 
 def penalised(name="ewc", method="sft"):
-    return small(
-        method, method=METHODS[method] | {"penalty": {"name": name, "coef": 1.0, "samples": 4}}
-    )
+    added = {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}}
+    if name == "lwf":
+        added = {"loss": {"name": "lwf", "coef": 1.0}}
+    return small(method, method=METHODS[method] | added)
 
 
 def names(c, mesh):
@@ -252,7 +253,7 @@ def test_programs_follow_the_method(mesh):
         "apply gradients",
         "evaluation",
     ]
-    assert names(penalised(), mesh)[-3:] == ["Fisher: sum", "Fisher: gradient", "evaluation"]
+    assert names(penalised(), mesh)[-3:] == ["ewc: sum", "ewc: gradient", "evaluation"]
 
 
 @pytest.mark.parametrize(
@@ -262,8 +263,8 @@ def test_programs_follow_the_method(mesh):
         (penalised("lwf"), "teacher states"),
         (small("remax"), "greedy responses"),
         (small(method={"filter": {"name": "incompetent", "samples": 4}}), "filter"),
-        (penalised(), "Fisher: sum"),
-        (penalised(method="grpo"), "Fisher: gradient"),
+        (penalised(), "ewc: sum"),
+        (penalised(method="grpo"), "ewc: gradient"),
         (small(rollout={"dtype": "bfloat16"}), "rollouts"),
     ],
     ids=["sdft", "lwf", "remax", "filter", "fisher", "gradient", "dtype"],
@@ -280,7 +281,10 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
     trained itself, and a Fisher in float32.
     """
     sizes = lambda c: resident_bytes(planned_stage(c, mesh))
-    average, ewc = small("sft", method=METHODS["sft"] | {"average": 0.5}), penalised()
+    average, ewc = (
+        small("sft", method=METHODS["sft"] | {"stage_end": {"name": "wise_ft", "weight": 0.5}}),
+        penalised(),
+    )
     ewc.model.freeze = ("vision",)
     plain = sizes(small("sft"))
     assert (
@@ -290,7 +294,7 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
     assert (
         penalised_sizes["stage's start"] == 2 * penalised_sizes["frozen weights"] > 0
     )  # a copy in float32 of leaves held in bfloat16
-    assert penalised_sizes["penalty"] == pytest.approx(
+    assert penalised_sizes["continual learning"] == pytest.approx(
         2 * penalised_sizes["trained weights"], rel=1e-3
     )
 

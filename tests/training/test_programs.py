@@ -9,9 +9,10 @@ import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
-from cptjax.continual import fisher
+from cptjax.continual import stage_end
 from cptjax.data import collate, device_batches, model_context
 from cptjax.training import programs, train_loop
+from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.programs import abstract_stage, abstract_update_batch, training_programs
 from cptjax.training.stage_context import StageProgress
 
@@ -177,7 +178,7 @@ def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, na
             for batches in step.updates:
                 assert len(batches) == stage.layout.micro_batches
                 state, _ = prepared.programs.run(
-                    state, prepared.frozen, batches, 1e-3, prepared.penalty_arrays
+                    state, prepared.frozen, batches, 1e-3, prepared.arrays
                 )
                 updates += 1
         assert updates == stage.layout.updates
@@ -191,10 +192,11 @@ def test_the_end_of_a_stage_with_ewc_runs_the_planned_programs(tmp_path, monkeyp
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         ctx, model_ctx = prepared.ctx, prepared.run.model_ctx
         stage = abstract_stage(ctx.config, model_ctx.cfg, model_ctx.mesh)
-        planned = planned_programs(stage, fisher.fisher_programs(stage))
+        planned = planned_programs(stage, stage_end.stage_end_programs(stage))
         use_largest_shapes(monkeypatch, stage)
         with compiled_programs() as run:
-            fisher.update_fisher(
-                prepared.run, ctx.stage, prepared.state.params, prepared.frozen, None
+            a_pass = EWC(1.0, samples=2).gradient_pass(c.train.chunk)
+            stage_end.run_gradient_pass(
+                prepared.run, ctx.stage, prepared.state.params, prepared.frozen, a_pass, "ewc"
             )
         check_programs(run, planned)

@@ -16,7 +16,7 @@ def test_replay_is_counted(method, kind, tmp_path):
         steps=4,
         stages=2,
         batch=8,
-        method=dict(replay=dict(fraction=0.25, kind=kind), kl_coef=0.0),
+        method=dict(replay=dict(name=kind, fraction=0.25), kl_coef=0.0),
     )
     with stage_fixtures.prepare_stage(c, tmp_path, number=2) as prepared:
         assert list(prepared.ctx.builder.prompted_tasks) == ["second", "first"]
@@ -35,7 +35,7 @@ def test_replay_is_counted(method, kind, tmp_path):
 
 
 def test_first_stage_has_nothing_to_replay(tmp_path):
-    c = method_config("sft", stages=2, method=dict(replay=dict(fraction=0.25, kind="gold")))
+    c = method_config("sft", stages=2, method=dict(replay=dict(name="gold", fraction=0.25)))
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         assert (
             list(prepared.ctx.builder.prompted_tasks) == ["first"]

@@ -17,7 +17,6 @@ from cptjax.data.prompts import EncodedExample, demonstration_prompt
 from cptjax.models import decoder, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.tasks.prompted_task import PromptedTask
-from cptjax.training.algorithms import weight_penalties
 from cptjax.types import Array, Batch, Params
 
 TEACHERS = ("ema", "frozen", "current")
@@ -39,7 +38,7 @@ def make_teacher_program(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update_average(teacher: Params, student: Params, rate: float) -> Params:
-    return weight_penalties.interpolate(teacher, student, rate)
+    return trainable.interpolate(teacher, student, rate)
 
 
 class Teacher:

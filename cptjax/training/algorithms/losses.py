@@ -50,8 +50,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cptjax.models.logprobs import check_logprobs
-from cptjax.types import Array, Mean
+from cptjax.models.logprobs import check_logprobs, distill_kl
+from cptjax.types import Array, Batch, Mean
 
 OBJECTIVES = ("policy", "sft", "eaft", "distill")
 RATIOS = ("none", "token", "sequence", "cispo")
@@ -89,7 +89,6 @@ class LossConfig:
     direction: str  # distillation: forward | reverse
     top_k: int  # distillation: number of tokens compared; 0 = the whole vocabulary
     skip_tokens: int  # distillation: number of first tokens of each response left out
-    lwf_coef: float  # of KL(previous stage || policy) on the response tokens
     chunk: int  # number of tokens whose logits are in memory at a time
 
     @classmethod
@@ -100,7 +99,6 @@ class LossConfig:
         other = {
             "fixed_length": config.rollout.max_new_tokens,
             "temperature": config.rollout.temperature if is_tempered else 1.0,
-            "lwf_coef": method.penalty.coef if method.penalty.name == "lwf" else 0.0,
             "chunk": config.train.chunk,
         }
         by_name = {**method.distill, **method}
@@ -128,7 +126,6 @@ class LossConfig:
             direction="forward",
             top_k=0,
             skip_tokens=0,
-            lwf_coef=0.0,
             chunk=chunk,
         )
 
@@ -348,6 +345,27 @@ def sft_loss(
         metrics["eaft_weight"] = _masked_mean(weights, mask)
     kl_loss, kl_metrics = _kl_term(logps, ref_logps, mask, weight, config)
     return Loss(jnp.sum(weight * value) + kl_loss, count, metrics | kl_metrics)
+
+
+def teacher_kl(
+    hidden: Array, unembed: Array, batch: Batch, direction: str, top_k: int, chunk: int
+) -> Array:
+    """Compute the divergence between teacher and policy at each response token, [B A].
+
+    hidden: [B * A, D]; the teacher's states are in `batch.extra`
+    direction, top_k, chunk: as in `logprobs.distill_kl`
+    """
+    teacher = batch.extra["teacher_hidden"]
+    kl = distill_kl(
+        hidden,
+        teacher.reshape(-1, teacher.shape[-1]),
+        unembed,
+        batch.extra["teacher_unembed"],
+        direction=direction,
+        top_k=top_k,
+        chunk=chunk,
+    )
+    return kl.reshape(batch.targets.shape)
 
 
 def distill_loss(kl: Array, mask: Array, config: LossConfig) -> Loss:

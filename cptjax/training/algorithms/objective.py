@@ -5,8 +5,9 @@
     policy    advantages [B], sampler_logps, and where the settings use them, old_logps, ref_logps
               and behaviour_logps
     sft       ref_logps with a KL term; segments [B A] where rows are packed
-    distill   teacher_hidden [B A D] and teacher_unembed [D V]; also any objective with
-              lwf_coef > 0, whose teacher is the previous stage
+    distill   teacher_hidden [B A D] and teacher_unembed [D V]
+
+Continual-learning methods may add a loss of the response tokens, with arrays of their own.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from cptjax.models import logprobs
 from cptjax.training.algorithms import losses
+from cptjax.training.algorithms.continual_learning.hooks import Methods
 from cptjax.training.algorithms.losses import Loss, LossConfig
 from cptjax.types import Array, Batch, Mean
 
@@ -27,25 +29,28 @@ class Objective:
     """
 
     config: LossConfig
+    methods: Methods = ()  # continual-learning methods with a loss of the response tokens
 
     def __call__(self, hidden: Array, unembed: Array, batch: Batch) -> Loss:
         config, flat = self.config, hidden.reshape(-1, hidden.shape[-1])
         if config.objective == "policy":
             loss = self._policy(flat, unembed, batch)
         elif config.objective == "distill":
-            kl = self._teacher_kl(flat, unembed, batch, config.direction, config.top_k)
+            kl = losses.teacher_kl(
+                flat, unembed, batch, config.direction, config.top_k, config.chunk
+            )
             loss = losses.distill_loss(kl, batch.mask, config)
         else:
             loss = self._sft(flat, unembed, batch)
-        if not config.lwf_coef:
-            return loss
-        weight, _ = losses.token_weights(batch.mask, config, batch.extra.get("segments"))
-        kl = jnp.where(batch.mask, self._teacher_kl(flat, unembed, batch, "forward", 0), 0)
-        return Loss(
-            loss.sum + config.lwf_coef * jnp.sum(weight * kl),
-            loss.count,
-            loss.metrics | {"lwf": Mean(kl.sum(), batch.mask.sum())},
-        )
+        for method in self.methods:
+            values = jnp.where(batch.mask, method.token_loss(flat, unembed, batch, config.chunk), 0)
+            weight, _ = losses.token_weights(batch.mask, config, batch.extra.get("segments"))
+            loss = Loss(
+                loss.sum + jnp.sum(weight * values),
+                loss.count,
+                loss.metrics | {method.name: Mean(values.sum(), batch.mask.sum())},
+            )
+        return loss
 
     def _sft(self, flat: Array, unembed: Array, batch: Batch) -> Loss:
         config, shape = self.config, batch.targets.shape
@@ -94,18 +99,3 @@ class Objective:
         )
         mismatch = losses.mismatch_metrics(before_updates, extra["sampler_logps"], mask)
         return Loss(loss.sum, loss.count, loss.metrics | mismatch)
-
-    def _teacher_kl(
-        self, flat: Array, unembed: Array, batch: Batch, direction: str, top_k: int
-    ) -> Array:
-        teacher = batch.extra["teacher_hidden"]
-        kl = logprobs.distill_kl(
-            flat,
-            teacher.reshape(-1, teacher.shape[-1]),
-            unembed,
-            batch.extra["teacher_unembed"],
-            direction=direction,
-            top_k=top_k,
-            chunk=self.config.chunk,
-        )
-        return kl.reshape(batch.targets.shape)

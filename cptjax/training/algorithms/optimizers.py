@@ -195,7 +195,7 @@ class Optimizer:
         # XLA from fusing the update.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        new = TrainState(
+        new = state.replace(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),

@@ -133,7 +133,7 @@ def test_follower_moves_in_bfloat16_runs_and_is_saved_as_it_is(tmp_path, teacher
 def test_the_previous_stage_has_a_pull_only_after_the_model_has_moved(tmp_path):
     with (
         stage_fixtures.prepare_stage(
-            config("sft", penalty=dict(name="lwf", coef=1.0, samples=0)), tmp_path
+            config("sft", loss=dict(name="lwf", coef=1.0)), tmp_path
         ) as prepared,
         prepared.ctx.open_stream(0) as stream,
     ):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cptjax.models.logprobs import target_logps
+from cptjax.training.algorithms.continual_learning.lwf import LwF
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.types import Batch
@@ -182,14 +183,16 @@ def test_distillation_from_the_student_itself_is_zero():
 @pytest.mark.parametrize("kind", ["sft", "policy"])
 def test_lwf_adds_a_divergence_that_starts_at_zero(kind):
     plain = objective_of(kind)
-    held = changed(plain, lwf_coef=0.7)
+    held = dataclasses.replace(plain, methods=(LwF(0.7),))
     same = batch(teacher_hidden=HIDDEN, teacher_unembed=UNEMBED)
     assert run(held, same)[0] == pytest.approx(run(plain, same)[0], abs=1e-5)
     np.testing.assert_allclose(run(held, same)[1], run(plain, same)[1], atol=1e-6)
     other = batch(teacher_hidden=HIDDEN[::-1].copy(), teacher_unembed=UNEMBED)
     value, _, metrics = run(held, other)
+    twice = dataclasses.replace(plain, methods=(LwF(1.4),))
+    assert run(twice, other)[2]["lwf"] == pytest.approx(2 * metrics["lwf"])
     assert (
-        value == pytest.approx(run(plain, other)[0] + 0.7 * metrics["lwf"], rel=1e-4)
+        value == pytest.approx(run(plain, other)[0] + metrics["lwf"], rel=1e-4)
         and metrics["lwf"] > 0.1
     )
 

@@ -1,4 +1,4 @@
-"""The Fisher information of a stage."""
+"""What continual-learning methods compute and keep at the end of a stage."""
 
 import jax
 import numpy as np
@@ -7,9 +7,10 @@ import stage_fixtures
 from stage_fixtures import method_config
 
 from cptjax.common.shuffle import permutation
-from cptjax.continual.fisher import update_fisher
+from cptjax.continual.stage_end import run_gradient_pass
 from cptjax.data.device_batches import conversation_batch
 from cptjax.data.prompts import make_example_encoder
+from cptjax.training.algorithms.continual_learning.ewc import EWC
 
 
 def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path):
@@ -22,8 +23,13 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
     )
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         fisher, cost = jax.device_get(
-            update_fisher(
-                prepared.run, prepared.run.stages[0], prepared.state.params, prepared.frozen, None
+            run_gradient_pass(
+                prepared.run,
+                prepared.run.stages[0],
+                prepared.state.params,
+                prepared.frozen,
+                EWC(1e4, samples=2).gradient_pass(c.train.chunk),
+                "ewc",
             )
         )
         squares = None
@@ -46,8 +52,11 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
     )
     _, _, lines = stage_fixtures.train_all_stages(c, tmp_path / "run")
     steps = [line for line in lines if "event" not in line]
-    spent = [line["flops"] for line in lines if line.get("event") == "fisher"]
+    spent = [line["flops"] for line in lines if line.get("event") == "stage_end"]
     assert len(spent) == 2 and spent[0] == cost.flops > 0
     assert "penalty" not in steps[0] and steps[1]["penalty"] == pytest.approx(
         0, abs=1e-9
     )  # it starts at the anchor
+    ended = [line for line in lines if line.get("event") == "stage_end"]
+    parameters = sum(x.size for x in jax.tree.leaves(fisher))
+    assert [line["kept_bytes"] for line in ended] == [4 * parameters] * 2

@@ -1,0 +1,121 @@
+"""The table of continual-learning methods, and how a stage's methods are read from its config.
+
+Each hook has one entry in `config.method`, for example penalty=dict(name="ewc", coef=1.0). A
+setting that is None has the default of the method's class. `method.plugin="file.py:Class"` adds a
+class of the user's own, with the settings in `method.plugin_settings`.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cptjax.training.algorithms.continual_learning.ewc import EWC
+from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
+from cptjax.training.algorithms.continual_learning.l2 import L2
+from cptjax.training.algorithms.continual_learning.lwf import LwF
+from cptjax.training.algorithms.continual_learning.replay import GoldReplay, PromptReplay
+from cptjax.training.algorithms.continual_learning.wise_ft import WiseFT
+
+# Entry in `config.method` -> its methods, in the order in which a step and a stage's end use them.
+CONTINUAL_METHODS: dict[str, tuple[type[ContinualMethod], ...]] = {
+    "replay": (GoldReplay, PromptReplay),
+    "loss": (LwF,),
+    "stage_end": (WiseFT,),
+    "penalty": (EWC, L2),
+}
+
+
+def continual_methods(method: ConfigDict) -> Methods:
+    """Return the continual-learning methods of `config.method`."""
+    chosen = [
+        build_method(f"method.{hook}", classes, method[hook])
+        for hook, classes in CONTINUAL_METHODS.items()
+        if hook in method  # the config of an old run may not have it
+    ]
+    if method.get("plugin"):
+        cls = load_plugin(method.plugin)
+        chosen.append(make_method("method.plugin_settings", cls, method.plugin_settings or {}))
+    elif method.get("plugin_settings"):
+        raise ValueError(
+            f"method.plugin_settings={dict(method.plugin_settings)} without method.plugin: set "
+            "method.plugin='file.py:Class'"
+        )
+    return tuple(m for m in chosen if m is not None)
+
+
+def check_methods(config: ConfigDict) -> None:
+    """Refuse settings and combinations of a stage's methods that make no sense."""
+    methods = continual_methods(config.method)
+    for m in methods:
+        m.check(config)
+    names = [m.name for m in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"method.plugin: expected a name that differs from {names[:-1]}")
+
+
+def build_method(
+    where: str, classes: tuple[type[ContinualMethod], ...], settings: Mapping[str, Any]
+) -> ContinualMethod | None:
+    """Return the method that an entry of `config.method` names, or None for name="none"."""
+    name = settings["name"]
+    given = {k: v for k, v in settings.items() if k != "name" and v is not None}
+    by_name = {cls.name: cls for cls in classes}
+    if name in by_name:
+        return make_method(where, by_name[name], given)
+    if name != "none":
+        raise ValueError(f"{where}.name={name!r}: choose one of none, {', '.join(by_name)}")
+    if given:
+        raise ValueError(f"{where}: {given} without a name does nothing; set {where}.name")
+    return None
+
+
+def make_method(where: str, cls: type[ContinualMethod], given: Mapping[str, Any]) -> Any:
+    """Return a method with its settings; refuse unknown and missing ones."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(given) - set(fields)):
+        raise ValueError(
+            f"{where}.{unknown[0]}={given[unknown[0]]!r} is not a setting of {cls.name!r}, "
+            f"which takes {', '.join(fields) or 'none'}"
+        )
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in given
+    ]
+    if missing:
+        raise ValueError(f"{where}.name={cls.name!r} needs {where}.{missing[0]}")
+    return cls(**given)
+
+
+def load_plugin(target: str) -> type[ContinualMethod]:
+    """Load the class of `method.plugin`, written "file.py:Class"."""
+    path, _, name = target.rpartition(":")
+    where = f"method.plugin={target!r}"
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise ValueError(f"{where}: expected an existing file and a class, 'file.py:Class'")
+    key = str(Path(path).resolve())
+    stamp = Path(path).stat().st_mtime_ns
+    if (key, stamp) not in _PLUGIN_MODULES:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{where}: the file raises {type(error).__name__}: {error}") from error
+        _PLUGIN_MODULES[key, stamp] = module
+    cls = getattr(_PLUGIN_MODULES[key, stamp], name, None)
+    is_method = isinstance(cls, type) and issubclass(cls, ContinualMethod)
+    if not is_method or not dataclasses.is_dataclass(cls) or not hasattr(cls, "name"):
+        raise ValueError(
+            f"{where}: expected a frozen dataclass with a `name` that inherits from "
+            f"cptjax.ContinualMethod, got {cls!r}"
+        )
+    return cls
+
+
+# A file is loaded once, since equal methods must be instances of one class to share programs.
+_PLUGIN_MODULES: dict[tuple[str, int], Any] = {}
