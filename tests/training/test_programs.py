@@ -138,7 +138,7 @@ CASES = {  # method, its changes, changes of train
     "distillation": ("sdft", {}, {"micro_batch": 2}),
     "frozen teacher": ("sdft", {"distill": {"teacher": "frozen"}}, {}),
     "cross-entropy with KL": ("sft", {"kl_coef": 0.1}, {}),
-    "LwF": ("sft", {"penalty": {"name": "lwf", "coef": 1.0}}, {"micro_batch": 2}),
+    "LwF": ("sft", {"loss": {"name": "lwf", "coef": 1.0}}, {"micro_batch": 2}),
     "L2": ("sft", {"penalty": {"name": "l2", "coef": 1.0}}, {}),
     "own responses": ("self_sft", {}, {}),
 }
