@@ -151,7 +151,7 @@ def finish_stage(
 ) -> ModelState | None:
     """Run the end of each continual-learning method, and save the stage.
 
-    Return None if SIGTERM stopped it.
+    Return None if a signal stopped it.
     """
     try:
         trained, kept = end_methods(run, stage, state, frozen, start, kept, progress.step)
