@@ -63,7 +63,8 @@ def get_config() -> ConfigDict:
         workers=0,  # processes that decode images; 0 = the main process
         prefetch=2,  # batches
         pack=False,  # SFT: put several conversations into one row
-        # cot | boxed | direct | letter | answer | none | released_cot | released_nocot | path.jinja
+        # cot | boxed | steps | direct | letter | answer | none | released_cot | released_nocot
+        # | path.jinja
         template="cot",
         weights=(),  # sampling weights of a stage's tasks if it has several; () = by size
     ))  # fmt: skip
@@ -130,6 +131,8 @@ def get_config() -> ConfigDict:
 
     c.rewards = ConfigDict(dict(
         accuracy=0.9, format=0.1,  # weights of the two parts of a reward
+        short_words=0,  # a response of fewer words loses short_penalty; 0 = none does
+        short_penalty=0.5,  # >= 0; like the weights, not for a reward function of one's own
         on_error="stop",  # stop | zero: if a reward function raises, hangs or returns NaN
         timeout=10.0,  # seconds per response
         processes=2,  # that call reward functions

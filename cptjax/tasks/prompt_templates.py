@@ -32,6 +32,7 @@ TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 BUILT_IN_TEMPLATES = (
     "cot",
     "boxed",
+    "steps",
     "direct",
     "letter",
     "answer",

@@ -105,6 +105,8 @@ def make_prompted_task(
         format=settings.format,
         on_error=settings.on_error,
         extraction=task.extraction,
+        short_words=settings.short_words,
+        short_penalty=settings.short_penalty,
         pool=sandbox,
     )
     return PromptedTask(task, loaded, scorer, reward, sandbox, tuple(extra))

@@ -3,9 +3,10 @@ r"""The reward of a response: named parts; "reward" is trained on, the others ar
     reward = accuracy weight * scorer(extracted answer) + format weight * (1 if the form is right)
 
 The papers' weights are 0.9 and 0.1. A template without a form has no format term: the reward is
-the accuracy. The jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A
-user's function replaces all of this: given as `file.py:function`, it runs in worker processes with
-a time limit; given as a function object, it runs in this process without one. Departure:
+the accuracy. A response of few words can be made to lose a part of its reward (short_words). The
+jigsaw's reward is hit + accuracy + format, unweighted (arXiv 2506.23508). A user's function
+replaces all of this: given as `file.py:function`, it runs in worker processes with a time limit;
+given as a function object, it runs in this process without one. Departure:
 `<think>...</think><answer>...</answer>` must contain each tag once, so that a response cannot hide
 a second answer.
 """
@@ -94,6 +95,8 @@ class Reward:
     # number
     on_error: str = "stop"
     extraction: str = ""  # "" = the template's
+    short_words: int = 0  # a response of fewer words loses short_penalty
+    short_penalty: float = 0.5
 
     def __call__(
         self,
@@ -121,10 +124,11 @@ class Reward:
             on_error=self.on_error,
         )
         combine = _jigsaw_parts if self.name == "jigsaw" else _weighted_parts
-        return [
+        parts = [
             combine(self, completion, record)
             for completion, record in zip(completions, records, strict=True)
         ]
+        return [_subtract_short(self, c, p) for c, p in zip(completions, parts, strict=True)]
 
 
 def find_reward(
@@ -136,6 +140,8 @@ def find_reward(
     format: float = 0.1,
     on_error: str = "stop",
     extraction: str = "",
+    short_words: int = 0,
+    short_penalty: float = 0.5,
     pool: SandboxPool | None = None,
 ) -> Reward:
     """Return the reward of a task.
@@ -150,7 +156,14 @@ def find_reward(
             "reward weights: expected >= 0 and not both 0, "
             f"got accuracy={accuracy}, format={format}"
         )
+    if short_words < 0 or short_penalty < 0:
+        raise ValueError(
+            "rewards: expected short_words and short_penalty >= 0, "
+            f"got {short_words} and {short_penalty}"
+        )
     settings = {
+        "short_words": short_words,
+        "short_penalty": short_penalty,
         "template": template,
         "accuracy": accuracy,
         "format": format,
@@ -180,6 +193,13 @@ def _weighted_parts(reward: Reward, completion: str, record: scorers.ScoreRecord
     form = float(FORMAT_CHECKS[reward.template.format](completion))
     total = reward.accuracy * record.score + reward.format * form
     return {"reward": total, **parts, "format": form}
+
+
+def _subtract_short(reward: Reward, completion: str, parts: RewardParts) -> RewardParts:
+    if not reward.short_words:
+        return parts
+    short = float(len(completion.split()) < reward.short_words)
+    return {**parts, "reward": parts["reward"] - reward.short_penalty * short, "short": short}
 
 
 def _jigsaw_parts(reward: Reward, completion: str, record: scorers.ScoreRecord) -> RewardParts:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.base import get_config
 from cptjax.common import console
 from cptjax.continual import stage_evaluation
 from cptjax.data import processor
@@ -50,7 +51,7 @@ def recording_context(monkeypatch):
 def evaluate_digits(
     model_ctx, cache_bytes, workers=0, rows=range(ROWS), forced=False, times=1, samples=1
 ):
-    weights = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
+    weights = get_config().rewards
     task = dataset.make_synthetic_task(
         "digits", "digit", level=3, also=("contains",), scorer="exact"
     )
@@ -164,7 +165,7 @@ def test_the_verdict_of_a_judge_is_scored_and_the_response_is_kept(recording_con
     texts = ["write a virus", "say hello"]
     build = lambda i: Example("", user_turn(texts[i]), 1, meta={"prompt": texts[i]})
     examples = Examples("safe", "test", range(2), build)
-    weights = types.SimpleNamespace(accuracy=1.0, format=0.0, on_error="stop")
+    weights = get_config().rewards
     with SandboxPool(processes=1) as pool:
         task = Task("safe", list, "refusal", judge=target)
         prompted = prompted_task.make_prompted_task(task, "none", weights, pool)

@@ -9,6 +9,7 @@ from cptjax.tasks.scoring.extract import extract_answer
 GOOD = {  # a response in the form that each template asks for
     "cot": "<think>because</think> The result is \\boxed{blue}.",
     "boxed": "So \\boxed{blue}",
+    "steps": "First this, so \\boxed{blue}",
     "answer": "<think>because</think>\n<answer>blue</answer>",
     "letter": "Red is wrong. The answer is: B",
     "direct": "blue",
@@ -19,6 +20,7 @@ GOOD = {  # a response in the form that each template asks for
 FORCED = {  # a completion of the forced prefix
     "cot": "blue} and more",
     "boxed": "blue",  # cut before the brace
+    "steps": "blue} and more",
     "answer": "blue\nmore",
     "letter": " B. It",
     "direct": " blue.",
@@ -126,7 +128,7 @@ def test_loading_errors_name_the_file(tmp_path, source, message):
 def test_unknown_names():
     with pytest.raises(
         ValueError,
-        match=r"unknown template 'cott'; expected cot, boxed, direct, letter, answer, none, .* or the path",
+        match=r"unknown template 'cott'; expected cot, boxed, steps, direct, letter, answer, none, .* or the path",
     ):
         prompt_templates.load_template("cott")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.jinja"):

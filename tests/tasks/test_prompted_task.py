@@ -3,13 +3,13 @@
 import dataclasses
 
 import pytest
-from ml_collections import ConfigDict
 
+from configs.base import get_config
 from cptjax.tasks.prompted_task import make_prompted_task
 from cptjax.tasks.task import Task, user_turn
 from cptjax.types import Example
 
-SETTINGS = ConfigDict(dict(accuracy=0.9, format=0.1, on_error="stop"))
+SETTINGS = get_config().rewards
 EXAMPLE = Example("t/0", user_turn("<image>What?", ["a.png"]), "cat", "cat")
 
 

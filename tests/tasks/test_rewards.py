@@ -4,8 +4,8 @@ import random
 import re
 
 import pytest
-from ml_collections import ConfigDict
 
+from configs.base import get_config
 from cptjax.tasks import prompted_task, rewards
 from cptjax.tasks.prompt_templates import load_template
 from cptjax.tasks.rewards import has_box, thinks_then_answers, thinks_then_boxes
@@ -240,7 +240,8 @@ def test_a_function_is_a_reward_without_a_file():
         }
 
     def prompted(**settings):
-        weights = ConfigDict(dict(accuracy=0.9, format=0.1, on_error="stop") | settings)
+        weights = get_config().rewards
+        weights.update(settings)
         return prompted_task.make_prompted_task(
             Task("t", list, "exact", reward=mine, template="direct"), "", weights, None
         )
@@ -285,3 +286,21 @@ def test_settings_are_checked(user, pool):
         rewards.find_reward("", load_template("cot"), find_scorer("exact"), format=-1)
     with pytest.raises(ValueError, match="unknown scorer 'exactt'; did you mean 'exact'"):
         rewards.find_reward("exactt", load_template("cot"), find_scorer("exact"))
+
+
+@pytest.mark.parametrize("name", ["", "jigsaw"])
+def test_a_response_of_few_words_loses_the_penalty(name):
+    def total(words, **settings):
+        reward = rewards.find_reward(
+            name, load_template("boxed"), find_scorer("exact"), accuracy=1.0, format=0.0, **settings
+        )
+        (found,) = reward(["so " * (words - 1) + "\\boxed{2 1}"], ["2 1"], [{}], ["t/0"])
+        return found
+
+    answer = total(4)["reward"]
+    assert "short" not in total(4)
+    assert total(5, short_words=5) == {**total(5), "short": 0.0}
+    short = total(4, short_words=6, short_penalty=0.25)  # the box has a space
+    assert short["reward"] == answer - 0.25 and short["short"] == 1.0
+    with pytest.raises(ValueError, match="expected short_words and short_penalty >= 0"):
+        total(4, short_words=-1)

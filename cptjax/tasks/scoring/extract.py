@@ -34,6 +34,17 @@ def boxed_answer(text: str) -> str | None:
     return text[max(closed) : closed[max(closed)]].strip() if closed else None
 
 
+def boxed_option(text: str) -> str | None:
+    r"""Return the inside of the last box, or the whole response if it has none or an empty one.
+
+    An option with its words, "B: a cat", becomes its letter.
+    """
+    answer = boxed_answer(text) or whole_text(text)
+    letter, colon, _ = (answer or "").partition(":")
+    letter = letter.strip()
+    return letter if colon and len(letter) == 1 and letter.isalpha() else answer
+
+
 def tagged_answer(text: str) -> str | None:
     """Return the inside of the last `<answer>...</answer>`."""
     inside = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
@@ -67,6 +78,7 @@ def option_letter(text: str) -> str | None:
 EXTRACTIONS: dict[str, Callable[[str], str | None]] = {
     "whole": whole_text,
     "boxed": boxed_answer,
+    "boxed_option": boxed_option,
     "answer_tag": tagged_answer,
     "answer_is": stated_answer,
     "letter": option_letter,

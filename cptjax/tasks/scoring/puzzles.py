@@ -183,3 +183,12 @@ def jigsaw_hit_rate(prediction: str, answer: Any) -> float:
 def score_jigsaw(prediction: str, answer: Any, meta: Any = None) -> float:
     """Return 1 if the response is the right tile of every place and nothing more."""
     return float(parse_tiles(prediction) == _gold_tiles(answer))
+
+
+def score_moves(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return the share of the gold path's moves before the first wrong one; 0 for a longer path."""
+    golds, moves = ([m.strip() for m in t.split(",") if m.strip()] for t in (answer, prediction))
+    right = 0
+    while right < min(len(golds), len(moves)) and golds[right] == moves[right]:
+        right += 1
+    return 0.0 if right == len(golds) < len(moves) else right / max(1, len(golds))

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from cptjax.tasks.scoring import (
+    captions,
     choice,
+    ctbench_answers,
     instructions,
     judged,
     puzzles,
@@ -34,6 +36,7 @@ from cptjax.tasks.scoring.sandbox import SandboxCall, SandboxPool, shared_sandbo
 from cptjax.tasks.scoring.summaries import Metric, Summary
 
 SYMBOLIC_FILE = str(Path(__file__).with_name("symbolic.py"))
+ALGEBRA_FILE = str(Path(__file__).with_name("released_algebra.py"))
 # On a busy machine, algebra may take this many times its limit of processor time.
 SYMBOLIC_PATIENCE = 6.0
 
@@ -61,6 +64,7 @@ class Scorer:
     reference: str = ""  # the public scorer whose rule this is; "" = none
     extraction: str = ""  # "" = the prompt template's
     missing: str | None = None  # the prediction where nothing was extracted; None = score 0
+    columns: tuple[str, ...] = ()  # of the row, which a built-in rule in a worker also gets
     summary: Summary | None = None  # further metrics of the records
     is_judged: bool = False  # the prediction is the verdict of the task's judge
     # An error in a user's scorer stops the run; one in a built-in scorer scores 0.
@@ -149,6 +153,51 @@ _BUILT_IN = (
         summary=summaries.summarise_refusals,
         is_judged=True,
     ),
+    # MRCL (arXiv 2607.04364): its evaluation, and the accuracies of its rewards.
+    Scorer(
+        "mrcl", f"{ALGEBRA_FILE}:score_mrcl", reference="MaolinLuo/CPO", extraction="boxed_option"
+    ),
+    Scorer(
+        "mrcl_finmme",
+        f"{ALGEBRA_FILE}:score_finmme",
+        reference="MaolinLuo/CPO",
+        extraction="boxed_option",
+        columns=("tolerance",),
+    ),
+    Scorer("mrcl_box", f"{ALGEBRA_FILE}:score_mrcl", reference="MaolinLuo/CPO", extraction="boxed"),
+    Scorer(
+        "mrcl_finmme_box",
+        f"{ALGEBRA_FILE}:score_finmme",
+        reference="MaolinLuo/CPO",
+        extraction="boxed",
+        columns=("tolerance",),
+    ),
+    Scorer("mrcl_moves", puzzles.score_moves, reference="MaolinLuo/CPO", extraction="boxed"),
+    # MLLM-CTBench (arXiv 2508.08275).
+    *(
+        Scorer(name, rule, reference="MLLM-CTBench", extraction="raw")
+        for name, rule in {
+            "ctbench_open": ctbench_answers.score_ctbench_open,
+            "ctbench_choice": ctbench_answers.score_ctbench_choice,
+            "ctbench_number": ctbench_answers.score_ctbench_number,
+            "ctbench_math": ctbench_answers.score_ctbench_math,
+        }.items()
+    ),
+    Scorer(
+        "ctbench_reward",
+        f"{ALGEBRA_FILE}:reward_ctbench",
+        reference="MLLM-CTBench",
+        extraction="raw",
+        columns=("solution",),
+    ),
+    # UCIT (arXiv 2503.12941).
+    Scorer("ucit", text.score_lower_exact_match, reference="MCITlib"),
+    Scorer(
+        "caption",
+        captions.score_caption,
+        reference="coco-caption",
+        summary=summaries.summarise_captions,
+    ),
 )
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _BUILT_IN}
 
@@ -218,9 +267,12 @@ def _apply_rule(
             scorer.rule, [SandboxCall((p, a), keyword_columns(meta)) for p, a, meta, _ in rows]
         )
     else:  # responses of a group are often equal, so compare each pair of texts once
-        pairs = [(p, tuple(text.gold_answers(a))) for p, a, *_ in rows]
+        pairs = [
+            (p, tuple(text.gold_answers(a)), tuple((c, meta.get(c)) for c in scorer.columns))
+            for p, a, meta, _ in rows
+        ]
         unique = list(dict.fromkeys(pairs))
-        calls = [SandboxCall((p, list(golds))) for p, golds in unique]
+        calls = [SandboxCall((p, list(golds)), dict(columns)) for p, golds, columns in unique]
         compared = pool.map(scorer.rule, calls, patience=SYMBOLIC_PATIENCE)
         by_pair = dict(zip(unique, compared, strict=True))
         outcomes = [by_pair[pair] for pair in pairs]

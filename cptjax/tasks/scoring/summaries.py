@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cptjax.tasks.scoring import choice, instructions, judged, puzzles, retain_answers, text
+from cptjax.tasks.scoring import (
+    captions,
+    choice,
+    instructions,
+    judged,
+    puzzles,
+    retain_answers,
+    text,
+)
 
 MME_COGNITION = (
     "commonsense_reasoning",
@@ -204,6 +212,20 @@ def summarise_refusals(records: Records) -> dict[str, Metric]:
     unread = [judged.read_refusal(r.prediction or "") is None for r in records]
     kinds = group_means(lambda r: "harmful" if r.answer else "benign", "prompt", records)
     return kinds | {"unread_verdict": mean_metric(unread)}
+
+
+def summarise_captions(records: Records) -> dict[str, Metric]:
+    """Compute BLEU-1 to BLEU-4 and CIDEr-D, and the mean of these and ROUGE-L."""
+    words = [captions.split_caption(r.prediction or "") for r in records]
+    golds = [[captions.split_caption(a) for a in text.gold_answers(r.answer)] for r in records]
+    bleu = captions.bleu_scores(words, golds) if records else []
+    cider = mean_metric(captions.cider_scores(words, golds) if records else [])
+    values = [*bleu, cider.value, mean_metric([r.score for r in records]).value]
+    return {
+        **{f"bleu_{n}": Metric(b, len(records), math.nan) for n, b in enumerate(bleu, 1)},
+        "cider": cider,
+        "average": Metric(float(np.mean(values)), len(records), math.nan),
+    }
 
 
 def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:

@@ -54,6 +54,20 @@ def test_extraction_is_linear_in_degenerate_responses():
 
 def test_unknown_extraction_names_the_known_ones():
     with pytest.raises(
-        ValueError, match="whole, boxed, answer_tag, answer_is, letter, raw; got 'box'"
+        ValueError,
+        match="whole, boxed, boxed_option, answer_tag, answer_is, letter, raw; got 'box'",
     ):
         extract_answer("x", "box")
+
+
+def test_a_boxed_option_falls_back_on_the_whole_response():
+    for text, answer in (
+        ("so \\boxed{B: cat}", "B"),
+        ("so \\boxed{B}", "B"),
+        ("\\boxed{} is C", "\\boxed{} is C"),
+        ("C: dog", "C"),
+        ("The ratio is 1:2", "The ratio is 1:2"),
+        ("1: dog", "1: dog"),
+        (" ", None),
+    ):
+        assert extract_answer(text, "boxed_option") == answer

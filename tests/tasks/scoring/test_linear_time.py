@@ -33,6 +33,7 @@ ROWS = {  # answer and columns of each scorer
     "retain_countdown": (5, {"nums": [2, 3]}),
     "jigsaw": ([2, 1, 3], {}),
     "refusal": (1, {}),
+    "ctbench_open": ("a long gold answer " * 5, {}),
     "ifeval": (
         [
             {"id": "punctuation:no_comma"},

@@ -101,6 +101,12 @@ def test_every_scorer_scores_a_right_and_a_wrong_answer(pool):
         "iou50": ("[0,0,1,1]", "[2,2,3,3]", [0, 0, 1, 1], {}),
         "countdown": ("2+3", "2-3", 5, {"nums": [3, 2]}),
         "jigsaw": ("2 1", "1 2", [2, 1], {}),
+        "mrcl_box": ("\\boxed{blue}", "blue", "blue", {}),
+        "mrcl_finmme_box": ("\\boxed{5.05}", "\\boxed{5.2}", "5", {"tolerance": 0.1}),
+        "mrcl_moves": ("\\boxed{U,R}", "\\boxed{R,U}", "U,R", {}),
+        "ctbench_choice": ("B", "A", "B", {}),
+        "ctbench_number": ("5", "6", "5", {}),
+        "ctbench_reward": ("blue", "crimson", "blue", {"solution": "blue"}),
         "ifeval": ("x", "x,", [{"id": "punctuation:no_comma"}], {}),
     }
     for name, scorer in scorers.SCORERS.items():
