@@ -727,8 +727,129 @@ FIXTURES["retain_math"] = (
 FIXTURES["retain_countdown"] = FIXTURES["countdown"]
 
 
+# Benchmarks released as JSON files beside images: rows in the columns that the released code reads.
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def mrcl_files(part, question, answer, **columns):
+    row = {"id": f"{part}_0", "image": "0.png", "conversations": turns(question, answer), **columns}
+    top = f"MaolinLuo__MRCL/{part}"
+    return [
+        *((f"{top}/jsons/{split}/data.json", None, [row]) for split in ("train", "test")),
+        (f"{top}/images/0.png", None, painted_image()),
+    ]
+
+
+def ctbench_files(part, problem, answer, image=""):
+    top, picture = "yueluoshuangtian__MLLM-CITBench", {"image": image} if image else {}
+    row = {"question_id": f"{part}_0", "problem": problem, **picture}
+    solution = f"<think> The sign says so. </think><answer> {answer} </answer>"
+    return [
+        (f"{top}/reasoning_train/{part}.json", None, [row | {"solution": solution}]),
+        (f"{top}/reasoning_test/{part}.json", None, [row | {"solution": answer}]),
+        *([(f"{top}/images/{image}", None, painted_image())] if image else []),
+    ]
+
+
+def ucit_files(part, question, answer, captions=()):
+    row = {"image": f"./{part}/test/0.png"}
+    files = [
+        (
+            f"UCIT/{part}/train.json",
+            None,
+            [row | {"id": "0", "conversations": turns(f"<image>\n{question}", answer)}],
+        ),
+        (
+            f"UCIT/instructions/{part}/test_3000.json" if captions else f"UCIT/{part}/test.json",
+            None,
+            [row | {"question_id": "0", "text": question, "answer": answer}],
+        ),
+        (f"UCIT/datasets/{part}/test/0.png", None, painted_image()),
+    ]
+    if captions:
+        annotations = [{"id": n, "image_id": 1, "caption": c} for n, c in enumerate(captions, 1)]
+        coco = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": annotations}
+        files.append((f"UCIT/instructions/{part}/val_coco_type_3000.json", None, coco))
+    return files
+
+
+CHOICE = "Which organ is it?\nA. Lung\nB. Liver"
+PATH = "Find the shortest path. U is up, R is right."
+CAPTIONS = ["A man's dog runs on grass.", "A brown dog is running."]
+MRCL_FIXTURES = {
+    "medbookvqa": ("MedBookVQA", CHOICE, "B", {}),
+    "navigation": ("Navigation", f"<image>\n{PATH}", "R,R,U", {"full_text_only_thought": "Go."}),
+    "wemath2": ("We-Math2", "Find the area and the side.", "$\\frac{9}{2}$; 3", {}),
+    "puzzle": ("Puzzle", "What comes next?<image_1>\nA. 1\nB. 2", "A", {}),
+    "finmme": ("FinMME", "What was the growth in %?", "12.5", {"tolerance": 0.1}),
+}
+MRCL_TEXTS = {
+    "navigation": f"<image>\n{PATH}",
+    "puzzle": "What comes next?<image>\nA. 1\nB. 2",
+}
+ASK = "\nprompt:\nAnswer with "
+CTBENCH_FIXTURES = {
+    "art": (f"Who painted it?{ASK}a phrase.", "Vincent van Gogh", "art_vqa_datasets/0.jpg"),
+    "ocr": (f"Read it.{ASK}a phrase.", "12:30 pm", "ocr/0.jpg"),
+    "fomc": (f"Rates rise.\nA. dovish\nB. hawkish{ASK}the letter.", "B", ""),
+    "science": (f"Which is it?\nA. cat\nB. dog{ASK}the letter.", "A", "science/0.jpg"),
+    "numglue": (f"How many apples?{ASK}a number.", "1,234", ""),
+    "math": (f"Is it a square?{ASK}yes or no.", "yes", "math/0.jpg"),
+    "medical": (f"What is shown?{ASK}a sentence.", "an enlarged heart", "medical/0.jpg"),
+}
+UCIT_FIXTURES = {
+    "imagenet_r": ("ImageNet-R", "What is it? Answer in a word.", "goldfish", ()),
+    "arxivqa": ("ArxivQA", "Which rises?\nA. x\nB. y\nAnswer with the letter.", "B", ()),
+    "vizwiz": ("VizWiz", "Describe it.", CAPTIONS[0], CAPTIONS),
+    "iconqa": ("IconQA", "How many? Answer in a word.", "3", ()),
+    "clevr_math": ("CLEVR", "How many are left? Answer in a word.", "4", ()),
+    "flickr30k": ("Flickr30k-cap", "Describe it.", CAPTIONS[0], CAPTIONS),
+}
+RELEASED_FIXTURES = {
+    **{
+        f"mrcl_{name}": (
+            mrcl_files(part, question, answer, **columns),
+            MRCL_TEXTS.get(name, f"<image>{question}"),
+            answer,
+            answer,
+        )
+        for name, (part, question, answer, columns) in MRCL_FIXTURES.items()
+    },
+    **{
+        f"ctbench_{name}": (
+            ctbench_files("OCR" if name == "ocr" else name, problem, answer, image),
+            "<image>" * bool(image) + problem,
+            answer,
+            answer,
+        )
+        for name, (problem, answer, image) in CTBENCH_FIXTURES.items()
+    },
+    **{
+        f"ucit_{name}": (
+            ucit_files(part, question, answer, captions),
+            f"<image>\n{question}",
+            captions or answer,
+            answer,
+        )
+        for name, (part, question, answer, captions) in UCIT_FIXTURES.items()
+    },
+}
+FIXTURES |= RELEASED_FIXTURES
+
+
 def write(root, files):
     for path, features, rows in files:
+        if features is None:
+            file = root / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(rows, Image.Image):
+                rows.save(file)
+            else:
+                file.write_text(json.dumps(rows))
+            continue
         if path.endswith(".tsv"):
             file = root / path
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -138,8 +138,13 @@ def media_folders(root: str = "") -> tuple[Path, ...]:
 _sources_read: dict[str, str | list[str]] = {}
 
 
+def record_source(name: str, files: list[str]) -> None:
+    """Record the files of a dataset that is read without `load_rows`."""
+    _sources_read[name] = files
+
+
 def sources_read() -> Mapping[str, str | list[str]]:
-    """Return what `load_rows` has read in this process, by dataset, config and split.
+    """Return the datasets that this process has read, by name, config and split.
 
     A value is the revision on the hub, or the files of a local copy.
     """
@@ -158,23 +163,29 @@ def find_local_copy(dataset: str, root: str) -> Path | None:
 
     Return None if there is none, after printing once that the hub is used.
     """
+    candidates = local_folders(dataset, root)
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    if candidates:
+        console.print_message(
+            f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}); "
+            "using the hub"
+        )
+    return None
+
+
+def local_folders(dataset: str, root: str) -> list[Path]:
+    """Return where a copy of a dataset may be under `root`; nowhere if `root` is empty."""
     if not root:
-        return None
+        return []
     if not Path(root).is_dir():
         raise ValueError(
             f"data.root={root!r}: no such folder; give the folder of the datasets, or leave "
             "data.root empty to use the hub"
         )
     org, _, name = dataset.rpartition("/")
-    candidates = [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    console.print_message(
-        f"{dataset}: no copy under data.root (looked for {', '.join(map(str, candidates))}); "
-        "using the hub"
-    )
-    return None
+    return [Path(root, f"{org}__{name}"), Path(root, org, name), Path(root, name)]
 
 
 def usable_rows(rows: ArrowRows, source: HubSource) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 from cptjax.tasks.datasets import (
     competition_math,
     countdown,
+    ctbench,
     docvqa,
     geometry3k,
     gqa,
@@ -22,6 +23,7 @@ from cptjax.tasks.datasets import (
     mmlu_pro,
     mmmu,
     mmstar,
+    mrcl,
     pathvqa,
     pope,
     refcoco,
@@ -29,6 +31,7 @@ from cptjax.tasks.datasets import (
     scienceqa,
     superclevr,
     textvqa,
+    ucit,
     vizwiz,
 )
 from cptjax.tasks.synthetic import dataset, families
@@ -66,7 +69,12 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
     "wildjailbreak": safety.make_wildjailbreak,
     "wildguardtest": safety.make_wildguardtest,
     "synthetic": dataset.make_synthetic_task,
+    # These have parts, each a task of its own below.
+    "mrcl": mrcl.make_task,
+    "ctbench": ctbench.make_task,
+    "ucit": ucit.make_task,
 }
+OF_PARTS = {"mrcl": mrcl.PARTS, "ctbench": ctbench.SCORERS, "ucit": ucit.FOLDERS}
 
 _PARITY = {"scorer": "mathruler_parity"}
 
@@ -115,9 +123,14 @@ _VARIANTS = [
         dataset.make_synthetic_task(f"synthetic_{family}", family)
         for family in families.SYNTHETIC_FAMILIES
     ),
+    *(
+        TASK_MAKERS[name](f"{name}_{part}", part=part)
+        for name, parts in OF_PARTS.items()
+        for part in parts
+    ),
 ]
 BUILT_IN_TASKS: dict[str, Task] = {
-    name: make(name) for name, make in TASK_MAKERS.items() if name != "synthetic"
+    name: make(name) for name, make in TASK_MAKERS.items() if name not in ("synthetic", *OF_PARTS)
 } | {task.name: task for task in _VARIANTS}
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import re
-import types
 
 import pytest
 from hub_fixtures import FIXTURES, MMMU, MMMU_ROW, painted_image, write
 
+from configs.base import get_config
 from cptjax.tasks import prompted_task
+from cptjax.tasks.datasets import ctbench, mrcl, ucit
 from cptjax.tasks.prompt_templates import BUILT_IN_TEMPLATES
 from cptjax.tasks.registry import BUILT_IN_TASKS
 from cptjax.tasks.scoring import scorers
@@ -53,6 +54,10 @@ INSTRUCTIONS = {  # what the prompt of every template adds to the question
     "countdown": "\nThe final answer is the expression alone.",
     "math": "\nThe final answer is the result alone.",
     "refcoco": "\nThe final answer is the box alone.",
+    **{f"mrcl_{part}": f"\n{mrcl.PARTS[part][1]}" for part in mrcl.PARTS},
+    # The question brings its own instruction.
+    **dict.fromkeys((f"ctbench_{part}" for part in ctbench.SCORERS), ""),
+    **dict.fromkeys((f"ucit_{part}" for part in ucit.FOLDERS), ""),
 }
 ANSWER_SPACES = {  # scorer -> what its prompts must say about the answer
     "mcq_letter": "letter|The answer is: <option>",
@@ -73,10 +78,17 @@ ANSWER_SPACES = {  # scorer -> what its prompts must say about the answer
     "math": "the result alone|single word or phrase",
     "countdown": "an expression .*The final answer is the expression alone",
     "iou50": "as \\[x1, y1, x2, y2\\].*The final answer is the box alone",
+    "mrcl": "The final answer is",
+    "mrcl_finmme": "capital letter .* or a number",
+    "ctbench_open": "a phrase|a sentence",
+    "ctbench_choice": "the letter",
+    "ctbench_number": "a number",
+    "ctbench_math": "yes or no",
+    "ucit": "in a word|the letter",
     "jigsaw": "numbers separated by spaces.*The final answer is the numbers alone",
 }
-FREE_RESPONSES = {"ifeval", "rlvr_ifeval", "refusal"}
-WEIGHTS = types.SimpleNamespace(accuracy=0.9, format=0.1, on_error="stop")
+FREE_RESPONSES = {"ifeval", "rlvr_ifeval", "refusal", "caption"}
+WEIGHTS = get_config().rewards
 
 
 def prompts_of(task, example):
