@@ -5,7 +5,7 @@ import importlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, cpt7, demo, jigsaw, retain
+from configs import base, cpt7, ctbench, demo, jigsaw, mrcl, retain, ucit
 from cptjax.config import (
     FREE_SECTIONS,
     check_config_values,
@@ -42,10 +42,21 @@ PAIRS = [
 ]
 MODELS = ("3b", "tiny", "qwen7b,paper", "llama1b,scripts", "qwen1.5b,scripts,bf16")
 RETAIN = [f"{arm},{task},{model}" for arm, task in PAIRS for model in MODELS]
+MRCL = [f"{arm},{size}" for arm in mrcl.ARMS for size in mrcl.SIZES]
+CTBENCH = [
+    f"{arm},{size},{order}"
+    for arm in ctbench.ARMS
+    for size, order in (("3b", "order3"), ("tiny", "order1"))
+]
+CTBENCH += [f"sft,{size}" for size in ctbench.SIZES]
+UCIT = [f"{arm},{size}" for arm in ucit.ARMS for size in ucit.SIZES]
 ALL = (
     [(cpt7, a) for a in CPT7]
     + [(jigsaw, a) for a in JIGSAW]
     + [(retain, a) for a in RETAIN]
+    + [(mrcl, a) for a in MRCL]
+    + [(ctbench, a) for a in CTBENCH]
+    + [(ucit, a) for a in UCIT]
     + [(demo, "0"), (demo, "1,short")]
 )
 
@@ -70,12 +81,16 @@ def test_every_arm_resolves(module, arg):
                 registry.resolve_task(name, run.tasks.to_dict())
 
 
-@pytest.mark.parametrize("module", [cpt7, jigsaw, retain], ids=lambda m: m.__name__)
-def test_unknown_word_is_one_line_that_names_the_known_ones(module):
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [(m, "grpo") for m in (cpt7, jigsaw, retain, mrcl, ctbench)] + [(ucit, "lora_sft")],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+def test_unknown_word_is_one_line_that_names_the_known_ones(module, known):
     with pytest.raises(ValueError) as error:
         module.get_config("gpro")
     assert (
-        "'gpro'" in str(error.value) and "grpo" in str(error.value) and "\n" not in str(error.value)
+        "'gpro'" in str(error.value) and known in str(error.value) and "\n" not in str(error.value)
     )
 
 
@@ -612,3 +627,30 @@ def test_configs_have_the_settings_of_base_and_no_others():
         for section, value in config.items():
             if isinstance(value, ConfigDict) and section not in FREE_SECTIONS:
                 assert set(value) == set(known[section]), (name, section)
+
+
+@pytest.mark.parametrize(("size", "first"), [("2b", 200), ("4b", 300), ("8b", 300)])
+def test_mrcl_has_as_many_updates_and_epochs_as_the_release(size, first):
+    for arm in ("grpo", "gspo"):
+        stages = resolve_stages(mrcl.get_config(f"{arm},{size}"))
+        methods = {(s.config.method.updates_per_batch, s.config.train.batch) for s in stages}
+        assert methods == {(4, 128)}
+        assert [4 * s.steps for s in stages] == [first, 600, 600, 600, 600]
+    stages = resolve_stages(mrcl.get_config(f"lora_sft,{size}"))
+    assert [s.epochs for s in stages] == [2, 3, 1, 1, 1]
+    assert stages[0].config.model.path == f"Qwen/Qwen3-VL-{size.upper()}-Instruct"
+    grpo, gspo = (mrcl.get_config(f"{arm},2b").method for arm in ("grpo", "gspo"))
+    assert (grpo.clip_low, grpo.clip_high, grpo.kl_coef) == (0.2, 0.27, 0.0)
+    assert (gspo.clip_low, gspo.clip_high, gspo.kl_coef) == (3e-4, 4e-4, 0.0)
+
+
+def test_ctbench_joint_trains_each_task_by_sft_and_then_by_grpo():
+    stages = resolve_stages(ctbench.get_config("joint,3b,order1"))
+    assert [s.tasks for s in stages[::2]] == [s.tasks for s in stages[1::2]]
+    assert [s.tasks[0] for s in stages[::2]] == [
+        f"ctbench_{part}" for part in "numglue art math fomc medical ocr science".split()
+    ]
+    kinds = [(s.config.method.objective, s.epochs, s.config.data.template) for s in stages[:2]]
+    assert kinds == [("sft", 1, "none"), ("policy", 2, "answer")]
+    assert [s.config.method.passes for s in stages[:2]] == [1, 2]
+    assert resolve_stages(ctbench.get_config("grpo,3b"))[0].config.method.passes == 8
