@@ -16,7 +16,7 @@ from cptjax.tasks.task import Examples, limit_rows
 from cptjax.types import Example
 
 Row = dict[str, Any]
-BuildRow = Callable[[Row, Path], Example]  # a row, and the folder of its image paths
+BuildRow = Callable[..., Example]  # (row, images=the folder of its image paths)
 
 
 @dataclasses.dataclass(frozen=True)
