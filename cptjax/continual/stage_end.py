@@ -19,6 +19,7 @@ from cptjax.common.program import Program
 from cptjax.common.shuffle import permutation
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
+from cptjax.continual.checkpoint import abstract_tree
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
@@ -30,6 +31,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.training import build, programs, train_step
 from cptjax.training.algorithms.continual_learning.hooks import (
     GradientPass,
+    KeptLayout,
     StageEnd,
     overrides_hook,
 )
@@ -80,6 +82,10 @@ def end_methods(
         with jax.set_mesh(run.model_ctx.mesh):
             trained, new = method.stage_end(end)
         if new is not None:
+            # As a restored checkpoint has them, so that a resumed run computes the same bits.
+            layout = KeptLayout(abstract_tree(trained), run.model_ctx.mesh, stage.number)
+            shapes = method.kept_shapes(layout)
+            new = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), new, shapes)
             kept[method.name] = new
         if run.files.log:
             metrics = {
@@ -97,14 +103,17 @@ def end_methods(
 
 
 def make_gradient_programs(
-    cfg: ModelConfig, config: ConfigDict, objective: ObjectiveFn, dtype: Any
+    cfg: ModelConfig, config: ConfigDict, objective: ObjectiveFn, dtype: Any, trained: Params
 ) -> StepPrograms:
-    """Return step programs for the gradient of an objective; only their `begin` is used."""
+    """Return step programs for the gradient of an objective; only their `begin` is used.
+
+    Each gradient has the sharding of its parameter in `trained`.
+    """
     return train_step.make_step_programs(
         cfg,
         objective,
         build.optimizer_from_config(config, {}),
-        train_step.StateShardings(None, ()),
+        train_step.StateShardings.of(TrainState(None, trained, None, None)),
         dtype,
     )
 
@@ -117,11 +126,11 @@ def make_example_gradient(
     objective: None = the negative log-likelihood of the response
     """
     objective = objective or Objective(LossConfig.plain("sft", config.train.chunk))
-    begin = make_gradient_programs(model_ctx.cfg, config, objective, model_ctx.dtype).begin
 
     def example_gradient(trained: Params, frozen: Params, encoded: EncodedConversation) -> Params:
+        steps = make_gradient_programs(model_ctx.cfg, config, objective, model_ctx.dtype, trained)
         batch = conversation_batch(model_ctx, [encoded], rows=model_ctx.shards)
-        return begin(trained, frozen, batch).gradient
+        return steps.begin(trained, frozen, batch).gradient
 
     return example_gradient
 
@@ -155,7 +164,9 @@ def stage_end_programs(stage: AbstractStage) -> list[Program]:
         a_pass = method.gradient_pass(stage.config.train.chunk)
         if a_pass is None:
             continue
-        steps = make_gradient_programs(stage.cfg, stage.config, a_pass.objective, stage.dtype)
+        steps = make_gradient_programs(
+            stage.cfg, stage.config, a_pass.objective, stage.dtype, trained
+        )
         batch = programs.abstract_conversations(stage, stage.shards, stage.longest_prompt)
         gradient = programs.abstract_gradient_sum(steps, stage, batch).gradient
         total = abstract_mean(gradient, a_pass)

@@ -90,8 +90,6 @@ class StateShardings:
 
     def pin_gradient(self, gradient: Params) -> Params:
         """Give each gradient its parameter's sharding; XLA would replicate it otherwise."""
-        if self.tree is None:
-            return gradient
         return jax.tree.map(
             jax.lax.with_sharding_constraint, gradient, self.tree.unflatten(self.leaves).params
         )
