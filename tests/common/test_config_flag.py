@@ -85,7 +85,7 @@ def test_every_setting_can_be_overridden(load, owner):
 def test_settings_whose_default_is_none_can_be_set_and_all_optional_ones_unset(load):
     assert OPTIONAL == {
         "data.limit", "method.clip_dual", "method.kl_limit", "method.tis_cap", "method.filter",
-        "method.online_filter", "method.refresh", "train.clip", "eval.limit", "eval.every",
+        "method.online_filter", "method.refresh", "method.plugin_settings", "train.clip", "eval.limit", "eval.every",
     }  # fmt: skip
     config = load("data.limit=100", "eval.limit=50", "eval.every=3", "method.tis_cap=2")
     found = config.data.limit, config.eval.limit, config.eval.every, config.method.tis_cap

@@ -13,18 +13,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cptjax.training.algorithms.continual_learning.dare import DARE
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
 from cptjax.training.algorithms.continual_learning.l2 import L2
 from cptjax.training.algorithms.continual_learning.lwf import LwF
+from cptjax.training.algorithms.continual_learning.max_merge import MaxMerge
 from cptjax.training.algorithms.continual_learning.replay import GoldReplay, PromptReplay
+from cptjax.training.algorithms.continual_learning.task_arithmetic import TaskArithmetic
+from cptjax.training.algorithms.continual_learning.ties import TIES
 from cptjax.training.algorithms.continual_learning.wise_ft import WiseFT
 
 # Entry in `config.method` -> its methods, in the order in which a step and a stage's end use them.
 CONTINUAL_METHODS: dict[str, tuple[type[ContinualMethod], ...]] = {
     "replay": (GoldReplay, PromptReplay),
     "loss": (LwF,),
-    "stage_end": (WiseFT,),
+    "stage_end": (WiseFT, TaskArithmetic, TIES, DARE, MaxMerge),
     "penalty": (EWC, L2),
 }
 

@@ -23,6 +23,10 @@ SETTINGS = {
     "prompts": dict(replay=dict(name="prompts", fraction=0.5)),
     "lwf": dict(loss=dict(name="lwf", coef=10.0)),
     "wise_ft": dict(stage_end=dict(name="wise_ft", weight=0.5)),
+    "task_arithmetic": dict(stage_end=dict(name="task_arithmetic")),
+    "ties": dict(stage_end=dict(name="ties", density=0.5)),
+    "dare": dict(stage_end=dict(name="dare", density=0.5)),
+    "max_merge": dict(stage_end=dict(name="max_merge")),
     "ewc": dict(penalty=dict(name="ewc", coef=1e4, samples=2)),
     "l2": dict(penalty=dict(name="l2", coef=100.0)),
 }
