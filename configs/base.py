@@ -122,8 +122,8 @@ def get_config() -> ConfigDict:
         # none | l2 | ewc; samples: rows for the importance of weights
         penalty=dict(name="none", coef=optional(float), samples=optional(int)),
         # none | wise_ft: average with the weight of the stage's start, in (0, 1)
-        # | task_arithmetic | ties | dare | max_merge: base model + weight * a mixture of the changes
-        # of all stages; ties and dare use a share of them, `density`
+        # | task_arithmetic | ties | dare | max_merge: base model + weight * a mixture of the
+        # changes of all stages; ties and dare use a share of them, `density`
         stage_end=dict(name="none", weight=optional(float), density=optional(float)),
         plugin="",  # a class of your own, "file.py:Class"; see README
         plugin_settings=optional(object),  # dict of its settings

@@ -70,7 +70,7 @@ def check_density(method: Any) -> None:
 
 
 def _count(bits: list[Array], limit: Array) -> Array:
-    """Count the values at or above the limit; exact within the rows of a leaf, as float32 beyond."""
+    """Count the values at or above the limit, in integers by row and in float32 beyond."""
     rows = [x.reshape(x.shape[:1] + (-1,)) for x in bits]
     counts = [jnp.sum(r >= limit, axis=1, dtype=jnp.uint32) for r in rows]
     return sum(jnp.sum(c.astype(jnp.float32)) for c in counts)
