@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
         # gold | rollouts | self (own correct responses) | corpus (a jsonl file)
         # | gold+corpus (every gold answer, and every response of the file)
         source="rollouts",
-        objective="policy",  # policy | sft | eaft | distill
+        objective="policy",  # policy | sft | eaft | dft | distill
         # grpo | dr_grpo | rloo | remax | reinforce | reinforce01 | reinforce++ | batch
         advantage="grpo",
         ratio="none",  # none | token | sequence (GSPO) | cispo
@@ -127,7 +127,9 @@ def get_config() -> ConfigDict:
         stage_end=dict(name="none", weight=optional(float), density=optional(float)),
         plugin="",  # a class of your own, "file.py:Class"; see README
         plugin_settings=optional(object),  # dict of its settings
-        distill=dict(  # SDFT; teacher: ema | frozen | current; direction: forward | reverse
+        # SDFT; teacher: ema | frozen | current, with a demonstration in its prompt, or the folder
+        # of a model, with the student's prompt; direction: forward | reverse
+        distill=dict(
             teacher="ema", ema=0.01, direction="forward", top_k=0, skip_tokens=0),
     ))  # fmt: skip
 
@@ -206,6 +208,11 @@ METHODS = dict(
     sft=_method(name="sft", source="gold", **_SFT),
     # Cross-entropy weighted by entropy.
     eaft=_method(name="eaft", source="gold", objective="eaft", kl_coef=0.0),
+    # Cross-entropy weighted by the probability of each token (2508.05629); ASFT (2509.23753) adds
+    # an anchor, here the model at the stage's start.
+    dft=_method(name="dft", source="gold", objective="dft", kl_coef=0.0),
+    asft=_method(name="asft", source="gold", objective="dft", kl_coef=0.0,
+                 loss=dict(name="lwf", coef=0.05)),
     # Own correct responses, sampled at the start of the stage | of each epoch.
     self_sft=_method(name="self_sft", source="self", refresh="never", **_SFT),
     iterative_sft=_method(name="iterative_sft", source="self", refresh="epoch", **_SFT),

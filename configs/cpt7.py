@@ -6,7 +6,7 @@
 MMMU, MMLU-Pro and POPE are evaluated but never trained. The argument names an arm, a size and
 optionally `paper` or `official` and a corpus, in any order:
 
-    sft lora_sft low_lr_sft eaft joint      SFT; joint: all seven tasks at once
+    sft lora_sft low_lr_sft eaft dft asft joint   SFT; joint: all seven tasks at once
     grpo rloo remax nokl nocot              the paper's RFT arms
     rif rif_zero rif_control                RIF-RFT without prompts that are never solved | that are
                                             never or always solved | without as many random ones
@@ -135,6 +135,8 @@ ARMS = {
     "lora_sft": _lora,
     "low_lr_sft": _arm(sft, label="low lr sft", lr=1e-6),
     "eaft": _arm(sft, name="eaft"),
+    "dft": _arm(sft, name="dft"),
+    "asft": _arm(sft, name="asft"),
     "joint": _joint,
     "self_sft": _arm(sft, name="self_sft", template="cot", self_samples=5),
     "iterative_sft": _arm(sft, name="iterative_sft", template="cot", self_samples=5, refresh="21"),

@@ -118,6 +118,7 @@ def _settings_with_files(config: ConfigDict) -> Iterator[tuple[str, Any]]:
         yield f"{where}method.corpus", c.method.corpus
         yield f"{where}method.plugin", c.method.plugin
         yield f"{where}method.kl_reference", c.method.kl_reference
+        yield f"{where}method.distill.teacher", c.method.distill.teacher
         like = (c.method.filter or {}).get("like")
         yield f"{where}method.filter.like", like and str(Path(like) / "filters")
 

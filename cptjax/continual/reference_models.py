@@ -1,17 +1,22 @@
 """The models that a stage compares itself with: its start, KL reference, teacher."""
 
+import dataclasses
 from typing import Any
 
-from cptjax.config import Stage, merge_config
+from cptjax.config import Stage
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data import prompts
+from cptjax.data.model_context import ModelContext
+from cptjax.data.processor import load_processor
 from cptjax.models import load
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training import build
+from cptjax.training.algorithms import distillation
 from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.method_needs import method_needs
+from cptjax.training.programs import other_model_settings
 from cptjax.types import Params
 
 
@@ -39,11 +44,18 @@ def make_teacher(
     params: Params,
     start: Params | None,
 ) -> Teacher | None:
-    """Build the teacher of a stage: its start, or a copy of `params` that follows the student."""
+    """Build the teacher of a stage.
+
+    It is the stage's start, a copy of `params` that follows the student, or the model of a folder.
+    """
     kind = method_needs(stage.config.method).teacher
     if not kind:
         return None
     c, d = stage.config, stage.config.method.distill
+    if kind == "model":
+        model_ctx, params = load_other_model(run, d.teacher)
+        distillation.refuse_other_inputs(run.model_ctx, model_ctx, d.teacher)
+        return Teacher(model_ctx, prompted_tasks, 0.0, {}, params)
     model_ctx = run.model_ctx.with_longer_rows(
         prompts.extra_demonstration_tokens(run.model_ctx.processor, c.rollout.max_new_tokens)
     )
@@ -65,10 +77,18 @@ def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | Non
         return run.base_params
     if reference == "stage":
         return start
-    other = merge_config(run.config, {"model": {"path": reference, "lora": {"rank": 0}}})
+    return load_other_model(run, reference)[1]
+
+
+def load_other_model(run: Run, folder: str) -> tuple[ModelContext, Params]:
+    """Load a model that the run does not train, in the compute dtype, on the mesh of the run."""
+    settings = other_model_settings(run.config, folder)
     ctx = run.model_ctx
-    params = load.create_params(other.model, ctx.cfg, ctx.mesh, ctx.dtype, run.config.seed)
-    return run.copy_for_comparison(params)
+    cfg = load.fit_config(load.find_model_config(settings), settings, ctx.mesh)
+    processor = load_processor(folder, cfg, settings.min_pixels, settings.max_pixels)
+    params = load.create_params(settings, cfg, ctx.mesh, ctx.dtype, run.config.seed)
+    other = dataclasses.replace(ctx, cfg=processor.cfg, processor=processor)
+    return other, run.copy_for_comparison(params)
 
 
 def hook_arrays(run: Run, stage: Stage, start: Params | None, kept: dict[str, Any]) -> HookArrays:

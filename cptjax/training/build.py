@@ -20,7 +20,7 @@ from cptjax.training.algorithms.continual_learning.hooks import (
     overrides_hook,
 )
 from cptjax.training.algorithms.continual_learning.table import continual_methods
-from cptjax.training.algorithms.losses import LossConfig
+from cptjax.training.algorithms.losses import TOKEN_OBJECTIVES, LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.algorithms.optimizers import Optimizer, OptimizerConfig, make_optimizer
 from cptjax.training.step_batch import BatchBuilder
@@ -82,6 +82,6 @@ def batch_builder_from_config(
         loss=LossConfig.from_config(config),
         batch_size=config.train.batch,
         micro_batch=config.train.micro_batch,
-        pack=config.data.pack and config.method.objective in ("sft", "eaft"),
+        pack=config.data.pack and config.method.objective in TOKEN_OBJECTIVES,
         score=scoring_program_from_config(model_ctx.cfg, model_ctx.dtype, config),
     )

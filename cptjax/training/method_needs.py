@@ -15,7 +15,7 @@ class MethodNeeds:
     start: str
     reference: str  # the model of the KL term: "" = none | base | stage | a model's folder
     # "" = none, start = the model of the stage's start, follower = weights of its own, in float32,
-    # that follow the student's
+    # that follow the student's, model = another model, of a folder
     teacher: str
     demonstrations: bool  # the teacher's prompts show them
     kl_in_reward: bool
@@ -38,7 +38,8 @@ def method_needs(method: Any) -> MethodNeeds:
     kl_in_reward = bool(reference) and method.kl_place == "reward"
     teacher = ""
     if method.objective == "distill":
-        teacher = "start" if method.distill.teacher == "frozen" else "follower"
+        kinds = {"frozen": "start", "ema": "follower", "current": "follower"}
+        teacher = kinds.get(method.distill.teacher, "model")
     elif any(m.needs_teacher for m in methods):
         teacher = "start"
     start = ""
@@ -59,7 +60,7 @@ def method_needs(method: Any) -> MethodNeeds:
         start=start,
         reference=reference,
         teacher=teacher,
-        demonstrations=method.objective == "distill",
+        demonstrations=method.objective == "distill" and teacher != "model",
         kl_in_reward=kl_in_reward,
         policy_logps=several_updates or kl_in_reward,
         greedy_samples=samples and method.advantage == "remax",

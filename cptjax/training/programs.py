@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cptjax import sharding
 from cptjax.common.program import Program
+from cptjax.config import merge_config
 from cptjax.data import collate, device_batches
 from cptjax.data.collate import max_image_slots
 from cptjax.data.data_config import DataConfig
@@ -55,6 +56,7 @@ class AbstractStage:
     start: Params | None  # the model at the stage's start
     reference: Params | None  # of the KL term
     teacher: Params | None
+    teacher_cfg: ModelConfig
     methods: Methods  # continual-learning methods that act in the update
     arrays: HookArrays  # of the methods, after an earlier stage with them
 
@@ -138,7 +140,12 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         start = abstract(declared, param_dtype if needs.start == "exact" else dtype)
     if needs.reference:
         reference = start if needs.reference == "stage" else abstract(declared, dtype)
-    if needs.teacher == "follower":
+    teacher_cfg = cfg
+    if needs.teacher == "model":
+        settings = other_model_settings(config, method.distill.teacher)
+        teacher_cfg = load.fit_config(load.find_model_config(settings), settings, mesh)
+        teacher = abstract(load.declare_model_params(settings, teacher_cfg), dtype)
+    elif needs.teacher == "follower":
         teacher = trainable.join_params(abstract(trained_params, jnp.float32), frozen)
     elif needs.teacher:
         teacher = start
@@ -160,9 +167,16 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         start,
         reference,
         teacher,
+        teacher_cfg,
         methods,
         arrays,
     )
+
+
+def other_model_settings(config: ConfigDict, folder: str) -> ConfigDict:
+    """Return `config.model` for another model, which is not trained."""
+    changes = {"path": folder, "preset": "", "freeze": (), "lora": {"rank": 0}}
+    return merge_config(config, {"model": changes}).model
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -207,7 +221,7 @@ def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
 
 def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
     """Return one device pass of the update, with advantages and the outputs of other models."""
-    batch, text = abstract_scoring_batch(stage, rows), stage.cfg.text
+    batch, text = abstract_scoring_batch(stage, rows), stage.teacher_cfg.text
     sizes = dict(zip("BA", batch.targets.shape, strict=True), D=text.width, V=text.vocab)
     axes = {"B": ("batch",), "B A": ("batch",), "B A D": ("batch",), "D V": ("embed", "vocab")}
     extra = {
@@ -354,7 +368,7 @@ def teacher_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
         demonstration = c.rollout.max_new_tokens + DEMONSTRATION_TEMPLATE_TOKENS
         longest = max(collate.extend_buckets((stage.longest_prompt,), demonstration))
         batch = abstract_groups(stage, rows, longest)
-    program = distillation.make_teacher_program(stage.cfg, stage.dtype)
+    program = distillation.make_teacher_program(stage.teacher_cfg, stage.dtype)
     useful = text_forward(stage, rows) + vision_forward(stage, rows)
     return [Program(TEACHER_STATES, program, (stage.teacher, batch), calls, useful)]
 

@@ -12,7 +12,7 @@ from cptjax.models import layers, lora
 from cptjax.training import corpus
 from cptjax.training.algorithms import advantages, distillation, prompt_filters
 from cptjax.training.algorithms.continual_learning.table import check_methods
-from cptjax.training.algorithms.losses import LossConfig
+from cptjax.training.algorithms.losses import TOKEN_OBJECTIVES, LossConfig
 from cptjax.training.algorithms.optimizers import OptimizerConfig, ScheduleConfig
 
 METHOD_SOURCES = ("gold", "rollouts", "self", "corpus", "gold+corpus")
@@ -138,17 +138,18 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
             f"method.kl_coef={m.kl_coef} with objective='distill', "
             "which is itself a divergence: set it to 0"
         )
-    if data.pack and m.objective not in ("sft", "eaft"):
+    if data.pack and m.objective not in TOKEN_OBJECTIVES:
         raise ValueError(
             f"data.pack=True with objective={m.objective!r}: "
             "only conversations with given responses are packed"
         )
     d = m.distill
-    if d.teacher not in distillation.TEACHERS or not 0 < d.ema <= 1:
+    is_model = Path(d.teacher).is_dir()
+    if (d.teacher not in distillation.TEACHERS and not is_model) or not 0 < d.ema <= 1:
         known = ", ".join(distillation.TEACHERS)
         raise ValueError(
             f"method.distill teacher={d.teacher!r}, ema={d.ema}: "
-            f"expected one of {known} and 0 < ema <= 1"
+            f"expected one of {known} or an existing folder with a model, and 0 < ema <= 1"
         )
 
 

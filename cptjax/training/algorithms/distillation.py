@@ -1,7 +1,9 @@
-"""Distillation teachers: present or past weights of the student, whose distribution it follows.
+"""Distillation teachers: models whose distribution the student follows.
 
 SDFT    on the student's own responses; the teacher's prompt shows a demonstration; its weights are
         an average of the student's past weights, those of the stage's start, or the current ones
+another model   on the student's own responses; the teacher sees the student's prompt, and its
+        inputs have the same form: the same tokens and the same layout of images
 LwF     on the training rows; the teacher has the weights of the stage's start
 """
 
@@ -42,7 +44,7 @@ def _update_average(teacher: Params, student: Params, rate: float) -> Params:
 
 
 class Teacher:
-    """A teacher's trained weights; its frozen weights are the student's.
+    """A teacher's weights; a teacher that follows the student shares the student's frozen weights.
 
     Weights that follow the student (rate > 0) are kept in float32, since bfloat16 rounds small
     changes away.
@@ -91,3 +93,21 @@ class Teacher:
         params = trainable.join_params(self.trained, self.frozen)
         hidden, unembed = program(params, batch.replace(extra={}))
         return {"teacher_hidden": hidden, "teacher_unembed": unembed}
+
+
+def refuse_other_inputs(student: ModelContext, teacher: ModelContext, folder: str) -> None:
+    """Refuse a teacher that cannot read the student's tokens and images."""
+    where = f"method.distill.teacher={folder}"
+    if student.processor.tokenizer.get_vocab() != teacher.processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"{where}: expected a model with the student's tokens, got another vocabulary"
+        )
+    layouts = [
+        c.vision and (c.family, c.vision_tokens, c.vision.patch, c.vision.temporal, c.vision.merge)
+        for c in (student.cfg, teacher.cfg)
+    ]
+    if layouts[0] != layouts[1]:
+        raise ValueError(
+            f"{where}: expected a model whose images have the layout of the student's "
+            f"({student.cfg.family}), got {teacher.cfg.family}"
+        )

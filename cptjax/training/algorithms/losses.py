@@ -53,7 +53,8 @@ from jax import lax
 from cptjax.models.logprobs import check_logprobs, distill_kl
 from cptjax.types import Array, Batch, Mean
 
-OBJECTIVES = ("policy", "sft", "eaft", "distill")
+OBJECTIVES = ("policy", "sft", "eaft", "dft", "distill")
+TOKEN_OBJECTIVES = ("sft", "eaft", "dft")  # cross-entropy of given responses
 RATIOS = ("none", "token", "sequence", "cispo")
 NORMALISERS = ("token", "sequence", "fixed")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -72,7 +73,7 @@ class Loss(NamedTuple):
 class LossConfig:
     """The settings of a stage's loss. `configs/base.py` has their defaults and ranges."""
 
-    objective: str  # policy | sft | eaft | distill
+    objective: str  # policy | sft | eaft | dft | distill
     ratio: str  # none | token | sequence | cispo
     clip_low: float
     clip_high: float
@@ -334,7 +335,7 @@ def sft_loss(
 ) -> Loss:
     """Compute the cross-entropy of responses [B, A].
 
-    EAFT's `weights` [B, A] leave the count unchanged.
+    The `weights` [B, A] of EAFT and DFT leave the count unchanged.
     """
     logps = jnp.where(mask, logps, 0)
     weight, count = token_weights(mask, config, segments)
@@ -342,7 +343,7 @@ def sft_loss(
     value = -logps
     if weights is not None:
         value = value * lax.stop_gradient(jnp.where(mask, weights, 0))
-        metrics["eaft_weight"] = _masked_mean(weights, mask)
+        metrics[f"{config.objective}_weight"] = _masked_mean(weights, mask)
     kl_loss, kl_metrics = _kl_term(logps, ref_logps, mask, weight, config)
     return Loss(jnp.sum(weight * value) + kl_loss, count, metrics | kl_metrics)
 
@@ -354,13 +355,17 @@ def teacher_kl(
 
     hidden: [B * A, D]; the teacher's states are in `batch.extra`
     direction, top_k, chunk: as in `logprobs.distill_kl`
+
+    Models of one family may pad their vocabulary to different sizes; the tokens that only one of
+    them has are left out of both distributions.
     """
-    teacher = batch.extra["teacher_hidden"]
+    teacher, unembed_teacher = batch.extra["teacher_hidden"], batch.extra["teacher_unembed"]
+    common = min(unembed.shape[-1], unembed_teacher.shape[-1])
     kl = distill_kl(
         hidden,
         teacher.reshape(-1, teacher.shape[-1]),
-        unembed,
-        batch.extra["teacher_unembed"],
+        unembed[:, :common],
+        unembed_teacher[:, :common],
         direction=direction,
         top_k=top_k,
         chunk=chunk,

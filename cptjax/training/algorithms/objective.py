@@ -60,6 +60,8 @@ class Objective:
         weights = None
         if config.objective == "eaft":
             weights = logprobs.top_entropy(flat, unembed, chunk=config.chunk).reshape(shape)
+        elif config.objective == "dft":  # the probability of the token (2508.05629)
+            weights = jnp.exp(logps).reshape(shape)
         return losses.sft_loss(
             logps.reshape(shape),
             batch.mask,

@@ -3,14 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import stage_fixtures
+from stage_fixtures import SMALL
 
+import cptjax
 from configs import base
 from cptjax.continual import resume, train_stage
 from cptjax.data import prompts
 from cptjax.data.datasets import Datasets
+from cptjax.models import decoder, logprobs
+from cptjax.models.hf_checkpoint import save_hf_checkpoint
 from cptjax.training.algorithms import distillation
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_loop import next_step_batch
@@ -93,6 +98,55 @@ def test_task_without_gold_answers_is_refused(prepared, monkeypatch):
     ) as error:
         train_stage.make_stage_context(prepared.run, prepared.ctx.stage, prepared.params, None)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher with the student's weights, and a wider one, as Hugging Face folders."""
+    text = dataclasses.replace(SMALL.text, width=192, heads=192 // SMALL.text.head_dim)
+    wide = dataclasses.replace(SMALL, text=text)
+    paths = {}
+    for name, model in (("same", SMALL), ("wide", wide)):
+        paths[name] = tmp_path_factory.mktemp(name)
+        with stage_fixtures.open_tiny_run(config("sft"), paths[name] / "run", model) as (run, base):
+            save_hf_checkpoint(
+                base.params,
+                run.model_ctx.cfg,
+                paths[name] / "hf",
+                run.model_ctx.processor.save,
+                "float32",
+            )
+    return {name: str(path / "hf") for name, path in paths.items()}
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_student_follows_another_model(folders, tmp_path, direction):
+    """The loss is the KL of the two models' logits at the response tokens, and training lowers it.
+
+    A teacher with the student's weights has no gradient.
+    """
+    for name in ("same", "wide"):
+        c = config(distill=dict(teacher=folders[name], direction=direction))
+        with stage_fixtures.prepare_stage(c, tmp_path / name) as prepared:
+            (update,) = _first_updates(prepared)
+            state, metrics = prepared.update(update, lr=1e-2)
+            if name == "same":
+                assert abs(metrics["kl_teacher"]) < 1e-6 and metrics["grad_norm"] < 1e-5
+                continue
+            assert update[0].extra["teacher_hidden"].shape[-1] == 192
+            other = cptjax.load(folders[name], dtype="float32")
+            ours = log_probabilities(prepared.params, update[0], prepared.run.model_ctx.cfg)
+            theirs = log_probabilities(other.params, update[0], other.config)
+            first, second = (theirs, ours) if direction == "forward" else (ours, theirs)
+            want = (np.exp(first) * (first - second)).sum(-1)[np.asarray(update[0].mask)].mean()
+            assert metrics["kl_teacher"] == pytest.approx(want, rel=1e-4) and want > 1e-3
+            _, later = dataclasses.replace(prepared, state=state).update(update)
+            assert later["kl_teacher"] < metrics["kl_teacher"]
+
+
+def log_probabilities(params, batch, cfg):
+    hidden = logprobs.predicting_states(params, batch.replace(extra={}), cfg, jnp.float32)
+    return np.asarray(jax.nn.log_softmax(hidden @ decoder.unembedding(params["text"])))
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.0, 1.0])

@@ -495,7 +495,7 @@ def test_sampled_gradients_average_to_the_enumerated_one(name):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "dpo"}, "policy, sft, eaft, distill"),
+        ({"objective": "dpo"}, "policy, sft, eaft, dft, distill"),
         ({"ratio": "tokens"}, "none, token, sequence, cispo"),
         ({"normalise": "mean"}, "token, sequence, fixed"),
         ({"kl_estimator": "k4"}, "k1, k2, k3"),

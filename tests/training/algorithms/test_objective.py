@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptjax.models.logprobs import target_logps
+from cptjax.models.logprobs import target_logps, token_logps
 from cptjax.training.algorithms.continual_learning.lwf import LwF
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
@@ -163,6 +163,23 @@ def test_eaft_weighs_each_token_by_the_entropy_of_its_best():
         and weight[MASK].max() <= 1 + 1e-5
         and metrics["eaft_weight"] == pytest.approx(weight[MASK].mean(), rel=1e-4)
     )
+
+
+def test_dft_weighs_each_token_by_its_probability_without_a_gradient_through_it():
+    """The gradient of -p log p with p held equals that of -p, since p' = p (log p)'."""
+    value, gradient, metrics = run(objective_of("dft"), batch())
+    logps = np.take_along_axis(numbers()[0], TARGETS[..., None], -1)[..., 0][MASK]
+    np.testing.assert_allclose(value, -(np.exp(logps) * logps).mean(), rtol=1e-4)
+    assert metrics["dft_weight"] == pytest.approx(np.exp(logps).mean(), rel=1e-4)
+
+    def minus_p(hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logps, _ = token_logps(flat, jnp.asarray(UNEMBED), TARGETS.reshape(-1), chunk=4)
+        p = jnp.exp(logps)
+        return -jnp.sum(jnp.where(MASK.reshape(-1), p, 0)) / MASK.sum()
+
+    want = jax.grad(minus_p)(jnp.asarray(HIDDEN))
+    np.testing.assert_allclose(gradient, want, atol=1e-6)
 
 
 def test_distillation_from_the_student_itself_is_zero():
