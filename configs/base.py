@@ -119,8 +119,14 @@ def get_config() -> ConfigDict:
         # none | gold | prompts: rows of earlier stages, in a fraction of each batch
         replay=dict(name="none", fraction=optional(float)),
         loss=dict(name="none", coef=optional(float)),  # none | lwf
-        # none | l2 | ewc; samples: rows for the importance of weights
-        penalty=dict(name="none", coef=optional(float), samples=optional(int)),
+        penalty=dict(
+            name="none",  # none | l2 | ewc | online_ewc | si | mas | cpo
+            coef=optional(float),  # > 0
+            samples=optional(int),  # ewc, online_ewc, mas: rows for the importance of weights
+            decay=optional(float),  # online_ewc: of earlier importance, for each stage, in (0, 1]
+            damping=optional(float),  # si: what the squared change is increased by, > 0
+            share=optional(float),  # cpo: of each tensor that a stage protects, in (0, 1]
+        ),
         # none | wise_ft: average with the weight of the stage's start, in (0, 1)
         # | task_arithmetic | ties | dare | max_merge: base model + weight * a mixture of the
         # changes of all stages; ties and dare use a share of them, `density`

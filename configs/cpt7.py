@@ -19,8 +19,9 @@ optionally `paper` or `official` and a corpus, in any order:
                                             a corpus under the CoT template, in one stage
     sft_kl reinforce reinforce01            SFT with a KL term | REINFORCE without baseline | only
                                             on correct responses
-    replay ewc l2 lwf wise                  SFT with a continual-learning method
-    prompt_replay                           GRPO with replayed prompts
+    replay ewc online_ewc si mas cpo        SFT with a continual-learning method
+    l2 lwf wise
+    prompt_replay grpo_ewc grpo_cpo         GRPO with one
     3b 7b tiny                              the model, of the family Qwen2.5-VL
     qwen3vl2b qwen3vl4b qwen3vl8b           or Qwen3-VL, also qwen3vl32b
     paper                                   the protocol of the released code, see below
@@ -66,6 +67,9 @@ SIZES = {
 FILTER = dict(samples=8)
 # Steps of ScienceQA, by the names of the released checkpoints that the second stage starts from.
 SCIENCEQA_STEPS = dict(grpo=90, nokl=120, nocot=180)
+# Of EWC, SI and MAS no coefficient is published for models of this size: these are to be swept.
+EWC = dict(name="ewc", coef=1.0, samples=256)
+CPO = dict(name="cpo", coef=100.0, share=0.1)  # as in the release of 2607.04364
 RELEASED_TEMPLATES = dict(cot="released_cot", direct="released_nocot")
 
 
@@ -169,13 +173,19 @@ ARMS = {
         rl, label="rif-rft unsolvable", filter=dict(name="unsolvable", **FILTER)
     ),
     "replay": _arm(sft, label="sft + replay", replay=dict(name="gold", fraction=0.1)),
-    "ewc": _arm(sft, label="sft + ewc", penalty=dict(name="ewc", coef=1.0, samples=256)),
+    "ewc": _arm(sft, label="sft + ewc", penalty=EWC),
+    "online_ewc": _arm(sft, label="sft + online ewc", penalty=dict(EWC, name="online_ewc")),
+    "si": _arm(sft, label="sft + si", penalty=dict(name="si", coef=1.0)),
+    "mas": _arm(sft, label="sft + mas", penalty=dict(name="mas", coef=1.0, samples=256)),
+    "cpo": _arm(sft, label="sft + cpo", penalty=CPO),
     "l2": _arm(sft, label="sft + l2", penalty=dict(name="l2", coef=0.01)),
     "lwf": _arm(sft, label="sft + kl to previous", loss=dict(name="lwf", coef=0.1)),
     "wise": _arm(sft, label="sft + averaging", stage_end=dict(name="wise_ft", weight=0.5)),
     "prompt_replay": _arm(
         rl, label="grpo + prompt replay", replay=dict(name="prompts", fraction=0.1)
     ),
+    "grpo_ewc": _arm(rl, label="grpo + ewc", penalty=EWC),
+    "grpo_cpo": _arm(rl, label="grpo + cpo", penalty=CPO),
 }
 
 

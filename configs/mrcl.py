@@ -8,6 +8,7 @@ cptjax/tasks/datasets/mrcl.py. The argument names an arm and a size, in any orde
 
     sft lora_sft       SFT on bare answers, all weights | LoRA
     grpo gspo          RL without a KL term, with token | sequence ratios
+    cpo                gspo with CPO's penalty
     2b 4b 8b tiny      the size of Qwen3-VL-Instruct
 
 The settings are those of the released scripts, as they stand in a public copy of the repository:
@@ -52,8 +53,9 @@ SIZES = {
 }
 
 
-def rl(c, name, **changes):
+def rl(c, name, label="", **changes):
     c.method.update({**METHODS[name], "kl_coef": 0.0, "clip_dual": None, **changes})
+    c.method.name = label or name
     c.method.updates_per_batch = UPDATES_PER_BATCH
     c.data.template = "steps"
     c.rewards.update(accuracy=1.0, format=0.0, short_words=20, short_penalty=0.5)
@@ -87,12 +89,13 @@ def _arm(build, **changes):
 
 
 # A new method is one row: a function that changes the config, such as
-# _arm(rl, name="gspo", penalty=dict(name="cpo", coef=100.0, ...)).
+# that of CPO.
 ARMS = {
     "sft": sft,
     "lora_sft": _lora,
     "grpo": _arm(rl, name="grpo", ratio="token", clip_low=0.2, clip_high=0.27),
     "gspo": _arm(rl, name="gspo"),  # clips at 3e-4 and 4e-4, as in the release
+    "cpo": _arm(rl, name="gspo", label="cpo", penalty=dict(name="cpo", coef=100.0, share=0.1)),
 }
 
 

@@ -102,7 +102,7 @@ def tiny(
             c.method.filter = dict(c.method.filter, samples=samples) | (
                 {"hi": 3} if "hi" in c.method.filter else {}
             )
-        if c.method.penalty.name == "ewc":
+        if c.method.penalty.samples:
             c.method.penalty.samples = 2
         c.method.updates_per_batch = min(c.method.updates_per_batch, 2)
     return c

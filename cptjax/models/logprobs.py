@@ -124,6 +124,13 @@ def logit_gradient_norm(
     return _by_chunks(numbers, (unembed,), (hidden, targets), chunk)
 
 
+def logit_square_norm(hidden: Array, unembed: Array, *, chunk: int = 1024) -> Array:
+    """Return the squared L2 norms [N] of the logits after hidden states [N, D]."""
+    check_logprobs(chunk=chunk)
+    norm = lambda weights, h: jnp.square(_logits(h, weights[0])).sum(-1)
+    return _by_chunks(norm, (unembed,), (hidden,), chunk)
+
+
 def check_logprobs(
     *, chunk: int = 1, temperature: Any = 1.0, direction: str = "forward", top_k: int = 0
 ) -> None:

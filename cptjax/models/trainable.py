@@ -14,6 +14,7 @@ from cptjax.types import Params
 # Name in `model.freeze` -> top of the tree.
 MODEL_PARTS = {"vision": "vision", "merger": "merger", "language": "text"}
 ADAPTER_LEAVES = ("lora_a", "lora_b")
+STACKS = ("blocks", "deepstack")  # the trees whose leaves have their layers as first axis
 
 
 def flatten_params(tree: Params) -> dict[tuple[str, ...], Any]:
@@ -44,6 +45,11 @@ def is_trained(freeze: Sequence[str], lora_rank: int = 0) -> Callable[[tuple[str
 def is_adapter(path: tuple[str, ...]) -> bool:
     """Return whether a path is that of a leaf of a low-rank adapter."""
     return path[-1] in ADAPTER_LEAVES
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Return whether the first axis of a leaf is that of its layers."""
+    return any(name in STACKS for name in path)
 
 
 def split_params(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cptjax.models import trainable
+from cptjax.models.causal_lm import declare_params
+from cptjax.models.families import PRESETS
 
 TREE = {
     "vision": {"patch": {"w": jnp.ones(3)}},
@@ -27,6 +29,12 @@ def test_a_cast_changes_only_floating_point_leaves():
     tree = {"w": jnp.ones(2, jnp.float32), "int8": jnp.ones(2, jnp.int8)}
     cast = trainable.cast_params(tree, jnp.bfloat16)
     assert cast["w"].dtype == jnp.bfloat16 and cast["int8"].dtype == jnp.int8
+
+
+def test_a_leaf_is_stacked_if_its_first_axis_is_declared_as_that_of_layers():
+    for cfg in PRESETS.values():
+        for path, p in trainable.flatten_params(declare_params(cfg)).items():
+            assert trainable.is_stacked(path) == (p.axes[0] == "layer"), path
 
 
 @pytest.mark.parametrize("freeze", [("tower",), ("vision", "merger", "language")])

@@ -3,12 +3,12 @@
     hook                called                                            used by
     replayed_share      when the order of a stage's rows is made          replay
     token_loss          on the response tokens of each micro-batch        LwF
-    penalty             on the trained parameters, once for each update   L2, EWC
-    begin_stage,        with the gradient and the parameters before and   methods that keep
-      after_update      after each update                                 a sum over the updates
+    penalty             on the trained parameters, once for each update   L2, EWC, SI, MAS, CPO
+    begin_stage,        with the gradient and the parameters before and   SI
+      after_update      after each update
     project_gradient    after the gradient, before the optimizer          gradient projection
     project_change      after the optimizer                               gradient projection
-    gradient_pass,      once, after the last step                         EWC, WiSE-FT
+    gradient_pass,      once, after the last step                         EWC, MAS, CPO, WiSE-FT
       stage_end
 
 Hooks of the step are pure functions of arrays, and are compiled into the step program. Hooks of the

@@ -16,6 +16,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cptjax.training.algorithms.continual_learning.bisection import (
+    largest_integer,
+    magnitude_bits,
+)
 from cptjax.training.algorithms.continual_learning.hooks import (
     ContinualMethod,
     StageEnd,
@@ -83,16 +87,6 @@ def largest_share(vector: Params, share: float) -> Params:
     """
     leaves = jax.tree.leaves(vector)
     count = max(round(share * sum(x.size for x in leaves)), 1)
-    # The bits of a positive float32 sort like its value, so 31 halvings find the limit exactly,
-    # with counts that do not depend on the sharding.
-    bits = [jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) for x in leaves]
-
-    def halve(i: Array, limit: Array) -> Array:
-        raised = limit | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-        return jnp.where(_count(bits, raised) >= count, raised, limit)
-
-    limit = jax.lax.fori_loop(0, 31, halve, jnp.uint32(0))
-    return jax.tree.map(
-        lambda x: jnp.where(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) >= limit, x, 0.0),
-        vector,
-    )
+    bits = [magnitude_bits(x) for x in leaves]
+    limit = largest_integer(lambda bound: _count(bits, bound) >= count, jnp.int32(0))
+    return jax.tree.map(lambda x: jnp.where(magnitude_bits(x) >= limit, x, 0.0), vector)

@@ -13,13 +13,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cptjax.training.algorithms.continual_learning.cpo import CPO
 from cptjax.training.algorithms.continual_learning.dare import DARE
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
 from cptjax.training.algorithms.continual_learning.l2 import L2
 from cptjax.training.algorithms.continual_learning.lwf import LwF
+from cptjax.training.algorithms.continual_learning.mas import MAS
 from cptjax.training.algorithms.continual_learning.max_merge import MaxMerge
+from cptjax.training.algorithms.continual_learning.online_ewc import OnlineEWC
 from cptjax.training.algorithms.continual_learning.replay import GoldReplay, PromptReplay
+from cptjax.training.algorithms.continual_learning.si import SI
 from cptjax.training.algorithms.continual_learning.task_arithmetic import TaskArithmetic
 from cptjax.training.algorithms.continual_learning.ties import TIES
 from cptjax.training.algorithms.continual_learning.wise_ft import WiseFT
@@ -29,7 +33,7 @@ CONTINUAL_METHODS: dict[str, tuple[type[ContinualMethod], ...]] = {
     "replay": (GoldReplay, PromptReplay),
     "loss": (LwF,),
     "stage_end": (WiseFT, TaskArithmetic, TIES, DARE, MaxMerge),
-    "penalty": (EWC, L2),
+    "penalty": (L2, EWC, OnlineEWC, SI, MAS, CPO),
 }
 
 

@@ -28,6 +28,10 @@ SETTINGS = {
     "dare": dict(stage_end=dict(name="dare", density=0.5)),
     "max_merge": dict(stage_end=dict(name="max_merge")),
     "ewc": dict(penalty=dict(name="ewc", coef=1e4, samples=2)),
+    "online_ewc": dict(penalty=dict(name="online_ewc", coef=1e4, samples=2, decay=0.5)),
+    "si": dict(penalty=dict(name="si", coef=1e4)),
+    "mas": dict(penalty=dict(name="mas", coef=10.0, samples=2)),
+    "cpo": dict(penalty=dict(name="cpo", coef=1.0)),
     "l2": dict(penalty=dict(name="l2", coef=100.0)),
 }
 OBJECTIVES = ("sft", "grpo", "sdft")
