@@ -123,14 +123,17 @@ def method_config(
 
 @contextlib.contextmanager
 def open_tiny_run(
-    config: ConfigDict, workdir: Path, model: Any = SMALL
+    config: ConfigDict, workdir: Path, model: Any = SMALL, saved: bool = False
 ) -> Iterator[tuple[Run, ModelState]]:
-    """Open a run without checkpoints, with its base model, on the devices of the mesh."""
+    """Open a run with its base model, on the devices of the mesh; without `saved`, it has no
+    checkpoints.
+    """
     with contextlib.ExitStack() as stack:
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
         stack.enter_context(mock.patch.object(sharding, "make_mesh", lambda **_: some()))
-        stack.enter_context(mock.patch.object(open_run, "Checkpoints", UnsavedCheckpoints))
+        if not saved:
+            stack.enter_context(mock.patch.object(open_run, "Checkpoints", UnsavedCheckpoints))
         stack.enter_context(mock.patch.dict(PRESETS, tiny=model))
         run = open_run.open_run(config, workdir)
         stack.callback(run.sandbox.close)

@@ -2,19 +2,16 @@
 
 import functools
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
-import run_helpers
 import stage_fixtures
-from device_fixtures import devices  # noqa: F401
 from stage_fixtures import method_config
 
-from cptjax.common.signals import Preempted
-from cptjax.continual import driver
+from cptjax.continual import resume, train_stage
 from cptjax.continual.stage_callbacks import StageCallbacks
-from cptjax.models.families import PRESETS
 from cptjax.training.algorithms.continual_learning.table import CONTINUAL_METHODS
 
 # The settings of each method, by its name: large enough to have an effect in a tiny run.
@@ -89,7 +86,7 @@ def test_a_method_has_an_effect_under_each_objective(name, objective, tmp_path, 
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path, devices):
+def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path):
     objective = "grpo" if (name, "sft") in REFUSED else "sft"
     sizes = dict(data=2, fsdp=2, model=2)
     one = trained(config(objective, SETTINGS[name]), tmp_path / "one")[0]
@@ -98,36 +95,37 @@ def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path, devices):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "count"), [*((name, 1) for name in SETTINGS), ("ewc", 8)])
-def test_a_run_with_a_method_resumes_to_the_same_bits(name, count, tmp_path, monkeypatch, devices):
-    """The run is stopped in the middle of its second stage, and after its first one."""
-    devices(count)
+@pytest.mark.parametrize(("name", "shards"), [*((name, 1) for name in SETTINGS), ("ewc", 8)])
+def test_a_run_with_a_method_resumes_to_the_same_bits(name, shards, tmp_path, monkeypatch):
+    """A kill leaves what was on the disk between the stages, or in the middle of the second one."""
     objective = "grpo" if (name, "sft") in REFUSED else "sft"
-    families = ("facts", "arithmetic")
-    c = run_helpers.config(
-        objective,
-        method=SETTINGS[name],
-        tasks={family: dict(task="synthetic", family=family) for family in families},
-        stages=tuple({"task": family, "steps": 2} for family in families),
-        eval=dict(before=False, tasks="facts", limit=2),
-        checkpoint=dict(every=1),
-    )
-    monkeypatch.setitem(PRESETS, "tiny", stage_fixtures.SMALL)
-    driver.run(c, tmp_path / "whole")
+    c = config(objective, SETTINGS[name], mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10))
+    c.train.batch = max(c.train.batch, shards)
     after_step = StageCallbacks.after_step
-    for stop_at in ((1, 2), (2, 1)):
 
-        def stopped(self, state, progress, *more, stop_at=stop_at):
-            go_on = after_step(self, state, progress, *more)
-            if (self.stage.number, progress.step) == stop_at:
-                self.run.files.checkpoints.wait()
-                raise Preempted
-            return go_on
+    def copy_workdir(run, where):
+        run.files.checkpoints.wait()
+        shutil.copytree(run.files.workdir, tmp_path / where)
 
-        monkeypatch.setattr(StageCallbacks, "after_step", stopped)
-        with pytest.raises(Preempted):
-            driver.run(c, tmp_path / "cut")
-    monkeypatch.setattr(StageCallbacks, "after_step", after_step)
-    driver.run(c, tmp_path / "cut")
-    states = (run_helpers.run_state(tmp_path / name) for name in ("whole", "cut"))
-    run_helpers.assert_same(*states)
+    def copying(self, state, progress, *more):
+        go_on = after_step(self, state, progress, *more)
+        if (self.stage.number, progress.step) == (2, 1):
+            copy_workdir(self.run, "inside")
+        return go_on
+
+    with stage_fixtures.open_tiny_run(c, tmp_path / "whole", saved=True) as (run, model_state):
+        model_state = train_stage.train_stage(run, run.stages[0], model_state)
+        copy_workdir(run, "between")
+        with monkeypatch.context() as patched:
+            patched.setattr(StageCallbacks, "after_step", copying)
+            model_state = train_stage.train_stage(run, run.stages[1], model_state)
+        run.files.checkpoints.wait()
+        whole = jax.device_get((model_state.params, model_state.kept))
+    for where, stage in (("between", 1), ("inside", 2)):
+        with stage_fixtures.open_tiny_run(c, tmp_path / where, saved=True) as (run, _):
+            point, model_state = resume.resume_run(run)
+            assert (point.stage, point.unfinished is None) == (stage, where == "between")
+            end = train_stage.train_stage(run, run.stages[1], model_state, point.unfinished)
+            run.files.checkpoints.wait()
+            again = jax.device_get((end.params, end.kept))
+            jax.tree.map(np.testing.assert_array_equal, again, whole)
