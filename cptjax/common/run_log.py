@@ -53,6 +53,7 @@ NEEDED_FILES = ("metrics.jsonl", "evals.csv")
 
 Positions = Mapping[str, Mapping[str, Any]]  # file -> {"bytes", "sha256"}, see LineFile.position
 
+ARRAY_BYTES, DEVICE_BYTES = "perf/array_bytes", "perf/device_bytes"
 # The cost since the previous line of metrics.jsonl: seconds, generated tokens, trained tokens
 # (without padding), responses, floating-point operations.
 COST_KEYS = ("seconds", "tokens", "trained", "rollouts", "flops")
@@ -209,7 +210,12 @@ def data_wait_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def summarise_cost(lines: Sequence[Mapping[str, Any]], workdir: Path | str) -> dict[str, Any]:
-    """Sum the cost in lines of metrics.jsonl by stage and kind of work; add the workdir's size."""
+    """Sum the cost in lines of metrics.jsonl by stage and kind of work; add sizes.
+
+    bytes, checkpoint_bytes: on the disk
+    kept_bytes: the most that the continual-learning methods kept after a stage, over all devices
+    array_bytes, device_bytes: the largest `perf/array_bytes` and `perf/device_bytes` of a step
+    """
     spent: dict[tuple[int, str], dict[str, float]] = {}
     for line in lines:
         part = (line["stage"], line.get("event") or "train")
@@ -227,9 +233,25 @@ def summarise_cost(lines: Sequence[Mapping[str, Any]], workdir: Path | str) -> d
         "waiting_for_data": data_wait_share(lines),
         "bytes": folder_bytes(workdir),
         "checkpoint_bytes": folder_bytes(Path(workdir) / "checkpoints"),
+        "kept_bytes": most_kept_bytes(lines),
+        **{
+            name: max((line[key] for line in lines if key in line), default=None)
+            for name, key in (("array_bytes", ARRAY_BYTES), ("device_bytes", DEVICE_BYTES))
+        },
         "works": works,
         "parts": parts,
     }
+
+
+def most_kept_bytes(lines: Sequence[Mapping[str, Any]]) -> int:
+    """Return the most bytes that continual-learning methods kept after a stage."""
+    kept: dict[str, int] = {}  # by method; what it keeps stays until it is replaced
+    most = 0
+    for line in lines:
+        if line.get("event") == "stage_end":
+            kept[line["method"]] = line["kept_bytes"]
+            most = max(most, sum(kept.values()))
+    return most
 
 
 def _total_cost(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ RL             next_step_batch -> sample_rollouts -> rollout_step_batch (`rollou
 """
 
 import concurrent.futures
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cptjax.common import console, distributed
+from cptjax.common import console, distributed, run_log
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
 from cptjax.data.cost import WorkCost
@@ -100,6 +101,8 @@ def train_loop(
                     "seconds/update": ended - updating,
                 }
             )
+            if progress.step == ctx.steps:
+                metrics |= memory_metrics()
             if not on_step(state, progress, metrics, batch.rollout_rows):
                 break
     finally:
@@ -183,6 +186,24 @@ def cost_metrics(cost: WorkCost, seconds: float) -> dict[str, float]:
         "perf/tokens_per_second": total.seen / seconds,
         "perf/flops_per_second": total.flops / seconds,
     }
+
+
+def memory_metrics() -> dict[str, float]:
+    """Return the bytes on the fullest device of this process.
+
+    perf/array_bytes: of the arrays that exist between two steps
+    perf/device_bytes: the peak since the start of the process, where the device reports it
+    """
+    sizes: dict[jax.Device, int] = dict.fromkeys(jax.local_devices(), 0)
+    for x in jax.live_arrays():
+        if not x.is_deleted():
+            size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for device in x.sharding.addressable_devices:
+                sizes[device] += size
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    reported = {run_log.DEVICE_BYTES: float(max(peaks))} if peaks else {}
+    return {run_log.ARRAY_BYTES: float(max(sizes.values()))} | reported
 
 
 def warn_of_mismatch(metrics: dict[str, float], stage: Stage) -> None:

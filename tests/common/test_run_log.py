@@ -160,3 +160,13 @@ def test_cost_adds_up_by_stage_and_kind_of_work(tmp_path):
         ("train", 5.0),
         ("train", 4.0),
     ]
+
+
+def test_what_methods_keep_counts_until_they_replace_it():
+    """After stage 2, a keeps 30 bytes and b 5; after stage 3, a keeps 10."""
+    ended = [(1, "a", 20), (2, "a", 30), (2, "b", 5), (3, "a", 10)]
+    lines = [
+        {"stage": s, "step": 1, "event": "stage_end", "method": m, "kept_bytes": n}
+        for s, m, n in ended
+    ]
+    assert run_log.most_kept_bytes(lines) == 35 and run_log.most_kept_bytes([]) == 0

@@ -6,6 +6,7 @@ import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
+from cptjax.common import run_log
 from cptjax.common.shuffle import permutation
 from cptjax.continual.stage_end import run_gradient_pass
 from cptjax.data.device_batches import conversation_batch
@@ -60,3 +61,7 @@ def test_fisher_is_the_mean_of_single_squares_and_holds_the_next_stage(tmp_path)
     ended = [line for line in lines if line.get("event") == "stage_end"]
     parameters = sum(x.size for x in jax.tree.leaves(fisher))
     assert [line["kept_bytes"] for line in ended] == [4 * parameters] * 2
+    cost = run_log.summarise_cost(lines, tmp_path / "run")
+    assert cost["kept_bytes"] == 4 * parameters and cost["works"]["stage_end"]["flops"] > 0
+    # In stage 2: weights, two moments, the weights at the stage's start, the importance.
+    assert cost["array_bytes"] > 5 * 4 * parameters
