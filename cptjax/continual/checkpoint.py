@@ -19,6 +19,7 @@ import logging
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,16 @@ def _keep_log_record(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_keep_log_record)
 
 
+def _hide_unfinished_reads(event: Any, hook: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """Print no traceback of the reads that Orbax leaves unfinished where another one failed."""
+    code = getattr(event.object, "cr_code", None)
+    if code is None or "orbax" not in code.co_filename:
+        hook(event)
+
+
+sys.unraisablehook = _hide_unfinished_reads
+
+
 class RunRefused(ValueError):
     """A workdir or an intact checkpoint that must not be used, such as one of another config."""
 
@@ -64,7 +75,11 @@ class StateLost(ValueError):
 
 
 class CheckpointDamaged(ValueError):
-    """A checkpoint whose files are missing, truncated or corrupt."""
+    """A checkpoint whose files are missing, truncated or corrupt; `reason` does not name it."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(f"{folder} is damaged: {reason}; bring back a copy of it")
+        self.reason = reason
 
 
 class Checkpoints:
@@ -185,7 +200,8 @@ class Checkpoints:
         """Load the JSON record of a checkpoint."""
         record = self._read(kind, stage, step, {"progress": ocp.args.JsonRestore()})["progress"]
         if not is_unverified(record) and not files.has_valid_hash(record):
-            raise CheckpointDamaged("its record does not match its hash")
+            place = self.path(kind, stage, step)
+            raise CheckpointDamaged(place, "its record does not match its hash")
         return record
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +218,7 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in as_saved.items()}
         trees = self._read(kind, stage, step, args)
         if not is_unverified(record):
-            _refuse_changed_arrays(trees, record["trees"])
+            _refuse_changed_arrays(trees, record["trees"], self.path(kind, stage, step))
         return {name: jax.tree.map(_cast_like, trees[name], like[name]) for name in like}
 
     def _read(self, kind: str, stage: int, step: int, args: dict[str, Any]) -> dict[str, Any]:
@@ -213,9 +229,9 @@ class Checkpoints:
                 number = stage * STEPS_PER_STAGE + step
                 return dict(manager.restore(number, args=ocp.args.Composite(**args)).items())
             except Exception as error:
-                problem = _refuse_other_errors(error)
+                problem = _refuse_other_errors(error, place)
                 if pause is None and isinstance(problem, FileNotFoundError):
-                    raise CheckpointDamaged(f"a file is missing: {problem}") from error
+                    raise CheckpointDamaged(place, f"a file is missing: {problem}") from error
                 if pause is None:
                     raise OSError(
                         f"{place} cannot be read ({problem}); nothing was changed: run the same "
@@ -258,7 +274,7 @@ class Checkpoints:
             try:
                 result = read(kind, stage, step)
             except CheckpointDamaged as error:
-                problem = ("damaged", str(error))
+                problem = ("damaged", error.reason)
             except OSError as error:  # the other processes must not wait for this one
                 problem = ("unreadable", str(error))
             problems = [p for p in distributed.gather_objects(problem) if p[0]]
@@ -378,13 +394,16 @@ def _cast_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
-def _refuse_changed_arrays(trees: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def _refuse_changed_arrays(
+    trees: Mapping[str, Any], saved: Mapping[str, Any], folder: Path
+) -> None:
     """Raise CheckpointDamaged if a restored array does not match its checksum."""
     for name, tree in trees.items():
         sums = {path: array["checksum"] for path, array in saved[name].items()}
         if changed := checksums.changed_arrays(tree, sums):
             raise CheckpointDamaged(
-                f"{name}{changed[0]} does not match its checksum ({len(changed)} arrays differ)"
+                folder,
+                f"{name}{changed[0]} does not match its checksum ({len(changed)} arrays differ)",
             )
 
 
@@ -410,21 +429,30 @@ def refuse_other_shapes(
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def _refuse_other_errors(error: Exception) -> OSError:
+def _refuse_other_errors(error: Exception, folder: Path) -> OSError:
     """Return an error of the disk or the network; raise CheckpointDamaged for a damaged file.
 
-    Lack of memory and of permission, and errors of the program, are raised unchanged.
+    Lack of memory and of permission, and errors of the program, are raised unchanged. Orbax raises
+    errors of the array store from errors of its own, which do not say what happened.
     """
-    text = str(error)
-    unrelated = isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError))
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    text = "\n".join(map(str, causes))
+    reason = _first_line(causes[-1]).replace(f"{folder}/", "")[:300]
+
+    def is_any(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    unrelated = is_any(MemoryError, PermissionError, jax.errors.JaxRuntimeError)
     if unrelated or any(word in text for word in OTHER_ERRORS):
         raise error
-    if isinstance(error, FileNotFoundError) or any(word in text for word in MISSING_WORDS):
-        return FileNotFoundError(_first_line(error)[:300])
-    if isinstance(error, OSError) or any(word in text for word in STORAGE_ERRORS):
-        return OSError(_first_line(error)[:300])
+    if is_any(FileNotFoundError) or any(word in text for word in MISSING_WORDS):
+        return FileNotFoundError(reason)
+    if is_any(OSError) or any(word in text for word in STORAGE_ERRORS):
+        return OSError(reason)
     # A damaged file causes errors of JSON, of the array store or of Orbax's own records.
-    raise CheckpointDamaged(_first_line(error)) from error
+    raise CheckpointDamaged(folder, reason) from error
 
 
 def _first_line(error: BaseException) -> str:

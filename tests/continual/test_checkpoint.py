@@ -1,5 +1,6 @@
 """Checkpoints are restored bit for bit on any mesh, and a damaged one is skipped and set aside."""
 
+import gc
 import random
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import serialization
 
 from cptjax import sharding
 from cptjax.continual import checkpoint
@@ -197,6 +199,30 @@ def test_a_read_error_is_tried_again_and_then_stops_the_run(saved, monkeypatch, 
         "steps/2000000002: [Errno 5] Input/output error; reading again" in capsys.readouterr().err
     )
     assert len(saved.found()) == 4 and not (saved.folder / "damaged").exists()
+
+
+def test_an_array_that_cannot_be_read_is_told_from_one_that_is_gone(saved, monkeypatch, capsys):
+    """Orbax says only which part of an array it read; the array store says why that failed."""
+    folder = saved.path("stages", 1, 5)
+    arrays = folder / "params" / "d"
+    arrays.rename(folder / "elsewhere")
+    with pytest.raises(
+        CheckpointDamaged,
+        match=f'{folder} is damaged: a file is missing: .*"params/d/.*; bring back',
+    ):
+        saved.restore("stages", 1, 5, {"params": like(tree())})
+    (folder / "elsewhere").rename(arrays)
+
+    async def fail(**_):
+        raise ValueError("INTERNAL: Error reading local file: OS error 5: EIO Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(serialization, "_read_shard", fail)
+        with pytest.raises(OSError, match=f"{folder} cannot be read .*EIO Input/output error"):
+            saved.restore("stages", 1, 5, {"params": like(tree())})
+    assert equal(saved.restore("stages", 1, 5, {"params": like(tree())})["params"], tree(15))
+    gc.collect()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(tmp_path, monkeypatch, capsys):
