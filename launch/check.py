@@ -1,8 +1,8 @@
-"""Check a config before using an accelerator: rows, prompt lengths, padding and memory.
+"""Check a config before using an accelerator: rows, prompt lengths, padding, memory and disk.
 
 The exit code is 2 if a run would stop.
 
-python launch/check.py --config=configs/X.py[:arg] [--rows=N] [--config.data.prompt_limit=4096]
+python launch/check.py --config=configs/X.py[:arg] [--rows=N] [--workdir=DIR] [--config.a.b=v]
 """
 
 import os
@@ -15,6 +15,7 @@ from cptjax.common import cli, config_flag, console
 
 CONFIG = config_flag.define_config_flag()
 ROWS = flags.DEFINE_integer("rows", None, "Rows of each split, chosen by seed; default: all.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Compare the disk use with the free space of DIR.")
 PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 
 
@@ -27,7 +28,7 @@ def main() -> None:
         )
     from cptjax.planning import check
 
-    reports = check.run_preflight(CONFIG.value, ROWS.value)
+    reports = check.run_preflight(CONFIG.value, ROWS.value, WORKDIR.value)
     print(f"ok: {sum(len(r.rows) for r in reports)} rows of {len(reports)} splits")
 
 

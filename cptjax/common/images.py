@@ -35,6 +35,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DEFAULT_MIN_PIXELS = 56 * 56  # as in transformers, like the next two
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
+THUMBNAIL_SIDE = 160  # pixels
 
 # PIL.Image | path | bytes | uint8 array [height width 3] | {"bytes", "path"} of `datasets`
 ImageSource = Any
@@ -246,7 +247,7 @@ def image_size(source: Any) -> tuple[int, int]:
     return image.size[::-1] if rotated else image.size
 
 
-def thumbnail_uri(source: ImageSource, side: int = 160) -> str:
+def thumbnail_uri(source: ImageSource, side: int = THUMBNAIL_SIDE) -> str:
     """Return a data URI of an image, shrunk to at most `side` pixels on each side."""
     image = open_image(source)
     image.thumbnail((side, side))

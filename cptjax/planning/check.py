@@ -1,21 +1,23 @@
-"""Check a config before any accelerator is used: its rows, prompt lengths, padding and memory."""
+"""Check a config before any accelerator is used: rows, prompt lengths, padding, memory, disk."""
 
 import dataclasses
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import console
-from cptjax.config import Stage, all_runs, resolve_stages
-from cptjax.continual import driver
+from cptjax.config import Stage, all_runs, prestage_runs, resolve_stages
+from cptjax.continual import driver, stage_evaluation
 from cptjax.data import collate, row_checks
 from cptjax.data.data_config import DataConfig
 from cptjax.data.mixture import Mixture
 from cptjax.data.row_checks import SplitReport
 from cptjax.models import load
 from cptjax.models.config import ModelConfig
-from cptjax.planning import memory
+from cptjax.planning import disk, memory
 from cptjax.tasks.scoring import sandbox
 from cptjax.training.build import stage_mixture
 from cptjax.training.programs import abstract_stage
@@ -41,10 +43,13 @@ class Padding:
         return 1 - self.tokens / self.slots
 
 
-def run_preflight(config: ConfigDict, rows: int | None = None) -> list[SplitReport]:
+def run_preflight(
+    config: ConfigDict, rows: int | None = None, workdir: str = ""
+) -> list[SplitReport]:
     """Check every run of a config, and print the results.
 
-    Raise a ValueError if a split has more bad rows than allowed.
+    Raise a ValueError if a split has more bad rows than allowed, or if the checkpoints do not fit
+    on the disk of `workdir`.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: expected a number of rows of at least 1")
@@ -57,6 +62,7 @@ def run_preflight(config: ConfigDict, rows: int | None = None) -> list[SplitRepo
             keys = [row_checks.split_key(single, spec) for spec in splits]
             show_stage(name, single, stage, [reports[key] for key in keys])
     refuse_bad_rows(list(reports.values()))
+    show_disk(runs, reports, set(prestage_runs(config)), workdir)
     return list(reports.values())
 
 
@@ -176,7 +182,7 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
     if not all(read):
         return
     sizes = [report.total - len(report.bad) for report in reports]
-    steps = stage.steps or stage_mixture(stage, sizes, config.seed).steps(stage.epochs)
+    steps = count_steps(config, stage, reports)
     own_rows = sum(sizes[: len(stage.tasks)])
     length = f"{steps} steps"
     if stage.epochs and c.method.epoch_unit == "responses":
@@ -200,6 +206,67 @@ def show_stage(name: str, config: ConfigDict, stage: Stage, reports: Sequence[Sp
     console.print_table("batches by row length", ("row length", "batches", "padding"), lines)
     longest = max(p.length for p in padding)
     show_memory(c, longest, max(row.patches for report in reports for row in report.rows))
+
+
+def count_steps(config: ConfigDict, stage: Stage, reports: Sequence[SplitReport]) -> int:
+    """Return the steps of a stage; `reports` are those of its training splits."""
+    sizes = [report.total - len(report.bad) for report in reports]
+    return stage.steps or stage_mixture(stage, sizes, config.seed).steps(stage.epochs)
+
+
+def show_disk(
+    runs: Sequence[tuple[str, ConfigDict, list[Stage]]],
+    reports: Mapping[tuple, SplitReport],
+    prestages: set[str],
+    workdir: str,
+) -> None:
+    """Print what all runs together need on disk, and refuse a disk without space for checkpoints.
+
+    Files of several runs lie in one workdir.
+    """
+    sizes = []
+    for name, config, stages in runs:
+        steps = [
+            count_steps(config, stage, [reports[row_checks.split_key(config, s)] for s in splits])
+            for stage in stages
+            for splits in [row_checks.training_splits(stage, stages)]
+        ]
+        test_rows = count_test_rows(config, stages, reports)
+        sizes.append(disk.disk_bytes(config, stages, steps, test_rows))
+        if name in prestages:
+            sizes[-1]["models of pre-stages"] = disk.exported_model_bytes(config)
+    total = disk.add_runs(sizes, runs[0][1].checkpoint.keep)
+    whole = sum(total.values())
+    unit, scale = ("GB", 1e9) if whole > 1e9 else ("MB", 1e6)
+    lines = [(name, f"{size / scale:.2f}") for name, size in {**total, "all": whole}.items()]
+    console.print_table("expected disk of the workdir", ("files", unit), lines)
+    if not workdir:
+        return
+    folder = Path(workdir).absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    checkpoints = total[disk.STAGE_ENDS] + total[disk.STAGE_STEPS]
+    text = f"--workdir={workdir}: its disk has {free / scale:.2f} {unit} free"
+    if free < checkpoints:
+        raise ValueError(
+            f"{text}, the checkpoints need {checkpoints / scale:.2f} {unit}; free some, lower "
+            "checkpoint.keep, or use another disk"
+        )
+    if free < whole:
+        console.print_warning(f"{text}, the run may need up to {whole / scale:.2f} {unit}")
+
+
+def count_test_rows(
+    config: ConfigDict, stages: list[Stage], reports: Mapping[tuple, SplitReport]
+) -> int:
+    """Return the number of rows of one evaluation of all tasks."""
+    tasks = {task for part in stage_evaluation.tasks_to_evaluate(config, stages) for task in part}
+    rows = {  # by task, whatever its templates
+        report.spec.task: report.total - len(report.bad)
+        for spec in row_checks.run_splits(config, stages)
+        for report in [reports[row_checks.split_key(config, spec)]]
+        if spec.split == "test"
+    }
+    return sum(rows[task] for task in tasks)
 
 
 def show_memory(config: ConfigDict, prompt: int, patches: int) -> None:

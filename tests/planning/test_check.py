@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import run_helpers
 from PIL import Image
 
 from configs.base import METHODS
@@ -354,6 +356,27 @@ def test_memory_is_shown_for_devices_that_divide_a_micro_batch():
         check.memory_by_device_count(c, PRESETS["tiny"], 64, 96)
 
 
+def test_a_disk_without_space_for_the_checkpoints_is_refused(tmp_path, monkeypatch, capsys):
+    console.set_console_mode("plain")
+    c = run_helpers.config("grpo")
+    free = lambda size: monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, {tmp_path: size}[path])
+    )
+    workdir = str(tmp_path / "not" / "there")
+    free(10**9)
+    check.run_preflight(c, workdir=workdir)
+    assert "warning" not in capsys.readouterr().err
+    free(12_000_000)
+    check.run_preflight(c, workdir=workdir)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "12.00 MB free, the run may need up to" in said
+    free(1000)
+    with pytest.raises(
+        ValueError, match="not/there: its disk has 0.00 MB free, the checkpoints need"
+    ):
+        check.run_preflight(c, workdir=workdir)
+
+
 def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):
     write(tmp_path, [row(), row(images=["none.png"])])
     (tmp_path / "c.py").write_text(
@@ -374,6 +397,8 @@ def test_launcher_prints_the_check_and_leaves_with_two_on_errors(tmp_path):
         "stage 1 synthetic_colour (grpo): 5 rows, batch 128, 1 steps",
         "batches by row length",
         "expected GB per device, by arithmetic",
+        "expected disk of the workdir",
+        "ends of stages",
     )
     for part in parts:
         assert part in good.stderr
