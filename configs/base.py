@@ -127,6 +127,13 @@ def get_config() -> ConfigDict:
             damping=optional(float),  # si: what the squared change is increased by, > 0
             share=optional(float),  # cpo: of each tensor that a stage protects, in (0, 1]
         ),
+        # none | gpm: remove from gradients, and from the changes of weights, directions of earlier
+        # stages, at most `rank` for each of the weights named by `layers`, with a share `energy`
+        # of the squared gradients of `samples` rows
+        gradient=dict(name="none", rank=optional(int), energy=optional(float),
+                      samples=optional(int), layers=optional(tuple)),
+        # none | merge_lora | o_lora: new adapters in each stage, with model.lora
+        parameters=dict(name="none", coef=optional(float)),
         # none | wise_ft: average with the weight of the stage's start, in (0, 1)
         # | task_arithmetic | ties | dare | max_merge: base model + weight * a mixture of the
         # changes of all stages; ties and dare use a share of them, `density`

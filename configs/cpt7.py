@@ -21,6 +21,7 @@ optionally `paper` or `official` and a corpus, in any order:
                                             on correct responses
     replay ewc online_ewc si mas cpo        SFT with a continual-learning method
     l2 lwf wise
+    olora merged_lora gpm                   lora_sft with one
     prompt_replay grpo_ewc grpo_cpo         GRPO with one
     3b 7b tiny                              the model, of the family Qwen2.5-VL
     qwen3vl2b qwen3vl4b qwen3vl8b           or Qwen3-VL, also qwen3vl32b
@@ -92,8 +93,8 @@ def sft(c, name="sft", label="", lr=1e-5, template="direct", **changes):
     c.rollout.gather = True  # for the evaluations
 
 
-def _lora(c):
-    sft(c, label="lora sft", lr=1e-4)
+def _lora(c, label="lora sft", **changes):
+    sft(c, label=label, lr=1e-4, **changes)
     c.model.lora.update(rank=128, alpha=256.0)  # adapters are scaled by alpha / rank = 2
 
 
@@ -181,6 +182,9 @@ ARMS = {
     "l2": _arm(sft, label="sft + l2", penalty=dict(name="l2", coef=0.01)),
     "lwf": _arm(sft, label="sft + kl to previous", loss=dict(name="lwf", coef=0.1)),
     "wise": _arm(sft, label="sft + averaging", stage_end=dict(name="wise_ft", weight=0.5)),
+    "olora": _arm(_lora, label="o-lora", parameters=dict(name="o_lora")),
+    "merged_lora": _arm(_lora, label="merged lora", parameters=dict(name="merge_lora")),
+    "gpm": _arm(_lora, label="lora + gpm", gradient=dict(name="gpm")),
     "prompt_replay": _arm(
         rl, label="grpo + prompt replay", replay=dict(name="prompts", fraction=0.1)
     ),

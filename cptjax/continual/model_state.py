@@ -1,16 +1,25 @@
 """The model between two stages, and how the weights of a stage are restored."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cptjax.common import console
+from cptjax.config import Stage, resolve_stages
 from cptjax.continual.checkpoint import Checkpoints, abstract_tree
 from cptjax.data.model_context import ModelContext
 from cptjax.models import load, trainable
+from cptjax.training.algorithms.continual_learning.hooks import (
+    ContinualMethod,
+    KeptLayout,
+    overrides_hook,
+)
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.types import Params
 
 
@@ -57,6 +66,38 @@ def restore_stage_params(
             "got one without"
         )
     trained, frozen = split_trained(config, params)
-    step = checkpoints.stage_end(stage)
-    restored = checkpoints.restore("stages", stage, step, {"params": abstract_tree(trained)})
+    step, ended = checkpoints.stage_end(stage), resolve_stages(config)[:stage]
+    like = {"params": abstract_tree(trained)}
+    if frozen_weights_methods(ended):
+        like["kept"] = kept_shapes(ended, trained, model_ctx.mesh)
+    restored = checkpoints.restore("stages", stage, step, like)
+    frozen = frozen_after(ended, frozen, restored.get("kept", {}))
     return trainable.join_params(restored["params"], frozen)
+
+
+# ---- what continual-learning methods keep --------------------------------------------------------
+
+
+def kept_shapes(ended: Sequence[Stage], trained: Params, mesh: Mesh) -> dict[str, Any]:
+    """Return the shapes of what continual-learning methods keep after these stages, by name."""
+    shapes = {}
+    for stage in ended:
+        layout = KeptLayout(abstract_tree(trained), mesh, stage.number)
+        for method in continual_methods(stage.config.method):
+            if (tree := method.kept_shapes(layout)) is not None:
+                shapes[method.name] = tree
+    return shapes
+
+
+def frozen_weights_methods(ended: Sequence[Stage]) -> dict[str, ContinualMethod]:
+    """Return the methods of these stages that change frozen parameters, by name."""
+    methods = (m for stage in ended for m in continual_methods(stage.config.method))
+    return {m.name: m for m in methods if overrides_hook(m, "frozen_weights")}
+
+
+def frozen_after(ended: Sequence[Stage], frozen: Params, kept: dict[str, Any]) -> Params:
+    """Return the frozen parameters after these stages, from those of the base model."""
+    for name, method in frozen_weights_methods(ended).items():
+        scale = load.lora_scale(ended[-1].config.model)
+        frozen = method.frozen_weights(frozen, kept[name], scale)
+    return frozen

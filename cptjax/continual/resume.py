@@ -18,24 +18,26 @@ that a killed run wrote after that are cut off. Nothing is cut or moved before a
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from cptjax.common import console, run_log
 from cptjax.config import Stage, config_fingerprint
 from cptjax.continual import progress, records
 from cptjax.continual.checkpoint import RunRefused, StateLost, abstract_tree
-from cptjax.continual.model_state import ModelState, restore_stage_params, split_trained
+from cptjax.continual.model_state import (
+    ModelState,
+    frozen_after,
+    kept_shapes,
+    restore_stage_params,
+    split_trained,
+)
 from cptjax.continual.open_run import Run
 from cptjax.data import model_context
 from cptjax.models import load, trainable
 from cptjax.training import build
-from cptjax.training.algorithms.continual_learning.hooks import KeptLayout
-from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_step import abstract_state
@@ -174,7 +176,8 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
 def restore_checkpoint(run: Run, base: Params, kind: str, number: int, step: int) -> Restored:
     """Load a checkpoint onto the mesh of this run.
 
-    Frozen leaves, which no checkpoint stores, are those of `base`.
+    Frozen leaves, which no checkpoint stores, follow from those of `base` and from what methods
+    kept.
     """
     workdir, record = run.files.workdir, run.files.checkpoints.progress(kind, number, step)
     if number > len(run.stages):
@@ -194,19 +197,24 @@ def restore_checkpoint(run: Run, base: Params, kind: str, number: int, step: int
     if kind == "steps":
         stage_progress = StageProgress(**record["progress"])
         unfinished = UnfinishedStage(trees["state"], stage_progress, trees.get("teacher"))
-    trained = trees["state"].params if unfinished else trees["params"]
-    params = trainable.join_params(trained, frozen)
-    model_state = ModelState(params, trees.get("opt_state"), trees.get("kept", {}))
+    trained, kept = trees["state"].params if unfinished else trees["params"], trees.get("kept", {})
+    frozen = frozen_after(ended_stages(run, kind, number), frozen, kept)
+    model_state = ModelState(trainable.join_params(trained, frozen), trees.get("opt_state"), kept)
     positions = {  # an older version stored only the length
         name: p if isinstance(p, dict) else {"bytes": p} for name, p in record["positions"].items()
     }
     return Restored(ResumePoint(number, unfinished), model_state, positions, record["spent"])
 
 
+def ended_stages(run: Run, kind: str, number: int) -> list[Stage]:
+    """Return the stages whose end a checkpoint in or after stage `number` has."""
+    return run.stages[: number if kind == "stages" else number - 1]
+
+
 def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> dict[str, Any]:
     """Return the shapes, dtypes and shardings of a checkpoint's trees, which the config decides."""
     structure: dict[str, Any] = {}
-    ended = run.stages[: stage.number if kind == "stages" else stage.number - 1]
+    ended = ended_stages(run, kind, stage.number)
     if kept := kept_shapes(ended, trained, run.model_ctx.mesh):
         structure["kept"] = kept
     declared = load.declare_model_params(run.config.model, run.model_ctx.cfg)
@@ -225,17 +233,6 @@ def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> 
     if method_needs(stage.config.method).teacher == "follower":
         structure["teacher"] = abstract_float32(trained)
     return structure
-
-
-def kept_shapes(ended: Sequence[Stage], trained: Params, mesh: Mesh) -> dict[str, Any]:
-    """Return the shapes of what continual-learning methods keep after these stages, by name."""
-    shapes = {}
-    for stage in ended:
-        layout = KeptLayout(abstract_tree(trained), mesh, stage.number)
-        for method in continual_methods(stage.config.method):
-            if (tree := method.kept_shapes(layout)) is not None:
-                shapes[method.name] = tree
-    return shapes
 
 
 def abstract_float32(tree: Params) -> Params:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cptjax import sharding
 from cptjax.common import console
 from cptjax.common.program import Program
 from cptjax.common.shuffle import permutation
@@ -182,18 +183,17 @@ def stage_end_programs(stage: AbstractStage) -> list[Program]:
 def abstract_mean(gradient: Params, a_pass: GradientPass) -> Any:
     """Return the shapes of the mean of a pass.
 
-    An array of the shape of its parameter has the parameter's sharding.
+    An array of the shape of its parameter has the parameter's sharding; others are replicated.
     """
     transform = functools.partial(_transform_row, transform=a_pass.transform, processes=1)
     shapes = jax.eval_shape(transform, gradient)
+    mesh = jax.tree.leaves(gradient)[0].sharding.mesh
+    replicated = lambda x: sharding.abstract_array(x.shape, x.dtype, mesh)
     if jax.tree.structure(shapes) != jax.tree.structure(gradient):
-        return shapes
+        return jax.tree.map(replicated, shapes)
+    same = lambda x, g: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=g.sharding)
     return jax.tree.map(
-        lambda x, g: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=g.sharding if x.shape == g.shape else None
-        ),
-        shapes,
-        gradient,
+        lambda x, g: same(x, g) if x.shape == g.shape else replicated(x), shapes, gradient
     )
 
 

@@ -8,7 +8,13 @@ from cptjax.common import console
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage, replayed_tasks
 from cptjax.continual import offline_filter, resume
-from cptjax.continual.model_state import ModelState, split_trained
+from cptjax.continual.model_state import (
+    ModelState,
+    frozen_after,
+    frozen_weights_methods,
+    restore_stage_params,
+    split_trained,
+)
 from cptjax.continual.open_run import Run
 from cptjax.continual.reference_models import (
     hook_arrays,
@@ -167,4 +173,10 @@ def finish_stage(
             {name: tree for name, tree in trees.items() if tree is not None},
             resume.checkpoint_record(run),
         )
+    if frozen_weights_methods([stage]):
+        # Before new weights are made, since the memory may not hold three copies of them.
+        jax.tree.map(lambda x: x.delete(), frozen)
+        base = restore_stage_params(run.config, run.model_ctx, None, 0)
+        ended = run.stages[: stage.number]
+        frozen = frozen_after(ended, split_trained(run.config, base)[1], kept)
     return ModelState(trainable.join_params(trained, frozen), opt_state, kept)

@@ -1,4 +1,4 @@
-"""LoRA: declare low-rank adapters in a parameter tree, and merge them into their weights."""
+"""LoRA: declare low-rank adapters in a parameter tree, create them, merge them into weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from cptjax.models.layers import DECODER_LINEARS, zeros
-from cptjax.models.trainable import flatten_params, is_adapter, is_trained, unflatten_params
-from cptjax.sharding import Param
+from cptjax.models.trainable import (
+    flatten_params,
+    is_adapter,
+    is_trained,
+    split_params,
+    unflatten_params,
+)
+from cptjax.sharding import Initializer, Param
 from cptjax.types import Array, Params
 
 
@@ -51,11 +57,8 @@ def add_lora(
         if len(path) != 4 or path[-1] != "w" or path[2] not in names.get(path[0], ()):
             continue
         i = 1 + p.inputs  # the layer axis, then the inputs
-        fan_in = jax.nn.initializers.variance_scaling(
-            1 / 3, "fan_in", "uniform", in_axis=tuple(range(1, i)), out_axis=-1, batch_axis=0
-        )
         out[*path[:3], "lora_a"] = Param(
-            (*p.shape[:i], rank), (*p.axes[:i], "rank"), fan_in, p.inputs
+            (*p.shape[:i], rank), (*p.axes[:i], "rank"), adapter_init(i + 1), p.inputs
         )
         out[*path[:3], "lora_b"] = Param(
             (p.shape[0], rank, *p.shape[i:]), (p.axes[0], "rank", *p.axes[i:]), zeros, 1
@@ -63,15 +66,41 @@ def add_lora(
     return unflatten_params(out)
 
 
+def adapter_init(ndim: int) -> Initializer:
+    """Return the initializer of a `lora_a` with `ndim` axes: layer, inputs, rank."""
+    return jax.nn.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=tuple(range(1, ndim - 1)), out_axis=-1, batch_axis=0
+    )
+
+
+def new_adapters(like: Params, key: jax.Array) -> Params:
+    """Return new adapters, which have no effect, with the shapes and shardings of others."""
+
+    def make(key: jax.Array) -> Params:
+        out = {}
+        for i, (path, x) in enumerate(sorted(flatten_params(like).items())):
+            init = adapter_init(x.ndim) if path[-1] == "lora_a" else zeros
+            out[path] = init(jax.random.fold_in(key, i), x.shape, jnp.float32).astype(x.dtype)
+        return unflatten_params(out)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))(key)
+
+
 def merge_lora(params: Params, scale: float) -> Params:
     """Return the parameters with every adapter merged into its weight, in the weight's type."""
-    flat = flatten_params(params)
-    out = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    adapters, rest = split_params(params, is_adapter)
+    return merge_adapters(rest, adapters, scale)
+
+
+def merge_adapters(params: Params, adapters: Params, scale: float) -> Params:
+    """Return the parameters with `adapters` merged, in the types and shardings of the weights."""
+    flat, out = flatten_params(adapters), flatten_params(params)
     for path, a in flat.items():
         if path[-1] == "lora_a":
             module = path[:-1]
-            w, b = flat[*module, "w"], flat[*module, "lora_b"]
-            out[*module, "w"] = _merge_layers(w, a, b, scale)
+            w = out[*module, "w"]
+            merged = _merge_layers(w, a, flat[*module, "lora_b"], scale)
+            out[*module, "w"] = jax.device_put(merged, w.sharding)
     return unflatten_params(out)
 
 

@@ -299,6 +299,22 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
     )
 
 
+def test_adapters_and_directions_of_earlier_stages_stay_in_memory(mesh):
+    """In bytes a device: the adapters of all stages but the last, directions of half the inputs."""
+
+    def sizes(**method):
+        c = small("sft", method=METHODS["sft"] | method, model=dict(lora=dict(rank=4)))
+        c.stages *= 2
+        return resident_bytes(planned_stage(c, mesh))
+
+    adapters = sizes(parameters=dict(name="o_lora"))
+    assert adapters["continual learning"] == 3 * adapters["trained weights"] > 0
+    directions = sizes(gradient=dict(name="gpm", rank=3, layers=("q", "down")))
+    text = PRESETS["tiny"].text
+    numbers = 3 * (text.width // 4 + text.mlp // 2) + 2 * (2 + 2)  # of A on fsdp=4, model=2; of B
+    assert directions["continual learning"] == 4 * text.depth * numbers
+
+
 def test_the_memory_estimate_follows_rollout_dtype():
     c = small(model={"compute_dtype": "float32"})
     metrics = {}

@@ -13,6 +13,7 @@ from cptjax.continual import stage_end
 from cptjax.data import collate, device_batches, model_context
 from cptjax.training import programs, train_loop
 from cptjax.training.algorithms.continual_learning.ewc import EWC
+from cptjax.training.algorithms.continual_learning.gpm import GPM
 from cptjax.training.programs import abstract_stage, abstract_update_batch, training_programs
 from cptjax.training.stage_context import StageProgress
 
@@ -187,16 +188,20 @@ def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, na
         assert scored == sum(scores)
 
 
-def test_the_end_of_a_stage_with_ewc_runs_the_planned_programs(tmp_path, monkeypatch):
-    c = method_config("sft", method={"penalty": {"name": "ewc", "coef": 1.0, "samples": 2}})
+@pytest.mark.parametrize(
+    ("hook", "method"), [("penalty", EWC(1.0, samples=2)), ("gradient", GPM(rank=2, samples=2))]
+)
+def test_the_end_of_a_stage_runs_the_planned_programs(hook, method, tmp_path, monkeypatch):
+    settings = dict(dataclasses.asdict(method), name=method.name)
+    c = method_config("sft", method={hook: settings})
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         ctx, model_ctx = prepared.ctx, prepared.run.model_ctx
         stage = abstract_stage(ctx.config, model_ctx.cfg, model_ctx.mesh)
         planned = planned_programs(stage, stage_end.stage_end_programs(stage))
         use_largest_shapes(monkeypatch, stage)
         with compiled_programs() as run:
-            a_pass = EWC(1.0, samples=2).gradient_pass(c.train.chunk)
+            a_pass, trained = method.gradient_pass(c.train.chunk), prepared.state.params
             stage_end.run_gradient_pass(
-                prepared.run, ctx.stage, prepared.state.params, prepared.frozen, a_pass, "ewc"
+                prepared.run, ctx.stage, trained, prepared.frozen, a_pass, method.name
             )
         check_programs(run, planned)

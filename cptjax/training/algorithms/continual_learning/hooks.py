@@ -10,6 +10,7 @@
     project_change      after the optimizer                               gradient projection
     gradient_pass,      once, after the last step                         EWC, MAS, CPO, WiSE-FT
       stage_end
+    frozen_weights      after a stage, and where its model is restored    O-LoRA, merged LoRA
 
 Hooks of the step are pure functions of arrays, and are compiled into the step program. Hooks of the
 stage's end run in Python.
@@ -135,6 +136,13 @@ class ContinualMethod:
     def stage_end(self, end: StageEnd) -> tuple[Params, Any]:
         """Return the parameters that the stage ends with, and what the method keeps."""
         return end.trained, end.kept
+
+    def frozen_weights(self, frozen: Params, kept: Any, scale: float) -> Params:
+        """Return the frozen parameters after a stage, from those of the base model.
+
+        scale: the factor alpha / rank of adapters
+        """
+        return frozen
 
 
 Methods = tuple[ContinualMethod, ...]

@@ -16,11 +16,14 @@ from ml_collections import ConfigDict
 from cptjax.training.algorithms.continual_learning.cpo import CPO
 from cptjax.training.algorithms.continual_learning.dare import DARE
 from cptjax.training.algorithms.continual_learning.ewc import EWC
+from cptjax.training.algorithms.continual_learning.gpm import GPM
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
 from cptjax.training.algorithms.continual_learning.l2 import L2
 from cptjax.training.algorithms.continual_learning.lwf import LwF
 from cptjax.training.algorithms.continual_learning.mas import MAS
 from cptjax.training.algorithms.continual_learning.max_merge import MaxMerge
+from cptjax.training.algorithms.continual_learning.merged_lora import MergedLora
+from cptjax.training.algorithms.continual_learning.o_lora import OLoRA
 from cptjax.training.algorithms.continual_learning.online_ewc import OnlineEWC
 from cptjax.training.algorithms.continual_learning.replay import GoldReplay, PromptReplay
 from cptjax.training.algorithms.continual_learning.si import SI
@@ -34,6 +37,8 @@ CONTINUAL_METHODS: dict[str, tuple[type[ContinualMethod], ...]] = {
     "loss": (LwF,),
     "stage_end": (WiseFT, TaskArithmetic, TIES, DARE, MaxMerge),
     "penalty": (L2, EWC, OnlineEWC, SI, MAS, CPO),
+    "gradient": (GPM,),
+    "parameters": (MergedLora, OLoRA),
 }
 
 

@@ -30,7 +30,11 @@ SETTINGS = {
     "mas": dict(penalty=dict(name="mas", coef=10.0, samples=2)),
     "cpo": dict(penalty=dict(name="cpo", coef=1.0)),
     "l2": dict(penalty=dict(name="l2", coef=100.0)),
+    "gpm": dict(gradient=dict(name="gpm", rank=8, samples=2, layers=("q", "o", "down"))),
+    "merge_lora": dict(parameters=dict(name="merge_lora")),
+    "o_lora": dict(parameters=dict(name="o_lora", coef=10.0)),
 }
+ADAPTERS = ("merge_lora", "o_lora")  # methods that need them
 OBJECTIVES = ("sft", "grpo", "sdft")
 # Methods that make no sense under an objective, which a stage refuses.
 REFUSED = {("gold", "grpo"), ("gold", "sdft"), ("prompts", "sft"), ("lwf", "sdft")}
@@ -40,6 +44,12 @@ CASES = [
     for objective in OBJECTIVES
     if (name, objective) not in REFUSED
 ]
+
+
+def sections(name: str) -> dict:
+    """The changed sections of a config with a method."""
+    model = dict(lora=dict(rank=2)) if name in ADAPTERS else {}
+    return dict(method=SETTINGS.get(name, {}), model=model)
 
 
 def config(objective: str, method: dict, **sections):
@@ -66,8 +76,9 @@ def trained(c, folder) -> tuple[list[np.ndarray], list[dict]]:
 
 
 @functools.cache
-def without_method(objective: str, folder) -> list[np.ndarray]:
-    return trained(config(objective, {}), folder)[0]
+def without_method(objective: str, adapters: bool, folder) -> list[np.ndarray]:
+    model = sections(ADAPTERS[0])["model"] if adapters else {}
+    return trained(config(objective, {}, model=model), folder / str(adapters))[0]
 
 
 def test_every_method_of_the_table_is_in_this_file():
@@ -77,8 +88,9 @@ def test_every_method_of_the_table_is_in_this_file():
 
 @pytest.mark.parametrize(("name", "objective"), CASES)
 def test_a_method_has_an_effect_under_each_objective(name, objective, tmp_path, tmp_path_factory):
-    plain = without_method(objective, tmp_path_factory.getbasetemp() / f"plain-{objective}")
-    params, lines = trained(config(objective, SETTINGS[name]), tmp_path)
+    folder = tmp_path_factory.getbasetemp() / f"plain-{objective}"
+    plain = without_method(objective, name in ADAPTERS, folder)
+    params, lines = trained(config(objective, **sections(name)), tmp_path)
     steps = [line for line in lines if "event" not in line]
     assert all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in steps)
     assert all(np.isfinite(x).all() for x in params)
@@ -89,8 +101,8 @@ def test_a_method_has_an_effect_under_each_objective(name, objective, tmp_path, 
 def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path):
     objective = "grpo" if (name, "sft") in REFUSED else "sft"
     sizes = dict(data=2, fsdp=2, model=2)
-    one = trained(config(objective, SETTINGS[name]), tmp_path / "one")[0]
-    mesh = trained(config(objective, SETTINGS[name], mesh=sizes), tmp_path / "mesh")[0]
+    one = trained(config(objective, **sections(name)), tmp_path / "one")[0]
+    mesh = trained(config(objective, **sections(name), mesh=sizes), tmp_path / "mesh")[0]
     for a, b in zip(one, mesh, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -99,7 +111,9 @@ def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path):
 def test_a_run_with_a_method_resumes_to_the_same_bits(name, shards, tmp_path, monkeypatch):
     """A kill leaves what was on the disk between the stages, or in the middle of the second one."""
     objective = "grpo" if (name, "sft") in REFUSED else "sft"
-    c = config(objective, SETTINGS[name], mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10))
+    c = config(
+        objective, **sections(name), mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10)
+    )
     c.train.batch = max(c.train.batch, shards)
     after_step = StageCallbacks.after_step
 
