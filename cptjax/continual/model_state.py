@@ -68,10 +68,13 @@ def restore_stage_params(
     trained, frozen = split_trained(config, params)
     step, ended = checkpoints.stage_end(stage), resolve_stages(config)[:stage]
     like = {"params": abstract_tree(trained)}
-    if frozen_weights_methods(ended):
+    # Without kept arrays, the file of a method of the user's own is not needed.
+    saved = checkpoints.progress("stages", stage, step)["trees"]
+    if "kept" in saved and frozen_weights_methods(ended):
         like["kept"] = kept_shapes(ended, trained, model_ctx.mesh)
     restored = checkpoints.restore("stages", stage, step, like)
-    frozen = frozen_after(ended, frozen, restored.get("kept", {}))
+    if "kept" in restored:
+        frozen = frozen_after(ended, frozen, restored["kept"])
     return trainable.join_params(restored["params"], frozen)
 
 

@@ -311,7 +311,8 @@ def test_adapters_and_directions_of_earlier_stages_stay_in_memory(mesh):
     assert adapters["continual learning"] == 3 * adapters["trained weights"] > 0
     directions = sizes(gradient=dict(name="gpm", rank=3, layers=("q", "down")))
     text = PRESETS["tiny"].text
-    numbers = 3 * (text.width // 4 + text.mlp // 2) + 2 * (2 + 2)  # of A on fsdp=4, model=2; of B
+    of_a = 3 * (text.width // 4 + text.mlp // 2)  # on fsdp=4, model=2
+    numbers = of_a + 2 * (4 * 2)
     assert directions["continual learning"] == 4 * text.depth * numbers
 
 
