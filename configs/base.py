@@ -118,6 +118,12 @@ def get_config() -> ConfigDict:
         # cptjax/training/algorithms/continual_learning.
         # none | gold | prompts: rows of earlier stages, in a fraction of each batch
         replay=dict(name="none", fraction=optional(float)),
+        reward=dict(
+            name="none",  # none | rapo
+            weight=optional(float),  # of the reward for retention, > 0
+            alpha=optional(float),  # that reward is exp(-alpha * drift), > 0
+            decay=optional(float),  # of the average deviation of rewards, in [0, 1)
+        ),
         loss=dict(name="none", coef=optional(float)),  # none | lwf
         penalty=dict(
             name="none",  # none | l2 | ewc | online_ewc | si | mas | cpo

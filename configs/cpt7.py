@@ -22,7 +22,7 @@ optionally `paper` or `official` and a corpus, in any order:
     replay ewc online_ewc si mas cpo        SFT with a continual-learning method
     l2 lwf wise
     olora merged_lora gpm                   lora_sft with one
-    prompt_replay grpo_ewc grpo_cpo         GRPO with one
+    prompt_replay grpo_ewc grpo_cpo rapo    GRPO with one
     3b 7b tiny                              the model, of the family Qwen2.5-VL
     qwen3vl2b qwen3vl4b qwen3vl8b           or Qwen3-VL, also qwen3vl32b
     paper                                   the protocol of the released code, see below
@@ -188,6 +188,8 @@ ARMS = {
     "prompt_replay": _arm(
         rl, label="grpo + prompt replay", replay=dict(name="prompts", fraction=0.1)
     ),
+    # The defaults of rapo.py; rapo replaces the deviation by which GRPO divides.
+    "rapo": _arm(rl, label="rapo", advantage="dr_grpo", reward=dict(name="rapo")),
     "grpo_ewc": _arm(rl, label="grpo + ewc", penalty=EWC),
     "grpo_cpo": _arm(rl, label="grpo + cpo", penalty=CPO),
 }

@@ -127,6 +127,7 @@ def test_every_arm_of_the_papers_exists():
         "cpo",
         "grpo_ewc",
         "grpo_cpo",
+        "rapo",
         "l2",
         "lwf",
         "wise",

@@ -12,7 +12,11 @@ from cptjax.training import rollouts
 
 ARMS = {f"base:{name}": lambda name=name: plain(base.METHODS[name]) for name in base.METHODS}
 # Penalties run under every objective in test_every_method.py.
-CPT7 = [a for a in cpt7.ARMS if a not in ("online_ewc", "si", "mas", "cpo", "grpo_ewc", "grpo_cpo")]
+CPT7 = [
+    a
+    for a in cpt7.ARMS
+    if a not in ("online_ewc", "si", "mas", "cpo", "grpo_ewc", "grpo_cpo", "rapo")
+]
 ARMS |= {f"cpt7:{arm}": lambda arm=arm: cpt7.get_config(f"{arm},tiny") for arm in CPT7}
 ARMS |= {f"jigsaw:{arm}": lambda arm=arm: jigsaw.get_config(f"{arm},tiny") for arm in jigsaw.METHOD}
 ARMS |= {

@@ -40,6 +40,7 @@ from cptjax.training.algorithms.continual_learning.table import continual_method
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.programs import AbstractStage
+from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_step import ObjectiveFn, StepPrograms
 from cptjax.types import Params, TrainState
 
@@ -51,7 +52,7 @@ def end_methods(
     frozen: Params,
     start: Params | None,
     kept: dict[str, Any],
-    step: int,
+    progress: StageProgress,
 ) -> tuple[Params, dict[str, Any]]:
     """Run the end of each method of a stage; return the trained parameters and what is kept.
 
@@ -79,6 +80,7 @@ def end_methods(
             kept.get(method.name),
             mean,
             stage_params,
+            progress.carried.get(method.name),
         )
         with jax.set_mesh(run.model_ctx.mesh):
             trained, new = method.stage_end(end)
@@ -96,7 +98,7 @@ def end_methods(
                 **cost.logged(),
                 "seconds": time.perf_counter() - began,
             }
-            run.files.log.step(stage.number, step, metrics)
+            run.files.log.step(stage.number, progress.step, metrics)
     return trained, kept
 
 

@@ -28,7 +28,9 @@ from cptjax.continual.stage_end import end_methods
 from cptjax.data import prompts
 from cptjax.models import load, trainable
 from cptjax.training import build, self_training, train_loop
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.optimizers import Optimizer
+from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.train_step import StateShardings, init_state, make_step_programs
 from cptjax.types import Params, TrainState
@@ -51,7 +53,10 @@ def train_stage(
     if unfinished:
         progress, state = unfinished.progress, unfinished.state
     else:
-        progress, state = StageProgress(), init_stage(run, stage, opt, trained, model_state)
+        methods = continual_methods(c.method)
+        carried = {m.name: m.begin_rewards(model_state.kept.get(m.name)) for m in methods}
+        progress = StageProgress(carried={k: v for k, v in carried.items() if v is not None})
+        state = init_stage(run, stage, opt, trained, model_state)
     arrays = hook_arrays(run, stage, start, model_state.kept)
     steps = make_step_programs(
         model_ctx.cfg,
@@ -138,6 +143,7 @@ def make_stage_context(
         run.files.workdir,
         load_reference(run, stage, start),
         make_teacher(run, stage, prompted_tasks, params, start),
+        start if method_needs(c.method).drift and stage.number > 1 else None,
         corpus_tasks,
         run.stop_signals.agreed,
     )
@@ -160,7 +166,7 @@ def finish_stage(
     Return None if a signal stopped it.
     """
     try:
-        trained, kept = end_methods(run, stage, state, frozen, start, kept, progress.step)
+        trained, kept = end_methods(run, stage, state, frozen, start, kept, progress)
     except SamplingStopped:
         return None
     opt_state = state.opt_state if resume.keeps_optimizer(run, stage) else None

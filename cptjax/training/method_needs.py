@@ -19,6 +19,7 @@ class MethodNeeds:
     teacher: str
     demonstrations: bool  # the teacher's prompts show them
     kl_in_reward: bool
+    drift: bool  # of the policy from the stage's start, on the sampled responses
     policy_logps: bool  # of the policy before the updates of a step
     greedy_samples: bool  # one greedy response to each prompt
     # The settings of sampling that the offline filter changes; {} = it samples nothing.
@@ -42,10 +43,11 @@ def method_needs(method: Any) -> MethodNeeds:
         teacher = kinds.get(method.distill.teacher, "model")
     elif any(m.needs_teacher for m in methods):
         teacher = "start"
+    drift = any(m.needs_drift for m in methods)
     start = ""
     if any(m.needs_start for m in methods):
         start = "exact"
-    elif reference == "stage" or teacher == "start":
+    elif reference == "stage" or teacher == "start" or drift:
         start = "rounded"
     arrays = {
         "advantages": ("B", samples),
@@ -62,7 +64,8 @@ def method_needs(method: Any) -> MethodNeeds:
         teacher=teacher,
         demonstrations=method.objective == "distill" and teacher != "model",
         kl_in_reward=kl_in_reward,
-        policy_logps=several_updates or kl_in_reward,
+        drift=drift,
+        policy_logps=several_updates or kl_in_reward or drift,
         greedy_samples=samples and method.advantage == "remax",
         filter_sampling=_filter_sampling(dict(method.filter or {})),
         self_samples=method.self_samples if method.source == "self" else 0,

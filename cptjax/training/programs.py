@@ -353,6 +353,9 @@ def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
     if stage.reference is not None:
         args = (stage.reference, batch)
         programs.append(Program("reference log-probs", score, args, calls, useful))
+    if stage.needs.drift and stage.start is not stage.reference:
+        args = (stage.start, batch)
+        programs.append(Program("start log-probs", score, args, calls, useful))
     if stage.needs.policy_logps:
         programs.append(Program("own log-probs", score, (stage.params, batch), calls, useful))
     return programs

@@ -7,14 +7,15 @@ An online filter (DAPO) samples further prompts until enough groups have mixed r
 
 Prompts and images are collated and uploaded once, as the micro-batches of the updates; for the
 sampler they are joined on the device. The reference, the policy before the updates and the teacher
-score the micro-batches, and their results stay on the device; only a KL term in the reward
-transfers log-probabilities to the host.
+score the micro-batches, and their results stay on the device; only a KL term in the reward, or the
+drift in it, transfers log-probabilities to the host.
 """
 
 import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -32,6 +33,8 @@ from cptjax.models import flops
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.task import example_text
 from cptjax.training.algorithms import advantages, losses, prompt_filters
+from cptjax.training.algorithms.continual_learning.hooks import overrides_hook
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.step_batch import BatchBuilder, StepBatch, attach_arrays, iterate_updates
 from cptjax.types import Array, Batch, Params, Prompts
@@ -228,10 +231,15 @@ def rollout_step_batch(
     step: int,
     stage: int,
     teacher: Teacher | None = None,
+    start: Params | None = None,
+    carried: Mapping[str, Any] = MappingProxyType({}),
 ) -> StepBatch:
     """Build the updates on a batch of rollouts: rewards -> advantages -> micro-batches.
 
     A KL term in the reward does not change ReMax's baseline.
+
+    start: the model at the stage's start; None = no method needs the drift from it
+    carried: what continual-learning methods returned in the step before, by name
     """
     method, needs, layout = builder.method, builder.needs, builder.layout
     rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
@@ -244,6 +252,13 @@ def rollout_step_batch(
     old_logps = [builder.score(params, b) for b in batches] if needs.policy_logps else []
     if needs.kl_in_reward:
         shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
+    drift, start_logps = None, []
+    if start is not None:
+        if start is not reference:
+            start_logps = [builder.score(start, b) for b in batches]
+        drift = _drift(batches, old_logps, start_logps or ref_logps).reshape(shaped.shape)
+    shaped, new, more = _shape_by_methods(method, shaped, keep, drift, carried)
+    metrics |= more
     scores = {"ref_logps": ref_logps, "old_logps": old_logps}
     batches = attach_arrays(batches, **{k: v for k, v in scores.items() if k in needs.arrays})
 
@@ -264,7 +279,8 @@ def rollout_step_batch(
 
     metrics |= graded.seconds | {"seconds/score": time.perf_counter() - began}
     metrics |= rollout_metrics(graded, shaped, advantage)
-    forwards = bool(ref_logps) + bool(old_logps) + (3 * method.passes) + (teacher is not None)
+    scored = sum(map(bool, (ref_logps, old_logps, start_logps)))
+    forwards = scored + (3 * method.passes) + (teacher is not None)
     trained = sum(len(i.encoded) for i in graded.items) + int(
         (graded.samples.mask.astype(bool) & keep.reshape(-1, 1)).sum()
     )
@@ -272,7 +288,7 @@ def rollout_step_batch(
         flops=forwards * _forward_flops(builder, graded), trained=method.passes * trained
     )
     rows = rollout_rows(graded, advantage.reshape(-1), step, stage)
-    return StepBatch(updates, metrics, rows, graded.cost + cost)
+    return StepBatch(updates, metrics, rows, graded.cost + cost, carried=new)
 
 
 def _group_batches(
@@ -323,6 +339,44 @@ def _subtract_kl(
     total, count = np.sum(distributed.gather_objects((float(kl.sum()), kl.size)), 0)
     reduced = losses.subtract_kl(rewards.reshape(-1), logps, ref_logps, mask, builder.loss)
     return np.asarray(reduced).reshape(rewards.shape), float(total / max(count, 1))
+
+
+def _drift(
+    batches: Sequence[Batch], logps: Sequence[Array], start_logps: Sequence[Array]
+) -> np.ndarray:
+    """Return the mean of logps - start_logps over the tokens of each response [B]."""
+    fetch = lambda arrays: np.concatenate([sharding.local_rows(x) for x in arrays])
+    mask = fetch([b.mask for b in batches])
+    moved = np.where(mask, fetch(logps) - fetch(start_logps), 0)
+    return moved.sum(1) / np.maximum(mask.sum(1), 1)
+
+
+def _shape_by_methods(
+    method: Any,
+    rewards: np.ndarray,
+    keep: np.ndarray,
+    drift: np.ndarray | None,
+    carried: Mapping[str, Any],
+) -> tuple[np.ndarray, dict[str, Any], dict[str, float]]:
+    """Apply the continual-learning methods to the rewards [Q G] of this process.
+
+    Return the rewards, what the methods carry to the next step, and metrics.
+    """
+    methods = [m for m in continual_methods(method) if overrides_hook(m, "shape_rewards")]
+    if not methods:
+        return rewards, {}, {}
+    gathered = distributed.gather_objects((rewards, keep, drift))
+    everywhere, all_keep, all_drift = (
+        None if parts[0] is None else np.concatenate(parts) for parts in zip(*gathered, strict=True)
+    )
+    new = {}
+    for m in methods:
+        everywhere, new[m.name] = m.shape_rewards(
+            everywhere, all_keep, all_drift, carried.get(m.name)
+        )
+    metrics = {} if drift is None else {"drift": float(all_drift.mean())}
+    first = sum(len(parts[0]) for parts in gathered[: jax.process_index()])
+    return everywhere[first : first + len(rewards)], new, metrics
 
 
 def _batch_advantages(

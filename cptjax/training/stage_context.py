@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -26,6 +27,8 @@ class StageProgress:
     step: int = 0
     batches_taken: int = 0  # from the stream; an online filter takes several per step
     updates: int = 0  # of the optimizer
+    # What continual-learning methods carry from step to step, by name.
+    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -41,6 +44,7 @@ class StageContext:
     workdir: Path
     reference: Params | None  # of the KL term
     teacher: Teacher | None
+    start: Params | None = None  # the model at the stage's start, if the drift from it is needed
     # The tasks with method.corpus_template; None = the template of the gold answers.
     corpus_tasks: dict[str, PromptedTask] | None = None
     stopping: Callable[[], bool] = bool  # returns True if the run must end before long work

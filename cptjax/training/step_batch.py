@@ -36,6 +36,8 @@ class StepBatch:
     rollout_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     cost: WorkCost = WorkCost()
     batches_taken: int = 1  # from the stream
+    # What continual-learning methods carry to the next step, by name.
+    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,7 @@ def train_loop(
                 except SamplingStopped:
                     break
             progress.batches_taken += batch.batches_taken
+            progress.carried |= batch.carried
 
             updating = time.perf_counter()
             pending: list[dict[str, Any]] = []  # metrics on the device, fetched after dispatch
@@ -128,7 +129,15 @@ def next_step_batch(
         else:
             graded = rollouts.sample_rollouts(builder, params, next(stream), key, first)
         batch = rollouts.rollout_step_batch(
-            builder, params, graded, ctx.reference, step + 1, ctx.stage.number, ctx.teacher
+            builder,
+            params,
+            graded,
+            ctx.reference,
+            step + 1,
+            ctx.stage.number,
+            ctx.teacher,
+            ctx.start,
+            progress.carried,
         )
         batch.metrics |= filter_metrics
         batch.batches_taken = batches_taken

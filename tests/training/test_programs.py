@@ -141,6 +141,7 @@ CASES = {  # method, its changes, changes of train
     "cross-entropy with KL": ("sft", {"kl_coef": 0.1}, {}),
     "LwF": ("sft", {"loss": {"name": "lwf", "coef": 1.0}}, {"micro_batch": 2}),
     "L2": ("sft", {"penalty": {"name": "l2", "coef": 1.0}}, {}),
+    "drift in the reward": ("dr_grpo", {"reward": {"name": "rapo"}}, {}),
     "own responses": ("self_sft", {}, {}),
 }
 
@@ -148,8 +149,9 @@ CASES = {  # method, its changes, changes of train
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, name):
     method, changes, train = CASES[name]
-    c = method_config(method, method=changes, train=train)
-    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+    number = 2 if name == "drift in the reward" else 1  # the first stage has none
+    c = method_config(method, stages=number, method=changes, train=train)
+    with stage_fixtures.prepare_stage(c, tmp_path, number) as prepared:
         ctx = prepared.ctx
         stage = abstract_stage(ctx.config, ctx.builder.model_ctx.cfg, prepared.run.model_ctx.mesh)
         longest = 0

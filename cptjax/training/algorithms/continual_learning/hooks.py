@@ -2,6 +2,8 @@
 
     hook                called                                            used by
     replayed_share      when the order of a stage's rows is made          replay
+    begin_rewards,      on the rewards of the sampled responses           RaPO
+      shape_rewards
     token_loss          on the response tokens of each micro-batch        LwF
     penalty             on the trained parameters, once for each update   L2, EWC, SI, MAS, CPO
     begin_stage,        with the gradient and the parameters before and   SI
@@ -12,8 +14,8 @@
       stage_end
     frozen_weights      after a stage, and where its model is restored    O-LoRA, merged LoRA
 
-Hooks of the step are pure functions of arrays, and are compiled into the step program. Hooks of the
-stage's end run in Python.
+Hooks of the update are pure functions of arrays, and are compiled into its program. Hooks of the
+rewards and of the stage's end run in Python.
 
     trained     the trained parameters
     start       their values at the start of the stage, where `needs_start` is True
@@ -29,6 +31,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -71,6 +74,7 @@ class StageEnd:
     kept: Any  # what `stage_end` of an earlier stage returned
     mean: Params | None  # the result of `gradient_pass`
     stage_params: Callable[[int], Params]  # the trained parameters after stage k; 0 = base model
+    carried: Any = None  # what `shape_rewards` returned last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class ContinualMethod:
     name: ClassVar[str]  # in the settings of its hook and in reports
     needs_start: ClassVar[bool] = False  # keeps a copy of the parameters at the stage's start
     needs_teacher: ClassVar[bool] = False  # the model at the stage's start scores each batch
+    needs_drift: ClassVar[bool] = False  # it scores the sampled responses, after the first stage
 
     def check(self, config: ConfigDict) -> None:
         """Refuse settings of the method, or of the stage, that make no sense."""
@@ -90,6 +95,24 @@ class ContinualMethod:
     def replayed_share(self) -> float:
         """The share of a batch that is taken from the tasks of earlier stages."""
         return 0.0
+
+    def begin_rewards(self, kept: Any) -> Any:
+        """Return what the first `shape_rewards` of a stage gets as `carried`."""
+        return None
+
+    def shape_rewards(
+        self, rewards: np.ndarray, keep: np.ndarray, drift: np.ndarray | None, carried: Any
+    ) -> tuple[np.ndarray, Any]:
+        """Return the rewards [Q G] from which advantages are computed, and the next `carried`.
+
+        The arrays have the responses of all processes.
+
+        keep: [Q G] False for responses that are left out
+        drift: [Q G] log-probability under the policy minus that under the model at the stage's
+            start, the mean over the tokens; None without `needs_drift`, and in the first stage
+        carried: what JSON can store, since checkpoints inside a stage have it
+        """
+        return rewards, carried
 
     def token_loss(self, hidden: Array, unembed: Array, batch: Batch, chunk: int) -> Array | None:
         """Return a loss of each response token [B A], which is added to the objective.

@@ -25,6 +25,7 @@ from cptjax.training.algorithms.continual_learning.max_merge import MaxMerge
 from cptjax.training.algorithms.continual_learning.merged_lora import MergedLora
 from cptjax.training.algorithms.continual_learning.o_lora import OLoRA
 from cptjax.training.algorithms.continual_learning.online_ewc import OnlineEWC
+from cptjax.training.algorithms.continual_learning.rapo import RaPO
 from cptjax.training.algorithms.continual_learning.replay import GoldReplay, PromptReplay
 from cptjax.training.algorithms.continual_learning.si import SI
 from cptjax.training.algorithms.continual_learning.task_arithmetic import TaskArithmetic
@@ -34,6 +35,7 @@ from cptjax.training.algorithms.continual_learning.wise_ft import WiseFT
 # Entry in `config.method` -> its methods, in the order in which a step and a stage's end use them.
 CONTINUAL_METHODS: dict[str, tuple[type[ContinualMethod], ...]] = {
     "replay": (GoldReplay, PromptReplay),
+    "reward": (RaPO,),
     "loss": (LwF,),
     "stage_end": (WiseFT, TaskArithmetic, TIES, DARE, MaxMerge),
     "penalty": (L2, EWC, OnlineEWC, SI, MAS, CPO),

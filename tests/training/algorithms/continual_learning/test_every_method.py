@@ -29,6 +29,7 @@ SETTINGS = {
     "si": dict(penalty=dict(name="si", coef=1e4)),
     "mas": dict(penalty=dict(name="mas", coef=10.0, samples=2)),
     "cpo": dict(penalty=dict(name="cpo", coef=1.0)),
+    "rapo": dict(reward=dict(name="rapo"), advantage="dr_grpo"),
     "l2": dict(penalty=dict(name="l2", coef=100.0)),
     "gpm": dict(gradient=dict(name="gpm", rank=8, samples=2, layers=("q", "o", "down"))),
     "merge_lora": dict(parameters=dict(name="merge_lora")),
@@ -37,7 +38,10 @@ SETTINGS = {
 ADAPTERS = ("merge_lora", "o_lora")  # methods that need them
 OBJECTIVES = ("sft", "grpo", "sdft")
 # Methods that make no sense under an objective, which a stage refuses.
-REFUSED = {("gold", "grpo"), ("gold", "sdft"), ("prompts", "sft"), ("lwf", "sdft")}
+REFUSED = {
+    *(("gold", "grpo"), ("gold", "sdft"), ("prompts", "sft"), ("lwf", "sdft")),
+    *(("rapo", "sft"), ("rapo", "sdft")),
+}
 CASES = [
     (name, objective)
     for name in SETTINGS
