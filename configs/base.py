@@ -23,8 +23,19 @@ def get_config() -> ConfigDict:
     c.seeds = ()  # several seeds: one run each, in subfolders of the workdir; () = only `seed`
     c.orders = ()  # several task orders: each a tuple of stage indices; () = as listed
     c.arms = ConfigDict()  # name -> overrides: methods to compare, one subfolder each, one report
+    # Values of settings, each a tuple at the place of the setting, or named changes under a word of
+    # your own; every arm is repeated with each combination. ConfigDict(dict(train=dict(lr=(1e-6,
+    # 1e-5)))) gives NAME+lr=1e-06 and NAME+lr=1e-05; also --config.sweep.train.lr=1e-6,1e-5.
+    c.sweep = ConfigDict()
+    # Also train each stage after the first from the base model, in fresh/ of the run: the reference
+    # of the metric `plasticity`. An arm may set it.
+    c.fresh = False
     # Expected results, each dict(arm=, metric=, at_least= ...); see evaluation/report/expect.py.
     c.expect = ()
+    c.report = ConfigDict(dict(
+        baseline="",  # arm that the others are compared with, seed by seed; "" = the first
+        sort="",  # metric by which the arms are listed, the best first; "" = as in the config
+    ))  # fmt: skip
     c.prestage = ConfigDict()  # overrides of a run that first makes the base model; empty = none
     # Resume although the config, a data, reward or template file, or the model differs from that of
     # the run's start.

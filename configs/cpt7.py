@@ -10,7 +10,9 @@ optionally `paper` or `official` and a corpus, in any order:
     grpo rloo remax nokl nocot              the paper's RFT arms
     rif rif_zero rif_control                RIF-RFT without prompts that are never solved | that are
                                             never or always solved | without as many random ones
-    rif_unsolvable                          only with prompts that are never solved
+    rif_unsolvable                          only with prompts that are never solved; thresholds with
+                                            rif and --config.method.filter.name=window
+                                            --config.sweep.method.filter.lo=1,2,4
     self_sft iterative_sft                  SFT on own correct responses, sampled once | every 21
                                             steps (504 rows)
     traces rl_traces                        SFT on the correct responses of a larger model | of a

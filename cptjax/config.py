@@ -1,4 +1,4 @@
-"""Resolve a config into its runs (arms x seeds x orders) and their stages, and check its values."""
+"""Merge overrides into a config, resolve its stages, check its values, compare it with another."""
 
 import copy
 import dataclasses
@@ -13,13 +13,16 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict, FieldReference
 
 # Sections whose keys the user chooses.
-FREE_SECTIONS = ("tasks", "arms", "prestage", "groups")
+FREE_SECTIONS = ("tasks", "arms", "sweep", "prestage", "groups")
 
-# Sections that turn one config into several runs; an arm or the pre-stage cannot set them.
-MULTI_RUN_SECTIONS = ("arms", "seeds", "orders", "prestage")
+# Sections about several runs of one config; an arm or the pre-stage cannot set them.
+MULTI_RUN_SECTIONS = ("arms", "sweep", "seeds", "orders", "prestage", "report")
 
 # Sections that may change when a run is resumed: they do not change its results.
-RESUME_SECTIONS = ("allow_change", "log", "checkpoint", "mesh", "expect", "stuck_minutes")
+RESUME_SECTIONS = (
+    *("allow_change", "log", "checkpoint", "mesh", "stuck_minutes"),
+    *("expect", "report", "sweep", "fresh"),
+)
 
 # What a stage may override, except the keys that belong to the whole run, which has one model, one
 # mesh and one evaluation.
@@ -116,6 +119,15 @@ def nearest_names(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     close = difflib.get_close_matches(name, names, 1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def get_setting(node: Any, path: Sequence[str | int]) -> Any:
+    """Return the value of a setting; None if it does not exist."""
+    for key in path:
+        is_index = isinstance(key, int) and isinstance(node, list | tuple) and key < len(node)
+        is_key = isinstance(node, Mapping | ConfigDict) and key in node
+        node = node[key] if is_index or is_key else None
+    return node.to_dict() if isinstance(node, ConfigDict) else node
 
 
 def is_optional(section: ConfigDict, key: str) -> bool:
@@ -251,92 +263,6 @@ def _overridden_names(overrides: Mapping[str, Any]) -> list[str]:
         else:
             names.append(section)
     return names
-
-
-def all_runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """List the (sub-folder, config) of every run; runs that make base models come first."""
-    return [*prestage_runs(config).items(), *expand_runs(config)]
-
-
-def expand_runs(config: ConfigDict, workdir: Path | None = None) -> list[tuple[str, ConfigDict]]:
-    """List the (sub-folder, config) of arms x seeds x orders; a single run has the sub-folder "".
-
-    With a workdir, each run starts from the base model that the pre-stage exports there.
-    """
-    arms = config.arms.to_dict() or {"": {}}
-    runs = []
-    for arm, changes in arms.items():
-        has_own_model = not {"path", "preset"}.isdisjoint(changes.get("model", {}))
-        for folder, run_config in _seeds_and_orders(_arm_config(config, arm, changes)):
-            if has_own_model:
-                run_config = merge_config(run_config, {"prestage": {}})
-            elif workdir is not None and len(config.prestage):
-                model = workdir.absolute() / _prestage_folder(config, run_config.seed) / "hf"
-                run_config = merge_config(run_config, {"model": {"path": str(model)}})
-            runs.append((f"{arm}/{folder}".strip("/"), run_config))
-    return runs
-
-
-def _arm_config(config: ConfigDict, arm: str, changes: Mapping[str, Any]) -> ConfigDict:
-    """Return the config of one arm."""
-    _refuse_multi_run_sections(changes, f"config.arms.{arm}")
-    merged = merge_config(config, changes, f"config.arms.{arm}")
-    if len(merged.stages) != len(config.stages):
-        merged.orders = ()  # the orders index the stages of the config, not those of this arm
-    return merged
-
-
-def _seeds_and_orders(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """List the (sub-folder, config) of every seed and order of one arm."""
-    runs = []
-    for seed in config.seeds or (config.seed,):
-        for i, order in enumerate(config.orders or (range(len(config.stages)),)):
-            seed_part = [f"seed{seed}"] if config.seeds else []
-            order_part = [f"order{i}"] if config.orders else []
-            changes = {
-                "seed": seed,
-                "stages": _reorder_stages(config.stages, order),
-                **{"seeds": (), "orders": (), "arms": {}},
-            }
-            runs.append(("_".join(seed_part + order_part), merge_config(config, changes)))
-    return runs
-
-
-def _reorder_stages(stages: Sequence[Mapping], order: Sequence[int]) -> tuple[Mapping, ...]:
-    if sorted(order) != list(range(len(stages))):
-        raise ValueError(
-            f"config.orders: expected each of 0..{len(stages) - 1} once, got {tuple(order)}"
-        )
-    return tuple(stages[i] for i in order)
-
-
-def prestage_runs(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Return the configs of the runs that make base models, by sub-folder.
-
-    Without a pre-stage there is none; with `seeds` there is one for each seed.
-    """
-    if not len(config.prestage):
-        return {}
-    _refuse_multi_run_sections(config.prestage, "config.prestage")
-    single = {"prestage": {}, "arms": {}, "seeds": (), "orders": ()}
-    runs = {}
-    for seed in config.seeds or (config.seed,):
-        run_config = merge_config(config, {**single, "seed": seed})
-        run_config = merge_config(run_config, config.prestage.to_dict(), "config.prestage")
-        runs[_prestage_folder(config, seed)] = run_config
-    return runs
-
-
-def _prestage_folder(config: ConfigDict, seed: int) -> str:
-    return f"base/seed{seed}" if config.seeds else "base"
-
-
-def _refuse_multi_run_sections(changes: Mapping[str, Any], where: str) -> None:
-    for name in MULTI_RUN_SECTIONS:
-        if name in changes:
-            raise ValueError(
-                f"{where} sets {name}, which belongs to the whole config; set config.{name}"
-            )
 
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:

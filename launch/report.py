@@ -1,6 +1,6 @@
 """Write the report of one run, or of several runs compared.
 
-python launch/report.py DIR [DIR ...] [--out=report.html]
+python launch/report.py DIR [DIR ...] [--out=report.html] [--baseline=ARM] [--sort=METRIC]
 """
 
 import argparse
@@ -24,9 +24,22 @@ def main() -> None:
         help="page to write, for several runs with their numbers next to it as .json; default: "
         "report.html in the first DIR",
     )
+    parser.add_argument(
+        "--baseline",
+        default="",
+        help="arm that the others are compared with, seed by seed; default: as in the config, or "
+        "the first",
+    )
+    parser.add_argument(
+        "--sort",
+        default="",
+        metavar="METRIC",
+        help="list the arms by this metric of summary.json, the best first; default: as in the "
+        "config",
+    )
     args = parser.parse_args()
     try:
-        print(report.write_report(args.folders, args.out))
+        print(report.write_report(args.folders, args.out, args.baseline, args.sort))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

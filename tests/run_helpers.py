@@ -169,7 +169,7 @@ def read_evals(workdir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def child(method: str, workdir: str, sections: dict[str, Any], log: str) -> int:
+def child(method: str, workdir: str, sections: dict[str, Any], log: str, only: str = "") -> int:
     """A run as launch/train.py does it, in a fork of this process; returns its id."""
     pid = os.fork()
     if pid:
@@ -180,19 +180,29 @@ def child(method: str, workdir: str, sections: dict[str, Any], log: str) -> int:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     console.set_console_mode("plain")
     sys.argv[1:] = []
-    cli.run_launcher(lambda: driver.run(config(method, **sections), workdir))
+    cli.run_launcher(lambda: driver.run(config(method, **sections), workdir, only=only))
     os._exit(0)
 
 
 def main() -> None:
     """Start the run once per item of `plan["signals"]`, each in a fresh process, and send a signal after some seconds (None = never).
 
+    Or start a process per item (workdir, --only) of `plan["together"]`, all at the same time.
+
     The processes are forks of this one, which imports everything but starts no device: starting Python takes longer than the run.
     """
     from cptjax.continual import driver  # noqa: F401
 
     plan = json.loads(sys.argv[1])
-    for number, seconds in plan["signals"]:
+    logs = [f"{folder}.{i}.log" for i, (folder, _) in enumerate(plan.get("together", ()))]
+    pids = [
+        child(plan["method"], folder, plan["sections"], log, only)
+        for log, (folder, only) in zip(logs, plan.get("together", ()), strict=True)
+    ]
+    for pid, log in zip(pids, logs, strict=True):
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps({"code": code, "said": Path(log).read_text()}), flush=True)
+    for number, seconds in plan.get("signals", ()):
         log = plan.get("log") or f"{plan['workdir']}.log"
         began, code = time.monotonic(), None
         pid = child(plan["method"], plan["workdir"], plan.get("sections", {}), log)

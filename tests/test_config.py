@@ -1,4 +1,4 @@
-"""Configs resolve into stages and runs; unknown keys and wrong types are refused in one line."""
+"""Configs resolve into stages; unknown keys and wrong types are refused in one line."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,10 +11,7 @@ from cptjax.config import (
     config_to_dict,
     eval_templates,
     evaluated_tasks,
-    expand_runs,
     merge_config,
-    prestage_runs,
-    recorded_config,
     resolve_stages,
 )
 
@@ -195,65 +192,6 @@ def test_groups_hold_only_general_tasks(c):
             check_config_values(merge_config(c, {"eval": {"groups": {"text": wrong}}}))
 
 
-def test_a_single_run_has_no_sub_folder(c):
-    assert [(folder, run.seed) for folder, run in expand_runs(c)] == [("", 0)]
-
-
-def test_arms_seeds_and_orders_are_multiplied(c):
-    c.seeds, c.orders = (3, 4), ((0, 1), (1, 0))
-    c.arms = ConfigDict(
-        dict(
-            x=dict(train=dict(lr=0.5)),
-            y=dict(stages=(dict(task="b", steps=1), dict(task="a", steps=1))),
-        )
-    )
-    runs = dict(expand_runs(c))
-    assert list(runs) == [f"{arm}/seed{s}_order{o}" for arm in "xy" for s in (3, 4) for o in (0, 1)]
-    assert (
-        runs["x/seed4_order0"].seed == 4
-        and runs["x/seed4_order0"].train.lr == 0.5
-        and runs["y/seed3_order0"].train.lr == 1e-6
-    )
-    assert [s["task"] for s in runs["y/seed3_order1"].stages] == ["a", "b"]
-    assert not any(len(run.arms) or run.seeds or run.orders for run in runs.values())
-    assert all(dict(expand_runs(run)).keys() == {""} for run in runs.values())
-
-
-def test_a_schedule_of_another_length_has_no_other_order(c):
-    c.orders = ((0, 1), (1, 0))
-    c.arms = ConfigDict(dict(joint=dict(stages=(dict(task=("a", "b"), steps=1),)), sft={}))
-    assert [folder for folder, _ in expand_runs(c)] == ["joint", "sft/order0", "sft/order1"]
-
-
-@pytest.mark.parametrize("section", ["arms", "prestage"])
-@pytest.mark.parametrize(
-    "name, value",
-    [("seeds", (1, 2)), ("orders", ((1, 0),)), ("prestage", {"seed": 1}), ("arms", {"b": {}})],
-)
-def test_an_arm_and_the_prestage_cannot_set_seeds_orders_arms_or_prestage(c, section, name, value):
-    c[section] = ConfigDict({"x": {name: value}} if section == "arms" else {name: value})
-    with pytest.raises(
-        ValueError, match=f"config.{section}.* sets {name}, which belongs to the whole config"
-    ):
-        prestage_runs(c), expand_runs(c)
-
-
-def test_an_arm_with_its_own_model_does_not_use_the_prestage(c, tmp_path):
-    c.prestage = ConfigDict(dict(stages=(dict(task="a", steps=1),)))
-    c.arms = ConfigDict(dict(own=dict(model=dict(path="elsewhere/hf")), made={}))
-    runs = dict(expand_runs(c, tmp_path))
-    assert runs["own"].model.path == "elsewhere/hf" and not len(runs["own"].prestage)
-    assert runs["made"].model.path == str(tmp_path / "base" / "hf")
-    assert recorded_config(runs["own"], tmp_path / "own")["model"]["path"] == "elsewhere/hf"
-    assert recorded_config(runs["made"], tmp_path / "made")["model"]["path"] == "../base/hf"
-    other = dict(expand_runs(c, tmp_path / "moved"))["made"]
-    assert (
-        config_fingerprint(runs["made"])
-        == config_fingerprint(other)
-        != config_fingerprint(runs["own"])
-    )
-
-
 def test_a_task_is_evaluated_under_the_template_of_its_last_training(c):
     """A task that is never trained has the run's template.
 
@@ -269,14 +207,6 @@ def test_a_task_is_evaluated_under_the_template_of_its_last_training(c):
     assert templates() == [("direct",), ("boxed",), ("cot",)]
     c.eval.templates = ("answer", "none")
     assert templates() == [("answer", "none")] * 3
-
-
-def test_an_order_names_every_stage_once(c):
-    c.orders = ((0, 0),)
-    with pytest.raises(
-        ValueError, match=r"config.orders: expected each of 0..1 once, got \(0, 0\)"
-    ):
-        expand_runs(c)
 
 
 def test_changes_that_matter_are_listed_and_change_the_fingerprint(c):

@@ -12,12 +12,11 @@ from cptjax.config import (
     config_differences,
     config_to_dict,
     evaluated_tasks,
-    expand_runs,
     merge_config,
-    prestage_runs,
     resolve_stages,
 )
 from cptjax.evaluation.report import expect
+from cptjax.runs import expand_runs, prestage_runs
 from cptjax.tasks import prompted_task, registry
 from cptjax.training import build, validate_config
 from cptjax.training.algorithms import prompt_filters

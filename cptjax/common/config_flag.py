@@ -17,11 +17,12 @@ from ml_collections.config_flags import config_path
 from cptjax.config import (
     FREE_SECTIONS,
     MULTI_RUN_SECTIONS,
-    all_runs,
+    get_setting,
     is_optional,
     nearest_names,
     resolve_stages,
 )
+from cptjax.runs import expand_runs, prestage_runs
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 STAGE_KEYS = ("task", "steps", "epochs")  # settings that only stages have
@@ -129,6 +130,9 @@ def _prepare_override(config: ConfigDict, path: Sequence[str | int], is_none: bo
     Arms, the pre-stage and stages have only the settings that they change, but ml_collections
     overrides only settings that exist, and takes their types from the current values.
     """
+    if path[0] == "sweep" and len(path) > 1:
+        _prepare_sweep(config.sweep, path[1:])
+        return
     section, keys = _find_overrides(config, path)
     if section is not config and keys[0] in STAGE_KEYS:
         section[keys[0]] = section.get(keys[0]) if keys[0] == "task" else None
@@ -166,6 +170,15 @@ def _prepare_override(config: ConfigDict, path: Sequence[str | int], is_none: bo
         section[key] = FieldReference(declared[key], field_type=kind)
     else:
         section[key] = None if kind is object else declared[key]
+
+
+def _prepare_sweep(section: ConfigDict, path: Sequence[str]) -> None:
+    """Make sure that the sweep of a setting exists, as a tuple; `expand_arms` checks its name."""
+    for key in path[:-1]:
+        if key not in section:
+            section[key] = {}
+        section = section[key]
+    section[path[-1]] = section.get(path[-1], ())
 
 
 def _find_overrides(
@@ -235,28 +248,20 @@ def refuse_ineffective_overrides(config: ConfigDict, argv: Sequence[str]) -> Non
     paths = [path for path in overridden if path[0] not in MULTI_RUN_SECTIONS]
     if not paths:
         return
-    stages = [stage.config for _, run in all_runs(config) for stage in resolve_stages(run)]
+    runs = [*prestage_runs(config).values(), *(run for _, run in expand_runs(config))]
+    stages = [stage.config for run in runs for stage in resolve_stages(run)]
     for path in paths:
-        value = _get_value(config, path)
-        if all(_get_value(stage, path) != value for stage in stages):
+        value = get_setting(config, path)
+        if all(get_setting(stage, path) != value for stage in stages):
             owners = [("arms", arm) for arm in config.arms]
             owners += [("stages", i) for i in range(len(config.stages))]
             setters = [
                 flag_name((*owner, *path))
                 for owner in owners
-                if _get_value(config, (*owner, *path)) is not None
+                if get_setting(config, (*owner, *path)) is not None
             ]
             hint = f"; set {setters[0]}" if setters else ""
             raise ValueError(
                 f"{flag_name(path)} changes nothing, since every run of the config sets it "
                 f"itself{hint}"
             )
-
-
-def _get_value(node: Any, path: Sequence[str | int]) -> Any:
-    """Return the value of a setting; None if it does not exist."""
-    for key in path:
-        is_index = isinstance(key, int) and isinstance(node, list | tuple) and key < len(node)
-        is_key = isinstance(node, Mapping | ConfigDict) and key in node
-        node = node[key] if is_index or is_key else None
-    return node.to_dict() if isinstance(node, ConfigDict) else node

@@ -16,6 +16,7 @@ from typing import Any
 from cptjax.common import console, files
 from cptjax.common.files import LineFile, folder_bytes, to_jsonable
 from cptjax.common.trackers import Tracker
+from cptjax.runs import FRESH_FOLDER
 
 EVAL_COLUMNS = (
     "stage",
@@ -231,7 +232,7 @@ def summarise_cost(lines: Sequence[Mapping[str, Any]], workdir: Path | str) -> d
     return {
         **_total_cost(parts),
         "waiting_for_data": data_wait_share(lines),
-        "bytes": folder_bytes(workdir),
+        "bytes": folder_bytes(workdir) - folder_bytes(Path(workdir) / FRESH_FOLDER),
         "checkpoint_bytes": folder_bytes(Path(workdir) / "checkpoints"),
         "kept_bytes": most_kept_bytes(lines),
         **{

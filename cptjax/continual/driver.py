@@ -12,14 +12,7 @@ from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files
 from cptjax.common.signals import StopSignals, handle_stop_signals
-from cptjax.config import (
-    all_runs,
-    check_config_values,
-    expand_runs,
-    prestage_runs,
-    recorded_config,
-    resolve_stages,
-)
+from cptjax.config import check_config_values, recorded_config, resolve_stages
 from cptjax.continual import fingerprints, stage_evaluation, train_stage
 from cptjax.continual.checkpoint import RunRefused
 from cptjax.continual.open_run import open_run, write_run_files
@@ -36,15 +29,20 @@ from cptjax.continual.workdir import (
 from cptjax.evaluation import report, summary
 from cptjax.evaluation.report import expect
 from cptjax.models import hf_checkpoint
+from cptjax.runs import expand_runs, prestage_runs, select_runs
 from cptjax.training import validate_config
 
 # Settings that the evaluation of the base model does not depend on.
 TRAINING_ONLY = ("train.", "method.", "name:")
 
 
-def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> np.ndarray:
+def run(
+    config: ConfigDict, workdir: str | Path, start_over: bool = False, only: str = ""
+) -> np.ndarray:
     """Run everything that a config describes; continue runs that were stopped.
 
+    With `only`, run a part of the runs (see `select_runs`); other processes may run other parts in
+    the same workdir at the same time. One of them makes a base model, the others wait for it.
     A run whose newest state is lost is refused; with `start_over` it continues from an earlier
     one, or from the base model, after its records are copied to old/.
     Return the accuracy matrix [stage, task]; row 0 is the base model. The matrices of several runs
@@ -52,23 +50,32 @@ def run(config: ConfigDict, workdir: str | Path, start_over: bool = False) -> np
     """
     workdir = files.local_folder(workdir)
     check_all_runs(config)
+    bases, runs = prestage_runs(config), expand_runs(config)
+    names, selected = [name for name, _ in runs], select_runs(config, only, workdir)
+    has_comparison = len(runs) > 1 or any(single.fresh for _, single in runs)
     stop_signals, matrices = StopSignals(), []
-    with (
-        handle_stop_signals(stop_signals),
-        explain_full_disk(workdir),
-        lock_workdir(workdir),
-        console.keep_log(workdir / log_name()),
-    ):
-        for subfolder, prestage in prestage_runs(config).items():
-            make_base_model(prestage, workdir / subfolder, stop_signals, start_over)
-        runs = expand_runs(config, workdir)
-        for subfolder, single in runs:
-            matrices.append(
-                run_one(single, workdir / subfolder, stop_signals, start_over=start_over)
-            )
-            if len(runs) > 1 and distributed.is_main_process():
-                report.write_comparison(workdir)
-    return matrices[0] if len(runs) == 1 else stack_matrices(matrices)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(handle_stop_signals(stop_signals))
+        stack.enter_context(explain_full_disk(workdir))
+        for name in [name for name, _ in selected if name not in bases]:
+            stack.enter_context(lock_workdir(workdir / name))
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(console.keep_log(workdir / log_name()))
+        for name, single in selected:
+            folder = workdir / name
+            if name in bases:
+                with lock_workdir(folder, wait=True), console.keep_log(folder / log_name()):
+                    make_base_model(single, folder, stop_signals, start_over)
+                continue
+            with console.keep_log(folder / log_name()) if name else contextlib.nullcontext():
+                matrix = run_one(single, folder, stop_signals, start_over=start_over)
+            if name in names:
+                matrices.append(matrix)
+            if has_comparison:
+                with lock_workdir(workdir, wait=True, name=".comparison.lock"):
+                    if distributed.is_main_process():
+                        report.write_comparison(workdir, names)
+    return matrices[0] if len(names) == 1 and matrices else stack_matrices(matrices)
 
 
 def log_name() -> str:
@@ -168,7 +175,7 @@ def write_final_results(workdir: Path) -> np.ndarray:
 def check_all_runs(config: ConfigDict) -> None:
     """Refuse every mistake that can be found in the config alone, before anything is loaded."""
     expect.check_expectations(config)
-    for _, single in all_runs(config):
+    for _, single in select_runs(config):
         check_config_values(single)
         for stage in resolve_stages(single):
             validate_config.validate_stage(stage)
@@ -214,6 +221,8 @@ def make_base_model(
 
 def stack_matrices(matrices: list[np.ndarray]) -> np.ndarray:
     """Stack accuracy matrices, padded with NaN to a common shape."""
+    if not matrices:
+        return np.zeros((0, 0, 0))
     rows, columns = np.max([m.shape for m in matrices], axis=0)
     out = np.full((len(matrices), rows, columns), np.nan, matrices[0].dtype)
     for i, m in enumerate(matrices):

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files, run_log
-from cptjax.config import check_config_values, expand_runs, merge_config
+from cptjax.config import check_config_values, merge_config
 from cptjax.continual import fingerprints, progress, stage_evaluation
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
@@ -19,6 +19,7 @@ from cptjax.continual.workdir import (
     refuse_changed_inputs,
 )
 from cptjax.evaluation import evaluate, summary
+from cptjax.runs import prestage_runs, select_runs
 from cptjax.types import Params
 
 PRINTED_COLUMNS = ("task", "metric", "value", "stderr", "n", "scorer", "template")
@@ -47,8 +48,7 @@ def reevaluate_stage(
         check_folder_kind("--workdir", workdir, "run")
         refuse_changed_config(single, workdir)
         check_inputs(single, workdir, record)
-    root, _ = split_run_folder(config, workdir)
-    lock = lock_workdir(root) if record else contextlib.nullcontext()
+    lock = lock_workdir(workdir) if record else contextlib.nullcontext()
     with lock, open_run_readonly(single, workdir) as run:
         checkpoints = run.files.checkpoints
         if model:
@@ -76,30 +76,25 @@ def check_inputs(config: ConfigDict, workdir: Path, record: bool) -> None:
 
 
 def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """Return the config of the run that the workdir belongs to, with its pre-stage's base model."""
-    root, subfolder = split_run_folder(config, workdir)
-    return dict(expand_runs(config, root))[subfolder]
+    """Return the config of the run in a workdir, with its pre-stage's base model.
 
-
-def split_run_folder(config: ConfigDict, workdir: Path) -> tuple[Path, str]:
-    """Split the folder of one run into the workdir of all runs and the sub-folder of this one.
-
-    runs/demo/grpo/seed1 -> (runs/demo, grpo/seed1); a config with one run -> (workdir, "").
+    runs/demo/grpo/seed1 is the run grpo/seed1 of runs/demo.
     """
-    workdir, subfolders = workdir.absolute(), [sub for sub, _ in expand_runs(config)]
+    workdir, bases = workdir.absolute(), prestage_runs(config)
+    names = [name for name, _ in select_runs(config) if name not in bases]
     fitting = [
-        sub
-        for sub in subfolders
-        if not sub or workdir.parts[-len(Path(sub).parts) :] == Path(sub).parts
+        name
+        for name in names
+        if not name or workdir.parts[-len(Path(name).parts) :] == Path(name).parts
     ]
-    if len(fitting) != 1:
+    if not fitting:
         raise ValueError(
-            f"the config describes {len(subfolders)} runs; "
-            f"expected --workdir to end with one of {', '.join(subfolders)}"
+            f"the config describes {len(names)} runs; "
+            f"expected --workdir to end with one of {', '.join(names)}"
         )
-    (subfolder,) = fitting
-    root = workdir.parents[len(Path(subfolder).parts) - 1] if subfolder else workdir
-    return root, subfolder
+    name = max(fitting, key=len)
+    root = workdir.parents[len(Path(name).parts) - 1] if name else workdir
+    return dict(select_runs(config, workdir=root))[name]
 
 
 def reevaluate_task(

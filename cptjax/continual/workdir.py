@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import socket
 import subprocess
@@ -22,27 +23,37 @@ from cptjax.continual.checkpoint import RunRefused
 from cptjax.data.model_context import ModelContext
 
 VISIBLE_SECONDS = 15.0  # for which a network file system may hide a new file from other hosts
+LOCK_SECONDS = 0.5  # between two tries to take a lock that another process holds
 
 
 # ---- one process at a time -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Lock the folder, so that no other process writes to it.
+def lock_workdir(workdir: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
+    """Lock the folder, so that no other process writes to it; with `wait`, wait for the other.
 
-    It is a lock of the operating system, which releases it however this process ends.
+    It is a lock of the operating system, which releases it however this process ends. Locks of
+    other names in one folder are independent of each other.
     """
     holder, owner = "", f"process {os.getpid()} on {socket.gethostname()}, start {uuid.uuid4().hex}"
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             workdir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((workdir / ".lock").open("a+"))
-            holder = _take_lock(file, workdir, owner)
-        holder, owner = distributed.gather_objects((holder, owner))[0]
-        if holder:
-            raise RunRefused(f"{workdir} is in use by {holder}; wait for it, or stop it")
-        _refuse_other_folder(workdir, owner)
+            file = stack.enter_context((workdir / name).open("a+"))
+        for attempt in itertools.count():
+            if distributed.is_main_process():
+                holder = _take_lock(file, workdir, owner)
+            # After a stop signal all processes leave in this exchange.
+            holder, owner = distributed.gather_objects((holder, owner))[0]
+            if not holder:
+                break
+            if not wait:
+                raise RunRefused(f"{workdir} is in use by {holder}; wait for it, or stop it")
+            if not attempt and distributed.is_main_process():
+                console.print_message(f"waiting for {workdir}, which is in use by {holder}")
+            time.sleep(LOCK_SECONDS)
+        _refuse_other_folder(workdir / name, owner)
         try:
             yield
         finally:
@@ -50,16 +61,16 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
                 file.truncate(0)
 
 
-def _refuse_other_folder(workdir: Path, owner: str) -> None:
+def _refuse_other_folder(lock: Path, owner: str) -> None:
     """Refuse a workdir that is not the same folder on all processes: all read the lock's text."""
     end = time.monotonic() + (VISIBLE_SECONDS if distributed.process_count() > 1 else 0.0)
-    while not (seen := _read_text(workdir / ".lock") == owner) and time.monotonic() < end:
+    while not (seen := _read_text(lock) == owner) and time.monotonic() < end:
         time.sleep(0.5)
     results = distributed.gather_objects((seen, socket.gethostname()))
     others = [f"{i} (host {host})" for i, (sees, host) in enumerate(results) if not sees]
     if others:
         raise RunRefused(
-            f"{workdir} on process {others[0]} is another folder than on process 0 (host "
+            f"{lock.parent} on process {others[0]} is another folder than on process 0 (host "
             f"{results[0][1]}); give a folder that all hosts share at the same path"
         )
 

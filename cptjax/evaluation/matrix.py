@@ -13,6 +13,17 @@ Only evaluated tasks count: a trained task that `eval` does not name has no colu
 of a task that two stages train is measured from the second of them. A joint stage puts several
 tasks on the diagonal, and a joint run (one stage) has no old tasks and no forgetting.
 
+MCITlib (arXiv 2508.07307) and MRCL (2607.04364) report four means of a plain sequence of T tasks:
+
+    MFT = 1/T sum_i R[i,i]                        mean finetune accuracy
+    MFN = 1/T sum_j R[T,j]                        mean final accuracy
+    MAA = 1/T sum_i 1/i sum_{j<=i} R[i,j]         mean average accuracy
+    BWT = 1/(T-1) sum_{j<T} (R[T,j] - R[j,j])     backward transfer
+
+Forward transfer (Lopez-Paz and Ranzato, 1706.08840) is FWT = 1/(T-1) sum_{j>1} (R[j-1,j] - R[0,j]).
+Plasticity compares with a model that trains stage j from the base model and scores F[j]:
+1/(T-1) sum_{j>1} (R[j,j] - F[j]); the first stage starts from the base model in any case.
+
 Each metric is a mean of small weighted sums of cells. A sum with an unmeasured cell is left out,
 and `terms` is the number of sums in the mean. The standard error is computed from those of the
 cells as if they were independent (each stage is tested on the same items, so the true error of a
@@ -52,8 +63,17 @@ FORMULAS = {
     "fm_diagonal": Formula(
         "mean over old tasks of R[S,j] - R[last(j),j]; negative = forgetting", "higher"
     ),
+    "mft": Formula(
+        "mean finetune accuracy (MCITlib, MRCL), the same as learned_acc: "
+        "mean over trained tasks of R[last(j),j]",
+        "higher",
+    ),
+    "mfn": Formula(
+        "mean final accuracy (MCITlib, MRCL): mean over trained tasks of R[S,j]", "higher"
+    ),
     "bwt": Formula(
-        "backward transfer, the same as fm_diagonal: mean over old tasks of R[S,j] - R[last(j),j]",
+        "backward transfer (MCITlib, MRCL), the same as fm_diagonal: mean over old tasks of "
+        "R[S,j] - R[last(j),j]",
         "higher",
     ),
     "fm_peak_own": Formula(
@@ -66,11 +86,19 @@ FORMULAS = {
         "lower",
     ),
     "fwt": Formula(
-        "mean over tasks with first(j) > 1 of R[first(j)-1,j] - R[0,j]; reference = base zero-shot",
+        "forward transfer (Lopez-Paz and Ranzato): mean over tasks with first(j) > 1 of "
+        "R[first(j)-1,j] - R[0,j]; reference = base zero-shot",
+        "higher",
+    ),
+    "plasticity": Formula(
+        "mean over tasks with last(j) > 1 of R[last(j),j] - F[j], F[j] = the score after the same "
+        "stage from the base model; negative = learned less than a fresh model",
         "higher",
     ),
     "maa": Formula(
-        "mean over stages 1..S of the mean over tasks trained so far of R[i,j]", "higher"
+        "mean average accuracy (MCITlib, MRCL): mean over stages 1..S of the mean over tasks "
+        "trained so far of R[i,j]",
+        "higher",
     ),
     "intransigence": Formula(
         "mean over trained tasks of joint[j] - R[last(j),j]; "
@@ -112,7 +140,8 @@ class Cell(NamedTuple):
     n: int = 0
 
 
-Cells = dict[tuple[int | str, str], Cell]  # by (row, task); the row of a joint run is "joint"
+# By (row, task); the row of a joint run is "joint", that of models of a single stage "fresh".
+Cells = dict[tuple[int | str, str], Cell]
 CellWeights = dict[tuple[int | str, str], float]
 NO_CELL = Cell(math.nan)
 
@@ -243,12 +272,17 @@ def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
         "fm_peak_all": [to_peak(j) for j in trained if old],
         "fm_peak_own": [to_peak(j, t.first(j)) for j in old],
         "fm_diagonal": to_diagonal,
+        "mft": [add_cell_weights((1, t.last(j), j)) for j in trained],
+        "mfn": [add_cell_weights((1, S, j)) for j in trained],
         "bwt": to_diagonal,
         "forgetting": [add_cell_weights((1, t.peak(j, S - 1), j), (-1, S, j)) for j in old],
         "fwt": [
             add_cell_weights((1, t.first(j) - 1, j), (-1, 0, j))
             for j in t.tasks
             if 1 < t.first(j) <= S + 1
+        ],
+        "plasticity": [
+            add_cell_weights((1, t.last(j), j), (-1, "fresh", j)) for j in trained if t.last(j) > 1
         ],
         "maa": [
             add_cell_weights(*((1 / len(js), i, j) for j in js)) for i, js in seen.items() if js
@@ -273,14 +307,18 @@ def formulas_of_table(t: AccuracyTable) -> dict[str, Formula]:
 
 
 def forgetting_metrics(
-    t: AccuracyTable, joint: AccuracyTable | None = None
+    t: AccuracyTable, joint: AccuracyTable | None = None, fresh: Cells | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Compute every metric, with its formula and whether higher or lower is better."""
+    """Compute every metric, with its formula and whether higher or lower is better.
+
+    `joint` is the table of a joint run. `fresh` has the cells ("fresh", task) of models that
+    trained only the last stage of the task, from the base model.
+    """
     joint_cells: Cells = {}
     if joint and joint.final:
         joint_cells = {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final}
-    sums = formula_sums(t)
-    metrics = {name: mean_of_sums(parts, t.cells | joint_cells) for name, parts in sums.items()}
+    sums, cells = formula_sums(t), t.cells | joint_cells | (fresh or {})
+    metrics = {name: mean_of_sums(parts, cells) for name, parts in sums.items()}
     metrics["fm_forced"] = mean_of_sums(sums["fm_diagonal"], t.forced)
     for name in ("general_delta", *t.groups):
         metrics[f"{name}_forced"] = mean_of_sums(sums[name], t.forced)

@@ -258,10 +258,12 @@ def _summarise_group(t: AccuracyTable, tasks: tuple[str, ...]) -> dict[str, Any]
     return {"tasks": list(tasks), "base": base, "final": final}
 
 
-def summarise_table(t: AccuracyTable, joint: AccuracyTable | None = None) -> dict[str, Any]:
+def summarise_table(
+    t: AccuracyTable, joint: AccuracyTable | None = None, fresh: Cells | None = None
+) -> dict[str, Any]:
     """Compute the part of the summary that needs only the evaluations.
 
-    `joint` is the table of a joint run.
+    `joint` is the table of a joint run; `fresh` has cells of models that trained one stage only.
     """
     return {
         "finished": t.finished,
@@ -269,7 +271,7 @@ def summarise_table(t: AccuracyTable, joint: AccuracyTable | None = None) -> dic
         "stage": t.final,
         "stages": [list(tasks) for tasks in t.stages],
         "unit": "fraction of 1",
-        "metrics": forgetting_metrics(t, joint),
+        "metrics": forgetting_metrics(t, joint, fresh),
         "format_share": measure_format_share(t),
         "per_stage": per_stage_metrics(t),
         "tasks": {task: _summarise_task(t, task) for task in t.tasks},

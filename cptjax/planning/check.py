@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import console
-from cptjax.config import Stage, all_runs, prestage_runs, resolve_stages
+from cptjax.config import Stage, resolve_stages
 from cptjax.continual import driver, stage_evaluation
 from cptjax.data import collate, row_checks
 from cptjax.data.data_config import DataConfig
@@ -18,6 +18,7 @@ from cptjax.data.row_checks import SplitReport
 from cptjax.models import load
 from cptjax.models.config import ModelConfig
 from cptjax.planning import disk, memory
+from cptjax.runs import prestage_runs, select_runs
 from cptjax.tasks.scoring import sandbox
 from cptjax.training.build import stage_mixture
 from cptjax.training.programs import abstract_stage
@@ -54,7 +55,7 @@ def run_preflight(
     if rows is not None and rows < 1:
         raise ValueError(f"--rows={rows}: expected a number of rows of at least 1")
     driver.check_all_runs(config)
-    runs = [(name, single, resolve_stages(single)) for name, single in all_runs(config)]
+    runs = [(name, single, resolve_stages(single)) for name, single in select_runs(config)]
     reports = check_all_rows(runs, rows, config.rewards.timeout)
     for name, single, stages in runs:
         for stage in stages:

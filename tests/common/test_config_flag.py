@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from configs.base import METHODS, get_config
 from cptjax.common import config_flag
 from cptjax.config import config_to_dict, resolve_stages
+from cptjax.runs import expand_arms, expand_runs
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -125,6 +126,24 @@ def test_an_override_of_an_arm_changes_that_arm_alone(load):
     assert config.arms.one.model.freeze == ("vision",) and config.arms.two.model.freeze == ()
     assert config.arms.one.method.replay.fraction == 0.5
     assert config.arms.two.method.replay.fraction == METHODS["sft"]["replay"]["fraction"] is None
+
+
+def test_a_sweep_of_any_setting_is_a_list_of_values(load):
+    """One value is a list too; a dict that is the value of a setting is swept by its keys."""
+    config = load("sweep.train.lr=1e-6,1e-5", "sweep.data.limit=None,8", "sweep.method.kl_coef=0.5")
+    assert list(expand_arms(config))[:4] == [
+        f"one+lr={lr}+limit={limit}+kl_coef=0.5" for lr in (1e-6, 1e-5) for limit in (None, 8)
+    ]
+    window = "method.filter=dict(name='window', samples=8)"
+    config = load(window, "sweep.method.filter.lo=1,2,4")
+    config.stages, config.arms = (dict(task="a", steps=1),), ConfigDict()
+    runs = expand_runs(config)
+    assert [(name, run.method.filter["lo"]) for name, run in runs] == [
+        (f"lo={lo}", lo) for lo in (1, 2, 4)
+    ]
+    assert all(run.method.filter["samples"] == 8 for _, run in runs)
+    with pytest.raises(ValueError, match="config.sweep.trian: no setting has this name; did you"):
+        expand_runs(load("sweep.trian.lr=1"))
 
 
 def test_overrides_without_effect_on_the_type_leave_the_config_equal(load):

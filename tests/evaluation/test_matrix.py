@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from cptjax.evaluation import matrix
@@ -46,6 +47,8 @@ FOUR = make_table(
         (THREE, "fm_diagonal", -0.25, 2),
         (THREE, "bwt", -0.25, 2),
         (THREE, "forgetting", 0.25, 2),
+        (THREE, "mft", 2.65 / 3, 3),
+        (THREE, "mfn", 2.15 / 3, 3),
         (THREE, "fwt", 0.075, 2),  # (.35 - .3 + .5 - .4) / 2
         (THREE, "maa", (0.8 + 0.75 + 2.15 / 3) / 3, 3),
         (THREE, "gain", 1.25 / 3, 3),
@@ -65,6 +68,50 @@ def test_formulas_match_numbers_computed_by_hand(table, name, value, terms):
     found = matrix.forgetting_metrics(table)[name]
     assert found["value"] == pytest.approx(value, abs=1e-12) and found["terms"] == terms
     assert found["formula"] == matrix.FORMULAS[name].text
+
+
+def test_the_means_of_mrcl_and_mcitlib_and_the_transfer_are_their_papers_formulas():
+    """On random plain sequences, with the formulas over matrix indices written out in numpy."""
+    rng = np.random.default_rng(0)
+    for T in (2, 3, 5, 8):
+        R, F = rng.random((T + 1, T)), rng.random(T)
+        names = [f"t{j}" for j in range(T)]
+        table = make_table(R.tolist(), [[name] for name in names])
+        fresh = {("fresh", name): Cell(F[j], 0.03, 100) for j, name in enumerate(names)}
+        found = matrix.forgetting_metrics(table, fresh=fresh)
+        trained = R[1:]  # trained[i, j]: on task j after stage i, both from 0
+        lower = np.tril(np.ones((T, T)))
+        expected = {
+            "mft": np.trace(trained) / T,
+            "mfn": trained[-1].sum() / T,
+            "maa": ((trained * lower).sum(1) / np.arange(1, T + 1)).mean(),
+            "bwt": (trained[-1, :-1] - np.diag(trained)[:-1]).sum() / (T - 1),
+            "fwt": sum(R[j, j] - R[0, j] for j in range(1, T)) / (T - 1),
+            "plasticity": (np.diag(trained)[1:] - F[1:]).sum() / (T - 1),
+        }
+        assert {name: found[name]["value"] for name in expected} == pytest.approx(expected)
+        assert found["mft"]["terms"] == found["mfn"]["terms"] == found["maa"]["terms"] == T
+        assert found["plasticity"]["terms"] == T - 1
+
+
+def test_plasticity_is_negative_where_a_fresh_model_learns_more():
+    """By hand: b scores .9 in its stage and 1.0 from the base model, c .95 and .9."""
+    fresh = {("fresh", task): Cell(v, 0.04, 50) for task, v in (("a", 0.1), ("b", 1.0), ("c", 0.9))}
+    found = matrix.forgetting_metrics(THREE, fresh=fresh)["plasticity"]
+    assert found["value"] == pytest.approx((-0.1 + 0.05) / 2) and found["terms"] == 2
+    assert found["stderr"] == pytest.approx(math.sqrt(2 * (0.03**2 + 0.04**2)) / 2)
+    assert matrix.forgetting_metrics(THREE)["plasticity"]["value"] is None
+    del fresh["fresh", "c"]
+    assert matrix.forgetting_metrics(THREE, fresh=fresh)["plasticity"]["value"] == pytest.approx(
+        -0.1
+    )
+
+
+def test_the_final_mean_of_a_part_leaves_out_tasks_that_are_not_trained_yet():
+    part = make_table([[0.2, 0.3, 0.4], [0.8, 0.3, 0.4], [0.6, 0.9, 0.5]], ["a", "b", "c"])
+    found = matrix.forgetting_metrics(part)
+    assert found["mfn"]["value"] == pytest.approx(0.75)
+    assert found["avg_acc"]["value"] == pytest.approx(2.0 / 3)
 
 
 def test_the_peak_since_the_tasks_own_stage_leaves_out_zero_shot_scores():

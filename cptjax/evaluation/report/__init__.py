@@ -5,15 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from cptjax.common import files
-from cptjax.evaluation.report import expect, page, read
+from cptjax.evaluation.report import differences, expect, page, read
 from cptjax.evaluation.report.read import Arm
 from cptjax.evaluation.summary import RunTables
 
 
-def write_report(folders: Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Write the report on the runs under `folders`; default: report.html in the first folder."""
+def write_report(
+    folders: Sequence[Path | str],
+    out: Path | str | None = None,
+    baseline: str = "",
+    sort: str = "",
+) -> Path:
+    """Write the report on the runs under `folders`; default: report.html in the first folder.
+
+    `baseline` and `sort` replace those of `config.report`.
+    """
     out = Path(out) if out else Path(folders[0]) / "report.html"
-    return _write_page(read.read_arms(folders), folders, out)
+    return _write_page(read.read_arms(folders, sort), folders, out, baseline)
 
 
 def write_run_report(tables: RunTables, summary: dict[str, Any]) -> Path:
@@ -24,19 +32,26 @@ def write_run_report(tables: RunTables, summary: dict[str, Any]) -> Path:
     return out
 
 
-def write_comparison(folder: Path) -> Path:
-    """Write the report on all runs of one config, and again their summaries.
+def write_comparison(folder: Path, names: Sequence[str] = ()) -> Path:
+    """Write the report on all runs of one config, which lists their sub-folders as `names`.
 
-    The summaries now include the comparison with the joint run.
+    The summaries and pages of finished runs are written again, with the metrics that compare them
+    with other runs.
     """
+    if any(names):
+        files.write_json(folder / read.RUNS_FILE, names)
     arms = read.read_arms([folder])
-    for arm in arms:
-        for run in arm.runs:
-            files.write_json(run.path / "summary.json", run.summary)
+    for run in [run for arm in arms for run in arm.runs if run.table.finished]:
+        path = run.path / "summary.json"
+        if not path.is_file() or files.read_json(path).get("metrics") != run.summary["metrics"]:
+            files.write_json(path, run.summary)
+            write_run_report(run.tables, run.summary)
     return _write_page(arms, [folder], folder / "report.html")
 
 
-def _write_page(arms: Sequence[Arm], folders: Sequence[Path | str], out: Path) -> Path:
+def _write_page(
+    arms: Sequence[Arm], folders: Sequence[Path | str], out: Path, baseline: str = ""
+) -> Path:
     if len(arms) == 1 and len(arms[0].runs) == 1:
         files.write_text(out, page.render_run_page(arms[0].runs[0]))
         return out
@@ -44,19 +59,31 @@ def _write_page(arms: Sequence[Arm], folders: Sequence[Path | str], out: Path) -
     if len(folders) > 1:
         title = " · ".join(arm.label for arm in arms)
     verdicts = expect.judge_expectations(arms)
-    files.write_text(out, page.render_comparison_page(arms, title, verdicts))
-    files.write_json(out.with_suffix(".json"), comparison_numbers(arms, verdicts))
+    reference = differences.choose_baseline(arms, baseline)
+    metrics = dict.fromkeys(n for arm in arms for run in arm.runs for n in run.summary["metrics"])
+    compared = differences.compare_with_baseline(arms, reference, metrics)
+    comparison = page.render_comparison_page(
+        arms, title, verdicts, reference, compared, read.missing_runs(folders)
+    )
+    files.write_text(out, comparison)
+    numbers = {
+        "unit": "fraction of 1",
+        "arms": arm_spreads(arms),
+        "baseline": reference and reference.label,
+        "differences": {
+            label: {name: difference.to_dict() for name, difference in found.items()}
+            for label, found in compared.items()
+        },
+        "expected": [verdict.to_dict() for verdict in verdicts],
+    }
+    files.write_json(out.with_suffix(".json"), numbers)
     return out
 
 
-def comparison_numbers(arms: Sequence[Arm], verdicts: Sequence[expect.Verdict]) -> dict[str, Any]:
-    """Return mean, deviation and count over seeds of every metric, and the verdicts."""
+def arm_spreads(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """Return mean, deviation and count over seeds of every metric, by arm."""
     spreads: dict[str, dict[str, Any]] = {}
     for arm in arms:
         names = dict.fromkeys(name for run in arm.runs for name in run.summary["metrics"])
         spreads[arm.label] = {name: spread for name in names if (spread := arm.spread(name))}
-    return {
-        "unit": "fraction of 1",
-        "arms": spreads,
-        "expected": [verdict.to_dict() for verdict in verdicts],
-    }
+    return spreads

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from cptjax.evaluation.matrix import FORMULAS
 from cptjax.evaluation.report import words
 from cptjax.evaluation.report.read import Arm
+from cptjax.runs import expand_arms
 
 EXPECT_RELATIONS = ("at_least", "at_most", "above", "within")
 ROUNDING_TOLERANCE = 1e-9  # a number that equals its bound up to rounding meets it
@@ -30,7 +31,8 @@ MISSED_IN_HEADLINE = 3  # missed expectations that the headline names
 
 
 def check_expectations(config: ConfigDict) -> None:
-    """Refuse groups named like a metric, and expectations that no report can judge."""
+    """Refuse groups named like a metric, and names in `expect` and `report` that do not exist."""
+    arms = list(expand_arms(config))  # [""] in a config without arms
     groups = [name for group in config.eval.groups for name in (group, f"{group}_forced")]
     if taken := [name for name in groups if name in FORMULAS or groups.count(name) > 1]:
         raise ValueError(
@@ -54,12 +56,17 @@ def check_expectations(config: ConfigDict) -> None:
                 f"got arm={entry['arm']!r}"
             )
         # In a config without arms, expectations name the folders of other runs.
-        for arm in expected_arms(entry) if len(config.arms) else ():
-            _refuse_unknown(arm, list(config.arms), f"{setting} names the arm")
-        _refuse_unknown(entry["metric"], [*FORMULAS, *groups], f"{setting} names the metric")
+        for arm in expected_arms(entry) if any(arms) else ():
+            refuse_unknown(arm, arms, f"{setting} names the arm")
+        refuse_unknown(entry["metric"], [*FORMULAS, *groups], f"{setting} names the metric")
+    if config.report.baseline and any(arms):
+        refuse_unknown(config.report.baseline, arms, "config.report.baseline names the arm")
+    if config.report.sort:
+        metrics = [*FORMULAS, *groups]
+        refuse_unknown(config.report.sort, metrics, "config.report.sort names the metric")
 
 
-def _refuse_unknown(name: str, known: Sequence[str], subject: str) -> None:
+def refuse_unknown(name: str, known: Sequence[str], subject: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"

@@ -11,13 +11,15 @@ import jinja2
 
 from cptjax.common import console, files, run_log
 from cptjax.evaluation import matrix, summary
-from cptjax.evaluation.report import charts, expect, words
+from cptjax.evaluation.report import charts, differences, expect, words
+from cptjax.evaluation.report.differences import Difference
 from cptjax.evaluation.report.read import (
     Arm,
     ReportRun,
     nested_value,
     prompt_text,
     read_rollouts,
+    report_setting,
     rollout_thumbnail,
 )
 
@@ -26,6 +28,7 @@ from cptjax.evaluation.report.read import (
 FIRST_COLUMNS = ("avg_acc", "learned_gain", "fm_diagonal", "general_delta")
 FORCED_COLUMNS = ("fm_forced", "general_delta_forced")
 LAST_COLUMNS = ("intransigence", "learned_acc", "fm_peak")
+TRANSFER_COLUMNS = ("fwt", "plasticity", "mft", "mfn", "maa", "bwt")
 HEADLINE_TILES = (
     ("avg_acc", "average accuracy", "%"),
     ("learned_acc", "right after learning", "%"),
@@ -56,6 +59,7 @@ def jinja_environment() -> jinja2.Environment:
         "shown": words.format_metric,
         "interval": words.format_interval,
         "spread": words.format_spread,
+        "difference": words.format_difference,
         "title_of": words.metric_title,
         "LEVELS": words.LEVEL_METRICS,
         "DISTANCES": words.KL_METRICS,
@@ -110,8 +114,18 @@ def render_run_page(run: ReportRun) -> str:
 
 
 def render_comparison_page(
-    arms: Sequence[Arm], title: str, verdicts: Sequence[expect.Verdict]
+    arms: Sequence[Arm],
+    title: str,
+    verdicts: Sequence[expect.Verdict],
+    baseline: Arm | None,
+    compared: Mapping[str, Mapping[str, Difference]],
+    missing: Sequence[str],
 ) -> str:
+    """Render the page on several arms.
+
+    `compared` has the differences of the other arms from the baseline, `missing` the runs of the
+    config that have not started.
+    """
     runs = [run for arm in arms for run in arm.runs]
     tasks = list(dict.fromkeys(t for run in runs for t in run.table.tasks))
     general = list(dict.fromkeys(t for run in runs for t in run.table.general if t not in tasks))
@@ -150,6 +164,13 @@ def render_comparison_page(
             tasks=tasks,
             general=general,
             columns=columns,
+            transfer_columns=[n for n in TRANSFER_COLUMNS if any(arm.spread(n) for arm in arms)],
+            baseline=baseline.label if baseline else report_setting(arms, "baseline"),
+            compared=compared,
+            few_pairs=differences.too_few_pairs(
+                difference for found in compared.values() for difference in found.values()
+            ),
+            missing=missing,
             formulas=formulas,
             base=base_model_row(arms, tasks, general),
             best={name: best_arm(arms, name, formulas[name].better) for name in columns},

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,17 @@ from typing import Any
 
 from cptjax.common import files
 from cptjax.common.images import open_image
+from cptjax.config import nearest_names
 from cptjax.evaluation import summary
-from cptjax.evaluation.matrix import AccuracyTable
+from cptjax.evaluation.matrix import AccuracyTable, Cells
 from cptjax.evaluation.summary import RunTables
+from cptjax.runs import FRESH_FOLDER
 
 SEED_FOLDER = re.compile(r"(seed|order)\d+(_(seed|order)\d+)?")
+RUNS_FILE = "runs.json"  # in the folder of several runs: their sub-folders as the config lists them
 IGNORED_FOLDERS = {
     "base",  # the pre-stage that made the base model
+    FRESH_FOLDER,
     "hf",
     "checkpoints",
     "rollouts",
@@ -115,14 +120,34 @@ def is_run_folder(folder: Path) -> bool:
     return path.is_file() and '"stages"' in path.read_text(encoding="utf-8")
 
 
+def read_run_names(folder: Path) -> list[str]:
+    """Return the sub-folders of a folder's runs as the config lists them; [] = not recorded."""
+    path = folder / RUNS_FILE
+    return files.read_json(path) if path.is_file() else []
+
+
+def missing_runs(folders: Sequence[Path | str]) -> list[str]:
+    """Return the sub-folders of the runs that the config lists and that have not started."""
+    return [
+        name
+        for folder in map(Path, folders)
+        for name in read_run_names(folder)
+        if not is_run_folder(folder / name)
+    ]
+
+
 def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
-    """Return (label, workdirs) of each arm in a folder, which holds a run, seeds or arms."""
+    """Return (label, workdirs) of each arm in a folder, which holds a run, seeds or arms.
+
+    They are in the order of the config, the others by name.
+    """
     if not folder.is_dir():
         return []
     label = folder.resolve().name
     arms = [(label, [folder])] if is_run_folder(folder) else []
     inner: dict[Path, list[tuple[str, list[Path]]]] = {}
-    for path in sorted(folder.iterdir()):
+    known = [folder / name.partition("/")[0] for name in read_run_names(folder) if name]
+    for path in dict.fromkeys([*known, *sorted(folder.iterdir())]):
         if path.is_dir() and path.name not in IGNORED_FOLDERS and path.name[0] not in "._":
             if found := find_arm_folders(path):
                 inner[path] = found
@@ -132,10 +157,12 @@ def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
     return arms + inner_arms
 
 
-def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
-    """Read all arms under the given folders, in the order of paper A: SFT, the others, joint.
+def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
+    """Read all arms under the given folders.
 
-    Joint training is the reference for the intransigence of the other arms.
+    They are in the order of their config; if it is not known, SFT is first. With `sort`, here or
+    in the config, the arms with the best mean of that metric are first. Joint training is last: it
+    is the reference for the intransigence of the other arms.
     """
     folders_by_arm: list[tuple[str, list[Path]]] = []
     for folder in map(Path, folders):
@@ -151,8 +178,30 @@ def read_arms(folders: Sequence[Path | str]) -> list[Arm]:
         Arm(label, tuple(read_run(path, label) for path in paths))
         for label, (_, paths) in zip(labels, folders_by_arm, strict=True)
     ]
-    arms = [add_joint_reference(arm, arms) for arm in arms]
-    return sorted(arms, key=lambda arm: (arm.is_joint, not arm.label.startswith("sft")))
+    arms = [add_references(arm, arms) for arm in arms]
+    if sort := sort or report_setting(arms, "sort"):
+        arms = sort_by_metric(arms, sort)
+    elif not any(read_run_names(Path(folder)) for folder in folders):
+        arms.sort(key=lambda arm: not arm.label.startswith("sft"))
+    return sorted(arms, key=lambda arm: arm.is_joint)
+
+
+def report_setting(arms: Sequence[Arm], name: str) -> str:
+    """Return a setting of `config.report`, as the first run that sets it has it."""
+    values = [run.config.get("report", {}).get(name) for arm in arms for run in arm.runs]
+    return next(filter(None, values), "")
+
+
+def sort_by_metric(arms: Sequence[Arm], name: str) -> list[Arm]:
+    """Sort arms by the mean of a metric, the best first; arms without it are last."""
+    formulas = {k: m for arm in arms for run in arm.runs for k, m in run.summary["metrics"].items()}
+    if name not in formulas:
+        raise ValueError(
+            f"sort={name!r} is no metric of these runs; {nearest_names(name, formulas)}"
+        )
+    sign = 1 if formulas[name]["better"] == "lower" else -1
+    means = {arm.label: spread["mean"] for arm in arms if (spread := arm.spread(name))}
+    return sorted(arms, key=lambda arm: sign * means[arm.label] if arm.label in means else math.inf)
 
 
 def _distinct_labels(arms: Sequence[tuple[str, list[Path]]]) -> list[str]:
@@ -169,19 +218,38 @@ def read_run(path: Path, label: str) -> ReportRun:
     return ReportRun(label, tables, summary.summarise_run(tables))
 
 
-def add_joint_reference(arm: Arm, others: Sequence[Arm]) -> Arm:
-    """Add the intransigence to an arm's runs, if a joint run has the same tasks and seed."""
+def add_references(arm: Arm, others: Sequence[Arm]) -> Arm:
+    """Add the metrics of an arm's runs that compare them with other runs.
+
+    The intransigence needs a joint run with the same tasks and seed, the plasticity runs of single
+    stages from the base model.
+    """
     tasks = set(arm.runs[0].table.tasks)
     joint = next((o for o in others if o.is_joint and set(o.runs[0].table.tasks) == tasks), None)
-    if joint is None or arm.is_joint:
-        return arm
-    joint_tables = {run.config.get("seed"): run.table for run in joint.runs}
+    joint_tables = {}
+    if joint is not None and not arm.is_joint:
+        joint_tables = {run.config.get("seed"): run.table for run in joint.runs}
     runs = []
     for run in arm.runs:
-        totals = summary.summarise_table(run.table, joint_tables.get(run.config.get("seed")))
-        totals = files.to_jsonable(totals)
+        references = joint_tables.get(run.config.get("seed")), read_fresh_cells(run)
+        totals = files.to_jsonable(summary.summarise_table(run.table, *references))
         runs.append(dataclasses.replace(run, summary=run.summary | totals))
     return Arm(arm.label, tuple(runs))
+
+
+def read_fresh_cells(run: ReportRun) -> Cells:
+    """Return the accuracy on each task after only its last stage, trained from the base model.
+
+    Runs of single stages that are not finished are left out.
+    """
+    cells: Cells = {}
+    for task in run.table.trained():
+        folder = run.path / FRESH_FOLDER / f"stage{run.table.last(task)}"
+        if is_run_folder(folder):
+            table = summary.load_accuracy_table(folder, summary.load_config(folder))
+            if table.finished:
+                cells["fresh", task] = table.cells[1, task]
+    return cells
 
 
 def read_rollouts(run: ReportRun, stage: int) -> list[dict[str, Any]]:

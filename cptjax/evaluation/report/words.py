@@ -17,9 +17,12 @@ METRIC_TITLES = {
     "fm_peak_all": "FM peak, over T",
     "fm_peak_own": "FM peak, own stage on",
     "fm_diagonal": "FM",
+    "mft": "MFT",
+    "mfn": "MFN",
     "bwt": "BWT",
     "forgetting": "Forgetting",
     "fwt": "FWT",
+    "plasticity": "Plasticity",
     "maa": "MAA",
     "intransigence": "Intransigence",
     "gain": "Gain",
@@ -34,7 +37,7 @@ METRIC_TITLES = {
     "format_share": "Format share",
 }
 # Metrics shown in percent; all others except KL are differences in points.
-LEVEL_METRICS = ("avg_acc", "base_acc", "learned_acc", "maa")
+LEVEL_METRICS = ("avg_acc", "base_acc", "learned_acc", "mft", "mfn", "maa")
 # Nats per token, and per response.
 KL_METRICS = ("kl_new", "kl_old", "kl_new_sequence", "kl_old_sequence")
 EQUAL_LEARNING_GAP = 0.06  # largest difference in learned accuracy that counts as equal learning
@@ -82,6 +85,15 @@ def format_spread(spread: dict[str, Any] | None, signed: bool = False) -> str:
         return "–"
     text = (format_points if signed else format_percent)(spread["mean"])
     return f"{text} ± {100 * spread['sd']:.1f}" if spread["sd"] is not None else text
+
+
+def format_difference(name: str, mean: float, half_width: float | None = None) -> str:
+    """Format a difference of two arms, and half the width of its interval if it has one."""
+    if name in KL_METRICS:
+        text = f"{mean:+.3g}".replace("-", "−")
+        return text if half_width is None else f"{text} ± {half_width:.2g}"
+    text = format_points(mean)
+    return text if half_width is None else f"{text} ± {100 * half_width:.1f}"
 
 
 def format_interval(metric: dict[str, Any]) -> str:

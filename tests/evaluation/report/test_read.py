@@ -1,10 +1,12 @@
 """Finding runs and arms in folders, and reading what the pages show."""
 
 import numpy as np
+import pytest
 from PIL import Image
-from report_runs import STEPS, make_run, write_page
+from report_runs import STEPS, eval_row, make_run, write_page
 
-from cptjax.common import files
+from cptjax.common import files, run_log
+from cptjax.evaluation import report, summary
 from cptjax.evaluation.report import read, words
 
 
@@ -69,3 +71,48 @@ def test_a_conversation_is_shown_as_its_text():
         == "What?"
     )
     assert read.prompt_text("plain") == "plain" and read.prompt_text(None) == ""
+
+
+def test_arms_are_in_the_order_of_their_config(tmp_path):
+    """`runs.json` has the order, and the runs that have not started."""
+    for arm in ("joint", "sft_bare", "grpo", "added"):
+        make_run(tmp_path / arm / "seed0", arm if arm != "added" else "grpo")
+    assert [a.label for a in read.read_arms([tmp_path])] == ["sft_bare", "added", "grpo", "joint"]
+    names = [f"{arm}/seed{s}" for arm in ("joint", "grpo", "later", "sft_bare") for s in (0, 1)]
+    report.write_comparison(tmp_path, names)
+    assert [a.label for a in read.read_arms([tmp_path])] == ["grpo", "sft_bare", "added", "joint"]
+    missing = ["joint/seed1", "grpo/seed1", "later/seed0", "later/seed1", "sft_bare/seed1"]
+    assert read.missing_runs([tmp_path]) == missing
+    assert (
+        f'title="{", ".join(missing)}">5 runs not started' in (tmp_path / "report.html").read_text()
+    )
+
+
+def test_single_stages_from_the_base_model_are_the_reference_of_plasticity(tmp_path):
+    """They are no arms, and an unfinished one is no reference."""
+    for arm in ("grpo", "sft_bare"):
+        make_run(tmp_path / arm, arm)
+    fresh = {2: ("shape", 0.75), 3: ("digit", 0.8), 4: ("count", None)}
+    for number, (task, value) in fresh.items():
+        folder = tmp_path / "grpo/fresh" / f"stage{number}"
+        files.write_json(folder / "config.json", {"stages": [{"task": task, "steps": 1}]})
+        if value is not None:
+            log = run_log.RunLog(folder)
+            log.evals([eval_row(1, task, task, value)])
+            log.close()
+    report.write_comparison(tmp_path)
+    table = summary.load_run_tables(tmp_path / "grpo").accuracy
+    expected = np.mean([table.cells[2, "shape"].value - 0.75, table.cells[3, "digit"].value - 0.8])
+    for arm, value in (("grpo", expected), ("sft_bare", None)):
+        found = files.read_json(tmp_path / arm / "summary.json")["metrics"]["plasticity"]
+        assert found["value"] == (value if value is None else pytest.approx(value))
+        page = (tmp_path / arm / "report.html").read_text()
+        assert (">Plasticity</th>" in page) == (arm == "grpo")
+    assert [a.label for a in read.read_arms([tmp_path])] == ["sft_bare", "grpo"]
+    assert ">Plasticity</th>" in (tmp_path / "report.html").read_text()
+    size = lambda: summary.summarise_run(summary.load_run_tables(tmp_path / "grpo"))["cost"][
+        "bytes"
+    ]
+    before = size()
+    (tmp_path / "grpo/fresh/stage2/checkpoint").write_bytes(b"0" * 1000)
+    assert size() == before  # what another run stores
