@@ -128,7 +128,18 @@ def get_config() -> ConfigDict:
         # Continual-learning methods, one of each kind; None = the default of the method's class in
         # cptjax/training/algorithms/continual_learning.
         # none | gold | prompts: rows of earlier stages, in a fraction of each batch
-        replay=dict(name="none", fraction=optional(float)),
+        # | er | der | derpp: a memory of rows of earlier stages
+        replay=dict(
+            name="none",
+            fraction=optional(float),  # gold, prompts: of a batch, in (0, 1)
+            rows=optional(int), max_bytes=optional(int),  # budget of the memory, one of the two
+            batch=optional(int),  # rows of the memory in an update
+            tokens=optional(int),  # the most tokens of a response in the memory
+            top_k=optional(int),  # der, derpp: log-probabilities stored for each token
+            coef=optional(float),  # er: of the cross-entropy on the memory, > 0
+            alpha=optional(float),  # der, derpp: of the divergence from stored outputs, > 0
+            beta=optional(float),  # derpp: of the cross-entropy on the memory, > 0
+        ),
         reward=dict(
             name="none",  # none | rapo
             weight=optional(float),  # of the reward for retention, > 0
@@ -147,8 +158,10 @@ def get_config() -> ConfigDict:
         # none | gpm: remove from gradients, and from the changes of weights, directions of earlier
         # stages, at most `rank` for each of the weights named by `layers`, with a share `energy`
         # of the squared gradients of `samples` rows
+        # | agem: remove what opposes the gradient on a memory, with the settings of replay's memory
         gradient=dict(name="none", rank=optional(int), energy=optional(float),
-                      samples=optional(int), layers=optional(tuple)),
+                      samples=optional(int), layers=optional(tuple), rows=optional(int),
+                      max_bytes=optional(int), batch=optional(int), tokens=optional(int)),
         # none | merge_lora | o_lora: new adapters in each stage, with model.lora
         parameters=dict(name="none", coef=optional(float)),
         # none | wise_ft: average with the weight of the stage's start, in (0, 1)

@@ -200,6 +200,7 @@ def prepare_stage(
             train_step.StateShardings.of(state),
             run.model_ctx.dtype,
             methods,
+            build.memory_objective_from_config(stage.config),
         )
         arrays = reference_models.hook_arrays(run, stage, start, {})
         yield PreparedStage(run, ctx, state, frozen, programs, arrays)

@@ -33,10 +33,10 @@ def changed_arrays(tree: Any, checksums: Mapping[str, str]) -> list[str]:
     return [path for path in found if checksums.get(path) != found[path]]
 
 
-def _replicated(leaves: tuple[jax.Array, ...]) -> Any:
+def _replicated(leaves: tuple[jax.Array | np.ndarray, ...]) -> Any:
     """Return the sharding of a result that every process reads."""
     for leaf in leaves:
-        if isinstance(leaf.sharding, NamedSharding):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding):  # a host array has none
             return NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return None
 

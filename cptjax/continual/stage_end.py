@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax import sharding
@@ -20,6 +21,7 @@ from cptjax.common.program import Program
 from cptjax.common.shuffle import permutation
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
+from cptjax.continual import stage_memory
 from cptjax.continual.checkpoint import abstract_tree
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
@@ -28,6 +30,7 @@ from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import conversation_batch
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import make_example_encoder
+from cptjax.models import trainable
 from cptjax.models.config import ModelConfig
 from cptjax.training import build, programs, train_step
 from cptjax.training.algorithms.continual_learning.hooks import (
@@ -68,9 +71,15 @@ def end_methods(
     for method in continual_methods(stage.config.method):
         if not overrides_hook(method, "stage_end"):
             continue
-        began, mean, cost = time.perf_counter(), None, WorkCost()
+        began, mean, memory, cost = time.perf_counter(), None, None, WorkCost()
         if a_pass := method.gradient_pass(stage.config.train.chunk):
             mean, cost = run_gradient_pass(run, stage, trained, frozen, a_pass, method.name)
+        if method.memory is not None:
+            params = trainable.join_params(trained, frozen)
+            memory, more = stage_memory.add_stage_rows(
+                run, stage, method, params, kept.get(method.name)
+            )
+            cost += more
         end = StageEnd(
             stage.number,
             run.config.seed,
@@ -79,6 +88,7 @@ def end_methods(
             state.methods.get(method.name),
             kept.get(method.name),
             mean,
+            memory,
             stage_params,
             progress.carried.get(method.name),
         )
@@ -88,7 +98,7 @@ def end_methods(
             # As a restored checkpoint has them, so that a resumed run computes the same bits.
             layout = KeptLayout(abstract_tree(trained), run.model_ctx.mesh, stage.number)
             shapes = method.kept_shapes(layout)
-            new = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), new, shapes)
+            new = jax.tree.map(_place_kept, new, shapes)
             kept[method.name] = new
         if run.files.log:
             metrics = {
@@ -100,6 +110,11 @@ def end_methods(
             }
             run.files.log.step(stage.number, progress.step, metrics)
     return trained, kept
+
+
+def _place_kept(x: Any, shape: jax.ShapeDtypeStruct) -> Any:
+    """Place what a method keeps; an array whose shape has no sharding stays on the host."""
+    return np.asarray(x) if shape.sharding is None else jax.device_put(x, shape.sharding)
 
 
 # ---- a pass over training rows -------------------------------------------------------------------
@@ -158,7 +173,7 @@ def _add_row(
 
 
 def stage_end_programs(stage: AbstractStage) -> list[Program]:
-    """Return the programs of the gradient passes of a stage with abstract arguments.
+    """Return the programs of the end of a stage with abstract arguments.
 
     They run once, after the last step of the stage.
     """
@@ -171,7 +186,7 @@ def stage_end_programs(stage: AbstractStage) -> list[Program]:
             stage.cfg, stage.config, a_pass.objective, stage.dtype, trained
         )
         batch = programs.abstract_conversations(stage, stage.shards, stage.longest_prompt)
-        gradient = programs.abstract_gradient_sum(steps, stage, batch).gradient
+        gradient = programs.abstract_gradient_sum(steps.begin, stage, batch).gradient
         total = abstract_mean(gradient, a_pass)
         add_args = (total, gradient, a_pass.transform, a_pass.samples, 1)
         add = Program(f"{method.name}: sum", _add_row, add_args, calls=0.0, flops=0.0)
@@ -179,7 +194,7 @@ def stage_end_programs(stage: AbstractStage) -> list[Program]:
         kept = (add.name,)
         name = f"{method.name}: gradient"
         listed += [add, Program(name, steps.begin, begin_args, 0.0, 0.0, kept=kept)]
-    return listed
+    return [*listed, *stage_memory.memory_programs(stage)]
 
 
 def abstract_mean(gradient: Params, a_pass: GradientPass) -> Any:

@@ -25,6 +25,7 @@ from cptjax.continual.reference_models import (
 from cptjax.continual.resume import UnfinishedStage
 from cptjax.continual.stage_callbacks import StageCallbacks
 from cptjax.continual.stage_end import end_methods
+from cptjax.continual.stage_memory import open_memory
 from cptjax.data import prompts
 from cptjax.models import load, trainable
 from cptjax.training import build, self_training, train_loop
@@ -57,6 +58,7 @@ def train_stage(
         carried = {m.name: m.begin_rewards(model_state.kept.get(m.name)) for m in methods}
         progress = StageProgress(carried={k: v for k, v in carried.items() if v is not None})
         state = init_stage(run, stage, opt, trained, model_state)
+    ctx.memory = open_memory(run, stage, model_state.kept)
     arrays = hook_arrays(run, stage, start, model_state.kept)
     steps = make_step_programs(
         model_ctx.cfg,
@@ -65,6 +67,7 @@ def train_stage(
         StateShardings.of(state),
         model_ctx.dtype,
         build.step_methods_from_config(c),
+        build.memory_objective_from_config(c),
     )
     label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
     with (

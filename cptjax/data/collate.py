@@ -48,6 +48,18 @@ class EncodedConversation:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def append_tokens(self, tokens: Sequence[int], trained: int) -> "EncodedConversation":
+        """Return the conversation with more text tokens, of which the mask has the first."""
+        n, start = len(tokens), self.positions.max() + 1
+        positions = start + np.arange(n, dtype=self.positions.dtype)
+        return dataclasses.replace(
+            self,
+            tokens=np.concatenate([self.tokens, np.array(tokens, np.int32)]),
+            types=np.concatenate([self.types, np.zeros(n, np.int8)]),
+            positions=np.concatenate([self.positions, np.broadcast_to(positions, (3, n))], 1),
+            loss_mask=np.concatenate([self.loss_mask, np.arange(n) < trained]),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:

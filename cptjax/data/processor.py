@@ -118,18 +118,8 @@ class Processor:
         _, turn, after_turn = self._split_turns([{"role": "user", "content": "?"}, answer], False)
         response = self.ids(turn)
         added = response + self.ids(after_turn)
-        tokens = np.concatenate([prompt.tokens, np.array(added, np.int32)])
-        _check_prompt_limit(len(tokens), prompt.media, limit)
-        n, start = len(added), prompt.positions.max() + 1
-        text_positions = start + np.arange(n, dtype=prompt.positions.dtype)
-        return EncodedConversation(
-            tokens,
-            np.concatenate([prompt.types, np.zeros(n, np.int8)]),
-            np.concatenate([prompt.positions, np.broadcast_to(text_positions, (3, n))], 1),
-            np.concatenate([prompt.loss_mask, np.arange(n) < len(response)]),
-            prompt.media,
-            self.cfg,
-        )
+        _check_prompt_limit(len(prompt) + len(added), prompt.media, limit)
+        return prompt.append_tokens(added, trained=len(response))
 
     def _separate(self, messages: Messages) -> tuple[list[dict[str, Any]], list[MediaSource]]:
         """Separate messages from their images; refuse images if the model takes none."""

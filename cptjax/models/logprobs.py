@@ -91,6 +91,38 @@ def distill_kl(
     return _by_chunks(divergence, (unembed_student, unembed_teacher), (student, teacher), chunk)
 
 
+def top_logps(hidden: Array, unembed: Array, *, k: int, chunk: int = 1024) -> tuple[Array, Array]:
+    """Return the k likeliest tokens [N k] after each state, and log-probabilities [N k+1].
+
+    The last log-probability is that of all other tokens together.
+    """
+    check_logprobs(chunk=chunk)
+
+    def numbers(weights: tuple, h: Array) -> tuple[Array, Array]:
+        logps = jax.nn.log_softmax(_logits(h, weights[0]))
+        kept = lax.top_k(logps, k)[1]
+        return kept, _kept_and_rest(logps, kept)
+
+    return _by_chunks(numbers, (unembed,), (hidden,), chunk)
+
+
+def stored_kl(
+    hidden: Array, unembed: Array, kept: Array, logps: Array, *, chunk: int = 1024
+) -> Array:
+    """Return the divergence KL(stored || now) [N] from the distributions of `top_logps`.
+
+    The stored log-probabilities may be rounded; they are normalised again.
+    """
+    check_logprobs(chunk=chunk)
+
+    def divergence(weights: tuple, h: Array, kept: Array, stored: Array) -> Array:
+        now = _kept_and_rest(jax.nn.log_softmax(_logits(h, weights[0])), kept)
+        return jnp.sum(jnp.exp(stored) * (stored - now), -1)
+
+    stored = jax.nn.log_softmax(logps.astype(jnp.float32))
+    return _by_chunks(divergence, (unembed,), (hidden, kept, stored), chunk)
+
+
 def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024) -> Array:
     """Return EAFT's weights [N]: the entropy of the k most likely tokens, divided by log k.
 
@@ -167,7 +199,10 @@ def _kept_and_rest(logps: Array, kept: Array) -> Array:
 
 
 def _by_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
-    """Return f(weights, *rows), numbers [N]; each batch shard maps its rows, `chunk` at a time."""
+    """Return f(weights, *rows), one result for each row.
+
+    Each batch shard maps its rows, `chunk` at a time.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = tuple(a for a in RULES["batch"] if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1)
@@ -194,7 +229,7 @@ def _map_chunks(f: Callable, weights: tuple, rows: tuple, chunk: int) -> Any:
     chunks = tuple(_pad(x, count * size - n).reshape(count, size, *x.shape[1:]) for x in rows)
     recomputed = jax.checkpoint(f, prevent_cse=False)
     out = lax.map(lambda x: recomputed(weights, *x), chunks)
-    return jax.tree.map(lambda x: x.reshape(-1)[:n], out)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
 
 
 def _pad(x: Array, more: int) -> Array:
@@ -237,5 +272,21 @@ def make_scoring_program(
         params = cast_params(params, dtype)
         hidden = predicting_states(params, batch, cfg, dtype)
         return target_logps(hidden, decoder.unembedding(params["text"]), batch, chunk, temperature)
+
+    return jax.jit(run)
+
+
+@functools.lru_cache(maxsize=16)
+def make_top_logps_program(
+    cfg: Any, dtype: Any, chunk: int, k: int
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Return a jitted function that computes `top_logps` of a batch: [B A k] and [B A k+1]."""
+
+    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        params = cast_params(params, dtype)
+        hidden = predicting_states(params, batch, cfg, dtype)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = top_logps(flat, decoder.unembedding(params["text"]), k=k, chunk=chunk)
+        return jax.tree.map(lambda x: x.reshape(*batch.targets.shape, -1), out)
 
     return jax.jit(run)

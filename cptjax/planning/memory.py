@@ -66,8 +66,8 @@ def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, 
     if m.source == "rollouts":
         response = r.group * r.max_new_tokens
     rows, model = layout.rows / stage.shards, stage.mesh.shape["model"]
-    # The sum so far, and that of the current micro-batch.
-    sums = 2 if layout.micro_batches > 1 else 1
+    # The sum so far, that of the current micro-batch, and that of the memory.
+    sums = (2 if layout.micro_batches > 1 else 1) + (stage.memory is not None)
     gradients = sums * bytes_per_device(_cast(trained, jnp.float32))
     if c.model.param_dtype != c.model.compute_dtype:
         gradients += bytes_per_device(_cast(trained, stage.dtype))

@@ -13,6 +13,7 @@ from cptjax.models import load
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import RELEASED
 from cptjax.training.programs import (
+    MEMORY_GRADIENT,
     AbstractStage,
     abstract_stage,
     response_programs,
@@ -55,13 +56,15 @@ def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -
             "lower method.filter.samples, set or lower rollout.slots, or lower "
             "rollout.max_new_tokens"
         )
-    if name.startswith(("rollouts", "greedy")):
+    if name.startswith(("rollouts", "greedy")) or ": responses" in name:
         return (
             "set or lower rollout.slots, lower train.batch, rollout.max_new_tokens or "
             "data.prompt_limit, or raise mesh.model"
         )
     if name.startswith("evaluation"):
         return "lower eval.batch, eval.max_new_tokens or data.prompt_limit"
+    if name == MEMORY_GRADIENT:
+        return "lower batch or tokens of the method's memory, or set model.remat='block'"
     if name == "apply gradients":
         stays = sum(resident.values()) / 2**30
         return (

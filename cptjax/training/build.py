@@ -21,7 +21,7 @@ from cptjax.training.algorithms.continual_learning.hooks import (
 )
 from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.losses import TOKEN_OBJECTIVES, LossConfig
-from cptjax.training.algorithms.objective import Objective
+from cptjax.training.algorithms.objective import MemoryObjective, Objective
 from cptjax.training.algorithms.optimizers import Optimizer, OptimizerConfig, make_optimizer
 from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Array, Batch, Params
@@ -48,6 +48,14 @@ def objective_from_config(config: ConfigDict) -> Objective:
     """Build the objective of a stage."""
     methods = (m for m in continual_methods(config.method) if overrides_hook(m, "token_loss"))
     return Objective(LossConfig.from_config(config), tuple(methods))
+
+
+def memory_objective_from_config(config: ConfigDict) -> MemoryObjective | None:
+    """Build the loss on the memory of a stage, if one of its methods has a memory."""
+    for method in continual_methods(config.method):
+        if method.memory is not None:
+            return MemoryObjective(method, config.train.chunk)
+    return None
 
 
 def step_methods_from_config(config: ConfigDict) -> Methods:

@@ -6,6 +6,7 @@ each (sides up to 4 : 1), responses of `rollout.max_new_tokens` (SFT: responses 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,12 +32,14 @@ from cptjax.training.algorithms.continual_learning.hooks import (
     KeptLayout,
     Methods,
 )
-from cptjax.training.algorithms.continual_learning.table import continual_methods
+from cptjax.training.algorithms.continual_learning.memory import memory_shapes
+from cptjax.training.algorithms.objective import MemoryObjective
 from cptjax.training.method_needs import MethodNeeds, method_needs
 from cptjax.training.step_batch import StepLayout
 from cptjax.types import Batch, Params, Prompts, TrainState
 
 TEACHER_STATES = "teacher states"
+MEMORY_GRADIENT = "memory gradient"
 DEMONSTRATION_TEMPLATE_TOKENS = (
     24  # around a demonstration; the exact number depends on the tokenizer
 )
@@ -59,6 +62,7 @@ class AbstractStage:
     teacher_cfg: ModelConfig
     methods: Methods  # continual-learning methods that act in the update
     arrays: HookArrays  # of the methods, after an earlier stage with them
+    memory: MemoryObjective | None
 
     @property
     def needs(self) -> MethodNeeds:
@@ -150,7 +154,7 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
     elif needs.teacher:
         teacher = start
     layout = KeptLayout(trained, mesh, max(len(config.stages) - 1, 1))
-    kept = {m.name: m.kept_shapes(layout) for m in continual_methods(method)}
+    kept = {m.name: m.kept_shapes(layout) for m in methods}
     trained_start = None
     if any(m.needs_start for m in methods):
         trained_start = trainable.split_params(start, is_trained)[0]
@@ -170,6 +174,7 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         teacher_cfg,
         methods,
         arrays,
+        build.memory_objective_from_config(config),
     )
 
 
@@ -194,10 +199,16 @@ def abstract_prompts(
     return sharding.place_prompts(prompts, stage.mesh)
 
 
-def abstract_conversations(stage: AbstractStage, rows: int, length: int) -> Batch:
-    """Return `rows` conversations of `length` tokens whose responses may fill the whole row."""
+def abstract_conversations(
+    stage: AbstractStage, rows: int, length: int, response: int = 0
+) -> Batch:
+    """Return `rows` conversations of `length` tokens.
+
+    response: the most tokens of a response; 0 = it may fill the whole row
+    """
     prompts = abstract_prompts(stage, rows, length)
-    width = max(device_batches.target_buckets(length))
+    buckets = device_batches.target_buckets(length)
+    width = collate.smallest_bucket(min(response or length, length), buckets)
     return sharding.place_batch(device_batches.conversation_arrays(prompts, width), stage.mesh)
 
 
@@ -217,6 +228,28 @@ def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
     if stage.config.method.source == "rollouts":
         return abstract_groups(stage, rows, stage.longest_prompt)
     return abstract_conversations(stage, rows, stage.longest_row)
+
+
+def abstract_memory_batch(stage: AbstractStage) -> Batch:
+    """Return the batch of the memory of an update."""
+    settings = stage.memory.method.memory
+    rows = device_batches.pad_to_shards(settings.batch, stage.shards)
+    batch = abstract_memory_rows(stage, rows)
+    extra = {
+        f"memory_{name}": abstract_array(
+            (*batch.targets.shape, array.shape[2]), array.dtype, stage.mesh, ("batch",)
+        )
+        for name, array in memory_shapes(settings).items()
+        if name in ("ids", "logps")
+    }
+    return batch.replace(extra=batch.extra | extra)
+
+
+def abstract_memory_rows(stage: AbstractStage, rows: int) -> Batch:
+    """Return `rows` conversations with responses of the memory."""
+    tokens = stage.memory.method.memory.tokens
+    length = max(collate.extend_buckets((stage.longest_prompt,), tokens))
+    return abstract_conversations(stage, rows, length, tokens)
 
 
 def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
@@ -257,10 +290,15 @@ def update_flops(stage: AbstractStage, rows: int) -> float:
 
     Frozen weights need no gradient, and a frozen vision tower needs no backward pass.
     """
+    return backward_flops(stage, text_forward(stage, rows), vision_forward(stage, rows))
+
+
+def backward_flops(stage: AbstractStage, text: float, vision: float) -> float:
+    """Count the FLOPs of forward and backward passes from those of the forward passes."""
     m = stage.config.model
     text_passes = 2 if m.lora.rank or "language" in m.freeze else 3
     vision_passes = 1 if "vision" in m.freeze else text_passes
-    return text_passes * text_forward(stage, rows) + vision_passes * vision_forward(stage, rows)
+    return text_passes * text + vision_passes * vision
 
 
 # ---- programs ------------------------------------------------------------------------------------
@@ -273,6 +311,7 @@ def training_programs(stage: AbstractStage) -> list[Program]:
         *rollout_programs(stage),
         *scoring_programs(stage, layout.rows, layout.total_micro_batches),
         *teacher_programs(stage, layout.rows, layout.micro_batches * layout.updates),
+        *memory_programs(stage, layout.updates),
         *update_programs(stage, layout.rows, layout.micro_batches, layout.updates),
     ]
 
@@ -376,43 +415,64 @@ def teacher_programs(stage: AbstractStage, rows: int, calls: int) -> list[Progra
     return [Program(TEACHER_STATES, program, (stage.teacher, batch), calls, useful)]
 
 
+def memory_programs(stage: AbstractStage, updates: int) -> list[Program]:
+    """Return the program of the gradient of the memory's loss."""
+    if stage.memory is None:
+        return []
+    batch = abstract_memory_batch(stage)
+    rows, length = batch.prompts.tokens.shape
+    text = flops.text_forward_flops(stage.cfg, rows, length, batch.targets.shape[1])
+    useful = backward_flops(stage, text, vision_forward(stage, rows))
+    args = (stage.state.params, stage.frozen, batch)
+    return [Program(MEMORY_GRADIENT, step_programs(stage).memory_gradient, args, updates, useful)]
+
+
 def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) -> list[Program]:
     """Return one fused step, or programs that sum gradients over micro-batches and apply them."""
-    state, frozen = stage.state, stage.frozen
-    steps = train_step.make_step_programs(
-        stage.cfg,
-        build.objective_from_config(stage.config),
-        build.optimizer_from_config(stage.config, stage.declared),
-        train_step.StateShardings.of(state),
-        stage.dtype,
-        stage.methods,
-    )
+    state, frozen, steps = stage.state, stage.frozen, step_programs(stage)
     batch = abstract_update_batch(stage, rows)
-    lr = abstract_array((), jnp.float32, stage.mesh)
+    lr, of_memory = abstract_array((), jnp.float32, stage.mesh), None
+    if stage.memory is not None:
+        gradient = step_programs(stage).memory_gradient
+        of_memory = abstract_gradient_sum(gradient, stage, abstract_memory_batch(stage))
     useful = update_flops(stage, rows)
     if passes == 1:
-        args = (state, frozen, batch, lr, stage.arrays)
+        args = (state, frozen, batch, lr, stage.arrays, of_memory)
         return [Program("train step", steps.step, args, updates, useful)]
     # The teacher's states of all micro-batches of an update are computed before its first gradient.
     kept = (TEACHER_STATES,) * passes if stage.teacher is not None else ()
-    total = abstract_gradient_sum(steps, stage, batch)
+    total = abstract_gradient_sum(steps.begin, stage, batch)
     add_args = (total, state.params, frozen, batch)
-    apply_args = (state, total, lr, stage.arrays)
+    apply_args = (state, total, lr, stage.arrays, of_memory)
+    waiting = (MEMORY_GRADIENT,) if stage.memory is not None else ()
     return [
-        Program("add gradients", steps.add, add_args, passes * updates, useful, kept[1:]),
+        Program("add gradients", steps.add, add_args, passes * updates, useful, kept[1:] + waiting),
         Program("apply gradients", steps.finish, apply_args, updates, 0.0, kept),
     ]
 
 
+def step_programs(stage: AbstractStage) -> train_step.StepPrograms:
+    """Return the programs of the updates of a stage."""
+    return train_step.make_step_programs(
+        stage.cfg,
+        build.objective_from_config(stage.config),
+        build.optimizer_from_config(stage.config, stage.declared),
+        train_step.StateShardings.of(stage.state),
+        stage.dtype,
+        stage.methods,
+        stage.memory,
+    )
+
+
 def abstract_gradient_sum(
-    steps: train_step.StepPrograms, stage: AbstractStage, batch: Batch
+    gradient: Callable[..., train_step.GradientSum], stage: AbstractStage, batch: Batch
 ) -> train_step.GradientSum:
-    """Return the shapes of summed gradients.
+    """Return the shapes of the gradients that a program sums.
 
     Each gradient is sharded like its parameter; all other arrays are replicated.
     """
     trained = stage.state.params
-    total = jax.eval_shape(steps.begin, trained, stage.frozen, batch)
+    total = jax.eval_shape(gradient, trained, stage.frozen, batch)
     gradient = jax.tree.map(
         lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
         total.gradient,

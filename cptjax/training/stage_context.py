@@ -16,6 +16,7 @@ from cptjax.data.mixture import Mixture
 from cptjax.data.prompts import make_example_encoder
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms.distillation import Teacher
+from cptjax.training.memory_batches import MemoryBatches
 from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Example, Params
 
@@ -47,6 +48,7 @@ class StageContext:
     start: Params | None = None  # the model at the stage's start, if the drift from it is needed
     # The tasks with method.corpus_template; None = the template of the gold answers.
     corpus_tasks: dict[str, PromptedTask] | None = None
+    memory: MemoryBatches | None = None  # of a continual-learning method, from earlier stages
     stopping: Callable[[], bool] = bool  # returns True if the run must end before long work
 
     @property

@@ -35,6 +35,7 @@ class StepBatch:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     rollout_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     cost: WorkCost = WorkCost()
+    memory: list[Batch] = dataclasses.field(default_factory=list)  # one for each update, or none
     batches_taken: int = 1  # from the stream
     # What continual-learning methods carry to the next step, by name.
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -71,9 +71,12 @@ def train_loop(
 
             updating = time.perf_counter()
             pending: list[dict[str, Any]] = []  # metrics on the device, fetched after dispatch
-            for micro_batches in batch.updates:
+            for i, micro_batches in enumerate(batch.updates):
                 rate = rates[progress.updates]
-                state, update_metrics = programs.run(state, frozen, micro_batches, rate, arrays)
+                memory_batch = batch.memory[i] if batch.memory else None
+                state, update_metrics = programs.run(
+                    state, frozen, micro_batches, rate, arrays, memory_batch
+                )
                 pending.append(update_metrics)
                 progress.updates += 1
             progress.step += 1
@@ -147,6 +150,10 @@ def next_step_batch(
         else:
             items, cost = self_training.response_examples(ctx, params, step)
         batch = step_batch.sft_step_batch(builder, items, ctx.reference, ctx.teacher)
+        batch.cost += cost
+    if ctx.memory is not None:
+        first = progress.updates
+        batch.memory, cost = ctx.memory.batches(range(first, first + builder.layout.updates))
         batch.cost += cost
     if needs_sampling(ctx, step):
         batch.metrics["seconds/data"] = (stream.waited if stream else 0.0) - waited

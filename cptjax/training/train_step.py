@@ -5,6 +5,9 @@ count of the whole batch, so micro-batches, padding and devices cannot change th
 
     for each micro-batch:  total += gradient of loss_sum, count, metric sums
     once:                  update(state, total.gradient / total.count + gradient of penalties)
+
+A continual-learning method with a memory combines this gradient with that of a batch of the memory,
+which a program of its own computes.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ from cptjax.training.algorithms import losses, optimizers
 from cptjax.training.algorithms.continual_learning import hooks
 from cptjax.training.algorithms.continual_learning.hooks import HookArrays, Methods
 from cptjax.training.algorithms.losses import Loss
+from cptjax.training.algorithms.objective import MemoryObjective
 from cptjax.types import Array, Batch, Mean, Params, TrainState
 
 # Hidden states [B A D], unembedding [D V], batch -> loss. Hashable, so that stages share programs.
@@ -48,10 +52,13 @@ class StepPrograms:
 
     begin: Callable[..., GradientSum]  # trained, frozen, batch -> sum
     add: Callable[..., GradientSum]  # sum, trained, frozen, batch -> sum
-    # state, sum, learning rate, arrays of the continual-learning methods -> state, metrics
+    # state, sum, learning rate, arrays of the continual-learning methods, sum of the memory
+    # -> state, metrics
     finish: Callable[..., tuple[TrainState, dict[str, Mean]]]
     # begin and finish in one program, for an update of one micro-batch
     step: Callable[..., tuple[TrainState, dict[str, Mean]]]
+    # trained, frozen, batch of the memory -> sum; None = no method has a memory
+    memory_gradient: Callable[..., GradientSum] | None
 
     def run(
         self,
@@ -60,15 +67,18 @@ class StepPrograms:
         batches: Sequence[Batch],
         lr: float,
         arrays: HookArrays = NO_ARRAYS,
+        memory_batch: Batch | None = None,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        """Apply one update, computed from its micro-batches."""
-        rate = jnp.float32(lr)
+        """Apply one update, computed from its micro-batches and a batch of the memory."""
+        rate, of_memory = jnp.float32(lr), None
+        if memory_batch is not None:
+            of_memory = self.memory_gradient(state.params, frozen, memory_batch)
         if len(batches) == 1:
-            return self.step(state, frozen, batches[0], rate, arrays)
+            return self.step(state, frozen, batches[0], rate, arrays, of_memory)
         total = self.begin(state.params, frozen, batches[0])
         for batch in batches[1:]:
             total = self.add(total, state.params, frozen, batch)
-        return self.finish(state, total, rate, arrays)
+        return self.finish(state, total, rate, arrays, of_memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +113,7 @@ def make_step_programs(
     places: StateShardings,
     dtype: Any,
     methods: Methods = (),
+    memory: MemoryObjective | None = None,
 ) -> StepPrograms:
     """Return the programs of a stage; equal arguments return the same programs.
 
@@ -113,7 +124,9 @@ def make_step_programs(
         for hook in ("project_gradient", "project_change", "after_update")
     )
 
-    def begin(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
+    def gradient_sum(
+        objective: ObjectiveFn, trained: Params, frozen: Params, batch: Batch
+    ) -> GradientSum:
         def value(trained):
             params = trainable.cast_params(trainable.join_params(trained, frozen), dtype)
             loss = objective(
@@ -127,6 +140,12 @@ def make_step_programs(
         gradient = places.pin_gradient(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
         return GradientSum(gradient, loss.sum, loss.count, loss.metrics)
 
+    def begin(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
+        return gradient_sum(objective, trained, frozen, batch)
+
+    def memory_gradient(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
+        return gradient_sum(memory, trained, frozen, batch)
+
     def add(total: GradientSum, trained: Params, frozen: Params, batch: Batch) -> GradientSum:
         more = begin(trained, frozen, batch)
         gradient = jax.tree.map(jnp.add, total.gradient, more.gradient)
@@ -138,16 +157,23 @@ def make_step_programs(
         )
 
     def finish(
-        before: TrainState, total: GradientSum, lr: Array, arrays: HookArrays
+        before: TrainState,
+        total: GradientSum,
+        lr: Array,
+        arrays: HookArrays,
+        of_memory: GradientSum | None,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        count = jnp.maximum(total.count, 1)
-        of_objective = gradient = jax.tree.map(lambda g: g / count, total.gradient)
+        of_objective = gradient = mean_gradient(total)
         metrics = dict(total.metrics, loss=Mean(total.loss, total.count))
         penalty = functools.partial(hooks.total_penalty, methods, arrays=arrays)
         if penalty(before.params) is not None:
             value, of_penalty = jax.value_and_grad(penalty)(before.params)
             gradient = jax.tree.map(jnp.add, gradient, of_penalty)
             metrics["penalty"] = Mean(value, jnp.ones(()))
+        if of_memory is not None:
+            mean = mean_gradient(of_memory)
+            gradient, more = memory.method.combine_gradients(gradient, mean)
+            metrics |= more | {"memory/loss": Mean(of_memory.loss, of_memory.count)}
         for m in projects_gradient:
             gradient = m.project_gradient(gradient, arrays.kept.get(m.name))
         # Without a token to train on, the NaN skips the update, including its weight decay.
@@ -166,16 +192,28 @@ def make_step_programs(
         return places.pin(state), metrics | update_metrics
 
     def step(
-        state: TrainState, frozen: Params, batch: Batch, lr: Array, arrays: HookArrays
+        state: TrainState,
+        frozen: Params,
+        batch: Batch,
+        lr: Array,
+        arrays: HookArrays,
+        of_memory: GradientSum | None,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        return finish(state, begin(state.params, frozen, batch), lr, arrays)
+        return finish(state, begin(state.params, frozen, batch), lr, arrays, of_memory)
 
     return StepPrograms(
         jax.jit(begin),
         jax.jit(add, donate_argnums=0),
         jax.jit(finish, donate_argnums=0),
         jax.jit(step, donate_argnums=0),
+        jax.jit(memory_gradient) if memory else None,
     )
+
+
+def mean_gradient(total: GradientSum) -> Params:
+    """Return the gradient of the mean loss."""
+    count = jnp.maximum(total.count, 1)
+    return jax.tree.map(lambda g: g / count, total.gradient)
 
 
 def abstract_state(

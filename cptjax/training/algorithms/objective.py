@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cptjax.models import logprobs
 from cptjax.training.algorithms import losses
-from cptjax.training.algorithms.continual_learning.hooks import Methods
+from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
 from cptjax.training.algorithms.losses import Loss, LossConfig
 from cptjax.types import Array, Batch, Mean
 
@@ -101,3 +101,16 @@ class Objective:
         )
         mismatch = losses.mismatch_metrics(before_updates, extra["sampler_logps"], mask)
         return Loss(loss.sum, loss.count, loss.metrics | mismatch)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryObjective:
+    """The loss of a method with a memory on a batch of the memory."""
+
+    method: ContinualMethod
+    chunk: int  # number of tokens whose logits are in memory at a time
+
+    def __call__(self, hidden: Array, unembed: Array, batch: Batch) -> Loss:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        values = self.method.memory_loss(flat, unembed, batch, self.chunk)
+        return Loss(jnp.sum(jnp.where(batch.mask, values, 0)), batch.mask.sum(), {})

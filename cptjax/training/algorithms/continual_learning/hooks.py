@@ -5,6 +5,9 @@
     begin_rewards,      on the rewards of the sampled responses           RaPO
       shape_rewards
     token_loss          on the response tokens of each micro-batch        LwF
+    memory, memory_loss on a batch of the memory's rows, once for each    ER, DER, A-GEM
+      combine_gradients   update; its gradient is combined with that of
+                          the objective and the penalties
     penalty             on the trained parameters, once for each update   L2, EWC, SI, MAS, CPO
     begin_stage,        with the gradient and the parameters before and   SI
       after_update      after each update
@@ -35,7 +38,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cptjax.types import Array, Batch, Params
+from cptjax.types import Array, Batch, Mean, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,16 @@ class GradientPass:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemorySettings:
+    """A memory of training rows of finished stages; `memory.py` has its arrays."""
+
+    rows: int  # of the memory
+    tokens: int  # the most tokens of a response; later ones are left out
+    top_k: int  # the likeliest tokens whose log-probabilities are stored; 0 = none
+    batch: int  # rows of an update, over all processes
+
+
+@dataclasses.dataclass(frozen=True)
 class StageEnd:
     """What a method has at the end of a stage."""
 
@@ -73,6 +86,7 @@ class StageEnd:
     state: Any  # what `after_update` returned last
     kept: Any  # what `stage_end` of an earlier stage returned
     mean: Params | None  # the result of `gradient_pass`
+    memory: Any  # the arrays of `memory` with rows of this stage
     stage_params: Callable[[int], Params]  # the trained parameters after stage k; 0 = base model
     carried: Any = None  # what `shape_rewards` returned last
 
@@ -123,6 +137,29 @@ class ContinualMethod:
         """
         return None
 
+    @property
+    def memory(self) -> MemorySettings | None:
+        """The memory whose rows an update uses after the first stage; None = no memory."""
+        return None
+
+    def memory_loss(self, hidden: Array, unembed: Array, batch: Batch, chunk: int) -> Array:
+        """Return the loss of each response token [B A] of a batch of the memory.
+
+        The arguments are those of `token_loss`. With `top_k`, `batch.extra` has memory_ids [B A k]
+        and memory_logps [B A k+1], the last of which is that of all other tokens together.
+        """
+        raise NotImplementedError
+
+    def combine_gradients(
+        self, gradient: Params, of_memory: Params
+    ) -> tuple[Params, dict[str, Mean]]:
+        """Return the gradient of an update, and metrics.
+
+        gradient: that of the objective and the penalties
+        of_memory: that of the mean of `memory_loss` over the tokens of the memory's batch
+        """
+        raise NotImplementedError
+
     def penalty(self, trained: Params, start: Params | None, kept: Any) -> Array | None:
         """Return a scalar that is added to the loss of an update; None = none yet."""
         return None
@@ -149,7 +186,10 @@ class ContinualMethod:
     # ---- at the end of a stage -------------------------------------------------------------------
 
     def kept_shapes(self, layout: KeptLayout) -> Any:
-        """Return the shapes of what the method keeps after a stage; None = nothing."""
+        """Return the shapes of what the method keeps after a stage; None = nothing.
+
+        An array without a sharding stays on the host.
+        """
         return None
 
     def gradient_pass(self, chunk: int) -> GradientPass | None:

@@ -13,8 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cptjax.training.algorithms.continual_learning.agem import AGEM
 from cptjax.training.algorithms.continual_learning.cpo import CPO
 from cptjax.training.algorithms.continual_learning.dare import DARE
+from cptjax.training.algorithms.continual_learning.der import DER, DERPP
+from cptjax.training.algorithms.continual_learning.er import ER
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.gpm import GPM
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
@@ -34,12 +37,13 @@ from cptjax.training.algorithms.continual_learning.wise_ft import WiseFT
 
 # Entry in `config.method` -> its methods, in the order in which a step and a stage's end use them.
 CONTINUAL_METHODS: dict[str, tuple[type[ContinualMethod], ...]] = {
-    "replay": (GoldReplay, PromptReplay),
     "reward": (RaPO,),
     "loss": (LwF,),
     "stage_end": (WiseFT, TaskArithmetic, TIES, DARE, MaxMerge),
     "penalty": (L2, EWC, OnlineEWC, SI, MAS, CPO),
-    "gradient": (GPM,),
+    # A memory stores outputs of the model that the stage ends with, before adapters are merged.
+    "replay": (GoldReplay, PromptReplay, ER, DER, DERPP),
+    "gradient": (AGEM, GPM),
     "parameters": (MergedLora, OLoRA),
 }
 
@@ -67,6 +71,9 @@ def check_methods(config: ConfigDict) -> None:
     methods = continual_methods(config.method)
     for m in methods:
         m.check(config)
+    with_memory = [m.name for m in methods if m.memory is not None]
+    if len(with_memory) > 1:
+        raise ValueError(f"expected one method with a memory, got {' and '.join(with_memory)}")
     names = [m.name for m in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"method.plugin: expected a name that differs from {names[:-1]}")
