@@ -22,7 +22,7 @@ optionally `paper` or `official` and a corpus, in any order:
     sft_kl reinforce reinforce01            SFT with a KL term | REINFORCE without baseline | only
                                             on correct responses
     replay ewc online_ewc si mas cpo        SFT with a continual-learning method
-    l2 lwf wise
+    l2 lwf wise er der derpp agem
     olora merged_lora gpm                   lora_sft with one
     prompt_replay grpo_ewc grpo_cpo rapo    GRPO with one
     3b 7b tiny                              the model, of the family Qwen2.5-VL
@@ -68,6 +68,7 @@ SIZES = {
     "tiny": "",
 }
 FILTER = dict(samples=8)
+MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens
 # Steps of ScienceQA, by the names of the released checkpoints that the second stage starts from.
 SCIENCEQA_STEPS = dict(grpo=90, nokl=120, nocot=180)
 # Of EWC, SI and MAS no coefficient is published for models of this size: these are to be swept.
@@ -176,6 +177,10 @@ ARMS = {
         rl, label="rif-rft unsolvable", filter=dict(name="unsolvable", **FILTER)
     ),
     "replay": _arm(sft, label="sft + replay", replay=dict(name="gold", fraction=0.1)),
+    "er": _arm(sft, label="sft + er", replay=dict(name="er", **MEMORY)),
+    "der": _arm(sft, label="sft + der", replay=dict(name="der", **MEMORY)),
+    "derpp": _arm(sft, label="sft + der++", replay=dict(name="derpp", **MEMORY)),
+    "agem": _arm(sft, label="sft + a-gem", gradient=dict(name="agem", **MEMORY)),
     "ewc": _arm(sft, label="sft + ewc", penalty=EWC),
     "online_ewc": _arm(sft, label="sft + online ewc", penalty=dict(EWC, name="online_ewc")),
     "si": _arm(sft, label="sft + si", penalty=dict(name="si", coef=1.0)),

@@ -130,6 +130,10 @@ def test_every_arm_of_the_papers_exists():
         "l2",
         "lwf",
         "wise",
+        "er",
+        "der",
+        "derpp",
+        "agem",
         "prompt_replay",
         "eaft",
     }  # reviewers'

@@ -48,8 +48,8 @@ class StageContext:
     start: Params | None = None  # the model at the stage's start, if the drift from it is needed
     # The tasks with method.corpus_template; None = the template of the gold answers.
     corpus_tasks: dict[str, PromptedTask] | None = None
-    memory: MemoryBatches | None = None  # of a continual-learning method, from earlier stages
     stopping: Callable[[], bool] = bool  # returns True if the run must end before long work
+    memory: MemoryBatches | None = None  # of a continual-learning method, from earlier stages
 
     @property
     def config(self) -> ConfigDict:

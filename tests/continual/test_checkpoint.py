@@ -389,3 +389,24 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
         kept.save("steps", 1, 1, {"params": tree()}, {})
     assert not any((tmp_path / "steps").iterdir())
     kept.close()
+
+
+def test_host_arrays_come_back_as_host_arrays(tmp_path):
+    """A memory is not on the devices; what else a method keeps is."""
+    kept = {
+        "memory": {"seen": np.array(7, np.int32), "logps": np.linspace(0, 1, 6, dtype=np.float16)},
+        "ewc": tree(devices=2),
+    }
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save("stages", 1, 2, {"kept": kept}, {})
+    checkpoints.save("stages", 2, 2, {"kept": {"memory": kept["memory"]}}, {})
+    checkpoints.wait()
+    found = checkpoints.restore("stages", 1, 2, {"kept": jax.tree.map(shape, kept)})["kept"]
+    only = checkpoints.restore(
+        "stages", 2, 2, {"kept": {"memory": jax.tree.map(shape, kept["memory"])}}
+    )
+    checkpoints.close()
+    assert equal(found, kept) and equal(only["kept"]["memory"], kept["memory"])
+    assert {type(x) for x in jax.tree.leaves(found["memory"])} == {np.ndarray}
+    assert found["ewc"]["n"].sharding == kept["ewc"]["n"].sharding

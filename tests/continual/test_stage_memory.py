@@ -22,7 +22,7 @@ def response(memory, slot):
 
 def test_gold_rows_are_stored_with_the_outputs_of_the_model(tmp_path):
     """The log-probabilities of stored tokens are those of the program that scores responses."""
-    c = method_config("sft", stages=2, method=DER)
+    c = method_config("sft", stages=2, method=dict(replay=DER["replay"] | dict(top_k=150)))
     with stage_with_memory(c, tmp_path) as prepared, jax.set_mesh(prepared.run.model_ctx.mesh):
         run, memory, compared = prepared.run, prepared.ctx.memory.memory, 0
         sources, encode = stage_memory.stage_rows(run, run.stages[0], with_gold=True)
@@ -45,6 +45,8 @@ def test_gold_rows_are_stored_with_the_outputs_of_the_model(tmp_path):
 
 def test_a_batch_of_the_memory_is_one_of_its_conversations(tmp_path):
     c = method_config("sft", stages=2, method=DER)
+    c.tasks.first.template = ""
+    c.data.update(template="direct", prompt_limit=128, buckets=(128,))
     c.stages = (c.stages[0] | {"data": {"template": "none"}}, c.stages[1])
     with stage_with_memory(c, tmp_path) as prepared:
         run, batches = prepared.run, prepared.ctx.memory
@@ -55,7 +57,9 @@ def test_a_batch_of_the_memory_is_one_of_its_conversations(tmp_path):
             slots = [ref.index for ref in batches.order.rows(update)]
             used += slots
             prompts = batches.read_prompts([RowRef(0, int(memory["row"][s])) for s in slots])
-            whole = [join_response(p, response(memory, s)) for p, s in zip(prompts, slots)]
+            whole = [
+                join_response(p, response(memory, s)) for p, s in zip(prompts, slots, strict=True)
+            ]
             assert cost.trained == sum(map(len, whole)) and cost.flops > 0
             for row, (slot, conversation) in enumerate(zip(slots, whole, strict=True)):
                 n = memory["length"][slot]
@@ -73,7 +77,7 @@ def test_a_batch_of_the_memory_is_one_of_its_conversations(tmp_path):
         (prompt,) = batches.read_prompts([RowRef(0, 0)])
         for stage, equal in zip(run.stages, (True, False), strict=True):
             task = {"first": run.datasets.prompted_task("first", stage.config)}
-            other = make_example_encoder(run.model_ctx, task, False, 32)(example).encoded
+            other = make_example_encoder(run.model_ctx, task, False, 128)(example).encoded
             assert np.array_equal(other.tokens, prompt.tokens) == equal
 
 

@@ -5,15 +5,17 @@ import dataclasses
 import logging
 
 import jax
+import numpy as np
 import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
-from cptjax.continual import stage_end
+from cptjax.continual import stage_end, stage_memory
 from cptjax.data import collate, device_batches, model_context
-from cptjax.training import programs, train_loop
+from cptjax.training import build, programs, train_loop
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.gpm import GPM
+from cptjax.training.algorithms.continual_learning.memory import empty_memory
 from cptjax.training.programs import abstract_stage, abstract_update_batch, training_programs
 from cptjax.training.stage_context import StageProgress
 
@@ -207,3 +209,43 @@ def test_the_end_of_a_stage_runs_the_planned_programs(hook, method, tmp_path, mo
                 prepared.run, ctx.stage, trained, prepared.frozen, a_pass, method.name
             )
         check_programs(run, planned)
+
+
+def test_an_update_with_a_memory_runs_the_planned_programs(tmp_path, monkeypatch):
+    memory = dict(name="der", rows=6, tokens=4, batch=8, top_k=4)
+    c = method_config("sft", stages=2, method=dict(replay=memory))
+    with stage_fixtures.prepare_stage(c, tmp_path, number=2) as prepared:
+        ctx, run = prepared.ctx, prepared.run
+        kept = empty_memory(build.memory_objective_from_config(c).method.memory)
+        kept |= {"seen": np.int32(8), "source": kept["row"], "length": kept["length"] + 2}
+        ctx.memory = stage_memory.open_memory(run, ctx.stage, {"der": kept})
+        stage = abstract_stage(ctx.config, run.model_ctx.cfg, run.model_ctx.mesh)
+        planned = planned_programs(stage, training_programs(stage))
+        (likeliest,) = stage_memory.memory_programs(stage)
+        ids, logps = jax.eval_shape(likeliest.function, *likeliest.args)
+        expected = programs.abstract_memory_batch(stage)
+        length, buckets = expected.prompts.tokens.shape[1], device_batches.target_buckets
+        use_largest_shapes(monkeypatch, stage)
+        # A batch of the memory has eight rows, one of the stage four.
+        of_rows = lambda shape: length if shape.rows == 8 else stage.longest_row
+        pixels = ctx.config.model.max_pixels
+        largest = lambda shape: collate.largest_batch_shape(
+            stage.cfg, pixels, shape.rows, stage.shards, of_rows(shape)
+        )
+        of_length = lambda n: buckets(n) if n == length else [n]
+        monkeypatch.setattr(device_batches, "target_buckets", of_length)
+        monkeypatch.setattr(device_batches, "gather_batch_shape", largest)
+        with (
+            compiled_programs() as compiled,
+            jax.set_mesh(stage.mesh),
+            ctx.open_stream(0) as stream,
+        ):
+            step = train_loop.next_step_batch(ctx, prepared.params, stream, StageProgress())
+            (batches,), (memory_batch,) = step.updates, step.memory
+            prepared.programs.run(
+                prepared.state, prepared.frozen, batches, 1e-3, prepared.arrays, memory_batch
+            )
+        check_programs(compiled, planned)
+        assert shapes(memory_batch.extra) == shapes(expected.extra)
+        assert ids.shape[1:] == expected.extra["memory_ids"].shape[1:]
+        assert logps.shape[1:] == expected.extra["memory_logps"].shape[1:]

@@ -25,7 +25,7 @@ def reservoir(sizes, capacity, seed):
 
 @pytest.mark.parametrize("sizes", [(2, 5, 4), (11,)], ids=str)
 def test_after_every_stage_the_memory_is_a_uniform_sample_without_replacement(sizes):
-    runs, capacity, total = 6000, 4, sum(sizes)
+    runs, capacity, total = 3000, 4, sum(sizes)
     held = np.array([reservoir(sizes, capacity, seed) for seed in range(runs)])
     assert held.min() >= 0 and all(len(set(rows)) == capacity for rows in held.tolist())
     counts = np.bincount(held.ravel(), minlength=total)
