@@ -33,6 +33,7 @@ from cptjax.training.algorithms.continual_learning.hooks import (
     Methods,
 )
 from cptjax.training.algorithms.continual_learning.memory import memory_shapes
+from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.objective import MemoryObjective
 from cptjax.training.method_needs import MethodNeeds, method_needs
 from cptjax.training.step_batch import StepLayout
@@ -154,7 +155,8 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
     elif needs.teacher:
         teacher = start
     layout = KeptLayout(trained, mesh, max(len(config.stages) - 1, 1))
-    kept = {m.name: m.kept_shapes(layout) for m in methods}
+    on_devices = [m for m in continual_methods(method) if m.memory is None]
+    kept = {m.name: m.kept_shapes(layout) for m in on_devices}
     trained_start = None
     if any(m.needs_start for m in methods):
         trained_start = trainable.split_params(start, is_trained)[0]

@@ -316,6 +316,19 @@ def test_adapters_and_directions_of_earlier_stages_stay_in_memory(mesh):
     assert directions["continual learning"] == 4 * text.depth * numbers
 
 
+def test_a_memory_of_rows_takes_no_device_memory_but_that_of_its_gradient(mesh):
+    changes = dict(replay=dict(name="der", max_bytes=10**9))
+    plain, der = (
+        planned_stage(small("sft", method=METHODS["sft"] | more), mesh) for more in ({}, changes)
+    )
+    assert resident_bytes(der) == resident_bytes(plain)
+    gradients = [memory.estimate_bytes(s, 64, 0)["gradients"] for s in (plain, der)]
+    one = memory.bytes_per_device(plain.state.params)  # in float32 too
+    assert gradients[1] - gradients[0] == one
+    names = [{program.name for program in stage_programs(stage)} for stage in (plain, der)]
+    assert names[1] - names[0] == {"memory gradient", "der: likeliest tokens"}
+
+
 def test_the_memory_estimate_follows_rollout_dtype():
     c = small(model={"compute_dtype": "float32"})
     metrics = {}
