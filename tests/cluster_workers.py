@@ -65,6 +65,51 @@ def raises(index: int) -> None:
     wait_in_collective()
 
 
+def damaged(index: int) -> None:
+    """A part of an array that process 1 wrote is changed, or cannot be read."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from cptjax.common import distributed
+    from cptjax.continual.checkpoint import Checkpoints, abstract_tree
+
+    rows = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
+    values = np.random.default_rng(0).normal(size=(64, 300)).astype(np.float32)
+    tree = {"w": jax.make_array_from_callback(values.shape, rows, lambda part: values[part])}
+    kept = Checkpoints("checkpoint")
+    kept.save("stages", 1, 3, {"params": tree}, {})
+    kept.save("steps", 999, 999_999, {"params": tree}, {})  # the largest numbers
+    kept.wait()
+    assert Checkpoints("checkpoint").found() == [(999, 999_999, "steps"), (1, 3, "stages")]
+    kept.remove_steps(999)
+    restore = lambda kind, stage, step: kept.restore(
+        kind, stage, step, {"params": abstract_tree(tree)}
+    )
+    assert np.array_equal(
+        kept.newest(restore)["params"]["w"].addressable_data(0), tree["w"].addressable_data(0)
+    )
+    path = max(
+        kept.path("stages", 1, 3).glob("params/ocdbt.process_1/d/*"), key=lambda p: p.stat().st_size
+    )
+    for how in ("changed", "cut", "changed"):  # the last change stays for the test
+        text = bytearray(path.read_bytes())
+        distributed.gather_objects(None)
+        if not index:
+            text[len(text) // 2] ^= 1
+            path.write_bytes(text[:100] if how == "cut" else text)
+        distributed.gather_objects(None)
+        try:
+            kept.newest(restore)
+        except ValueError as error:
+            say(how=how, refused=f"{type(error).__name__}: {error}")
+        distributed.gather_objects(None)
+        if not index and how == "cut":
+            path.write_bytes(text)
+        distributed.gather_objects(None)
+    kept.close()
+
+
 def kill_in_program(index: int) -> None:
     """Process 1 dies while process 0 waits for a device program."""
     run_programs([])
@@ -172,6 +217,7 @@ FAILURES = {
     "raises": raises,
     "bug": bug,
     "sigterm": sigterm,
+    "damaged": damaged,
     "kill 1": kill_in_program,
     "kill 0": lost(0, signal.SIGKILL, wait_in_exchange),
     "places": places,

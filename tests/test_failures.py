@@ -46,10 +46,10 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
     whole, tmp_path, devices, said, capsys, gone
 ):
     folder = shutil.copytree(whole, tmp_path / "run")
-    number = 10**9 + (4 if gone == "stages" else 2)
+    number = 10**6 + (4 if gone == "stages" else 2)
     (folder / "progress.json").unlink()  # killed before the evaluation was recorded
     if gone == "steps":  # killed in the stage, and the newest step checkpoint is the only one
-        shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+        shutil.rmtree(folder / "checkpoints" / "stages" / str(10**6 + 4))
     for path in (
         p for p in (folder / "checkpoints" / gone / str(number)).rglob("*") if p.is_file()
     ):
@@ -94,7 +94,7 @@ def test_another_config_is_refused_by_the_record_of_a_checkpoint(whole, tmp_path
 
 def test_another_optimizer_is_refused_and_no_checkpoint_is_moved(whole, tmp_path, devices):
     folder = shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**6 + 4))
     (folder / "progress.json").unlink()
     with pytest.raises(
         ValueError,
@@ -143,7 +143,7 @@ def test_the_address_of_a_bucket_is_refused(tmp_path, monkeypatch):
 def test_a_run_continues_on_another_mesh(whole, tmp_path, devices):
     """Killed in the stage on one device, finished on four."""
     folder = shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**6 + 4))
     (folder / "progress.json").unlink()
     devices(4)
     go(folder)
@@ -172,7 +172,7 @@ def test_a_teacher_that_follows_is_restored_in_float32(tmp_path, devices):
     c = run_helpers.config("sdft", **{**TINY, **changes})
     driver.run(c, tmp_path / "whole")
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**9 + 4))
+    shutil.rmtree(folder / "checkpoints" / "stages" / str(10**6 + 4))
     (folder / "progress.json").unlink()
     driver.run(c, folder)
     run_helpers.assert_same(
@@ -191,7 +191,7 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path, devices):
             stages=({"task": "facts", "steps": 9},),
         )
     saved = sorted(
-        int(p.name) - 10**9
+        int(p.name) - 10**6
         for p in (tmp_path / "checkpoints" / "steps").iterdir()
         if p.name.isdigit()
     )
@@ -247,7 +247,7 @@ def test_a_reward_that_fails_stops_the_run_with_the_steps_saved(tmp_path, device
         json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     saved = sorted(
-        int(p.name) - 10**9
+        int(p.name) - 10**6
         for p in (tmp_path / "run" / "checkpoints" / "steps").iterdir()
         if p.name.isdigit()
     )

@@ -10,8 +10,11 @@ import jax
 import numpy as np
 import pytest
 import run_helpers
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
+from cptjax import sharding
+from cptjax.continual.checkpoint import CheckpointDamaged, Checkpoints
 from cptjax.data import model_context
 
 # Rows of a task whose first half has images: in an evaluation one process has all of them, and
@@ -129,7 +132,7 @@ def run_pairs(folder, *names: str, limit: float = 60) -> dict[str, list]:
 def failures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failures")
     names = ("exchanges", "raises", "bug", "sigterm", "kill 1", "kill 0", "stop 1", "stop 0")
-    return folder, run_pairs(folder, *names, "places", "programs", "works")
+    return folder, run_pairs(folder, *names, "places", "programs", "works", "damaged")
 
 
 def test_exchanges_of_any_size_compile_few_programs_and_never_answer_another(failures):
@@ -185,6 +188,26 @@ def test_processes_that_wait_for_each_other_at_different_places_end(failures, na
             "Give all .* run the same command again to continue from the last save",
             line,
         ), line
+
+
+def test_damage_in_the_part_of_one_process_is_found_by_two_processes_and_by_one(failures):
+    """A flipped bit changes numbers silently; a file that is cut fails on its reader alone."""
+    folder, ended = failures
+    path = folder / "checkpoint" / "stages" / "1000003"
+    for index in range(2):
+        assert ended[f"damaged.{index}"][::2] == [0, []]
+        lines = (folder / f"damaged.{index}.out").read_text().splitlines()
+        found = [json.loads(line) for line in lines if line[0] == "{"]
+        assert [line["how"] for line in found] == ["changed", "cut", "changed"]
+        reasons = ["params['w'] does not match its checksum", "OUT_OF_RANGE: ", "params['w'] does"]
+        for line, reason in zip(found, reasons, strict=True):
+            assert f"stage 1, step 3 ({path}) is damaged: {reason}" in line["refused"]
+    kept = Checkpoints(folder / "checkpoint", async_save=False)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    w = jax.ShapeDtypeStruct((64, 300), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(CheckpointDamaged, match=f"{path} is damaged: .*does not match its check"):
+        kept.restore("stages", 1, 3, {"params": {"w": w}})
+    kept.close()
 
 
 def test_a_process_that_works_may_let_another_wait(failures):

@@ -28,6 +28,7 @@ from cptjax.common import console
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a heartbeat
+OWN_MODULES = ("cptjax", "__main__")
 BUSY_SECONDS = 0.1  # of a processor between two heartbeats: the main thread works
 # JAX's own heartbeat ends a process with native traces; it is only for a process whose threads
 # above do not run.
@@ -134,9 +135,12 @@ def wait_for_lost_process(error: Exception) -> None:
     A collective fails then, with an error of JAX; one that a device reports later is a ValueError
     that begins with a code such as "UNKNOWN: ".
     """
-    is_of_device = isinstance(error, RuntimeError) or DEVICE_ERROR.match(str(error))
-    if _watch is not None and is_of_device:
-        time.sleep(LOST_SECONDS + 5 * BEAT_SECONDS)
+    cause: BaseException | None = error
+    while _watch is not None and cause is not None:
+        if isinstance(cause, RuntimeError) or DEVICE_ERROR.match(str(cause)):
+            time.sleep(LOST_SECONDS + 5 * BEAT_SECONDS)
+            return
+        cause = cause.__cause__
 
 
 def _exit(code: int) -> NoReturn:
@@ -159,18 +163,18 @@ def main_thread_place() -> _Place:
     """Return where the main thread is; it waits if it is in a call of JAX that does not compile.
 
     A call of a compiled function has no frame of its own, so the package's own frames count as
-    waiting too; `_Watch` looks at the processor time.
+    waiting too; `_Watch` looks at the processor time. The line is the innermost of the package.
     """
     from cptjax.common import distributed
 
     frame: Any = sys._current_frames()[threading.main_thread().ident]
-    modules = []
-    while frame.f_back:
-        modules.append(frame.f_globals["__name__"])
-        if modules[-1].partition(".")[0] != "jax" and modules[-1] != distributed.__name__:
-            break
+    modules = [frame.f_globals["__name__"]]
+    while frame.f_back and (
+        modules[-1].partition(".")[0] not in OWN_MODULES or modules[-1] == distributed.__name__
+    ):
         frame = frame.f_back
-    waits = modules[0].partition(".")[0] in ("jax", "cptjax", "__main__")
+        modules.append(frame.f_globals["__name__"])
+    waits = modules[0].partition(".")[0] in ("jax", *OWN_MODULES)
     code = frame.f_code
     line = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
     compiles = "jax._src.compiler" in modules

@@ -111,6 +111,24 @@ def decide_on_main(decide: Callable[[], T]) -> T:
     return value
 
 
+def run_on_all(act: Callable[[], T]) -> T:
+    """Return what `act` returns on this process, or raise an error of any process on all of them.
+
+    Use it before work that all processes do together, where `act` may fail on one of them.
+    """
+    value, error = None, None
+    try:
+        value = act()
+    except (ValueError, OSError) as raised:
+        error = raised
+    errors = [e for e in gather_objects(error) if e is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise errors[0]
+    return value
+
+
 def wait_for_file(path: Path) -> None:
     """Wait until every process sees the file that the main process has just written.
 

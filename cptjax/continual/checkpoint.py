@@ -8,6 +8,7 @@ A checkpoint holds named trees of arrays and a JSON record called `progress`, wi
 and checksum of each array and a hash of the record itself, which are verified on reading. Orbax
 renames a checkpoint into place when it is complete, so a killed run still has the checkpoint
 before. The checkpoints are numbered by stage * STEPS_PER_STAGE + step, so that they sort by time.
+Orbax sends these numbers between processes in 32 bits.
 
 An error of the disk or the network is not damage: reading is tried again, then the run stops. Only
 a file that is missing, cannot be parsed, or does not match its checksum marks a checkpoint as
@@ -37,7 +38,8 @@ def abstract_tree(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-STEPS_PER_STAGE = 10**9  # more steps than any stage has
+STEPS_PER_STAGE = 10**6  # more steps than any stage has
+OLD_STEPS_PER_STAGE = 10**9  # of older versions
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a failed read is tried again
 # Words of errors that say nothing about the files: raised unchanged.
 OTHER_ERRORS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
@@ -78,8 +80,12 @@ class CheckpointDamaged(ValueError):
     """A checkpoint whose files are missing, truncated or corrupt; `reason` does not name it."""
 
     def __init__(self, folder: Path, reason: str):
-        super().__init__(f"{folder} is damaged: {reason}; bring back a copy of it")
+        super().__init__(folder, reason)
         self.reason = reason
+
+    def __str__(self) -> str:
+        folder, reason = self.args
+        return f"{folder} is damaged: {reason}; bring back a copy of it"
 
 
 class Checkpoints:
@@ -123,6 +129,19 @@ class Checkpoints:
             kind: ocp.CheckpointManager(self.folder / kind, options=options[kind])
             for kind in CHECKPOINT_KINDS
         }
+
+        self._refuse_old_numbers()
+
+    def _refuse_old_numbers(self) -> None:
+        for kind, manager in self.managers.items():
+            for number in manager.all_steps():
+                if number >= OLD_STEPS_PER_STAGE:
+                    stage, step = divmod(number, OLD_STEPS_PER_STAGE)
+                    raise RunRefused(
+                        f"{self.folder / kind / str(number)} has the number that an older version "
+                        f"gave it; rename it to {stage * STEPS_PER_STAGE + step}, and the others "
+                        "likewise: stage * 1000000 + step"
+                    )
 
     def due(self, step: int) -> bool:
         """Return whether the interval in steps or in minutes has passed.
@@ -198,11 +217,16 @@ class Checkpoints:
 
     def progress(self, kind: str, stage: int, step: int) -> dict:
         """Load the JSON record of a checkpoint."""
-        record = self._read(kind, stage, step, {"progress": ocp.args.JsonRestore()})["progress"]
-        if not is_unverified(record) and not files.has_valid_hash(record):
-            place = self.path(kind, stage, step)
-            raise CheckpointDamaged(place, "its record does not match its hash")
-        return record
+
+        def read() -> dict:
+            args = {"progress": ocp.args.JsonRestore()}
+            record = self._read(kind, stage, step, args)["progress"]
+            if not is_unverified(record) and not files.has_valid_hash(record):
+                place = self.path(kind, stage, step)
+                raise CheckpointDamaged(place, "its record does not match its hash")
+            return record
+
+        return distributed.run_on_all(read)
 
     def restore(self, kind: str, stage: int, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Load the trees named in `like`, with its dtypes and shardings, onto any mesh.
@@ -216,18 +240,25 @@ class Checkpoints:
             console.print_warning(f"{where} is of an older version, without checksums: unverified")
         as_saved = {name: _with_saved_dtypes(like[name], record["trees"][name]) for name in like}
         args = {name: ocp.args.StandardRestore(tree) for name, tree in as_saved.items()}
-        trees = self._read(kind, stage, step, args)
+        # Each process reads its own part, and all of them compute the checksums together.
+        trees = distributed.run_on_all(lambda: self._read(kind, stage, step, args))
         if not is_unverified(record):
             _refuse_changed_arrays(trees, record["trees"], self.path(kind, stage, step))
         return {name: jax.tree.map(_cast_like, trees[name], like[name]) for name in like}
 
     def _read(self, kind: str, stage: int, step: int, args: dict[str, Any]) -> dict[str, Any]:
-        """Read parts of a checkpoint; an error of the disk is tried again, then raised."""
-        place, manager = self.path(kind, stage, step), self.managers[kind]
+        """Read parts of a checkpoint; an error of the disk is tried again, then raised.
+
+        Handlers read without the barrier of Orbax's CheckpointManager, at which the other processes
+        would wait for one that fails.
+        """
+        place = self.path(kind, stage, step)
         for pause in (*RETRY_SECONDS, None):
             try:
-                number = stage * STEPS_PER_STAGE + step
-                return dict(manager.restore(number, args=ocp.args.Composite(**args)).items())
+                return {
+                    name: _handler(arg).restore(place / name, args=arg)
+                    for name, arg in args.items()
+                }
             except Exception as error:
                 problem = _refuse_other_errors(error, place)
                 if pause is None and isinstance(problem, FileNotFoundError):
@@ -270,22 +301,14 @@ class Checkpoints:
         """
         damaged: list[tuple[str, int, int]] = []
         for stage, step, kind in self.found():
-            result, problem = None, ("", "")
             try:
                 result = read(kind, stage, step)
             except CheckpointDamaged as error:
-                problem = ("damaged", error.reason)
-            except OSError as error:  # the other processes must not wait for this one
-                problem = ("unreadable", str(error))
-            problems = [p for p in distributed.gather_objects(problem) if p[0]]
-            for sort, reason in problems:
-                if sort == "unreadable":
-                    raise OSError(reason)
-            if not problems:
+                reason = error.reason
+            else:
                 self._set_aside(damaged)
                 return result
             name = f"checkpoint {kind} of stage {stage}, step {step}"
-            reason = problems[0][1][:300]
             if kind == "stages" and not repeat_stages:
                 raise StateLost(f"{name} ({self.path(kind, stage, step)}) is damaged: {reason}")
             damaged.append((kind, stage, step))
@@ -338,6 +361,13 @@ class Checkpoints:
         with _explain_failed_save(self.folder):
             for manager in self.managers.values():
                 manager.close()
+
+
+def _handler(arg: Any) -> Any:
+    """Return the handler that reads one part of a checkpoint."""
+    if isinstance(arg, ocp.args.JsonRestore):
+        return ocp.JsonCheckpointHandler()
+    return ocp.StandardCheckpointHandler()
 
 
 def checkpoint_order(name: tuple[int, int, str]) -> tuple[int, int, bool]:

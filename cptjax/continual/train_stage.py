@@ -8,6 +8,7 @@ from cptjax.common import console
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage, replayed_tasks
 from cptjax.continual import offline_filter, resume
+from cptjax.continual.checkpoint import STEPS_PER_STAGE
 from cptjax.continual.model_state import (
     ModelState,
     frozen_after,
@@ -47,6 +48,11 @@ def train_stage(
     c, model_ctx, resumed = stage.config, run.model_ctx, unfinished is not None
     start = load_stage_start(run, stage, model_state.params, resumed)
     ctx = make_stage_context(run, stage, model_state.params, start, resumed)
+    if ctx.steps >= STEPS_PER_STAGE:
+        raise ValueError(
+            f"stage {stage.number} has {ctx.steps} steps; expected fewer than {STEPS_PER_STAGE}: "
+            "divide it into several stages"
+        )
     if ctx.teacher is not None and unfinished and unfinished.teacher is not None:
         ctx.teacher.trained = unfinished.teacher
     opt = build.optimizer_from_config(c, load.declare_model_params(run.config.model, model_ctx.cfg))

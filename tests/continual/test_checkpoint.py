@@ -7,7 +7,6 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
@@ -105,7 +104,7 @@ def test_one_tree_of_a_checkpoint_is_restored_alone(tmp_path):
 
 @pytest.mark.parametrize("how", ["truncate", "empty"])
 def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_can_be_saved_again(saved, how, capsys):
-    damage(saved, "steps", 2 * 10**9 + 2, how)
+    damage(saved, "steps", 2 * 10**6 + 2, how)
     seed, found = saved.newest(reader(saved))
     assert seed == 15 and equal(found, tree(15))
     assert "warning: checkpoint steps of stage 2, step 2 cannot be read" in capsys.readouterr().err
@@ -120,9 +119,9 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_can_be_saved_again(
 
 
 def test_a_damaged_end_of_a_stage_is_refused_unless_stages_may_be_repeated(saved):
-    for kind, number in (("steps", 2 * 10**9 + 2), ("stages", 10**9 + 5)):
+    for kind, number in (("steps", 2 * 10**6 + 2), ("stages", 10**6 + 5)):
         damage(saved, kind, number)
-    with pytest.raises(StateLost, match="stages of stage 1, step 5 .*/stages/1000000005.* is dam"):
+    with pytest.raises(StateLost, match="stages of stage 1, step 5 .*/stages/1000005.* is dam"):
         saved.newest(reader(saved))
     assert len(saved.found()) == 4  # all are still in place
     assert saved.newest(reader(saved), repeat_stages=True)[0] == 14
@@ -132,10 +131,10 @@ def test_a_damaged_end_of_a_stage_is_refused_unless_stages_may_be_repeated(saved
 
 def test_a_lost_stage_is_refused_instead_of_trained_again(saved):
     for kind, number in (
-        ("steps", 10**9 + 2),
-        ("steps", 10**9 + 4),
-        ("stages", 10**9 + 5),
-        ("steps", 2 * 10**9 + 2),
+        ("steps", 10**6 + 2),
+        ("steps", 10**6 + 4),
+        ("stages", 10**6 + 5),
+        ("steps", 2 * 10**6 + 2),
     ):
         damage(saved, kind, number)
     with pytest.raises(StateLost, match="stages of stage 1, step 5"):
@@ -179,25 +178,22 @@ def test_a_changed_record_is_noticed(tmp_path):
 @pytest.mark.parametrize("failures", [1, 99])
 def test_a_read_error_is_tried_again_and_then_stops_the_run(saved, monkeypatch, capsys, failures):
     """It is not damage: everything stays in place."""
-    place = ocp.checkpoint_manager.CheckpointManager
-    restore, calls = place.restore, []
+    find_handler, calls = checkpoint._handler, []
 
-    def failing(self, *args, **more):
-        calls.append(args)
+    def failing(arg):
+        calls.append(arg)
         if len(calls) <= failures:
             raise OSError(5, "Input/output error")
-        return restore(self, *args, **more)
+        return find_handler(arg)
 
-    monkeypatch.setattr(place, "restore", failing)
+    monkeypatch.setattr(checkpoint, "_handler", failing)
     if failures == 1:
         assert saved.newest(reader(saved))[0] == 22
     else:
-        with pytest.raises(OSError, match="/steps/2000000002 cannot be read .*Input/output error"):
+        with pytest.raises(OSError, match="/steps/2000002 cannot be read .*Input/output error"):
             saved.newest(reader(saved))
         assert len(calls) == 3
-    assert (
-        "steps/2000000002: [Errno 5] Input/output error; reading again" in capsys.readouterr().err
-    )
+    assert "steps/2000002: [Errno 5] Input/output error; reading again" in capsys.readouterr().err
     assert len(saved.found()) == 4 and not (saved.folder / "damaged").exists()
 
 
@@ -259,16 +255,22 @@ def test_what_is_on_disk_is_reported_and_steps_of_ended_stages_are_removed(tmp_p
     kept.remove_steps(1)
     assert kept.found() == [(2, 2, "steps"), (1, 4, "stages")]
     kept.move_all(tmp_path / "old")
-    assert kept.found() == [] and (tmp_path / "old" / "stages" / str(10**9 + 4)).is_dir()
+    assert kept.found() == [] and (tmp_path / "old" / "stages" / str(10**6 + 4)).is_dir()
     kept.close()
 
 
 def test_damage_inside_the_first_stage_starts_the_run_again(tmp_path):
     kept = Checkpoints(tmp_path, async_save=False)
     kept.save("steps", 1, 2, {"params": tree()}, {"seed": 0})
-    damage(kept, "steps", 10**9 + 2)
+    damage(kept, "steps", 10**6 + 2)
     assert kept.newest(reader(kept)) is None and kept.found() == []
     kept.close()
+
+
+def test_a_number_of_an_older_version_is_refused_with_the_new_one(tmp_path):
+    (tmp_path / "stages" / "3000000007").mkdir(parents=True)
+    with pytest.raises(RunRefused, match="stages/3000000007 has .*; rename it to 3000007, and the"):
+        Checkpoints(tmp_path)
 
 
 def test_a_refusal_or_lack_of_memory_is_not_damage(saved):
@@ -290,7 +292,7 @@ def test_a_refusal_or_lack_of_memory_is_not_damage(saved):
 @pytest.mark.parametrize("how", ["shape", "name", "tree", "permission"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(saved, how, monkeypatch):
     """A changed model or optimizer, or a folder without read permission, is not damage."""
-    other, place = like(tree()), ocp.checkpoint_manager.CheckpointManager
+    other = like(tree())
     if how == "shape":
         other["a"]["w"] = jax.ShapeDtypeStruct(
             (16, 4), np.float32, sharding=other["a"]["w"].sharding
@@ -298,13 +300,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(saved, how, monkeypa
     elif how == "name":
         other["b"] = other.pop("a")
     elif how == "permission":
-        monkeypatch.setattr(
-            place,
-            "restore",
-            lambda *_, **__: (_ for _ in ()).throw(
-                ValueError("PERMISSION_DENIED: Error opening file")
-            ),
-        )
+        refused = ValueError("PERMISSION_DENIED: Error opening file")
+        monkeypatch.setattr(checkpoint, "_handler", lambda _: (_ for _ in ()).throw(refused))
     trees = {"opt_state" if how == "tree" else "params": other}
     read = lambda *at: saved.restore(*at, trees)
     words = {
@@ -350,7 +347,7 @@ def test_arrays_that_are_being_saved_can_be_donated(tmp_path):
 
 def test_only_the_run_itself_removes_what_a_kill_left(tmp_path):
     Checkpoints(tmp_path).close()
-    left = tmp_path / "steps" / f"{10**9 + 2}.orbax-checkpoint-tmp"
+    left = tmp_path / "steps" / f"{10**6 + 2}.orbax-checkpoint-tmp"
     (left / "params").mkdir(parents=True)
     other = Checkpoints(tmp_path)
     assert other.found() == [] and left.exists()

@@ -112,7 +112,7 @@ def test_lost_checkpoints_are_refused_and_nothing_is_cut(config, runs, stopped):
 
 
 def test_a_damaged_end_of_a_stage_is_refused_until_start_over(config, runs, stopped):
-    path = stopped / "checkpoints" / "stages" / str(2 * 10**9 + 2) / "progress" / "metadata"
+    path = stopped / "checkpoints" / "stages" / str(2 * 10**6 + 2) / "progress" / "metadata"
     path.write_text(path.read_text().replace('"spent"', '"spint"'))
     before = contents(stopped)
     with pytest.raises(RunRefused, match="checkpoint stages of stage 2, step 2 .*is damaged: its"):
