@@ -177,6 +177,7 @@ def render_comparison_page(
             verdicts=verdicts,
             heatmaps=[(k, arm, heatmap_rows(arm.runs[0])) for k, arm in enumerate(arms)],
             galleries=[(arm, rollout_gallery(arm.runs[0], 1)) for arm in arms],
+            method_costs=method_cost_rows(arms, baseline),
             cost_rows=arm_cost_rows(arms),
             differences=setting_differences(arms),
         )
@@ -280,6 +281,35 @@ def arm_cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             row["stored"] = None if i else arm.spread_of("cost", "bytes")["mean"]
             rows.append(row)
     return rows
+
+
+def method_cost_rows(arms: Sequence[Arm], baseline: Arm | None) -> list[dict[str, Any]]:
+    """Return what the training of each arm costs: bytes, FLOPs, seconds, and its difference.
+
+    The means are per run, without evaluations. A number that no run of the arm has is None.
+    """
+    totals = [{key: _training_cost(arm, key) for key in ("flops", "seconds")} for arm in arms]
+    of_baseline = totals[list(arms).index(baseline)] if baseline else {}
+    rows = []
+    for k, (arm, total) in enumerate(zip(arms, totals, strict=True)):
+        row = {"color": k, "label": arm.label, **total}
+        for key in ("kept_bytes", "array_bytes", "device_bytes"):
+            spread = arm.spread_of("cost", key)
+            row[key] = spread and spread["mean"]
+        for key, value in total.items():
+            other = of_baseline.get(key)
+            row[f"extra_{key}"] = None if other is None or value is None else value - other
+        rows.append(row)
+    return rows
+
+
+def _training_cost(arm: Arm, key: str) -> float | None:
+    """Return the mean cost of the runs of an arm, without that of evaluations."""
+    costs = [
+        sum(part[key] for part in run.summary["cost"]["parts"] if part["work"] != "evaluate")
+        for run in arm.runs
+    ]
+    return sum(costs) / len(costs) if costs else None
 
 
 def base_model_row(

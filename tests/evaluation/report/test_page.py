@@ -15,7 +15,7 @@ from report_runs import ARMS, eval_row, make_run, write_page
 
 from cptjax.common import files, run_log
 from cptjax.evaluation import report, summary
-from cptjax.evaluation.report import read, words
+from cptjax.evaluation.report import page, read, words
 
 
 def test_the_page_of_a_finished_run_shows_its_numbers(tmp_path):
@@ -266,3 +266,26 @@ def test_the_page_fills_the_window_in_light_and_dark(tmp_path, width):
                 ink.any(1).mean() > 0.3 and ink[:300].any() and ink[-300:].any()
             )  # from top to bottom
             assert not ink[:, -8:].any()  # nothing sticks out on the right
+
+
+def test_the_cost_of_a_method_is_that_of_its_training_and_its_difference(tmp_path):
+    """Evaluations do not count; means are over the runs of an arm."""
+    costs = {"grpo": [(10.0, 4e12), (14.0, 6e12)], "sft_bare": [(3.0, 1e12)]}
+    for arm, runs in costs.items():
+        for seed in range(len(runs)):
+            make_run(tmp_path / arm / f"seed{seed}", arm, seed=seed)
+    arms = read.read_arms([tmp_path])
+    for arm in arms:
+        for run, (seconds, flops) in zip(
+            arm.runs, costs[arm.runs[0].path.parent.name], strict=True
+        ):
+            parts = [
+                {"work": "train", "seconds": seconds, "flops": flops},
+                {"work": "evaluate", "seconds": 1e6, "flops": 1e18},
+            ]
+            run.summary["cost"] = {"parts": parts, "kept_bytes": 8, "array_bytes": 1e6}
+    rows = {row["label"]: row for row in page.method_cost_rows(arms, arms[-1])}
+    (grpo, sft) = (rows[arm.label] for arm in arms)
+    assert (grpo["seconds"], grpo["flops"]) == (12.0, 5e12)
+    assert (grpo["extra_seconds"], grpo["extra_flops"]) == (9.0, 4e12)
+    assert (sft["extra_seconds"], sft["kept_bytes"], sft["device_bytes"]) == (0.0, 8, None)
