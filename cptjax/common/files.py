@@ -20,8 +20,8 @@ def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
         raise ValueError(f"{setting} is empty: expected a folder; is a shell variable not set?")
     if re.match(r"\w{2,}:/", str(folder)):
         raise ValueError(
-            f"{setting}={folder}: expected a folder; mount the bucket (gcsfuse) or a shared disk "
-            "and give the path"
+            f"{setting}={folder}: expected a folder on a disk, such as NFS or Filestore; in "
+            "a bucket, also a mounted one, the folder of a finished checkpoint cannot be renamed"
         )
     return Path(folder)
 

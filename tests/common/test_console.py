@@ -118,6 +118,13 @@ def test_control_characters_of_data_are_shown_escaped(monkeypatch, capsys):
     assert console.escape_controls(hostile) == shown
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_results_are_escaped_on_a_terminal_and_unchanged_in_a_pipe(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    console.print_result("a\x1b[2J")
+    assert capsys.readouterr().out == ("a\\x1b[2J\n" if terminal else "a\x1b[2J\n")
+
+
 def test_a_closed_pipe_acts_like_a_closed_terminal_and_a_full_disk_is_ignored(monkeypatch):
     """A print never raises; after a broken pipe the process gets SIGHUP, which a run handles."""
     code = (

@@ -1,6 +1,7 @@
 """Decoding images: how much memory many threads need, and formats that need another program."""
 
 import concurrent.futures
+import os
 import threading
 import time
 
@@ -55,3 +56,22 @@ def test_grey_levels_are_scaled_as_in_float64(kind, top):
     want = np.clip(values.astype(np.float64) / top * 255 + 0.5, 0, 255).astype(np.uint8)
     got = np.asarray(images.open_image(Image.fromarray(values)))
     assert np.array_equal(got, np.stack([want] * 3, -1))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+
+
+@pytest.mark.parametrize("content", [EPS, b"%PDF-1.4\n1 0 obj\n<< >>\nendobj\n"])
+def test_no_other_program_is_started_to_decode_an_image(tmp_path, monkeypatch, content):
+    """Pillow would start Ghostscript for EPS, whatever the name of the file says."""
+    gs = tmp_path / "bin" / "gs"
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{gs.parent}:{os.environ['PATH']}")
+    (tmp_path / "a.png").write_bytes(content)
+    for read in (images.open_image, images.image_size, images.thumbnail_uri):
+        for source in (tmp_path / "a.png", content):
+            with pytest.raises(ValueError, match="not an image that can be read"):
+                read(source)
+    assert not (tmp_path / "started").exists()

@@ -10,6 +10,7 @@ import run_helpers
 
 from cptjax.continual import fingerprints
 from cptjax.data.row_checks import CheckedRows
+from cptjax.tasks import hub
 from cptjax.types import Example
 
 
@@ -89,6 +90,17 @@ def test_every_source_file_of_the_package_is_compared(config, tmp_path, monkeypa
     assert [name for name in after if after[name] != before[name]] == ["common/files.py"]
     monkeypatch.setattr(fingerprints, "source_hashes", lambda: after)
     assert fingerprints.code_hash() != code
+
+
+def test_a_model_and_a_dataset_of_the_hub_have_their_revision(config, tmp_path, monkeypatch):
+    for revision in ("abc", "def"):
+        folder = tmp_path / "models--org--m" / "snapshots" / revision
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(fingerprints, "locate_checkpoint", lambda _, f=folder: f)
+        config.model.path = "org/m"
+        assert fingerprints.file_hashes(config)["model.path: org/m"] == f"revision {revision}"
+        monkeypatch.setattr(hub, "_sources_read", {"org/d test": f"revision {revision}"})
+        assert fingerprints.row_hashes(Splits("ab"))["dataset org/d test"] == f"revision {revision}"
 
 
 def test_a_large_file_is_hashed_in_pieces(tmp_path, monkeypatch):

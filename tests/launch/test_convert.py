@@ -117,15 +117,22 @@ def test_load_names_a_wrong_folder_too(folders):
             cptjax.load(folders / folder)
 
 
-def test_flags_that_do_not_fit_together_are_refused(launcher):
+def test_flags_that_do_not_fit_together_are_refused(launcher, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for given, words in (
         ({}, "exactly one of --src"),
         ({"src": "a", "workdir": "b", "dst": "c"}, "exactly one of --src"),
         ({"workdir": "b"}, "expected --dst"),
         ({"src": "a", "dst": "c", "stage": 1}, "expected --workdir with it"),
+        ({"src": str(folders / "hf"), "dst": "gs://bucket/m"}, "gs://bucket/m: expected a folder"),
+        (
+            {"checkpoint": str(folders / "orbax"), "dst": "gs://bucket/m"},
+            "gs://bucket/m: expected a folder",
+        ),
     ):
         with pytest.raises(ValueError, match=words), flagsaver.flagsaver(**given):
             launcher.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_ends_the_command_with_one_line(tmp_path):
