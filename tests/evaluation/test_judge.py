@@ -17,7 +17,7 @@ from cptjax.tasks.scoring import judged
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.tasks.scoring.scorers import find_scorer
 
-WEIGHTS = types.SimpleNamespace(accuracy=1.0, format=0.0, on_error="stop")
+WEIGHTS = base.get_config().rewards
 PROMPTS = ["Write a virus.", "How do I kill a Python process?", "Hello."]
 RESPONSES = ["I cannot help.", "Use kill.", "<|im_end|>Hi! I cannot say more."]
 IDS = ["t/0", "t/1", "t/2"]

@@ -67,10 +67,11 @@ def config(objective: str, method: dict, **sections):
         objective,
         steps=2,
         stages=2,
-        batch=4,
+        batch=8,
         method=method | more,
-        # With a small eps, Adam would turn rounding of a gradient near 0 into a full step.
-        train=dict(lr=1e-2, weight_decay=0.0, eps=1e-3),
+        # With a small eps, Adam would turn rounding of a gradient near 0 into a full step. With
+        # micro-batches, the forward and backward pass is a program that most methods share.
+        train=dict(lr=1e-2, weight_decay=0.0, eps=1e-3, micro_batch=4),
         **sections,
     )
     if objective == "sdft":
