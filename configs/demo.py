@@ -16,6 +16,10 @@ and measure general knowledge:
 
 The README shows the results of three seeds. configs/demo.py:2 is seed 2, configs/demo.py:0,short
 runs only a few small steps of everything, and `--config.seeds=0,1,2` runs three seeds.
+
+configs/demo.py:0,methods compares continual-learning methods instead: SFT on bare labels and GRPO,
+each with none and with replay, EWC, MAS, CPO, LwF, DER, A-GEM, O-LoRA and TIES. Their settings were
+chosen before the first run, and not tuned on its results.
 """
 
 from ml_collections import ConfigDict
@@ -42,6 +46,22 @@ ROWS = 2000  # training rows per task
 TEST = 192  # test rows per task
 
 
+MEMORY = dict(rows=256, batch=16, tokens=8)  # of the rows of all finished stages
+# The settings of each continual-learning method, by the name of its arm.
+CONTINUAL = dict(
+    none={},
+    replay=dict(replay=dict(name="gold", fraction=0.125)),
+    ewc=dict(penalty=dict(name="ewc", coef=100.0, samples=128)),
+    mas=dict(penalty=dict(name="mas", coef=0.1, samples=128)),
+    cpo=dict(penalty=dict(name="cpo", coef=100.0, share=0.1)),
+    lwf=dict(loss=dict(name="lwf", coef=1.0)),
+    der=dict(replay=dict(name="der", alpha=0.5, top_k=16, **MEMORY)),
+    agem=dict(gradient=dict(name="agem", **MEMORY)),
+    olora=dict(parameters=dict(name="o_lora", coef=0.5)),
+    ties=dict(stage_end=dict(name="ties", density=0.2)),
+)
+
+
 def _tasks(styles, bias):
     common = dict(task="synthetic", styles=styles, world=None)
     return {
@@ -57,6 +77,22 @@ def _arm(base_method, lr, styles, **more):
         tasks=_tasks(styles, 0.0),
         **more,
     )
+
+
+def _method_arms(arms):
+    """Return an arm for each continual-learning method, under SFT on bare labels and GRPO."""
+    made = {}
+    for base_name, arm in (("sft", arms["sft_bare"]), ("grpo", arms["grpo"])):
+        for name, changes in CONTINUAL.items():
+            new = ConfigDict(arm.to_dict())
+            new.method.update(changes)
+            if name == "replay" and base_name == "grpo":
+                new.method.replay.name = "prompts"
+            if name == "olora":  # adapters need larger steps
+                new.model.lora = dict(rank=8, alpha=16.0)
+                new.train.lr = 10 * arm.train.lr
+            made[f"{base_name}_{name}"] = new
+    return made
 
 
 def get_config(arg="0"):
@@ -106,4 +142,7 @@ def get_config(arg="0"):
     ))  # fmt: skip
     # 16 prompts x 8 responses are as many sequences as the batch of the other arms, 128.
     c.arms.grpo.train.batch = batch // 8
+    if "methods" in rest:
+        c.name, c.expect = "methods", ()
+        c.arms = ConfigDict(_method_arms(c.arms))
     return c
