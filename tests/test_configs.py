@@ -56,7 +56,7 @@ ALL = (
     + [(mrcl, a) for a in MRCL]
     + [(ctbench, a) for a in CTBENCH]
     + [(ucit, a) for a in UCIT]
-    + [(demo, "0"), (demo, "1,short")]
+    + [(demo, "0"), (demo, "1,short"), (demo, "0,methods"), (demo, "0,methods,short")]
 )
 
 
