@@ -168,12 +168,12 @@ def main_thread_place() -> _Place:
     from cptjax.common import distributed
 
     frame: Any = sys._current_frames()[threading.main_thread().ident]
-    modules = [frame.f_globals["__name__"]]
+    modules = [frame.f_globals.get("__name__", "")]  # code of a library may have no module
     while frame.f_back and (
         modules[-1].partition(".")[0] not in OWN_MODULES or modules[-1] == distributed.__name__
     ):
         frame = frame.f_back
-        modules.append(frame.f_globals["__name__"])
+        modules.append(frame.f_globals.get("__name__", ""))
     waits = modules[0].partition(".")[0] in ("jax", *OWN_MODULES)
     code = frame.f_code
     line = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"

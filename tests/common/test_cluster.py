@@ -1,4 +1,6 @@
-"""How many GPUs of a node a process takes under SLURM; lost processes are in test_multiprocess."""
+"""GPUs of a node under SLURM, and where a process is; lost ones are in test_multiprocess."""
+
+import concurrent.futures
 
 import pytest
 
@@ -20,3 +22,15 @@ STEP = {"SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_O
 def test_a_process_alone_on_its_node_takes_all_its_gpus(changes, expected):
     assert cluster.slurm_gpus(STEP | changes) == expected
     assert cluster.slurm_gpus({}) is None
+
+
+def test_the_place_is_found_behind_frames_that_belong_to_no_module():
+    """Libraries make functions whose globals have no name; the heartbeat must not end there."""
+    found = []
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        see = lambda: found.append(thread.submit(cluster.main_thread_place).result())
+        names = {"see": see}
+        exec("def act(): see()", names)
+        assert "__name__" not in names
+        names["act"]()
+    assert not found[0].waits and found[0].exchange == 0
