@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, cpt7, ctbench, demo, jigsaw, mrcl, retain, ucit
+from cptjax.common.runs import expand_runs, prestage_runs
 from cptjax.config import (
     FREE_SECTIONS,
     check_config_values,
@@ -16,7 +17,6 @@ from cptjax.config import (
     resolve_stages,
 )
 from cptjax.evaluation.report import expect
-from cptjax.runs import expand_runs, prestage_runs
 from cptjax.tasks import prompted_task, registry
 from cptjax.training import build, validate_config
 from cptjax.training.algorithms import prompt_filters

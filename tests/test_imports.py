@@ -9,7 +9,6 @@ ROOT = Path(__file__).parents[1]
 ORDER = (  # names on one line may not import each other
     "types",
     "config sharding",
-    "runs",
     "common",
     "models tasks",
     "data",

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict, FieldReference
 from ml_collections.config_flags import config_path
 
+from cptjax.common.runs import expand_runs, prestage_runs
 from cptjax.config import (
     FREE_SECTIONS,
     MULTI_RUN_SECTIONS,
@@ -22,7 +23,6 @@ from cptjax.config import (
     nearest_names,
     resolve_stages,
 )
-from cptjax.runs import expand_runs, prestage_runs
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 STAGE_KEYS = ("task", "steps", "epochs")  # settings that only stages have

@@ -15,8 +15,8 @@ from typing import Any
 
 from cptjax.common import console, files
 from cptjax.common.files import LineFile, folder_bytes, to_jsonable
+from cptjax.common.runs import FRESH_FOLDER
 from cptjax.common.trackers import Tracker
-from cptjax.runs import FRESH_FOLDER
 
 EVAL_COLUMNS = (
     "stage",

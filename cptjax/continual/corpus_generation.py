@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files
+from cptjax.common.runs import expand_runs
 from cptjax.config import Stage, check_config_values, merge_config
 from cptjax.continual import reevaluate
 from cptjax.continual.model_state import newest_stage, restore_stage_params
@@ -28,7 +29,6 @@ from cptjax.data.prompts import make_example_encoder
 from cptjax.evaluation.evaluate import rows_of_process
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
-from cptjax.runs import expand_runs
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.rewards import is_correct
 from cptjax.tasks.task import example_text, limit_rows

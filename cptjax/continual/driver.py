@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files
+from cptjax.common.runs import expand_runs, prestage_runs, select_runs
 from cptjax.common.signals import StopSignals, handle_stop_signals
 from cptjax.config import check_config_values, recorded_config, resolve_stages
 from cptjax.continual import fingerprints, stage_evaluation, train_stage
@@ -29,7 +30,6 @@ from cptjax.continual.workdir import (
 from cptjax.evaluation import report, summary
 from cptjax.evaluation.report import expect
 from cptjax.models import hf_checkpoint
-from cptjax.runs import expand_runs, prestage_runs, select_runs
 from cptjax.training import validate_config
 
 # Settings that the evaluation of the base model does not depend on.

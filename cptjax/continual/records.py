@@ -28,7 +28,7 @@ def refuse_lost_checkpoint(workdir: Path, checkpoints: Checkpoints) -> None:
             raise StateLost(
                 f"progress.json records the checkpoint {describe_checkpoint(*wanted)}, but {holds}"
             )
-    ended = distributed.decide_on_main(lambda: ended_stages(workdir))
+    ended = distributed.decide_on_main(lambda: count_ended_stages(workdir))
     newest_end = (newest[0] if newest[2] == "stages" else newest[0] - 1) if newest else 0
     if ended > newest_end:
         raise StateLost(
@@ -40,7 +40,7 @@ def describe_checkpoint(stage: int, step: int, kind: str) -> str:
     return f"{kind} of stage {stage}, step {step}"
 
 
-def ended_stages(workdir: Path) -> int:
+def count_ended_stages(workdir: Path) -> int:
     """Return the newest stage whose end must have been saved, by the results after it.
 
     The end is on disk before the next stage trains, and before a second task is recorded.

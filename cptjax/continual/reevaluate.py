@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cptjax.common import console, distributed, files, run_log
+from cptjax.common.runs import prestage_runs, select_runs
 from cptjax.config import check_config_values, merge_config
 from cptjax.continual import fingerprints, progress, stage_evaluation
 from cptjax.continual.model_state import newest_stage, restore_stage_params
@@ -19,7 +20,6 @@ from cptjax.continual.workdir import (
     refuse_changed_inputs,
 )
 from cptjax.evaluation import evaluate, summary
-from cptjax.runs import prestage_runs, select_runs
 from cptjax.types import Params
 
 PRINTED_COLUMNS = ("task", "metric", "value", "stderr", "n", "scorer", "template")

@@ -194,7 +194,7 @@ def stage_end_programs(stage: AbstractStage) -> list[Program]:
         kept = (add.name,)
         name = f"{method.name}: gradient"
         listed += [add, Program(name, steps.begin, begin_args, 0.0, 0.0, kept=kept)]
-    return [*listed, *stage_memory.memory_programs(stage)]
+    return [*listed, *stage_memory.stage_memory_programs(stage)]
 
 
 def abstract_mean(gradient: Params, a_pass: GradientPass) -> Any:

@@ -268,7 +268,7 @@ def store_responses(
     return stored, responses.cost + WorkCost(flops=work, seen=sum(map(len, encoded)))
 
 
-def memory_programs(stage: AbstractStage) -> list[Program]:
+def stage_memory_programs(stage: AbstractStage) -> list[Program]:
     """Return the programs that fill the memory of a stage with abstract arguments."""
     if stage.memory is None:
         return []

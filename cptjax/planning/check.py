@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import console
+from cptjax.common.runs import prestage_runs, select_runs
 from cptjax.config import Stage, resolve_stages
 from cptjax.continual import driver, stage_evaluation
 from cptjax.data import collate, row_checks
@@ -18,7 +19,6 @@ from cptjax.data.row_checks import SplitReport
 from cptjax.models import load
 from cptjax.models.config import ModelConfig
 from cptjax.planning import disk, memory
-from cptjax.runs import prestage_runs, select_runs
 from cptjax.tasks.scoring import sandbox
 from cptjax.training.build import stage_mixture
 from cptjax.training.programs import abstract_stage

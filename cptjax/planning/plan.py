@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 
 from cptjax.common import console
 from cptjax.common.program import Program
+from cptjax.common.runs import expand_runs
 from cptjax.config import config_to_dict, resolve_stages
 from cptjax.planning import aot_compile, chips, hlo, hlo_costs, memory, programs
 from cptjax.planning.aot_compile import SubprocessCompiler
 from cptjax.planning.chips import Chip
-from cptjax.runs import expand_runs
 from cptjax.training.programs import AbstractStage
 
 

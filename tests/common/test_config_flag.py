@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from configs.base import METHODS, get_config
 from cptjax.common import config_flag
+from cptjax.common.runs import expand_arms, expand_runs
 from cptjax.config import config_to_dict, resolve_stages
-from cptjax.runs import expand_arms, expand_runs
 
 CONFIG = """
 from ml_collections import ConfigDict

@@ -20,10 +20,10 @@ import numpy as np
 from markupsafe import Markup
 from ml_collections import ConfigDict
 
+from cptjax.common.runs import expand_arms
 from cptjax.evaluation.matrix import FORMULAS
 from cptjax.evaluation.report import words
 from cptjax.evaluation.report.read import Arm
-from cptjax.runs import expand_arms
 
 EXPECT_RELATIONS = ("at_least", "at_most", "above", "within")
 ROUNDING_TOLERANCE = 1e-9  # a number that equals its bound up to rounding meets it

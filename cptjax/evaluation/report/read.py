@@ -12,11 +12,11 @@ from typing import Any
 
 from cptjax.common import files
 from cptjax.common.images import open_image
+from cptjax.common.runs import FRESH_FOLDER
 from cptjax.config import nearest_names
 from cptjax.evaluation import summary
 from cptjax.evaluation.matrix import AccuracyTable, Cells
 from cptjax.evaluation.summary import RunTables
-from cptjax.runs import FRESH_FOLDER
 
 SEED_FOLDER = re.compile(r"(seed|order)\d+(_(seed|order)\d+)?")
 RUNS_FILE = "runs.json"  # in the folder of several runs: their sub-folders as the config lists them

@@ -4,8 +4,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import METHODS, get_config
+from cptjax.common.runs import expand_arms, expand_runs, prestage_runs, select_runs
 from cptjax.config import config_differences, config_fingerprint, config_to_dict, recorded_config
-from cptjax.runs import expand_arms, expand_runs, prestage_runs, select_runs
 
 
 @pytest.fixture
