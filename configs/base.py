@@ -225,14 +225,22 @@ def get_config() -> ConfigDict:
         # Templates to evaluate with; () = each task's last training template, else data.template.
         templates=(),
         forced_prefix=False,  # also evaluate with a forced prefix: knowledge without format
+        # Also measure the probability of the gold answer after the forced prefix.
+        gold_probability=False,
         drift=0,  # prompts per task for KL(base || current model); 0 = off
     ))  # fmt: skip
-    c.checkpoint = ConfigDict(dict(  # inside a stage; ends of stages are always saved and kept
+    c.checkpoint = ConfigDict(dict(  # inside a stage; ends of stages are always saved
+        # False: the ends of stages are deleted when the run is finished, and no analysis can read
+        # its weights.
+        keep_stages=True,
         every=100, minutes=20.0,  # steps, minutes between two of them
         keep=2,  # the newest ones; more than 2 stay after the stage, to analyze influence along it
         async_save=True,
     ))  # fmt: skip
-    c.log = ConfigDict(dict(every=1, rollouts=True, gallery=12, tensorboard=False, wandb=""))
+    c.log = ConfigDict(dict(
+        every=1, rollouts=True, gallery=12, tensorboard=False, wandb="",
+        changed_weights=False,  # the share of the trained weights that an update changes
+    ))  # fmt: skip
     return c
 
 

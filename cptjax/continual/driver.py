@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def run(
                 continue
             with console.keep_log(folder / log_name()) if name else contextlib.nullcontext():
                 matrix = run_one(single, folder, stop_signals, start_over=start_over)
+            if not single.checkpoint.keep_stages and distributed.is_main_process():
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             if name in names:
                 matrices.append(matrix)
             if has_comparison:

@@ -74,6 +74,7 @@ def train_stage(
         model_ctx.dtype,
         build.step_methods_from_config(c),
         build.memory_objective_from_config(c),
+        c.log.changed_weights,
     )
     label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
     with (

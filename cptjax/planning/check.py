@@ -236,7 +236,7 @@ def show_disk(
         sizes.append(disk.disk_bytes(config, stages, steps, test_rows))
         if name in prestages:
             sizes[-1]["models of pre-stages"] = disk.exported_model_bytes(config)
-    total = disk.add_runs(sizes, runs[0][1].checkpoint.keep)
+    total = disk.add_runs(sizes, runs[0][1].checkpoint)
     whole = sum(total.values())
     unit, scale = ("GB", 1e9) if whole > 1e9 else ("MB", 1e6)
     lines = [(name, f"{size / scale:.2f}") for name, size in {**total, "all": whole}.items()]

@@ -53,14 +53,17 @@ def disk_bytes(
     return checkpoint_bytes(config, stages) | {"rollouts": rollouts, "predictions": predictions}
 
 
-def add_runs(runs: Sequence[dict[str, float]], keep: int) -> dict[str, float]:
+def add_runs(runs: Sequence[dict[str, float]], settings: ConfigDict) -> dict[str, float]:
     """Return the bytes of all runs together, which train one after the other.
 
-    After a stage its checkpoints inside are deleted, unless `keep` keeps more than resuming needs.
+    `settings` are `config.checkpoint`. After a stage its checkpoints inside are deleted, unless
+    `keep` keeps more than resuming needs; after a run the ends of its stages, if not `keep_stages`.
     """
     names = dict.fromkeys(name for sizes in runs for name in sizes)
     total = {name: sum(sizes.get(name, 0.0) for sizes in runs) for name in names}
-    if keep <= stage_evaluation.KEPT_TO_RESUME:
+    if not settings.keep_stages:
+        total[STAGE_ENDS] = max(sizes[STAGE_ENDS] for sizes in runs)
+    if settings.keep <= stage_evaluation.KEPT_TO_RESUME:
         total[STAGE_STEPS] = max(sizes[STAGE_STEPS] for sizes in runs)
     return total
 

@@ -463,6 +463,7 @@ def step_programs(stage: AbstractStage) -> train_step.StepPrograms:
         stage.dtype,
         stage.methods,
         stage.memory,
+        stage.config.log.changed_weights,
     )
 
 

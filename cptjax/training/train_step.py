@@ -114,10 +114,12 @@ def make_step_programs(
     dtype: Any,
     methods: Methods = (),
     memory: MemoryObjective | None = None,
+    count_changes: bool = False,
 ) -> StepPrograms:
     """Return the programs of a stage; equal arguments return the same programs.
 
-    The state keeps the shardings `places`.
+    The state keeps the shardings `places`. `count_changes` adds the share of the trained weights
+    that an update changes to its metrics.
     """
     projects_gradient, projects_change, follows_updates = (
         [m for m in methods if hooks.overrides_hook(m, hook)]
@@ -189,6 +191,8 @@ def make_step_programs(
             keep = lambda n, o: jnp.where(state.skipped == 0, n, o)  # noqa: B023
             new = jax.tree.map(keep, new, before.methods[m.name])
             state = state.replace(methods=state.methods | {m.name: new})
+        if count_changes:
+            metrics["changed_weights"] = count_changed(before.params, state.params)
         return places.pin(state), metrics | update_metrics
 
     def step(
@@ -214,6 +218,13 @@ def mean_gradient(total: GradientSum) -> Params:
     """Return the gradient of the mean loss."""
     count = jnp.maximum(total.count, 1)
     return jax.tree.map(lambda g: g / count, total.gradient)
+
+
+def count_changed(before: Params, after: Params) -> Mean:
+    """Return the share of weights that differ."""
+    differ = jax.tree.map(lambda b, a: jnp.sum(b != a, dtype=jnp.float32), before, after)
+    size = sum(x.size for x in jax.tree.leaves(before))
+    return Mean(sum(jax.tree.leaves(differ)), jnp.float32(size))
 
 
 def abstract_state(

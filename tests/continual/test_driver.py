@@ -36,6 +36,7 @@ def test_a_run_writes_its_matrix_logs_and_checkpoints(tmp_path, method, rank):
         tmp_path,
         method,
         model={"lora": ConfigDict(dict(rank=rank, alpha=4.0, targets=("q", "v"), vision=False))},
+        log={"changed_weights": True},
     )
     assert matrix.shape == (3, 2) and np.isfinite(matrix).all()
     header, rows = matrix_file(tmp_path)
@@ -55,6 +56,8 @@ def test_a_run_writes_its_matrix_logs_and_checkpoints(tmp_path, method, rank):
         (2, 1),
         (2, 2),
     ]
+    changed = [line["changed_weights"] for line in run_helpers.metrics_lines(tmp_path)]
+    assert all(0 <= share <= 1 for share in changed) and changed[-1] > 0.1
     for name in (
         "config.json",
         "versions.json",
@@ -76,7 +79,8 @@ def test_a_run_writes_its_matrix_logs_and_checkpoints(tmp_path, method, rank):
 
 @pytest.mark.slow
 def test_arms_and_seeds_run_side_by_side_with_joint_as_reference(tmp_path):
-    arms = {"sft": {}, "joint": {"stages": ({"task": ("facts", "digit"), "steps": 2},)}}
+    joint = {"stages": ({"task": ("facts", "digit"), "steps": 2},)}
+    arms = {"sft": {"checkpoint": {"keep_stages": False}}, "joint": joint}
     c, found = run_helpers.run_quickly(
         tmp_path,
         arms=arms,
@@ -109,6 +113,9 @@ def test_arms_and_seeds_run_side_by_side_with_joint_as_reference(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["arms"]["sft"]["avg_acc"]["n"] == 2
     firsts = [run_helpers.metrics_lines(tmp_path / sub)[0] for sub in subs[:2]]
     assert firsts[0]["loss"] != firsts[1]["loss"]
+    kept = {sub: (tmp_path / sub / "checkpoints").exists() for sub in subs}
+    assert kept == {sub: sub.startswith("joint") for sub in subs}
+    assert np.array_equal(driver.run(c, tmp_path), found, equal_nan=True)  # all are finished
 
 
 @pytest.mark.slow

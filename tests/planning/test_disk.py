@@ -3,6 +3,7 @@
 import pytest
 import run_helpers
 
+from configs import base
 from configs.base import METHODS
 from cptjax.config import resolve_stages
 from cptjax.models import causal_lm, trainable
@@ -50,12 +51,18 @@ def test_responses_count_with_their_longest_text():
 
 def test_several_runs_share_the_disk_one_after_the_other():
     a, b = ({disk.STAGE_ENDS: 1.0, disk.STAGE_STEPS: x, "rollouts": 2.0} for x in (5.0, 7.0))
-    assert disk.add_runs([a, b], keep=2) == {
+    settings = base.get_config().checkpoint
+    assert disk.add_runs([a, b], settings) == {
         disk.STAGE_ENDS: 2.0,
         disk.STAGE_STEPS: 7.0,
         "rollouts": 4.0,
     }
-    assert disk.add_runs([a, b], keep=3)[disk.STAGE_STEPS] == 12.0
+    settings.update(keep=3, keep_stages=False)
+    assert disk.add_runs([a, b], settings) == {
+        disk.STAGE_ENDS: 1.0,
+        disk.STAGE_STEPS: 12.0,
+        "rollouts": 4.0,
+    }
 
 
 def test_seven_billion_parameters_of_grpo():

@@ -4,6 +4,7 @@ What is frozen stays.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import stage_fixtures
@@ -11,6 +12,7 @@ import stage_fixtures
 from configs import base
 from cptjax import sharding
 from cptjax.models import load, trainable
+from cptjax.training import train_step
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_loop import next_step_batch
 
@@ -97,6 +99,12 @@ def test_steps_do_not_depend_on_how_they_are_computed(plain, case, tmp_path):
         strict=True,
     ):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), jax.tree_util.keystr(path)
+
+
+def test_changed_weights_are_counted_in_their_own_type():
+    weights = {"a": jnp.ones((3, 2)), "b": jnp.ones(4, jnp.bfloat16)}
+    step = jax.tree.map(lambda w: (w.astype(jnp.float32) + 1e-3).astype(w.dtype), weights)
+    assert float(train_step.count_changed(weights, step).value) == pytest.approx(6 / 10)
 
 
 PARTS = {
