@@ -39,6 +39,8 @@ ACCURACY_MINI = "accuracy_mini"  # the same during a stage, on a fixed small set
 ACCURACY_FORCED = (
     "accuracy_forced"  # with the expected prefix forced, so the format is always right
 )
+# The probability of the gold answer after the forced prefix: knowledge without format or decoding.
+GOLD_PROBABILITY = "gold_probability"
 KL_BASE = "kl_base"  # KL(base || current model) per token, on this task's prompts
 KL_BASE_SEQUENCE = "kl_base_sequence"  # the same, summed over the tokens of a response
 

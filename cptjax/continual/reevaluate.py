@@ -102,10 +102,17 @@ def reevaluate_task(
 ) -> list[dict[str, Any]]:
     """Evaluate a task with each of its templates; return rows of evals.csv."""
     columns, rows = stage_evaluation.shared_eval_columns(run, stage, step), []
-    when, forced = stage_evaluation.describe_stage(stage), run.config.eval.forced_prefix
+    when, e = stage_evaluation.describe_stage(stage), run.config.eval
     for template in stage_evaluation.templates_of_task(run, task):
         result = stage_evaluation.evaluate_with_template(
-            run, stage, params, task, template, when, forced=forced
+            run,
+            stage,
+            params,
+            task,
+            template,
+            when,
+            forced=e.forced_prefix,
+            gold=e.gold_probability,
         )
         rows += evaluate.eval_rows(result, columns)
     return rows

@@ -142,7 +142,14 @@ def evaluate_and_record(
     cost = WorkCost()
     for i, template in enumerate(templates_of_task(run, task)):
         result = evaluate_with_template(
-            run, number, params, task, template, describe_stage(number), forced=e.forced_prefix
+            run,
+            number,
+            params,
+            task,
+            template,
+            describe_stage(number),
+            forced=e.forced_prefix,
+            gold=e.gold_probability,
         )
         cost += result.cost
         if log:
@@ -234,6 +241,7 @@ def evaluate_with_template(
     when: str,
     *,
     forced: bool = False,
+    gold: bool = False,
     mini: int | None = None,
 ) -> evaluate.TaskResult:
     """Evaluate a model on the test rows of a task, or on a fixed choice of `mini` rows.
@@ -257,7 +265,9 @@ def evaluate_with_template(
         sampling=eval_sampling(c),
         batch=c.eval.batch,
         key=jax.random.fold_in(jax.random.key(c.seed), 10_000 + number),
+        chunk=c.train.chunk,
         forced=forced,
+        gold=gold,
         judge=judge_of_task(run, eval_prompts.prompted),
         title=f"evaluate {task} {when}",
     )

@@ -1,26 +1,29 @@
-"""Evaluate a model on one task: generate responses to the test rows and score them."""
+"""Evaluate a model on one task: generate and score responses, or measure likelihoods of answers."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from cptjax import sharding
 from cptjax.common import console, distributed, run_log
 from cptjax.data import loader
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.cost import WorkCost, sampling_cost
-from cptjax.data.device_batches import cut_to_shards
+from cptjax.data.cost import WorkCost, image_flops, sampling_cost
+from cptjax.data.device_batches import cut_to_shards, group_batch, max_over_processes
 from cptjax.data.mixture import RowRef
 from cptjax.data.model_context import ModelContext
 from cptjax.data.row_checks import CheckedRows
 from cptjax.evaluation.judge import Judge
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
+from cptjax.models import flops, logprobs
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import scorers, summaries
 from cptjax.types import Example, Params
@@ -45,6 +48,8 @@ class TaskResult:
         default_factory=dict
     )
     samples: int = 1  # responses per row
+    # Of the gold answers after the forced prefix, if requested and the task has such answers.
+    gold_probabilities: list[float] = dataclasses.field(default_factory=list)
 
 
 class EvalPrompts:
@@ -109,6 +114,22 @@ class EvalPrompts:
                 self.scored |= {i: example for i, (_, example) in zip(rows, values, strict=True)}
                 yield {i: encoded for i, (encoded, _) in zip(rows, values, strict=True)}
 
+    def batches(
+        self, rows: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], list[int], dict[int, EncodedConversation]]]:
+        """Cut rows into batches of about `size` over all processes, those of long prompts first.
+
+        Yield the rows of each batch, the same with its last row repeated up to the compiled shape,
+        and the encoded prompts by row.
+        """
+        order = self.order_by_length(rows)
+        processes = jax.process_count()
+        size = cut_to_shards(size, self.model_ctx.shards * processes) // processes
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        with contextlib.closing(self.encode_batches(parts)) as encoded_batches:
+            for part, encoded in zip(parts, encoded_batches, strict=True):
+                yield part, part + [part[-1]] * (size - len(part)), encoded
+
 
 def generate_responses(
     model_ctx: ModelContext,
@@ -125,21 +146,16 @@ def generate_responses(
 
     Each response continues the tokens of `prefix`.
     """
-    order = eval_prompts.order_by_length(rows)
-    processes = jax.process_count()
-    batch = cut_to_shards(batch, model_ctx.shards * processes) // processes
-    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     responses: dict[int, list[str]] = {}
     cost = WorkCost()
-    with contextlib.closing(eval_prompts.encode_batches(batches)) as encoded_batches:
-        for batch_rows, prompts in zip(batches, encoded_batches, strict=True):
+    with contextlib.closing(eval_prompts.batches(rows, batch)) as batches:
+        for batch_rows, filled, prompts in batches:
             encoded = {
                 i: append_response_prefix(prompt, prefix) if prefix else prompt
                 for i, prompt in prompts.items()
             }
             count = len(batch_rows)
-            filled = batch_rows + [batch_rows[-1]] * (batch - count)  # to the compiled shape
-            limits = np.where(np.arange(batch) < count, sampling.max_new_tokens, 0)
+            limits = np.where(np.arange(len(filled)) < count, sampling.max_new_tokens, 0)
             samples = generate.sample_responses(
                 model_ctx,
                 weights,
@@ -155,6 +171,53 @@ def generate_responses(
             cost += sampling_cost(model_ctx.cfg, [encoded[i] for i in batch_rows], lengths)
             bar.advance(count)
     return [text for i in rows for text in responses[i]], cost
+
+
+def score_continuations(
+    model_ctx: ModelContext,
+    params: Params,
+    eval_prompts: EvalPrompts,
+    rows: Sequence[int],
+    continuation: Callable[[Example], tuple[str, str]],
+    *,
+    batch: int,
+    chunk: int,
+    bar: console.ProgressBar,
+) -> tuple[list[float], WorkCost]:
+    """Return the log-probability of a text that continues the prompt of each row, and the cost.
+
+    `continuation` returns the start of the response and the text after it, which alone counts.
+    """
+    program = logprobs.make_scoring_program(model_ctx.cfg, model_ctx.dtype, chunk, 1.0)
+    processor = model_ctx.processor
+    logps: dict[int, float] = {}
+    cost = WorkCost()
+    with contextlib.closing(eval_prompts.batches(rows, batch)) as batches:
+        for batch_rows, filled, encoded in batches:
+            texts = [continuation(eval_prompts.scored[i]) for i in filled]
+            given = [processor.prefix_ids(prefix) if prefix else [] for prefix, _ in texts]
+            scored = [processor.ids(text) for _, text in texts]
+            lengths = [len(g) + len(s) for g, s in zip(given, scored, strict=True)]
+            # A power of two, so that few programs are compiled.
+            length = max(8, 1 << (max_over_processes(max(lengths)) - 1).bit_length())
+            tokens = np.zeros((len(filled), length), np.int32)
+            mask = np.zeros(tokens.shape, bool)
+            for row, (before, after) in enumerate(zip(given, scored, strict=True)):
+                tokens[row, : lengths[row]] = [*before, *after]
+                mask[row, len(before) : lengths[row]] = True
+            prompts = model_ctx.place_prompts([encoded[i] for i in filled])
+            placed = group_batch(model_ctx, prompts, tokens, mask, length=length, extra={})
+            with jax.set_mesh(model_ctx.mesh):
+                by_token = sharding.local_rows(program(params, placed))
+            count = len(batch_rows)
+            logps |= zip(batch_rows, by_token.sum(1)[:count].tolist(), strict=True)
+            read = sum(len(encoded[i]) for i in batch_rows) + sum(lengths[:count])
+            targets = int(mask[:count].sum())
+            work = flops.text_forward_flops(model_ctx.cfg, count, read / count, targets / count)
+            work += sum(image_flops(model_ctx.cfg, encoded[i]) for i in batch_rows)
+            cost += WorkCost(flops=work, seen=read)
+            bar.advance(count)
+    return [logps[i] for i in rows], cost
 
 
 def group_values(values: Sequence[T], size: int) -> list[list[T]]:
@@ -194,19 +257,26 @@ def evaluate_task(
     sampling: SamplingConfig,
     batch: int,
     key: jax.Array,
+    chunk: int = 1024,
     forced: bool = False,
+    gold: bool = False,
     judge: Judge | None = None,
     title: str = "",
 ) -> TaskResult:
     """Generate and score responses to some rows of a task.
 
-    `forced` also generates responses that continue the forced prefix. With `judge`, its verdicts
-    on the responses are scored, and no response is forced.
+    `forced` also generates responses that continue the forced prefix, and `gold` also measures the
+    probability of the gold answer there. With `judge`, its verdicts on the responses are scored,
+    and neither is done. For a task that is scored by likelihood nothing is generated: its responses
+    are log-probabilities. The logits of `chunk` tokens are in memory at a time.
     """
-    forced = forced and not judge
     prompted, own_rows = eval_prompts.prompted, rows_of_process(rows)
+    if prompted.scorer.reads != "response":
+        forced = gold = False
+    if prompted.scorer.reads == "likelihood":
+        sampling = dataclasses.replace(sampling, group=1)
     weights = generate.prepare_weights(model_ctx, params, sampling)
-    total = len(own_rows) * (1 + forced)
+    total = len(own_rows) * (1 + forced + gold)
     with console.progress_bar(title or f"evaluate {prompted.name}", total=total) as bar:
 
         def respond(prefix: Sequence[int] = ()) -> tuple[list[str], WorkCost]:
@@ -214,12 +284,30 @@ def evaluate_task(
                 model_ctx, weights, eval_prompts, own_rows, sampling, batch, key, bar, prefix
             )
 
-        responses, cost = respond()
+        score = functools.partial(
+            score_continuations,
+            model_ctx,
+            params,
+            eval_prompts,
+            own_rows,
+            batch=batch,
+            chunk=chunk,
+            bar=bar,
+        )
+        if prompted.scorer.reads == "likelihood":
+            logps, cost = score(lambda example: ("", str(example.answer)))
+            responses = [str(logp) for logp in logps]
+        else:
+            responses, cost = respond()
         forced_responses: list[str] = []
         if forced:
             prefix = model_ctx.processor.prefix_ids(prompted.forced_prefix)
             forced_responses, forced_cost = respond(prefix)
             cost += forced_cost
+        gold_logps: list[float] = []
+        if gold and have_one_answer(eval_prompts, own_rows):
+            gold_logps, gold_cost = score(prompted.gold_continuation)
+            cost += gold_cost
     examples = [eval_prompts.scored[i] for i in own_rows for _ in range(sampling.group)]
     predictions = responses
     if judge:
@@ -227,9 +315,9 @@ def evaluate_task(
         predictions, judge_cost = judge(questions, responses, [e.id for e in examples])
         cost += judge_cost
 
-    def gather(values: Sequence[T]) -> list[T]:
-        """Gather the values of all processes, in the order of `rows`."""
-        pairs = list(zip(own_rows, group_values(values, sampling.group), strict=True))
+    def gather(values: Sequence[T], of_row: int = sampling.group) -> list[T]:
+        """Gather the values of all processes, `of_row` for each row, in the order of `rows`."""
+        pairs = list(zip(own_rows, group_values(values, of_row), strict=True))
         by_row = dict(distributed.concat_lists(distributed.gather_objects(pairs)))
         return [value for i in rows for value in by_row[i]]
 
@@ -248,7 +336,15 @@ def evaluate_task(
         cost=sum(distributed.gather_objects(cost), WorkCost()),
         extra_records=extra_records,
         samples=sampling.group,
+        gold_probabilities=gather(np.exp(gold_logps).tolist(), 1) if gold_logps else [],
     )
+
+
+def have_one_answer(eval_prompts: EvalPrompts, rows: Sequence[int]) -> bool:
+    """Return whether the answer of each row of all processes is one text or number."""
+    answers = [eval_prompts.scored[i].answer for i in rows]
+    is_one = [isinstance(a, str | int | float) and not isinstance(a, bool) for a in answers]
+    return all(distributed.gather_objects(all(is_one)))
 
 
 def summarise_samples(
@@ -306,6 +402,9 @@ def eval_rows(
         scores = group_values([r.score for r in result.forced_records], result.samples)
         metric = summaries.mean_metric(np.mean(scores, 1))
         rows.append(row(main, run_log.ACCURACY_FORCED, metric))
+    if result.gold_probabilities:
+        metric = summaries.mean_metric(result.gold_probabilities)
+        rows.append(row(main, run_log.GOLD_PROBABILITY, metric))
     return rows
 
 

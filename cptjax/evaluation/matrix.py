@@ -118,6 +118,16 @@ FORMULAS = {
     "general_delta_forced": Formula(
         "general_delta of responses after the forced prefix: change that is not format", "higher"
     ),
+    "fm_gold": Formula(
+        "fm_diagonal of the gold answers' probabilities after the forced prefix: forgetting that "
+        "is neither format nor decoding",
+        "higher",
+    ),
+    "general_delta_gold": Formula(
+        "general_delta of the gold answers' probabilities after the forced prefix: change that is "
+        "neither format nor decoding",
+        "higher",
+    ),
     "kl_new": Formula(
         "mean over tasks of stage S of KL(base || current) per token on their prompts", "lower"
     ),
@@ -153,6 +163,7 @@ class AccuracyTable:
     stages: tuple[tuple[str, ...], ...]
     cells: Cells
     forced: Cells = dataclasses.field(default_factory=dict)
+    gold: Cells = dataclasses.field(default_factory=dict)  # probabilities of the gold answers
     base_kl: Cells = dataclasses.field(default_factory=dict)  # per token
     base_kl_sequence: Cells = dataclasses.field(default_factory=dict)  # per response
     # (stage, step, task, accuracy) within stages, on a fixed choice of few rows
@@ -296,12 +307,15 @@ def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
 
 
 def formulas_of_table(t: AccuracyTable) -> dict[str, Formula]:
-    """Return FORMULAS, and two more for each group of general tasks."""
+    """Return FORMULAS, and three more for each group of general tasks."""
     formulas = dict(FORMULAS)
     for name, tasks in t.groups.items():
         formulas[name] = Formula(f"mean over {', '.join(tasks)} of R[S,j] - R[0,j]", "higher")
         formulas[f"{name}_forced"] = Formula(
             f"{name} of responses after the forced prefix: change that is not format", "higher"
+        )
+        formulas[f"{name}_gold"] = Formula(
+            f"{name} of the gold answers' probabilities after the forced prefix", "higher"
         )
     return formulas
 
@@ -319,9 +333,10 @@ def forgetting_metrics(
         joint_cells = {("joint", j): c for (i, j), c in joint.cells.items() if i == joint.final}
     sums, cells = formula_sums(t), t.cells | joint_cells | (fresh or {})
     metrics = {name: mean_of_sums(parts, cells) for name, parts in sums.items()}
-    metrics["fm_forced"] = mean_of_sums(sums["fm_diagonal"], t.forced)
-    for name in ("general_delta", *t.groups):
-        metrics[f"{name}_forced"] = mean_of_sums(sums[name], t.forced)
+    for ending, cells in (("forced", t.forced), ("gold", t.gold)):
+        metrics[f"fm_{ending}"] = mean_of_sums(sums["fm_diagonal"], cells)
+        for name in ("general_delta", *t.groups):
+            metrics[f"{name}_{ending}"] = mean_of_sums(sums[name], cells)
     new = t.stages[t.final - 1] if t.final else ()
     old = [*t.old(), *t.general]
     for group, tasks in (("new", new), ("old", old)):

@@ -86,6 +86,7 @@ def build_accuracy_table(
     cells: dict[str, Cells] = {
         run_log.ACCURACY: {},
         run_log.ACCURACY_FORCED: {},
+        run_log.GOLD_PROBABILITY: {},
         run_log.KL_BASE: {},
         run_log.KL_BASE_SEQUENCE: {},
     }
@@ -104,6 +105,7 @@ def build_accuracy_table(
         tuple(map(tuple, stages)),
         cells[run_log.ACCURACY],
         forced=cells[run_log.ACCURACY_FORCED],
+        gold=cells[run_log.GOLD_PROBABILITY],
         base_kl=cells[run_log.KL_BASE],
         base_kl_sequence=cells[run_log.KL_BASE_SEQUENCE],
         within_stage=tuple((*key, value) for key, value in within_stage.items()),
@@ -247,6 +249,8 @@ def _summarise_task(t: AccuracyTable, task: str) -> dict[str, Any]:
         "stderr": t.cells.get((t.final, task), NO_CELL).stderr,
         "base_forced": value(t.forced, 0),
         "forced": value(t.forced, t.final),
+        "base_gold": value(t.gold, 0),
+        "gold": value(t.gold, t.final),
     }
 
 

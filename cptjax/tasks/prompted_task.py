@@ -57,14 +57,22 @@ class PromptedTask:
             return example.target
         return self.template.forced_response(example.target)
 
+    def gold_continuation(self, example: Example) -> tuple[str, str]:
+        """Return the forced prefix and the gold answer that continues it."""
+        prefix, answer = self.forced_prefix, str(example.answer)
+        if prefix and answer.startswith(prefix):  # such as the "{" of JSON
+            return prefix, answer.removeprefix(prefix)
+        space = " " if prefix[-1:].isalnum() or prefix.endswith(":") else ""
+        return prefix, f"{space}{answer}"
+
     def compute_rewards(
         self, completions: Sequence[str], examples: Sequence[Example]
     ) -> list[rewards.RewardParts]:
         """Compute the reward of each completion, by parts."""
-        if self.reward.scorer.is_judged and not self.reward.target:
+        if self.reward.scorer.reads != "response" and not self.reward.target:
             raise ValueError(
-                f"task {self.name} is scored by a judge, which only evaluates; "
-                "to train on it, give it a reward"
+                f"task {self.name} is scored by a {self.reward.scorer.reads}, which only "
+                "evaluates; to train on it, give it a reward"
             )
         return self.reward(completions, *_scoring_columns(examples), pool=self.sandbox)
 
@@ -114,12 +122,12 @@ def make_prompted_task(
 
 def _check_judge(task: Task, scorer: scorers.Scorer, sandbox: SandboxPool) -> None:
     """Refuse a task without the judge that its scorer needs, and load a judge that is a file."""
-    if scorer.is_judged and not task.judge:
+    if scorer.reads == "judge" and not task.judge:
         raise ValueError(
             f"task {task.name}: its scorer {scorer.name} needs a judge; set judge in "
             f"tasks.{task.name} to the folder or hub id of a model, or to file.py:function"
         )
-    if task.judge and not scorer.is_judged:
+    if task.judge and scorer.reads != "judge":
         raise ValueError(
             f"task {task.name}: a judge belongs to the scorer refusal, not to {scorer.name}"
         )

@@ -98,12 +98,14 @@ def test_an_evaluation_records_templates_prefixes_scorers_and_kl(
         "also": ("contains",),
         "template": "",
     }
-    tasks = {"digit": digit, "facts": {"task": "synthetic", "family": "facts"}}
+    facts = {"task": "synthetic", "family": "facts"}
+    tasks = {"digit": digit, "facts": facts, "prose": {**facts, "scorer": "likelihood"}}
     wanted = {
         "before": False,
-        "general": ("facts",),
+        "general": ("facts", "prose"),
         "templates": ("none", "answer"),
         "forced_prefix": True,
+        "gold_probability": True,
     }
     wanted |= {"drift": 2, "every": 1, "mini": 2, **run_helpers.QUICK["eval"]}
     long = {"prompt_limit": 256, "buckets": (256,)}
@@ -120,21 +122,24 @@ def test_an_evaluation_records_templates_prefixes_scorers_and_kl(
         ("3", "digit", "answer", "4"),
         ("3", "facts", "none", "4"),
     ]  # synthetic facts have their own template
-    assert of("accuracy") == of("accuracy_forced") == both
+    prose = ("3", "prose", "none", "4")  # no response is generated, so no prefix is forced
+    assert of("accuracy") == [*both, prose]
+    assert of("accuracy_forced") == of("gold_probability") == both
+    assert of("bits_per_byte") == [prose]
     assert of("contains/accuracy") == of("contains/extraction_failure") == both[:2]
     assert {r["scorer"] for r in rows if r["metric"] == "contains/accuracy"} == {"contains@1"}
     assert all(int(r["n"]) > 0 and float(r["stderr"]) >= 0 for r in rows)
     value = lambda metric: [float(r["value"]) for r in rows if r["metric"] == metric]
     assert set(shown) - {None} == set(value("accuracy_mini"))
-    first = [
-        100 * value("accuracy")[i] for i in (0, 2)
-    ]  # of the first template, and of the general task
+    accuracies = value("accuracy")  # of the first template, and of the general tasks
+    first = [100 * accuracies[0], 100 * np.mean(accuracies[2:])]
     assert (
         f"after stage 1 digit: digit {first[0]:.1f}; general {first[1]:.1f}\n"
         in capsys.readouterr().err
     )
     assert of("accuracy_mini") == [("1", "digit", "none", "2"), ("2", "digit", "none", "2")]
-    assert [x[:2] for x in of("kl_base")] == [("3", "digit"), ("3", "facts")]
+    measured = [("3", "digit"), ("3", "facts"), ("3", "prose")]
+    assert [x[:2] for x in of("kl_base")] == measured
     drifted = [r for r in rows if r["metric"] == "kl_base"]
     assert all(
         float(r["value"]) > 0 and r["decoding"] == "the base's own, T=1, 4 tokens" for r in drifted
@@ -145,5 +150,7 @@ def test_an_evaluation_records_templates_prefixes_scorers_and_kl(
         (2, None, 2),
         (3, "digit", 16),
         (3, "facts", 8),
+        (3, "prose", 0),
     ]
-    assert all(e["tokens"] > 0 and e["seconds"] > 0 for e in events)
+    assert all((e["tokens"] > 0) == (e["rollouts"] > 0) for e in events)
+    assert all(e["flops"] > 0 and e["seconds"] > 0 for e in events)

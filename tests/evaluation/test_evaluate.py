@@ -5,11 +5,13 @@ import types
 import jax
 import numpy as np
 import pytest
+from device_fixtures import devices  # noqa: F401
 
+import cptjax
 from configs.base import get_config
 from cptjax.common import console
 from cptjax.continual import stage_evaluation
-from cptjax.data import processor
+from cptjax.data import model_context, processor
 from cptjax.data.row_checks import CheckedRows
 from cptjax.evaluation import evaluate
 from cptjax.generation import generate
@@ -145,6 +147,56 @@ def test_samples_of_a_row_are_adjacent_and_in_the_order_of_the_rows(recording_co
     rows = {r["metric"]: r["n"] for r in evaluate.eval_rows(result, {})}
     assert rows["accuracy"] == rows["pass@2"] == rows["accuracy_forced"] == 3
     assert [p["response"] for p in evaluate.prediction_rows(result, 1)] == result.responses
+
+
+@pytest.mark.parametrize("scorer", ["exact", "likelihood"])
+def test_likelihoods_are_those_of_the_text_after_prompt_and_prefix(scorer, devices):
+    """Answers of different lengths on eight shards, compared with `cptjax.score`."""
+    devices(8)
+    console.set_console_mode("silent")
+    settings = get_config()
+    settings.model.update(preset="tiny", compute_dtype="float32")
+    model_ctx = model_context.load_model_context(settings.model, settings.mesh, (32,))
+    model = cptjax.load("tiny", dtype="float32")
+    answers = ["red", "a green ring", "7"]
+    texts = [f"what is {i} ?" for i in range(3)]
+    examples = Examples(
+        "t", "test", range(3), lambda i: Example("", user_turn(texts[i]), answers[i])
+    )
+    with SandboxPool(processes=1) as pool:
+        prompted = prompted_task.make_prompted_task(
+            Task("t", list, scorer), "none", settings.rewards, pool
+        )
+        rows = CheckedRows(examples, range(3), np.zeros(3, int))
+        result = evaluate.evaluate_task(
+            model_ctx,
+            model.params,
+            evaluate.EvalPrompts(model_ctx, prompted, rows),
+            [2, 0, 1],
+            sampling=SamplingConfig(1, 4, 0.0, 1),
+            batch=2,
+            key=jax.random.key(0),
+            gold=True,
+        )
+    by_likelihood = scorer == "likelihood"
+    prefix = [] if by_likelihood else model.processor.prefix_ids("The answer is")
+    given = [
+        [*prefix, *model.processor.ids(answers[i] if by_likelihood else f" {answers[i]}")]
+        for i in (2, 0, 1)
+    ]
+    logps = cptjax.score(model, [user_turn(texts[i]) for i in (2, 0, 1)], given)
+    wanted = [float(row[len(prefix) :].sum()) for row in logps]
+    rows = {r["metric"]: r for r in evaluate.eval_rows(result, {})}
+    if not by_likelihood:
+        assert np.allclose(np.log(result.gold_probabilities), wanted, rtol=1e-4)
+        assert rows["gold_probability"]["value"] == pytest.approx(np.mean(np.exp(wanted)))
+        return
+    assert np.allclose([float(text) for text in result.responses], wanted, rtol=1e-4)
+    sizes = np.array([1, 3, 12])
+    assert rows["accuracy"]["value"] == pytest.approx(np.mean(np.exp(wanted / sizes)), rel=1e-4)
+    bits = -sum(wanted) / np.log(2) / sizes.sum()
+    assert rows["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-4)
+    assert not result.gold_probabilities and result.cost.rollouts == 0 < result.cost.flops
 
 
 def test_a_row_that_cannot_be_measured_is_named(recording_context, monkeypatch):

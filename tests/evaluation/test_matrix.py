@@ -234,12 +234,15 @@ def test_forced_prefix_splits_format_from_knowledge():
         ["a", "b"],
         tasks=["a", "b", "facts"],
         forced=make_table(forced, ["a", "b"], tasks=["a", "b", "facts"]).cells,
+        gold={(i, "facts"): Cell(p) for i, p in enumerate((0.5, 0.4, 0.2))},
     )
     found = matrix.forgetting_metrics(t)
     assert found["fm_diagonal"]["value"] == pytest.approx(-0.8) and found["fm_forced"][
         "value"
     ] == pytest.approx(-0.1)
     assert found["general_delta_forced"]["value"] == pytest.approx(-0.1)
+    assert found["general_delta_gold"]["value"] == pytest.approx(-0.3)
+    assert found["fm_gold"]["value"] is None  # not measured on the stages' tasks
     share = matrix.measure_format_share(t)
     assert (share["loss"], share["loss_forced"]) == (pytest.approx(0.8), pytest.approx(0.1))
     assert share["value"] == pytest.approx(1 - 0.1 / 0.8)

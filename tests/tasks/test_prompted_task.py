@@ -47,5 +47,26 @@ def test_a_forced_response_is_scored_after_its_prefix():
     assert record.score == 0.0 and record.prediction is None
 
 
+@pytest.mark.parametrize(
+    ("template", "prefix", "answer", "wanted"),
+    [
+        ("none", "", "cat", ("The answer is", " cat")),
+        ("none", "", 7, ("The answer is", " 7")),
+        ("letter", "", "B", ("The answer is:", " B")),
+        ("boxed", "", "cat", ("\\boxed{", "cat")),
+        ("none", '{"a":', '{"a": 1}', ('{"a":', " 1}")),
+    ],
+)
+def test_the_gold_answer_continues_the_forced_prefix(template, prefix, answer, wanted):
+    task = prompted(template, forced_prefix=prefix)
+    assert task.gold_continuation(dataclasses.replace(EXAMPLE, answer=answer)) == wanted
+
+
+def test_a_likelihood_is_no_reward():
+    task = make_prompted_task(Task("t", list, "likelihood"), "none", SETTINGS, None)
+    with pytest.raises(ValueError, match="task t is scored by a likelihood, which only evaluates"):
+        task.compute_rewards(["cat"], [EXAMPLE])
+
+
 def test_the_tasks_own_template_takes_precedence():
     assert prompted("boxed", template="none").template.name == "none"

@@ -33,7 +33,8 @@ MISSED_IN_HEADLINE = 3  # missed expectations that the headline names
 def check_expectations(config: ConfigDict) -> None:
     """Refuse groups named like a metric, and names in `expect` and `report` that do not exist."""
     arms = list(expand_arms(config))  # [""] in a config without arms
-    groups = [name for group in config.eval.groups for name in (group, f"{group}_forced")]
+    endings = ("", "_forced", "_gold")
+    groups = [f"{group}{ending}" for group in config.eval.groups for ending in endings]
     if taken := [name for name in groups if name in FORMULAS or groups.count(name) > 1]:
         raise ValueError(
             f"config.eval.groups: {taken[0]} already names a number; choose another name"

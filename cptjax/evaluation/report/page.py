@@ -24,9 +24,11 @@ from cptjax.evaluation.report.read import (
 )
 
 # The columns of the comparison are, in this order: FIRST_COLUMNS, the groups of general tasks,
-# FORCED_COLUMNS, the groups with a forced prefix, and LAST_COLUMNS.
+# FORCED_COLUMNS and the groups with a forced prefix, GOLD_COLUMNS and the groups with probabilities
+# of gold answers, and LAST_COLUMNS.
 FIRST_COLUMNS = ("avg_acc", "learned_gain", "fm_diagonal", "general_delta")
 FORCED_COLUMNS = ("fm_forced", "general_delta_forced")
+GOLD_COLUMNS = ("fm_gold", "general_delta_gold")
 LAST_COLUMNS = ("intransigence", "learned_acc", "fm_peak")
 TRANSFER_COLUMNS = ("fwt", "plasticity", "mft", "mfn", "maa", "bwt")
 HEADLINE_TILES = (
@@ -135,10 +137,11 @@ def render_comparison_page(
         for run in runs
         for name, formula in matrix.formulas_of_table(run.table).items()
     }
-    forced_groups = [f"{name}_forced" for name in groups]
+    forced = [*FORCED_COLUMNS, *(f"{name}_forced" for name in groups)]
+    gold = [*GOLD_COLUMNS, *(f"{name}_gold" for name in groups)]
     columns = [
         name
-        for name in (*FIRST_COLUMNS, *groups, *FORCED_COLUMNS, *forced_groups, *LAST_COLUMNS)
+        for name in (*FIRST_COLUMNS, *groups, *forced, *gold, *LAST_COLUMNS)
         if any(arm.spread(name) for arm in arms)
     ]
     first, *others = words.comparison_headline(arms) or [None]

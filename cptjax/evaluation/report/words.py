@@ -30,6 +30,8 @@ METRIC_TITLES = {
     "drop": "Drop",
     "fm_forced": "FM, forced",
     "general_delta_forced": "General Δ, forced",
+    "fm_gold": "FM, gold probability",
+    "general_delta_gold": "General Δ, gold probability",
     "kl_new": "KL, new tasks",
     "kl_old": "KL, old tasks",
     "kl_new_sequence": "KL per response, new tasks",
@@ -75,8 +77,12 @@ def format_score(value: float | None) -> str:
 
 def metric_title(name: str) -> str:
     """Return the heading of a metric; groups keep their names from the config."""
-    group = name.removesuffix("_forced")
-    return METRIC_TITLES.get(name) or f"{group} Δ" + ", forced" * (group != name)
+    if name in METRIC_TITLES:
+        return METRIC_TITLES[name]
+    for ending, words in (("_forced", ", forced"), ("_gold", ", gold probability")):
+        if name.endswith(ending):
+            return f"{name.removesuffix(ending)} Δ{words}"
+    return f"{name} Δ"
 
 
 def format_spread(spread: dict[str, Any] | None, signed: bool = False) -> str:

@@ -66,7 +66,9 @@ class Scorer:
     missing: str | None = None  # the prediction where nothing was extracted; None = score 0
     columns: tuple[str, ...] = ()  # of the row, which a built-in rule in a worker also gets
     summary: Summary | None = None  # further metrics of the records
-    is_judged: bool = False  # the prediction is the verdict of the task's judge
+    # What gives the prediction: the response | the judge of the task, its verdict on the response |
+    # the likelihood, the log-probability of the answer as the response; nothing is generated.
+    reads: str = "response"  # response | judge | likelihood
     # An error in a user's scorer stops the run; one in a built-in scorer scores 0.
     is_users: bool = False
 
@@ -84,6 +86,9 @@ class Scorer:
 _BUILT_IN = (
     Scorer("exact", text.score_exact),
     Scorer("contains", text.score_contains),
+    Scorer("contains_words", text.score_contains_words),
+    Scorer("only_option", text.score_only_option),
+    Scorer("json", text.score_json),
     Scorer("exact_match", text.score_exact_match),
     Scorer("lower_exact_match", text.score_lower_exact_match, reference="RFTvsSFT"),
     Scorer("gqa_strict", text.score_gqa_strict, reference="lmms-eval"),
@@ -151,7 +156,14 @@ _BUILT_IN = (
         reference="retaining-by-doing",
         extraction="raw",
         summary=summaries.summarise_refusals,
-        is_judged=True,
+        reads="judge",
+    ),
+    Scorer(
+        "likelihood",
+        text.score_likelihood,
+        extraction="raw",
+        summary=summaries.summarise_likelihood,
+        reads="likelihood",
     ),
     # MRCL (arXiv 2607.04364): its evaluation, and the accuracies of its rewards.
     Scorer(

@@ -228,6 +228,12 @@ def summarise_captions(records: Records) -> dict[str, Metric]:
     }
 
 
+def summarise_likelihood(records: Records) -> dict[str, Metric]:
+    """Compute the bits per byte of all answers together."""
+    bits = [-float(r.prediction) / math.log(2) for r in records]
+    return {"bits_per_byte": ratio_metric(bits, [len(str(r.answer).encode()) for r in records])}
+
+
 def summarise_scores(records: Records, summary: Summary | None) -> dict[str, Metric]:
     """Compute the mean score, the shares of failed extractions and errors, and more metrics.
 

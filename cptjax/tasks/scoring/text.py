@@ -1,6 +1,8 @@
 """Score short answers as text: the VQA benchmarks, yes/no questions, document reading."""
 
 import functools
+import json
+import math
 import re
 import string
 from collections import Counter
@@ -96,6 +98,41 @@ def score_contains(prediction: str, answer: Any, meta: Any = None) -> float:
     return float(
         any(a.strip().lower() in prediction.lower() for a in gold_answers(answer) if a.strip())
     )
+
+
+def has_words(text: str, words: str) -> bool:
+    """Return whether a text contains some words, not as a part of longer ones, ignoring case."""
+    return re.search(rf"(?<![\w-]){re.escape(words)}(?![\w-])", text, re.IGNORECASE) is not None
+
+
+def score_contains_words(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if one of the answers occurs in the prediction as whole words, ignoring case."""
+    return float(any(has_words(prediction, a.strip()) for a in gold_answers(answer) if a.strip()))
+
+
+def score_only_option(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if the prediction contains the answer and none of the row's other `options`."""
+    options = (meta or {}).get("options")
+    if not options or answer not in options:
+        raise ValueError(
+            f"scorer only_option: expected the column `options` with the answer {answer!r} in it, "
+            f"got {options!r}"
+        )
+    return float([o for o in options if has_words(prediction, o)] == [answer])
+
+
+def score_json(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return 1 if the prediction is JSON, without other text, and equals the answer's JSON."""
+    gold = json.loads(answer)
+    try:
+        return float(json.loads(prediction) == gold)
+    except (ValueError, RecursionError):  # a thousand open brackets exceed the recursion limit
+        return 0.0
+
+
+def score_likelihood(prediction: str, answer: Any, meta: Any = None) -> float:
+    """Return the probability of the answer per byte; the prediction is its log-probability."""
+    return math.exp(float(prediction) / len(str(answer).encode()))
 
 
 def score_gqa_strict(prediction: str, answer: Any, meta: Any = None) -> float:

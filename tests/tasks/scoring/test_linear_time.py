@@ -33,6 +33,8 @@ ROWS = {  # answer and columns of each scorer
     "retain_countdown": (5, {"nums": [2, 3]}),
     "jigsaw": ([2, 1, 3], {}),
     "refusal": (1, {}),
+    "only_option": ("cat", {"options": ["cat", "dog"]}),
+    "json": ('{"cat": 1}', {}),
     "ctbench_open": ("a long gold answer " * 5, {}),
     "ifeval": (
         [
@@ -55,7 +57,8 @@ ROWS = {  # answer and columns of each scorer
     ),
     "rlvr_ifeval": ({"func_name": "validate_placeholders", "N": 1}, {}),
 }  # fmt: skip
-IN_PROCESS = [s for s in scorers.SCORERS.values() if callable(s.rule)]
+# A likelihood is computed, not read from a response.
+IN_PROCESS = [s for s in scorers.SCORERS.values() if callable(s.rule) and s.reads != "likelihood"]
 
 
 def hostile_texts():

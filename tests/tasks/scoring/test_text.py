@@ -140,3 +140,32 @@ def test_lower_exact_match_ignores_case_and_outer_space_only():
     score = text.score_lower_exact_match
     assert score(" Nokia 3310 ", "nokia 3310") == 1.0
     assert score("nokia 3310.", "nokia 3310") == score("nokia  3310", "nokia 3310") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "is_in"),
+    [("It is Port-au-Prince.", "port-au-prince", True), ("the symbol Na", "Na", True),
+     ("Nagoya", "Na", False), ("pre-Na", "Na", False), ("(Na)", "Na", True), ("", "Na", False),
+     ("New  Delhi", "New Delhi", False), ("a.b", "a?b", False)],
+)  # fmt: skip
+def test_words_are_whole_and_case_is_ignored(said, words, is_in):
+    assert text.score_contains_words(said, words) == is_in
+    assert text.score_contains_words(said, [words, "nothing"]) == is_in
+
+
+def test_one_option_alone_is_right():
+    row = {"options": ["Tom", "Anna"]}
+    score = lambda said: text.score_only_option(said, "Tom", row)
+    assert [score(s) for s in ("Tom", "tom has it.", "Tom, not Anna", "Anna", "Tommy")] == [
+        1, 1, 0, 0, 0
+    ]  # fmt: skip
+    for options in ({}, {"options": ["Anna"]}):
+        with pytest.raises(ValueError, match="expected the column `options` with the answer 'Tom'"):
+            text.score_only_option("Tom", "Tom", options)
+
+
+def test_json_is_compared_by_value_and_stands_alone():
+    gold = '{"name": "Tom", "age": 7}'
+    assert text.score_json('{\n  "age": 7,\n  "name": "Tom"\n}\n', gold) == 1
+    for said in ('{"name": "Tom", "age": "7"}', f"{gold}\n```", f"Here: {gold}", "[" * 10_000, "{"):
+        assert text.score_json(said, gold) == 0, said
