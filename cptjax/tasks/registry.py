@@ -18,6 +18,7 @@ from cptjax.tasks.datasets import (
     gqa,
     ifeval,
     jigsaw,
+    knowledge,
     mme,
     mmlu,
     mmlu_pro,
@@ -26,6 +27,7 @@ from cptjax.tasks.datasets import (
     mrcl,
     pathvqa,
     pope,
+    prose,
     refcoco,
     safety,
     scienceqa,
@@ -34,7 +36,7 @@ from cptjax.tasks.datasets import (
     ucit,
     vizwiz,
 )
-from cptjax.tasks.synthetic import dataset, families
+from cptjax.tasks.synthetic import dataset, exercises, families
 from cptjax.tasks.task import Task, did_you_mean, refuse_old_name
 from cptjax.tasks.user_data import task
 
@@ -68,6 +70,9 @@ TASK_MAKERS: dict[str, Callable[..., Task]] = {
     "mmstar": mmstar.make_task,
     "wildjailbreak": safety.make_wildjailbreak,
     "wildguardtest": safety.make_wildguardtest,
+    "knowledge": knowledge.make_task,
+    "prose": prose.make_task,
+    "exercise": exercises.make_task,
     "synthetic": dataset.make_synthetic_task,
     # These have parts, each a task of its own below.
     "mrcl": mrcl.make_task,

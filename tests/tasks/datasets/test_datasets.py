@@ -16,6 +16,7 @@ from cptjax.tasks.scoring import scorers
 from cptjax.tasks.task import content_text, example_text
 
 WITHOUT_DOWNLOAD = {name for name in BUILT_IN_TASKS if name.startswith("synthetic_")}
+WITHOUT_DOWNLOAD |= {"exercise", "knowledge", "prose"}
 
 
 def test_every_dataset_has_a_fixture():
