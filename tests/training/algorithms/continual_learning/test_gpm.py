@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stage_fixtures
+from method_helpers import stage_end
 from stage_fixtures import method_config
 
 from cptjax.continual import train_stage
@@ -20,7 +21,6 @@ from cptjax.training.algorithms.continual_learning.gpm import (
     remove_directions,
     unit_columns,
 )
-from cptjax.training.algorithms.continual_learning.hooks import StageEnd
 
 LAYERS, INPUTS, OUTPUTS = 2, 40, 5
 Q, O = ("text", "blocks", "q", "w"), ("text", "blocks", "o", "w")
@@ -47,7 +47,7 @@ def end_stage(method, kept, rows):
     sketch = method.gradient_pass(8).transform
     mean = jax.tree.map(lambda *x: sum(x) / len(rows), *map(sketch, rows))
     trained = rows[0]
-    end, kept = method.stage_end(StageEnd(1, 0, trained, None, None, kept, mean, None))
+    end, kept = method.stage_end(stage_end(trained, stage=1, seed=0, kept=kept, mean=mean))
     assert end is trained
     return kept
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_helpers import stage_end
 
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.hooks import (
     HookArrays,
-    StageEnd,
     total_penalty,
 )
 from cptjax.training.algorithms.continual_learning.l2 import L2
@@ -77,7 +77,7 @@ def test_fisher_of_a_softmax_is_the_variance_of_its_score():
     ]
     mean = jax.tree.map(lambda *x: sum(x) / 3, *rows)
     np.testing.assert_allclose(mean["z"], 2 / 9, rtol=1e-6)
-    _, kept = EWC(1.0).stage_end(StageEnd(1, 0, params, params, None, None, mean, None))
+    _, kept = EWC(1.0).stage_end(stage_end(params, stage=1, start=params, mean=mean))
     np.testing.assert_array_equal(kept["z"], mean["z"])
-    _, kept = EWC(1.0).stage_end(StageEnd(2, 0, params, params, None, kept, mean, None))
+    _, kept = EWC(1.0).stage_end(stage_end(params, stage=2, start=params, kept=kept, mean=mean))
     np.testing.assert_allclose(kept["z"], 4 / 9, rtol=1e-6)

@@ -8,6 +8,7 @@ import run_helpers
 import stage_fixtures
 from device_fixtures import devices  # noqa: F401
 from jax.sharding import NamedSharding, PartitionSpec
+from method_helpers import stage_end
 
 import cptjax
 from cptjax import sharding
@@ -16,7 +17,7 @@ from cptjax.continual.model_state import ModelState, restore_stage_params
 from cptjax.models import trainable
 from cptjax.models.families import PRESETS
 from cptjax.models.trainable import flatten_params
-from cptjax.training.algorithms.continual_learning.hooks import KeptLayout, StageEnd
+from cptjax.training.algorithms.continual_learning.hooks import KeptLayout
 from cptjax.training.algorithms.continual_learning.merged_lora import MergedLora
 from cptjax.training.algorithms.continual_learning.o_lora import OLoRA
 
@@ -38,7 +39,7 @@ def added(trees):
 
 
 def end_stage(method, stage, kept, trained):
-    return method.stage_end(StageEnd(stage, 7, trained, None, None, kept, None, None))
+    return method.stage_end(stage_end(trained, stage=stage, seed=7, kept=kept))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

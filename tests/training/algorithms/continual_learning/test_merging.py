@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_helpers import stage_end
 
 from cptjax.training.algorithms.continual_learning.dare import DARE, drop_and_rescale
-from cptjax.training.algorithms.continual_learning.hooks import KeptLayout, StageEnd
+from cptjax.training.algorithms.continual_learning.hooks import KeptLayout
 from cptjax.training.algorithms.continual_learning.max_merge import MaxMerge
 from cptjax.training.algorithms.continual_learning.merging import largest_share
 from cptjax.training.algorithms.continual_learning.task_arithmetic import TaskArithmetic
@@ -27,7 +28,7 @@ def merged(method, ends=ENDS):
     """The weights after each stage, as flat arrays, and what is kept in the end."""
     kept, out = None, []
     for stage, end in enumerate(ends, 1):
-        start = StageEnd(stage, 0, end, None, None, kept, None, lambda _: BASE)
+        start = stage_end(end, stage=stage, seed=0, kept=kept, stage_params=lambda _: BASE)
         params, kept = method.stage_end(start)
         out.append(flat(params))
     return out, kept

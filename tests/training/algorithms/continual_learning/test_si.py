@@ -57,7 +57,7 @@ def test_an_update_of_a_model_adds_its_gradient_times_its_change(tmp_path):
         total = stage.programs.begin(stage.state.params, stage.frozen, batch)
         before = jax.device_get((stage.state.params, total.gradient, total.count))
         state = jax.tree.map(jnp.copy, stage.state)
-        after, _ = stage.programs.finish(state, total, jnp.float32(1e-3), stage.arrays)
+        after, _ = stage.programs.finish(state, total, jnp.float32(1e-3), stage.arrays, None)
         path, params = jax.device_get((after.methods["si"], after.params))
     assert tree_bytes(path) == 4 * sum(x.size for x in jax.tree.leaves(params))
     jax.tree.map(
