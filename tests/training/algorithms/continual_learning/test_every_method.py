@@ -53,13 +53,15 @@ REFUSED = {
 }
 ALLOWED = {name: [o for o in OBJECTIVES if (name, o) not in REFUSED] for name in SETTINGS}
 CASES = [(name, objective) for name, allowed in ALLOWED.items() for objective in allowed]
+# One objective for each method in turn, the same in all tests, so that they share programs.
+OBJECTIVE = {name: allowed[i % len(allowed)] for i, (name, allowed) in enumerate(ALLOWED.items())}
 # They keep: importance, a mask, rows of data, directions, adapters, sums of task vectors.
 ON_A_MESH = ("ewc", "cpo", "derpp", "gpm", "o_lora")
 KILLED = ("prompts", "derpp", "agem", "ties", "online_ewc", "si", "cpo", "rapo", "gpm", "o_lora")
 if os.environ.get("CPTJAX_LONG"):
     ON_A_MESH = KILLED = tuple(SETTINGS)
 else:
-    CASES = [(name, allowed[i % len(allowed)]) for i, (name, allowed) in enumerate(ALLOWED.items())]
+    CASES = list(OBJECTIVE.items())
 
 
 def sections(name: str) -> dict:
@@ -119,8 +121,7 @@ def test_a_method_has_an_effect_under_each_objective(name, objective, tmp_path, 
 
 @pytest.mark.parametrize("name", ON_A_MESH)
 def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path):
-    objective = "grpo" if (name, "sft") in REFUSED else "sft"
-    sizes = dict(data=2, fsdp=2, model=2)
+    objective, sizes = OBJECTIVE[name], dict(data=2, fsdp=2, model=2)
     one = trained(config(objective, **sections(name)), tmp_path / "one")[0]
     mesh = trained(config(objective, **sections(name), mesh=sizes), tmp_path / "mesh")[0]
     for a, b in zip(one, mesh, strict=True):
@@ -130,9 +131,8 @@ def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path):
 @pytest.mark.parametrize(("name", "shards"), [*((name, 1) for name in KILLED), ("ewc", 8)])
 def test_a_run_with_a_method_resumes_to_the_same_bits(name, shards, tmp_path, monkeypatch):
     """A kill leaves what was on the disk between the stages, or in the middle of the second one."""
-    objective = "grpo" if (name, "sft") in REFUSED else "sft"
     c = config(
-        objective, **sections(name), mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10)
+        OBJECTIVE[name], **sections(name), mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10)
     )
     c.train.batch = max(c.train.batch, shards)
     after_step = StageCallbacks.after_step
