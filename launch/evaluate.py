@@ -24,6 +24,7 @@ RECORD = flags.DEFINE_bool(
 )
 CONFIG = config_flag.define_config_flag()
 cli.define_cluster_flags()
+cli.define_cache_flag()
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "Default: rollout.max_new
 OUT = flags.DEFINE_string("out", None, "Path of the corpus, FILE.jsonl.", required=True)
 CONFIG = config_flag.define_config_flag()
 cli.define_cluster_flags()
+cli.define_cache_flag()
 
 
 def main() -> None:

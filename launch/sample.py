@@ -41,6 +41,7 @@ MIN_P = flags.DEFINE_float(
 STOP = flags.DEFINE_multi_string("stop", [], "Text before which a response ends; may be repeated.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random numbers.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of the arithmetic.")
+cli.define_cache_flag()
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ START_OVER = flags.DEFINE_bool(
 PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 CONFIG = config_flag.define_config_flag()
 cli.define_cluster_flags()
+cli.define_cache_flag()
 
 
 def main() -> None:

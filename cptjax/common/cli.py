@@ -21,6 +21,16 @@ def define_cluster_flags() -> None:
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0; with --coordinator.")
 
 
+def define_cache_flag() -> None:
+    """Define the flag of commands that keep their compiled programs for the next time."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        "",
+        "Folder of compiled programs, which later commands load instead of compiling; default: "
+        "cptjax in the user's cache, at most 10 GiB; off = none.",
+    )
+
+
 def connect_processes() -> None:
     """Connect to the other processes of the run, if there are some.
 
@@ -51,6 +61,10 @@ def run_launcher(main: Callable[[], None]) -> None:
                 )
             config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
             config_flag.refuse_ineffective_overrides(config, sys.argv[1:])
+            if "compilation_cache" in flags.FLAGS:
+                from cptjax.common import compilation_cache  # imports jax
+
+                compilation_cache.keep_compiled_programs(flags.FLAGS["compilation_cache"].value)
             main()
             cluster.disconnect()
             # Everything is saved, so a signal while Python exits must not change the exit code.
