@@ -1,6 +1,6 @@
 # Create or reuse a virtual environment with cptjax, and activate it. The other scripts source this
 # file: `source launch/env.sh [extras]`. PYTHON sets the interpreter (>= 3.11), VENV the folder.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
   "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
   PYTHON=$candidate
@@ -12,12 +12,21 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 VENV=${VENV:-.venv}
 extras=${1:+[$1]}
-stamp="$VENV/.installed$(cat setup.py | cksum | tr -d ' ')${1:-}"
-if [ ! -e "$stamp" ]; then
-  echo "creating $VENV ($("$PYTHON" --version)) and installing cptjax$extras"
-  [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-  "$VENV/bin/python" -m pip install -q --upgrade pip
-  "$VENV/bin/python" -m pip install -q -e ".$extras"
-  touch "$stamp"
-fi
+stamp="$VENV/.installed$(cksum < setup.py | tr -d ' ')${1:-}"
+# Jobs that start at the same time, such as those of an array, install one after the other.
+(
+  if [ ! -e "$stamp" ]; then
+    mkdir -p "$VENV"
+    exec 9> "$VENV/.lock"
+    if command -v flock > /dev/null; then flock 9; fi
+  fi
+  if [ ! -e "$stamp" ]; then
+    echo "creating $VENV ($("$PYTHON" --version)) and installing cptjax$extras"
+    { [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"; } &&
+      "$VENV/bin/python" -m pip install -q --upgrade pip &&
+      "$VENV/bin/python" -m pip install -q -e ".$extras" &&
+      touch "$stamp"
+  fi
+) || exit
+# shellcheck source=/dev/null
 source "$VENV/bin/activate"

@@ -7,9 +7,12 @@ On a CPU, `source launch/cpu_memory.sh` first, as launch/quickstart.sh does: it 
 gigabytes faster.
 """
 
+import signal
+
 from absl import flags
 
-from cptjax.common import cli, config_flag, console
+from cptjax.common import cli, config_flag, console, signals
+from cptjax.common.runs import list_parts
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that was stopped in it continues.", required=True
@@ -27,6 +30,15 @@ START_OVER = flags.DEFINE_bool(
     "If checkpoints or results of a run are lost, continue from the newest state that can be read; "
     "its records are first copied to old/ in the workdir. Other runs continue as usual.",
 )
+LIST = flags.DEFINE_bool(
+    "list", False, "Only print the arms and seeds that --only selects, one per line; run nothing."
+)
+FAIL_ON_SIGTERM = flags.DEFINE_bool(
+    "fail_on_sigterm",
+    False,
+    "Exit with code 143 instead of 0 after SIGTERM, when everything is saved: for schedulers that "
+    "start only failed jobs again.",
+)
 PLAIN = flags.DEFINE_bool("plain", False, "Print plain progress lines even on a terminal.")
 CONFIG = config_flag.define_config_flag()
 cli.define_cluster_flags()
@@ -36,10 +48,18 @@ cli.define_cache_flag()
 def main() -> None:
     if PLAIN.value:
         console.set_console_mode("plain")
+    if LIST.value:
+        print(*list_parts(CONFIG.value, ONLY.value), sep="\n")
+        return
     cli.connect_processes()
     from cptjax.continual import driver
 
-    driver.run(CONFIG.value, WORKDIR.value, START_OVER.value, ONLY.value)
+    try:
+        driver.run(CONFIG.value, WORKDIR.value, START_OVER.value, ONLY.value)
+    except signals.Preempted as stopped:
+        if stopped.code or not FAIL_ON_SIGTERM.value:
+            raise
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 if __name__ == "__main__":

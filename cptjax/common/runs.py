@@ -58,6 +58,12 @@ def select_runs(
     return [(name, run_config) for name, run_config in runs if name in selected]
 
 
+def list_parts(config: ConfigDict, only: str = "") -> list[str]:
+    """List the arms, seeds and orders that `only` selects, each as a value of `only` for itself."""
+    selected = {name for name, _ in select_runs(config, only)}
+    return [name for name, _ in expand_runs(config) if name and name in selected]
+
+
 def expand_runs(config: ConfigDict, workdir: Path | None = None) -> list[tuple[str, ConfigDict]]:
     """List the (sub-folder, config) of arms x seeds x orders; a single run has the sub-folder "".
 
