@@ -34,6 +34,8 @@ CPTJAX_DISTRIBUTED=1 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER
   python launch/train.py --fail_on_sigterm "$@" || code=$?
 if [ "$code" = 143 ]; then # stopped by SIGTERM
   echo "queued again, to continue from what was saved"
-  scontrol requeue "$SLURM_JOB_ID"
+  job=$SLURM_JOB_ID # of the last task of an array, it would name the whole array
+  if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+  scontrol requeue "$job"
 fi
 exit "$code"

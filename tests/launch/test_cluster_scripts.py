@@ -98,6 +98,10 @@ def test_slurm_starts_a_process_per_node_and_ends_all_if_one_fails(repository):
 def test_slurm_queues_a_job_again_only_after_sigterm(repository):
     *_, lines = run_slurm(repository, 143)
     assert lines[1:] == [["scontrol", "requeue", "7"]]
+    # The last task of an array has the array's id, which would stand for all of its tasks.
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    *_, lines = run_slurm(repository, 143, ("sft",), **array)
+    assert lines[-1] == ["scontrol", "requeue", "7_0"]
 
 
 def test_a_task_of_a_slurm_array_runs_one_arm_and_seed(repository):
