@@ -45,7 +45,7 @@ from run_helpers import config
 
 def get_config():
     return config(
-        stages=({"task": "colour", "steps": 400},),
+        stages=({"task": "colour", "steps": 150},),
         arms={"a": {}, "b": {}},  # equal, so that b must end as a does
         eval={"limit": 4, "batch": 4, "before": False},
         checkpoint={"every": 1000},
