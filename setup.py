@@ -61,6 +61,7 @@ setup(
             "langdetect",
             "scikit-learn",
             "gguf",
+            "kubernetes-validate",
         ],
     },
 )

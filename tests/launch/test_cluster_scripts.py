@@ -339,9 +339,8 @@ def test_the_job_sets_start_again_after_a_preemption_and_agree_on_their_hosts():
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
         job |= replicated["template"]
         if importlib.util.find_spec("kubernetes_validate"):
-            import kubernetes_validate
-
-            kubernetes_validate.validate(job, "1.33", strict=True)
+            schemas = importlib.import_module("kubernetes_validate")
+            schemas.validate(job, "1.33", strict=True)
         spec = job["spec"]
         assert spec["completions"] == spec["parallelism"] and spec["backoffLimit"] == 0
         codes = [
