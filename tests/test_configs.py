@@ -5,7 +5,7 @@ import importlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, cpt7, ctbench, demo, jigsaw, mrcl, retain, ucit
+from configs import base, cpt7, ctbench, demo, jigsaw, mrcl, retain, smol, ucit
 from cptjax.common.runs import expand_runs, prestage_runs
 from cptjax.config import (
     FREE_SECTIONS,
@@ -57,6 +57,7 @@ ALL = (
     + [(ctbench, a) for a in CTBENCH]
     + [(ucit, a) for a in UCIT]
     + [(demo, "0"), (demo, "1,short"), (demo, "0,methods"), (demo, "0,methods,short")]
+    + [(smol, "0"), (smol, "1,short"), (smol, "0,lora"), (smol, "0,bf16"), (smol, "0,sweep,gpu")]
 )
 
 
@@ -82,7 +83,8 @@ def test_every_arm_resolves(module, arg):
 
 @pytest.mark.parametrize(
     ("module", "known"),
-    [(m, "grpo") for m in (cpt7, jigsaw, retain, mrcl, ctbench)] + [(ucit, "lora_sft")],
+    [(m, "grpo") for m in (cpt7, jigsaw, retain, mrcl, ctbench)]
+    + [(ucit, "lora_sft"), (smol, "sweep")],
     ids=lambda part: getattr(part, "__name__", part),
 )
 def test_unknown_word_is_one_line_that_names_the_known_ones(module, known):

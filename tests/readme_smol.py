@@ -1,0 +1,283 @@
+"""Write the README's section on a real model from .github/smol.json, the numbers of its runs.
+
+python -m tests.readme_smol                  print the section
+python -m tests.readme_smol --write          put it into README.md, between <!-- smol --> marks
+python -m tests.readme_smol --read DIR ...   make .github/smol.json from workdirs of configs/smol.py
+"""
+
+import collections
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs import smol
+from cptjax.analysis import drift
+from cptjax.evaluation import summary
+from cptjax.evaluation.report import read
+
+ROOT = Path(__file__).parents[1]
+README, NUMBERS = ROOT / "README.md", ROOT / ".github" / "smol.json"
+START, END = "<!-- smol -->\n", "<!-- /smol -->"
+GENERAL = (*smol.FACTS, "instructions", "prose")
+GENERATED = GENERAL[:-1]  # sets with responses: a score of 0 or 1 per row
+TITLES = dict(
+    sft_bare="SFT on bare answers",
+    sft_style="SFT on answers in the model's own form",
+    self_sft="SFT on own correct responses, sampled once",
+    iterative="SFT on own correct responses, sampled twice",
+    sdft="SDFT",
+    grpo_nokl="GRPO without KL",
+    grpo="GRPO with KL",
+    replay="SFT on bare answers, replay",
+    ewc="SFT on bare answers, EWC",
+    lwf="SFT on bare answers, LwF",
+    lora_sft_bare="SFT on bare answers, LoRA",
+    lora_sft_style="SFT in the model's own form, LoRA",
+    lora_grpo_nokl="GRPO without KL, LoRA",
+)
+# (paper, what it finds, arm, arm that it finds to lose more of the general sets)
+CLAIMS = (
+    ("2507.05386", "GRPO loses less than SFT", "grpo_nokl", "sft_bare"),
+    ("2507.05386", "GRPO with KL does not lose less than without", "grpo_nokl", "grpo"),
+    ("2510.18874", "SFT on own responses, sampled again, loses less than SFT", "iterative",
+     "sft_bare"),
+    ("2509.04259", "GRPO loses less than SFT", "grpo_nokl", "sft_bare"),
+    ("2607.04364", "LoRA SFT loses less than full GRPO", "lora_sft_bare", "grpo_nokl"),
+)  # fmt: skip
+FORMATS = [f"{name}+lr={lr:g}" for lr in smol.PAPER_LRS for name in smol.get_config("0,bf16").arms]
+Scores = dict[tuple[str, str], float]  # by task and row
+
+
+# ---- from runs to numbers ------------------------------------------------------------------------
+
+
+def changes_of_run(run: read.ReportRun) -> dict[str, Scores]:
+    """Return the change of each row's score: of learned, earlier and general tasks."""
+    table = run.table
+    after = [summary.read_prediction_scores(run.path, k) for k in range(table.final + 1)]
+    learned_at = {task: table.last(task) for task in table.tasks}
+    changes: dict[str, Scores] = collections.defaultdict(dict)
+    for (task, row), score in after[table.final].items():
+        key = (task, row)
+        if task in learned_at:
+            own = after[learned_at[task]][key]
+            changes["learned"][key] = own - after[0][key]
+            if learned_at[task] < table.final:
+                changes["earlier"][key] = score - own
+        else:
+            changes[task][key] = score - after[0][key]
+            if task in GENERATED:
+                changes["general"][key] = score - after[0][key]
+    return changes
+
+
+def mean_over_runs(runs: Iterable[Scores]) -> Scores:
+    """Average each row over the seeds; the rows are the sample of the interval."""
+    rows: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for scores in runs:
+        for key, value in scores.items():
+            rows[key].append(value)
+    return {key: float(np.mean(values)) for key, values in rows.items()}
+
+
+def mean_with_interval(values: Iterable[float]) -> list[float]:
+    """Return the mean and half the width of its 95 % interval over rows."""
+    x = np.array(list(values))
+    return [round(float(v), 4) for v in (x.mean(), 1.96 * x.std(ddof=1) / len(x) ** 0.5)]
+
+
+def collect_numbers(folders: list[str]) -> dict[str, Any]:
+    """Return the numbers of the finished runs in workdirs of configs/smol.py."""
+    arms = {arm.label: arm for arm in read.read_arms(folders)}
+    finished = {
+        name: runs
+        for name in arms
+        if (runs := [run for run in arms[name].runs if run.table.finished]) and name in TITLES
+    }
+    changes = {
+        name: {part: mean_over_runs(run[part] for run in runs_changes) for part in runs_changes[0]}
+        for name, runs in finished.items()
+        if (runs_changes := [changes_of_run(run) for run in runs])
+    }
+    first = next(iter(finished.values()))
+    base = mean_over_runs(summary.read_prediction_scores(run.path, 0) for run in first)
+    tasks = [*smol.STAGES, *GENERAL]
+    gold = lambda run, key: float(np.mean([run.summary["general"][t][key] for t in smol.FACTS]))
+    fits = drift.analyze(folders).numbers["fits"]
+    config = first[0].config
+    return {
+        "settings": {
+            "steps": config["stages"][0]["steps"],
+            "batch": config["train"]["batch"],
+            "rows": first[0].config["eval"]["limit"],
+        },
+        "base": {
+            task: mean_with_interval(v for (name, _), v in base.items() if name == task)
+            for task in tasks
+        },
+        "base_gold": float(np.mean([gold(run, "base_gold") for run in first])),
+        "arms": {
+            name: {
+                "seeds": len(runs),
+                "lr": runs[0].config["train"]["lr"],
+                "gold": float(np.mean([gold(run, "gold") for run in runs])),
+                **{p: mean_with_interval(rows.values()) for p, rows in changes[name].items()},
+            }
+            for name, runs in finished.items()
+        },
+        "differences": {
+            f"{better}-{worse}": difference_of_general(changes[better], changes[worse])
+            for _, _, better, worse in CLAIMS
+            if better in changes and worse in changes
+        },
+        "bf16": {
+            name: numbers_of_format(arms[name].runs)
+            for name in FORMATS
+            if name in arms and all(run.table.finished for run in arms[name].runs)
+        },
+        "drift": {fit["measure"]: {k: fit[k] for k in ("n", "r2", "pearson")} for fit in fits},
+    }
+
+
+def numbers_of_format(runs: Iterable[read.ReportRun]) -> dict[str, Any]:
+    """Return what SFT learns and loses in one number format, and how many weights it changes."""
+    changes = [changes_of_run(run) for run in runs]
+    changed = [
+        line["changed_weights"]
+        for run in runs
+        for line in run.tables.metrics_lines
+        if "changed_weights" in line
+    ]
+    return {
+        "seeds": len(changes),
+        "changed_weights": float(np.mean(changed)),
+        **{
+            part: mean_with_interval(mean_over_runs(c[part] for c in changes).values())
+            for part in ("learned", "general")
+        },
+    }
+
+
+def difference_of_general(a: Mapping[str, Scores], b: Mapping[str, Scores]) -> list[float]:
+    """Return the difference of the changes of two arms on the same rows of the general sets."""
+    return mean_with_interval(a["general"][key] - b["general"][key] for key in a["general"])
+
+
+# ---- from numbers to the section -----------------------------------------------------------------
+
+
+def points(value: list[float]) -> str:
+    """Write a change and its interval in points, as in "-12.5 ± 6.1"."""
+    return f"{100 * value[0]:+.0f} ± {100 * value[1]:.0f}"
+
+
+def percent(value: list[float]) -> str:
+    return f"{100 * value[0]:.0f} ± {100 * value[1]:.0f}"
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), ["---"] * len(list(header)), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict(paper: str, claim: str, better: str, worse: str, numbers: Mapping[str, Any]) -> str:
+    """Say whether the difference of two arms agrees with what a paper finds."""
+    value = numbers["differences"].get(f"{better}-{worse}")
+    if value is None:
+        return f"- {paper}, {claim}: not run."
+    mean, half = value
+    if "does not" in claim:  # that there is no difference cannot be shown, only contradicted
+        said = "disagrees" if mean + half < 0 else "not contradicted"
+    else:
+        said = "agrees" if mean > half else "disagrees" if mean < -half else "not resolved"
+    return f"- {paper}, {claim}: {said} ({points(value)} points)."
+
+
+def render_section(numbers: Mapping[str, Any]) -> str:
+    if not numbers:
+        return "Not measured yet; `bash launch/smol.sh` runs the study (`configs/smol.py`).\n"
+    arms, base, settings = numbers["arms"], numbers["base"], numbers["settings"]
+    seeds = sorted({arm["seeds"] for arm in arms.values()})
+    missing = [TITLES[name] for name in TITLES if name not in arms]
+    rows = [
+        [TITLES[name], *(points(arms[name][part]) for part in ("learned", "earlier", *GENERAL))]
+        + [f"{arms[name]['gold'] / numbers['base_gold']:.2f}"]
+        for name in TITLES
+        if name in arms
+    ]
+    learned = ", ".join(f"{task} {percent(base[task])}" for task in smol.STAGES)
+    text = [
+        "SmolLM2-135M-Instruct, a model that others pretrained, learns three exercises in a row: "
+        f"{', '.join(smol.STAGES)} (`configs/smol.py`). Seeds of each method: "
+        f"{', '.join(map(str, seeds))}; {settings['steps']} steps a stage with "
+        f"{settings['batch']} conversations, or half as many prompts with eight responses; "
+        f"{settings['rows']} test rows of each task. `bash launch/smol.sh` makes the model's "
+        "folder and runs everything. The table gives changes in points with 95 % intervals over "
+        "test rows, paired with the base model's; the first row is the base model. Prose is "
+        "measured as the probability of its bytes. The last column is the factor by which the "
+        'probability of the gold answer changed, after a start such as "The capital is", on the '
+        "facts: a loss of form alone would keep it near 1.",
+        markdown_table(
+            ("method", "learned", "earlier tasks", *GENERAL, "facts, gold answer"),
+            [
+                ["base model, score in %", f"({learned})", "", *(percent(base[t]) for t in GENERAL)]
+                + [f"probability {numbers['base_gold']:.3f}"],
+                *rows,
+            ],
+        ),
+        "What the papers find, and the difference on the general sets other than prose:",
+        "\n".join(verdict(*claim, numbers) for claim in CLAIMS),
+    ]
+    if fit := numbers["drift"].get("KL on the new task"):
+        text.append(
+            f"Over {fit['n']} stages, a quadratic in KL(base, now) on the new task explains "
+            f"{100 * fit['r2']:.0f} % of the variance of the loss on the other tasks "
+            f"(r = {fit['pearson']:.2f}; 2509.04259 has 71 % for its language models)."
+        )
+    if numbers["bf16"]:
+        text.append(
+            "SFT on bare answers of the first exercise, with weights in float32 and in pure "
+            "bfloat16, at the two learning rates of 2510.18874:"
+        )
+        text.append(
+            markdown_table(
+                ("weights and learning rate", "weights changed by an update", "learned", "general"),
+                [
+                    [
+                        name.replace("+lr=", ", "),
+                        f"{100 * found['changed_weights']:.1f} %",
+                        points(found["learned"]),
+                        points(found["general"]),
+                    ]
+                    for name, found in numbers["bf16"].items()
+                ],
+            )
+        )
+    else:
+        missing.append("float32 and bfloat16 weights")
+    if missing:
+        text.append(f"Not run: {'; '.join(missing)}.")
+    text.append("These are measurements of these runs, and no claim beyond them.")
+    return "\n\n".join(text) + "\n"
+
+
+def split_readme() -> tuple[str, str, str]:
+    """The README before the section, the section, and the README after it."""
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    current, after = rest.split(END)
+    return before + START, current, END + after
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--read"]:
+        NUMBERS.write_text(json.dumps(collect_numbers(sys.argv[2:]), indent=1) + "\n")
+    section = render_section(json.loads(NUMBERS.read_text()))
+    if sys.argv[1:] == ["--write"]:
+        before, _, after = split_readme()
+        README.write_text(before + section + after, encoding="utf-8")
+    else:
+        print(section, end="")

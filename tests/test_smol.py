@@ -1,0 +1,88 @@
+"""The study of a real model: its arms run, its numbers are read, and the README shows them."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import readme_smol
+from device_fixtures import devices  # noqa: F401
+
+from configs import smol
+from cptjax.config import merge_config
+from cptjax.continual import driver
+
+ROOT = Path(__file__).parents[1]
+TINY = {  # a random model instead of the pretrained one, on fewer tasks
+    "model": {"path": "", "preset": "tiny"},
+    "eval": {"general": ("capitals", "prose"), "groups": {}, "drift": 2, "max_new_tokens": 4},
+    "rollout": {"max_new_tokens": 4, "check_every": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, devices):  # noqa: F811
+    """Two arms of the short study on a random model."""
+    folder = tmp_path_factory.mktemp("smol")
+    driver.run(merge_config(smol.get_config("0,short"), TINY), folder, only="sft_bare,grpo_nokl")
+    return folder
+
+
+def test_numbers_of_runs_are_changes_of_the_same_rows(workdir, monkeypatch):
+    monkeypatch.setattr(readme_smol, "GENERAL", ("capitals", "prose"))
+    monkeypatch.setattr(smol, "FACTS", {"capitals": ""})
+    numbers = readme_smol.collect_numbers([str(workdir)])
+    assert set(numbers["arms"]) == {"sft_bare", "grpo_nokl"}
+    matrix = np.genfromtxt(workdir / "sft_bare" / "matrix.csv", delimiter=",", skip_header=1)[:, 2:]
+    learned = np.mean([matrix[k + 1, k] - matrix[0, k] for k in range(3)])
+    earlier = np.mean([matrix[3, k] - matrix[k + 1, k] for k in range(2)])
+    found = numbers["arms"]["sft_bare"]
+    assert found["learned"][0] == pytest.approx(learned, abs=1e-3)
+    assert found["earlier"][0] == pytest.approx(earlier, abs=1e-3)
+    assert "Not run: GRPO with KL" in readme_smol.render_section(numbers)
+
+
+def test_an_interval_covers_95_percent_of_a_normal_sample():
+    mean, half = readme_smol.mean_with_interval([0.0, 1.0] * 50)
+    assert mean == 0.5 and half == pytest.approx(1.96 * 0.5025 / 10, abs=1e-3)
+
+
+def test_verdicts_follow_the_interval():
+    said = lambda mean, claim: readme_smol.verdict(
+        "p", claim, "a", "b", {"differences": {"a-b": [mean, 0.1]}}
+    )
+    assert "agrees" in said(0.2, "less") and "disagrees" in said(-0.2, "less")
+    assert "not resolved" in said(0.05, "less") and "disagrees" in said(-0.2, "does not lose")
+
+
+def test_the_readme_shows_the_numbers_of_the_runs():
+    _, written, _ = readme_smol.split_readme()
+    numbers = json.loads(readme_smol.NUMBERS.read_text())
+    assert written == readme_smol.render_section(numbers), "run python -m tests.readme_smol --write"
+
+
+@pytest.mark.parametrize("word", ["short", "gpu"])
+def test_the_launcher_makes_the_model_and_runs_every_part(tmp_path, word):
+    """An interpreter that only records its arguments shows what is installed and run."""
+    venv, log = tmp_path / "venv", tmp_path / "log"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    (venv / "bin" / "activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
+    env = os.environ | {"VENV": str(venv), "PYTHON": sys.executable}
+    command = ["bash", ROOT / "launch" / "smol.sh", word, str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().splitlines()
+    has_model = (ROOT / smol.MODEL / "config.json").exists()
+    assert any("convert.py" in line for line in lines) != has_model
+    trained = {line.split()[1].split(":")[1] for line in lines if "train.py" in line}
+    parts = ("", ",lora", ",bf16", ",sweep")
+    assert trained == {f"0,{word}{part}" for part in parts}
+    assert lines[-1].startswith("launch/analyze.py pareto")
+    assert f"report.py {tmp_path}/out/arms {tmp_path}/out/lora" in log.read_text()
