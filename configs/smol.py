@@ -44,7 +44,7 @@ FACTS = {
     "opposites": "The opposite is",
 }
 WORDS = ("short", "lora", "bf16", "sweep", "gpu")
-SFT_LR, RL_LR = 5e-5, 2e-5
+SFT_LR, RL_LR = 5e-5, 3e-5
 LORA = dict(rank=16, alpha=32.0)
 LORA_FACTOR = 10  # adapters need larger steps
 SWEEP = (1e-5, 3e-5, 1e-4)
@@ -73,7 +73,7 @@ def _arm(preset, style="bare", **method):
     )
 
 
-def _all_arms(steps, batch):
+def _all_arms(steps):
     own = dict(self_samples=4)
     arms = dict(
         sft_bare=_arm("sft"),
@@ -85,7 +85,7 @@ def _all_arms(steps, batch):
         sdft=_arm("sdft", "chat"),
     )
     for arm in (arms["grpo_nokl"], arms["grpo"]):
-        arm["train"]["batch"] = batch // 2  # prompts, each with eight responses
+        arm["rollout"] = dict(group=4)  # so a step has as many prompts as under SFT
     for name, changes in CONTINUAL.items():
         arms[name] = _arm("sft", name=f"sft + {name}", **changes)
     return arms
@@ -132,7 +132,7 @@ def get_config(arg="0"):
     c.name, c.seed = "_".join(["smol", *words]), int(seed)
     c.model.update(path=MODEL, compute_dtype="float32", remat="none")
     c.mesh.update(data=1, fsdp=1, model=1)
-    c.data.update(template="none", prompt_limit=110, buckets=(42, 52, 110), limit=400)
+    c.data.update(template="none", prompt_limit=128, buckets=(42, 52, 128), limit=400)
     c.tasks = ConfigDict(_tasks("bare"))
     c.stages = tuple(dict(task=task, steps=steps) for task in STAGES)
     c.train.update(b2=0.99, weight_decay=0.0, batch=batch, warmup=0.1)
@@ -147,5 +147,5 @@ def get_config(arg="0"):
         drift=8,
     )
     c.checkpoint.keep_stages = False
-    _choose_arms(c, _all_arms(steps, batch), words)
+    _choose_arms(c, _all_arms(steps), words)
     return c.lock()

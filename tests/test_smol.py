@@ -10,31 +10,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import readme_smol
-from device_fixtures import devices  # noqa: F401
+from device_fixtures import see
 
 from configs import smol
 from cptjax.config import merge_config
 from cptjax.continual import driver
 
 ROOT = Path(__file__).parents[1]
-TINY = {  # a random model instead of the pretrained one, on fewer tasks
-    "model": {"path": "", "preset": "tiny"},
-    "eval": {"general": ("capitals", "prose"), "groups": {}, "drift": 2, "max_new_tokens": 4},
-    "rollout": {"max_new_tokens": 4, "check_every": 4},
-}
+GENERAL = ("capitals", "opposites")
+SCORER = "def score(completion, answer, **columns):\n    return float(len(completion) % 2)\n"
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, devices):  # noqa: F811
-    """Two arms of the short study on a random model."""
+def workdir(tmp_path_factory):
+    """Two arms of the short study on a random model, with scores that change quickly."""
     folder = tmp_path_factory.mktemp("smol")
-    driver.run(merge_config(smol.get_config("0,short"), TINY), folder, only="sft_bare,grpo_nokl")
-    return folder
+    (folder / "odd.py").write_text(SCORER)
+    short = smol.get_config("0,short")
+    scorer = {"scorer": f"{folder}/odd.py:score"}
+    tasks = {name: short.tasks[name].to_dict() | scorer for name in (*smol.STAGES, *GENERAL)}
+    fast = {"train": {"lr": 0.02}, "tasks": tasks}
+    changes = {
+        "model": {"path": "", "preset": "tiny"},
+        "data": {"buckets": (128,)},
+        "eval": {"general": GENERAL, "groups": {}, "drift": 2, "max_new_tokens": 4},
+        "rollout": {"max_new_tokens": 4, "check_every": 4},
+        "arms": {"sft_bare": fast, "grpo_nokl": fast},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        see(patch, 1)
+        config = merge_config(short, changes)
+        driver.run(config, folder / "runs", only="sft_bare,grpo_nokl")
+    return folder / "runs"
 
 
 def test_numbers_of_runs_are_changes_of_the_same_rows(workdir, monkeypatch):
-    monkeypatch.setattr(readme_smol, "GENERAL", ("capitals", "prose"))
-    monkeypatch.setattr(smol, "FACTS", {"capitals": ""})
+    monkeypatch.setattr(readme_smol, "GENERAL", GENERAL)
+    monkeypatch.setattr(smol, "FACTS", dict.fromkeys(GENERAL, ""))
     numbers = readme_smol.collect_numbers([str(workdir)])
     assert set(numbers["arms"]) == {"sft_bare", "grpo_nokl"}
     matrix = np.genfromtxt(workdir / "sft_bare" / "matrix.csv", delimiter=",", skip_header=1)[:, 2:]
@@ -43,6 +55,7 @@ def test_numbers_of_runs_are_changes_of_the_same_rows(workdir, monkeypatch):
     found = numbers["arms"]["sft_bare"]
     assert found["learned"][0] == pytest.approx(learned, abs=1e-3)
     assert found["earlier"][0] == pytest.approx(earlier, abs=1e-3)
+    assert np.ptp(matrix[:, :3]) > 0 and numbers["drift"]["KL on the new task"]["n"] == 6
     assert "Not run: GRPO with KL" in readme_smol.render_section(numbers)
 
 
@@ -52,8 +65,9 @@ def test_an_interval_covers_95_percent_of_a_normal_sample():
 
 
 def test_verdicts_follow_the_interval():
+    arms = {name: {"learned": [0.5, 0.1]} for name in "ab"}
     said = lambda mean, claim: readme_smol.verdict(
-        "p", claim, "a", "b", {"differences": {"a-b": [mean, 0.1]}}
+        "p", claim, "a", "b", {"differences": {"a-b": [mean, 0.1]}, "arms": arms}
     )
     assert "agrees" in said(0.2, "less") and "disagrees" in said(-0.2, "less")
     assert "not resolved" in said(0.05, "less") and "disagrees" in said(-0.2, "does not lose")
