@@ -73,7 +73,11 @@ def _arm(preset, style="bare", **method):
     )
 
 
-def _all_arms(steps):
+def _stages(steps):
+    return tuple(dict(task=task, steps=steps) for task in STAGES)
+
+
+def _all_arms(steps, rl_steps):
     own = dict(self_samples=4)
     arms = dict(
         sft_bare=_arm("sft"),
@@ -85,7 +89,8 @@ def _all_arms(steps):
         sdft=_arm("sdft", "chat"),
     )
     for arm in (arms["grpo_nokl"], arms["grpo"]):
-        arm["rollout"] = dict(group=4)  # so a step has as many prompts as under SFT
+        # A step has as many prompts as under SFT; GRPO learns less in a step.
+        arm.update(rollout=dict(group=4), stages=_stages(rl_steps))
     for name, changes in CONTINUAL.items():
         arms[name] = _arm("sft", name=f"sft + {name}", **changes)
     return arms
@@ -123,18 +128,18 @@ def get_config(arg="0"):
         )
     if len({"lora", "bf16", "sweep"} & set(words)) > 1:
         raise ValueError(f"configs/smol.py:{arg}: expected one of lora, bf16, sweep at a time")
-    steps, batch, limit = (10, 8, 24)  # limit: test rows of a task
+    steps, rl_steps, batch, limit = (10, 25, 8, 24)  # limit: test rows of a task
     if "gpu" in words:
-        steps, batch, limit = 3 * steps, 4 * batch, 200
+        steps, rl_steps, batch, limit = (30, 75, 32, 200)
     if "short" in words:
-        steps, batch, limit = 2, 4, 4
+        steps, rl_steps, batch, limit = (2, 2, 4, 4)
     c = base()
     c.name, c.seed = "_".join(["smol", *words]), int(seed)
     c.model.update(path=MODEL, compute_dtype="float32", remat="none")
     c.mesh.update(data=1, fsdp=1, model=1)
     c.data.update(template="none", prompt_limit=128, buckets=(42, 52, 128), limit=400)
     c.tasks = ConfigDict(_tasks("bare"))
-    c.stages = tuple(dict(task=task, steps=steps) for task in STAGES)
+    c.stages = _stages(steps)
     c.train.update(b2=0.99, weight_decay=0.0, batch=batch, warmup=0.1)
     c.rollout.update(group=8, max_new_tokens=24, check_every=8)
     c.eval.update(
@@ -147,5 +152,5 @@ def get_config(arg="0"):
         drift=8,
     )
     c.checkpoint.keep_stages = False
-    _choose_arms(c, _all_arms(steps), words)
+    _choose_arms(c, _all_arms(steps, rl_steps), words)
     return c.lock()

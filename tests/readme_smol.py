@@ -109,7 +109,6 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
     config = first[0].config
     return {
         "settings": {
-            "steps": config["stages"][0]["steps"],
             "batch": config["train"]["batch"],
             "rows": first[0].config["eval"]["limit"],
         },
@@ -122,6 +121,7 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
             name: {
                 "seeds": len(runs),
                 "lr": runs[0].config["train"]["lr"],
+                "steps": runs[0].config["stages"][0]["steps"],
                 "gold": mean_gold(runs, "gold"),
                 **{p: mean_with_interval(rows.values()) for p, rows in changes[name].items()},
             }
@@ -229,7 +229,8 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     seeds = sorted({arm["seeds"] for arm in arms.values()})
     missing = [TITLES[name] for name in TITLES if name not in arms]
     rows = [
-        [TITLES[name], *(points(arms[name][part]) for part in ("learned", "earlier"))]
+        [TITLES[name], str(arms[name]["steps"])]
+        + [*(points(arms[name][part]) for part in ("learned", "earlier"))]
         + [general_cell(arms[name], base_gold, task) for task in GENERAL]
         for name in TITLES
         if name in arms
@@ -238,7 +239,7 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     text = [
         "SmolLM2-135M-Instruct, a model that others pretrained, learns three exercises in a row: "
         f"{', '.join(smol.STAGES)} (`configs/smol.py`). Seeds of each method: "
-        f"{', '.join(map(str, seeds))}; {settings['steps']} steps a stage with "
+        f"{', '.join(map(str, seeds))}; a step has "
         f"{settings['batch']} conversations, or prompts with four responses under GRPO; "
         f"{settings['rows']} test rows of each task. `bash launch/smol.sh` makes the model's "
         "folder and runs everything. The table gives changes in points with 95 % intervals over "
@@ -247,9 +248,9 @@ def render_section(numbers: Mapping[str, Any]) -> str:
         'probability of the gold answer changed after a start such as "The capital is": a loss '
         "of form alone would leave it near 1.",
         markdown_table(
-            ("method", "learned", "earlier tasks", *GENERAL),
+            ("method", "steps a stage", "learned", "earlier tasks", *GENERAL),
             [
-                ["base model, score in %", f"({learned})", ""]
+                ["base model, score in %", "", f"({learned})", ""]
                 + [
                     percent(base[task])
                     + (f" (probability {base_gold[task]:.2f})" if task in base_gold else "")

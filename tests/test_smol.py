@@ -30,17 +30,18 @@ def workdir(tmp_path_factory):
     scorer = {"scorer": f"{folder}/odd.py:score"}
     tasks = {name: short.tasks[name].to_dict() | scorer for name in (*smol.STAGES, *GENERAL)}
     fast = {"train": {"lr": 0.02}, "tasks": tasks}
+    arms = {name: short.arms[name].to_dict() | fast for name in ("sft_bare", "grpo_nokl")}
     changes = {
         "model": {"path": "", "preset": "tiny"},
         "data": {"buckets": (128,)},
         "eval": {"general": GENERAL, "groups": {}, "drift": 2, "max_new_tokens": 4},
         "rollout": {"max_new_tokens": 4, "check_every": 4},
-        "arms": {"sft_bare": fast, "grpo_nokl": fast},
+        "arms": arms,
     }
     with pytest.MonkeyPatch.context() as patch:
         see(patch, 1)
         config = merge_config(short, changes)
-        driver.run(config, folder / "runs", only="sft_bare,grpo_nokl")
+        driver.run(config, folder / "runs", only=",".join(arms))
     return folder / "runs"
 
 
