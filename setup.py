@@ -25,6 +25,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "etils[epath]",
         "transformers>=5.0",
         "huggingface-hub",
         "datasets>=4.0",
@@ -48,6 +49,7 @@ setup(
         "ifeval": ["langdetect"],  # constraints on the language of a response
         "int8": ["qwix>=0.1.8"],  # int8 rollout weights
         "toy": ["scikit-learn"],  # the digits of launch/analyze.py parity
+        "gcs": ["gcsfs", "google-cloud-storage>=3"],  # workdirs in buckets, gs://
         "gguf": ["gguf"],  # launch/convert.py reads GGUF files
         "tracking": ["tensorboardX", "wandb"],
         "test": [
@@ -62,6 +64,9 @@ setup(
             "scikit-learn",
             "gguf",
             "kubernetes-validate",
+            "gcsfs",
+            "google-cloud-storage",
+            "gcp-storage-emulator",
         ],
     },
 )

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cptjax import sharding
+from cptjax.common import buckets
 from cptjax.continual.stage_model import check_folder_kind, folder_kind, load_stage_model
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, round_up_size
 from cptjax.data.processor import Processor, load_processor
@@ -61,6 +62,7 @@ def load(
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(MODEL_DTYPES)}")
     mesh = sharding.make_mesh() if mesh is None else mesh
+    path = buckets.fetch(path) if buckets.is_address(path) else path
     kind = folder_kind(Path(path))
     if kind == "run":
         model_ctx, params, _ = load_stage_model(path, mesh, stage, dtype)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from cptjax.common import buckets, console
+
 ANALYSES = {
     "mixture": "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain",
     "parity": "KL and forgetting of RL and SFT on handwritten digits, at many learning rates",
@@ -117,9 +119,10 @@ def main() -> None:
         module = importlib.import_module(f"cptjax.analysis.{MODULES[name]}")
         result = module.analyze(**arguments)
         finding.print_finding(result)
-        print(finding.write_finding(result, Path(out or Path(folder) / f"{name}.html")))
+        page = Path(out) if out else buckets.local_path(folder, buckets.READ) / f"{name}.html"
+        print(console.with_addresses(str(finding.write_finding(result, page))))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        console.print_error(error)
         sys.exit(2)
 
 

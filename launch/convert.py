@@ -49,6 +49,7 @@ def main() -> None:
     import jax
 
     from cptjax import sharding
+    from cptjax.common import buckets
     from cptjax.continual.stage_model import check_folder_kind, export_stage
     from cptjax.data.gguf_checkpoint import convert_gguf
     from cptjax.data.processor_files import copy_processor_files
@@ -77,9 +78,10 @@ def main() -> None:
         save_processor = functools.partial(copy_processor_files, CHECKPOINT.value)
         save_hf_checkpoint(params, cfg, DST.value, save_processor, dtype, shard_bytes)
     else:
-        check_folder_kind("--workdir", WORKDIR.value, "run")
+        workdir = buckets.fetch(WORKDIR.value)
+        check_folder_kind("--workdir", workdir, "run")
         dtype = DTYPE.value or ""
-        stage = export_stage(WORKDIR.value, DST.value, STAGE.value, dtype, shard_bytes)
+        stage = export_stage(workdir, DST.value, STAGE.value, dtype, shard_bytes)
         print(f"exported the model of stage {stage}" if stage else "exported the base model")
     print(f"wrote {DST.value}")
 

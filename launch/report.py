@@ -6,6 +6,7 @@ python launch/report.py DIR [DIR ...] [--out=report.html] [--baseline=ARM] [--so
 import argparse
 import sys
 
+from cptjax.common import console
 from cptjax.evaluation import report
 
 
@@ -39,9 +40,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        print(report.write_report(args.folders, args.out, args.baseline, args.sort))
+        page = report.write_report(args.folders, args.out, args.baseline, args.sort)
+        print(console.with_addresses(str(page)))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(console.with_addresses(str(error)), file=sys.stderr)
         sys.exit(2)
 
 

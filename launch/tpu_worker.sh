@@ -26,7 +26,7 @@ case $1 in
     fi
     export VENV="$PWD/venv"
     # shellcheck source=/dev/null
-    source code/launch/env.sh "${EXTRAS-tpu}"
+    source code/launch/env.sh "${EXTRAS-tpu,gcs}"
     ;;
   start)
     if is_running; then exit 0; fi

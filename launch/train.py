@@ -15,7 +15,10 @@ from cptjax.common import cli, config_flag, console, signals
 from cptjax.common.runs import list_parts
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; a run that was stopped in it continues.", required=True
+    "workdir",
+    None,
+    "Folder of the run, or gs://BUCKET/FOLDER; a run that was stopped in it continues.",
+    required=True,
 )
 ONLY = flags.DEFINE_string(
     "only",

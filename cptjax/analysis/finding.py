@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cptjax.common import console, files
+from cptjax.common import buckets, console, files
 from cptjax.evaluation.report import page
 
 
@@ -43,8 +43,10 @@ def print_finding(finding: Finding) -> None:
 
 
 def write_finding(finding: Finding, out: Path) -> Path:
-    """Write a self-contained page, and the numbers as JSON next to it."""
+    """Write a self-contained page, and the numbers as JSON next to it; return the page."""
     template = page.jinja_environment().get_template("finding.html.jinja")
     files.write_text(out, template.render(title=finding.title, finding=finding))
     files.write_json(out.with_suffix(".json"), finding.numbers)
+    for path in (out, out.with_suffix(".json")):
+        buckets.publish(path)
     return out

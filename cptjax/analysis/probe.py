@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from cptjax import sharding
-from cptjax.common import console
+from cptjax.common import buckets, console
 from cptjax.common.shuffle import permutation
 from cptjax.config import Stage, merge_config
 from cptjax.continual import open_run, resume, stage_end, stage_evaluation, workdir
@@ -34,7 +34,7 @@ SCORE_BATCH = 16  # number of responses that are scored at a time
 @contextlib.contextmanager
 def open_run_of_folder(folder: Path | str, dtype: str) -> Iterator[Run]:
     """Open the run of a workdir read-only with its own config, but arithmetic in `dtype`."""
-    folder = Path(folder)
+    folder = buckets.fetch(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} has no config.json; expected the --workdir of launch/train.py, or the "

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from cptjax.common import cluster, config_flag, console
+from cptjax.common import buckets, cluster, config_flag, console
 
 
 def define_cluster_flags() -> None:
@@ -116,9 +116,14 @@ def _last_line(error: Exception) -> str:
 
 
 def _exit_with_error(error: object) -> NoReturn:
+    # Launchers start a run again, except after a mistake in its input, which is exit code 2.
+    code = 1 if isinstance(error, buckets.BucketUnreachable) else 2
     if cluster.is_connected():
         if isinstance(error, Exception):
             cluster.wait_for_lost_process(error)
-        cluster.end_all(str(error))
+        cluster.end_all(str(error), code)
     console.print_error(error)
-    sys.exit(2)
+    if code == 1:  # the array store may still try to write a checkpoint
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -39,6 +39,7 @@ _mode = "auto"
 _live: Progress | None = None  # the live display that nested bars share
 _depth = 0  # how many bars are nested in it
 _log: IO[bytes] | None = None  # the file that `keep_log` writes
+_addresses: dict[str, str] = {}  # what is shown instead of the start of a path
 
 
 def set_console_mode(mode: str) -> None:
@@ -61,14 +62,28 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def show_addresses(start: str, address: str) -> None:
+    """Show an address instead of the start of paths, such as those of a copy of a bucket."""
+    _addresses[start] = address
+
+
+def with_addresses(text: str) -> str:
+    """Return text with the addresses that `show_addresses` names."""
+    for start, address in _addresses.items():
+        text = text.replace(start, address)
+    return text
+
+
 def print_message(text: str) -> None:
     """Print one line, above a live bar."""
+    text = with_addresses(text)
     write_log(text)
     if console_mode() != "silent":
         _console().print(escape_controls(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
+    text = with_addresses(text)
     write_log(f"warning: {text}")
     if console_mode() != "silent":
         _console().print(
@@ -80,7 +95,7 @@ def print_warning(text: str) -> None:
 
 def print_error(error: object) -> None:
     """Print the line that ends a command; it is shown in every mode."""
-    line = f"error: {' '.join(str(error).split())}"
+    line = with_addresses(f"error: {' '.join(str(error).split())}")
     write_log(line)
     _Stderr().write(f"{escape_controls(line)}\n")
 
@@ -118,7 +133,7 @@ def keep_log(path: Path) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError) as error:
-            write_log(f"error: {' '.join(str(error).split())}")
+            write_log(with_addresses(f"error: {' '.join(str(error).split())}"))
             raise
         except Exception:
             write_log(traceback.format_exc().rstrip())

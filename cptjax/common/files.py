@@ -15,14 +15,12 @@ from typing import Any
 
 
 def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
-    """Return the path of a local folder; refuse the address of a bucket."""
+    """Return the path of a local folder; refuse an address such as s3://bucket/run."""
     if not str(folder):
         raise ValueError(f"{setting} is empty: expected a folder; is a shell variable not set?")
     if re.match(r"\w{2,}:/", str(folder)):
-        raise ValueError(
-            f"{setting}={folder}: expected a folder on a disk, such as NFS or Filestore; in "
-            "a bucket, also a mounted one, the folder of a finished checkpoint cannot be renamed"
-        )
+        but = "; only gs:// addresses are supported" if setting == "--workdir" else ""
+        raise ValueError(f"{setting}={folder}: expected a folder on a disk{but}")
     return Path(folder)
 
 

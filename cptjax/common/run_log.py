@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cptjax.common import console, files
-from cptjax.common.files import LineFile, folder_bytes, to_jsonable
+from cptjax.common.buckets import stored_bytes
+from cptjax.common.files import LineFile, to_jsonable
 from cptjax.common.runs import FRESH_FOLDER
 from cptjax.common.trackers import Tracker
 
@@ -234,8 +235,8 @@ def summarise_cost(lines: Sequence[Mapping[str, Any]], workdir: Path | str) -> d
     return {
         **_total_cost(parts),
         "waiting_for_data": data_wait_share(lines),
-        "bytes": folder_bytes(workdir) - folder_bytes(Path(workdir) / FRESH_FOLDER),
-        "checkpoint_bytes": folder_bytes(Path(workdir) / "checkpoints"),
+        "bytes": stored_bytes(workdir) - stored_bytes(Path(workdir) / FRESH_FOLDER),
+        "checkpoint_bytes": stored_bytes(Path(workdir) / "checkpoints"),
         "kept_bytes": most_kept_bytes(lines),
         **{
             name: max((line[key] for line in lines if key in line), default=None)

@@ -8,7 +8,8 @@ A checkpoint holds named trees of arrays and a JSON record called `progress`, wi
 and checksum of each array and a hash of the record itself, which are verified on reading. Orbax
 renames a checkpoint into place when it is complete, so a killed run still has the checkpoint
 before. The checkpoints are numbered by stage * STEPS_PER_STAGE + step, so that they sort by time.
-Orbax sends these numbers between processes in 32 bits.
+Orbax sends these numbers between processes in 32 bits. In a bucket, where nothing can be renamed,
+Orbax writes a file last that marks a checkpoint as complete.
 
 An error of the disk or the network is not damage: reading is tried again, then the run stops. Only
 a file that is missing, cannot be parsed, or does not match its checksum marks a checkpoint as
@@ -28,8 +29,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from cptjax.common import console, distributed, files
+from cptjax.common import buckets, console, distributed, files
 from cptjax.continual import checksums
 
 
@@ -45,14 +48,21 @@ RETRY_SECONDS = (0.5, 2.0, 8.0)  # pauses before a failed read is tried again
 OTHER_ERRORS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 # Words of errors of the disk or the network in the messages of the array store.
 STORAGE_ERRORS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "OS error")
+REQUEST_MODULES = ("gcsfs.", "aiohttp.", "google.")  # whose errors are those of a bucket
 MISSING_WORDS = ("NOT_FOUND", "No such file")
+COMMIT_FILE = "commit_success.txt"  # which Orbax writes last into a folder of a bucket
 CHECKPOINT_KINDS = ("steps", "stages")
 DAMAGED_NAME = re.compile(r"(?P<kind>steps|stages)-stage(?P<stage>\d+)-step(?P<step>\d+)")
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Drop Orbax's errors from the log, since they are also raised where the run waits for it."""
-    return "orbax" not in record.pathname or record.levelno < logging.ERROR
+    """Drop Orbax's errors from the log, since they are also raised where the run waits for it.
+
+    Its advice to save less often, where a save takes a second, is dropped too.
+    """
+    if "orbax" not in record.pathname:
+        return True
+    return record.levelno < logging.ERROR and "Waiting for previous save" not in str(record.msg)
 
 
 logging.getLogger("absl").addFilter(_keep_log_record)
@@ -88,6 +98,56 @@ class CheckpointDamaged(ValueError):
         return f"{folder} is damaged: {reason}; bring back a copy of it"
 
 
+def checkpoint_folder(workdir: Path) -> Path:
+    """Return the folder of a run's checkpoints, which is in the bucket itself for a local copy."""
+    folder = workdir / "checkpoints"
+    return bucket_folder(folder) if buckets.address_of(folder) else folder
+
+
+def bucket_folder(folder: Path) -> Any:
+    """Return the bucket's folder that a local copy stands for, and set how often Orbax retries."""
+    # Pauses of 1, 2, 4, ... s: as long as other requests, where the array store takes 15 minutes.
+    count = int(buckets.RETRY_SECONDS).bit_length() - 1
+    retries = {"max_retries": count, "initial_delay": "1s", "max_delay": "1h"}
+    for context in (
+        tensorstore_utils._BASE_TS_CONTEXT,
+        tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
+    ):
+        context["gcs_request_retries"] = retries
+    return epath.Path(buckets.address_of(folder))
+
+
+def explain_folder(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn errors of a bucket into one line, if a folder is in one."""
+    is_address = buckets.is_address(str(folder))
+    return buckets.explain_errors(str(folder)) if is_address else contextlib.nullcontext()
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Return whether a run has saved something."""
+    folder = checkpoint_folder(workdir)
+    with explain_folder(folder):
+        return any(path.name.isdigit() for path in folder.glob("*/*"))
+
+
+def open_checkpoints(workdir: Path) -> "Checkpoints | None":
+    """Open the checkpoints of a run to read them; None = it has none."""
+    folder = checkpoint_folder(workdir)
+    with explain_folder(folder):
+        if not folder.is_dir():  # opening would create it
+            return None
+    return Checkpoints(folder, async_save=False)
+
+
+def remove_checkpoints(workdir: Path) -> None:
+    """Delete all checkpoints of a run."""
+    folder = checkpoint_folder(workdir)
+    if buckets.is_address(str(folder)):
+        buckets.remove_objects(str(folder))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -110,13 +170,14 @@ class Checkpoints:
                 f"checkpoint: expected every, minutes >= 0 and keep >= 1, got every={every} "
                 f"minutes={minutes} keep={keep}"
             )
-        self.folder = Path(folder).absolute()
+        self.in_bucket = buckets.is_address(str(folder))
+        self.folder = folder if self.in_bucket else Path(folder).absolute()
         self.every, self.seconds, self.saved = every, minutes * 60, time.monotonic()
         self.on_saved, self._saving = on_saved, None
         more = {
             "enable_async_checkpointing": async_save,
             "create": True,
-            "cleanup_tmp_directories": tidy,
+            "cleanup_tmp_directories": tidy and not self.in_bucket,
             "single_host_load_and_broadcast": True,  # all processes see the same checkpoints
         }
         options = {
@@ -125,11 +186,18 @@ class Checkpoints:
             )
             for kind in CHECKPOINT_KINDS
         }
-        self.managers = {
-            kind: ocp.CheckpointManager(self.folder / kind, options=options[kind])
-            for kind in CHECKPOINT_KINDS
-        }
-
+        if tidy and self.in_bucket:
+            # Orbax would write a checkpoint into what a killed run left of the same one.
+            for kind in CHECKPOINT_KINDS:
+                address = str(self.folder / kind)
+                distributed.decide_on_main(
+                    lambda address=address: buckets.remove_objects(address, COMMIT_FILE)
+                )
+        with explain_folder(self.folder):
+            self.managers = {
+                kind: ocp.CheckpointManager(self.folder / kind, options=options[kind])
+                for kind in CHECKPOINT_KINDS
+            }
         self._refuse_old_numbers()
 
     def _refuse_old_numbers(self) -> None:
@@ -182,13 +250,15 @@ class Checkpoints:
             for manager in self.managers.values():
                 manager.wait_until_finished()
             saved, self._saving = self._saving, None
-            if saved:
+            if saved and not self.in_bucket:
                 files.sync_folder(self.folder / saved[2])
         if saved and self.on_saved:
             self.on_saved(*saved)
 
     def _check_disk_space(self, trees: Mapping[str, Any]) -> None:
         """Refuse trees that do not fit on the disk, before anything is written."""
+        if self.in_bucket:
+            return
         size = sum(x.nbytes for x in jax.tree.leaves(trees))
         space = (shutil.disk_usage(self.folder).free, socket.gethostname())
         free, host = min(distributed.gather_objects(space))
@@ -320,39 +390,53 @@ class Checkpoints:
         """Return (stage, step, kind) of the newest checkpoint, one in `damaged/` included."""
         names = [
             (int(m["stage"]), int(m["step"]), m["kind"])
-            for path in (self.folder / "damaged").glob("*")
+            for path in self._damaged()
             if (m := DAMAGED_NAME.fullmatch(path.name))
         ]
         return max([*names, *self.found()], key=checkpoint_order, default=None)
 
+    def _damaged(self) -> list[Path]:
+        folder = self.folder / "damaged"
+        with explain_folder(self.folder):
+            return list(folder.iterdir()) if folder.is_dir() else []
+
     def remove_steps(self, stage: int) -> None:
         """Delete the checkpoints inside all stages up to this one, whose end is saved."""
         manager = self.managers["steps"]
-        for number in manager.all_steps():
-            if number // STEPS_PER_STAGE <= stage:
-                manager.delete(number)
+        with explain_folder(self.folder):
+            for number in manager.all_steps():
+                if number // STEPS_PER_STAGE <= stage:
+                    manager.delete(number)
 
     def move_all(self, folder: Path) -> None:
-        """Move all checkpoints into another folder of the same disk."""
+        """Move all checkpoints into another folder of the same disk or bucket."""
         if distributed.is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
             for kind in CHECKPOINT_KINDS:
-                (self.folder / kind).rename(folder / kind)
-                (self.folder / kind).mkdir()
-        distributed.gather_objects(True)
-        for manager in self.managers.values():
-            manager.reload()
+                self._move(self.folder / kind, folder / kind)
+                (self.folder / kind).mkdir(exist_ok=True)
+        self._reload()
 
     def _set_aside(self, damaged: list[tuple[str, int, int]]) -> None:
         """Move damaged checkpoints to `damaged/`, so that the run can save at their steps again."""
         if damaged and distributed.is_main_process():
             for kind, stage, step in damaged:
                 to = self.folder / "damaged" / f"{kind}-stage{stage}-step{step}"
-                shutil.rmtree(to, ignore_errors=True)
-                to.parent.mkdir(exist_ok=True)
-                self.path(kind, stage, step).rename(to)
+                self._move(self.path(kind, stage, step), to)
         if damaged:
-            distributed.gather_objects(True)
+            self._reload()
+
+    def _move(self, folder: Path, to: Path) -> None:
+        """Move a folder, in place of one that was moved there before."""
+        if self.in_bucket:
+            buckets.move_objects(str(folder), buckets.address_of(to) or str(to))
+            return
+        shutil.rmtree(to, ignore_errors=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(to)
+
+    def _reload(self) -> None:
+        distributed.gather_objects(True)
+        with explain_folder(self.folder):
             for manager in self.managers.values():
                 manager.reload()
 
@@ -475,11 +559,12 @@ def _refuse_other_errors(error: Exception, folder: Path) -> OSError:
         return any(isinstance(cause, kinds) for cause in causes)
 
     unrelated = is_any(MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+    requests = any(type(cause).__module__.startswith(REQUEST_MODULES) for cause in causes)
     if unrelated or any(word in text for word in OTHER_ERRORS):
         raise error
     if is_any(FileNotFoundError) or any(word in text for word in MISSING_WORDS):
         return FileNotFoundError(reason)
-    if is_any(OSError) or any(word in text for word in STORAGE_ERRORS):
+    if is_any(OSError) or requests or any(word in text for word in STORAGE_ERRORS):
         return OSError(reason)
     # A damaged file causes errors of JSON, of the array store or of Orbax's own records.
     raise CheckpointDamaged(folder, reason) from error
@@ -495,9 +580,14 @@ def _explain_failed_save(folder: Path) -> Iterator[None]:
     """Turn the error of a failed save into one line."""
     try:
         yield
-    except RunRefused:
+    except (RunRefused, buckets.BucketFailed):
         raise
     except Exception as error:
+        if buckets.is_address(str(folder)):
+            raise buckets.BucketUnreachable(
+                f"{folder}: a checkpoint cannot be written ({_first_line(error)[:200]}); run the "
+                "same command again when the bucket answers. What was saved before is intact"
+            ) from error
         full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
         hint = "the disk is full: free some space" if full else "check the disk"
         raise OSError(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed, files
+from cptjax.common import buckets, console, distributed, files
 from cptjax.common.runs import expand_runs
 from cptjax.config import Stage, check_config_values, merge_config
 from cptjax.continual import reevaluate
@@ -77,7 +77,8 @@ def generate_corpus(
         raise ValueError("--model is not a stage of the workdir: leave out --model or --stage")
     if not request.model and not workdir:
         raise ValueError("expected --workdir of a run, or --model; got neither")
-    folder = files.local_folder(workdir or out.parent)
+    files.local_folder(out.parent, "--out")
+    folder = reevaluate.fetch_run(workdir or out.parent)
     is_run = distributed.decide_on_main(lambda: (folder / "config.json").is_file())
     if workdir and not is_run:
         raise ValueError(
@@ -120,7 +121,7 @@ def _generate(run: Run, request: CorpusRequest, out: Path) -> dict[str, Any]:
     lines = [{"stage": number, "step": step, **line} for line in lines]
     provenance = asked | {
         "model": request.model or run.config.model.path or run.config.model.preset,
-        "run": "" if request.model else str(run.files.workdir),
+        "run": "" if request.model else buckets.shown(run.files.workdir),
         "step": step,
         "template": prompted.template.name,
         "sampling": dataclasses.asdict(sampling),

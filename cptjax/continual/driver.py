@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import platform
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed, files
+from cptjax.common import buckets, console, distributed, files
 from cptjax.common.runs import expand_runs, prestage_runs, select_runs
 from cptjax.common.signals import StopSignals, handle_stop_signals
 from cptjax.config import check_config_values, recorded_config, resolve_stages
 from cptjax.continual import fingerprints, stage_evaluation, train_stage
-from cptjax.continual.checkpoint import RunRefused
+from cptjax.continual.checkpoint import RunRefused, remove_checkpoints
 from cptjax.continual.open_run import open_run, write_run_files
 from cptjax.continual.records import copy_records, step_was_taken, warn_of_changed_records
 from cptjax.continual.resume import ResumePoint, resume_run
@@ -49,7 +48,7 @@ def run(
     Return the accuracy matrix [stage, task]; row 0 is the base model. The matrices of several runs
     (arms, seeds, orders) are stacked as [run, stage, task] and padded with NaN.
     """
-    workdir = files.local_folder(workdir)
+    workdir = buckets.write_path(workdir, distributed.process_index())
     check_all_runs(config)
     bases, runs = prestage_runs(config), expand_runs(config)
     names, selected = [name for name, _ in runs], select_runs(config, only, workdir)
@@ -71,7 +70,7 @@ def run(
             with console.keep_log(folder / log_name()) if name else contextlib.nullcontext():
                 matrix = run_one(single, folder, stop_signals, start_over=start_over)
             if not single.checkpoint.keep_stages and distributed.is_main_process():
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                remove_checkpoints(folder)
             if name in names:
                 matrices.append(matrix)
             if has_comparison:
@@ -171,8 +170,9 @@ def write_final_results(workdir: Path) -> np.ndarray:
         tables = summary.load_run_tables(workdir)
         page = report.write_run_report(tables, summary.write_summary(tables))
         console.print_message(f"done: {page}")
-    distributed.gather_objects(True)  # the other processes wait until the files are written
-    return summary.load_accuracy_table(workdir, summary.load_config(workdir)).array()
+    return distributed.decide_on_main(
+        lambda: summary.load_accuracy_table(workdir, summary.load_config(workdir)).array()
+    )
 
 
 def check_all_runs(config: ConfigDict) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cptjax.common import cluster, console, distributed, files, trackers
+from cptjax.common import buckets, cluster, console, distributed, files, trackers
 from cptjax.common.run_log import Positions, RunLog
 from cptjax.common.signals import StopSignals
 from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
 from cptjax.continual import progress, workdir
-from cptjax.continual.checkpoint import Checkpoints
+from cptjax.continual.checkpoint import Checkpoints, checkpoint_folder, open_checkpoints
 from cptjax.continual.model_state import restore_stage_params
 from cptjax.data import model_context
 from cptjax.data.data_config import DataConfig
@@ -42,8 +42,10 @@ class RunFiles:
     unlogged_cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def positions(self) -> Positions:
-        """Return the length and hash of each append-only file."""
-        return self.log.positions() if self.log else {}
+        """Return the length and hash of each append-only file; they are in the bucket, too."""
+        positions = self.log.positions() if self.log else {}
+        buckets.push(self.workdir)
+        return positions
 
     def close(self) -> None:
         try:
@@ -110,7 +112,7 @@ def open_run(config: ConfigDict, folder: Path, stop_signals: StopSignals | None 
         log = RunLog(folder, trackers.open_trackers(folder, config_to_dict(config)))
     c = config.checkpoint
     checkpoints = Checkpoints(
-        folder / "checkpoints",
+        checkpoint_folder(folder),
         c.every,
         c.minutes,
         c.keep,
@@ -126,9 +128,7 @@ def open_run(config: ConfigDict, folder: Path, stop_signals: StopSignals | None 
 @contextlib.contextmanager
 def open_run_readonly(config: ConfigDict, folder: Path) -> Iterator[Run]:
     """Open a run without writing to its workdir; it may be running in another process."""
-    model_ctx, checkpoints = _load_model_context(config), None
-    if (folder / "checkpoints").is_dir():
-        checkpoints = Checkpoints(folder / "checkpoints", async_save=False)
+    model_ctx, checkpoints = _load_model_context(config), open_checkpoints(folder)
     run = _build_run(config, model_ctx, RunFiles(folder, None, checkpoints), StopSignals())
     with contextlib.closing(run):
         yield run

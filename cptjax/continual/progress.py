@@ -12,7 +12,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from cptjax.common import console, distributed, files
+from cptjax.common import buckets, console, distributed, files
 from cptjax.common.run_log import Positions
 
 
@@ -73,13 +73,19 @@ def clear(workdir: Path) -> None:
     """Forget everything, before a run starts over."""
     if distributed.is_main_process():
         progress_path(workdir).unlink(missing_ok=True)
+        buckets.push(workdir)
     distributed.gather_objects(True)
 
 
 def _update(workdir: Path, **changes: Any) -> None:
-    """Change some values; the main process writes the file."""
+    """Change some values; the main process writes the file.
+
+    In a bucket, too, it is written after what it describes, and before that is cut.
+    """
     if distributed.is_main_process():
+        buckets.push(workdir)
         values: dict[str, Any] = {}
         with contextlib.suppress(ValueError):  # a damaged file is replaced
             values = _read_file(workdir)
         files.write_checked_json(progress_path(workdir), {**values, **changes})
+        buckets.push(workdir)

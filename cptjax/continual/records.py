@@ -8,7 +8,12 @@ from pathlib import Path
 from cptjax.common import console, distributed, files, run_log
 from cptjax.common.run_log import Positions
 from cptjax.continual import progress
-from cptjax.continual.checkpoint import Checkpoints, StateLost, checkpoint_order
+from cptjax.continual.checkpoint import (
+    Checkpoints,
+    StateLost,
+    checkpoint_order,
+    has_checkpoints,
+)
 
 OTHER_RECORDS = ("progress.json", "inputs.json", "matrix.csv", "summary.json", "report.html")
 
@@ -106,8 +111,7 @@ def warn_of_changed_records(workdir: Path, positions: Positions) -> bool:
 def step_was_taken(workdir: Path) -> bool:
     """Return whether a run has trained; before that, another config may replace its config."""
     lines = files.read_jsonl(workdir / "metrics.jsonl")
-    saved = [p for p in workdir.glob("checkpoints/*/*") if p.name.isdigit()]
-    return bool(saved) or any("event" not in line for line in lines)
+    return has_checkpoints(workdir) or any("event" not in line for line in lines)
 
 
 def copy_records(workdir: Path, move: bool = False) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed, files, run_log
+from cptjax.common import buckets, console, distributed, files, run_log
 from cptjax.common.runs import prestage_runs, select_runs
 from cptjax.config import check_config_values, merge_config
 from cptjax.continual import fingerprints, progress, stage_evaluation
@@ -39,7 +39,7 @@ def reevaluate_stage(
     """
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
-    workdir = files.local_folder(workdir)
+    target, workdir = buckets.write_path(workdir, distributed.process_index()), fetch_run(workdir)
     single = select_run(config, workdir)
     check_config_values(single)
     if model:
@@ -48,8 +48,8 @@ def reevaluate_stage(
         check_folder_kind("--workdir", workdir, "run")
         refuse_changed_config(single, workdir)
         check_inputs(single, workdir, record)
-    lock = lock_workdir(workdir) if record else contextlib.nullcontext()
-    with lock, open_run_readonly(single, workdir) as run:
+    lock = lock_workdir(target) if record else contextlib.nullcontext()
+    with lock, open_run_readonly(single, target if record else workdir) as run:
         checkpoints = run.files.checkpoints
         if model:
             stage = 0
@@ -75,6 +75,12 @@ def check_inputs(config: ConfigDict, workdir: Path, record: bool) -> None:
         console.print_warning(f"since the run was started, {line}")
 
 
+def fetch_run(workdir: str | Path) -> Path:
+    """Return the folder of a run to read; all processes read the same."""
+    folder = files.local_folder(workdir) if not buckets.is_address(workdir) else workdir
+    return distributed.run_on_all(lambda: buckets.fetch(folder))
+
+
 def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
     """Return the config of the run in a workdir, with its pre-stage's base model.
 
@@ -94,7 +100,9 @@ def select_run(config: ConfigDict, workdir: Path) -> ConfigDict:
         )
     name = max(fitting, key=len)
     root = workdir.parents[len(Path(name).parts) - 1] if name else workdir
-    return dict(select_runs(config, workdir=root))[name]
+    selected = dict(select_runs(config, workdir=root))[name]
+    buckets.fetch_model(selected.model.path or "")
+    return selected
 
 
 def reevaluate_task(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.continual.checkpoint import Checkpoints
+from cptjax.common import buckets
+from cptjax.continual.checkpoint import open_checkpoints
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.workdir import read_run_config
 from cptjax.data.model_context import ModelContext
@@ -66,7 +67,7 @@ def load_stage_model(
     and of the frozen parameters; "" means model.compute_dtype of the run. The run may be in
     progress in another process.
     """
-    workdir = Path(workdir)
+    workdir = buckets.fetch(workdir)
     check_folder_kind("workdir", workdir, "run")
     config = read_run_config(workdir)
     settings = config.model
@@ -77,9 +78,7 @@ def load_stage_model(
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     model_ctx = ModelContext(processor.cfg, processor, mesh, load.MODEL_DTYPES[dtype], ())
     with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if (workdir / "checkpoints").is_dir():  # opening a missing one would create it
-            checkpoints = Checkpoints(workdir / "checkpoints", async_save=False)
+        if checkpoints := open_checkpoints(workdir):
             stack.enter_context(contextlib.closing(checkpoints))
         if stage is None:
             stage = newest_stage(workdir, checkpoints)

@@ -16,55 +16,96 @@ from typing import IO, Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed, files
+from cptjax.common import buckets, console, distributed, files
 from cptjax.config import config_differences, recorded_config
 from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
 from cptjax.data.model_context import ModelContext
 
 VISIBLE_SECONDS = 15.0  # for which a network file system may hide a new file from other hosts
-LOCK_SECONDS = 0.5  # between two tries to take a lock that another process holds
+TRY_SECONDS = 0.5  # between two tries to take a lock that another process holds
+RUN_LOCK = ".lock"
 
 
 # ---- one process at a time -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
+def lock_workdir(workdir: Path, wait: bool = False, name: str = RUN_LOCK) -> Iterator[None]:
     """Lock the folder, so that no other process writes to it; with `wait`, wait for the other.
 
     It is a lock of the operating system, which releases it however this process ends. Locks of
-    other names in one folder are independent of each other.
+    other names in one folder are independent of each other. In the local copy of a bucket's folder,
+    an object in the bucket excludes other hosts, and the copy follows the bucket during this block.
     """
     holder, owner = "", f"process {os.getpid()} on {socket.gethostname()}, start {uuid.uuid4().hex}"
+    main, bucket_lock = distributed.is_main_process(), None
     with contextlib.ExitStack() as stack:
-        if distributed.is_main_process():
+        if main:
             workdir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((workdir / name).open("a+"))
+            if buckets.address_of(workdir):
+                bucket_lock = buckets.BucketLock(workdir / name, owner)
+
+        def take() -> tuple[str, str, bool]:
+            holder = _take_lock(file, workdir, owner)
+            if holder or bucket_lock is None:
+                return holder, owner, False
+            return bucket_lock.take(), owner, bucket_lock.abandoned
+
         for attempt in itertools.count():
-            if distributed.is_main_process():
-                holder = _take_lock(file, workdir, owner)
             # After a stop signal all processes leave in this exchange.
-            holder, owner = distributed.gather_objects((holder, owner))[0]
+            holder, owner, abandoned = distributed.decide_on_main(take)
             if not holder:
                 break
-            if not wait:
+            if not (wait or abandoned):  # an abandoned lock of another host is free soon
                 raise RunRefused(f"{workdir} is in use by {holder}; wait for it, or stop it")
-            if not attempt and distributed.is_main_process():
+            if not attempt and main:
                 console.print_message(f"waiting for {workdir}, which is in use by {holder}")
-            time.sleep(LOCK_SECONDS)
+            time.sleep(TRY_SECONDS)
+        if bucket_lock:
+            stack.callback(bucket_lock.release)
         _refuse_other_folder(workdir / name, owner)
         try:
-            yield
+            with _follow_bucket(workdir, name, bucket_lock):
+                yield
         finally:
-            if distributed.is_main_process():
+            if main:
                 file.truncate(0)
+
+
+@contextlib.contextmanager
+def _follow_bucket(workdir: Path, name: str, lock: buckets.BucketLock | None) -> Iterator[None]:
+    """Copy a locked folder from its bucket, and put what changes into the bucket."""
+    if not buckets.address_of(workdir):
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    if name != RUN_LOCK:  # a folder of runs, of which only the first process writes pages
+        copy = buckets.FolderCopy(
+            workdir,
+            buckets.belongs_to_others(workdir),
+            pruned=(buckets.CHECKPOINTS, buckets.MODEL),
+        )
+        distributed.decide_on_main(copy.pull)
+        yield
+        distributed.decide_on_main(copy.push)
+    else:
+        copy = buckets.FolderCopy(workdir, buckets.belongs_to_run(distributed.process_index()))
+        main = distributed.is_main_process()
+        distributed.run_on_all(copy.pull if main else lambda: buckets.pull_run(workdir))
+        with buckets.keep_pushing(copy, lock):
+            yield
+        # What the first process has written, such as the model of a pre-stage, reaches all hosts.
+        distributed.run_on_all(bool if main else lambda: buckets.pull_run(workdir))
 
 
 def _refuse_other_folder(lock: Path, owner: str) -> None:
     """Refuse a workdir that is not the same folder on all processes: all read the lock's text."""
-    end = time.monotonic() + (VISIBLE_SECONDS if distributed.process_count() > 1 else 0.0)
-    while not (seen := _read_text(lock) == owner) and time.monotonic() < end:
+    if distributed.process_count() == 1:
+        return
+    end = time.monotonic() + VISIBLE_SECONDS
+    while not (seen := _read_owner(lock) == owner) and time.monotonic() < end:
         time.sleep(0.5)
     results = distributed.gather_objects((seen, socket.gethostname()))
     others = [f"{i} (host {host})" for i, (sees, host) in enumerate(results) if not sees]
@@ -75,9 +116,10 @@ def _refuse_other_folder(lock: Path, owner: str) -> None:
         )
 
 
-def _read_text(path: Path) -> str:
+def _read_owner(lock: Path) -> str:
     try:
-        return path.read_text()
+        address = buckets.address_of(lock)
+        return buckets.lock_owner(address) if address else lock.read_text()
     except OSError:
         return ""
 
@@ -107,11 +149,13 @@ def _take_lock(file: IO[str], workdir: Path, owner: str) -> str:
 def read_run_config(workdir: Path) -> ConfigDict:
     """Load the config that the run was started with.
 
-    The path of a pre-stage's model, which is stored relative to the workdir, is resolved.
+    The path of a pre-stage's model, which is stored relative to the workdir, is resolved; a model
+    in a bucket is brought here.
     """
     config = ConfigDict(files.read_json(workdir / "config.json"))
     if len(config.prestage):
         config.model.path = str(workdir / config.model.path)
+        buckets.fetch_model(config.model.path)
     return config
 
 

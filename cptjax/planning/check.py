@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import console
+from cptjax.common import buckets, console
 from cptjax.common.runs import prestage_runs, select_runs
 from cptjax.config import Stage, resolve_stages
 from cptjax.continual import driver, stage_evaluation
@@ -241,7 +241,7 @@ def show_disk(
     unit, scale = ("GB", 1e9) if whole > 1e9 else ("MB", 1e6)
     lines = [(name, f"{size / scale:.2f}") for name, size in {**total, "all": whole}.items()]
     console.print_table("expected disk of the workdir", ("files", unit), lines)
-    if not workdir:
+    if not workdir or buckets.is_address(workdir):  # a bucket has no end
         return
     folder = Path(workdir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

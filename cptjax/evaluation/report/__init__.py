@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cptjax.common import files
+from cptjax.common import buckets, files
 from cptjax.evaluation.report import differences, expect, page, read
 from cptjax.evaluation.report.read import Arm
 from cptjax.evaluation.summary import RunTables
@@ -20,8 +20,13 @@ def write_report(
 
     `baseline` and `sort` replace those of `config.report`.
     """
-    out = Path(out) if out else Path(folders[0]) / "report.html"
-    return _write_page(read.read_arms(folders, sort), folders, out, baseline)
+    folders = [buckets.fetch(folder) for folder in folders]
+    page_path = files.local_folder(out, "--out") if out else folders[0] / "report.html"
+    _write_page(read.read_arms(folders, sort), folders, page_path, baseline)
+    for path in (page_path, page_path.with_suffix(".json")):
+        if path.is_file():
+            buckets.publish(path)
+    return page_path
 
 
 def write_run_report(tables: RunTables, summary: dict[str, Any]) -> Path:

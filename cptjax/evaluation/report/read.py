@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cptjax.common import files
+from cptjax.common import buckets, files
 from cptjax.common.images import open_image
 from cptjax.common.runs import FRESH_FOLDER
 from cptjax.config import nearest_names
@@ -165,7 +165,7 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
     is the reference for the intransigence of the other arms.
     """
     folders_by_arm: list[tuple[str, list[Path]]] = []
-    for folder in map(Path, folders):
+    for folder in map(buckets.fetch, folders):
         arms_of_folder = find_arm_folders(folder)
         if not arms_of_folder:
             raise ValueError(
