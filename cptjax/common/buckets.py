@@ -31,7 +31,7 @@ SCHEME = "gs://"
 ADDRESS = re.compile(r"gs:/+(?P<bucket>[^/]+)/*(?P<path>.*?)/*")
 RETRY_SECONDS = 180.0  # for which a request is tried again
 BEAT_SECONDS = 20.0  # between two renewals of a lock
-# After which a lock that is not renewed is free. Its owner ends before, see RETRY_SECONDS.
+# After which a lock that is not renewed is free. A process that lost its lock ends when it pushes.
 LOCK_SECONDS = 300.0
 PUSH_SECONDS = 60.0
 PUSH_SHARE = 0.05  # of the time, at most, in which large files are put into the bucket
@@ -261,7 +261,7 @@ def _put(path: Path, address: str) -> None:
         if path.suffix == ".safetensors":  # renamed into place, and large
             blob.upload_from_filename(str(path), retry=_retry())
             return
-        part = path.with_name(f".put-{path.name}")
+        part = path.with_name(f".put-{path.name}.{threading.get_ident()}")
         try:
             shutil.copyfile(path, part)
             blob.upload_from_filename(str(part), retry=_retry())

@@ -241,7 +241,9 @@ def show_disk(
     unit, scale = ("GB", 1e9) if whole > 1e9 else ("MB", 1e6)
     lines = [(name, f"{size / scale:.2f}") for name, size in {**total, "all": whole}.items()]
     console.print_table("expected disk of the workdir", ("files", unit), lines)
-    if not workdir or buckets.is_address(workdir):  # a bucket has no end
+    if buckets.is_address(workdir):
+        console.print_message(f"--workdir={workdir}: a bucket has no limit to compare with")
+    if not workdir or buckets.is_address(workdir):
         return
     folder = Path(workdir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
