@@ -63,23 +63,26 @@ def test_lines_are_appended_without_loss_while_the_copy_is_pushed(run):
     address, folder = run
     copy, seen = buckets.FolderCopy(folder), []
     lines = files.LineFile(folder / "metrics.jsonl")
+    lines.append({"number": -1})
     with buckets.keep_pushing(copy, None):
         done = threading.Event()
 
         def append() -> None:
-            for number in range(2000):
+            for number in range(10**6):
                 lines.append({"number": number, "text": "x" * 50})
-            done.set()
+                if done.is_set():
+                    return
 
         writer = threading.Thread(target=append)
         writer.start()
-        while not done.is_set():
+        for _ in range(5):
             buckets.push(folder)
-            seen.append(contents(address).get("metrics.jsonl", b""))
+            seen.append(contents(address)["metrics.jsonl"])
+        done.set()
         writer.join()
     whole = (folder / "metrics.jsonl").read_bytes()
     assert contents(address) == {"metrics.jsonl": whole}
-    assert all(whole.startswith(part) for part in seen) and seen[0]
+    assert all(whole.startswith(part) for part in seen) and 0 < len(seen[0]) < len(whole)
 
 
 def test_what_is_in_the_bucket_counts(run):
