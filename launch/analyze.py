@@ -6,6 +6,7 @@ python launch/analyze.py mixture | parity | drift DIR ... | pareto DIR ... | inf
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -114,6 +115,11 @@ def main() -> None:
     name, out = arguments.pop("name"), arguments.pop("out")
     folder = arguments.get("folder") or arguments.get("folders", ["."])[0]
     try:
+        if os.environ.get("CPTJAX_DISTRIBUTED"):
+            raise ValueError(
+                "analyses run in one process, got CPTJAX_DISTRIBUTED="
+                f"{os.environ['CPTJAX_DISTRIBUTED']}; unset it and start one process on one host"
+            )
         from cptjax.analysis import finding
 
         module = importlib.import_module(f"cptjax.analysis.{MODULES[name]}")

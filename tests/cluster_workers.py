@@ -1,12 +1,14 @@
-"""Small programs of two processes, for tests of what happens when one of them fails.
+"""Programs of several processes, for tests of what happens when one of them fails.
 
 The processes are forks of this one, which imports everything but starts no device.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +112,32 @@ def damaged(index: int) -> None:
     kept.close()
 
 
+def damaged_samples(index: int) -> None:
+    """A file of samples was changed, and process 1 cannot parse its own part of another."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from cptjax.common import distributed
+    from cptjax.data.cost import WorkCost
+    from cptjax.training import sampling_cache
+
+    sampling_cache.cache_fingerprint = lambda _: "settings"
+    path = Path("samples", "stage1.jsonl")
+    if index:
+        path.parent.mkdir()
+        sampling_cache.write_samples(path, "{}\n", WorkCost(), "settings")
+        path.write_text("[]\n")
+        path.with_name(".stage1.jsonl.partial1").write_text("{\n")
+    distributed.gather_objects(None)
+    cache = sampling_cache.SamplingCache(path, None, Mesh(np.array(jax.devices()), "x"))
+    for act in (cache.is_complete, lambda: cache.next_part(lambda: ([], WorkCost()))):
+        try:
+            act()
+        except ValueError as error:
+            say(refused=str(error))
+
+
 def kill_in_program(index: int) -> None:
     """Process 1 dies while process 0 waits for a device program."""
     run_programs([])
@@ -174,6 +202,13 @@ def places(index: int) -> None:
     wait_in_collective()
 
 
+def sleeps(index: int) -> None:
+    """Process 1 does not come to an exchange in which process 0 waits."""
+    if index:
+        time.sleep(1000)
+    wait_in_exchange()
+
+
 def programs(index: int) -> None:
     """Each process waits for another device program."""
     run_programs(["copy", "add"] if index else ["add"])
@@ -218,10 +253,12 @@ FAILURES = {
     "bug": bug,
     "sigterm": sigterm,
     "damaged": damaged,
+    "damaged samples": damaged_samples,
     "kill 1": kill_in_program,
     "kill 0": lost(0, signal.SIGKILL, wait_in_exchange),
     "places": places,
     "programs": programs,
+    "sleeps": sleeps,
     "works": works,
     "stop 1": lost(1, signal.SIGSTOP, wait_in_exchange),
     "stop 0": lost(0, signal.SIGSTOP, wait_in_collective),
@@ -359,6 +396,39 @@ RUNS = {
 }
 
 
+# ---- in a test -----------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run_pairs(folder: Path, *names: str, limit: float = 60) -> dict[str, list]:
+    """Run programs, all at the same time; those after "then" after those before.
+
+    Return [exit code, seconds, lines on standard error] by "program.process".
+    """
+    import run_helpers
+
+    ports = json.dumps([free_port() for _ in names])
+    done = subprocess.run(
+        [sys.executable, __file__, str(limit), ports, *names],
+        cwd=folder,
+        env=run_helpers.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=2 * limit + 60,
+    )
+    ended = json.loads(done.stdout.splitlines()[-1])
+    said = {path.stem: path.read_text().splitlines() for path in folder.glob("*.err")}
+    lines = {
+        name: [x for x in said[name] if not x[1:].startswith(" processes with")] for name in said
+    }
+    return {name: [*ended.get(name, (None, None)), lines[name]] for name in lines}
+
+
 # ---- processes -----------------------------------------------------------------------------------
 
 
@@ -380,7 +450,7 @@ def start(name: str, index: int, port: int) -> int:
     sys.argv[1:] = []
 
     def main() -> None:
-        wait_seconds = WAIT_SECONDS if name in FAILURES else 0.0
+        wait_seconds = WAIT_SECONDS if name in FAILURES else 60.0
         cluster.connect(f"localhost:{port}", 2, index, wait_seconds=wait_seconds)
         (FAILURES | RUNS)[name](index)
 
@@ -388,20 +458,11 @@ def start(name: str, index: int, port: int) -> int:
     os._exit(0)
 
 
-def main() -> None:
-    """Run programs, all at the same time; print [exit code, seconds] of each process."""
-    from jax.experimental import multihost_utils  # noqa: F401
-
-    from cptjax.common import cli, cluster, signals  # noqa: F401
-
-    limit, ports, names = float(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-    if set(names) & set(RUNS):
-        import run_helpers  # noqa: F401
-
-        from cptjax.continual import driver  # noqa: F401
+def run_together(limit: float, ports: dict[str, int]) -> dict[str, tuple[int, float]]:
+    """Run programs at the same time; return [exit code, seconds] of each process."""
     began, running, ended = time.monotonic(), {}, {}
-    for name, port in zip(names, ports, strict=True):
-        running |= {start(name, index, port): f"{name}.{index}" for index in range(2)}
+    for name, port in ports.items():
+        running |= {start(name, i, port): f"{name}.{i}" for i in range(2)}
     stopped = {f"stop {i}.{i}" for i in range(2)}  # they never end
     while set(running.values()) - set(ended) - stopped and time.monotonic() - began < limit:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -411,6 +472,24 @@ def main() -> None:
     for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    return ended
+
+
+def main() -> None:
+    """Run programs, those before and after the word "then" one after the other."""
+    from jax.experimental import multihost_utils  # noqa: F401
+
+    from cptjax.common import cli, cluster, signals  # noqa: F401
+
+    limit, ports, names = float(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    if set(names) & set(RUNS):
+        import run_helpers  # noqa: F401
+
+        from cptjax.continual import driver  # noqa: F401
+    groups = [list(group) for then, group in itertools.groupby(names, "then".__eq__) if not then]
+    ended = {}
+    for group in groups:
+        ended |= run_together(limit, {name: ports.pop() for name in group})
     print(json.dumps(ended))
 
 

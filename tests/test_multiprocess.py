@@ -1,11 +1,11 @@
-"""Two processes reach the result of one with as many devices, and end together when one fails."""
+"""Processes that cannot go on together end together, with a line that names the reason."""
 
 import json
 import re
-import socket
 import subprocess
 import sys
 
+import cluster_workers
 import jax
 import numpy as np
 import pytest
@@ -38,12 +38,6 @@ from cptjax.continual import driver
 assert jax.device_count() == 2
 print(json.dumps(driver.run(run_helpers.config(plan["method"], **plan["sections"]), plan["workdir"]).tolist()))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def sections(folder, method: str) -> dict:
@@ -80,7 +74,7 @@ def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
         "sections": sections(workdir.parent, method) | MORE[method],
         "workdir": str(workdir),
     }
-    plan = about | {"count": count, "address": f"localhost:{free_port()}"}
+    plan = about | {"count": count, "address": f"localhost:{cluster_workers.free_port()}"}
     script = SCRIPT.format(tests=str(run_helpers.ROOT / "tests"))
     orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
     return [
@@ -107,32 +101,10 @@ def ended(processes: list[subprocess.Popen]) -> list[list]:
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
-def run_pairs(folder, *names: str, limit: float = 60) -> dict[str, list]:
-    """Run programs of `cluster_workers` with two processes each, all at the same time.
-
-    Return [exit code, seconds, lines on standard error] by "program.process".
-    """
-    order = [sys.executable, str(run_helpers.ROOT / "tests" / "cluster_workers.py")]
-    ports = json.dumps([free_port() for _ in names])
-    done = subprocess.run(
-        [*order, str(limit), ports, *names],
-        cwd=folder,
-        env=run_helpers.environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=2 * limit + 60,
-    )
-    ended = json.loads(done.stdout.splitlines()[-1])
-    said = {path.stem: path.read_text().splitlines() for path in folder.glob("*.err")}
-    lines = {name: [x for x in said[name] if "2 processes with" not in x] for name in said}
-    return {name: [*ended.get(name, (None, None)), lines[name]] for name in lines}
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failures")
-    names = ("exchanges", "raises", "bug", "sigterm", "kill 1", "kill 0", "stop 1", "stop 0")
-    return folder, run_pairs(folder, *names, "places", "programs", "works", "damaged")
+    return folder, cluster_workers.run_pairs(folder, *cluster_workers.FAILURES)
 
 
 def test_exchanges_of_any_size_compile_few_programs_and_never_answer_another(failures):
@@ -175,16 +147,16 @@ def test_a_process_that_dies_or_hangs_ends_the_other_with_a_line_that_names_it(f
     assert line.startswith(f"error: process {lost} (host ") and "died or hangs; run the" in line
 
 
-@pytest.mark.parametrize("name", ["places", "programs"])
+@pytest.mark.parametrize("name", ["places", "programs", "sleeps"])
 def test_processes_that_wait_for_each_other_at_different_places_end(failures, name):
     """Both send heartbeats, so only the places show that they would wait for ever."""
     for index in range(2):
         code, seconds, (line,) = failures[1][f"{name}.{index}"]
         assert code == 1 and 4 < seconds < 30
         assert re.fullmatch(
-            r"error: process 0 \(host .*\) waits at cluster_workers.py:\d+ (wait_in_collective|run_programs) "
-            r"after 0 exchanges, process 1 \(host .*\) at cluster_workers.py:\d+ (wait_in_exchange|"
-            r"run_programs) after [01], for \d+ s so far: the processes do not run the same steps. "
+            r"error: process 0 \(host .*\) waits at cluster_workers.py:\d+ (wait_in_collective|"
+            r"run_programs|wait_in_exchange) after [01] exchanges, process 1 \(host .*\) at "
+            r"cluster_workers.py:\d+ (wait_in_exchange|run_programs|sleeps) after [01], for \d+ s so far: the processes do not run the same steps. "
             "Give all .* run the same command again to continue from the last save",
             line,
         ), line
@@ -210,6 +182,17 @@ def test_damage_in_the_part_of_one_process_is_found_by_two_processes_and_by_one(
     kept.close()
 
 
+def test_damaged_samples_are_refused_on_both_processes(failures):
+    """The first process reads the samples, and each its own part."""
+    folder, ended = failures
+    for index in range(2):
+        assert ended[f"damaged samples.{index}"][::2] == [0, []]
+        lines = (folder / f"damaged samples.{index}.out").read_text().splitlines()
+        whole, part = [json.loads(line)["refused"] for line in lines if line[0] == "{"]
+        assert whole == "samples/stage1.jsonl was changed since it was written; restore it"
+        assert part.startswith("samples/.stage1.jsonl.partial1: expected one JSON object per line")
+
+
 def test_a_process_that_works_may_let_another_wait(failures):
     assert [failures[1][f"works.{index}"][0] for index in range(2)] == [0, 0]
 
@@ -229,7 +212,7 @@ def test_processes_with_one_difference_are_refused_at_the_start(tmp_path):
         "code": 'cptjax/common/files.py: process 0 .* has "hash 0", process 1 .* has "hash 1"',
         "folder": "process 1 .* is another folder than on process 0 .*; give a folder that all",
     }
-    ended = run_pairs(tmp_path, *expected)
+    ended = cluster_workers.run_pairs(tmp_path, *expected)
     for name, text in expected.items():
         for index in range(2):
             code, seconds, (line,) = ended[f"{name}.{index}"]
@@ -239,7 +222,8 @@ def test_processes_with_one_difference_are_refused_at_the_start(tmp_path):
 @pytest.mark.slow
 def test_a_run_ends_together_when_one_process_cannot_go_on(tmp_path):
     """Then the run that was stopped in an evaluation continues to its end, with uneven rows."""
-    ended = run_pairs(tmp_path, "full disk", "reward", "interrupted", limit=400)
+    names = ("full disk", "reward", "interrupted", "then", "continued")
+    ended = cluster_workers.run_pairs(tmp_path, *names, limit=400)
     for index in range(2):
         code, _, lines = ended[f"full disk.{index}"]
         assert code == 2 and "got 0.0 MB of free disk" in lines[-1]
@@ -247,7 +231,6 @@ def test_a_run_ends_together_when_one_process_cannot_go_on(tmp_path):
         assert code == 2 and "ZeroDivisionError" in lines[-1]
         code, _, lines = ended[f"interrupted.{index}"]
         assert code == 0 and "stopped by SIGTERM" in lines[-1]
-    ended = run_pairs(tmp_path, "continued", limit=400)
     assert [ended[f"continued.{index}"][0] for index in range(2)] == [0, 0]
     assert "continuing from step 1 of stage 1" in "".join(ended["continued.0"][2])
     steps = run_helpers.metrics_lines(tmp_path / "interrupted" / "run")

@@ -161,7 +161,10 @@ def write_run_files(run: Run, inputs: dict[str, str], changed: list[str]) -> Non
     folder = run.files.workdir
     rows = distributed.gather_objects(workdir.changed_inputs(folder, inputs))[0]
     workdir.refuse_changed_inputs(run.config, folder, rows)
-    if run.files.log:
+    accepted = list(dict.fromkeys([*changed, *rows]))
+
+    def write() -> None:
         files.write_json(folder / "config.json", recorded_config(run.config, folder))
-        accepted = list(dict.fromkeys([*changed, *rows]))
         workdir.record_start(folder, run.model_ctx, accepted, inputs)
+
+    distributed.decide_on_main(write)  # a damaged versions.json is refused on all processes

@@ -85,13 +85,16 @@ class SamplingCache:
 
         The main process decides for all processes.
         """
-        if (
-            distributed.is_main_process()
-            and self.path.exists()
-            and read_cost_file(self.path).get("fingerprint") != self.fingerprint
-        ):
+
+        def check() -> bool:
+            if not self.path.exists():
+                return False
+            if read_cost_file(self.path).get("fingerprint") == self.fingerprint:
+                return True
             self.path.unlink()
-        return distributed.decide_on_main(self.path.exists)
+            return False
+
+        return distributed.decide_on_main(check)
 
     def next_part(self, sample: Callable[[], tuple[list, WorkCost]]) -> tuple[list, WorkCost]:
         """Return the next part: the stored one of a killed run, or a new one from `sample`."""
@@ -111,7 +114,7 @@ class SamplingCache:
         return row["value"], WorkCost(**row["cost"])
 
     def _open(self) -> None:
-        header, *rows = files.read_jsonl(self._file) or [None]
+        header, *rows = distributed.run_on_all(lambda: files.read_jsonl(self._file)) or [None]
         rows = rows if header == self._header else []
         rows = list(itertools.takewhile(files.has_valid_hash, rows))
         self._stored = rows[: min(distributed.gather_objects(len(rows)))]

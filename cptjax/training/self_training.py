@@ -86,10 +86,8 @@ def _window_responses(
         cache.discard()
         _read_responses.cache_clear()
     # The file has the cost of all processes, and a step sums the costs of its processes.
-    cost = WorkCost()
-    if distributed.is_main_process():
-        cost, _ = sampling_cache.read_sampling_cost(path)
-    return _read_responses(path), cost
+    cost, _ = distributed.decide_on_main(lambda: sampling_cache.read_sampling_cost(path))
+    return _read_responses(path), cost if distributed.is_main_process() else WorkCost()
 
 
 @functools.lru_cache(maxsize=2)

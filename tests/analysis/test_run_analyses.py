@@ -213,3 +213,14 @@ def test_a_mistake_prints_one_line(workdir, argv, message, monkeypatch, capsys):
         analyze.main()
     error = capsys.readouterr().err
     assert left.value.code == 2 and message in error and len(error.strip().splitlines()) == 1
+
+
+def test_several_processes_are_refused_in_one_line(monkeypatch, capsys):
+    from launch import analyze
+
+    monkeypatch.setenv("CPTJAX_DISTRIBUTED", "1")
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "drift", "nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        analyze.main()
+    error = capsys.readouterr().err
+    assert error.startswith("error: analyses run in one process, got CPTJAX_DISTRIBUTED=1; unset")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +82,18 @@ def test_replacing_a_file_keeps_the_old_one_when_writing_fails(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"] and "[" in (
         tmp_path / "s.json"
     ).read_text()
+
+
+def test_a_file_is_on_disk_before_it_replaces_another_and_its_name_after(tmp_path, monkeypatch):
+    calls, path = [], tmp_path / "s.json"
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append(names) or replace(*names))
+    files.write_json(path, {"a": 1})
+    temporary, (source, target), folder = calls
+    assert temporary == source and target == path and folder == tmp_path

@@ -3,14 +3,18 @@
 import gc
 import random
 import shutil
+import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stage_fixtures
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
+from configs import base
 from cptjax import sharding
 from cptjax.continual import checkpoint
 from cptjax.continual.checkpoint import CheckpointDamaged, Checkpoints, RunRefused, StateLost
@@ -367,6 +371,23 @@ def test_a_save_is_due_after_steps_or_minutes(tmp_path):
     kept.close()
     with pytest.raises(ValueError, match="keep=0"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_by_default_a_run_saves_every_20_minutes(tmp_path, monkeypatch):
+    now, c, trees = [100.0], stage_fixtures.method_config("sft"), {"params": tree()}
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr(checkpoint, "time", clock)
+    assert c.checkpoint == base.get_config().checkpoint
+    with stage_fixtures.open_tiny_run(c, tmp_path, saved=True) as (run, _):
+        kept = run.files.checkpoints
+        assert [kept.due(1), kept.due(c.checkpoint.every)] == [False, True]
+        now[0] += 60 * 20 - 1
+        assert not kept.due(1)
+        now[0] += 1
+        assert kept.due(1)
+        kept.save("steps", 1, 1, trees, {})
+        assert not kept.due(2)
+        kept.close()
 
 
 def test_a_failed_save_raises_one_line(tmp_path):
