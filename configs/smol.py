@@ -21,13 +21,15 @@ configs/smol.py:2 is seed 2. Words after the seed, separated by commas, change t
 
     short    a few small steps of everything, for tests
     lora     sft_bare, sft_style and grpo_nokl with LoRA, in place of the arms above
-    bf16     sft_bare with weights in bfloat16 and in float32, at the two SFT learning rates of
-             2510.18874, A.3, on one stage; logs the share of weights that an update changes
+    bf16     sft_bare with weights and moments in float32 and in bfloat16, at the two SFT learning
+             rates of 2510.18874, A.3, on one stage; logs the share of weights that an update
+             changes
     sweep    sft_bare, sft_style, self_sft and grpo_nokl at three learning rates, for
              `launch/analyze.py pareto`
     gpu      three times the steps, four times the batch, all facts as test rows: for a GPU
 
-The learning rates were chosen in runs of the first stage alone, by what it learned there.
+The learning rates of SFT and GRPO were chosen in runs of the first stage alone, by its loss or
+rewards. The settings of LoRA, SDFT and the continual-learning methods were not tuned.
 """
 
 from ml_collections import ConfigDict
@@ -105,12 +107,14 @@ def _choose_arms(c, arms, words):
             arm["model"] = dict(lora=LORA)
             arm["train"]["lr"] *= LORA_FACTOR
     elif "bf16" in words:
-        formats = ("float32", "bfloat16")
         arms = {
             name: dict(
-                arms["sft_bare"], model=dict(param_dtype=name), log=dict(changed_weights=True)
+                arms["sft_bare"],
+                model=dict(param_dtype=name),
+                train=dict(moments_dtype=name),
+                log=dict(changed_weights=True),
             )
-            for name in formats
+            for name in ("float32", "bfloat16")
         }
         c.sweep = ConfigDict(dict(train=dict(lr=PAPER_LRS)))
         c.stages = c.stages[:1]
