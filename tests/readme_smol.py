@@ -48,26 +48,29 @@ CLAIMS = (
     ("2607.04364", "LoRA SFT loses less than full GRPO", "lora_sft_bare", "grpo_nokl"),
 )  # fmt: skip
 FORMATS = [f"{name}+lr={lr:g}" for lr in smol.PAPER_LRS for name in smol.get_config("0,bf16").arms]
+CHANGES = ("learned", "earlier")
 Scores = dict[tuple[str, str], float]  # by task and row
 
 
 # ---- from runs to numbers ------------------------------------------------------------------------
 
 
-def changes_of_run(run: read.ReportRun) -> dict[str, Scores]:
-    """Return the change of each row's score: of learned, earlier and general tasks."""
-    table = run.table
-    after = [summary.read_prediction_scores(run.path, k) for k in range(table.final + 1)]
-    learned_at = {task: table.last(task) for task in table.tasks}
+def changes_of_run(run: read.ReportRun, stage: int) -> dict[str, Scores]:
+    """Return the change of each row's score up to a stage: of learned, earlier and general tasks.
+
+    A task of a later stage is in none of them.
+    """
+    after = [summary.read_prediction_scores(run.path, k) for k in range(stage + 1)]
+    learned_at = {task: k for k, tasks in enumerate(run.table.stages, 1) for task in tasks}
     changes: dict[str, Scores] = collections.defaultdict(dict)
-    for (task, row), score in after[table.final].items():
-        key = (task, row)
-        if task in learned_at:
-            own = after[learned_at[task]][key]
+    for (task, row), score in after[stage].items():
+        key, learned = (task, row), learned_at.get(task, 0)
+        if 0 < learned <= stage:
+            own = after[learned][key]
             changes["learned"][key] = own - after[0][key]
-            if learned_at[task] < table.final:
+            if learned < stage:
                 changes["earlier"][key] = score - own
-        else:
+        elif not learned:
             changes[task][key] = score - after[0][key]
             if task in GENERATED:
                 changes["general"][key] = score - after[0][key]
@@ -89,20 +92,34 @@ def mean_with_interval(values: Iterable[float]) -> list[float]:
     return [round(float(v), 4) for v in (x.mean(), 1.96 * x.std(ddof=1) / len(x) ** 0.5)]
 
 
+def evaluated_stages(run: read.ReportRun) -> int:
+    """Return the last stage after which every task is evaluated."""
+    table = run.table
+    tasks = [*table.tasks, *table.general]
+    stages = range(len(table.stages), 0, -1)
+    return next((k for k in stages if all((k, task) in table.cells for task in tasks)), 0)
+
+
 def collect_numbers(folders: list[str]) -> dict[str, Any]:
-    """Return the numbers of the finished runs in workdirs of configs/smol.py."""
+    """Return the numbers of the runs in workdirs of configs/smol.py that finished a stage."""
     arms = {arm.label: arm for arm in read.read_arms(folders)}
-    finished = {
-        name: runs
-        for name in arms
-        if (runs := [run for run in arms[name].runs if run.table.finished]) and name in TITLES
+    stages = {  # that all seeds have finished
+        name: stage
+        for name in TITLES
+        if name in arms and (stage := min(evaluated_stages(run) for run in arms[name].runs))
     }
-    changes = {
-        name: {part: mean_over_runs(run[part] for run in runs_changes) for part in runs_changes[0]}
-        for name, runs in finished.items()
-        if (runs_changes := [changes_of_run(run) for run in runs])
-    }
-    first = next(iter(finished.values()))
+    runs_of = {name: arms[name].runs for name in stages}
+
+    def changes_after(name: str, stage: int) -> dict[str, Scores]:
+        of_runs = [changes_of_run(run, stage) for run in runs_of[name]]
+        return {part: mean_over_runs(run[part] for run in of_runs) for part in of_runs[0]}
+
+    def compare(better: str, worse: str) -> list[float]:
+        stage = min(stages[better], stages[worse])
+        a, b = (changes_after(name, stage)["general"] for name in (better, worse))
+        return [*mean_with_interval(a[key] - b[key] for key in a), stage]
+
+    first = next(iter(runs_of.values()))
     base = mean_over_runs(summary.read_prediction_scores(run.path, 0) for run in first)
     tasks = [*smol.STAGES, *GENERAL]
     fits = drift.analyze(folders).numbers["fits"]
@@ -116,21 +133,25 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
             task: mean_with_interval(v for (name, _), v in base.items() if name == task)
             for task in tasks
         },
-        "base_gold": mean_gold(first, "base_gold"),
+        "base_gold": mean_gold(first, 0),
         "arms": {
             name: {
                 "seeds": len(runs),
                 "lr": runs[0].config["train"]["lr"],
                 "steps": runs[0].config["stages"][0]["steps"],
-                "gold": mean_gold(runs, "gold"),
-                **{p: mean_with_interval(rows.values()) for p, rows in changes[name].items()},
+                "stages": stages[name],
+                "gold": mean_gold(runs, stages[name]),
+                **{
+                    part: mean_with_interval(rows.values())
+                    for part, rows in changes_after(name, stages[name]).items()
+                },
             }
-            for name, runs in finished.items()
+            for name, runs in runs_of.items()
         },
         "differences": {
-            f"{better}-{worse}": difference_of_general(changes[better], changes[worse])
+            f"{better}-{worse}": compare(better, worse)
             for _, _, better, worse in CLAIMS
-            if better in changes and worse in changes
+            if better in stages and worse in stages
         },
         "bf16": {
             name: numbers_of_format(arms[name].runs)
@@ -141,17 +162,17 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
     }
 
 
-def mean_gold(runs: list[read.ReportRun], key: str) -> dict[str, float]:
+def mean_gold(runs: Iterable[read.ReportRun], stage: int) -> dict[str, float]:
     """Return the mean probability of the gold answers of each subject of facts."""
     return {
-        subject: float(np.mean([run.summary["general"][subject][key] for run in runs]))
+        subject: float(np.mean([run.table.gold[stage, subject].value for run in runs]))
         for subject in smol.FACTS
     }
 
 
 def numbers_of_format(runs: Iterable[read.ReportRun]) -> dict[str, Any]:
     """Return what SFT learns and loses in one number format, and how many weights it changes."""
-    changes = [changes_of_run(run) for run in runs]
+    changes = [changes_of_run(run, run.table.final) for run in runs]
     changed = [
         line["changed_weights"]
         for run in runs
@@ -166,11 +187,6 @@ def numbers_of_format(runs: Iterable[read.ReportRun]) -> dict[str, Any]:
             for part in ("learned", "general")
         },
     }
-
-
-def difference_of_general(a: Mapping[str, Scores], b: Mapping[str, Scores]) -> list[float]:
-    """Return the difference of the changes of two arms on the same rows of the general sets."""
-    return mean_with_interval(a["general"][key] - b["general"][key] for key in a["general"])
 
 
 # ---- from numbers to the section -----------------------------------------------------------------
@@ -202,21 +218,23 @@ def verdict(paper: str, claim: str, better: str, worse: str, numbers: Mapping[st
     value = numbers["differences"].get(f"{better}-{worse}")
     if value is None:
         return f"- {paper}, {claim}: not run."
-    mean, half = value
+    mean, half, stage = value
     if "does not" in claim:  # that there is no difference cannot be shown, only contradicted
         said = "disagrees" if mean + half < 0 else "not contradicted"
     else:
         said = "agrees" if mean > half else "disagrees" if mean < -half else "not resolved"
     learned = " against ".join(points(numbers["arms"][arm]["learned"]) for arm in (better, worse))
-    return f"- {paper}, {claim}: {said} ({points(value)} points; learned {learned})."
+    when = "" if stage == len(smol.STAGES) else f" after stage {stage}"
+    return f"- {paper}, {claim}: {said} ({points(value)} points{when}; learned {learned})."
 
 
 def verdict_on_grpo(numbers: Mapping[str, Any]) -> str:
     """Say whether GRPO without KL loses on earlier tasks, as MRCL finds."""
     claim = "- 2607.04364, GRPO forgets earlier tasks"
-    if "grpo_nokl" not in numbers["arms"]:
+    value = numbers["arms"].get("grpo_nokl", {}).get("earlier")
+    if value is None:
         return f"{claim}: not run."
-    mean, half = value = numbers["arms"]["grpo_nokl"]["earlier"]
+    mean, half = value
     said = "agrees" if mean < -half else "disagrees" if mean > half else "not resolved"
     return f"{claim}: {said} ({points(value)} points)."
 
@@ -229,8 +247,8 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     seeds = sorted({arm["seeds"] for arm in arms.values()})
     missing = [TITLES[name] for name in TITLES if name not in arms]
     rows = [
-        [TITLES[name], str(arms[name]["steps"])]
-        + [*(points(arms[name][part]) for part in ("learned", "earlier"))]
+        [TITLES[name], f"{arms[name]['stages']} x {arms[name]['steps']}"]
+        + [points(arms[name][part]) if part in arms[name] else "" for part in CHANGES]
         + [general_cell(arms[name], base_gold, task) for task in GENERAL]
         for name in TITLES
         if name in arms
@@ -248,7 +266,7 @@ def render_section(numbers: Mapping[str, Any]) -> str:
         'probability of the gold answer changed after a start such as "The capital is": a loss '
         "of form alone would leave it near 1.",
         markdown_table(
-            ("method", "steps a stage", "learned", "earlier tasks", *GENERAL),
+            ("method", "stages x steps", "learned", "earlier tasks", *GENERAL),
             [
                 ["base model, score in %", "", f"({learned})", ""]
                 + [
