@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs import smol
-from cptjax.analysis import drift
+from cptjax.analysis import drift, pareto
 from cptjax.evaluation import summary
 from cptjax.evaluation.report import read
 
@@ -124,6 +124,7 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
     tasks = [*smol.STAGES, *GENERAL]
     fits = drift.analyze(folders).numbers["fits"]
     config = first[0].config
+    has_sweep = any(name.partition("+lr=")[0] in TITLES for name in arms if "+" in name)
     return {
         "settings": {
             "batch": config["train"]["batch"],
@@ -158,6 +159,7 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
             for name in FORMATS
             if name in arms and all(run.table.finished for run in arms[name].runs)
         },
+        "pareto": list(pareto.analyze(folders).sentences) if has_sweep else [],
         "drift": {fit["measure"]: {k: fit[k] for k in ("n", "r2", "pearson")} for fit in fits},
     }
 
@@ -239,13 +241,29 @@ def verdict_on_grpo(numbers: Mapping[str, Any]) -> str:
     return f"{claim}: {said} ({points(value)} points)."
 
 
-def render_section(numbers: Mapping[str, Any]) -> str:
-    if not numbers:
-        return "Not measured yet; `bash launch/smol.sh` runs the study (`configs/smol.py`).\n"
-    arms, base, settings = numbers["arms"], numbers["base"], numbers["settings"]
-    base_gold = numbers["base_gold"]
-    seeds = sorted({arm["seeds"] for arm in arms.values()})
-    missing = [TITLES[name] for name in TITLES if name not in arms]
+def introduce(numbers: Mapping[str, Any]) -> str:
+    settings = numbers["settings"]
+    seeds = sorted({arm["seeds"] for arm in numbers["arms"].values()})
+    return (
+        "SmolLM2-135M-Instruct, a model that others pretrained, learns three exercises in a row: "
+        f"{', '.join(smol.STAGES)} (`configs/smol.py`). `bash launch/smol.sh` makes the model's "
+        f"folder and runs everything. Seeds of each method: {', '.join(map(str, seeds))}. A step "
+        f"has {settings['batch']} conversations, or under GRPO as many prompts with four "
+        f"responses each; each task has {settings['rows']} test rows. The first row is the base "
+        "model; the others are changes in points, with 95 % intervals over test rows that do not "
+        "include the variation between seeds. Prose is measured as the probability of its bytes. "
+        "In brackets: the factor by which the probability of the gold answer changed after a "
+        'start such as "The capital is"; a loss of form alone would leave it near 1.'
+    )
+
+
+def main_table(numbers: Mapping[str, Any]) -> str:
+    arms, base, base_gold = (numbers[key] for key in ("arms", "base", "base_gold"))
+    learned = ", ".join(f"{task} {percent(base[task])}" for task in smol.STAGES)
+    of_base = [
+        percent(base[task]) + (f" (p = {base_gold[task]:.2f})" if task in base_gold else "")
+        for task in GENERAL
+    ]
     rows = [
         [TITLES[name], f"{arms[name]['stages']} x {arms[name]['steps']}"]
         + [points(arms[name][part]) if part in arms[name] else "" for part in CHANGES]
@@ -253,61 +271,56 @@ def render_section(numbers: Mapping[str, Any]) -> str:
         for name in TITLES
         if name in arms
     ]
-    learned = ", ".join(f"{task} {percent(base[task])}" for task in smol.STAGES)
-    text = [
-        "SmolLM2-135M-Instruct, a model that others pretrained, learns three exercises in a row: "
-        f"{', '.join(smol.STAGES)} (`configs/smol.py`). Seeds of each method: "
-        f"{', '.join(map(str, seeds))}; a step has "
-        f"{settings['batch']} conversations, or prompts with four responses under GRPO; "
-        f"{settings['rows']} test rows of each task. `bash launch/smol.sh` makes the model's "
-        "folder and runs everything. The table gives changes in points with 95 % intervals over "
-        "test rows, paired with the base model's; the first row is the base model. Prose is "
-        "measured as the probability of its bytes. In brackets is the factor by which the "
-        'probability of the gold answer changed after a start such as "The capital is": a loss '
-        "of form alone would leave it near 1.",
-        markdown_table(
-            ("method", "stages x steps", "learned", "earlier tasks", *GENERAL),
-            [
-                ["base model, score in %", "", f"({learned})", ""]
-                + [
-                    percent(base[task])
-                    + (f" (probability {base_gold[task]:.2f})" if task in base_gold else "")
-                    for task in GENERAL
-                ],
-                *rows,
-            ],
-        ),
-        "What the papers find, and the difference here on the general sets other than prose. The "
-        "methods differ in what they learned, and the intervals do not include the variation between seeds:",
-        "\n".join([*(verdict(*claim, numbers) for claim in CLAIMS), verdict_on_grpo(numbers)]),
+    header = ("method", "stages x steps", "learned", "earlier tasks", *GENERAL)
+    return markdown_table(header, [["base model, in %", "", learned, "", *of_base], *rows])
+
+
+def table_of_formats(numbers: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name.replace("+lr=", ", "),
+            f"{100 * found['changed_weights']:.1f} %",
+            points(found["learned"]),
+            points(found["general"]),
+        ]
+        for name, found in numbers["bf16"].items()
     ]
-    if fit := numbers["drift"].get("KL on the new task"):
-        text.append(
-            f"Over {fit['n']} stages, a quadratic in KL(base, now) on the new task explains "
-            f"{100 * fit['r2']:.0f} % of the variance of the loss on the other tasks "
-            f"(r = {fit['pearson']:.2f}; 2509.04259 has 71 % for its language models)."
-        )
+    header = ("weights and learning rate", "weights changed by an update", "learned", "general")
+    return (
+        "SFT on bare answers of the first exercise, with weights in float32 and in pure bfloat16, "
+        f"at the two learning rates of 2510.18874:\n\n{markdown_table(header, rows)}"
+    )
+
+
+def describe_drift(numbers: Mapping[str, Any]) -> str:
+    fit = numbers["drift"]["KL on the new task"]
+    return (
+        f"Over {fit['n']} stages, a quadratic in KL(base, now) on the new task explains "
+        f"{100 * fit['r2']:.0f} % of the variance of the loss on the other tasks "
+        f"(r = {fit['pearson']:.2f}; 2509.04259 has 71 % for its language models)."
+    )
+
+
+def render_section(numbers: Mapping[str, Any]) -> str:
+    if not numbers:
+        return "Not measured yet; `bash launch/smol.sh` runs the study (`configs/smol.py`).\n"
+    missing = [TITLES[name] for name in TITLES if name not in numbers["arms"]]
+    text = [
+        introduce(numbers),
+        main_table(numbers),
+        "What the papers find, and the difference here on the general sets other than prose. The "
+        "methods differ in what they learned:",
+        "\n".join([*(verdict(*claim, numbers) for claim in CLAIMS), verdict_on_grpo(numbers)]),
+        describe_drift(numbers),
+    ]
     if numbers["bf16"]:
-        text.append(
-            "SFT on bare answers of the first exercise, with weights in float32 and in pure "
-            "bfloat16, at the two learning rates of 2510.18874:"
-        )
-        text.append(
-            markdown_table(
-                ("weights and learning rate", "weights changed by an update", "learned", "general"),
-                [
-                    [
-                        name.replace("+lr=", ", "),
-                        f"{100 * found['changed_weights']:.1f} %",
-                        points(found["learned"]),
-                        points(found["general"]),
-                    ]
-                    for name, found in numbers["bf16"].items()
-                ],
-            )
-        )
+        text.append(table_of_formats(numbers))
     else:
         missing.append("float32 and bfloat16 weights")
+    if numbers["pareto"]:
+        text.append(" ".join(numbers["pareto"]))
+    else:
+        missing.append("learning rates at which the methods learn equally much (`sweep`)")
     if missing:
         text.append(f"Not run: {'; '.join(missing)}.")
     text.append("These are measurements of these runs, and no claim beyond them.")
