@@ -43,6 +43,8 @@ TITLES = dict(
 CLAIMS = (
     ("2507.05386", "GRPO loses less than SFT", "grpo_nokl", "sft_bare"),
     ("2507.05386", "GRPO with KL does not lose less than without", "grpo_nokl", "grpo"),
+    ("2510.18874", "SFT on own responses, sampled once, loses less than SFT", "self_sft",
+     "sft_bare"),
     ("2510.18874", "SFT on own responses, sampled again, loses less than SFT", "iterative",
      "sft_bare"),
     ("2607.04364", "LoRA SFT loses less than full GRPO", "lora_sft_bare", "grpo_nokl"),
@@ -297,7 +299,8 @@ def describe_drift(numbers: Mapping[str, Any]) -> str:
     return (
         f"Over {fit['n']} stages, a quadratic in KL(base, now) on the new task explains "
         f"{100 * fit['r2']:.0f} % of the variance of the loss on the other tasks "
-        f"(r = {fit['pearson']:.2f}; 2509.04259 has 71 % for its language models)."
+        f"(r = {fit['pearson']:.2f}; 2509.04259 has 71 % for its language models, "
+        "2510.18874 r = 0.52)."
     )
 
 
