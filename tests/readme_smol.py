@@ -116,10 +116,16 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
         of_runs = [changes_of_run(run, stage) for run in runs_of[name]]
         return {part: mean_over_runs(run[part] for run in of_runs) for part in of_runs[0]}
 
-    def compare(better: str, worse: str) -> list[float]:
+    def compare(better: str, worse: str) -> dict[str, Any]:
+        """Return the difference of two arms after the last stage that both have finished."""
         stage = min(stages[better], stages[worse])
-        a, b = (changes_after(name, stage)["general"] for name in (better, worse))
-        return [*mean_with_interval(a[key] - b[key] for key in a), stage]
+        a, b = (changes_after(name, stage) for name in (better, worse))
+        general = (a["general"][key] - b["general"][key] for key in a["general"])
+        return {
+            "stage": stage,
+            "general": mean_with_interval(general),
+            "learned": [mean_with_interval(arm["learned"].values()) for arm in (a, b)],
+        }
 
     first = next(iter(runs_of.values()))
     base = mean_over_runs(summary.read_prediction_scores(run.path, 0) for run in first)
@@ -219,17 +225,17 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def verdict(paper: str, claim: str, better: str, worse: str, numbers: Mapping[str, Any]) -> str:
     """Say whether the difference of two arms agrees with what a paper finds."""
-    value = numbers["differences"].get(f"{better}-{worse}")
-    if value is None:
+    found = numbers["differences"].get(f"{better}-{worse}")
+    if found is None:
         return f"- {paper}, {claim}: not run."
-    mean, half, stage = value
+    (mean, half), stage = found["general"], found["stage"]
     if "does not" in claim:  # that there is no difference cannot be shown, only contradicted
         said = "disagrees" if mean + half < 0 else "not contradicted"
     else:
         said = "agrees" if mean > half else "disagrees" if mean < -half else "not resolved"
-    learned = " against ".join(points(numbers["arms"][arm]["learned"]) for arm in (better, worse))
+    learned = " against ".join(map(points, found["learned"]))
     when = "" if stage == len(smol.STAGES) else f" after stage {stage}"
-    return f"- {paper}, {claim}: {said} ({points(value)} points{when}; learned {learned})."
+    return f"- {paper}, {claim}: {said} ({points([mean, half])}{when}; learned {learned})."
 
 
 def verdict_on_grpo(numbers: Mapping[str, Any]) -> str:
@@ -240,7 +246,7 @@ def verdict_on_grpo(numbers: Mapping[str, Any]) -> str:
         return f"{claim}: not run."
     mean, half = value
     said = "agrees" if mean < -half else "disagrees" if mean > half else "not resolved"
-    return f"{claim}: {said} ({points(value)} points)."
+    return f"{claim}: {said} ({points(value)})."
 
 
 def introduce(numbers: Mapping[str, Any]) -> str:
@@ -311,8 +317,8 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     text = [
         introduce(numbers),
         main_table(numbers),
-        "What the papers find, and the difference here on the general sets other than prose. The "
-        "methods differ in what they learned:",
+        "What the papers find, and the difference here on the general sets other than prose, in "
+        "points. The methods differ in what they learned:",
         "\n".join([*(verdict(*claim, numbers) for claim in CLAIMS), verdict_on_grpo(numbers)]),
         describe_drift(numbers),
     ]

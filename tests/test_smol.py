@@ -69,10 +69,10 @@ def test_an_interval_covers_95_percent_of_a_normal_sample():
 
 
 def test_verdicts_follow_the_interval():
-    arms = {name: {"learned": [0.5, 0.1]} for name in "ab"}
-    said = lambda mean, claim: readme_smol.verdict(
-        "p", claim, "a", "b", {"differences": {"a-b": [mean, 0.1, 3]}, "arms": arms}
-    )
+    def said(mean, claim):
+        found = {"general": [mean, 0.1], "stage": 3, "learned": [[0.5, 0.1]] * 2}
+        return readme_smol.verdict("p", claim, "a", "b", {"differences": {"a-b": found}})
+
     assert "agrees" in said(0.2, "less") and "disagrees" in said(-0.2, "less")
     assert "not resolved" in said(0.05, "less") and "disagrees" in said(-0.2, "does not lose")
 
