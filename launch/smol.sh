@@ -40,7 +40,9 @@ else
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
   if [ "$JAX_PLATFORMS" = cpu ]; then source launch/cpu_memory.sh; fi
   train "$word" arms
-  for part in lora bf16 sweep; do train "${word:+$word,}$part" "$part"; done
+  parts=(lora bf16)
+  if [ "$word" != short ]; then parts+=(sweep); fi  # the sweep has no arm that the others have not
+  for part in "${parts[@]}"; do train "${word:+$word,}$part" "$part"; done
 fi
 python launch/report.py "$out/arms" "$out/lora" --out="$out/report.html"
 for part in drift pareto; do python launch/analyze.py "$part" "$out"/*/ --out="$out/$part.html"; done
