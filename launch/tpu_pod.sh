@@ -145,10 +145,10 @@ install() {
 }
 
 supervise() { # run|resume
-  local failures=0 ended='' fresh=$1
+  local failures=0 ended fresh=$1
   while true; do
     wait_for_slice
-    if [ "$1" = run ] && [ -z "$dry_run$ended" ] \
+    if [ "$fresh" = run ] && [ -z "$dry_run" ] \
       && [ "$(on_hosts 0 status 2> /dev/null | tail -n 1)" = running ]; then
       fail "a run is going on on $name: follow it with resume, or end it with stop"
     fi

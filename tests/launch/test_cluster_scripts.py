@@ -235,6 +235,14 @@ def test_a_failed_run_starts_again_on_the_same_hosts_but_not_for_ever(repository
     assert verbs.count("follow") == 3
 
 
+def test_a_lost_connection_is_no_failure(repository):
+    run = ("run", "s", *CREATE, "--restarts=1", "--", *ARGUMENTS)
+    lost = ["", "", "running", "running", "ended 0"]  # without an answer first
+    done, verbs = run_pod(repository, *run, queued=["ACTIVE"], status=lost)
+    assert done.returncode == 0, done.stderr
+    assert verbs == [*ATTEMPT, *["start", "follow"] * 3]
+
+
 @pytest.mark.parametrize(("ended", "code"), [("ended 2", 2), ("stopped", 0)])
 def test_a_mistake_or_stop_ends_the_loop(repository, ended, code):
     run = ("run", "s", *CREATE, "--", *ARGUMENTS)
