@@ -194,13 +194,15 @@ def prepare_stage(
         methods = build.step_methods_from_config(stage.config)
         state = train_step.init_state(opt, trained, run.model_ctx.mesh, methods)
         programs = train_step.make_step_programs(
-            run.model_ctx.cfg,
-            build.objective_from_config(stage.config),
-            opt,
-            train_step.StateShardings.of(state),
-            run.model_ctx.dtype,
-            methods,
-            build.memory_objective_from_config(stage.config),
+            train_step.StepFunctions(
+                run.model_ctx.cfg,
+                build.objective_from_config(stage.config),
+                opt,
+                train_step.StateShardings.of(state),
+                run.model_ctx.dtype,
+                methods,
+                build.memory_objective_from_config(stage.config),
+            )
         )
         arrays = reference_models.hook_arrays(run, stage, start, {})
         yield PreparedStage(run, ctx, state, frozen, programs, arrays)

@@ -230,11 +230,13 @@ def test_three_steps_of_training_equal_torch(tmp_path):
     optimizer = make_optimizer(OptimizerConfig("adamw", *betas, 1e-8, decay, clip, "float32"))
     state, start = jax.jit(optimizer.init)(params), dict(_stored(params, cfg))
     steps = train_step.make_step_programs(
-        cfg,
-        Objective(LossConfig.plain("sft", chunk=32)),
-        optimizer,
-        train_step.StateShardings.of(state),
-        jnp.float32,
+        train_step.StepFunctions(
+            cfg,
+            Objective(LossConfig.plain("sft", chunk=32)),
+            optimizer,
+            train_step.StateShardings.of(state),
+            jnp.float32,
+        )
     )
     vector = lambda name: name.endswith("bias") or "norm" in name or "ln_q" in name
     named = dict(model.named_parameters())

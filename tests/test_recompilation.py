@@ -103,11 +103,13 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     rng, heard, opt = np.random.default_rng(0), CompilationCounter(), make_optimizer(OPTIMIZER)
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
-        model_ctx.cfg,
-        Objective(LossConfig.plain("sft", 64)),
-        opt,
-        train_step.StateShardings.of(state),
-        model_ctx.dtype,
+        train_step.StepFunctions(
+            model_ctx.cfg,
+            Objective(LossConfig.plain("sft", 64)),
+            opt,
+            train_step.StateShardings.of(state),
+            model_ctx.dtype,
+        )
     )
     plain = model_ctx.processor.encode(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -155,11 +157,13 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     short = dataclasses.replace(model_ctx, buckets=(32,))
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
     steps = train_step.make_step_programs(
-        model_ctx.cfg,
-        Objective(LossConfig.plain("policy", 64)),
-        opt,
-        train_step.StateShardings.of(state),
-        model_ctx.dtype,
+        train_step.StepFunctions(
+            model_ctx.cfg,
+            Objective(LossConfig.plain("policy", 64)),
+            opt,
+            train_step.StateShardings.of(state),
+            model_ctx.dtype,
+        )
     )
     sampling = SamplingConfig(2, 4, temperature=1.0, check_every=16)
 

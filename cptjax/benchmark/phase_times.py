@@ -130,11 +130,13 @@ class BenchModel:
     def step_programs(self, kind: str, **settings: Any) -> train_step.StepPrograms:
         loss = dataclasses.replace(LossConfig.plain(kind, self.work.chunk), **settings)
         return train_step.make_step_programs(
-            self.cfg,
-            Objective(loss),
-            self.optimizer,
-            train_step.StateShardings.of(self.state),
-            self.dtype,
+            train_step.StepFunctions(
+                self.cfg,
+                Objective(loss),
+                self.optimizer,
+                train_step.StateShardings.of(self.state),
+                self.dtype,
+            )
         )
 
 

@@ -128,11 +128,13 @@ def make_gradient_programs(
     Each gradient has the sharding of its parameter in `trained`.
     """
     return train_step.make_step_programs(
-        cfg,
-        objective,
-        build.optimizer_from_config(config, {}),
-        train_step.StateShardings.of(TrainState(None, trained, None, None)),
-        dtype,
+        train_step.StepFunctions(
+            cfg,
+            objective,
+            build.optimizer_from_config(config, {}),
+            train_step.StateShardings.of(TrainState(None, trained, None, None)),
+            dtype,
+        )
     )
 
 

@@ -34,7 +34,12 @@ from cptjax.training.algorithms.continual_learning.table import continual_method
 from cptjax.training.algorithms.optimizers import Optimizer
 from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageContext, StageProgress
-from cptjax.training.train_step import StateShardings, init_state, make_step_programs
+from cptjax.training.train_step import (
+    StateShardings,
+    StepFunctions,
+    init_state,
+    make_step_programs,
+)
 from cptjax.types import Params, TrainState
 
 
@@ -67,14 +72,16 @@ def train_stage(
     ctx.memory = open_memory(run, stage, model_state.kept)
     arrays = hook_arrays(run, stage, start, model_state.kept)
     steps = make_step_programs(
-        model_ctx.cfg,
-        build.objective_from_config(c),
-        opt,
-        StateShardings.of(state),
-        model_ctx.dtype,
-        build.step_methods_from_config(c),
-        build.memory_objective_from_config(c),
-        c.log.changed_weights,
+        StepFunctions(
+            model_ctx.cfg,
+            build.objective_from_config(c),
+            opt,
+            StateShardings.of(state),
+            model_ctx.dtype,
+            build.step_methods_from_config(c),
+            build.memory_objective_from_config(c),
+            c.log.changed_weights,
+        )
     )
     label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
     with (

@@ -456,14 +456,16 @@ def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) 
 def step_programs(stage: AbstractStage) -> train_step.StepPrograms:
     """Return the programs of the updates of a stage."""
     return train_step.make_step_programs(
-        stage.cfg,
-        build.objective_from_config(stage.config),
-        build.optimizer_from_config(stage.config, stage.declared),
-        train_step.StateShardings.of(stage.state),
-        stage.dtype,
-        stage.methods,
-        stage.memory,
-        stage.config.log.changed_weights,
+        train_step.StepFunctions(
+            stage.cfg,
+            build.objective_from_config(stage.config),
+            build.optimizer_from_config(stage.config, stage.declared),
+            train_step.StateShardings.of(stage.state),
+            stage.dtype,
+            stage.methods,
+            stage.memory,
+            stage.config.log.changed_weights,
+        )
     )
 
 

@@ -105,51 +105,47 @@ class StateShardings:
         )
 
 
-@functools.lru_cache(maxsize=64)
-def make_step_programs(
-    cfg: ModelConfig,
-    objective: ObjectiveFn,
-    optimizer: optimizers.Optimizer,
-    places: StateShardings,
-    dtype: Any,
-    methods: Methods = (),
-    memory: MemoryObjective | None = None,
-    count_changes: bool = False,
-) -> StepPrograms:
-    """Return the programs of a stage; equal arguments return the same programs.
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """The functions of a stage that are compiled; hashable, so that equal stages share programs.
 
     The state keeps the shardings `places`. `count_changes` adds the share of the trained weights
     that an update changes to its metrics.
     """
-    projects_gradient, projects_change, follows_updates = (
-        [m for m in methods if hooks.overrides_hook(m, hook)]
-        for hook in ("project_gradient", "project_change", "after_update")
-    )
 
-    def gradient_sum(
-        objective: ObjectiveFn, trained: Params, frozen: Params, batch: Batch
+    cfg: ModelConfig
+    objective: ObjectiveFn
+    optimizer: optimizers.Optimizer
+    places: StateShardings
+    dtype: Any
+    methods: Methods = ()
+    memory: MemoryObjective | None = None
+    count_changes: bool = False
+
+    def begin(self, trained: Params, frozen: Params, batch: Batch) -> GradientSum:
+        return self._gradient_sum(self.objective, trained, frozen, batch)
+
+    def memory_gradient(self, trained: Params, frozen: Params, batch: Batch) -> GradientSum:
+        return self._gradient_sum(self.memory, trained, frozen, batch)
+
+    def _gradient_sum(
+        self, objective: ObjectiveFn, trained: Params, frozen: Params, batch: Batch
     ) -> GradientSum:
         def value(trained):
-            params = trainable.cast_params(trainable.join_params(trained, frozen), dtype)
+            params = trainable.cast_params(trainable.join_params(trained, frozen), self.dtype)
             loss = objective(
-                predicting_states(params, batch, cfg, dtype),
+                predicting_states(params, batch, self.cfg, self.dtype),
                 decoder.unembedding(params["text"]),
                 batch,
             )
             return loss.sum, loss
 
         (_, loss), gradient = jax.value_and_grad(value, has_aux=True)(trained)
-        gradient = places.pin_gradient(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
-        return GradientSum(gradient, loss.sum, loss.count, loss.metrics)
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+        return GradientSum(self.places.pin_gradient(gradient), loss.sum, loss.count, loss.metrics)
 
-    def begin(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
-        return gradient_sum(objective, trained, frozen, batch)
-
-    def memory_gradient(trained: Params, frozen: Params, batch: Batch) -> GradientSum:
-        return gradient_sum(memory, trained, frozen, batch)
-
-    def add(total: GradientSum, trained: Params, frozen: Params, batch: Batch) -> GradientSum:
-        more = begin(trained, frozen, batch)
+    def add(self, total: GradientSum, trained: Params, frozen: Params, batch: Batch) -> GradientSum:
+        more = self.begin(trained, frozen, batch)
         gradient = jax.tree.map(jnp.add, total.gradient, more.gradient)
         return GradientSum(
             gradient,
@@ -159,43 +155,26 @@ def make_step_programs(
         )
 
     def finish(
+        self,
         before: TrainState,
         total: GradientSum,
         lr: Array,
         arrays: HookArrays,
         of_memory: GradientSum | None,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        of_objective = gradient = mean_gradient(total)
-        metrics = dict(total.metrics, loss=Mean(total.loss, total.count))
-        penalty = functools.partial(hooks.total_penalty, methods, arrays=arrays)
-        if penalty(before.params) is not None:
-            value, of_penalty = jax.value_and_grad(penalty)(before.params)
-            gradient = jax.tree.map(jnp.add, gradient, of_penalty)
-            metrics["penalty"] = Mean(value, jnp.ones(()))
-        if of_memory is not None:
-            mean = mean_gradient(of_memory)
-            gradient, more = memory.method.combine_gradients(gradient, mean)
-            metrics |= more | {"memory/loss": Mean(of_memory.loss, of_memory.count)}
-        for m in projects_gradient:
-            gradient = m.project_gradient(gradient, arrays.kept.get(m.name))
+        of_objective = mean_gradient(total)
+        gradient, metrics = self._change_gradient(before.params, of_objective, arrays, of_memory)
         # Without a token to train on, the NaN skips the update, including its weight decay.
         loss = jnp.where(total.count > 0, total.loss, jnp.nan)
-        state, update_metrics = optimizer.update(before, gradient, loss, lr)
-        for m in projects_change:
-            change = hooks.float_difference(state.params, before.params)
-            change = m.project_change(change, arrays.kept.get(m.name))
-            moved = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), before.params, change)
-            state = state.replace(params=moved)
-        for m in follows_updates:
-            new = m.after_update(before.methods[m.name], of_objective, before.params, state.params)
-            keep = lambda n, o: jnp.where(state.skipped == 0, n, o)  # noqa: B023
-            new = jax.tree.map(keep, new, before.methods[m.name])
-            state = state.replace(methods=state.methods | {m.name: new})
-        if count_changes:
+        state, update_metrics = self.optimizer.update(before, gradient, loss, lr)
+        state = self._change_update(before, state, of_objective, arrays)
+        if self.count_changes:
             metrics["changed_weights"] = count_changed(before.params, state.params)
-        return places.pin(state), metrics | update_metrics
+        metrics = total.metrics | {"loss": Mean(total.loss, total.count)} | metrics
+        return self.places.pin(state), metrics | update_metrics
 
     def step(
+        self,
         state: TrainState,
         frozen: Params,
         batch: Batch,
@@ -203,14 +182,62 @@ def make_step_programs(
         arrays: HookArrays,
         of_memory: GradientSum | None,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        return finish(state, begin(state.params, frozen, batch), lr, arrays, of_memory)
+        total = self.begin(state.params, frozen, batch)
+        return self.finish(state, total, lr, arrays, of_memory)
 
+    # ---- what continual-learning methods change --------------------------------------------------
+
+    def _with_hook(self, hook: str) -> list[hooks.ContinualMethod]:
+        return [m for m in self.methods if hooks.overrides_hook(m, hook)]
+
+    def _change_gradient(
+        self,
+        params: Params,
+        gradient: Params,
+        arrays: HookArrays,
+        of_memory: GradientSum | None,
+    ) -> tuple[Params, dict[str, Mean]]:
+        """Add penalties, combine with the gradient of the memory, then project."""
+        metrics = {}
+        penalty = functools.partial(hooks.total_penalty, self.methods, arrays=arrays)
+        if penalty(params) is not None:
+            value, of_penalty = jax.value_and_grad(penalty)(params)
+            gradient = jax.tree.map(jnp.add, gradient, of_penalty)
+            metrics["penalty"] = Mean(value, jnp.ones(()))
+        if of_memory is not None:
+            method, mean = self.memory.method, mean_gradient(of_memory)
+            gradient, more = method.combine_gradients(gradient, mean)
+            metrics |= more | {"memory/loss": Mean(of_memory.loss, of_memory.count)}
+        for m in self._with_hook("project_gradient"):
+            gradient = m.project_gradient(gradient, arrays.kept.get(m.name))
+        return gradient, metrics
+
+    def _change_update(
+        self, before: TrainState, state: TrainState, of_objective: Params, arrays: HookArrays
+    ) -> TrainState:
+        """Project the change of the parameters, then let methods follow it."""
+        for m in self._with_hook("project_change"):
+            change = hooks.float_difference(state.params, before.params)
+            change = m.project_change(change, arrays.kept.get(m.name))
+            moved = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), before.params, change)
+            state = state.replace(params=moved)
+        for m in self._with_hook("after_update"):
+            new = m.after_update(before.methods[m.name], of_objective, before.params, state.params)
+            keep = lambda n, o: jnp.where(state.skipped == 0, n, o)  # noqa: B023
+            new = jax.tree.map(keep, new, before.methods[m.name])
+            state = state.replace(methods=state.methods | {m.name: new})
+        return state
+
+
+@functools.lru_cache(maxsize=64)
+def make_step_programs(functions: StepFunctions) -> StepPrograms:
+    """Return the programs of a stage; equal functions return the same programs."""
     return StepPrograms(
-        jax.jit(begin),
-        jax.jit(add, donate_argnums=0),
-        jax.jit(finish, donate_argnums=0),
-        jax.jit(step, donate_argnums=0),
-        jax.jit(memory_gradient) if memory else None,
+        jax.jit(functions.begin),
+        jax.jit(functions.add, donate_argnums=0),
+        jax.jit(functions.finish, donate_argnums=0),
+        jax.jit(functions.step, donate_argnums=0),
+        jax.jit(functions.memory_gradient) if functions.memory else None,
     )
 
 
