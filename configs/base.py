@@ -68,7 +68,8 @@ def get_config() -> ConfigDict:
         # an absolute path, .. or a link; ("/",) = from everywhere.
         outside_images=(),
         prompt_limit=2048,  # tokens; a longer prompt is a bad row
-        buckets=(),  # token lengths that rows are padded to; () = powers of two up to prompt_limit
+        # Token lengths that rows are padded to; () = 64, 96, 128, 192, ... up to prompt_limit.
+        buckets=(),
         bad_rows=0,  # number of bad rows to leave out (each is printed); more stop the run
         limit=optional(int),  # training rows per task; None = all
         workers=0,  # processes that decode images; 0 = the main process

@@ -175,7 +175,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
             "advantages": rng.standard_normal(2 * ROWS, np.float32),
             "sampler_logps": out.policy_logps,
         }
-        length = device_batches.response_bucket(out.mask, 4)
+        (length,) = device_batches.response_buckets([out.mask], 4)
         batch: Batch = device_batches.group_batch(
             short, short.place_prompts(rows), out.tokens, out.mask, length=length, extra=numbers
         )

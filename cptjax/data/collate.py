@@ -72,8 +72,12 @@ class BatchShape:
 
 
 def length_buckets(limit: int, first: int = 64) -> tuple[int, ...]:
-    """Return the powers of two from `first`, and the limit itself as the last bucket."""
-    return (*(first << i for i in range(limit.bit_length()) if first << i < limit), limit)
+    """Return first * 2^k and first * 3/2 * 2^k, and the limit itself as the last bucket.
+
+    64 96 128 192 256 384 ... for first=64: a row has at most a third of padding.
+    """
+    sizes = (n << i for i in range(limit.bit_length()) for n in (first, first * 3 // 2))
+    return (*(n for n in sizes if n < limit), limit)
 
 
 def extend_buckets(buckets: Sequence[int], added: int) -> tuple[int, ...]:

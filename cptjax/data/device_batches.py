@@ -168,12 +168,12 @@ def target_buckets(length: int) -> list[int]:
     return sorted({max(length >> k, min(length, MIN_RESPONSE_BUCKET)) for k in (0, 2, 4)})
 
 
-def response_bucket(mask: np.ndarray, longest: int) -> int:
-    """Return the bucket that holds the longest response of the mask, over all processes."""
-    return smallest_bucket(
-        max_over_processes(max(1, int(mask.sum(1).max()))),
-        length_buckets(longest, MIN_RESPONSE_BUCKET),
-    )
+def response_buckets(masks: Sequence[np.ndarray], limit: int) -> list[int]:
+    """Return the bucket of each mask that holds its longest response, over all processes."""
+    own = [max(1, int(mask.sum(1).max())) for mask in masks]
+    longest = np.max(distributed.gather_objects(own), 0)
+    buckets = length_buckets(limit, MIN_RESPONSE_BUCKET)
+    return [smallest_bucket(int(n), buckets) for n in longest]
 
 
 def group_batch(

@@ -15,7 +15,7 @@ from cptjax.data.device_batches import (
     batch_slices,
     cut_to_shards,
     group_batch,
-    response_bucket,
+    response_buckets,
 )
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import generate
@@ -83,7 +83,7 @@ def sample_base_responses(
         samples = generate.sample_from_prompts(
             model_ctx, base, prompts, key, np.asarray(rows[part]), sampling
         )
-        length = response_bucket(samples.mask, sampling.max_new_tokens)
+        (length,) = response_buckets([samples.mask], sampling.max_new_tokens)
         device_batch = group_batch(
             model_ctx, prompts, samples.tokens, samples.mask, length=length, extra={}
         )

@@ -24,7 +24,7 @@ import numpy as np
 from cptjax import sharding
 from cptjax.common import distributed
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
-from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_bucket
+from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_buckets
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
 from cptjax.generation.generate import Samples
@@ -307,15 +307,15 @@ def _group_batches(
     }
     arrays = {name: x for name, x in arrays.items() if name in builder.needs.arrays}
     mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
-    length = response_bucket(samples.mask, builder.sampling.max_new_tokens)
     slices = builder.prompt_slices(len(graded.items))
+    rows = [slice(p.start * graded.group, p.stop * graded.group) for p in slices]
+    lengths = response_buckets([mask[r] for r in rows], builder.sampling.max_new_tokens)
     placed = graded.prompts
     if placed is None:
         encoded = [i.encoded for i in graded.items]
         placed = builder.model_ctx.place_prompt_batches([encoded[p] for p in slices])
     batches = []
-    for p, prompts in zip(slices, placed, strict=True):
-        r = slice(p.start * graded.group, p.stop * graded.group)
+    for r, prompts, length in zip(rows, placed, lengths, strict=True):
         extra = {name: x[r] for name, x in arrays.items()}
         batches.append(
             group_batch(
@@ -333,21 +333,27 @@ def _subtract_kl(
     ref_logps: Sequence[Array],
 ) -> tuple[np.ndarray, float]:
     """Return the rewards [Q G] minus the KL term, and the mean KL per token of all processes."""
-    fetch = lambda arrays: np.concatenate([sharding.local_rows(x) for x in arrays])
-    logps, ref_logps, mask = fetch(logps), fetch(ref_logps), fetch([b.mask for b in batches])
+    logps, ref_logps = _fetch_rows(logps), _fetch_rows(ref_logps)
+    mask = _fetch_rows([b.mask for b in batches])
     kl = np.asarray(losses.estimate_kl(logps, ref_logps, builder.loss.kl_estimator, None))[mask]
     total, count = np.sum(distributed.gather_objects((float(kl.sum()), kl.size)), 0)
     reduced = losses.subtract_kl(rewards.reshape(-1), logps, ref_logps, mask, builder.loss)
     return np.asarray(reduced).reshape(rewards.shape), float(total / max(count, 1))
 
 
+def _fetch_rows(arrays: Sequence[Array]) -> np.ndarray:
+    """Return this process's rows of micro-batches, all as wide as the widest."""
+    width = max(x.shape[1] for x in arrays)
+    rows = [sharding.local_rows(x) for x in arrays]
+    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in rows])
+
+
 def _drift(
     batches: Sequence[Batch], logps: Sequence[Array], start_logps: Sequence[Array]
 ) -> np.ndarray:
     """Return the mean of logps - start_logps over the tokens of each response [B]."""
-    fetch = lambda arrays: np.concatenate([sharding.local_rows(x) for x in arrays])
-    mask = fetch([b.mask for b in batches])
-    moved = np.where(mask, fetch(logps) - fetch(start_logps), 0)
+    mask = _fetch_rows([b.mask for b in batches])
+    moved = np.where(mask, _fetch_rows(logps) - _fetch_rows(start_logps), 0)
     return moved.sum(1) / np.maximum(mask.sum(1), 1)
 
 

@@ -20,9 +20,8 @@ from cptjax.types import Prompts
 
 
 def test_buckets():
-    assert collate.length_buckets(1000, 128) == (128, 256, 512, 1000) and collate.length_buckets(
-        64
-    ) == (64,)
+    assert collate.length_buckets(1000, 128) == (128, 192, 256, 384, 512, 768, 1000)
+    assert collate.length_buckets(64) == (64,)
     assert collate.smallest_bucket(129, (512, 128, 256)) == 256
     fails(lambda: collate.smallest_bucket(600, (128, 512)), "600", "512")
     assert [collate.round_up_size(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 13)] == [

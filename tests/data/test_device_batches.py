@@ -141,8 +141,5 @@ def test_pieces_and_trimmed():
     assert [(p.start, p.stop) for p in device_batches.batch_slices(3, 0)] == [(0, 3)]
     mask = np.zeros((2, 64), bool)
     mask[1, :9] = True
-    assert (
-        device_batches.response_bucket(mask, 64) == 16
-        and device_batches.response_bucket(mask[:1], 64) == 8
-        and device_batches.response_bucket(mask, 12) == 12
-    )
+    assert device_batches.response_buckets([mask, mask[:1]], 64) == [12, 8]
+    assert device_batches.response_buckets([mask], 10) == [10]

@@ -469,3 +469,30 @@ def test_filtered_groups_are_collated_once_more(image_stage, counts, monkeypatch
     assert batches_taken == counts["collations"] == counts["images"] == 2
     rollouts.rollout_step_batch(b, prepared.params, graded, None, 1, 1)
     assert counts["collations"] == counts["images"] == 3
+
+
+def test_a_micro_batch_is_as_long_as_its_own_longest_response(tmp_path):
+    """The reward, with its KL term, and the update are those of the uncut batch."""
+    method = dict(kl_place="reward", kl_coef=0.5, kl_estimator="k1", advantage="reinforce")
+    c = method_config("grpo", method=method, rollout=dict(max_new_tokens=24))
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        builder, graded = prepared.ctx.builder, sample(prepared)
+        count, rows = len(graded.items), len(graded.samples.mask)
+        lengths = np.where(np.arange(rows) < rows // 2, 5, 20)
+        samples = dataclasses.replace(
+            graded.samples, mask=np.arange(24) < np.minimum(lengths, 24)[:, None]
+        )
+        graded = dataclasses.replace(graded, samples=samples, prompts=None)
+        reference = jax.tree.map(lambda x: x * 1.5, prepared.params)
+        found = {}
+        for micro_batch in (0, count // 2):
+            cut = dataclasses.replace(builder, micro_batch=micro_batch)
+            step = rollouts.rollout_step_batch(cut, prepared.params, graded, reference, 0, 1)
+            update = next(step.updates)
+            _, metrics = prepared.update(update)
+            found[micro_batch] = [x.targets.shape[1] for x in update], step.metrics["kl"], metrics
+        (one, kl, metrics), (two, cut_kl, cut_metrics) = found.values()
+        assert (one, two) == ([24], [8, 24])
+        assert cut_kl == pytest.approx(kl, rel=1e-5) and abs(kl) > 1e-4
+        for name in ("loss", "grad_norm"):
+            assert cut_metrics[name] == pytest.approx(metrics[name], rel=1e-4)
