@@ -5,13 +5,11 @@ python tests/readme_map.py --write    put it into README.md, between <!-- map --
 """
 
 import ast
-import sys
 from pathlib import Path
 
+from readme_parts import print_or_write
 from test_imports import ORDER, ROOT, module_name, package_imports
 
-README = ROOT / "README.md"
-START, END = "<!-- map -->\n", "<!-- /map -->"
 FOLDERS = {
     "configs": "Settings as data; they import ml_collections and nothing of cptjax.",
     "launch": "One file per command: flags -> one call of the library.",
@@ -67,16 +65,5 @@ def build_map() -> str:
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
-def split_readme() -> tuple[str, str, str]:
-    """The README before its map, the map, and the README after it."""
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    current, after = rest.split(END)
-    return before + START, current, END + after
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        before, _, after = split_readme()
-        README.write_text(before + build_map() + after, encoding="utf-8")
-    else:
-        print(build_map(), end="")
+    print_or_write("map", build_map)

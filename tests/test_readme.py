@@ -14,6 +14,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import readme_map
+import readme_methods
+import readme_parts
 import run_helpers
 from device_fixtures import devices, said  # noqa: F401
 from PIL import Image
@@ -133,8 +135,13 @@ def test_a_command_names_existing_flags_configs_and_tasks(command):
 
 
 def test_the_map_is_current():
-    _, written, _ = readme_map.split_readme()
+    _, written, _ = readme_parts.split_readme("map")
     assert written == readme_map.build_map(), "run python tests/readme_map.py --write"
+
+
+def test_the_table_of_methods_has_the_numbers_of_its_runs():
+    _, written, _ = readme_parts.split_readme("methods")
+    assert written == readme_methods.render_part(), "run python tests/readme_methods.py --write"
 
 
 @pytest.mark.parametrize("folder", ["", "elsewhere/demo"])
