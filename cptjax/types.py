@@ -119,6 +119,11 @@ class Batch:
     # Arrays by row or by token: advantages, old_logps, ref_logps, ...
     extra: dict[str, Array] = flax.struct.field(default_factory=dict)
 
+    @property
+    def tokens_with_padding(self) -> int:
+        """The tokens that the decoder processes, over all processes."""
+        return self.prompts.tokens.size + (self.targets.size if self.where is None else 0)
+
 
 @flax.struct.dataclass
 class TrainState:

@@ -73,6 +73,7 @@ ALWAYS = (
     "flops",
     "perf/tokens_per_second",
     "perf/flops_per_second",
+    "perf/padding",
 )
 
 

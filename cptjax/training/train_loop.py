@@ -71,6 +71,7 @@ def train_loop(
 
             updating = time.perf_counter()
             pending: list[dict[str, Any]] = []  # metrics on the device, fetched after dispatch
+            processed = 0  # tokens, with padding
             for i, micro_batches in enumerate(batch.updates):
                 rate = rates[progress.updates]
                 memory_batch = batch.memory[i] if batch.memory else None
@@ -78,6 +79,8 @@ def train_loop(
                     state, frozen, micro_batches, rate, arrays, memory_batch
                 )
                 pending.append(update_metrics)
+                trained = [*micro_batches, *([memory_batch] if memory_batch else [])]
+                processed += sum(b.tokens_with_padding for b in trained)
                 progress.updates += 1
             progress.step += 1
 
@@ -98,7 +101,7 @@ def train_loop(
             metrics = (
                 batch.metrics
                 | merge_update_metrics(fetched)
-                | cost_metrics(batch.cost, ended - began)
+                | cost_metrics(batch.cost, processed, ended - began)
                 | {
                     "seconds": ended - began,
                     "seconds/batch": updating - began,
@@ -195,11 +198,15 @@ def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float
     }
 
 
-def cost_metrics(cost: WorkCost, seconds: float) -> dict[str, float]:
-    """Return the cost of a step over all processes, and its tokens and FLOPs per second."""
+def cost_metrics(cost: WorkCost, processed: int, seconds: float) -> dict[str, float]:
+    """Return the cost of a step over all processes, and its tokens and FLOPs per second.
+
+    perf/padding: the tokens that the updates processed, with padding, for each real token
+    """
     total = sum(distributed.gather_objects(cost), WorkCost())
     return total.logged() | {
         "perf/tokens_per_second": total.seen / seconds,
+        "perf/padding": processed / max(total.trained, 1),
         "perf/flops_per_second": total.flops / seconds,
     }
 

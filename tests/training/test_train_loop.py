@@ -39,6 +39,22 @@ def test_a_sampler_that_differs_from_the_trainer_gives_a_warning(prepared, capsy
     assert ("log-probabilities differ" in printed.out + printed.err) == warned
 
 
+def test_padding_is_the_processed_tokens_for_each_real_one(prepared):
+    """A prompt counts once for its group; responses are as long as their bucket."""
+    builder = prepared.ctx.builder
+    with prepared.ctx.open_stream(0) as stream:
+        graded = rollouts.sample_rollouts(
+            builder, prepared.params, next(stream), prepared.ctx.step_key(0), 0
+        )
+    step = rollouts.rollout_step_batch(builder, prepared.params, graded, None, 1, 1)
+    (batch,) = next(step.updates)
+    (rows, width), (prompts, length) = batch.targets.shape, batch.prompts.tokens.shape
+    real = sum(len(i.encoded) for i in graded.items) + int(np.asarray(batch.mask).sum())
+    assert step.cost.trained == real < batch.tokens_with_padding
+    metrics = train_loop.cost_metrics(step.cost, batch.tokens_with_padding, 1.0)
+    assert metrics["perf/padding"] == (prompts * length + rows * width) / real
+
+
 def test_a_batch_without_tokens_to_train_on_changes_nothing(prepared, capsys):
     builder = prepared.ctx.builder
     with prepared.ctx.open_stream(0) as stream:
