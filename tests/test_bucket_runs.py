@@ -4,6 +4,9 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import gcs_server
@@ -178,6 +181,52 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, monkeypatch, caps
     kept.close()
     checkpoint.remove_checkpoints(folder)
     assert not buckets.list_objects(f"{bucket}/run/checkpoints")
+
+
+WORKER = """
+import sys
+import jax
+from cptjax.common import buckets, cluster, console, distributed, files
+from cptjax.continual import workdir
+cluster.connect(sys.argv[1], 2, int(sys.argv[2]))
+index = distributed.process_index()
+console.set_console_mode("silent")
+folder = buckets.write_path(sys.argv[3], index)
+with workdir.lock_workdir(folder), console.keep_log(folder / (f"run.{index}.log" if index else "run.log")):
+    path = folder / "corpus" / "stage1.jsonl"
+    if not index:
+        files.write_text(path, "{}")
+    distributed.wait_for_file(path)
+    assert path.read_text() == "{}"
+    if not index:
+        files.write_text(folder / "evals.csv", "a")
+assert (folder / "evals.csv").read_text() == "a"  # all hosts have what the first has written
+cluster.disconnect()
+"""
+
+
+def test_two_processes_share_files_through_the_bucket(bucket, server, tmp_path):
+    """Each has a local copy of its own, as on two hosts; the second one puts only its log."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, address, str(index), f"{bucket}/run"],
+            env=run_helpers.environment(**server.environment(tmp_path / "cache")),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in running]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert sorted(buckets.list_objects(f"{bucket}/run")) == [
+        "corpus/stage1.jsonl",
+        "evals.csv",
+        "run.1.log",
+        "run.log",
+    ]
 
 
 def kills(count: int, length: float, seed: int) -> list[tuple[int, float]]:

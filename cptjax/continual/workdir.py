@@ -97,6 +97,7 @@ def _follow_bucket(workdir: Path, name: str, lock: buckets.BucketLock | None) ->
         with buckets.keep_pushing(copy, lock):
             yield
         # What the first process has written, such as the model of a pre-stage, reaches all hosts.
+        distributed.gather_objects(True)
         distributed.run_on_all(bool if main else lambda: buckets.pull_run(workdir))
 
 
