@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
         # an absolute path, .. or a link; ("/",) = from everywhere.
         outside_images=(),
         prompt_limit=2048,  # tokens; a longer prompt is a bad row
-        # Token lengths that rows are padded to; () = 64, 96, 128, 192, ... up to prompt_limit.
+        # Token lengths that rows are padded to, the largest = prompt_limit; () = 64, 96, 128, 192, ...
         buckets=(),
         bad_rows=0,  # number of bad rows to leave out (each is printed); more stop the run
         limit=optional(int),  # training rows per task; None = all
@@ -242,6 +242,9 @@ def get_config() -> ConfigDict:
         every=1, rollouts=True, gallery=12, tensorboard=False, wandb="",
         changed_weights=False,  # the share of the trained weights that an update changes
     ))  # fmt: skip
+    c.lock()  # a misspelt setting is an error
+    for free in (c.tasks, c.arms, c.sweep, c.prestage, c.eval.groups):
+        free.unlock()
     return c
 
 

@@ -29,6 +29,7 @@ from cptjax.sharding import place_prompts
 from cptjax.types import Array, Params, Prompts
 
 Conversation = Sequence[dict[str, Any]]
+MAX_SAMPLES = 4096  # responses to one conversation, which are decoded at a time
 CHECK_EVERY = 16  # decode steps between two checks of whether all responses are done
 
 
@@ -107,6 +108,11 @@ def generate(
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop={stop!r}: expected strings with at least one character")
+    if not 1 <= n <= MAX_SAMPLES or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"n={n}, seed={seed}: expected 1 to {MAX_SAMPLES} responses, and a seed from 0 to "
+            "2**32 - 1"
+        )
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 conversation")
     # A stop string of one token ends its row on the device. A longer one has several tokenizations,

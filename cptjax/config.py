@@ -1,4 +1,4 @@
-"""Merge overrides into a config, resolve its stages, check its values, compare it with another."""
+"""Merge overrides into a config, resolve its stages, compare it with another."""
 
 import copy
 import dataclasses
@@ -37,35 +37,7 @@ RUN_ONLY_KEYS = (
     "log.wandb",
 )
 
-# The minimum of each number that is checked only in this module; a float minimum allows fractions.
-MINIMUM_VALUES = {
-    "data.prompt_limit": 1,
-    "data.bad_rows": 0,
-    "data.limit": 1,
-    "data.workers": 0,
-    "data.prefetch": 1,
-    "rewards.processes": 1,
-    "rollout.max_new_tokens": 1,
-    "rollout.check_every": 1,
-    "rollout.group": 1,
-    "train.batch": 1,
-    "train.micro_batch": 0,
-    "train.max_skipped": 1,
-    "train.chunk": 1,
-    "eval.limit": 1,
-    "eval.every": 1,
-    "eval.mini": 1,
-    "eval.batch": 1,
-    "eval.max_new_tokens": 1,
-    "eval.temperature": 0.0,
-    "eval.samples": 1,
-    "eval.drift": 0,
-    "method.self_samples": 1,
-    "log.every": 1,
-    "log.gallery": 0,
-    "mesh.slices": 1,
-    "stuck_minutes": 0.0,
-}
+MAX_STEPS, MAX_EPOCHS = 10**9, 10**6  # of a stage
 
 _TYPE_NAMES = {
     int: "a whole number",
@@ -104,9 +76,11 @@ def merge_config(
 def _merge_into(section: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
     for key, value in overrides.items():
         name = f"{where}.{key}"
-        if key not in section:
-            raise ValueError(f"{name} does not exist; {nearest_names(key, section)}")
+        if not isinstance(key, str) or key not in section:
+            raise ValueError(f"{name} does not exist; {nearest_names(str(key), section)}")
         if key in FREE_SECTIONS and isinstance(section[key], ConfigDict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise ValueError(f"{name}: expected a section (dict), got {value!r:.200}")
             section[key] = ConfigDict(value)
         elif section.get_type(key) is ConfigDict and isinstance(value, Mapping | ConfigDict):
             _merge_into(section[key], value, name)
@@ -144,7 +118,7 @@ def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
     if kind is tuple and isinstance(value, list):
         return tuple(value)
     if kind is str and isinstance(value, list | tuple):  # eval.tasks=("a", "b")
-        return ",".join(value)
+        return ",".join(map(str, value))
     is_bool = isinstance(value, bool)
     if kind is float and isinstance(value, int) and not is_bool:
         return float(value)
@@ -159,33 +133,6 @@ def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:
     return value
 
 
-def check_config_values(config: ConfigDict) -> None:
-    """Refuse numbers below their minimum, and groups of tasks that are not evaluated."""
-    for name, minimum in MINIMUM_VALUES.items():
-        path, _, key = name.rpartition(".")
-        section = config[path] if path else config
-        value = section[key]
-        if value is None and is_optional(section, key):
-            continue
-        kinds = int if isinstance(minimum, int) else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds) or value < minimum:
-            expected = f"{_TYPE_NAMES[type(minimum)]} of at least {minimum}"
-            raise ValueError(f"config.{name}: expected {expected}, got {value!r}")
-    if config.eval.samples > 1 and config.eval.temperature == 0:
-        raise ValueError(
-            f"config.eval.samples={config.eval.samples} with config.eval.temperature=0: all "
-            "samples of a row are equal; set a temperature, or one sample"
-        )
-    general = config.eval.general
-    for name, tasks in config.eval.groups.items():
-        if not isinstance(tasks, list | tuple) or not tasks or not set(tasks) <= set(general):
-            known = ", ".join(general) or "(), which is empty"
-            raise ValueError(
-                f"config.eval.groups.{name}: expected a tuple of tasks of config.eval.general "
-                f"({known}), got {tasks!r}"
-            )
-
-
 def replayed_tasks(stages: Sequence[Stage], stage: Stage) -> list[str]:
     """Return the tasks of earlier stages that a stage replays, each once."""
     if not stage.config.method.replay.fraction:
@@ -196,6 +143,8 @@ def replayed_tasks(stages: Sequence[Stage], stage: Stage) -> list[str]:
 
 def evaluated_tasks(config: ConfigDict, stages: Sequence[Stage]) -> list[str]:
     """Return the tasks of `eval.tasks`, each once: those of all stages, or the named ones."""
+    if not all(config.eval.tasks.split(",")):
+        raise ValueError(f"config.eval.tasks={config.eval.tasks!r}: expected all, or names 'a,b'")
     if config.eval.tasks == "all":
         names = [task for stage in stages for task in stage.tasks]
     else:
@@ -221,6 +170,11 @@ def resolve_stages(config: ConfigDict) -> list[Stage]:
         raise ValueError(
             "config.stages is empty; expected for example (dict(task='scienceqa', epochs=1), ...)"
         )
+    for i, stage in enumerate(config.stages):
+        if not isinstance(stage, Mapping | ConfigDict):
+            raise ValueError(
+                f"config.stages[{i}]: expected dict(task=..., ...), got {stage!r:.200}"
+            )
     return [
         _resolve_stage(config, number, dict(stage)) for number, stage in enumerate(config.stages, 1)
     ]
@@ -232,16 +186,24 @@ def _resolve_stage(config: ConfigDict, number: int, overrides: dict[str, Any]) -
     steps, epochs = overrides.pop("steps", None), overrides.pop("epochs", None)
     if not tasks:
         raise ValueError(f"{where}: expected task='name' or task=('a', 'b'), got no task")
+    names = [tasks] if isinstance(tasks, str) else tasks
+    is_tuple = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not is_tuple or len(set(names)) < len(names):
+        raise ValueError(
+            f"{where}: expected task='name' or task=('a', 'b') of different names, got {tasks!r}"
+        )
     if (steps is None) == (epochs is None):
         raise ValueError(
             f"{where}: expected one of steps=N and epochs=N, got steps={steps} epochs={epochs}"
         )
     if epochs is None:
-        length, kinds, expected = steps, int, "a whole number of steps"
+        length, kinds, expected, most = steps, int, "a whole number of steps", MAX_STEPS
     else:
-        length, kinds, expected = epochs, int | float, "epochs"
-    if isinstance(length, bool) or not isinstance(length, kinds) or length <= 0:
-        raise ValueError(f"{where}: expected {expected} above 0, got {length!r}")
+        length, kinds, expected, most = epochs, int | float, "epochs", MAX_EPOCHS
+    is_number = isinstance(length, kinds) and not isinstance(length, bool)
+    if not is_number or not 0 < length <= most:
+        bound = f"of at most {most}" if is_number and length > most else "above 0"
+        raise ValueError(f"{where}: expected {expected} {bound}, got {length!r:.200}")
     merged = merge_config(config, overrides, where)
     for name in _overridden_names(overrides):
         allowed = any(name == s or name.startswith(f"{s}.") for s in STAGE_SECTIONS)
@@ -250,8 +212,7 @@ def _resolve_stage(config: ConfigDict, number: int, overrides: dict[str, Any]) -
                 f"{where} sets {name}, which belongs to the whole run; a stage may set "
                 f"{', '.join(STAGE_SECTIONS)}"
             )
-    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    return Stage(number, tasks, steps, epochs, merged)
+    return Stage(number, tuple(names), steps, epochs, merged)
 
 
 def _overridden_names(overrides: Mapping[str, Any]) -> list[str]:

@@ -7,11 +7,9 @@ python launch/analyze.py mixture | parity | drift DIR ... | pareto DIR ... | inf
 import argparse
 import importlib
 import os
-import sys
 from pathlib import Path
-from typing import NoReturn
 
-from cptjax.common import buckets, console
+from cptjax.common import buckets, cli, console
 
 ANALYSES = {
     "mixture": "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain",
@@ -32,15 +30,8 @@ MODULES = {
 }
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as in the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
+    parser = cli.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="name", required=True, metavar="|".join(ANALYSES))
@@ -127,9 +118,8 @@ def main() -> None:
         finding.print_finding(result)
         page = Path(out) if out else buckets.local_path(folder, buckets.READ) / f"{name}.html"
         print(console.with_addresses(str(finding.write_finding(result, page))))
-    except (ValueError, OSError) as error:
-        console.print_error(error)
-        sys.exit(2)
+    except Exception as error:
+        cli.exit_with_error(error)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ python launch/report.py DIR [DIR ...] [--out=report.html] [--baseline=ARM] [--so
 """
 
 import argparse
-import sys
 
-from cptjax.common import console
+from cptjax.common import cli, console
 from cptjax.evaluation import report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -42,9 +41,8 @@ def main() -> None:
     try:
         page = report.write_report(args.folders, args.out, args.baseline, args.sort)
         print(console.with_addresses(str(page)))
-    except (ValueError, OSError) as error:
-        print(console.with_addresses(str(error)), file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        cli.exit_with_error(error)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.base import get_config
+from cptjax.common.config_checks import check_config
 from cptjax.config import (
-    check_config_values,
     config_differences,
     config_fingerprint,
     config_to_dict,
@@ -171,25 +171,25 @@ def test_a_stage_may_set_its_own_sections(c):
     ],
 )
 def test_numbers_that_are_too_small_are_refused(c, name, value):
-    check_config_values(c)
+    check_config(c)
     section, key = name.split(".")
     c[section][key] = value
     with pytest.raises(
         ValueError, match=f"config.{name}: expected a whole number of at least ., got {value}"
     ):
-        check_config_values(c)
+        check_config(c)
 
 
 def test_groups_hold_only_general_tasks(c):
     c.eval.general, c.eval.groups = ("facts", "pope"), ConfigDict({"text": ("facts",)})
-    check_config_values(c)
+    check_config(c)
     for wrong in ("facts", (), ("facts", "mmlu")):
         with pytest.raises(
             ValueError,
             match=r"config.eval.groups.text: expected a tuple of tasks of config.eval.general "
             r"\(facts, pope\), got",
         ):
-            check_config_values(merge_config(c, {"eval": {"groups": {"text": wrong}}}))
+            check_config(merge_config(c, {"eval": {"groups": {"text": wrong}}}))
 
 
 def test_a_task_is_evaluated_under_the_template_of_its_last_training(c):

@@ -6,10 +6,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, cpt7, ctbench, demo, jigsaw, mrcl, retain, smol, ucit
+from cptjax.common.config_checks import check_config
 from cptjax.common.runs import expand_runs, prestage_runs
 from cptjax.config import (
     FREE_SECTIONS,
-    check_config_values,
     config_differences,
     config_to_dict,
     evaluated_tasks,
@@ -74,7 +74,7 @@ def test_every_arm_resolves(module, arg):
         config = merge_config(config, CORPUS)
     expect.check_expectations(config)
     for run in (*prestage_runs(config).values(), *(run for _, run in expand_runs(config))):
-        check_config_values(run)
+        check_config(run)
         for stage in resolve_stages(run):
             validate_config.validate_stage(stage)
             for name in (*stage.tasks, *stage.config.eval.general):

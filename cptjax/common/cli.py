@@ -1,15 +1,18 @@
 """Start and end of every command; a user's mistake prints one line and exits with code 2."""
 
+import argparse
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
-from cptjax.common import buckets, cluster, config_flag, console
+from cptjax.common import buckets, cluster, config_checks, config_flag, console, files
 
 
 def define_cluster_flags() -> None:
@@ -59,8 +62,8 @@ def run_launcher(main: Callable[[], None]) -> None:
                 raise ValueError(
                     f"unexpected argument {argv[1]!r}; flags are written --name=value, see --help"
                 )
-            config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-            config_flag.refuse_ineffective_overrides(config, sys.argv[1:])
+            if "config" in flags.FLAGS:
+                _check_config_flag(flags.FLAGS["config"].value)
             if "compilation_cache" in flags.FLAGS:
                 from cptjax.common import compilation_cache  # imports jax
 
@@ -72,7 +75,7 @@ def run_launcher(main: Callable[[], None]) -> None:
         except BrokenPipeError:  # nobody reads the results, as in `... | head -1`
             os._exit(128 + signal.SIGPIPE)
         except (ValueError, OSError) as error:
-            _exit_with_error(error)
+            exit_with_error(error)
         except KeyboardInterrupt:
             cluster.end_all("stopped by Ctrl-C", 128 + signal.SIGINT)
         except SystemExit as error:
@@ -88,7 +91,7 @@ def run_launcher(main: Callable[[], None]) -> None:
             os._exit(error.code)
         except Exception as error:
             if not cluster.is_connected():
-                raise
+                exit_with_error(error)
             cluster.wait_for_lost_process(error)
             traceback.print_exc()
             cluster.end_all(f"{type(error).__name__}: {error}", 1, say=False)
@@ -96,16 +99,25 @@ def run_launcher(main: Callable[[], None]) -> None:
     app.run(run, flags_parser=_parse_flags)
 
 
+def _check_config_flag(config: ConfigDict | None) -> None:
+    """Check the values of the config and the overrides on the command line."""
+    if config is None:
+        raise ValueError("--config is missing; expected --config=configs/X.py[:argument]")
+    with files.explain_errors("--config"):
+        config_checks.check_config(config)
+        config_flag.refuse_ineffective_overrides(config, sys.argv[1:])
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags and load the config file; treat any failure as the user's mistake."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _exit_with_error(_last_line(error))
+        exit_with_error(_last_line(error))
     except (ValueError, OSError) as error:
-        _exit_with_error(error)
-    except (AttributeError, KeyError, TypeError, ImportError, SyntaxError) as error:
-        _exit_with_error(f"{type(error).__name__}: {error}")
+        exit_with_error(error)
+    except Exception as error:
+        exit_with_error(files.describe_error(error))
 
 
 def _last_line(error: Exception) -> str:
@@ -115,15 +127,37 @@ def _last_line(error: Exception) -> str:
     return lines[0] if len(lines) == 1 else f"{head}{lines[-1].removeprefix('ValueError: ')}"
 
 
-def _exit_with_error(error: object) -> NoReturn:
-    # Launchers start a run again, except after a mistake in its input, which is exit code 2.
-    code = 1 if isinstance(error, buckets.BucketUnreachable) else 2
+def _save_traceback(error: Exception) -> str:
+    """Write the traceback of an error that no one expected to a file; return a line about it."""
+    with tempfile.NamedTemporaryFile("w", prefix="cptjax-", suffix=".log", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return f"unexpected {files.describe_error(error)}; the traceback is in {file.name}"
+
+
+def exit_with_error(error: object) -> NoReturn:
+    """Print one line about an error, and exit with code 2, or with 1 if the input may be right.
+
+    Launchers start a run again after code 1.
+    """
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        reason = files.describe_error(error) if isinstance(error, Exception) else error
+        error = f"out of memory ({reason}); lower the size of batches or rows"
+    is_unexpected = isinstance(error, Exception) and not isinstance(error, ValueError | OSError)
+    code = 1 if is_unexpected or isinstance(error, buckets.BucketUnreachable) else 2
     if cluster.is_connected():
         if isinstance(error, Exception):
             cluster.wait_for_lost_process(error)
         cluster.end_all(str(error), code)
-    console.print_error(error)
-    if code == 1:  # the array store may still try to write a checkpoint
+    console.print_error(_save_traceback(error) if is_unexpected else error)
+    if isinstance(error, buckets.BucketUnreachable):
+        # The array store may still try to write a checkpoint.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as in the commands with absl's flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")

@@ -1,11 +1,12 @@
 """The --config flag: load a config file, and override any of its settings on the command line."""
 
 import ast
+import contextlib
 import copy
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict, FieldReference
 from ml_collections.config_flags import config_path
 
+from cptjax.common import config_checks, files
 from cptjax.common.runs import expand_runs, prestage_runs
 from cptjax.config import (
     FREE_SECTIONS,
@@ -86,10 +88,13 @@ class _ConfigFileParser(flags.ArgumentParser):
         self.parser = parser
 
     def parse(self, argument: str) -> ConfigDict:
-        config = self.parser.parse(argument)
-        if not isinstance(config, ConfigDict):
-            getattr(config, "lock", None)  # raises the OSError of a file that could not be loaded
-            raise ValueError(f"get_config() returns {type(config).__name__}; expected a ConfigDict")
+        with _explain_config_file(argument):
+            config = self.parser.parse(argument)
+            if not isinstance(config, ConfigDict):
+                getattr(config, "lock", None)  # raises the error of a file that is not loaded yet
+                got = type(config).__name__
+                raise ValueError(f"get_config() returns {got}; expected a ConfigDict")
+            config_checks.check_sections(config)
         with config.unlocked():
             _separate_arms_and_stages(config)
             for override in sys.argv:
@@ -99,6 +104,21 @@ class _ConfigFileParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return self.parser.flag_type()
+
+
+@contextlib.contextmanager
+def _explain_config_file(argument: str) -> Iterator[None]:
+    """Turn whatever the code of a config file raises into an error that names the file."""
+    try:
+        yield
+    except BaseException as error:  # also sys.exit() and MemoryError
+        reason = str(error).strip()
+        if reason.startswith("Error whilst parsing config file"):  # its last line is the reason
+            reason = reason.splitlines()[-1].strip()
+        elif not isinstance(error, flags.Error | ValueError | OSError):
+            reason = files.describe_error(error)
+        prefix = "" if argument and argument in reason else f"--config={argument}: "
+        raise flags.Error(f"{prefix}{' '.join(reason.split())}") from error
 
 
 def override_path(argument: str) -> tuple[str | int, ...]:

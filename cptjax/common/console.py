@@ -31,6 +31,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+MAX_ERROR = 2000  # characters of the line that ends a command
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
 # Control characters except tab and new line, characters that change the direction of text, and
 # halves of surrogate pairs, which cannot be written.
@@ -96,6 +97,8 @@ def print_warning(text: str) -> None:
 def print_error(error: object) -> None:
     """Print the line that ends a command; it is shown in every mode."""
     line = with_addresses(f"error: {' '.join(str(error).split())}")
+    if len(line) > MAX_ERROR:
+        line = f"{line[: MAX_ERROR - 100]} ... {line[-95:]}"
     write_log(line)
     _Stderr().write(f"{escape_controls(line)}\n")
 

@@ -9,9 +9,35 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+MAX_JSON_DEPTH = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@contextlib.contextmanager
+def explain_errors(what: str) -> Iterator[None]:
+    """Turn an unexpected error of code that reads what a user gave into a ValueError of one line.
+
+    `what` names the file or the setting. A ValueError or an OSError has its own line already.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {describe_error(error)}") from error
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the kind of an error, its first line and where it was raised."""
+    lines = str(error).strip().splitlines() or [""]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {lines[0][:300]}{where}".replace(": (", " (")
 
 
 def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
@@ -48,6 +74,8 @@ def find_hub_id(text: str) -> str | None:
 def nearest_path(text: str) -> str:
     """Return "; did you mean PATH?" for a path that does not exist, or "" without a similar one."""
     path = Path(text).expanduser()
+    if path.exists():
+        return ""
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -107,13 +135,60 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(to_jsonable(value), indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file; a file that is not JSON is refused by name."""
+def read_json(path: Path | str, kind: type = object) -> Any:
+    """Read a JSON file; refuse, by its name, a file that is not JSON or holds another kind."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: expected JSON ({reason}); restore the file") from None
+        value = parse_json(read_bytes(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error}); restore the file") from None
+    if not isinstance(value, kind):
+        expected = {dict: "an object {...}", list: "a list [...]"}[kind]
+        raise ValueError(
+            f"{path}: expected {expected}, got {type(value).__name__}; restore the file"
+        )
+    return value
+
+
+def parse_json(text: str | bytes, unique: bool = False) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark.
+
+    Refuse nesting that a later step could not process, and halves of surrogate pairs, which no
+    file can hold. `unique` refuses an object that has one key twice.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys if unique else None)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels") from None
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
+        _check_depth(value)
+    if _SURROGATE.search(text):  # mostly halves of whole pairs, which json has joined
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text with half of a surrogate pair, {error.object[error.start]!r}"
+            ) from None
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return values
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        items = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for inner in items for v in inner if isinstance(v, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
 
 
 def add_hash(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +240,8 @@ class LineFile:
     def __init__(self, path: Path | str, columns: tuple[str, ...] = ()):
         self.path, self.columns = Path(path), columns
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path}: expected a file, got a folder, a pipe or a device")
         self.file = self.path.open("a+b")
         self._hash = hashlib.sha256()  # of the first `_hashed` bytes
         self._hashed = 0
@@ -253,7 +330,15 @@ def restore_line_ends(path: Path, position: Mapping[str, Any]) -> bool:
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """Read a jsonl file, except an incomplete last line; a missing file has no rows."""
     path = Path(path)
-    return parse_jsonl(path.read_bytes(), path) if path.exists() else []
+    return parse_jsonl(read_bytes(path), path) if path.exists() else []
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Return the content of a file; refuse a folder, and a pipe or device, which may not end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: expected a file, got a folder, a pipe or a device")
+    return path.read_bytes()
 
 
 def parse_jsonl(text: bytes, path: Path) -> list[dict[str, Any]]:
@@ -261,12 +346,15 @@ def parse_jsonl(text: bytes, path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in text[: text.rfind(b"\n") + 1].splitlines():
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError:
+            row = None
+        if not isinstance(row, dict):
             raise ValueError(
                 f"{path}: expected one JSON object per line, got {line[:60]!r}; delete that line "
                 "or restore the file"
-            ) from None
+            )
+        rows.append(row)
     return rows
 
 

@@ -187,17 +187,23 @@ class RunLog:
 def read_evals(path: Path | str) -> list[dict[str, Any]]:
     """Read the complete lines of evals.csv, with numbers converted; an empty value is NaN."""
     path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    try:
+        text = files.read_bytes(path).decode() if path.exists() else ""
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); restore it") from None
     if rows and (missing := set(EVAL_COLUMNS[:9]) - set(rows[0])):
         raise ValueError(
             f"{path}: columns {', '.join(sorted(missing))} are missing; "
             f"expected {','.join(EVAL_COLUMNS)}"
         )
-    for row in rows:
-        row |= {key: int(row[key]) for key in ("stage", "step")}
-        row |= {key: float(row[key]) if row[key] else math.nan for key in ("value", "stderr")}
-        row["n"] = int(float(row["n"] or 0))
+    for number, row in enumerate(rows, 1):
+        try:
+            row |= {key: int(row[key]) for key in ("stage", "step")}
+            row |= {key: float(row[key]) if row[key] else math.nan for key in ("value", "stderr")}
+            row["n"] = int(float(row["n"] or 0))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: row {number}: {error}; restore the file") from None
     return rows
 
 

@@ -19,6 +19,9 @@ from cptjax.config import (
     resolve_stages,
 )
 
+MAX_RUNS = 2000
+# Folders in a workdir, which no arm may be named like.
+RESERVED_NAMES = ("base", "fresh", "hf", "checkpoints", "rollouts", "predictions", "old", "corpus")
 FRESH_FOLDER = "fresh"  # in the folder of a run: runs of its stages, each from the base model
 
 
@@ -97,6 +100,9 @@ def expand_arms(config: ConfigDict) -> dict[str, tuple[ArmPart, ...]]:
     """
     axes = [_named_parts(config.arms, "config.arms")] if len(config.arms) else []
     axes += _find_axes(config, config.sweep)
+    axis_lengths = (*map(len, axes), len(config.seeds) or 1, len(config.orders) or 1)
+    if math.prod(axis_lengths) > MAX_RUNS:
+        raise ValueError(f"the config describes more than {MAX_RUNS} runs; reduce arms or sweep")
     arms = {"+".join(part.name for part in parts): parts for parts in itertools.product(*axes)}
     if len(arms) < math.prod(map(len, axes)):
         raise ValueError(f"config.sweep: two arms have one name, of {', '.join(arms)}; rename them")
@@ -113,6 +119,11 @@ def _named_parts(choices: ConfigDict, where: str) -> list[ArmPart]:
     for name in _file_order(choices):
         if not isinstance(choices[name], ConfigDict):
             raise ValueError(f"{where}.{name}: expected a dict of changes, got {choices[name]!r}")
+        if not re.fullmatch(r"\w[\w.=+-]*", name) or name in RESERVED_NAMES or len(name) > 100:
+            raise ValueError(
+                f"{where}: {name!r:.120} cannot be the name of a folder of runs; expected letters, "
+                f"digits and . = + - _, and none of {', '.join(RESERVED_NAMES)}"
+            )
         _refuse_multi_run_sections(choices[name], f"{where}.{name}")
         parts.append(ArmPart(name, f"{where}.{name}", (), choices[name].to_dict()))
     return parts

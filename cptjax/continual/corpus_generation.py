@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from cptjax.common import buckets, console, distributed, files
 from cptjax.common.runs import expand_runs
-from cptjax.config import Stage, check_config_values, merge_config
+from cptjax.config import Stage, merge_config
 from cptjax.continual import reevaluate
+from cptjax.continual.driver import check_all_runs
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
 from cptjax.continual.workdir import refuse_changed_config, software_versions
@@ -70,6 +71,7 @@ def generate_corpus(
     config: ConfigDict, workdir: str | Path, request: CorpusRequest, out: str | Path
 ) -> dict[str, Any]:
     """Write the corpus `out` and its provenance; return the provenance."""
+    check_all_runs(config)
     out = Path(out)
     if out.suffix != ".jsonl":
         raise ValueError(f"--out={str(out)!r}: expected a path that ends with .jsonl")
@@ -85,7 +87,6 @@ def generate_corpus(
             f"--workdir={str(folder)!r} has no config.json; expected the folder of one run"
         )
     single = reevaluate.select_run(config, folder) if workdir else expand_runs(config)[0][1]
-    check_config_values(single)
     if request.model:
         # The weights are only read, so they have the type of the arithmetic.
         model = {"path": request.model, "param_dtype": single.model.compute_dtype}
@@ -145,7 +146,7 @@ def _read_finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
     if not out.exists():
         return None
     source = provenance_path(out)
-    provenance = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    provenance = files.read_json(source, dict) if source.is_file() else {}
     if provenance.get("fingerprint") != fingerprint:
         raise ValueError(
             f"--out={str(out)!r} exists and was generated with other settings; remove it, or "

@@ -11,9 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import buckets, console, distributed, files
+from cptjax.common.config_checks import check_config
 from cptjax.common.runs import expand_runs, prestage_runs, select_runs
 from cptjax.common.signals import StopSignals, handle_stop_signals
-from cptjax.config import check_config_values, recorded_config, resolve_stages
+from cptjax.config import recorded_config, resolve_stages
 from cptjax.continual import fingerprints, stage_evaluation, train_stage
 from cptjax.continual.checkpoint import RunRefused, remove_checkpoints
 from cptjax.continual.open_run import open_run, write_run_files
@@ -177,11 +178,16 @@ def write_final_results(workdir: Path) -> np.ndarray:
 
 def check_all_runs(config: ConfigDict) -> None:
     """Refuse every mistake that can be found in the config alone, before anything is loaded."""
-    expect.check_expectations(config)
-    for _, single in select_runs(config):
-        check_config_values(single)
-        for stage in resolve_stages(single):
-            validate_config.validate_stage(stage)
+    with files.explain_errors("config"):
+        check_config(config)
+        expect.check_expectations(config)
+        for _, single in select_runs(config):
+            check_config(single)
+            stages = resolve_stages(single)
+            for stage in stages:
+                check_config(stage.config)
+                validate_config.validate_stage(stage)
+            validate_config.validate_tasks(single, stages)
 
 
 def refuse_different_processes(config: ConfigDict, hashes: dict[str, str]) -> None:

@@ -33,7 +33,7 @@ def read_progress(workdir: Path) -> dict[str, Any]:
 
 def _read_file(workdir: Path) -> dict[str, Any]:
     path = progress_path(workdir)
-    values = files.read_json(path) if path.is_file() else {}
+    values = files.read_json(path, dict) if path.is_file() else {}
     if "stage" in values:  # an older version: only an evaluation, without hashes
         positions = {name: {"bytes": size} for name, size in values["positions"].items()}
         return {"evaluation": {**values, "positions": positions, "config": ""}}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.common import buckets
+from cptjax.common import buckets, files
 from cptjax.continual.checkpoint import open_checkpoints
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.workdir import read_run_config
@@ -72,9 +72,9 @@ def load_stage_model(
     config = read_run_config(workdir)
     settings = config.model
     dtype = dtype or settings.compute_dtype
-    cfg = load.fit_for_inference(
-        load.find_model_config(settings), mesh, dtype, load.lora_scale(settings)
-    )
+    with files.explain_errors(f"{workdir / 'config.json'}, section model"):
+        scale = load.lora_scale(settings)
+    cfg = load.fit_for_inference(load.find_model_config(settings), mesh, dtype, scale)
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
     model_ctx = ModelContext(processor.cfg, processor, mesh, load.MODEL_DTYPES[dtype], ())
     with contextlib.ExitStack() as stack:

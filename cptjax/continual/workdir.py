@@ -16,7 +16,7 @@ from typing import IO, Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax.common import buckets, console, distributed, files
+from cptjax.common import buckets, config_checks, console, distributed, files
 from cptjax.config import config_differences, recorded_config
 from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
@@ -153,7 +153,10 @@ def read_run_config(workdir: Path) -> ConfigDict:
     The path of a pre-stage's model, which is stored relative to the workdir, is resolved; a model
     in a bucket is brought here.
     """
-    config = ConfigDict(files.read_json(workdir / "config.json"))
+    path = workdir / "config.json"
+    config = ConfigDict(files.read_json(path, dict))
+    with files.explain_errors(str(path)):
+        config_checks.check_sections(config)
     if len(config.prestage):
         config.model.path = str(workdir / config.model.path)
         buckets.fetch_model(config.model.path)
@@ -165,7 +168,9 @@ def changes_since_start(config: ConfigDict, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     if not path.is_file():
         return []
-    return config_differences(files.read_json(path), recorded_config(config, workdir))
+    recorded = recorded_config(config, workdir)
+    with files.explain_errors(str(path)):
+        return config_differences(files.read_json(path, dict), recorded)
 
 
 def refuse_changed_config(config: ConfigDict, workdir: Path) -> None:
@@ -222,8 +227,10 @@ def record_start(
 ) -> None:
     """Add the software of this start to versions.json, and the fingerprints to inputs.json."""
     path = workdir / "versions.json"
-    versions = files.read_json(path) if path.is_file() else {"starts": []}
+    versions = files.read_json(path, dict) if path.is_file() else {"starts": []}
     starts = versions["starts"] if "starts" in versions else [versions]
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError(f"{path}: expected a list of starts; delete the file, or restore it")
     start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), **software_versions(model_ctx)}
     starts.append(start | {"accepted_changes": changed})
     before, now = starts[0].get("packages", {}), start["packages"]

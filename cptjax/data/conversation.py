@@ -10,6 +10,7 @@ from PIL import Image
 from cptjax.common.images import ImageSource, open_image
 
 Messages = Sequence[dict[str, Any]]
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,13 @@ def refuse_reserved_tokens(text: str, reserved: re.Pattern) -> str:
     Only the template and the processor write these; in the text of a row they would be read as
     turns and images.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a message: expected text, got {type(text).__name__}: {text!r:.60}")
+    if half := _HALF_PAIR.search(text):
+        raise ValueError(
+            f"the text of a message contains {half[0]!r}, half of a surrogate pair, which is no "
+            "character; remove it from the row"
+        )
     token = reserved.search(text)
     if token:
         raise ValueError(

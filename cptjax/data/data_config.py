@@ -23,8 +23,11 @@ class DataConfig:
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.buckets and min(self.buckets) < 1:
-            raise ValueError(f"data.buckets: expected token lengths >= 1, got {self.buckets}")
+        if self.buckets and (min(self.buckets) < 1 or max(self.buckets) != self.prompt_limit):
+            raise ValueError(
+                "data.buckets: expected token lengths >= 1, the largest of them "
+                f"data.prompt_limit={self.prompt_limit}, got {self.buckets}"
+            )
         if self.weights and min(self.weights) <= 0:
             raise ValueError(f"data.weights: expected numbers > 0, got {self.weights}")
 

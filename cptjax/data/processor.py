@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from cptjax.common import images
+from cptjax.common import files, images
 from cptjax.common.images import Grid, ImageSettings, open_image
 from cptjax.data import image_patches, processor_files, tiny_tokenizer, video
 from cptjax.data.collate import EncodedConversation, Media
@@ -23,6 +23,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.family import Family, MediaGrid
 from cptjax.models.hf_config import locate_checkpoint
+from cptjax.tasks import template_worker
 
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 # Some templates write the date; with today's, a run that is resumed tomorrow would differ.
@@ -61,6 +62,11 @@ class Processor:
         added = self.tokenizer.added_tokens_decoder.values()
         special = sorted((t.content for t in added if t.special), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def render(self, messages: Messages, generation: bool | None = None) -> str:
         """Write the conversation with the chat template.
@@ -306,6 +312,13 @@ def load_processor(
 
     None is the package's own small processor. Use the config of the result: it has all end tokens.
     """
+    with files.explain_errors(f"{folder}: its tokenizer or chat template"):
+        return _load_processor(folder, cfg, min_pixels, max_pixels)
+
+
+def _load_processor(
+    folder: str | Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
+) -> Processor:
     source = None if folder is None else locate_checkpoint(folder)
     pixels = None
     if cfg.vision is not None:
@@ -316,12 +329,13 @@ def load_processor(
     else:
         from transformers import AutoTokenizer  # imports torch where it is installed: two seconds
 
+        processor_files.refuse_special_files(source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, ImportError, AttributeError) as e:
-            reason = str(e).splitlines()[0][:120]
+        except Exception as e:  # the tokenizer's library raises Exception itself
+            reason = files.describe_error(e)[:160]
             raise ValueError(
                 f"{source} has no tokenizer that can be read ({reason}); "
                 "copy the tokenizer files there"
@@ -329,6 +343,8 @@ def load_processor(
         tokenizer.backend_tokenizer.no_truncation()  # some tokenizer files turn these on
         tokenizer.backend_tokenizer.no_padding()
         template = processor_files.read_chat_template(source, tokenizer.chat_template)
+        question = [{"role": "user", "content": "?"}]
+        template_worker.refuse_unbounded_chat(str(source), template, question)
     for token, number in zip(VISION_TOKENS, cfg.vision_tokens, strict=False):
         actual = tokenizer.convert_tokens_to_ids(token)
         if actual != number:

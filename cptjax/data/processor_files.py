@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cptjax.common import files
 from cptjax.common.images import ImageSettings
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
@@ -25,11 +26,15 @@ PROCESSOR_FILES = (
 )
 
 
+def refuse_special_files(folder: Path) -> None:
+    """Refuse a folder or a pipe under the name of a file, which other code would wait for."""
+    for name in PROCESSOR_FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: expected a file; copy it from the checkpoint")
+
+
 def _read_json_file(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON ({e})") from e
+    return files.read_json(path, dict) if path.is_file() else {}
 
 
 def write_processor_files(
@@ -88,6 +93,13 @@ def read_image_settings(
     folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
 ) -> ImageSettings:
     """Return the image settings of a checkpoint; given pixel limits replace its own."""
+    with files.explain_errors(f"{folder}: preprocessor_config.json or processor_config.json"):
+        return _read_image_settings(folder, cfg, min_pixels, max_pixels)
+
+
+def _read_image_settings(
+    folder: Path | None, cfg: ModelConfig, min_pixels: int | None, max_pixels: int | None
+) -> ImageSettings:
     v, tower = cfg.vision, find_family(cfg).tower
     defaults = tower.processor
     sizes = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}

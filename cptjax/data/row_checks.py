@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import console, distributed
+from cptjax.common import console, distributed, files
 from cptjax.config import Stage, eval_templates, evaluated_tasks, replayed_tasks
 from cptjax.data import image_patches, prompts
 from cptjax.data.conversation import open_conversation_images
@@ -23,7 +23,7 @@ from cptjax.tasks.bad_rows import BadRow, make_bad_row
 from cptjax.tasks.prompted_task import PromptedTask, make_prompted_task
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.tasks.synthetic.dataset import SyntheticExamples
-from cptjax.tasks.task import Subset, Task, limit_rows
+from cptjax.tasks.task import Subset, Task, content_text, limit_rows
 from cptjax.types import Example
 
 PROMPTS_PER_SPLIT = 3  # rendered prompts in a split's report
@@ -237,6 +237,7 @@ def _measure_rows(
     limit: int,
 ) -> list[RowSize | BadRow]:
     """Measure rows in threads; Pillow decodes images without the interpreter lock."""
+    prompted.refuse_unbounded_prompts(examples, rows)
     sizes = []
     with (
         console.progress_bar(f"check {spec.task} {spec.split}", len(rows)) as bar,
@@ -273,7 +274,11 @@ def measure_row(
         example = examples[row]
         # Decode each image once: a header does not show that the rest of the file is complete.
         opened = dataclasses.replace(example, messages=open_conversation_images(example.messages))
-        tokens, grids = processor.measure(_conversation(opened, prompted, spec))
+        conversation = _conversation(opened, prompted, spec)
+        characters = sum(len(content_text(turn["content"])) for turn in conversation)
+        if characters > limit * processor.longest_token:  # counting its tokens may take minutes
+            raise ValueError(f"{characters} characters are over the limit of {limit} tokens")
+        tokens, grids = processor.measure(conversation)
         image_tokens = sum(
             image_patches.count_image_tokens(grid, processor.pixels.merge) for grid in grids
         )
@@ -295,3 +300,5 @@ def measure_row(
         return RowSize(tokens, image_tokens, sum(map(math.prod, grids)))
     except (ValueError, OSError) as error:
         return make_bad_row(examples, row, error)
+    except Exception as error:  # a row is a user's: whatever it causes is reported with it
+        return make_bad_row(examples, row, ValueError(files.describe_error(error)))

@@ -1,7 +1,6 @@
 """Load the result files of a run and write its matrix.csv and summary.json."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -126,11 +125,11 @@ def load_config(workdir: Path | str) -> dict[str, Any]:
     """Load config.json of a run; refuse a folder without one."""
     path = Path(workdir) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = files.read_json(path, dict)
         tasks_by_stage(config)
     except FileNotFoundError:
         raise ValueError(f"{workdir} is not a run: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected a run's config with stages, each with a task: {error!r}"
         ) from None
@@ -170,6 +169,11 @@ class RunTables:
 
 def load_run_tables(workdir: Path | str) -> RunTables:
     """Load the result files of a finished, running or crashed run."""
+    with files.explain_errors(f"the result files in {workdir}"):
+        return _load_run_tables(workdir)
+
+
+def _load_run_tables(workdir: Path | str) -> RunTables:
     config = load_config(workdir)
     rows = run_log.read_evals(Path(workdir) / "evals.csv")
     table = build_accuracy_table(rows, tasks_by_stage(config), **evaluation_fields(config))

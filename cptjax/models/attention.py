@@ -50,10 +50,14 @@ def short_row_backend(backend: str) -> str:
     return "tiled" if backend == "tiled" else "xla"
 
 
-def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
-    """Return the back end that the user names, or the best one for the mesh and the model."""
+def check_backend_name(wanted: str) -> None:
     if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
         raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
+
+
+def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
+    """Return the back end that the user names, or the best one for the mesh and the model."""
+    check_backend_name(wanted)
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     widths = [cfg.text.head_dim] + ([cfg.vision.head_dim] if cfg.vision else [])
     best = BACKENDS.get(platform, "xla")

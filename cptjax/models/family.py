@@ -1,6 +1,7 @@
 """What a model family is: data and functions, and the parts of config.json that families share."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,12 @@ from cptjax.models.positions import FrameLayout
 from cptjax.types import Array, Params, Vision
 
 MIN_FRAMES, MAX_FRAMES = 4, 768  # used of a video, as in transformers
+# Sizes in TextConfig and VisionConfig.
+SIZES = {
+    *("vocab", "width", "mlp", "depth", "heads", "kv_heads", "head_dim", "max_positions"),
+    *("patch", "temporal", "merge", "channels"),
+}
+MAX_SIZE, MAX_LAYERS = 2**24, 2**12
 HFConfig = dict[str, Any]  # the content of a config.json
 Grid = tuple[int, int, int]  # time, height, width in patches
 
@@ -124,6 +131,14 @@ def find_key(source: HFConfig, *names: str, default: Any = dataclasses.MISSING) 
     return default
 
 
+def find_size(source: HFConfig, name: str, default: Any = dataclasses.MISSING) -> int:
+    """Return a size, which other sizes are divided by."""
+    value = find_key(source, name, default=default)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json has {name}={value!r:.60}; expected a whole number above 0")
+    return value
+
+
 def expect_value(key: str, value: Any, *supported: Any) -> None:
     """Refuse a value that the models of a family do not have."""
     if value not in supported:
@@ -131,6 +146,36 @@ def expect_value(key: str, value: Any, *supported: Any) -> None:
             f"config.json has {key}={value!r}; expected {' or '.join(map(repr, supported))}, the "
             "only form that is implemented"
         )
+
+
+def check_shape(cfg: ModelConfig, tokens: Sequence[Any]) -> None:
+    """Refuse sizes that are no whole numbers above 0, and tokens outside of the vocabulary."""
+    for part in filter(None, (cfg.text, cfg.vision)):
+        for name, value in dataclasses.asdict(part).items():
+            is_size = isinstance(value, int) and not isinstance(value, bool)
+            most = MAX_LAYERS if name == "depth" else MAX_SIZE
+            if name in SIZES and not (is_size and 0 < value <= most):
+                raise ValueError(
+                    f"config.json gives the size {name}={value!r:.60}; expected a whole number "
+                    f"from 1 to {most}"
+                )
+    if cfg.vision and cfg.vision.width % cfg.vision.heads:
+        raise ValueError(
+            f"config.json gives {cfg.vision.heads} heads to a vision tower of width "
+            f"{cfg.vision.width}; expected a divisor of the width"
+        )
+    if not (0 < cfg.text.rope.theta < math.inf and 0 <= cfg.text.norm_eps < 1):
+        raise ValueError(
+            f"config.json gives rope_theta={cfg.text.rope.theta}, "
+            f"rms_norm_eps={cfg.text.norm_eps}; expected numbers above 0, the second one below 1"
+        )
+    vocab = cfg.text.vocab
+    for token in tokens:
+        if not isinstance(token, int) or not -1 <= token < vocab:
+            raise ValueError(
+                f"config.json or generation_config.json names the token {token!r:.60}; expected a "
+                f"number below vocab_size={vocab}"
+            )
 
 
 def text_keys(raw: HFConfig) -> HFConfig:
@@ -167,8 +212,8 @@ def read_text_config(
     expect_value("use_sliding_window", bool(t.get("use_sliding_window", False)), False)
     for kind in t.get("layer_types") or ():
         expect_value("layer_types", kind, "full_attention")
-    width, heads = find_key(t, "hidden_size"), find_key(t, "num_attention_heads")
-    kv_heads = find_key(t, "num_key_value_heads", default=heads)
+    width, heads = find_size(t, "hidden_size"), find_size(t, "num_attention_heads")
+    kv_heads = find_size(t, "num_key_value_heads", default=heads)
     head_dim = find_key(t, "head_dim", default=width // heads)
     if heads % kv_heads or (t.get("head_dim") is None and width % heads) or head_dim % 2:
         raise ValueError(

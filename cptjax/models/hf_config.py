@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import huggingface_hub
@@ -10,7 +9,7 @@ import huggingface_hub
 from cptjax.common import files
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import FAMILIES, PRESETS, find_family
-from cptjax.models.family import find_key, text_keys
+from cptjax.models.family import check_shape, find_key, text_keys
 
 
 def _end_tokens(*sources: dict) -> tuple[int, ...]:
@@ -27,7 +26,8 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
 
     A missing key has the default of transformers.
     """
-    family = FAMILIES.get(raw.get("model_type"))
+    name = raw.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(
             f"config.json has model_type={raw.get('model_type')!r}; expected one of "
@@ -37,11 +37,9 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
     stops = _end_tokens(generation, raw, text) or cfg.eos
     default_pad = stops[-1] if stops else cfg.pad
     pad = find_key(text, "pad_token_id", default=default_pad)
-    return dataclasses.replace(
-        cfg,
-        eos=stops,
-        pad=find_key(generation, "pad_token_id", default=pad),
-    )
+    pad = find_key(generation, "pad_token_id", default=pad)
+    check_shape(cfg, (*stops, pad))
+    return dataclasses.replace(cfg, eos=stops, pad=pad)
 
 
 def locate_checkpoint(path: str | Path, weights: bool = False) -> Path:
@@ -81,15 +79,10 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a Hugging Face checkpoint folder")
     generation = path.with_name("generation_config.json")
-    raw = _read_json(path)
-    return config_from_hf(raw, _read_json(generation) if generation.is_file() else None)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    raw = files.read_json(path, dict)
+    given = files.read_json(generation, dict) if generation.is_file() else None
+    with files.explain_errors(str(path)):
+        return config_from_hf(raw, given)
 
 
 def config_to_hf(cfg: ModelConfig, dtype: str = "bfloat16") -> dict:

@@ -31,6 +31,14 @@ def check_lora(freeze: Sequence[str], rank: int, vision: bool) -> None:
         )
 
 
+def check_targets(targets: Sequence[str]) -> None:
+    """Refuse names in `model.lora.targets` that are no weights of the decoder."""
+    if not targets or not set(targets) <= set(DECODER_LINEARS):
+        raise ValueError(
+            f"model.lora.targets={tuple(targets)}: expected some of {', '.join(DECODER_LINEARS)}"
+        )
+
+
 def add_lora(
     params: Params,
     rank: int,

@@ -52,7 +52,7 @@ def load_orbax(
             "expected a folder that launch/convert.py --src has written"
         )
     scale = folder / LORA_SCALE_FILE
-    cfg = dataclasses.replace(cfg, **(json.loads(scale.read_text()) if scale.is_file() else {}))
+    cfg = dataclasses.replace(cfg, **(files.read_json(scale, dict) if scale.is_file() else {}))
     declared = hf_checkpoint.declared_leaves(cfg)
     if mesh is not None and rules is None:
         rules = sharding.rules_for(cfg.text.kv_heads, mesh)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cptjax.common.files import local_folder, sync_files, sync_folder
+from cptjax.common.files import local_folder, parse_json, sync_files, sync_folder
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,12 +75,18 @@ def _find_shards(folder: Path) -> list[Path]:
             raise ValueError(
                 f"{folder} holds no *.safetensors file; expected a Hugging Face checkpoint folder"
             )
+        if special := [shard for shard in shards if not shard.is_file()]:
+            raise ValueError(f"{special[0]}: expected a file; copy it from the checkpoint")
         return shards
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f"{index} is not a safetensors index ({e}); download it again") from e
-    absent = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+    absent = [
+        n
+        for n in names
+        if not isinstance(n, str) or Path(n).name != n or not (folder / n).is_file()
+    ]
     if absent:
         raise ValueError(
             f"{index.name} names {absent[0]}, which is not in {folder}; download the missing shard"
@@ -95,8 +101,8 @@ def _read_header(file: Path) -> list[StoredTensor]:
             pass
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-    except (SafetensorError, OSError) as e:
+            header = parse_json(f.read(size))
+    except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(
             f"{file} is truncated or not a safetensors file ({e}); download it again"
         ) from e

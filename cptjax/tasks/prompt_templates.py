@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cptjax.common import files
+from cptjax.tasks import template_worker
 from cptjax.tasks.scoring.extract import EXTRACTIONS, extract_answer
 
 TEMPLATE_FOLDER = Path(__file__).with_name("templates")
@@ -55,22 +56,39 @@ class PromptTemplate:
     forced_prefix: str
     forced_extract: str
 
+    @property
+    def is_built_in(self) -> bool:
+        return self.name in BUILT_IN_TEMPLATES
+
     def render(
         self, content: str, columns: Mapping[str, Any] | None = None, answer_instruction: str = ""
     ) -> str:
         """Return the text of the prompt; placeholders such as <image> in `content` are kept."""
-        own = {"content": content, "answer_instruction": answer_instruction}
+        variables = self.variables(content, columns, answer_instruction)
         try:
-            text = _compile_template(self.source).render({**(columns or {}), **own})
+            text = _compile_template(self.source).render(variables).strip()
         except jinja2.UndefinedError as error:
-            known = ", ".join([*own, *(str(c) for c in columns or {} if c not in own)])
+            known = ", ".join(map(str, variables))
             raise ValueError(
                 f"template {self.name}: {error.message}; the row has {known}"
             ) from error
         # Raised for an attribute that the sandbox forbids, or a column of the wrong type.
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"template {self.name}: {error}") from error
-        return text.strip()
+        except Exception as error:
+            raise ValueError(f"template {self.name}: {files.describe_error(error)}") from error
+        if not text:
+            raise ValueError(
+                f"template {self.name}: gives an empty prompt; write {{{{ content }}}}"
+            )
+        return text
+
+    def variables(
+        self, content: str, columns: Mapping[str, Any] | None = None, answer_instruction: str = ""
+    ) -> dict[str, Any]:
+        """Return the variables of the template for a row."""
+        own = {"content": content, "answer_instruction": answer_instruction}
+        return own | {k: v for k, v in (columns or {}).items() if k not in own}
 
     def answer(self, response: str) -> str | None:
         """Return the final answer of a response, or None if the response lacks the form."""
@@ -91,11 +109,7 @@ class PromptTemplate:
         return self.forced_prefix + completion
 
 
-@functools.cache
-def _jinja_environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+_jinja_environment = functools.cache(template_worker.make_environment)
 
 
 @functools.cache
@@ -114,12 +128,16 @@ def load_template(name: str) -> PromptTemplate:
         )
     if not path.is_file():
         raise ValueError(f"template {name!r}: there is no file {path}")
-    source = path.read_text(encoding="utf-8")
     try:
+        source = path.read_text(encoding="utf-8")
         settings = TEMPLATE_SETTINGS | _read_settings(source)
         _compile_template(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"template {path}, line {error.lineno}: {error.message}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"template {path}: not UTF-8 ({error})") from error
+    except RecursionError:
+        raise ValueError(f"template {path}: its blocks or brackets are nested too deep") from None
     settings["forced_extract"] = settings["forced_extract"] or settings["extract"]
     _check_template(path, settings)
     return PromptTemplate(name if name in BUILT_IN_TEMPLATES else path.name, source, **settings)
@@ -133,12 +151,11 @@ def _read_settings(source: str) -> dict[str, str]:
             isinstance(node, jinja2.nodes.Assign)
             and getattr(node.target, "name", None) in TEMPLATE_SETTINGS
         ):
-            try:
-                settings[node.target.name] = node.node.as_const()
-            except jinja2.nodes.Impossible as error:
+            if not isinstance(node.node, jinja2.nodes.Const):
                 raise jinja2.TemplateSyntaxError(
                     f"{node.target.name}: expected a constant text", node.lineno
-                ) from error
+                )
+            settings[node.target.name] = node.node.value
     return settings
 
 

@@ -1,12 +1,13 @@
 """One task with one prompt template: its prompts, gold responses, rewards and scores."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cptjax.common import files
-from cptjax.tasks import prompt_templates, rewards
+from cptjax.tasks import prompt_templates, rewards, template_worker
 from cptjax.tasks.prompt_templates import PromptTemplate
 from cptjax.tasks.scoring import scorers
 from cptjax.tasks.scoring.sandbox import SandboxPool, split_target
@@ -36,15 +37,31 @@ class PromptedTask:
     def build_prompt(self, example: Example) -> list[dict[str, Any]]:
         """Return an example's conversation with the instructions in the last turn."""
         *before, last = example.messages
-        of_row = example.meta.get("answer_instruction")
-        instructions = filter(None, [of_row, self.task.answer_instruction])
-        text = self.template.render(
-            content_text(last["content"]), example.meta, "\n".join(instructions)
-        )
+        text = self.template.render(*self._template_arguments(example))
         parts = [] if isinstance(last["content"], str) else last["content"]
         images = [part["image"] for part in parts if part["type"] == "image"]
         videos = [part["video"] for part in parts if part["type"] == "video"]
         return [*before, *place_media([{**last, "content": text}], images, videos)]
+
+    def _template_arguments(self, example: Example) -> tuple[str, Mapping[str, Any], str]:
+        of_row = example.meta.get("answer_instruction")
+        instructions = [str(text) for text in (of_row, self.task.answer_instruction) if text]
+        content = content_text(example.messages[-1]["content"])
+        return content, example.meta, "\n".join(instructions)
+
+    def refuse_unbounded_prompts(self, examples: Sequence[Example], rows: Sequence[int]) -> None:
+        """Refuse a user's template that takes too much time or memory for one of these rows."""
+        size = template_worker.ROWS_PER_CALL
+        for start in range(0, 0 if self.template.is_built_in else len(rows), size):
+            variables = []
+            for row in rows[start : start + size]:
+                with contextlib.suppress(ValueError):  # the row itself is bad
+                    variables.append(
+                        self.template.variables(*self._template_arguments(examples[row]))
+                    )
+            template_worker.refuse_unbounded_prompts(
+                self.template.name, self.template.source, variables, f"{rows[start]}"
+            )
 
     def gold_response(self, example: Example) -> str:
         """Return the response that SFT trains on: the target, in the template's form."""

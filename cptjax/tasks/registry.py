@@ -168,10 +168,14 @@ def _find_task(
         if name not in BUILT_IN_TASKS:
             refuse_old_name("task", name)
             known = {**BUILT_IN_TASKS, **user_tasks}
-            raise ValueError(
-                f"no task {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
-            )
+            names = ", ".join([*user_tasks, *TASK_MAKERS])
+            hint = did_you_mean(name, known) or f"; there are {names}"
+            raise ValueError(f"no task {name!r:.80}{hint}")
         return BUILT_IN_TASKS[name]
+    if not isinstance(user_tasks[name], Mapping):
+        raise ValueError(
+            f"tasks.{name}: expected a dict of settings, got {user_tasks[name]!r:.200}"
+        )
     settings = dict(user_tasks[name])
     base = settings.pop("task", None)
     if base is None:

@@ -131,6 +131,17 @@ class Reward:
         return [_subtract_short(self, c, p) for c, p in zip(completions, parts, strict=True)]
 
 
+def check_weights(accuracy: float, format: float, on_error: str) -> None:
+    """Refuse settings of `config.rewards` that make no sense."""
+    if on_error not in ("stop", "zero"):
+        raise ValueError(f"rewards.on_error: expected stop or zero, got {on_error!r}")
+    if not (min(accuracy, format) >= 0 and accuracy + format > 0):
+        raise ValueError(
+            "reward weights: expected >= 0 and not both 0, "
+            f"got accuracy={accuracy}, format={format}"
+        )
+
+
 def find_reward(
     name: str | Callable,
     template: PromptTemplate,
@@ -149,13 +160,7 @@ def find_reward(
     `name` is "" or "default" (reward by the task's scorer), "jigsaw", another scorer, a
     `file.py:function` (loaded immediately), or a function.
     """
-    if on_error not in ("stop", "zero"):
-        raise ValueError(f"rewards.on_error: expected stop or zero, got {on_error!r}")
-    if min(accuracy, format) < 0 or accuracy + format == 0:
-        raise ValueError(
-            "reward weights: expected >= 0 and not both 0, "
-            f"got accuracy={accuracy}, format={format}"
-        )
+    check_weights(accuracy, format, on_error)
     if short_words < 0 or short_penalty < 0:
         raise ValueError(
             "rewards: expected short_words and short_penalty >= 0, "

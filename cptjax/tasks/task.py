@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cptjax.common.shuffle import permutation
+from cptjax.tasks.scoring.extract import EXTRACTIONS
 from cptjax.types import Example
 
 SHORT_ANSWER_SUFFIX = "Answer the question using a single word or phrase."
@@ -46,6 +47,33 @@ class Task:
     judge: str = ""
     # the limits of the model's image size that the answers depend on; None = any
     pixels: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, Any] = {
+            **dict.fromkeys(("scorer", "reward"), (str, Callable)),
+            **dict.fromkeys(("template", "extraction", "answer_instruction"), str),
+            **dict.fromkeys(("forced_prefix", "judge"), str),
+            "also": (list, tuple),
+        }
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                expected = {str: "a text", (list, tuple): "a tuple of scorers"}.get(
+                    kind, "a name, 'file.py:function' or a function"
+                )
+                raise ValueError(
+                    f"tasks.{self.name}.{name}: expected {expected}, got {value!r:.200}"
+                )
+        if wrong := [each for each in self.also if not isinstance(each, str | Callable)]:
+            raise ValueError(f"tasks.{self.name}.also: expected scorers, got {wrong[0]!r:.200}")
+        limits = self.pixels
+        if limits is not None and not (isinstance(limits, tuple) and len(limits) == 2):
+            raise ValueError(f"tasks.{self.name}.pixels: expected (min, max), got {limits!r:.200}")
+        if self.extraction and self.extraction not in EXTRACTIONS:
+            raise ValueError(
+                f"tasks.{self.name}.extraction={self.extraction!r}: expected one of "
+                f"{', '.join(EXTRACTIONS)}"
+            )
 
 
 class Examples(Sequence[Example]):

@@ -5,7 +5,6 @@ where known `rewards` and `finished`. It is the rollouts/*.jsonl of a run, or ha
 FILE.source.json beside FILE.jsonl, where launch/generate.py writes it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,13 +92,23 @@ def read_corpus_lines(path: Path, setting: str) -> list[dict[str, Any]]:
             "expected the rollouts/*.jsonl of another run, or a file of launch/generate.py"
         )
     lines = files.read_jsonl(path)
-    if not lines or {"id", "response"} - lines[0].keys():
-        got = f"the keys {', '.join(lines[0])}" if lines else "no lines"
+    wrong = next((line for line in lines if not _is_response(line)), None)
+    if not lines or wrong is not None:
+        got = "no lines" if wrong is None else f"{str(wrong):.200}"
         raise ValueError(
-            f"{setting}={str(path)!r}: "
-            f"expected lines with id, response and, where known, rewards; got {got}"
+            f"{setting}={str(path)!r}: expected lines with id, response (texts) and, where known, "
+            f"rewards (numbers by name) and reward (a number); got {got}"
         )
     return lines
+
+
+def _is_response(line: dict[str, Any]) -> bool:
+    """Return whether a line of a corpus has the keys that are needed, with values of their kind."""
+    rewards = line.get("rewards") or {}
+    numbers = [*rewards.values(), line.get("reward") or 0] if isinstance(rewards, dict) else [""]
+    return all(isinstance(line.get(key), str) for key in ("id", "response")) and all(
+        isinstance(number, int | float) for number in numbers
+    )
 
 
 def provenance_path(path: Path) -> Path:
@@ -111,7 +120,7 @@ def find_provenance(path: Path, setting: str) -> dict[str, Any]:
     """Return what a corpus was made of; refuse one of unknown origin."""
     source, run = provenance_path(path), path.absolute().parent.parent
     if source.is_file():
-        return json.loads(source.read_text(encoding="utf-8"))
+        return files.read_json(source, dict)
     if path.absolute().parent.name == "rollouts" and (run / "config.json").is_file():
         return {"run": str(run)}
     raise ValueError(

@@ -1,14 +1,17 @@
 """Refuse settings of a stage that make no sense, before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cptjax.config import Stage
-from cptjax.generation.sampling_config import rollout_sampling
-from cptjax.models import layers, lora
+from cptjax.common import files
+from cptjax.config import Stage, evaluated_tasks
+from cptjax.data.data_config import DataConfig
+from cptjax.generation.sampling_config import eval_sampling, rollout_sampling
+from cptjax.models import attention, layers, load, lora
+from cptjax.tasks import prompt_templates, registry, rewards
 from cptjax.training import corpus
 from cptjax.training.algorithms import advantages, distillation, prompt_filters
 from cptjax.training.algorithms.continual_learning.table import check_methods
@@ -29,17 +32,26 @@ def validate_stage(stage: Stage) -> None:
     config = stage.config
     model, m, t, r = config.model, config.method, config.train, config.rollout
     layers.check_remat(model.remat)
+    attention.check_backend_name(model.attention)
+    for name in ("param_dtype", "compute_dtype"):
+        if model[name] not in load.MODEL_DTYPES:
+            known = " or ".join(load.MODEL_DTYPES)
+            raise ValueError(f"model.{name}={model[name]!r}: expected {known}")
+    if not model.path:
+        load.find_preset(model.preset)
+    lora.check_targets(model.lora.targets)
     lora.check_lora(model.freeze, model.lora.rank, model.lora.vision)
     _check_source(m)
     LossConfig.from_config(config).validate()
     OptimizerConfig.from_config(t).validate()
     ScheduleConfig.from_config(t).validate()
     check_methods(config)
-    if m.kl_reference not in ("base", "stage") and not Path(m.kl_reference).is_dir():
+    if m.kl_reference not in ("base", "stage") and not _is_model(m.kl_reference):
         raise ValueError(
             f"method.kl_reference={m.kl_reference!r}: "
             "expected base, stage or an existing folder with a model"
         )
+    advantages.check_names(m.advantage, m.truncated)
     if m.objective == "policy":
         advantages.check_advantage(
             m.advantage,
@@ -49,9 +61,40 @@ def validate_stage(stage: Stage) -> None:
             max_new_tokens=r.max_new_tokens,
         )
     _check_ignored_settings(m, config.data)
-    rollout_sampling(config)  # refuses settings that are out of range
+    rollout_sampling(config)  # this and the next two refuse settings that are out of range
+    eval_sampling(config)
+    DataConfig.from_config(config.data)
+    for setting, folders in (
+        ("root", (config.data.root,)),
+        ("outside_images", config.data.outside_images),
+    ):
+        if missing := [folder for folder in folders if folder and not Path(folder).is_dir()]:
+            raise ValueError(f"data.{setting}={missing[0]!r}: no such folder")
+    rewards.check_weights(**{k: config.rewards[k] for k in ("accuracy", "format", "on_error")})
+    for template in (config.data.template, *config.eval.templates):
+        prompt_templates.load_template(template)
     _check_own_samples(m, r)
     _check_batch_split(m, t)
+
+
+def validate_tasks(config: ConfigDict, stages: Sequence[Stage]) -> None:
+    """Refuse a task of `config.tasks` that makes no sense, and names of tasks that do not exist."""
+    own = config.tasks.to_dict()
+    trained = [task for stage in stages for task in stage.tasks]
+    outside = tuple(config.data.outside_images)
+    for name in dict.fromkeys((*own, *trained, *evaluated_tasks(config, stages))):
+        with files.explain_errors(f"tasks.{name}"):
+            registry.resolve_task(name, own, None, outside)
+    for name in config.eval.general:
+        registry.resolve_task(name, own, None, outside)
+    if both := [name for name in config.eval.general if name in trained]:
+        raise ValueError(
+            f"config.eval.general names {both[0]!r}, which a stage trains; remove it there"
+        )
+
+
+def _is_model(folder: str) -> bool:
+    return (Path(folder) / "config.json").is_file()
 
 
 def _check_source(m: ConfigDict) -> None:
@@ -86,7 +129,7 @@ def _check_source(m: ConfigDict) -> None:
             f"with source={m.source!r} leave it '' and set data.template"
         )
     _check_epoch_unit(m)
-    if m.refresh not in ("never", "epoch") and not (str(m.refresh).isdigit() and int(m.refresh)):
+    if m.refresh not in ("never", "epoch") and not (str(m.refresh).isdecimal() and int(m.refresh)):
         raise ValueError(
             f"method.refresh={m.refresh!r}: expected never, epoch or a number of steps"
         )
@@ -144,8 +187,8 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
             "only conversations with given responses are packed"
         )
     d = m.distill
-    is_model = Path(d.teacher).is_dir()
-    if (d.teacher not in distillation.TEACHERS and not is_model) or not 0 < d.ema <= 1:
+    is_model = d.teacher in distillation.TEACHERS or _is_model(d.teacher)
+    if not is_model or not 0 < d.ema <= 1:
         known = ", ".join(distillation.TEACHERS)
         raise ValueError(
             f"method.distill teacher={d.teacher!r}, ema={d.ema}: "

@@ -22,7 +22,8 @@ def write_report(
     """
     folders = [buckets.fetch(folder) for folder in folders]
     page_path = files.local_folder(out, "--out") if out else folders[0] / "report.html"
-    _write_page(read.read_arms(folders, sort), folders, page_path, baseline)
+    with files.explain_errors(f"the result files in {', '.join(map(str, folders))}"):
+        _write_page(read.read_arms(folders, sort), folders, page_path, baseline)
     for path in (page_path, page_path.with_suffix(".json")):
         if path.is_file():
             buckets.publish(path)

@@ -43,8 +43,13 @@ def check_expectations(config: ConfigDict) -> None:
         setting = f"config.expect[{i}]"
         relations = [key for key in EXPECT_RELATIONS if key in entry]
         types_fit = all(
-            isinstance(entry[key], str if key == "above" else int | float) for key in relations
+            isinstance(entry[key], str if key == "above" else int | float)
+            and not isinstance(entry[key], bool)
+            for key in relations
         )
+        types_fit = types_fit and isinstance(entry.get("mean", True), bool)
+        types_fit = types_fit and isinstance(entry.get("metric"), str)
+        types_fit = types_fit and all(isinstance(arm, str) for arm in _listed(entry.get("arm")))
         keys_fit = set(entry) - {"mean"} == {"arm", "metric", *relations}
         if not keys_fit or len(relations) != 1 or not types_fit:
             raise ValueError(
@@ -65,6 +70,10 @@ def check_expectations(config: ConfigDict) -> None:
     if config.report.sort:
         metrics = [*FORMULAS, *groups]
         refuse_unknown(config.report.sort, metrics, "config.report.sort names the metric")
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def refuse_unknown(name: str, known: Sequence[str], subject: str) -> None:

@@ -79,8 +79,10 @@ def read_versions(path: Path) -> dict[str, Any]:
     """Return the software of the newest start of a run, and the number of starts."""
     if not path.is_file():
         return {}
-    versions = files.read_json(path)
+    versions = files.read_json(path, dict)
     starts = versions.get("starts", [versions])
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError(f"{path}: expected a list of starts; delete the file, or restore it")
     return {"starts": len(starts), **starts[-1]}
 
 

@@ -117,13 +117,16 @@ def is_run_folder(folder: Path) -> bool:
     An exported model also has a config.json, but without stages.
     """
     path = folder / "config.json"
-    return path.is_file() and '"stages"' in path.read_text(encoding="utf-8")
+    return path.is_file() and b'"stages"' in path.read_bytes()
 
 
 def read_run_names(folder: Path) -> list[str]:
     """Return the sub-folders of a folder's runs as the config lists them; [] = not recorded."""
     path = folder / RUNS_FILE
-    return files.read_json(path) if path.is_file() else []
+    names = files.read_json(path, list) if path.is_file() else []
+    if not all(isinstance(name, str) and ".." not in Path(name).parts for name in names):
+        raise ValueError(f"{path}: expected names of sub-folders; restore the file")
+    return names
 
 
 def missing_runs(folders: Sequence[Path | str]) -> list[str]:
@@ -214,8 +217,9 @@ def _distinct_labels(arms: Sequence[tuple[str, list[Path]]]) -> list[str]:
 
 
 def read_run(path: Path, label: str) -> ReportRun:
-    tables = summary.load_run_tables(path)
-    return ReportRun(label, tables, summary.summarise_run(tables))
+    with files.explain_errors(f"the result files in {path}"):
+        tables = summary.load_run_tables(path)
+        return ReportRun(label, tables, summary.summarise_run(tables))
 
 
 def add_references(arm: Arm, others: Sequence[Arm]) -> Arm:
@@ -255,7 +259,7 @@ def read_fresh_cells(run: ReportRun) -> Cells:
 def read_rollouts(run: ReportRun, stage: int) -> list[dict[str, Any]]:
     """Read the first and the last responses of a stage; the middle of a large file is not read."""
     path = run.path / "rollouts" / f"stage{stage}.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
     with path.open("rb") as file:
         head, size = file.read(ROLLOUT_BYTES), path.stat().st_size

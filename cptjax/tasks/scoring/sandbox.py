@@ -36,8 +36,9 @@ from typing import Any, NamedTuple
 WORKER_START = (
     "import runpy, sys; runpy.run_path(sys.argv[1])['serve'](int(sys.argv[2]), sys.argv[3:])"
 )
-# Seconds for importing a file; the first import of a large library is slow on some disks.
-LOAD_TIME_LIMIT = 120.0
+# Seconds of processor time for importing a file, and how many times as long it may take in all: the
+# first import of a large library is slow on some disks.
+LOAD_TIME_LIMIT, LOAD_PATIENCE = 20.0, 6.0
 
 
 class SandboxCall(NamedTuple):
@@ -134,7 +135,8 @@ class _Worker:
                 f"({type(error).__name__}: {error})"
             )
         if target not in self.loaded:
-            outcome = self._ask(pickle.dumps((target, None, LOAD_TIME_LIMIT, 1.0)), LOAD_TIME_LIMIT)
+            load = pickle.dumps((target, None, LOAD_TIME_LIMIT, LOAD_PATIENCE))
+            outcome = self._ask(load, LOAD_TIME_LIMIT, LOAD_PATIENCE)
             if outcome.error:
                 return outcome
             self.loaded.add(target)
@@ -251,8 +253,11 @@ def serve(memory: int, path: list[str]) -> None:
         reply = _reply(requests.read(length), functions)
         if os.getpid() != worker:  # a child that a user's function forked has returned from it
             os._exit(0)
-        replies.write(json.dumps([number, *reply]).encode() + b"\n")
-        replies.flush()
+        try:
+            replies.write(json.dumps([number, *reply]).encode() + b"\n")
+            replies.flush()
+        except OSError:  # a user's function closed the pipe
+            os._exit(1)
 
 
 def _reply(message: bytes, functions: dict[str, Any]) -> tuple[Any, str | None]:
@@ -334,6 +339,8 @@ def _accepted_columns(function: Any, columns: Mapping[str, Any]) -> dict[str, An
 
 def _to_json_value(value: Any) -> Any:
     """Convert a value to what JSON can hold; numpy and torch scalars become numbers."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**1023:
+        raise OverflowError("returned a whole number that no float can hold")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

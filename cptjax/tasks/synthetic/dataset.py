@@ -208,6 +208,8 @@ def make_synthetic_task(
             "synthetic task: expected level 1, 2 or 3 (facts: 1) and 0 <= bias <= 1, "
             f"got level={level} and bias={bias}"
         )
+    if type(side) is not int or not 8 <= side <= 4096:
+        raise ValueError(f"synthetic task: expected side=8 to 4096 pixels, got {side!r:.60}")
     unknown = [style for style in styles or () if style and style not in ANSWER_STYLES]
     if unknown or (styles is not None and not sum(styles.values()) > 0):
         raise ValueError(

@@ -1,9 +1,9 @@
 """Read a user's data files as tables of rows; a row that cannot be read becomes a BadRow."""
 
+import contextlib
 import csv
 import dataclasses
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,10 +45,11 @@ def read_tables(source: str, split: str, root: str = "") -> list[DataTable]:
     A hub dataset is named org/name[:config][@split], and with hf: before it in any case.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path, split)
-    if path.is_file():
-        return [_read_file(path)]
+    with files.explain_errors(str(path)):
+        if path.is_dir():
+            return _read_folder(path, split)
+        if path.is_file():
+            return [_read_file(path)]
     named = HUB_DATASET.fullmatch(source)
     is_file_name = path.suffix in DATA_SUFFIXES and not source.startswith(files.HUB_PREFIX)
     hub_id = files.find_hub_id(named["id"]) if named and not is_file_name else None
@@ -100,7 +101,11 @@ def _read_file(path: Path) -> DataTable:
     if path.suffix == ".parquet":
         import datasets
 
-        rows = hub.ArrowRows(datasets.Dataset.from_parquet(str(path)))
+        try:
+            rows = hub.ArrowRows(datasets.Dataset.from_parquet(str(path)))
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise ValueError(f"{path}: not a parquet file with rows ({reason})") from error
         return _arrow_table(str(path), path.parent, rows)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     if path.suffix not in readers:
@@ -130,7 +135,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line.decode())
+                row = files.parse_json(line, unique=True)
             except ValueError as error:
                 row = Unreadable(f"not JSON in UTF-8 ({error})")
             yield number, row
@@ -142,14 +147,14 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     A .json file may also contain JSON lines.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        content = files.parse_json(path.read_bytes(), unique=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from error
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":
             yield from _read_jsonl(path)
             return
         raise ValueError(f"{path}: not JSON ({error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from error
     values = content.values() if isinstance(content, dict) else [content]
     lists = [value for value in values if isinstance(value, list)]
     if len(lists) != 1:
@@ -165,6 +170,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     csv.field_size_limit(2**27)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    with contextlib.suppress(csv.Error):  # the loop below reports it
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path}: the header names {twice[0]!r} twice; rename one column")
     while True:
         number = reader.reader.line_num + 1 if reader.fieldnames else 1
         try:

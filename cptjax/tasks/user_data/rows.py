@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cptjax.common import files
 from cptjax.common.images import find_file
 from cptjax.tasks.task import place_media
 from cptjax.tasks.user_data.readers import IMAGE_SUFFIXES, DataTable
@@ -59,7 +59,11 @@ class UserRow:
 
 
 def _row_id(row: UserRow, value: Any) -> str:
-    return f"{Path(row.file).name}:{row.number}" if value in (None, "") else str(value)
+    if value in (None, ""):
+        return f"{Path(row.file).name}:{row.number}"
+    if not isinstance(value, str | int):
+        raise ValueError(f"the id: expected text or a whole number, got {value!r:.60}")
+    return str(value)
 
 
 def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
@@ -71,7 +75,10 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
     if turns[-1]["role"] == "assistant":
         content = turns.pop()["content"]
         if not isinstance(content, str):
-            content = "".join(str(part.get("text") or "") for part in content)
+            parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+            if any(part.get("type", "text") != "text" for part in parts):
+                raise ValueError("messages: expected only text in the last response")
+            content = "".join(_read_text(part.get("text")) for part in parts)
         target = clean_answer(content) if target is None else target
     answer = target if answer is None else answer
     if answer is None and spec.needs_answer:
@@ -109,14 +116,14 @@ def read_turns(
     if not messages:
         if clean_answer(cells.get("prompt")) is None:
             raise ValueError("the prompt is empty")
-        return [{"role": "user", "content": str(cells["prompt"])}]
+        return [{"role": "user", "content": _read_text(cells["prompt"])}]
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError("messages: expected a list of turns {role, content}")
     turns = []
     for turn in messages:
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if role not in CHAT_ROLES:
+        if not isinstance(role, str) or role not in CHAT_ROLES:
             raise ValueError(f"messages: expected the role system, user or assistant, got {role!r}")
         if not isinstance(content, (str, list)):
             raise ValueError(
@@ -187,6 +194,13 @@ def load_media(
     )
 
 
+def _read_text(value: Any) -> str:
+    """Return a text, which may be a number; refuse other kinds."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise ValueError(f"expected text, got {type(value).__name__}: {value!r:.60}")
+    return "" if value is None else str(value)
+
+
 def _read_part(part: Any, folders: MediaFolders) -> str | dict[str, Any]:
     """Return a text with placeholders, or a finished part if it has its own image or video."""
     if isinstance(part, str):
@@ -196,7 +210,7 @@ def _read_part(part: Any, folders: MediaFolders) -> str | dict[str, Any]:
         raise ValueError(f"messages: expected a part of type text, image or video, got {kind!r}")
     value = part.get(kind)
     if kind == "text":
-        return str(value or "")
+        return _read_text(value)
     if not value:
         return f"<{kind}>"
     if kind == "image":
@@ -209,6 +223,8 @@ def locate_image(source: Any, folders: MediaFolders) -> Any:
 
     A missing file is an error.
     """
+    if isinstance(source, dict) and not isinstance(source.get("bytes"), bytes | None):
+        raise ValueError(f"an image: expected bytes, got {source['bytes']!r:.60}")
     value = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
     if isinstance(value, str) and value and not value.startswith("data:image/"):
         return folders.find(value)
@@ -250,8 +266,8 @@ def as_list(value: Any) -> list[Any]:
 
 def parse_json_list(text: str) -> list[Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = files.parse_json(text)
+    except ValueError as error:
         raise ValueError(f"expected a list in JSON, got {text!r:.60} ({error})") from error
     return value if isinstance(value, list) else [value]
 
@@ -267,4 +283,6 @@ def clean_answer(answer: Any) -> Any:
         return [str(item).strip() for item in answer if clean_answer(item) is not None] or None
     if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         return None
+    if isinstance(answer, float) and math.isinf(answer):
+        raise ValueError("the answer is an infinite number")
     return str(answer).strip() or None

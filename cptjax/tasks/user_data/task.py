@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cptjax.common import files
 from cptjax.tasks.bad_rows import BadRow
 from cptjax.tasks.task import Task, did_you_mean, limit_rows
 from cptjax.tasks.user_data.readers import DataTable, read_tables
@@ -57,9 +58,10 @@ def make_user_task(name: str, outside_images: tuple[str, ...] = (), /, **setting
     sources = {
         split: settings.pop(split) for split in USER_SPLITS if settings.get(split) not in (None, "")
     }
-    columns = dict(settings.pop("columns", None) or {})
+    columns = settings.pop("columns", None) or {}
     row_settings = {key: settings.pop(key) for key in ROW_SETTINGS if key in settings}
     _check_user_settings(name, sources, columns, settings)
+    _check_row_settings(name, **row_settings)
     reward = settings.get("reward", "")
     needs_answer = not (callable(reward) or ".py:" in reward) or "answer" in columns
     spec = UserTaskSpec(
@@ -82,6 +84,11 @@ def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: 
                 f"tasks.{name}: unknown setting {key!r}{did_you_mean(key, known)}; "
                 f"there are {', '.join(sorted(known))}"
             )
+    is_mapping = isinstance(columns, Mapping)
+    if not is_mapping or not all(isinstance(column, str) for column in columns.values()):
+        raise ValueError(
+            f"tasks.{name}.columns: expected a dict of names of columns, got {columns!r:.200}"
+        )
     for key in columns:
         if key not in COLUMN_ROLES:
             raise ValueError(
@@ -94,11 +101,23 @@ def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: 
         )
     for split, source in sources.items():
         is_share = split != "train" and "train" in sources
-        if not isinstance(source, str) and not (is_share and 0 < source < 1):
+        is_number = is_share and isinstance(source, float)
+        if not isinstance(source, str) and not (is_number and 0 < source < 1):
             raise ValueError(
                 f"tasks.{name}.{split}: expected a file, folder or hub id, or a share of train "
                 f"between 0 and 1; got {source!r}"
             )
+
+
+def _check_row_settings(
+    name: str, prompt: Any = "", image_root: Any = "", limit: Any = None
+) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f"tasks.{name}.prompt: expected a text, got {prompt!r:.200}")
+    if not isinstance(image_root, str) or (image_root and not Path(image_root).is_dir()):
+        raise ValueError(f"tasks.{name}.image_root: expected a folder, got {image_root!r:.200}")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"tasks.{name}.limit: expected rows >= 1 or None, got {limit!r:.200}")
 
 
 class UserExamples(Sequence[Example]):
@@ -153,6 +172,8 @@ def load_user_split(
                 raise ValueError(f"the id {example.id!r} is already in use by an earlier row")
         except ValueError as error:
             bad.append(BadRow(row.file, row.number, str(error)))
+        except Exception as error:  # a row is a user's: whatever it causes is reported with it
+            bad.append(BadRow(row.file, row.number, files.describe_error(error)))
         else:
             ids.add(example.id)
             good.append((row, example if isinstance(row.table.rows, list) else None))

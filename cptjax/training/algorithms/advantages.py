@@ -44,12 +44,21 @@ TRUNCATION_RULES = ("score", "zero", "mask")
 STD_EPS = 1e-6
 
 
+def check_names(advantage: str, truncated: str) -> None:
+    """Refuse the names of an advantage and of a truncation rule that do not exist."""
+    if advantage not in ADVANTAGES:
+        raise ValueError(f"method.advantage={advantage!r}: choose one of {', '.join(ADVANTAGES)}")
+    if truncated not in TRUNCATION_RULES:
+        raise ValueError(
+            f"method.truncated={truncated!r}: choose one of {', '.join(TRUNCATION_RULES)}"
+        )
+
+
 def check_advantage(
     advantage: str, group: int, *, truncated: str, overlong: int, max_new_tokens: int
 ) -> None:
     """Refuse settings that give no training signal or make no sense."""
-    if advantage not in ADVANTAGES:
-        raise ValueError(f"method.advantage={advantage!r}: choose one of {', '.join(ADVANTAGES)}")
+    check_names(advantage, truncated)
     if group < 1:
         raise ValueError(f"rollout.group={group}: expected at least 1 response per prompt")
     if group == 1 and advantage in GROUP_ADVANTAGES:
@@ -57,10 +66,6 @@ def check_advantage(
         raise ValueError(
             f"method.advantage={advantage!r} compares the responses of a group: set rollout.group "
             f">= 2, or choose one of {others}"
-        )
-    if truncated not in TRUNCATION_RULES:
-        raise ValueError(
-            f"method.truncated={truncated!r}: choose one of {', '.join(TRUNCATION_RULES)}"
         )
     if not 0 <= overlong <= max_new_tokens:
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_SAMPLES = 2**20  # responses per prompt
 PROMPT_FILTERS = ("incompetent", "zero_variance", "window", "random", "unsolvable")
 # Settings of a filter beside its name and window.
 FILTER_OPTIONS = ("like", "corpus", "balanced", "most", "top_p")
@@ -63,12 +64,13 @@ def _check_filter_options(
 
 def check_online_filter(lo: float, hi: float, max_refills: int) -> None:
     """Refuse an online filter whose window is empty."""
-    if not 0 <= lo < hi <= 1:
+    numbers = all(isinstance(bound, int | float) for bound in (lo, hi))
+    if not numbers or not 0 <= lo < hi <= 1:
         raise ValueError(
             f"method.online_filter lo={lo}, hi={hi}: expected mean accuracies with "
             "0 <= lo < hi <= 1"
         )
-    if max_refills < 0:
+    if type(max_refills) is not int or max_refills < 0:
         raise ValueError(f"method.online_filter.max_refills={max_refills}: expected 0 or more")
 
 
@@ -77,7 +79,10 @@ def success_window(
 ) -> tuple[int, int]:
     """Return the window of success counts: by name, or else as given, by default 1 to all."""
     least = 2 if name == "zero_variance" else 1
-    if any(n is not None and type(n) is not int for n in (samples, lo, hi)) or samples < least:
+    if (
+        any(n is not None and type(n) is not int for n in (samples, lo, hi))
+        or not least <= samples <= MAX_SAMPLES
+    ):
         raise ValueError(
             f"method.filter samples={samples!r}, lo={lo!r}, hi={hi!r}: expected whole numbers, "
             f"and for {name!r} at least {least} responses per prompt"

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cptjax.common import files
 from cptjax.training.algorithms.continual_learning.agem import AGEM
 from cptjax.training.algorithms.continual_learning.cpo import CPO
 from cptjax.training.algorithms.continual_learning.dare import DARE
@@ -57,10 +58,15 @@ def continual_methods(method: ConfigDict) -> Methods:
     ]
     if method.get("plugin"):
         cls = load_plugin(method.plugin)
-        chosen.append(make_method("method.plugin_settings", cls, method.plugin_settings or {}))
-    elif method.get("plugin_settings"):
+        given = method.plugin_settings or {}
+        if not isinstance(given, Mapping | ConfigDict):
+            raise ValueError(f"method.plugin_settings: expected a dict, got {given!r:.200}")
+        with files.explain_errors(f"method.plugin={method.plugin!r}"):
+            chosen.append(make_method("method.plugin_settings", cls, given))
+    elif given := method.get("plugin_settings"):
+        given = dict(given) if isinstance(given, Mapping | ConfigDict) else given
         raise ValueError(
-            f"method.plugin_settings={dict(method.plugin_settings)} without method.plugin: set "
+            f"method.plugin_settings={given} without method.plugin: set "
             "method.plugin='file.py:Class'"
         )
     return tuple(m for m in chosen if m is not None)
@@ -70,7 +76,8 @@ def check_methods(config: ConfigDict) -> None:
     """Refuse settings and combinations of a stage's methods that make no sense."""
     methods = continual_methods(config.method)
     for m in methods:
-        m.check(config)
+        with files.explain_errors(f"config.method, {m.name}"):
+            m.check(config)
     with_memory = [m.name for m in methods if m.memory is not None]
     if len(with_memory) > 1:
         raise ValueError(f"expected one method with a memory, got {' and '.join(with_memory)}")
@@ -126,7 +133,7 @@ def load_plugin(target: str) -> type[ContinualMethod]:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except BaseException as error:  # also sys.exit()
             raise ValueError(f"{where}: the file raises {type(error).__name__}: {error}") from error
         _PLUGIN_MODULES[key, stamp] = module
     cls = getattr(_PLUGIN_MODULES[key, stamp], name, None)
