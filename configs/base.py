@@ -242,9 +242,6 @@ def get_config() -> ConfigDict:
         every=1, rollouts=True, gallery=12, tensorboard=False, wandb="",
         changed_weights=False,  # the share of the trained weights that an update changes
     ))  # fmt: skip
-    c.lock()  # a misspelt setting is an error
-    for free in (c.tasks, c.arms, c.sweep, c.prestage, c.eval.groups):
-        free.unlock()
     return c
 
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,8 @@ class _ConfigFileParser(flags.ArgumentParser):
                 got = type(config).__name__
                 raise ValueError(f"get_config() returns {got}; expected a ConfigDict")
             config_checks.check_sections(config)
+            base = importlib.import_module("configs.base").get_config()
+            _refuse_unknown_settings(config, base)
         with config.unlocked():
             _separate_arms_and_stages(config)
             for override in sys.argv:
@@ -104,6 +107,16 @@ class _ConfigFileParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return self.parser.flag_type()
+
+
+def _refuse_unknown_settings(config: ConfigDict, base: ConfigDict, where: str = "config") -> None:
+    """Refuse settings that configs/base.py does not declare, such as misspelt ones."""
+    for key, value in config.items():
+        if key not in base:
+            raise ValueError(f"{where}.{key} does not exist; {nearest_names(key, base)}")
+        if key not in FREE_SECTIONS and isinstance(base[key], ConfigDict):
+            if isinstance(value, ConfigDict):
+                _refuse_unknown_settings(value, base[key], f"{where}.{key}")
 
 
 @contextlib.contextmanager

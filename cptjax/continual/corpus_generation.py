@@ -17,10 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax.common import buckets, console, distributed, files
+from cptjax.common.config_checks import check_config
 from cptjax.common.runs import expand_runs
 from cptjax.config import Stage, merge_config
 from cptjax.continual import reevaluate
-from cptjax.continual.driver import check_all_runs
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
 from cptjax.continual.workdir import refuse_changed_config, software_versions
@@ -71,7 +71,7 @@ def generate_corpus(
     config: ConfigDict, workdir: str | Path, request: CorpusRequest, out: str | Path
 ) -> dict[str, Any]:
     """Write the corpus `out` and its provenance; return the provenance."""
-    check_all_runs(config)
+    check_config(config)
     out = Path(out)
     if out.suffix != ".jsonl":
         raise ValueError(f"--out={str(out)!r}: expected a path that ends with .jsonl")

@@ -7,10 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cptjax.common import buckets, console, distributed, files, run_log
+from cptjax.common.config_checks import check_config
 from cptjax.common.runs import prestage_runs, select_runs
 from cptjax.config import merge_config
 from cptjax.continual import fingerprints, progress, stage_evaluation
-from cptjax.continual.driver import check_all_runs
 from cptjax.continual.model_state import newest_stage, restore_stage_params
 from cptjax.continual.open_run import Run, open_run_readonly
 from cptjax.continual.stage_model import check_folder_kind
@@ -40,7 +40,7 @@ def reevaluate_stage(
     """
     if model and (stage is not None or record):
         raise ValueError("--model is not a stage of the workdir: leave out --stage and --record")
-    check_all_runs(config)
+    check_config(config)
     target, workdir = buckets.write_path(workdir, distributed.process_index()), fetch_run(workdir)
     single = select_run(config, workdir)
     if model:

@@ -21,10 +21,10 @@ import jax
 from ml_collections import ConfigDict
 
 from cptjax.common import console
+from cptjax.common.config_checks import check_config
 from cptjax.common.program import Program
 from cptjax.common.runs import expand_runs
 from cptjax.config import config_to_dict, resolve_stages
-from cptjax.continual import driver
 from cptjax.planning import aot_compile, chips, hlo, hlo_costs, memory, programs
 from cptjax.planning.aot_compile import SubprocessCompiler
 from cptjax.planning.chips import Chip
@@ -99,7 +99,7 @@ def make_plans(
 
     `thorough` compiles to machine code.
     """
-    driver.check_all_runs(config)
+    check_config(config)
     devices = aot_compile.topology_devices(topology, slices)
     plans, planned = [], set()
     for arm, single in expand_runs(config):
