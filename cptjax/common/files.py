@@ -34,10 +34,11 @@ def explain_errors(what: str) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """Return the kind of an error, its first line and where it was raised."""
-    lines = str(error).strip().splitlines() or [""]
+    lines = str(error).strip().splitlines()
+    reason = f": {lines[0][:300]}" if lines else ""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {lines[0][:300]}{where}".replace(": (", " (")
+    return f"{type(error).__name__}{reason}{where}"
 
 
 def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
