@@ -60,6 +60,8 @@ def load(
         stage or of `stage` (0 = base); or the name of a preset, for random weights.
     mesh: the mesh that the weights are placed on; None = a mesh that shards them over all devices.
     """
+    if not str(path):
+        raise ValueError("the path of the model is empty; is a shell variable not set?")
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(MODEL_DTYPES)}")
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -112,6 +114,11 @@ def generate(
         raise ValueError(
             f"n={n}, seed={seed}: expected 1 to {MAX_SAMPLES} responses, and a seed from 0 to "
             "2**32 - 1"
+        )
+    if max_new_tokens > model.config.text.max_positions:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: expected at most the "
+            f"{model.config.text.max_positions} positions of the model"
         )
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 conversation")

@@ -25,7 +25,10 @@ PEER = flags.DEFINE_enum(
     "peer", None, ["hf"], "Time transformers + torch in turns with our phases (needs torch)."
 )
 IMAGE = flags.DEFINE_integer(
-    "image", 112, "Pixels of a side of an image, a multiple of two patches (28); 0 = no images."
+    "image",
+    112,
+    "Pixels of a side of an image, a multiple of two patches (28); 0 = no images.",
+    lower_bound=0,
 )
 PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts, each with an image.", lower_bound=1)
 GROUP = flags.DEFINE_integer("group", 8, "Responses to each prompt.", lower_bound=1)

@@ -44,6 +44,8 @@ def main() -> None:
             "expected --dst and exactly one of --src (Hugging Face folder or GGUF file), "
             "--checkpoint (Orbax folder) and --workdir (folder of a run)"
         )
+    if "" in (*sources, DST.value):
+        raise ValueError("a flag is empty: expected a folder; is a shell variable not set?")
     if STAGE.value is not None and WORKDIR.value is None:
         raise ValueError(f"--stage={STAGE.value}: expected --workdir with it; add --workdir=DIR")
     import jax

@@ -35,9 +35,9 @@ class SamplingConfig:
             "group": (self.group >= 1, "at least 1"),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "check_every": (self.check_every >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (0 <= self.temperature <= 1e4, "0 (greedy) or more, at most 10000"),
             "top_k": (
-                self.top_k >= 0 and int(self.top_k) == self.top_k,
+                0 <= self.top_k < 2**31 and int(self.top_k) == self.top_k,
                 "0 (off) or a number of tokens",
             ),
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]; 1 is off"),
