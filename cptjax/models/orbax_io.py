@@ -27,6 +27,8 @@ def save_orbax(
 ) -> None:
     """Write an Orbax checkpoint with its config and processor files; adapters are not merged."""
     folder = files.local_folder(folder, "--dst").absolute()
+    if (folder / ORBAX_FOLDER).exists():
+        raise ValueError(f"{folder} holds a checkpoint already; remove it, or choose another --dst")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists already; remove it, or choose another --dst")
     folder.mkdir(parents=True, exist_ok=True)

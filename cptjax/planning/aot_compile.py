@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
         if slices > 1:
             raise ValueError(f"--slices={slices} needs --topology")
         return list(jax.devices())
+    if not re.fullmatch(r"[\w-]+:[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", topology):  # or libtpu aborts
+        raise ValueError(f"topology {topology!r}: expected a name like v5e:4x4 or v5p:4x4x4")
     from jax.experimental import topologies
 
     os.environ.update(TPU_COMPILER_ENV)
