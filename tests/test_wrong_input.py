@@ -468,7 +468,7 @@ MODEL_FILES = {  # (file, content): a part of the error
     (CHAT, "{{ 'x' * 10**11 }}"): "simplify",
 }  # fmt: skip
 MODEL_KEYS = {  # a value of config.json
-    ("num_hidden_layers", -1): "num_hidden_layers",
+    ("num_hidden_layers", -1): "depth=-1",
     ("num_hidden_layers", "x"): "config.json",
     ("num_attention_heads", 0): "num_attention_heads=0",
     ("hidden_size", "64"): "hidden_size=",
@@ -527,7 +527,7 @@ def truncate_weights(folder: Path) -> None:
 WORKDIR_FILES = {  # (command, file, content): a part of the error
     ("report", "config.json", "[]"): "is not a run",
     ("report", "config.json", '{"stages": 5}'): "expected a run's config with stages",
-    ("report", "config.json", '{"stages": [{"task": "facts", "steps": 1}], "eval": "x"}'): "config.json",
+    ("report", "config.json", '{"stages": [{"task": "facts", "steps": 1}], "eval": "x"}'): "the result files in",
     ("report", "evals.csv", b"\xff\xfe\0"): "evals.csv: not a CSV file in UTF-8",
     ("report", "evals.csv", "a,b\n1,2\n"): "evals.csv: columns",
     ("report", "metrics.jsonl", "[1]\n"): "metrics.jsonl: expected one JSON object per line",
@@ -546,7 +546,7 @@ WORKDIR_FILES = {  # (command, file, content): a part of the error
     ("train", "config.json", DEEP): "config.json: expected JSON (nested deeper",
     ("train", "inputs.json", "{}"): "inputs.json",
     ("train", "versions.json", '{"starts": 5}'): "versions.json: expected a list of starts",
-    ("evaluate", "config.json", "[]"): "config.json",
+    ("evaluate", "config.json", "[]"): "expected the workdir of a run",
     ("convert", "config.json", '{"stages": []}'): "config.arms: expected a section",
 }  # fmt: skip
 
@@ -571,7 +571,7 @@ def workdir_case(command: str, file: str, content: str | bytes, error: str) -> C
 # ---- flags ---------------------------------------------------------------------------------------
 
 FLAGS = {  # {config}, {run}, {model}, {here} are paths
-    "train --config={config}": "--workdir must be specified",
+    "train --config={config}": "flag --workdir",
     "train --workdir={here}/r": "--config is missing",
     "train --config={config} --workdir=": "--workdir is empty",
     "train --config={config} --workdir=/dev/null": "/dev/null",
@@ -609,7 +609,7 @@ FLAGS = {  # {config}, {run}, {model}, {here} are paths
     "report {run} --out=/dev/null/x.html": "/dev/null",
     "report": "the following arguments are required: DIR",
     "analyze drift /etc": "/etc is not a run",
-    "analyze influence {model}": "config.json",
+    "analyze influence {model}": "config.arms: expected a section",
     "analyze nope": "invalid choice: 'nope'",
     "plan --config={config} --topology=v5e:axb": "v5e:axb",
     "bench --size=nope": "--size=nope: expected one of",
