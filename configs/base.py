@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
         # an absolute path, .. or a link; ("/",) = from everywhere.
         outside_images=(),
         prompt_limit=2048,  # tokens; a longer prompt is a bad row
-        # Token lengths that rows are padded to, the largest = prompt_limit; () = 64, 96, 128, 192, ...
+        # Token lengths that rows are padded to, up to prompt_limit; () = 64, 96, 128, 192, ...
         buckets=(),
         bad_rows=0,  # number of bad rows to leave out (each is printed); more stop the run
         limit=optional(int),  # training rows per task; None = all
