@@ -51,7 +51,7 @@ setup(
         "toy": ["scikit-learn"],  # the digits of launch/analyze.py parity
         "gcs": ["gcsfs", "google-cloud-storage>=3"],  # workdirs in buckets, gs://
         "gguf": ["gguf"],  # launch/convert.py reads GGUF files
-        "tracking": ["tensorboardX", "wandb"],
+        "tracking": ["tensorboardX", "wandb", "trackio", "mlflow-skinny"],
         "test": [
             "pytest",
             "pytest-xdist",

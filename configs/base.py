@@ -239,7 +239,11 @@ def get_config() -> ConfigDict:
         async_save=True,
     ))  # fmt: skip
     c.log = ConfigDict(dict(
-        every=1, rollouts=True, gallery=12, tensorboard=False, wandb="",
+        every=1, rollouts=True,  # steps between two lines of metrics.jsonl
+        gallery=12,  # prompts of a stage's first and last step whose images are kept
+        report_minutes=5.0,  # between two reports while a run goes on; 0 = only after stages
+        # Trackers: wandb, trackio = name of the project, mlflow = of the experiment; "" = off.
+        tensorboard=False, wandb="", trackio="", mlflow="",
         changed_weights=False,  # the share of the trained weights that an update changes
     ))  # fmt: skip
     return c

@@ -35,6 +35,9 @@ RUN_ONLY_KEYS = (
     "rewards.processes",
     "log.tensorboard",
     "log.wandb",
+    "log.trackio",
+    "log.mlflow",
+    "log.report_minutes",
 )
 
 MAX_STEPS, MAX_EPOCHS = 10**9, 10**6  # of a stage

@@ -4,6 +4,7 @@ python launch/convert.py --src=HF_DIR --dst=DIR                   # Hugging Face
 python launch/convert.py --src=FILE.gguf --dst=HF_DIR             # GGUF -> Hugging Face
 python launch/convert.py --checkpoint=DIR --dst=HF_DIR            # Orbax -> Hugging Face
 python launch/convert.py --workdir=DIR [--stage=K] --dst=HF_DIR   # run -> Hugging Face
+python launch/convert.py --workdir=DIR [--stage=K] --push=ORG/NAME [--dry-run]   # run -> hub
 
 Adapters are merged. transformers, vLLM and cptjax.load read the Hugging Face folder.
 """
@@ -27,6 +28,14 @@ STAGE = flags.DEFINE_integer(
     lower_bound=0,
 )
 DST = flags.DEFINE_string("dst", None, "Folder to write; must not exist or be empty.")
+PUSH = flags.DEFINE_string(
+    "push",
+    None,
+    "With --workdir: a repository of the Hugging Face hub, org/name, which is made if it does not "
+    "exist, as a private one.",
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --push: list the files, upload nothing.")
+flags.DEFINE_alias("dry-run", "dry_run")
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
@@ -39,19 +48,25 @@ SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest safetensors file in GB."
 
 def main() -> None:
     sources = (SRC.value, CHECKPOINT.value, WORKDIR.value)
-    if sum(value is not None for value in sources) != 1 or DST.value is None:
+    if sum(v is not None for v in sources) != 1 or (DST.value is None and PUSH.value is None):
         raise ValueError(
-            "expected --dst and exactly one of --src (Hugging Face folder or GGUF file), "
-            "--checkpoint (Orbax folder) and --workdir (folder of a run)"
+            "expected --dst (or --push) and exactly one of --src (Hugging Face folder or GGUF "
+            "file), --checkpoint (Orbax folder) and --workdir (folder of a run)"
         )
-    if "" in (*sources, DST.value):
+    if "" in (*sources, DST.value, PUSH.value):
         raise ValueError("a flag is empty: expected a folder; is a shell variable not set?")
-    if STAGE.value is not None and WORKDIR.value is None:
-        raise ValueError(f"--stage={STAGE.value}: expected --workdir with it; add --workdir=DIR")
+    for flag in (STAGE, PUSH):
+        if flag.value is not None and WORKDIR.value is None:
+            raise ValueError(
+                f"--{flag.name}={flag.value}: expected --workdir with it; add --workdir=DIR"
+            )
+    if DRY_RUN.value and PUSH.value is None:
+        raise ValueError("--dry_run: expected --push with it; other conversions have no dry run")
     import jax
 
     from cptjax import sharding
     from cptjax.common import buckets
+    from cptjax.continual.hub_upload import push_stage
     from cptjax.continual.stage_model import check_folder_kind, export_stage
     from cptjax.data.gguf_checkpoint import convert_gguf
     from cptjax.data.processor_files import copy_processor_files
@@ -83,6 +98,16 @@ def main() -> None:
         workdir = buckets.fetch(WORKDIR.value)
         check_folder_kind("--workdir", workdir, "run")
         dtype = DTYPE.value or ""
+        if PUSH.value is not None:
+            sizes = push_stage(
+                *(workdir, PUSH.value, STAGE.value, dtype, shard_bytes),
+                folder=DST.value,
+                dry_run=DRY_RUN.value,
+            )
+            for name, size in sizes.items():
+                print(f"{size:14,} bytes  {name}")
+            print(f"{'would upload' if DRY_RUN.value else 'uploaded'} this to {PUSH.value}")
+            return
         stage = export_stage(workdir, DST.value, STAGE.value, dtype, shard_bytes)
         print(f"exported the model of stage {stage}" if stage else "exported the base model")
     print(f"wrote {DST.value}")

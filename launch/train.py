@@ -33,6 +33,12 @@ START_OVER = flags.DEFINE_bool(
     "If checkpoints or results of a run are lost, continue from the newest state that can be read; "
     "its records are first copied to old/ in the workdir. Other runs continue as usual.",
 )
+PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "Profile steps of a stage, as STAGE:STEP:COUNT such as 1:10:3; the trace in profile/ of the "
+    "run is for xprof.",
+)
 LIST = flags.DEFINE_bool(
     "list", False, "Only print the arms and seeds that --only selects, one per line; run nothing."
 )
@@ -58,7 +64,7 @@ def main() -> None:
     from cptjax.continual import driver
 
     try:
-        driver.run(CONFIG.value, WORKDIR.value, START_OVER.value, ONLY.value)
+        driver.run(CONFIG.value, WORKDIR.value, START_OVER.value, ONLY.value, PROFILE.value)
     except signals.Preempted as stopped:
         if stopped.code or not FAIL_ON_SIGTERM.value:
             raise

@@ -77,6 +77,7 @@ RANGES = {
     "checkpoint.keep": Range(1),
     "log.every": Range(1),
     "log.gallery": Range(0),
+    "log.report_minutes": Range(0.0),
 }
 
 # The kind of the items of each setting that is a tuple.

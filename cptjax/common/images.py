@@ -36,6 +36,7 @@ DEFAULT_MIN_PIXELS = 56 * 56  # as in transformers, like the next two
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
 THUMBNAIL_SIDE = 160  # pixels
+MOST_THUMBNAILS = 8  # of a prompt
 
 # PIL.Image | path | bytes | uint8 array [height width 3] | {"bytes", "path"} of `datasets`
 ImageSource = Any

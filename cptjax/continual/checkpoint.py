@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from cptjax.common import buckets, console, distributed, files
+from cptjax.common import buckets, console, distributed, files, phases
 from cptjax.continual import checksums
 
 
@@ -221,6 +221,7 @@ class Checkpoints:
             late = distributed.gather_objects(time.monotonic() - self.saved >= self.seconds)[0]
         return bool(self.every and step % self.every == 0) or late
 
+    @phases.phase("saving")
     def save(
         self, kind: str, stage: int, step: int, trees: Mapping[str, Any], progress: dict
     ) -> None:
@@ -244,6 +245,7 @@ class Checkpoints:
             )
         self.saved, self._saving = time.monotonic(), (stage, step, kind)
 
+    @phases.phase("saving")
     def wait(self) -> None:
         """Wait until everything saved is on disk; raise the errors of the background thread."""
         with _explain_failed_save(self.folder):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import buckets, console, distributed, files
+from cptjax.common import buckets, console, distributed, files, phases
 from cptjax.common.config_checks import check_config
 from cptjax.common.runs import expand_runs, prestage_runs, select_runs
 from cptjax.common.signals import StopSignals, handle_stop_signals
@@ -38,7 +38,11 @@ TRAINING_ONLY = ("train.", "method.", "name:")
 
 
 def run(
-    config: ConfigDict, workdir: str | Path, start_over: bool = False, only: str = ""
+    config: ConfigDict,
+    workdir: str | Path,
+    start_over: bool = False,
+    only: str = "",
+    profile: str = "",
 ) -> np.ndarray:
     """Run everything that a config describes; continue runs that were stopped.
 
@@ -46,6 +50,7 @@ def run(
     the same workdir at the same time. One of them makes a base model, the others wait for it.
     A run whose newest state is lost is refused; with `start_over` it continues from an earlier
     one, or from the base model, after its records are copied to old/.
+    `profile` names steps to profile in each of the runs (see `StepProfiler`).
     Return the accuracy matrix [stage, task]; row 0 is the base model. The matrices of several runs
     (arms, seeds, orders) are stacked as [run, stage, task] and padded with NaN.
     """
@@ -69,7 +74,9 @@ def run(
                     make_base_model(single, folder, stop_signals, start_over)
                 continue
             with console.keep_log(folder / log_name()) if name else contextlib.nullcontext():
-                matrix = run_one(single, folder, stop_signals, start_over=start_over)
+                matrix = run_one(
+                    single, folder, stop_signals, start_over=start_over, profile=profile
+                )
             if not single.checkpoint.keep_stages and distributed.is_main_process():
                 remove_checkpoints(folder)
             if name in names:
@@ -92,8 +99,10 @@ def run_one(
     stop_signals: StopSignals,
     export: Path | None = None,
     start_over: bool = False,
+    profile: str = "",
 ) -> np.ndarray:
     """Run one config to its end; with `export`, save the last model as a Hugging Face folder."""
+    phases.restart_clock()
     hashes = fingerprints.file_hashes(config)
     refuse_different_processes(config, hashes)
     finished = stage_evaluation.finished_positions(config, workdir)
@@ -102,8 +111,10 @@ def run_one(
         if distributed.is_main_process():
             files.write_json(workdir / "config.json", recorded_config(config, workdir))
         console.print_message(f"{workdir}: finished, at {ResumePoint(len(config.stages))}")
+        if profile:
+            console.print_warning(f"--profile={profile}: the run is finished; nothing profiled")
         return write_final_results(workdir)
-    with open_run(config, workdir, stop_signals) as run:
+    with open_run(config, workdir, stop_signals, profile) as run:
         resume_point, model_state = resume_run(run, start_over)
         stage_evaluation.check_remaining_splits(run, resume_point)
         rows = fingerprints.row_hashes(run.datasets)
@@ -123,6 +134,8 @@ def run_one(
                 evaluated = resume_point.evaluated if resumed else ()
                 stage_evaluation.evaluate_stage(run, number, model_state.params, evaluated)
         run.files.checkpoints.wait()
+        if run.files.report:
+            run.files.report.sessions.record()
         matrix = write_final_results(workdir)
         if export is not None:
             hf_checkpoint.save_hf_checkpoint(

@@ -9,11 +9,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cptjax.common import buckets, cluster, console, distributed, files, trackers
+from cptjax.common.profiler import StepProfiler
 from cptjax.common.run_log import Positions, RunLog
 from cptjax.common.signals import StopSignals
 from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
 from cptjax.continual import progress, workdir
 from cptjax.continual.checkpoint import Checkpoints, checkpoint_folder, open_checkpoints
+from cptjax.continual.live_report import LiveReport
 from cptjax.continual.model_state import restore_stage_params
 from cptjax.data import model_context
 from cptjax.data.data_config import DataConfig
@@ -40,6 +42,13 @@ class RunFiles:
     checkpoints: Checkpoints | None  # None in a read-only run that has none
     # The cost since the last line of metrics.jsonl.
     unlogged_cost: dict[str, float] = dataclasses.field(default_factory=dict)
+    report: LiveReport | None = None  # as `log`
+    profiler: StepProfiler | None = None  # None = no steps are profiled
+
+    def write_live_report(self) -> None:
+        """Write the report of the running run, if it is time."""
+        if self.report:
+            self.report.write_if_due()
 
     def positions(self) -> Positions:
         """Return the length and hash of each append-only file; they are in the bucket, too."""
@@ -49,9 +58,14 @@ class RunFiles:
 
     def close(self) -> None:
         try:
+            if self.profiler:
+                self.profiler.close()
             if self.checkpoints:
                 self.checkpoints.close()
         finally:
+            if self.report:
+                with contextlib.suppress(OSError):  # a full disk, of which the run tells itself
+                    self.report.sessions.record()
             if self.log:
                 self.log.close()
 
@@ -103,13 +117,20 @@ class Run:
             self.sandbox.close()
 
 
-def open_run(config: ConfigDict, folder: Path, stop_signals: StopSignals | None = None) -> Run:
-    """Open a run to train it; `driver.accept_changes` has checked its workdir."""
+def open_run(
+    config: ConfigDict, folder: Path, stop_signals: StopSignals | None = None, profile: str = ""
+) -> Run:
+    """Open a run to train it; `driver.accept_changes` has checked its workdir.
+
+    profile: steps to profile, see `StepProfiler`; "" = none
+    """
+    profiler = StepProfiler(profile, folder, len(config.stages)) if profile else None
     folder.mkdir(parents=True, exist_ok=True)
     model_ctx = _load_model_context(config)
-    log = None
+    log = live_report = None
     if distributed.is_main_process():
         log = RunLog(folder, trackers.open_trackers(folder, config_to_dict(config)))
+        live_report = LiveReport(folder, config.log.report_minutes)
     c = config.checkpoint
     checkpoints = Checkpoints(
         checkpoint_folder(folder),
@@ -120,9 +141,8 @@ def open_run(config: ConfigDict, folder: Path, stop_signals: StopSignals | None 
         tidy=True,
         on_saved=functools.partial(progress.record_saved, folder),
     )
-    return _build_run(
-        config, model_ctx, RunFiles(folder, log, checkpoints), stop_signals or StopSignals()
-    )
+    run_files = RunFiles(folder, log, checkpoints, report=live_report, profiler=profiler)
+    return _build_run(config, model_ctx, run_files, stop_signals or StopSignals())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What happens between the steps of a stage: log, save, evaluate a few rows, stop."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from cptjax.common import console, distributed, images, run_log
@@ -30,6 +31,8 @@ class StageCallbacks:
     ) -> bool:
         """Log and save a step; return False to stop after SIGTERM, when everything is saved."""
         run, last = self.run, progress.step == self.ctx.steps
+        if run.files.profiler:
+            run.files.profiler.advance(self.stage.number, progress.step)
         self.log(progress, info, rows)
         self.bar.advance(1, **{k: info[k] for k in ("reward", "loss") if k in info})
         stop = run.stop_signals.agreed()
@@ -38,6 +41,7 @@ class StageCallbacks:
         if stop:
             return last
         self.evaluate_if_due(state, progress)
+        run.files.write_live_report()
         return True
 
     def log(self, progress: StageProgress, info: dict, rows: list[dict]) -> None:
@@ -89,15 +93,23 @@ class StageCallbacks:
 
 
 def add_thumbnails(rows: list[dict], ctx: StageContext, gallery: int, step: int) -> list[dict]:
-    """Add an image to the rows of the first `gallery` prompts of a stage's first and last step."""
+    """Add the images to the rows of the first `gallery` prompts of a stage's first and last step.
+
+    `image` is the first one. If there are more, the first row of the prompt has them in `images`.
+    """
     if step not in (1, ctx.steps):
         return rows
-    thumbnails: dict[str, str | None] = {}
+    thumbnails: dict[str, list[str]] = {}  # by id of the prompt
     for row in rows:
         if row["id"] not in thumbnails and len(thumbnails) < gallery:
             source = ctx.sources[list(ctx.builder.prompted_tasks).index(row["task"])]
-            image = next(conversation_images(source[row["row"]].messages), None)
-            thumbnails[row["id"]] = None if image is None else images.thumbnail_uri(image)
+            shown = conversation_images(source[row["row"]].messages)
+            thumbnails[row["id"]] = [
+                images.thumbnail_uri(image)
+                for image in itertools.islice(shown, images.MOST_THUMBNAILS)
+            ]
+            if len(thumbnails[row["id"]]) > 1:
+                row["images"] = thumbnails[row["id"]]
         if thumbnails.get(row["id"]):
-            row["image"] = thumbnails[row["id"]]
+            row["image"] = thumbnails[row["id"]][0]
     return rows

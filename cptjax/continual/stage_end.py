@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cptjax import sharding
-from cptjax.common import console
+from cptjax.common import console, phases
 from cptjax.common.program import Program
 from cptjax.common.shuffle import permutation
 from cptjax.common.signals import SamplingStopped
@@ -48,6 +48,7 @@ from cptjax.training.train_step import ObjectiveFn, StepPrograms
 from cptjax.types import Params, TrainState
 
 
+@phases.phase("stage_end")
 def end_methods(
     run: Run,
     stage: Stage,

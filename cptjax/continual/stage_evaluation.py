@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cptjax.common import console
+from cptjax.common import console, phases
 from cptjax.common.run_log import Positions
 from cptjax.config import (
     Stage,
@@ -101,6 +101,7 @@ def check_remaining_splits(run: Run, resume_point: ResumePoint) -> None:
 # ---- after a stage -------------------------------------------------------------------------------
 
 
+@phases.phase("evaluation")
 def evaluate_stage(
     run: Run, number: int, params: Params, evaluated_before: Sequence[str] = ()
 ) -> None:
@@ -116,6 +117,7 @@ def evaluate_stage(
             evaluate_and_record(run, number, params, task, columns)
             done.append(task)
             record_evaluated(run, number, done)
+            run.files.write_live_report()
     if number and run.config.checkpoint.keep <= KEPT_TO_RESUME:
         run.files.checkpoints.remove_steps(number)
     if run.files.log:
@@ -197,7 +199,7 @@ def write_results(workdir: Path, number: int, name: str) -> None:
     tables = summary.load_run_tables(workdir)
     totals = summary.write_summary(tables)
     console.print_message(format_accuracies(tables.accuracy, number, name))
-    report.write_run_report(tables, totals)
+    report.write_run_report(tables, totals, is_live=not tables.accuracy.finished)
 
 
 def format_accuracies(table: AccuracyTable, number: int, name: str) -> str:
@@ -284,6 +286,7 @@ def judge_of_task(run: Run, prompted: PromptedTask) -> judge.Judge | None:
 # ---- inside a stage ------------------------------------------------------------------------------
 
 
+@phases.phase("evaluation")
 def evaluate_within_stage(
     run: Run, stage: Stage, trained: Params, frozen: Params, step: int
 ) -> dict[str, float]:

@@ -91,6 +91,8 @@ def train_stage(
         callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.kept, bar)
         if resumed:
             callbacks.evaluate_if_due(state, progress)
+        if run.files.profiler:
+            run.files.profiler.advance(stage.number, progress.step)
         with run.stop_signals.deferred():
             state = train_loop.train_loop(
                 ctx, state, frozen, steps, progress, arrays, callbacks.after_step

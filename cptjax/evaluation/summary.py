@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cptjax.common import files, run_log
+from cptjax.common import files, phases, run_log
 from cptjax.evaluation.matrix import (
     NO_CELL,
     AccuracyTable,
@@ -295,6 +295,7 @@ def summarise_run(tables: RunTables) -> dict[str, Any]:
             "name": tables.config.get("name", ""),
             **summarise_table(tables.accuracy),
             "transitions": count_run_transitions(tables),
+            "goodput": phases.summarise_sessions(tables.workdir),
             "cost": run_log.summarise_cost(tables.metrics_lines, tables.workdir),
             "lost_files": [
                 line["file"] for line in tables.metrics_lines if line.get("event") == "lost"

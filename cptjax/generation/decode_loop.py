@@ -191,6 +191,7 @@ def _batch_shards() -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "static"))
+@jax.named_scope("rollout")
 def sample_whole_batch(
     params: Params,
     prompts: Prompts,
@@ -285,9 +286,10 @@ def _decode_until_check(
 _jit = functools.partial(jax.jit, static_argnames=("cfg", "static"))
 cast_program = _jit(decode_pool.cast_weights)
 queue_program = _jit(decode_pool.queue_prompts)
-prefill_program = _jit(_prefill_from_queue)
-decode_program = _jit(_decode_until_check, donate_argnames="pool")
-refill_program = _jit(decode_pool.refill_slots, donate_argnames="pool")
+_scoped = jax.named_scope("rollout")  # their name in profiles
+prefill_program = _jit(_scoped(_prefill_from_queue))
+decode_program = _jit(_scoped(_decode_until_check), donate_argnames="pool")
+refill_program = _jit(_scoped(decode_pool.refill_slots), donate_argnames="pool")
 
 
 @jax.jit

@@ -268,6 +268,7 @@ def make_scoring_program(
 ) -> Callable[[Params, Batch], jax.Array]:
     """Return a jitted function that computes the log-probabilities [B A] of a batch's targets."""
 
+    @jax.named_scope("logps")
     def run(params: Params, batch: Batch) -> jax.Array:
         params = cast_params(params, dtype)
         hidden = predicting_states(params, batch, cfg, dtype)
@@ -282,6 +283,7 @@ def make_top_logps_program(
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return a jitted function that computes `top_logps` of a batch: [B A k] and [B A k+1]."""
 
+    @jax.named_scope("logps")
     def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params = cast_params(params, dtype)
         hidden = predicting_states(params, batch, cfg, dtype)

@@ -110,8 +110,9 @@ def rollout_bytes(stage: Stage, steps: int) -> float:
     if c.method.source != "rollouts" or not c.log.rollouts:
         return 0.0
     rows = steps * c.train.batch * c.rollout.group * (response + PROMPT_BYTES + ROW_BYTES)
-    shown = 2 * min(c.log.gallery, c.train.batch) * c.rollout.group  # in its first and last step
-    return rows + shown * THUMBNAIL_BYTES
+    # In its first and last step: the first image in each row, all images in one row.
+    prompts = 2 * min(c.log.gallery, c.train.batch)
+    return rows + prompts * (c.rollout.group + images.MOST_THUMBNAILS) * THUMBNAIL_BYTES
 
 
 def prediction_bytes(config: ConfigDict, stages: int, test_rows: int) -> float:

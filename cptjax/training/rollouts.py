@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from cptjax import sharding
-from cptjax.common import distributed
+from cptjax.common import distributed, phases
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
 from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_buckets
 from cptjax.data.prompts import EncodedExample
@@ -104,18 +104,20 @@ def sample_rollouts(
         lengths = samples.mask.sum(1).reshape(count, -1)
         return samples, sampling_cost(model_ctx.cfg, encoded, lengths)
 
-    samples, cost = sample(sampling)
-    greedy = None
-    if builder.needs.greedy_samples:
-        greedy, greedy_cost = sample(sampling.greedy())
-        cost += greedy_cost
+    with phases.phase("rollout"):
+        samples, cost = sample(sampling)
+        greedy = None
+        if builder.needs.greedy_samples:
+            greedy, greedy_cost = sample(sampling.greedy())
+            cost += greedy_cost
     sampled = time.perf_counter()
-    greedy_rewards = None
-    if greedy is not None:
-        parts = grade_responses(builder.prompted_tasks, items, greedy.texts)
-        rewards = np.array([[p["reward"]] for p in parts], np.float32)
-        greedy_rewards = _apply_length_rules(builder, rewards, greedy)[0][:, 0]
-    reward_parts = grade_responses(builder.prompted_tasks, items, samples.texts)
+    with phases.phase("rewards"):
+        greedy_rewards = None
+        if greedy is not None:
+            parts = grade_responses(builder.prompted_tasks, items, greedy.texts)
+            rewards = np.array([[p["reward"]] for p in parts], np.float32)
+            greedy_rewards = _apply_length_rules(builder, rewards, greedy)[0][:, 0]
+        reward_parts = grade_responses(builder.prompted_tasks, items, samples.texts)
     seconds = {"seconds/sample": sampled - began, "seconds/reward": time.perf_counter() - sampled}
     return GradedRollouts(
         list(items), samples, reward_parts, greedy_rewards, cost, seconds, prompts
@@ -248,8 +250,9 @@ def rollout_step_batch(
     slices, batches = _group_batches(builder, graded, keep)
 
     # Log-probabilities [B A] of each batch's targets; they stay on the device.
-    ref_logps = [builder.score(reference, b) for b in batches] if needs.reference else []
-    old_logps = [builder.score(params, b) for b in batches] if needs.policy_logps else []
+    with phases.phase("logps"):
+        ref_logps = [builder.score(reference, b) for b in batches] if needs.reference else []
+        old_logps = [builder.score(params, b) for b in batches] if needs.policy_logps else []
     if needs.kl_in_reward:
         shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
     drift, start_logps = None, []

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from cptjax.common import distributed, files
+from cptjax.common import distributed, files, phases
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage, config_fingerprint
 from cptjax.data.cost import WorkCost
@@ -106,7 +106,8 @@ class SamplingCache:
             if self.stopping():
                 raise SamplingStopped
             began = time.perf_counter()
-            value, cost = sample()
+            with phases.phase("rollout"):
+                value, cost = sample()
             spent = {"cost": dataclasses.asdict(cost), "seconds": time.perf_counter() - began}
             row = files.add_hash(files.to_jsonable({"value": value, **spent}))
             self._lines.append(row)

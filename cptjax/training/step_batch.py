@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from cptjax import sharding
+from cptjax.common import phases
 from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import batch_slices, conversation_batch, micro_batch_layout
 from cptjax.data.model_context import ModelContext
@@ -158,7 +159,8 @@ def sft_step_batch(
     """Build the batch of an SFT step; the reference and the teacher score the same batches."""
     batches = builder.conversation_batches(items)
     if "ref_logps" in builder.needs.arrays:
-        ref_logps = [builder.score(reference, batch) for batch in batches]
+        with phases.phase("logps"):
+            ref_logps = [builder.score(reference, batch) for batch in batches]
         batches = attach_arrays(batches, ref_logps=ref_logps)
     forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
     work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)

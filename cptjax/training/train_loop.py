@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cptjax.common import console, distributed, run_log
+from cptjax.common import console, distributed, phases, run_log
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
 from cptjax.data.cost import WorkCost
@@ -59,38 +59,43 @@ def train_loop(
     try:
         while progress.step < ctx.steps:
             began, is_first = time.perf_counter(), progress.updates == 0
-            batch = ahead
-            if batch is None:
-                params = trainable.join_params(state.params, frozen)
-                try:
-                    batch = next_step_batch(ctx, params, stream, progress)
-                except SamplingStopped:
-                    break
-            progress.batches_taken += batch.batches_taken
-            progress.carried |= batch.carried
+            with jax.profiler.StepTraceAnnotation("step", step_num=progress.step + 1):
+                batch = ahead
+                if batch is None:
+                    params = trainable.join_params(state.params, frozen)
+                    try:
+                        with phases.phase("batch"):
+                            batch = next_step_batch(ctx, params, stream, progress)
+                    except SamplingStopped:
+                        break
+                progress.batches_taken += batch.batches_taken
+                progress.carried |= batch.carried
 
-            updating = time.perf_counter()
-            pending: list[dict[str, Any]] = []  # metrics on the device, fetched after dispatch
-            processed = 0  # tokens, with padding
-            for i, micro_batches in enumerate(batch.updates):
-                rate = rates[progress.updates]
-                memory_batch = batch.memory[i] if batch.memory else None
-                state, update_metrics = programs.run(
-                    state, frozen, micro_batches, rate, arrays, memory_batch
-                )
-                pending.append(update_metrics)
-                trained = [*micro_batches, *([memory_batch] if memory_batch else [])]
-                processed += sum(b.tokens_with_padding for b in trained)
-                progress.updates += 1
-            progress.step += 1
+                updating = time.perf_counter()
+                with phases.phase("update"):
+                    pending: list[dict[str, Any]] = []  # on the device, fetched after dispatch
+                    processed = 0  # tokens, with padding
+                    for i, micro_batches in enumerate(batch.updates):
+                        rate = rates[progress.updates]
+                        memory_batch = batch.memory[i] if batch.memory else None
+                        state, update_metrics = programs.run(
+                            state, frozen, micro_batches, rate, arrays, memory_batch
+                        )
+                        pending.append(update_metrics)
+                        trained = [*micro_batches, *([memory_batch] if memory_batch else [])]
+                        processed += sum(b.tokens_with_padding for b in trained)
+                        progress.updates += 1
+                    progress.step += 1
 
-            ahead = None
-            if progress.step < ctx.steps and not needs_sampling(ctx, progress.step):
-                finished = watcher.submit(wait_until_ready, pending)
-                ahead = next_step_batch(ctx, None, stream, progress)
-                # The time that the device waited for this batch.
-                ahead.metrics["seconds/data"] = max(0.0, time.perf_counter() - finished.result())
-            fetched = fetch_metrics(pending)
+                    ahead = None
+                    if progress.step < ctx.steps and not needs_sampling(ctx, progress.step):
+                        finished = watcher.submit(wait_until_ready, pending)
+                        ahead = next_step_batch(ctx, None, stream, progress)
+                        # The time that the device waited for this batch.
+                        idle = max(0.0, time.perf_counter() - finished.result())
+                        ahead.metrics["seconds/data"] = idle
+                        phases.count_idle_time(idle)
+                    fetched = fetch_metrics(pending)
             if ctx.teacher is not None:
                 ctx.teacher.follow(state.params)
             if is_first and method.objective == "policy":

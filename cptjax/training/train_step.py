@@ -232,12 +232,13 @@ class StepFunctions:
 @functools.lru_cache(maxsize=64)
 def make_step_programs(functions: StepFunctions) -> StepPrograms:
     """Return the programs of a stage; equal functions return the same programs."""
+    scoped = jax.named_scope("update")  # the name of all of them in profiles
     return StepPrograms(
-        jax.jit(functions.begin),
-        jax.jit(functions.add, donate_argnums=0),
-        jax.jit(functions.finish, donate_argnums=0),
-        jax.jit(functions.step, donate_argnums=0),
-        jax.jit(functions.memory_gradient) if functions.memory else None,
+        jax.jit(scoped(functions.begin)),
+        jax.jit(scoped(functions.add), donate_argnums=0),
+        jax.jit(scoped(functions.finish), donate_argnums=0),
+        jax.jit(scoped(functions.step), donate_argnums=0),
+        jax.jit(scoped(functions.memory_gradient)) if functions.memory else None,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,19 @@ import pytest
 import run_helpers
 from absl import flags
 from absl.testing import flagsaver
+from eval_rows import EVAL_ROW
 from safetensors.numpy import load_file
 
 import cptjax
+from cptjax.common import files
 from cptjax.config import recorded_config
+from cptjax.continual import hub_upload
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.families import PRESETS
 from cptjax.models.hf_config import read_model_config
 
 ROOT = Path(__file__).parents[2]
+BASE = {"stage": 0, "stage_name": "base", "step": 0, "task": "colour"}
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +122,49 @@ def test_load_names_a_wrong_folder_too(folders):
             cptjax.load(folders / folder)
 
 
+def test_a_stage_is_pushed_with_its_model_card_and_a_dry_run_asks_the_hub_for_nothing(
+    launcher, folders, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    class Hub:
+        def __getattr__(self, name):
+            def act(*values, **named):
+                asked.append((name, values, named))
+                if name == "upload_folder":
+                    asked.append(sorted(p.name for p in named["folder_path"].iterdir()))
+
+            return act
+
+    monkeypatch.setattr(hub_upload.huggingface_hub, "HfApi", Hub)
+    run = Path(shutil.copytree(folders / "run", tmp_path / "run"))
+    (run / "evals.csv").write_text(files.csv_text([EVAL_ROW.keys(), (EVAL_ROW | BASE).values()]))
+    with flagsaver.flagsaver(stage=0, **{"dry-run": True}):
+        convert(launcher, workdir=run, push="org/name")
+    said = capsys.readouterr().out
+    assert not asked and "would upload this to org/name" in said
+    assert re.search(r"\d+ bytes  model.safetensors\n", said)
+    with flagsaver.flagsaver(stage=0):
+        convert(launcher, workdir=run, push="org/name", dst=tmp_path / "hf")
+    names = ["whoami", "create_repo", "upload_folder"]
+    assert [call[0] for call in asked[:3]] == names and asked[1][2]["private"]
+    assert {"model.safetensors", "config.json", "README.md"} <= {*asked[3]}
+    assert asked[2][2]["repo_id"] == "org/name"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: "transformers"\n')
+    assert "# run, stage 0 of 2" in card and "| colour | 50.0 | 50.0 |" in card
+    with flagsaver.flagsaver(stage=0), pytest.raises(ValueError, match="expected the id"):
+        convert(launcher, workdir=run, push="name")
+
+
 def test_flags_that_do_not_fit_together_are_refused(launcher, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, words in (
         ({}, "exactly one of --src"),
         ({"src": "a", "workdir": "b", "dst": "c"}, "exactly one of --src"),
         ({"workdir": "b"}, "expected --dst"),
+        ({"src": "a", "push": "org/name"}, "expected --workdir with it"),
+        ({"src": "a", "dst": "c", "dry_run": True}, "expected --push with it"),
         ({"src": "a", "dst": "c", "stage": 1}, "expected --workdir with it"),
         ({"src": str(folders / "hf"), "dst": "gs://bucket/m"}, "gs://bucket/m: expected a folder"),
         (

@@ -30,11 +30,14 @@ def write_report(
     return page_path
 
 
-def write_run_report(tables: RunTables, summary: dict[str, Any]) -> Path:
-    """Write report.html into the workdir of one run whose result files are already parsed."""
+def write_run_report(tables: RunTables, summary: dict[str, Any], is_live: bool = False) -> Path:
+    """Write report.html into the workdir of one run whose result files are already parsed.
+
+    `is_live`: the run goes on, so the page loads itself again every minute.
+    """
     label = tables.workdir.resolve().name
     out = tables.workdir / "report.html"
-    files.write_text(out, page.render_run_page(read.ReportRun(label, tables, summary)))
+    files.write_text(out, page.render_run_page(read.ReportRun(label, tables, summary), is_live))
     return out
 
 

@@ -66,7 +66,7 @@ def jinja_environment() -> jinja2.Environment:
         "LEVELS": words.LEVEL_METRICS,
         "DISTANCES": words.KL_METRICS,
         "pretty": pretty_json,
-        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "written": lambda: time.strftime("%Y-%m-%d %H:%M"),
     }
     return environment
 
@@ -86,7 +86,8 @@ def read_versions(path: Path) -> dict[str, Any]:
     return {"starts": len(starts), **starts[-1]}
 
 
-def render_run_page(run: ReportRun) -> str:
+def render_run_page(run: ReportRun, is_live: bool = False) -> str:
+    """Render the page on one run; `is_live` makes it load itself again every minute."""
     panels, other_panels = charts.training_panels(run)
     versions = read_versions(run.path / "versions.json")
     return (
@@ -94,6 +95,7 @@ def render_run_page(run: ReportRun) -> str:
         .get_template("run.html.jinja")
         .render(
             title=run.label,
+            is_live=is_live,
             run=run,
             headline=words.run_headline(run),
             tiles=headline_tiles(run),
@@ -253,7 +255,7 @@ def rollout_gallery(run: ReportRun, count: int) -> list[dict[str, Any]]:
 
 def _gallery_card(run: ReportRun, stage: int, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = group[0]
-    image = next((row["image"] for row in group if row.get("image")), None)
+    images = next((row.get("images") or [row["image"]] for row in group if row.get("image")), [])
     ranked = sorted(group, key=lambda row: -(row.get("reward") or 0))
     half = GALLERY_RESPONSES // 2
     return {
@@ -262,7 +264,7 @@ def _gallery_card(run: ReportRun, stage: int, group: Sequence[Mapping[str, Any]]
         "task": first.get("task"),
         "prompt": prompt_text(first.get("prompt")),
         "answer": first.get("answer"),
-        "image": rollout_thumbnail(run, image),
+        "images": [uri for uri in (rollout_thumbnail(run, image) for image in images) if uri],
         "responses": ranked
         if len(ranked) <= GALLERY_RESPONSES
         else [*ranked[:half], *ranked[-half:]],

@@ -1,0 +1,72 @@
+"""A run that goes on can be watched and profiled, and says at its end how its time was spent."""
+
+import json
+
+import jax
+import pytest
+import run_helpers
+from device_fixtures import see
+
+from cptjax.common.profiler import StepProfiler
+from cptjax.continual import driver, live_report
+from cptjax.evaluation import report
+
+SECTIONS = {
+    "stages": ({"task": "colour", "steps": 3},),
+    "eval": {"limit": 4, "batch": 4, "every": 2, "mini": 4, "tasks": "colour"},
+    "log": {"report_minutes": 1e-9},
+}
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run of which each page is kept, and whose second step is profiled."""
+    workdir, pages = tmp_path_factory.mktemp("live") / "run", []
+    write = report.write_run_report
+
+    def keep_page(tables, summary, is_live=False):
+        path = write(tables, summary, is_live)
+        pages.append((is_live, path.read_text()))
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        see(patch, 1)
+        patch.setattr(live_report, "LEAST_PAUSE", 0)
+        patch.setattr(report, "write_run_report", keep_page)
+        driver.run(run_helpers.config("grpo", **SECTIONS), workdir, profile="1:2:1")
+    return workdir, pages
+
+
+def test_the_page_of_a_running_run_loads_itself_again_until_it_is_finished(watched):
+    _, pages = watched
+    assert [is_live for is_live, _ in pages[:-2]] == [True] * (len(pages) - 2)
+    # After the base model, after it and its only task, after each step but the last.
+    assert len(pages) >= 5 and not pages[-1][0] and not pages[-2][0]
+    assert all((' http-equiv="refresh"' in page) == is_live for is_live, page in pages)
+
+
+def test_the_summary_says_how_the_time_was_spent(watched):
+    workdir, pages = watched
+    found = json.loads((workdir / "summary.json").read_text())["goodput"]
+    assert found["sessions"] == 1 and sum(found["shares"].values()) == pytest.approx(1)
+    for work in ("training", "sampling", "evaluating", "compiling", "saving"):
+        assert found["shares"][work] > 0, work
+    assert "in 1 session, those that were killed included:" in pages[-1][1]
+    # The report's seconds of the steps are not larger than the time of the session.
+    cost = json.loads((workdir / "summary.json").read_text())["cost"]["seconds"]
+    assert cost < found["seconds"]
+
+
+def test_the_profile_has_the_phases_of_the_steps_that_it_names(watched):
+    workdir, _ = watched
+    (trace,) = workdir.glob("profile/plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert {"step", "rollout", "rewards", "logps", "update"} <= {*names}
+    assert sum(name == "step" for name in names) == 1
+
+
+@pytest.mark.parametrize("steps", ["1", "1:2", "0:1:1", "1:0:1", "1:1:0", "a:1:1", "2:1:1"])
+def test_a_wrong_profile_is_refused(tmp_path, steps):
+    with pytest.raises(ValueError, match=f"--profile={steps}: expected"):
+        StepProfiler(steps, tmp_path, stages=1)
