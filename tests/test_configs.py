@@ -623,10 +623,13 @@ def test_settings_without_a_meaning_are_refused_in_one_line(name):
     [
         dict(updates_per_batch=4, tis_cap=2.0),
         dict(passes=2, ratio="token"),
-        dict(kl_reference="configs"),
+        dict(kl_reference="a model"),
     ],
 )
-def test_settings_with_a_meaning_pass(method):
+def test_settings_with_a_meaning_pass(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a model").mkdir()
+    (tmp_path / "a model" / "config.json").write_text("{}")
     config = base.get_config()
     config.stages = (dict(task="synthetic_colour", steps=1, method=method),)
     validate_config.validate_stage(resolve_stages(config)[0])
