@@ -242,7 +242,7 @@ ROW_FILES = {  # (name, content): a part of the error
     ("rows.jsonl", '{"prompt": "a", "answer": 1e999}'): "the answer is an infinite number",
     ("rows.jsonl", '{"prompt": "a", "answer": NaN}'): "the answer is empty",
     ("rows.jsonl", '{"prompt": "a", "answer": ' + "9" * 5000 + "}"): "rows.jsonl:1",
-    ("rows.jsonl", '{"prompt": "a", "prompt": "b", "answer": 1}'): "'prompt' stands twice",
+    ("rows.jsonl", '{"prompt": "a", "prompt": "b", "answer": 1}'): "'prompt' is given twice",
     ("rows.csv", "prompt,answer,answer\na,1,2\n"): "the header names 'answer' twice",
     ("rows.csv", "prompt,answer\na\n"): "fewer fields than the header's 2",
     ("rows.csv", 'prompt,answer\n"a,1\n'): "not comma-separated values",
