@@ -169,7 +169,10 @@ def test_public_names_are_imported_on_first_use():
         ),
         (lambda m: cptjax.generate(m, CONVERSATIONS, batch=0), "batch=0"),
         (lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=0), "max_new_tokens=0"),
-        (lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=5000), "5000 new ones exceed"),
+        (
+            lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=5000),
+            "max_new_tokens=5000: expected at most",
+        ),
         (lambda m: cptjax.score(m, CONVERSATIONS, ["a"]), "got 1 completions for 3 conversations"),
         (
             lambda m: cptjax.score(m, CONVERSATIONS[:1], [""]),

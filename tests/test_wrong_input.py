@@ -490,7 +490,12 @@ def model_case(name: str, edit: Callable[[Path], object], error: str) -> Case:
 
 def write_edit(file: str, content: str | bytes) -> Callable[[Path], object]:
     raw = content if isinstance(content, bytes) else content.encode()
-    return lambda folder: (folder / file).write_bytes(raw)
+
+    def edit(folder: Path) -> None:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(raw)
+
+    return edit
 
 
 def key_edit(key: str, value: object) -> Callable[[Path], object]:

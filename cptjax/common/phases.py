@@ -119,10 +119,16 @@ class SessionLog:
     def __init__(self, workdir: Path):
         self.path = workdir / SESSIONS_FILE
         self.earlier = files.read_checked_json(self.path)["sessions"] if self.path.is_file() else []
+        self.started = ""
+
+    def start(self) -> None:
+        """Say that the run goes on; a start that is refused before is no session."""
         self.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
     def record(self) -> None:
         """Write the seconds so far; what a killed session did after the last call is lost."""
+        if not self.started:
+            return
         session = {"started": self.started, "seconds": _clock.work_seconds()}
         files.write_checked_json(self.path, {"sessions": [*self.earlier, session]})
 

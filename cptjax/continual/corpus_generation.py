@@ -71,7 +71,6 @@ def generate_corpus(
     config: ConfigDict, workdir: str | Path, request: CorpusRequest, out: str | Path
 ) -> dict[str, Any]:
     """Write the corpus `out` and its provenance; return the provenance."""
-    check_config(config)
     out = Path(out)
     if out.suffix != ".jsonl":
         raise ValueError(f"--out={str(out)!r}: expected a path that ends with .jsonl")
@@ -86,6 +85,7 @@ def generate_corpus(
         raise ValueError(
             f"--workdir={str(folder)!r} has no config.json; expected the folder of one run"
         )
+    check_config(config)
     single = reevaluate.select_run(config, folder) if workdir else expand_runs(config)[0][1]
     if request.model:
         # The weights are only read, so they have the type of the arithmetic.

@@ -121,6 +121,8 @@ def run_one(
         if distributed.process_count() > 1:
             distributed.require_equal(rows, "give all processes the same data")
         write_run_files(run, hashes | rows, changed)
+        if run.files.report:
+            run.files.report.sessions.start()
         for number in range(resume_point.stage, len(run.stages) + 1):
             resumed = number == resume_point.stage
             if not resume_point.is_trained(number):

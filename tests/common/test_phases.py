@@ -71,6 +71,7 @@ def test_sessions_of_a_run_add_up_and_a_session_counts_once(clock, tmp_path):
     for _ in range(2):
         phases.restart_clock()
         log = phases.SessionLog(tmp_path)
+        log.start()
         for _ in range(2):  # what a session records again replaces what it recorded before
             with phases.phase("update"):
                 clock.passes(3)

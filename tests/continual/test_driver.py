@@ -239,7 +239,7 @@ def test_a_short_demo_runs_all_arms_and_reports_them(tmp_path):
 
 def test_a_mistake_is_refused_before_anything_is_written(tmp_path):
     for sections, message in (
-        ({"stages": ()}, "config.stages is empty"),
+        ({"stages": ()}, "config.stages: expected 1 to 1000 stages"),
         ({"eval": {"batch": 0}}, "config.eval.batch: expected a whole number of at least 1, got 0"),
         (
             {"arms": {"a": {"trian": {}}}},

@@ -1,11 +1,14 @@
 """A run that goes on can be watched and profiled, and says at its end how its time was spent."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 import run_helpers
-from device_fixtures import see
 
 from cptjax.common.profiler import StepProfiler
 from cptjax.continual import driver, live_report
@@ -18,23 +21,34 @@ SECTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
+def run_watched(folder: Path) -> None:
     """A run of which each page is kept, and whose second step is profiled."""
-    workdir, pages = tmp_path_factory.mktemp("live") / "run", []
-    write = report.write_run_report
+    pages, write = [], report.write_run_report
 
     def keep_page(tables, summary, is_live=False):
         path = write(tables, summary, is_live)
         pages.append((is_live, path.read_text()))
         return path
 
-    with pytest.MonkeyPatch.context() as patch:
-        see(patch, 1)
-        patch.setattr(live_report, "LEAST_PAUSE", 0)
-        patch.setattr(report, "write_run_report", keep_page)
-        driver.run(run_helpers.config("grpo", **SECTIONS), workdir, profile="1:2:1")
-    return workdir, pages
+    live_report.LEAST_PAUSE, report.write_run_report = 0, keep_page
+    driver.run(run_helpers.config("grpo", **SECTIONS), folder / "run", profile="1:2:1")
+    (folder / "pages.json").write_text(json.dumps(pages))
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The run in a process of its own: where libtpu is loaded, a profile without a TPU crashes."""
+    folder = tmp_path_factory.mktemp("live")
+    code = "import pathlib, sys, test_live_report as t; t.run_watched(pathlib.Path(sys.argv[1]))"
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+    )
+    return folder / "run", json.loads((folder / "pages.json").read_text())
 
 
 def test_the_page_of_a_running_run_loads_itself_again_until_it_is_finished(watched):
