@@ -131,6 +131,8 @@ def load_template(name: str) -> PromptTemplate:
     try:
         source = path.read_text(encoding="utf-8")
         settings = TEMPLATE_SETTINGS | _read_settings(source)
+        if name not in BUILT_IN_TEMPLATES:
+            template_worker.refuse_unbounded_template(path.name, source)
         _compile_template(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"template {path}, line {error.lineno}: {error.message}") from error

@@ -24,7 +24,7 @@ def _worker_pool() -> SandboxPool:
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment of prompt templates; nothing is computed before it is rendered."""
+    """Return the environment of prompt templates."""
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, optimized=False
     )
@@ -56,6 +56,14 @@ def render_chat(source: str, messages: list[dict[str, Any]]) -> int:
         [messages], chat_template=source, add_generation_prompt=True
     )
     return len(texts[0])
+
+
+def refuse_unbounded_template(name: str, source: str) -> None:
+    """Refuse a template that needs too much time or memory before it is rendered.
+
+    jinja2 computes constant expressions when it compiles a template.
+    """
+    _refuse_unbounded(f"template {name}", "render_rows", source, [])
 
 
 def refuse_unbounded_prompts(

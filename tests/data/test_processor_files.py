@@ -48,4 +48,4 @@ def test_wrong_folders_and_settings_are_one_line_each(tiny, qwen_folder, tmp_pat
     (tmp_path / "chat_template.jinja").unlink()
     fails(lambda: processor.load_processor(tmp_path, TINY), "no chat template")
     (tmp_path / "preprocessor_config.json").write_text("{")
-    fails(lambda: processor.load_processor(tmp_path, TINY), "not JSON")
+    fails(lambda: processor.load_processor(tmp_path, TINY), "expected JSON")

@@ -220,5 +220,5 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 def test_broken_json_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(ValueError, match="config.json: expected JSON"):
         read_model_config(tmp_path)

@@ -40,7 +40,8 @@ def test_what_methods_and_later_stages_need_counts():
 
 def test_responses_count_with_their_longest_text():
     # 30 steps of 4 prompts with 2 responses of 4 tokens
-    shown = 2 * 2 * 4 * 2 * disk.THUMBNAIL_BYTES  # first and last step of two stages
+    # Of 4 prompts in the first and last step of two stages: 2 rows with an image, one with all 8.
+    shown = 2 * 2 * 4 * (2 + 8) * disk.THUMBNAIL_BYTES
     assert sizes("grpo")["rollouts"] - shown == 30 * 4 * 2 * (
         4 * 4 + disk.ROW_BYTES + disk.PROMPT_BYTES
     )
