@@ -135,7 +135,7 @@ def test_the_gold_answer_is_inserted_in_the_form_that_the_question_asks_for():
 
 BAD = {
     "empty": ([], "no lines"),
-    "other keys": ([{"prompt": "a"}], "the keys prompt"),
+    "other keys": ([{"prompt": "a"}], "got {'prompt': 'a'}"),
     "unknown row": (
         [{"id": "second/train/0", "response": "a", "reward": 1.0}],
         "1 of its ids are not in the stage's data",
