@@ -169,7 +169,7 @@ class BucketUnreachable(BucketFailed):
 
 
 @contextlib.contextmanager
-def explain_errors(address: str) -> Iterator[None]:
+def explain_bucket_errors(address: str) -> Iterator[None]:
     """Turn errors of the storage service into one line with the address."""
     _storage()
     import requests
@@ -208,7 +208,7 @@ def list_objects(address: str, pruned: tuple[str, ...] = ()) -> dict[str, Any]:
     Without such folders, all are listed by few requests.
     """
     found: dict[str, Any] = {}
-    with explain_errors(address):
+    with explain_bucket_errors(address):
         root = _blob(address)
         prefix = f"{root.name}/"
         waiting = [prefix]
@@ -236,7 +236,7 @@ def remove_objects(address: str, last: str = "") -> None:
     """
     objects = list_objects(address)
     complete = {name.split("/")[0] for name in objects if name.split("/")[1:] == [last]}
-    with explain_errors(address):
+    with explain_bucket_errors(address):
         for name, blob in objects.items():
             if name.split("/")[0] not in complete:
                 blob.delete(retry=_retry())
@@ -246,7 +246,7 @@ def move_objects(source: str, target: str) -> None:
     """Move all objects under an address; those under the target are removed first."""
     remove_objects(target)
     blobs = list_objects(source)
-    with explain_errors(source):
+    with explain_bucket_errors(source):
         for name, blob in blobs.items():
             new = _blob(f"{target}/{name}")
             blob.bucket.copy_blob(blob, new.bucket, new.name, retry=_retry())
@@ -256,7 +256,7 @@ def move_objects(source: str, target: str) -> None:
 
 def _put(path: Path, address: str) -> None:
     """Replace an object by a file, which other threads may make longer meanwhile."""
-    with explain_errors(address):
+    with explain_bucket_errors(address):
         blob = _blob(address)
         if path.suffix == ".safetensors":  # renamed into place, and large
             blob.upload_from_filename(str(path), retry=_retry())
@@ -271,7 +271,7 @@ def _put(path: Path, address: str) -> None:
 
 def get_file(address: str, path: Path) -> None:
     """Replace a file by an object."""
-    with explain_errors(address):
+    with explain_bucket_errors(address):
         blob = _blob(address)
         blob.reload(retry=_retry())
         _get(blob, path)
@@ -338,7 +338,7 @@ class FolderCopy:
         for name, path in self._files().items():
             if name not in objects:
                 path.unlink(missing_ok=True)
-        with explain_errors(self.address):
+        with explain_bucket_errors(self.address):
             for name, blob in objects.items():
                 _get(blob, self.folder / name)
         self._known = {name: _file_state(self.folder / name) for name in objects}
@@ -361,7 +361,7 @@ class FolderCopy:
                 except FileNotFoundError:  # removed since it was listed
                     continue
             for name in [name for name in self._known if not (self.folder / name).exists()]:
-                with explain_errors(self.address):
+                with explain_bucket_errors(self.address):
                     _remove(f"{self.address}/{name}")
                 del self._known[name]
 
@@ -473,7 +473,7 @@ class BucketLock:
 
     def take(self) -> str:
         """Take the lock and return "", or say who holds it."""
-        with explain_errors(self.address):
+        with explain_bucket_errors(self.address):
             while not self._write(0):
                 if (held := _read_lock(self.address)) is None:
                     continue
@@ -511,7 +511,7 @@ class BucketLock:
 
     def renew(self, after: float = 0.0) -> None:
         """Write the lock again if that is so many seconds ago; refuse if another process has it."""
-        with self._renewing, explain_errors(self.address):
+        with self._renewing, explain_bucket_errors(self.address):
             if time.monotonic() - self.renewed < after or self._write(self.generation):
                 return
             text, generation, _ = _read_lock(self.address) or ({}, 0, 0.0)
@@ -526,7 +526,10 @@ class BucketLock:
         """Remove the lock, if this process has it and the bucket answers."""
         from google.api_core.exceptions import PreconditionFailed
 
-        with contextlib.suppress(PreconditionFailed, BucketFailed), explain_errors(self.address):
+        with (
+            contextlib.suppress(PreconditionFailed, BucketFailed),
+            explain_bucket_errors(self.address),
+        ):
             _remove(self.address, if_generation_match=self.generation)
 
 
@@ -550,6 +553,6 @@ def _read_lock(address: str) -> tuple[dict[str, Any], int, float] | None:
 
 def lock_owner(address: str) -> str:
     """Return the owner of a lock; "" = it is not locked."""
-    with explain_errors(address):
+    with explain_bucket_errors(address):
         text, _, _ = _read_lock(address) or ({}, 0, 0.0)
     return text.get("owner", "")

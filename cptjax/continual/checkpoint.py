@@ -120,7 +120,7 @@ def bucket_folder(folder: Path) -> Any:
 def explain_folder(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Turn errors of a bucket into one line, if a folder is in one."""
     is_address = buckets.is_address(str(folder))
-    return buckets.explain_errors(str(folder)) if is_address else contextlib.nullcontext()
+    return buckets.explain_bucket_errors(str(folder)) if is_address else contextlib.nullcontext()
 
 
 def has_checkpoints(workdir: Path) -> bool:

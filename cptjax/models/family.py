@@ -131,7 +131,7 @@ def find_key(source: HFConfig, *names: str, default: Any = dataclasses.MISSING) 
     return default
 
 
-def find_size(source: HFConfig, name: str, default: Any = dataclasses.MISSING) -> int:
+def positive_size(source: HFConfig, name: str, default: Any = dataclasses.MISSING) -> int:
     """Return a size, which other sizes are divided by."""
     value = find_key(source, name, default=default)
     if not isinstance(value, int) or value < 1:
@@ -212,8 +212,8 @@ def read_text_config(
     expect_value("use_sliding_window", bool(t.get("use_sliding_window", False)), False)
     for kind in t.get("layer_types") or ():
         expect_value("layer_types", kind, "full_attention")
-    width, heads = find_size(t, "hidden_size"), find_size(t, "num_attention_heads")
-    kv_heads = find_size(t, "num_key_value_heads", default=heads)
+    width, heads = positive_size(t, "hidden_size"), positive_size(t, "num_attention_heads")
+    kv_heads = positive_size(t, "num_key_value_heads", default=heads)
     head_dim = find_key(t, "head_dim", default=width // heads)
     if heads % kv_heads or (t.get("head_dim") is None and width % heads) or head_dim % 2:
         raise ValueError(
