@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+from cptjax.common import buckets
+
 INSTALLED = all(
     importlib.util.find_spec(name) for name in ("gcp_storage_emulator", "gcsfs", "tensorstore")
 )
@@ -54,6 +56,12 @@ class Server:
         if self.process:
             self.process.terminate()
             self.process.wait()
+
+    def use(self, monkeypatch: Any, cache: Path) -> None:
+        """Let this process use the server and a cache folder of its own."""
+        for name, value in self.environment(cache).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(buckets, "_local", threading.local())  # a new client
 
     def environment(self, cache: Path) -> dict[str, str]:
         """Variables with which a process uses this server and a cache folder of its own."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from readme_parts import print_or_write
+from readme_parts import markdown_table, print_or_write
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ROOT / ".github" / "methods.json"
@@ -53,15 +53,15 @@ def points(value: list[float]) -> str:
 def render_table(arms: dict[str, Any]) -> str:
     """Return a table with a row for each arm; FLOPs are those of all work of a run."""
     header = "method, learned, earlier tasks, text tasks, text tasks with prefix, kept, FLOPs"
-    lines = [header.split(", "), ["---"] * 7]
+    rows = []
     for base, title in (("sft", "SFT"), ("grpo", "GRPO")):
         for name, words in TITLES.items():
             arm = arms[f"{base}_{name}"]
             extra = arm["flops"] / arms[f"{base}_none"]["flops"]
             kept = f"{arm['kept_bytes'] / 1e6:.2f} MB"
             cells = [points(arm[metric]) for metric in METRICS]
-            lines.append([f"{title}, {words}", *cells, kept, f"x {extra:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+            rows.append([f"{title}, {words}", *cells, kept, f"x {extra:.2f}"])
+    return markdown_table(header.split(", "), rows) + "\n"
 
 
 def render_part() -> str:

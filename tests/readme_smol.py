@@ -18,10 +18,10 @@ from configs import smol
 from cptjax.analysis import drift, pareto
 from cptjax.evaluation import summary
 from cptjax.evaluation.report import read
+from tests.readme_parts import markdown_table, print_or_write
 
 ROOT = Path(__file__).parents[1]
-README, NUMBERS = ROOT / "README.md", ROOT / ".github" / "smol.json"
-START, END = "<!-- smol -->\n", "<!-- /smol -->"
+NUMBERS = ROOT / ".github" / "smol.json"
 GENERAL = (*smol.FACTS, "instructions", "prose")
 GENERATED = GENERAL[:-1]  # sets with responses: a score of 0 or 1 per row
 TITLES = dict(
@@ -218,11 +218,6 @@ def general_cell(arm: Mapping[str, Any], base_gold: Mapping[str, float], task: s
     return f"{points(arm[task])} (x {arm['gold'][task] / base_gold[task]:.2f})"
 
 
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), ["---"] * len(list(header)), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def verdict(paper: str, claim: str, better: str, worse: str, numbers: Mapping[str, Any]) -> str:
     """Say whether the difference of two arms agrees with what a paper finds."""
     found = numbers["differences"].get(f"{better}-{worse}")
@@ -336,19 +331,11 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def split_readme() -> tuple[str, str, str]:
-    """The README before the section, the section, and the README after it."""
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    current, after = rest.split(END)
-    return before + START, current, END + after
+def render_part() -> str:
+    return render_section(json.loads(NUMBERS.read_text()))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--read"]:
         NUMBERS.write_text(json.dumps(collect_numbers(sys.argv[2:]), indent=1) + "\n")
-    section = render_section(json.loads(NUMBERS.read_text()))
-    if sys.argv[1:] == ["--write"]:
-        before, _, after = split_readme()
-        README.write_text(before + section + after, encoding="utf-8")
-    else:
-        print(section, end="")
+    print_or_write("smol", render_part)

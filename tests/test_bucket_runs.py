@@ -36,9 +36,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def bucket(server, tmp_path, monkeypatch):
     """The address of a folder of this test alone."""
-    for name, value in server.environment(tmp_path / "cache").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(buckets, "_local", threading.local())
+    server.use(monkeypatch, tmp_path / "cache")
     return f"gs://{gcs_server.BUCKET}/{tmp_path.name}"
 
 

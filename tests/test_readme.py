@@ -3,11 +3,8 @@
 import csv
 import importlib
 import json
-import os
 import re
-import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +13,7 @@ import pytest
 import readme_map
 import readme_methods
 import readme_parts
+import recording_python
 import run_helpers
 from device_fixtures import devices, said  # noqa: F401
 from PIL import Image
@@ -147,13 +145,7 @@ def test_the_table_of_methods_has_the_numbers_of_its_runs():
 @pytest.mark.parametrize("folder", ["", "elsewhere/demo"])
 def test_quickstart_installs_and_runs_the_demo(tmp_path, folder):
     """An interpreter that only records its arguments shows what is installed and run."""
-    venv, log = tmp_path / "venv", tmp_path / "log"
-    (venv / "bin").mkdir(parents=True)
-    python = venv / "bin" / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    (venv / "bin" / "activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
-    env = os.environ | {"VENV": str(venv), "PYTHON": sys.executable}
+    env, log = recording_python.make_environment(tmp_path)
     done = subprocess.run(
         ["bash", ROOT / "launch" / "quickstart.sh", *([folder] if folder else [])],
         env=env,

@@ -98,19 +98,19 @@ def forced(monkeypatch, shape: collate.BatchShape, width: int) -> None:
     monkeypatch.setattr(device_batches, "max_over_processes", lambda _: width)
 
 
+def step_programs(model_ctx, kind, opt, state):
+    objective = Objective(LossConfig.plain(kind, 64))
+    places = train_step.StateShardings.of(state)
+    return train_step.make_step_programs(
+        train_step.StepFunctions(model_ctx.cfg, objective, opt, places, model_ctx.dtype)
+    )
+
+
 def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """200 steps of random batches after one step of each of 16 shapes."""
     rng, heard, opt = np.random.default_rng(0), CompilationCounter(), make_optimizer(OPTIMIZER)
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
-    steps = train_step.make_step_programs(
-        train_step.StepFunctions(
-            model_ctx.cfg,
-            Objective(LossConfig.plain("sft", 64)),
-            opt,
-            train_step.StateShardings.of(state),
-            model_ctx.dtype,
-        )
-    )
+    steps = step_programs(model_ctx, "sft", opt, state)
     plain = model_ctx.processor.encode(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     )
@@ -156,15 +156,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     rng, heard, opt = np.random.default_rng(1), CompilationCounter(), make_optimizer(OPTIMIZER)
     short = dataclasses.replace(model_ctx, buckets=(32,))
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
-    steps = train_step.make_step_programs(
-        train_step.StepFunctions(
-            model_ctx.cfg,
-            Objective(LossConfig.plain("policy", 64)),
-            opt,
-            train_step.StateShardings.of(state),
-            model_ctx.dtype,
-        )
-    )
+    steps = step_programs(model_ctx, "policy", opt, state)
     sampling = SamplingConfig(2, 4, temperature=1.0, check_every=16)
 
     def learn(state, rows):

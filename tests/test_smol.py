@@ -1,15 +1,13 @@
 """The study of a real model: its arms run, its numbers are read, and the README shows them."""
 
-import json
-import os
-import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import readme_parts
 import readme_smol
+import recording_python
 from device_fixtures import see
 
 from configs import smol
@@ -78,21 +76,14 @@ def test_verdicts_follow_the_interval():
 
 
 def test_the_readme_shows_the_numbers_of_the_runs():
-    _, written, _ = readme_smol.split_readme()
-    numbers = json.loads(readme_smol.NUMBERS.read_text())
-    assert written == readme_smol.render_section(numbers), "run python -m tests.readme_smol --write"
+    _, written, _ = readme_parts.split_readme("smol")
+    assert written == readme_smol.render_part(), "run python -m tests.readme_smol --write"
 
 
 @pytest.mark.parametrize("word", ["short", "gpu"])
 def test_the_launcher_makes_the_model_and_runs_every_part(tmp_path, word):
     """An interpreter that only records its arguments shows what is installed and run."""
-    venv, log = tmp_path / "venv", tmp_path / "log"
-    (venv / "bin").mkdir(parents=True)
-    python = venv / "bin" / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    (venv / "bin" / "activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
-    env = os.environ | {"VENV": str(venv), "PYTHON": sys.executable}
+    env, log = recording_python.make_environment(tmp_path)
     command = ["bash", ROOT / "launch" / "smol.sh", word, str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

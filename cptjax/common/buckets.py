@@ -54,8 +54,7 @@ def is_address(folder: str | Path) -> bool:
 
 
 def copies_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser().resolve() / "cptjax" / "buckets"
+    return files.cache_folder() / "buckets"
 
 
 def local_path(address: str | Path, use: str) -> Path:

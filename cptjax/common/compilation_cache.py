@@ -1,13 +1,12 @@
 """Compiled programs on the disk, so that a command does not compile those of an earlier one."""
 
 import hashlib
-import os
 import platform
 from pathlib import Path
 
 import jax
 
-from cptjax.common import console
+from cptjax.common import console, files
 
 MAX_BYTES = 10 * 2**30  # of the folder; JAX removes the programs that were not used for longest
 MIN_SECONDS = 0.1  # programs that compile faster are not kept
@@ -38,8 +37,7 @@ def default_folder() -> Path:
     A program for a CPU uses the instructions of that CPU, and hosts of a cluster may have different
     CPUs and one home folder.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "cptjax" / "programs" / hashlib.sha256(_cpu().encode()).hexdigest()[:12]
+    return files.cache_folder() / "programs" / hashlib.sha256(_cpu().encode()).hexdigest()[:12]
 
 
 def _cpu() -> str:

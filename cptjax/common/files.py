@@ -41,6 +41,12 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}{reason}{where}"
 
 
+def cache_folder() -> Path:
+    """Return the folder of cptjax in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser().resolve() / "cptjax"
+
+
 def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
     """Return the path of a local folder; refuse an address such as s3://bucket/run."""
     if not str(folder):

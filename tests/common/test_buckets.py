@@ -23,9 +23,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def run(server, tmp_path, monkeypatch):
     """The address of a run of this test alone, and its local copy."""
-    for name, value in server.environment(tmp_path / "cache").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(buckets, "_local", threading.local())
+    server.use(monkeypatch, tmp_path / "cache")
     address = f"{ADDRESS}/{tmp_path.name}"
     folder = buckets.write_path(address, 0)
     folder.mkdir(parents=True)
