@@ -24,7 +24,7 @@ configs/smol.py:2 is seed 2. Words after the seed, separated by commas, change t
     bf16     sft_bare with weights and moments in float32 and in bfloat16, at the two SFT learning
              rates of 2510.18874, A.3, on one stage; logs the share of weights that an update
              changes
-    sweep    sft_bare, sft_style, self_sft and grpo_nokl at three learning rates, for
+    sweep    sft_bare, sft_style, self_sft and grpo_nokl at three learning rates on one stage, for
              `launch/analyze.py pareto`
     gpu      three times the steps, four times the batch, all facts as test rows: for a GPU
 
@@ -121,6 +121,8 @@ def _choose_arms(c, arms, words):
     elif "sweep" in words:
         arms = {name: arms[name] for name in ("sft_bare", "sft_style", "self_sft", "grpo_nokl")}
         c.sweep = ConfigDict(dict(train=dict(lr=SWEEP)))
+        for arm in arms.values():
+            arm.update(stages=arm.get("stages", c.stages)[:1])
     c.arms = ConfigDict(arms)
 
 

@@ -1,7 +1,8 @@
 """Write the README's section on a real model from .github/smol.json, the numbers of its runs.
 
 python -m tests.readme_smol                  print the section
-python -m tests.readme_smol --write          put it into README.md, between <!-- smol --> marks
+python -m tests.readme_smol --write          put it into README.md, between <!-- smol --> marks,
+                                             and draw its figure, .github/smol.svg
 python -m tests.readme_smol --read DIR ...   make .github/smol.json from workdirs of configs/smol.py
 """
 
@@ -19,9 +20,11 @@ from cptjax.analysis import drift, pareto
 from cptjax.evaluation import summary
 from cptjax.evaluation.report import read
 from tests.readme_parts import markdown_table, print_or_write
+from tests.readme_smol_figure import draw_figure
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ROOT / ".github" / "smol.json"
+FIGURE = NUMBERS.with_suffix(".svg")
 GENERAL = (*smol.FACTS, "instructions", "prose")
 GENERATED = GENERAL[:-1]  # sets with responses: a score of 0 or 1 per row
 TITLES = dict(
@@ -312,6 +315,7 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     text = [
         introduce(numbers),
         main_table(numbers),
+        "![Change of learned, earlier and general tasks by method](.github/smol.svg)",
         "What the papers find, and the difference here on the general sets other than prose, in "
         "points. The methods differ in what they learned:",
         "\n".join([*(verdict(*claim, numbers) for claim in CLAIMS), verdict_on_grpo(numbers)]),
@@ -331,6 +335,10 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def render_figure() -> str:
+    return draw_figure(json.loads(NUMBERS.read_text())["arms"], TITLES)
+
+
 def render_part() -> str:
     return render_section(json.loads(NUMBERS.read_text()))
 
@@ -339,3 +347,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--read"]:
         NUMBERS.write_text(json.dumps(collect_numbers(sys.argv[2:]), indent=1) + "\n")
     print_or_write("smol", render_part)
+    if "--write" in sys.argv:
+        FIGURE.write_text(render_figure())

@@ -1,12 +1,15 @@
 """The study of a real model: its arms run, its numbers are read, and the README shows them."""
 
+import re
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import readme_parts
 import readme_smol
+import readme_smol_figure
 import recording_python
 from device_fixtures import see
 
@@ -78,6 +81,18 @@ def test_verdicts_follow_the_interval():
 def test_the_readme_shows_the_numbers_of_the_runs():
     _, written, _ = readme_parts.split_readme("smol")
     assert written == readme_smol.render_part(), "run python -m tests.readme_smol --write"
+    assert readme_smol.FIGURE.read_text() == readme_smol.render_figure()
+
+
+def test_the_figure_has_an_interval_of_each_measured_change():
+    arms = {"a": {"learned": [0.5, 0.1], "prose": [-0.1, 0.02]}, "b": {"learned": [0.2, 0.1]}}
+    figure = readme_smol_figure.draw_figure(arms, {"a": "A", "b": "B", "c": "not run"})
+    ElementTree.fromstring(figure)
+    lines = re.findall(r'class="stem" x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', figure)
+    (a, b, prose) = ([float(v) for v in line] for line in lines)
+    assert a[1] - a[0] == pytest.approx(b[1] - b[0], abs=0.2)  # the same width, at 50 and at 20
+    assert np.mean(a) - np.mean(b) == pytest.approx(1.5 * (a[1] - a[0]), abs=0.3)
+    assert prose[0] > b[1] and "not run" not in figure
 
 
 @pytest.mark.parametrize("word", ["short", "gpu"])
