@@ -22,7 +22,7 @@ if [ ! -e "$model/config.json" ]; then
     --dst="$model" --dtype=float32
 fi
 train() {  # CONFIG_WORDS FOLDER [more arguments]
-  python launch/train.py --config="configs/smol.py:0,$1" --workdir="$out/$2" "${@:3}"
+  python launch/train.py --config="configs/smol.py:0,$1" --workdir="$out/$2" --fail_on_sigterm "${@:3}"
 }
 # Level 2 compiles in four fifths of the time, and the programs are as fast as with the default.
 export XLA_FLAGS="--xla_backend_optimization_level=2 ${XLA_FLAGS:-}"

@@ -206,17 +206,26 @@ def sample_whole_batch(
     queue = decode_pool.queue_prompts(weights, prompts, limits, row_ids, cfg, static)
     start = jnp.zeros((), jnp.int32)
     pool = decode_pool.prefill_slots(weights, queue, start, traced, cfg, static)
-    last = static.max_new_tokens - 1
+    steps = steps_between_checks(static)
 
     def unfinished(pool: DecodePool) -> Array:
-        return (pool.step < last) & ~jnp.all(pool.done)
+        return ~jnp.all(pool.done)
 
     def decode(pool: DecodePool) -> DecodePool:
-        steps = jnp.minimum(static.check_every, last - pool.step)
         return decode_pool.run_decode_steps(weights, pool, steps, traced, cfg, static)
 
     pool = jax.lax.while_loop(unfinished, decode, pool)
     return decode_pool.to_rollouts(decode_pool.slot_results(pool), cfg)
+
+
+def steps_between_checks(static: StaticSettings) -> int:
+    """Return the number of decode steps between two checks for a batch that starts together.
+
+    It is near `check_every`, and a multiple of it is at or just above the steps of the longest
+    response. A GPU runs a loop of known length without asking the host after each step.
+    """
+    last = max(1, static.max_new_tokens - 1)
+    return -(-last // -(-last // static.check_every))
 
 
 def refill_size(slots: int, shards: int) -> int:
@@ -364,7 +373,7 @@ def sampling_programs(
     if not 0 < sampling.slots < rows:
         args = (weights, prompts, per_response, per_response, traced, cfg, static)
         useful = vision_flops + prefill_flops + decode_flops
-        trips = float(static.max_new_tokens - 1)
+        trips = float(-(-(static.max_new_tokens - 1) // steps_between_checks(static)))
         return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips)]
     cast, queue = Output(f"{name}: cast"), Output(f"{name}: queue")
     queue_args = (cast, prompts, per_response, per_response, cfg, static)

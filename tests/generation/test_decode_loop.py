@@ -1,5 +1,7 @@
 """Rollouts equal transformers' greedy search, with the trainer's log-probabilities."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,14 +234,35 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
 def test_other_settings_compile_nothing_again(cfg, params):
     run(params, prompts(cfg), cfg)
     before = decode_loop.sample_whole_batch._cache_size()
-    for settings in (
-        {"temperature": 0.3},
-        {"temperature": 0.0},
-        {"top_k": 4, "top_p": 0.5, "min_p": 0.1},
-        {"stop": (9, 11)},
-    ):
+    for settings in ({"temperature": 0.3}, {"stop": (9, 11)}):
         run(params, prompts(cfg), cfg, jax.random.key(3), **settings)
     assert decode_loop.sample_whole_batch._cache_size() == before
+
+
+def test_a_gpu_does_not_ask_the_host_within_a_check(cfg, params):
+    """The program has no conditional, and one loop whose end depends on data."""
+    settings = sampling(top_p=0.9, top_k=5, max_new_tokens=12, check_every=4)
+    static = decode_loop.static_settings(settings, jnp.float32)
+    batch = prompts(cfg)
+    args = (
+        decode_loop.place_limits(None, 12, len(batch.tokens), settings.group),
+        decode_loop.place_row_ids(None, len(batch.tokens), settings.group),
+        decode_loop.traced_settings(settings, KEY, cfg, (-1,)),
+    )
+    program = decode_loop.sample_whole_batch.trace(params, batch, *args, cfg, static)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    # The choice of code for a platform is a conditional on a constant.
+    cases = dict(re.findall(r'(%\w+) = "stablehlo\.(?:case|if)"\((%\w+)\)', text))
+    assert all(cases.get(index, index).startswith("%c") for index in cases.values())
+    conditions = re.findall(r"stablehlo.while.*?cond \{(.*?)\} do", text, re.DOTALL)
+    assert sum("stablehlo.compare" not in c for c in conditions) == 1 < len(conditions)
+
+
+@pytest.mark.parametrize("new, every, steps", [(4, 4, 3), (64, 8, 8), (24, 8, 8), (10, 8, 5)])
+def test_checks_divide_a_response_evenly(new, every, steps):
+    settings = sampling(max_new_tokens=new, check_every=every)
+    static = decode_loop.static_settings(settings, jnp.float32)
+    assert decode_loop.steps_between_checks(static) == steps
 
 
 def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):

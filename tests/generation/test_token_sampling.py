@@ -137,17 +137,38 @@ def test_thresholds_are_exact_for_extreme_logits():
     for k in range(1, 7):
         cut = token_sampling.highest_with_mass(jnp.asarray(z), jnp.ones_like(z), jnp.float32(k))
         assert np.asarray(cut)[0] == z[0, k - 1]
+    cut = token_sampling.highest_with_mass(jnp.asarray(z), jnp.ones_like(z), jnp.float32(7))
+    assert np.asarray(cut)[0] == np.float32(token_sampling.LOWEST_LOGIT)
 
 
-def test_other_settings_compile_nothing():
+@pytest.mark.parametrize("bits_per_pass", [1, 2, 4])
+def test_every_number_of_bits_per_pass_finds_the_same_threshold(bits_per_pass):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**31, (200, 20), dtype=np.uint32) >> rng.integers(0, 28, (200, 1))
+    mass, goal = rng.random((2, 200, 20)).astype(np.float32), rng.random(200, np.float32) * 9
+    found = token_sampling._lowest_with_mass(
+        jnp.asarray(bits, jnp.uint32),
+        jnp.asarray(mass[0]),
+        jnp.asarray(goal),
+        bits_per_pass=bits_per_pass,
+    )
+    for row, m, g, n in zip(bits, mass[0], goal, np.asarray(found), strict=True):
+        enough = [b for b in sorted(row) if m[row <= b].sum() >= g]
+        assert n == (enough[0] if enough else 2 ** (bits_per_pass * -(-31 // bits_per_pass)) - 1)
+
+
+def test_new_values_compile_nothing_and_a_filter_that_is_off_has_no_program():
     run = jax.jit(lambda *args: token_sampling.sample_tokens(*args))
-    for settings in ((1.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1)):
-        run(
-            jnp.zeros((2, V)),
-            jnp.zeros(2),
-            token_sampling.make_controls(*settings, np.zeros(V, bool)),
-        )
-    assert run._cache_size() == 1
+
+    def programs(temperature, top_k, top_p, min_p):
+        off = np.zeros(V, bool)
+        controls = token_sampling.make_controls(temperature, top_k, top_p, min_p, off)
+        run(jnp.zeros((2, V)), jnp.zeros(2), controls)
+        return run._cache_size()
+
+    assert programs(1.0, 0, 1.0, 0.0) == programs(0.7, 0, 1.0, 0.0) == 1
+    assert programs(0.7, 5, 0.9, 0.1) == programs(0.8, 6, 0.8, 0.2) == 2
+    assert programs(0.0, 0, 1.0, 0.0) == 3
 
 
 def test_a_vocabulary_of_152064_tokens():
