@@ -228,9 +228,14 @@ def steps_between_checks(static: StaticSettings) -> int:
     return -(-last // -(-last // static.check_every))
 
 
-def refill_size(slots: int, shards: int) -> int:
-    """Return the number of prompts that are prefilled at a time when slots are refilled."""
-    return shards * max(1, slots // shards // 8)
+def refill_sizes(slots: int, shards: int) -> list[int]:
+    """Return the numbers of prompts that can be prefilled at a time, the largest first.
+
+    The largest is about an eighth of the slots, which limits its memory. Each is half of the one
+    before, so that the few groups that end within a check are refilled without repeated prompts.
+    """
+    largest = max(1, slots // shards // 8)
+    return [shards * (largest >> k) for k in range(largest.bit_length())]
 
 
 def sample_with_refill(
@@ -249,7 +254,7 @@ def sample_with_refill(
     """
     weights = cast_program(params, cfg, static)
     queue = queue_program(weights, prompts, limits, row_ids, cfg, static)
-    count, batch = queue.segments.shape[0], refill_size(slots, _batch_shards())
+    count, sizes = queue.segments.shape[0], refill_sizes(slots, _batch_shards())
     pool = prefill_program(weights, queue, np.arange(slots), traced, cfg, static)
     results, started = None, slots
     while True:
@@ -260,12 +265,13 @@ def sample_with_refill(
         free = free[: count - started]
         if len(free):
             results = _store_results(pool, results, count)
-        for at in range(0, len(free), batch):
-            chosen = free[at : at + batch]
+        while len(free):
+            size = next((n for n in sizes if n <= len(free)), sizes[-1])
+            chosen, free = free[:size], free[size:]
             index = started + np.arange(len(chosen))
             started += len(chosen)
-            # The last refill repeats prompts in the same slots to have the compiled shape.
-            chosen, index = np.resize(chosen, batch), np.resize(index, batch)
+            # Fewer groups than batch shards repeat prompts in the same slots.
+            chosen, index = np.resize(chosen, size), np.resize(index, size)
             pool = refill_program(weights, pool, queue, chosen, index, traced, cfg, static)
 
 
@@ -410,7 +416,7 @@ def _slot_programs(
     decode_flops: float,
 ) -> list[Program]:
     """Return the programs that decode in slots; `prefill_flops`, `decode_flops` are per prompt."""
-    pool, refill = Output(f"{name}: prefill"), refill_size(slots, sharding.batch_shards(mesh))
+    pool, refill = Output(f"{name}: prefill"), refill_sizes(slots, sharding.batch_shards(mesh))[0]
     static = settings[-1]
     checks = static.max_new_tokens / static.check_every  # calls of `decode_program` for one group
 

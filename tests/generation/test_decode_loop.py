@@ -231,6 +231,25 @@ def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
     np.testing.assert_array_equal(np.asarray(out.mask).sum(1), limits.reshape(-1))
 
 
+def test_refills_prefill_each_prompt_once(cfg, params, monkeypatch):
+    """Groups that end at different times are refilled in batches of 4, 2 and 1."""
+    assert decode_loop.refill_sizes(64, 1) == [8, 4, 2, 1]
+    assert decode_loop.refill_sizes(24, 2) == [2] and decode_loop.refill_sizes(6, 3) == [3]
+    sizes, refill = [], decode_loop.refill_program
+
+    def record(weights, pool, queue, slots, index, *settings):
+        sizes.append(len(index))
+        return refill(weights, pool, queue, slots, index, *settings)
+
+    monkeypatch.setattr(decode_loop, "refill_program", record)
+    monkeypatch.setattr(decode_loop, "refill_sizes", lambda slots, shards: [4, 2, 1])
+    limits = np.random.default_rng(0).integers(1, 13, 40)
+    batch = prompts(cfg, [[3, 5]] * 40)
+    refilled = run(params, batch, cfg, stop=(-1,), limits=limits, slots=8, max_new_tokens=12)
+    assert sum(sizes) == 40 - 8 and set(sizes) == {4, 2, 1}
+    same(refilled, run(params, batch, cfg, stop=(-1,), limits=limits, max_new_tokens=12))
+
+
 def test_other_settings_compile_nothing_again(cfg, params):
     run(params, prompts(cfg), cfg)
     before = decode_loop.sample_whole_batch._cache_size()
