@@ -26,6 +26,7 @@ class Program:
     kept: tuple[str, ...] = ()
     not_loaded: tuple[str, ...] = ()  # models of the stage that are not in memory yet
     loop_trips: float = 1.0  # of loops whose end depends on data
+    others: tuple[Any, ...] = ()  # further arrays in memory during a call
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -415,7 +415,11 @@ def _slot_programs(
     prefill_flops: float,
     decode_flops: float,
 ) -> list[Program]:
-    """Return the programs that decode in slots; `prefill_flops`, `decode_flops` are per prompt."""
+    """Return the programs that decode in slots; `prefill_flops`, `decode_flops` are per prompt.
+
+    At the largest shapes all responses are equally long: slots become free together, so that every
+    refill is full.
+    """
     pool, refill = Output(f"{name}: prefill"), refill_sizes(slots, sharding.batch_shards(mesh))[0]
     static = settings[-1]
     checks = static.max_new_tokens / static.check_every  # calls of `decode_program` for one group

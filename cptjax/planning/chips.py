@@ -1,10 +1,10 @@
 """Published figures of accelerators, per device as jax lists them.
 
 Memory, FLOPs and memory bandwidth are from the vendors' data sheets. TPU interconnect is per link
-and direction (Google's documentation and "How to scale your model"): a ring along one mesh axis
-uses one link in each direction. A tpu7x device is half a chip; a v4 device is a whole chip, or half
-a chip if jax lists its two cores as devices. The data-center network (DCN) has 200 Gbit/s for a
-host of four TPU devices, and 400 Gbit/s for a GPU.
+and direction (Google's documentation and "How to scale your model"). A tpu7x device is half a chip;
+a v4 device is a whole chip, or half a chip if jax lists its two cores as devices. The share of a
+device in the data-center network (DCN) is 25 Gbit/s for v5e, 50 for v4, v5p and tpu7x, 100 for v6e,
+and 400 for a GPU.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 32 * GIB, 275 * TERA, 1228 * GIGA, 45 * GIGA, 6.25 * GIGA),
-        Chip("v5e", 16 * GIB, 197 * TERA, 819 * GIGA, 45 * GIGA, 6.25 * GIGA),
+        Chip("v5e", 16 * GIB, 197 * TERA, 819 * GIGA, 45 * GIGA, 3.125 * GIGA),
         Chip("v5p", 95 * GIB, 459 * TERA, 2765 * GIGA, 90 * GIGA, 6.25 * GIGA),
-        Chip("v6e", 32 * GIB, 918 * TERA, 1640 * GIGA, 90 * GIGA, 6.25 * GIGA),
+        Chip("v6e", 32 * GIB, 918 * TERA, 1640 * GIGA, 90 * GIGA, 12.5 * GIGA),
         Chip("tpu7x", 96 * GIB, 1153.5 * TERA, 3690 * GIGA, 90 * GIGA, 6.25 * GIGA),
         Chip("h100", 80e9, 989 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA),
         Chip("h200", 141e9, 989 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
@@ -70,19 +70,27 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
     )
 
 
-def transfer_seconds(kind: str, members: int, size: float, chip: Chip, slow: bool) -> float:
-    """Return the seconds of a collective on a ring.
+def sent_bytes(kind: str, members: int, size: float) -> float:
+    """Return the bytes that each member of a collective sends; `size` is that of the whole array.
 
-    Each member sends (members - 1) / members of the array, twice for an all-reduce. A permutation
-    sends its array to one neighbour. `size` is the number of bytes of the whole array; a `slow`
-    collective crosses slices.
+    On a ring this is (members - 1) / members of the array, twice for an all-reduce. A permutation
+    sends its array to one neighbour.
     """
     if kind == "collective-permute":
-        return size / (chip.dcn if slow else chip.link)
-    bandwidth = chip.dcn if slow else 2 * chip.link
-    times = 1.0
-    if kind == "all-reduce":
-        times = 2.0
-    elif kind == "all-to-all" and not slow:
-        times = 0.25
-    return size * (members - 1) / members * times / bandwidth
+        return size
+    return size * (members - 1) / members * (2.0 if kind == "all-reduce" else 1.0)
+
+
+def transfer_seconds(
+    kind: str, members: int, size: float, chip: Chip, slow: bool, links: int = 2
+) -> float:
+    """Return the seconds of a collective on rings that use `links` links of a device.
+
+    A `slow` collective crosses slices. A permutation uses one link.
+    """
+    sent = sent_bytes(kind, members, size)
+    if slow:
+        return sent / chip.dcn
+    if kind == "all-to-all":
+        sent /= 4
+    return sent / (chip.link * (1 if kind == "collective-permute" else links))

@@ -38,13 +38,18 @@ COLLECTIVE_KINDS = (
     "collective-permute",
 )
 
+# An axis of a slice is closed to a ring if its length is a multiple of this: of a whole pod for
+# chips on a plane, of a cube of 4 x 4 x 4 for others.
+TORUS_LENGTHS = {"TPU v5 lite": 16, "TPU v5e": 16, "TPU v6 lite": 16, "TPU v6e": 16}
+CUBE_LENGTH = 4
+
 _head = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _line = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 SHAPE_PATTERN = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _operand = re.compile(r"%([\w.\-]+)")
 _called = re.compile(
     r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation"
-    r"|false_computation)=\{?([%\w.\-, ]+)"
+    r"|false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _trip = re.compile(r'known_trip_count"?:\s*\{\s*"n":\s*"(\d+)"')
 _groups = re.compile(
@@ -61,6 +66,7 @@ class Collective:
     size: int  # members of a group
     bytes: float  # of the whole array: the output of an all-gather, the input of a reduce-scatter
     calls: float
+    links: int = 2  # of a device that its rings use at the same time, in any direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +96,7 @@ def _operand_list(rest: str) -> str:
 Computations = dict[str, list[Instruction]]
 
 
+@functools.lru_cache(maxsize=2)
 def parse_hlo(text: str) -> tuple[Computations, str]:
     """Return the computations by name, and the name of the entry."""
     computations: Computations = {}
@@ -115,8 +122,8 @@ def called_computations(i: Instruction) -> list[str]:
         return []  # counted at the "-start"
     return [
         name
-        for names in _called.findall(i.rest)
-        for name in names.replace("%", "").replace(" ", "").split(",")
+        for listed, single in _called.findall(i.rest)
+        for name in (listed or single).replace("%", "").replace(" ", "").split(",")
         if name
     ]
 
@@ -209,34 +216,48 @@ def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collec
     """Return every kind of transfer with its mesh axis, the largest first."""
     computations, entry = parse_hlo(text)
     runs = run_counts(computations, entry, dynamic)
-    total: dict[tuple[str, str, int], list[float]] = {}
+    total: dict[tuple[str, str, int, int], list[float]] = {}
     chains: set[str] = set()
     for name, instructions in computations.items():
         for i in instructions if runs[name] else ():
-            # A transfer that is spread over several fused groups is counted once.
-            chain = re.search(r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest)
-            transfer = _transfer(i, name, mesh)
-            if transfer is None or (chain and chain[0] in chains):
+            transfer = find_transfer(i, name, mesh)
+            if transfer is None or (transfer.chain and transfer.chain in chains):
                 continue
-            chains |= {chain[0]} if chain else set()
-            sums = total.setdefault(transfer[:3], [0.0, 0.0])
-            sums[0] += transfer[3] * runs[name]
+            chains.add(transfer.chain)
+            key = (transfer.kind, transfer.axis, transfer.members, transfer.links)
+            sums = total.setdefault(key, [0.0, 0.0])
+            sums[0] += transfer.bytes * runs[name]
             sums[1] += runs[name]
     return [
-        Collective(*key, *value)
-        for key, value in sorted(total.items(), key=lambda item: -item[1][0])
+        Collective(kind, axis, members, volume, calls, links)
+        for (kind, axis, members, links), (volume, calls) in sorted(
+            total.items(), key=lambda item: -item[1][0]
+        )
     ]
 
 
-def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, int, float] | None:
-    """Return (kind, axis, members, bytes) of an instruction that transfers data, else None."""
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """The data that one instruction transfers, per device."""
+
+    kind: str
+    axis: str
+    members: int
+    bytes: float  # of the whole array
+    links: int = 2
+    backwards: bool = False  # a permutation to the previous member
+    chain: str = ""  # the same for all parts of a transfer that is spread over fused groups
+
+
+def find_transfer(i: Instruction, computation: str, mesh: Mesh) -> Transfer | None:
+    """Return what an instruction of a computation transfers, or None."""
     # A transfer between slices goes through the hosts.
     if across := re.search(r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest):
         kind = across[1].lower().replace("_", "-")
         if i.op != ("recv" if kind == "all-gather" else "send"):
             return None
         slices = len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
-        return kind, "data", slices, float(shape_bytes(SHAPE_PATTERN.search(i.shape)[0]))
+        return Transfer(kind, "data", slices, float(shape_bytes(SHAPE_PATTERN.search(i.shape)[0])))
     kind = i.op.removesuffix("-start")
     if kind not in COLLECTIVE_KINDS:
         return None
@@ -244,7 +265,16 @@ def _transfer(i: Instruction, computation: str, mesh: Mesh) -> tuple[str, str, i
     volume = _volume(i, kind, len(group))
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # as the TPU compiler writes it
-    return kind, _axis(group, mesh), len(group), volume
+    chain = re.search(r"channel_id=\d+(?=.*chain_id=\"\d+\")", i.rest)
+    return Transfer(
+        kind,
+        _axis(group, mesh),
+        len(group),
+        volume,
+        _ring_links(group, mesh),
+        kind == "collective-permute" and group[-1] < group[0],
+        chain[0] if chain else "",
+    )
 
 
 def _volume(i: Instruction, kind: str, members: int) -> float:
@@ -297,6 +327,27 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
     return "+".join(moved) or "none"
 
 
+def _ring_links(group: tuple[int, ...], mesh: Mesh) -> int:
+    """Return how many links of a device the rings of a group use at the same time.
+
+    Along each axis of the torus that the group spans these are two links where the axis is closed,
+    else one: of a line, the devices at the ends have one neighbour.
+    """
+    devices = list(mesh.devices.flat)
+    if not hasattr(devices[0], "coords"):
+        return 2  # no torus
+    everywhere, members = np.array([d.coords for d in devices]), np.array(group)
+    sizes = everywhere.max(0) - everywhere.min(0) + 1
+    places = [len(set(column.tolist())) for column in everywhere[members].T]
+    closed = TORUS_LENGTHS.get(devices[0].device_kind, CUBE_LENGTH)
+    links = sum(
+        2 if n == size and size % closed == 0 else 1
+        for n, size in zip(places, sizes, strict=True)
+        if n > 1
+    )
+    return max(links, 1)
+
+
 def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
     """Return the largest buffers as (bytes, content), from the TPU compiler's memory report."""
     units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -324,8 +375,9 @@ def read_compiler_dump(folder: str) -> tuple[str, str]:
 
 def read_buffer_sizes(folder: str) -> dict[str, float]:
     """Return the sizes of the buffers that the TPU compiler assigned; {} before it did so."""
-    done = list(Path(folder).glob("module_0000*.after_optimizations_after_buffer_assignment.txt"))
-    lists = list(Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt"))
+    # The number of a module counts all that the process has compiled.
+    done = list(Path(folder).glob("module_*.after_optimizations_after_buffer_assignment.txt"))
+    lists = list(Path(folder).glob("module_*.after_optimizations-buffer-assignment.txt"))
     if not done or not lists:
         return {}
     out = dict.fromkeys(("arguments", "outputs", "donated", "temporaries"), 0.0)

@@ -16,13 +16,26 @@ def count_flops(text: str, dynamic: float = 1.0) -> float:
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
     return sum(
-        runs[name] * sum(_flops(i, _shapes(instructions)) for i in instructions)
+        runs[name] * sum(_flops(i, instruction_shapes(instructions)) for i in instructions)
         for name, instructions in computations.items()
         if runs[name]
     )
 
 
-def _shapes(instructions: list[hlo.Instruction]) -> dict[str, str]:
+def fused_flops(
+    i: hlo.Instruction, shapes: dict[str, str], computations: hlo.Computations
+) -> float:
+    """Return the FLOPs of an instruction and of what is fused into it."""
+    total = _flops(i, shapes)
+    for name in hlo.called_computations(i):
+        body = computations.get(name, [])
+        inner = instruction_shapes(body)
+        total += sum(fused_flops(j, inner, computations) for j in body)
+    return total
+
+
+def instruction_shapes(instructions: list[hlo.Instruction]) -> dict[str, str]:
+    """Return the shape of each instruction by name."""
     return {i.name: i.shape for i in instructions}
 
 
@@ -120,6 +133,7 @@ FREE_OPCODES = (
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
     "partition-id iota"
 ).split()
+FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "NopReturnToken")
 
 
 def count_memory_traffic(text: str, dynamic: float = 1.0) -> float:
@@ -139,26 +153,50 @@ def count_memory_traffic(text: str, dynamic: float = 1.0) -> float:
     total = 0.0
     for name, instructions in computations.items():
         if runs[name] and name not in fused:
-            shapes = _shapes(instructions)
-            total += runs[name] * sum(_moved(i, shapes, computations) for i in instructions)
+            shapes = instruction_shapes(instructions)
+            total += runs[name] * sum(moved_bytes(i, shapes, computations) for i in instructions)
     return total
 
 
-def _moved(i: hlo.Instruction, shapes: dict[str, str], computations: hlo.Computations) -> float:
+def moved_bytes(
+    i: hlo.Instruction, shapes: dict[str, str], computations: hlo.Computations
+) -> float:
+    """Return the bytes of main memory that an instruction reads and writes."""
     if i.op in FREE_OPCODES or i.op.endswith(("-done", "-update")):
         return 0.0
-    taken = [hlo.shape_bytes(shapes.get(o, ""), only_main=True) for o in i.operands]
+    if i.op == "custom-call" and any(f'"{name}"' in i.rest for name in FREE_CALLS):
+        return 0.0
+    if i.op == "async-start":
+        return sum(_body_bytes(name, computations) for name in hlo.called_computations(i))
     given = hlo.shape_bytes(i.shape, only_main=True)
+    if i.op.endswith("-start"):
+        return given  # its shape has the inputs too
+    taken = [hlo.shape_bytes(shapes.get(o, ""), only_main=True) for o in i.operands]
     if i.op == "dynamic-update-slice":
-        return 2.0 * taken[1]
+        return taken[1] + min(given, hlo.shape_bytes(shapes.get(i.operands[1], "")))
     if i.op in ("dynamic-slice", "gather", "slice"):
-        return 2.0 * given
+        return min(taken[0], hlo.shape_bytes(i.shape)) + given
     if i.op == "fusion" and (body := computations.get(next(iter(hlo.called_computations(i)), ""))):
         taken = [
             min(t, _read(body, _parameter(body, n), computations)) for n, t in enumerate(taken)
         ]
         given = min(given, _written(body, given))
     return sum(taken) + given
+
+
+def _body_bytes(name: str, computations: hlo.Computations) -> float:
+    """Return the bytes that an asynchronous computation reads and writes."""
+    body = computations.get(name, [])
+    shapes = instruction_shapes(body)
+    return sum(
+        moved_bytes(i, shapes, computations)
+        + sum(_body_bytes(inner, computations) for inner in _plain_calls(i))
+        for i in body
+    )
+
+
+def _plain_calls(i: hlo.Instruction) -> list[str]:
+    return hlo.called_computations(i) if i.op == "call" else []
 
 
 def _parameter(body: list[hlo.Instruction], number: int) -> str:
@@ -189,7 +227,7 @@ def _read(body: list[hlo.Instruction], name: str, computations: hlo.Computations
 
 def _written(body: list[hlo.Instruction], given: float) -> float:
     """Return the bytes that a fusion writes; an update in place counts only the update."""
-    shapes, updates = _shapes(body), [i for i in body if i.op == "dynamic-update-slice"]
+    shapes, updates = instruction_shapes(body), [i for i in body if i.op == "dynamic-update-slice"]
     root = next((i for i in body if i.root), None)
     in_place = root is not None and (
         root in updates or {u.name for u in updates} & set(root.operands)

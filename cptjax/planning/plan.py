@@ -4,9 +4,10 @@ A program's peak is
 
     arguments + outputs - donated + temporaries + other arrays that stay in memory
 
-where the others are for example the optimizer's state during rollouts, or the reference model
-during the update. Seconds are a lower bound: the slowest of compute, memory and network, as if all
-three overlapped perfectly.
+where the others are for example the optimizer's state during rollouts, the reference model during
+the update, or the micro-batches that wait for their turn. Seconds are a lower bound: instructions
+run one after the other as the compiler has scheduled them, each as fast as its slowest resource
+allows (see timeline.py).
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from cptjax.common.config_checks import check_config
 from cptjax.common.program import Program
 from cptjax.common.runs import expand_runs
 from cptjax.config import config_to_dict, resolve_stages
-from cptjax.planning import aot_compile, chips, hlo, hlo_costs, memory, programs
+from cptjax.planning import aot_compile, chips, hlo, hlo_costs, memory, programs, timeline
 from cptjax.planning.aot_compile import SubprocessCompiler
 from cptjax.planning.chips import Chip
 from cptjax.training.programs import AbstractStage
@@ -47,7 +48,7 @@ class ProgramCost:
     useful: float  # floating-point operations of the model by formula, all devices together
     traffic: float  # bytes from and to memory
     collectives: list[hlo.Collective]
-    seconds: dict[str, float]  # compute, memory, network
+    seconds: dict[str, float]  # compute, memory, network by themselves, and in all; {} if unknown
     buffers: list[tuple[float, str]]  # the largest temporaries
     over: str = ""  # the compiler's message if the program needs more memory than there is
 
@@ -58,7 +59,12 @@ class ProgramCost:
     @property
     def bound(self) -> float:
         """A lower bound of the seconds of a call."""
-        return max(self.seconds.values(), default=0.0)
+        return self.seconds.get("in all", 0.0)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a call."""
+        return sum(chips.sent_bytes(c.kind, c.size, c.bytes) for c in self.collectives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +91,8 @@ class StagePlan:
         return sum(c.bound * c.calls for c in self.costs)
 
     def mfu(self) -> float | None:
-        """Return an upper bound of the model FLOPs utilisation of a step."""
-        if self.chip is None or not self.step_seconds():
+        """Return an upper bound of the model FLOPs utilisation of a step that can run."""
+        if self.chip is None or not self.step_seconds() or self.refused():
             return None
         useful = sum(c.useful * c.calls for c in self.costs)
         return useful / (self.devices * self.chip.flops * self.step_seconds())
@@ -160,6 +166,7 @@ def program_cost(
     resident = memory.resident_bytes(stage, program.args, program.not_loaded)
     in_memory = sum(resident.values())
     in_memory += sum(c.outputs for name in program.kept for c in earlier if c.name == name)
+    in_memory += memory.bytes_per_device(program.others)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -174,6 +181,11 @@ def program_cost(
     collectives = hlo.find_collectives(text, stage.mesh, program.loop_trips)
     arithmetic = hlo_costs.count_flops(text, program.loop_trips)
     traffic = hlo_costs.count_memory_traffic(text, program.loop_trips)
+    bounds = roofline_seconds(arithmetic, traffic, collectives, chip, slices)
+    if chip is not None:
+        bounds["in all"] = timeline.scheduled_seconds(
+            text, stage.mesh, chip, slices, program.loop_trips
+        )
     return ProgramCost(
         program.name,
         program.calls,
@@ -184,7 +196,7 @@ def program_cost(
         useful=program.flops,
         traffic=traffic,
         collectives=collectives,
-        seconds=roofline_seconds(arithmetic, traffic, collectives, chip, slices),
+        seconds=bounds,
         buffers=hlo.largest_buffers(report),
     )
 
@@ -230,7 +242,9 @@ def roofline_seconds(
     if chip is None:
         return {}
     network = sum(
-        chips.transfer_seconds(c.kind, c.size, c.bytes, chip, slices > 1 and "data" in c.axis)
+        chips.transfer_seconds(
+            c.kind, c.size, c.bytes, chip, slices > 1 and "data" in c.axis, c.links
+        )
         for c in collectives
     )
     return {
@@ -241,6 +255,9 @@ def roofline_seconds(
 
 
 # ---- tables, verdict, JSON -----------------------------------------------------------------------
+
+
+RESOURCES = ("compute", "memory", "network", "in all")
 
 
 def show_plan(plan: StagePlan) -> None:
@@ -263,7 +280,7 @@ def show_plan(plan: StagePlan) -> None:
     )
     console.print_table(
         "at the largest shapes, one call on one device; seconds are lower bounds",
-        ("program", "calls a step", "TFLOP", "GB moved", "compute s", "memory s", "network s"),
+        ("program", "calls a step", "TFLOP", "GB moved", *(f"{name} s" for name in RESOURCES)),
         [_speed_row(c) for c in plan.costs],
     )
     transfers = [
@@ -274,8 +291,8 @@ def show_plan(plan: StagePlan) -> None:
     console.print_table("largest transfers of a call", ("what", "axis", "GB", "times"), transfers)
     if (mfu := plan.mfu()) is not None:
         console.print_message(
-            f"a step takes at least {plan.step_seconds():.1f} s; model FLOPs utilisation cannot "
-            f"exceed {mfu:.0%}"
+            f"at the largest shapes a step takes at least {plan.step_seconds():.2f} s, and model "
+            f"FLOPs utilisation cannot exceed {mfu:.0%}"
         )
 
 
@@ -289,7 +306,7 @@ def _memory_row(c: ProgramCost) -> tuple[str, ...]:
 
 
 def _speed_row(c: ProgramCost) -> tuple[str, ...]:
-    seconds = [f"{c.seconds[k]:.3f}" if c.seconds else "" for k in ("compute", "memory", "network")]
+    seconds = [f"{c.seconds[k]:.3f}" if c.seconds else "" for k in RESOURCES]
     return (
         c.name,
         f"{c.calls:.0f}",
@@ -312,9 +329,13 @@ def plan_verdict(plan: StagePlan) -> str:
     return "\n".join(lines)
 
 
+def extra_values(c: ProgramCost) -> dict[str, float]:
+    return {"peak": c.peak, "bound_seconds": c.bound, "sent_bytes": c.sent}
+
+
 def plan_as_json(plan: StagePlan) -> dict[str, Any]:
     """Return a plan as JSON values."""
-    costs = [dataclasses.asdict(c) | {"peak": c.peak, "bound_seconds": c.bound} for c in plan.costs]
+    costs = [dataclasses.asdict(c) | extra_values(c) for c in plan.costs]
     chip = dataclasses.asdict(plan.chip) | {"usable": plan.chip.usable} if plan.chip else None
     return {
         "name": plan.name,

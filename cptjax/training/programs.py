@@ -275,6 +275,7 @@ def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
 
 
 def vision_forward(stage: AbstractStage, rows: int) -> float:
+    """Count the FLOPs of the vision tower for one image of the largest size in each row."""
     slots = max_image_slots(stage.cfg, stage.config.model.max_pixels)
     return flops.vision_forward_flops(stage.cfg, rows * slots, slots)
 
@@ -285,6 +286,12 @@ def text_forward(stage: AbstractStage, rows: int) -> float:
     if stage.config.method.source == "rollouts":
         return flops.group_forward_flops(stage.cfg, rows, length, r.group, r.max_new_tokens)
     return flops.text_forward_flops(stage.cfg, rows, length, length)
+
+
+def forward_flops(stage: AbstractStage, layout: StepLayout) -> float:
+    """Count the FLOPs of a device pass, without the empty rows that fill it up."""
+    rows = layout.filled_rows
+    return text_forward(stage, rows) + vision_forward(stage, rows)
 
 
 def update_flops(stage: AbstractStage, rows: int) -> float:
@@ -311,11 +318,21 @@ def training_programs(stage: AbstractStage) -> list[Program]:
     layout = stage.layout
     return [
         *rollout_programs(stage),
-        *scoring_programs(stage, layout.rows, layout.total_micro_batches),
-        *teacher_programs(stage, layout.rows, layout.micro_batches * layout.updates),
+        *scoring_programs(stage, layout),
+        *teacher_programs(stage, layout),
         *memory_programs(stage, layout.updates),
-        *update_programs(stage, layout.rows, layout.micro_batches, layout.updates),
+        *update_programs(stage, layout),
     ]
+
+
+def waiting_batches(stage: AbstractStage, in_use: int) -> tuple[Batch, ...]:
+    """Return the micro-batches that are on the device during a program that uses `in_use` of them.
+
+    These are all of a step, and those of the next step where no weights are needed to build them.
+    """
+    ahead = 1 if stage.config.method.source in ("rollouts", "self") else 2
+    count = stage.layout.total_micro_batches * ahead
+    return (abstract_scoring_batch(stage, stage.layout.rows),) * (count - in_use)
 
 
 def rollout_programs(stage: AbstractStage) -> list[Program]:
@@ -339,7 +356,11 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
     if c.method.source == "rollouts":
         samplings = [sampling, sampling.greedy()] if needs.greedy_samples else [sampling]
         cuts = stage.layout.total_micro_batches
-        programs += response_programs(stage, "rollouts", c.train.batch, samplings, 1.0, cuts)
+        sampled = response_programs(stage, "rollouts", c.train.batch, samplings, 1.0, cuts)
+        # The prompts of micro-batches wait for the update; one alone is itself the joined batch.
+        parts = (abstract_prompts(stage, stage.layout.rows, stage.longest_prompt),) * cuts
+        others = parts if cuts > 1 else ()
+        programs += [dataclasses.replace(program, others=others) for program in sampled]
     return programs
 
 
@@ -382,39 +403,43 @@ def response_programs(
     return programs
 
 
-def scoring_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
+def scoring_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
     """Return the programs of log-probabilities under the reference, and under the policy.
 
     The policy before the updates is scored only if an update needs its log-probabilities.
     """
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
-    batch = abstract_scoring_batch(stage, rows)
-    useful = text_forward(stage, rows) + vision_forward(stage, rows)
-    programs = []
+    models = {}
     if stage.reference is not None:
-        args = (stage.reference, batch)
-        programs.append(Program("reference log-probs", score, args, calls, useful))
+        models["reference log-probs"] = stage.reference
     if stage.needs.drift and stage.start is not stage.reference:
-        args = (stage.start, batch)
-        programs.append(Program("start log-probs", score, args, calls, useful))
+        models["start log-probs"] = stage.start
     if stage.needs.policy_logps:
-        programs.append(Program("own log-probs", score, (stage.params, batch), calls, useful))
-    return programs
+        models["own log-probs"] = stage.params
+    batch, calls = abstract_scoring_batch(stage, layout.rows), layout.total_micro_batches
+    useful, others = forward_flops(stage, layout), waiting_batches(stage, 1)
+    return [
+        Program(name, score, (params, batch), calls, useful, others=others)
+        for name, params in models.items()
+    ]
 
 
-def teacher_programs(stage: AbstractStage, rows: int, calls: int) -> list[Program]:
+def teacher_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
     """Return the program of the teacher's states on each device pass of the updates."""
     if stage.teacher is None:
         return []
     c = stage.config
-    batch = abstract_scoring_batch(stage, rows)
+    batch, others = abstract_scoring_batch(stage, layout.rows), waiting_batches(stage, 1)
     if stage.needs.demonstrations:
         demonstration = c.rollout.max_new_tokens + DEMONSTRATION_TEMPLATE_TOKENS
         longest = max(collate.extend_buckets((stage.longest_prompt,), demonstration))
-        batch = abstract_groups(stage, rows, longest)
+        batch = abstract_groups(stage, layout.rows, longest)
+        others = waiting_batches(stage, 0)
     program = distillation.make_teacher_program(stage.teacher_cfg, stage.dtype)
-    useful = text_forward(stage, rows) + vision_forward(stage, rows)
-    return [Program(TEACHER_STATES, program, (stage.teacher, batch), calls, useful)]
+    args, calls = (stage.teacher, batch), layout.micro_batches * layout.updates
+    return [
+        Program(TEACHER_STATES, program, args, calls, forward_flops(stage, layout), others=others)
+    ]
 
 
 def memory_programs(stage: AbstractStage, updates: int) -> list[Program]:
@@ -425,32 +450,47 @@ def memory_programs(stage: AbstractStage, updates: int) -> list[Program]:
     rows, length = batch.prompts.tokens.shape
     text = flops.text_forward_flops(stage.cfg, rows, length, batch.targets.shape[1])
     useful = backward_flops(stage, text, vision_forward(stage, rows))
-    args = (stage.state.params, stage.frozen, batch)
-    return [Program(MEMORY_GRADIENT, step_programs(stage).memory_gradient, args, updates, useful)]
+    args, gradient = (stage.state.params, stage.frozen, batch), step_programs(stage).memory_gradient
+    others = waiting_batches(stage, 0)
+    return [Program(MEMORY_GRADIENT, gradient, args, updates, useful, others=others)]
 
 
-def update_programs(stage: AbstractStage, rows: int, passes: int, updates: int) -> list[Program]:
+def update_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
     """Return one fused step, or programs that sum gradients over micro-batches and apply them."""
     state, frozen, steps = stage.state, stage.frozen, step_programs(stage)
-    batch = abstract_update_batch(stage, rows)
+    batch, passes, updates = (
+        abstract_update_batch(stage, layout.rows),
+        layout.micro_batches,
+        layout.updates,
+    )
     lr, of_memory = abstract_array((), jnp.float32, stage.mesh), None
     if stage.memory is not None:
         gradient = step_programs(stage).memory_gradient
         of_memory = abstract_gradient_sum(gradient, stage, abstract_memory_batch(stage))
-    useful = update_flops(stage, rows)
+    useful, others = update_flops(stage, layout.filled_rows), waiting_batches(stage, 1)
     if passes == 1:
         args = (state, frozen, batch, lr, stage.arrays, of_memory)
-        return [Program("train step", steps.step, args, updates, useful)]
+        return [Program("train step", steps.step, args, updates, useful, others=others)]
     # The teacher's states of all micro-batches of an update are computed before its first gradient.
     kept = (TEACHER_STATES,) * passes if stage.teacher is not None else ()
     total = abstract_gradient_sum(steps.begin, stage, batch)
     add_args = (total, state.params, frozen, batch)
     apply_args = (state, total, lr, stage.arrays, of_memory)
     waiting = (MEMORY_GRADIENT,) if stage.memory is not None else ()
-    return [
-        Program("add gradients", steps.add, add_args, passes * updates, useful, kept[1:] + waiting),
-        Program("apply gradients", steps.finish, apply_args, updates, 0.0, kept),
-    ]
+    add = Program(
+        "add gradients",
+        steps.add,
+        add_args,
+        passes * updates,
+        useful,
+        kept[1:] + waiting,
+        others=others,
+    )
+    everything = waiting_batches(stage, 0)
+    finish = Program(
+        "apply gradients", steps.finish, apply_args, updates, 0.0, kept, others=everything
+    )
+    return [add, finish]
 
 
 def step_programs(stage: AbstractStage) -> train_step.StepPrograms:

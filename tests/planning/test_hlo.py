@@ -1,10 +1,15 @@
 """Totals of programs: of a small text with known numbers, and of compiled CPU programs."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cptjax import sharding
+from cptjax.generation import token_sampling
 from cptjax.planning import hlo, hlo_costs
 
 LOOP = """\
@@ -192,6 +197,112 @@ def test_transfers_of_a_sharded_product_have_their_axes(mesh):
     )
 
 
+BRANCHES = """\
+HloModule jit_g
+
+%greedy (g: f32[8,8]) -> f32[8,8] {
+  ROOT %g = f32[8,8]{1,0} parameter(0)
+}
+
+%random (r: f32[8,8]) -> f32[8,8] {
+  %r = f32[8,8]{1,0} parameter(0)
+  ROOT %product = f32[8,8]{1,0} dot(%r, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (n: s32[], a: f32[8,8]) -> f32[8,8] {
+  %n = s32[] parameter(0)
+  %a = f32[8,8]{1,0} parameter(1)
+  ROOT %c = f32[8,8]{1,0} conditional(%n, %a, %a), branch_computations={%random, %greedy}
+}
+"""
+
+
+def test_branches_of_a_conditional_count_in_equal_parts():
+    products = 2 * 8 * 8 * 8
+    assert hlo_costs.count_flops(BRANCHES) == products / 2
+    named = BRANCHES.replace(
+        "branch_computations={%random, %greedy}",
+        "true_computation=%greedy, false_computation=%random",
+    )
+    assert hlo_costs.count_flops(named) == products / 2
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampling_has_no_conditional_of_unknown_share(top_p):
+    """Filters that are off are not part of the program."""
+    controls = token_sampling.make_controls(1.0, 0, top_p, 0.0, np.zeros(512, bool))
+    sample = jax.jit(token_sampling.sample_tokens)
+    text = sample.lower(jnp.ones((2, 512)), jnp.ones(2), controls).compile().as_text()
+    assert " conditional(" not in text
+
+
+def test_an_asynchronous_slice_moves_the_slice_only():
+    """Of 1,024 bytes, 256 are read into the vector memory S(1)."""
+    text = """\
+%slice_of (p: s8[1024]) -> s8[256] {
+  %p = s8[1024]{0} parameter(0)
+  ROOT %s = s8[256]{0:S(1)} slice(%p), slice={[0:256]}
+}
+
+ENTRY %main (a: s8[1024]) -> s8[256] {
+  %a = s8[1024]{0} parameter(0)
+  %start = ((s8[1024]{0}), s8[256]{0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%slice_of
+  ROOT %done = s8[256]{0:S(1)} async-done(%start)
+}
+"""
+    assert hlo_costs.count_memory_traffic(text) == 256
+    kept_in_main = text.replace("{0:S(1)}", "{0}")
+    assert hlo_costs.count_memory_traffic(kept_in_main) == 2 * 256
+
+
+def test_a_copy_into_the_vector_memory_reads_its_array_once():
+    text = """\
+ENTRY %main (a: f32[100]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  %start = (f32[100]{0}, f32[100]{0:S(1)}, u32[]{:S(2)}) copy-start(%a)
+  ROOT %done = f32[100]{0:S(1)} copy-done(%start)
+}
+"""
+    assert hlo_costs.count_memory_traffic(text) == 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a torus."""
+
+    coords: tuple[int, int, int]
+    device_kind: str
+
+
+@pytest.mark.parametrize(
+    ("kind", "slice_shape", "mesh_shape", "links"),
+    [
+        ("TPU v6 lite", (4, 4, 1), (1, 4, 4), 1),  # a line: no connection between its ends
+        ("TPU v6 lite", (16, 16, 1), (1, 16, 16), 2),
+        ("TPU v6 lite", (16, 16, 1), (1, 256, 1), 4),  # two closed axes
+        ("TPU v6 lite", (16, 16, 1), (1, 64, 4), 1),  # 4 of 16 devices of an axis
+        ("TPU v5", (4, 4, 4), (1, 16, 4), 2),
+        ("TPU v5", (4, 4, 4), (1, 1, 64), 6),
+    ],
+)
+def test_rings_use_the_links_that_a_slice_has(kind, slice_shape, mesh_shape, links):
+    """An all-gather over the last axis of the mesh that is cut."""
+    devices = [Chip(at, kind) for at in np.ndindex(slice_shape)]
+    grid = np.empty(len(devices), object)
+    grid[:] = devices
+    mesh = types.SimpleNamespace(
+        devices=grid.reshape(mesh_shape), axis_names=("data", "fsdp", "model")
+    )
+    n = next(n for n in reversed(mesh_shape) if n > 1)
+    text = (
+        "ENTRY %main (a: f32[1]) -> f32[1] {\n  %a = f32[1]{0} parameter(0)\n  ROOT %g = "
+        f"f32[{n}]{{0}} all-gather(%a), replica_groups=[{len(devices) // n},{n}]<="
+        f"[{len(devices)}], dimensions={{0}}\n}}\n"
+    )
+    (found,) = hlo.find_collectives(text, mesh)
+    assert (found.size, found.links) == (n, links)
+
+
 REPORT = """\
 Memory Space: default (color=0)
 Total bytes: 9238545760 (8.60GiB)
@@ -212,9 +323,10 @@ def test_the_largest_buffers_are_those_of_the_main_memory():
     ]
 
 
-def test_sizes_are_read_where_the_compiler_has_written_them(tmp_path):
+@pytest.mark.parametrize("module", ["module_0000", "module_0024"])  # 24 were compiled before it
+def test_sizes_are_read_where_the_compiler_has_written_them(tmp_path, module):
     assert hlo.read_buffer_sizes(str(tmp_path)) == {}
-    (tmp_path / "module_0000.f.after_optimizations-buffer-assignment.txt").write_text(
+    (tmp_path / f"{module}.f.after_optimizations-buffer-assignment.txt").write_text(
         "allocation 0: size 100, page 0, parameter 0, shape |f32[25]| at ShapeIndex {}:\n"
         "allocation 1: size 40, page 0, parameter 1, shape |f32[10]| at ShapeIndex {}, maybe-live-out:\n"
         "allocation 2: size 8, page 0, maybe-live-out:\n"
@@ -222,7 +334,7 @@ def test_sizes_are_read_where_the_compiler_has_written_them(tmp_path):
         "allocation 4: size 3000, page 0, preallocated-temp:\n"
     )
     assert hlo.read_buffer_sizes(str(tmp_path)) == {}
-    (tmp_path / "module_0000.f.after_optimizations_after_buffer_assignment.txt").write_text("")
+    (tmp_path / f"{module}.f.after_optimizations_after_buffer_assignment.txt").write_text("")
     assert hlo.read_buffer_sizes(str(tmp_path)) == {
         "arguments": 140.0,
         "outputs": 48.0,

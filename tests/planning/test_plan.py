@@ -24,7 +24,12 @@ from cptjax.models.families import PRESETS
 from cptjax.planning import aot_compile, chips, hlo, memory, plan
 from cptjax.planning.memory import resident_bytes
 from cptjax.planning.programs import planned_stage, stage_programs
-from cptjax.training.programs import abstract_prompts, abstract_stage
+from cptjax.training.programs import (
+    abstract_conversations,
+    abstract_groups,
+    abstract_prompts,
+    abstract_stage,
+)
 from cptjax.types import Prompts
 
 GIB = 2.0**30
@@ -80,6 +85,15 @@ def local():
     return stage_plan
 
 
+def batch_bytes():
+    """Return the bytes a device of the prompts and of a whole micro-batch of the small run."""
+    stage = planned_stage(
+        small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)
+    )
+    batch = abstract_groups(stage, 8, 64)
+    return memory.bytes_per_device(batch.prompts), memory.bytes_per_device(batch)
+
+
 def test_every_program_of_a_run_is_compiled_once(local):
     assert [c.name for c in local.costs] == [
         "rollouts",
@@ -110,13 +124,14 @@ def test_what_stays_in_memory_is_what_is_declared(local):
 
 def test_the_peak_counts_what_stays_in_memory_during_a_program(local):
     rollouts, score, add, apply, _ = local.costs
-    kept = local.resident
-    assert rollouts.in_memory == kept["optimiser"] + kept["reference"]
-    assert score.in_memory == kept["trained weights"] + kept["frozen weights"] + kept["optimiser"]
-    assert (
-        add.in_memory == kept["optimiser"] + kept["reference"]
-        and apply.in_memory == kept["frozen weights"] + kept["reference"]
+    kept, prompts, batch = local.resident, *batch_bytes()
+    others = kept["optimiser"] + kept["reference"]
+    assert rollouts.in_memory == others + 2 * prompts  # those of two micro-batches
+    assert score.in_memory == (
+        kept["trained weights"] + kept["frozen weights"] + kept["optimiser"] + batch
     )
+    assert add.in_memory == others + batch
+    assert apply.in_memory == kept["frozen weights"] + kept["reference"] + 2 * batch
     assert (
         apply.donated >= kept["trained weights"] + kept["optimiser"] - 1024
     )  # the new state takes the old one's place
@@ -139,6 +154,7 @@ def test_a_program_that_does_not_fit_is_named_with_its_excess_and_a_remedy(local
     chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1e4)
     tight = dataclasses.replace(local, chip=chip)
     output = plan.plan_verdict(tight)
+    assert tight.mfu() is None and plan.plan_as_json(tight)["mfu_bound"] is None
     assert (
         len(output.splitlines()) == 5
         and "train.micro_batch" in output
@@ -158,7 +174,39 @@ def test_the_bound_is_the_slowest_resource():
     across = plan.roofline_seconds(
         0, 0, [dataclasses.replace(collectives[0], axis="data")], chip, 2
     )
-    assert across["network"] == pytest.approx(9e9 / 6.25e9)
+    assert across["network"] == pytest.approx(9e9 / 3.125e9)
+    on_a_line = [dataclasses.replace(collectives[0], links=1)]
+    assert plan.roofline_seconds(0, 0, on_a_line, chip, 1)["network"] == pytest.approx(0.2)
+
+
+def test_empty_rows_that_fill_a_batch_up_are_no_useful_work(mesh):
+    """Six conversations on four shards are eight rows."""
+    stages = [
+        planned_stage(small("sft", train={"batch": n, "micro_batch": 0}), mesh) for n in (6, 8)
+    ]
+    six, eight = (stage_programs(stage)[0] for stage in stages)
+    assert [s.layout.rows for s in stages] == [8, 8]
+    assert six.flops == eight.flops * 6 / 8
+
+
+def test_batches_of_a_step_and_of_the_next_one_are_in_memory(mesh):
+    """SFT collates the next step's batches during the update; GRPO samples first."""
+
+    def others(c):
+        stage = planned_stage(c, mesh)
+        return {p.name: memory.bytes_per_device(p.others) for p in stage_programs(stage)}, stage
+
+    train = {"batch": 16, "micro_batch": 8}
+    sft, stage = others(small("sft", train=train))
+    one = memory.bytes_per_device(abstract_conversations(stage, 8, stage.longest_row))
+    assert (sft["add gradients"], sft["apply gradients"]) == (3 * one, 4 * one)
+    grpo, stage = others(small(train=train))
+    batch = abstract_groups(stage, 8, stage.longest_prompt)
+    one, prompts = memory.bytes_per_device(batch), memory.bytes_per_device(batch.prompts)
+    assert (grpo["add gradients"], grpo["apply gradients"]) == (one, 2 * one)
+    assert grpo["reference log-probs"] == one and grpo["rollouts"] == 2 * prompts
+    whole, _ = others(small(train={"batch": 16, "micro_batch": 0}))
+    assert whole["rollouts"] == whole["train step"] == 0  # its only batch is an argument
 
 
 @pytest.mark.parametrize(
@@ -372,6 +420,7 @@ def test_results_of_earlier_programs_stay_in_memory_during_later_ones(mesh):
             costs.append(plan.program_cost(program, stage, None, {}, FixedSizes(), costs))
         models = {
             p.name: sum(resident_bytes(stage, p.args, p.not_loaded).values())
+            + memory.bytes_per_device(p.others)
             for p in stage_programs(stage)
         }
         return {c.name: c.in_memory - models[c.name] for c in costs}
@@ -499,7 +548,7 @@ class RecordingCompiler(aot_compile.SubprocessCompiler):
 
     def compile(self, program, folder):
         sizes = super().compile(program, folder)
-        (report,) = Path(folder).glob("module_0000*.after_optimizations-buffer-assignment.txt")
+        (report,) = Path(folder).glob("module_*.after_optimizations-buffer-assignment.txt")
         values = re.findall(
             r"^ *value: <\d+ (\S+) @\d+> .*?\w+\[([\d,]+)\]", report.read_text(), re.M
         )
@@ -575,6 +624,16 @@ def test_two_slices_share_the_batch_and_sum_gradients_across():
         and planned.mesh.devices[1, 0, 0].slice_index == 1
     )
     assert any("data" in x.axis for x in cost.collectives) and cost.seconds["network"] > 0
+
+
+def test_programs_that_need_results_of_earlier_ones_are_planned():
+    """Slots with int8 weights: the queue needs the weights, which are compiled first."""
+    c = small(
+        mesh={"data": 1, "fsdp": 2, "model": 2},
+        rollout={"slots": 8, "gather": True, "dtype": "int8"},
+    )
+    cost, _ = tpu(c, "v5e:2x2", "rollouts: queue")
+    assert cost.temporaries > 0 and cost.bound >= cost.seconds["memory"] > 0
 
 
 @pytest.mark.slow
