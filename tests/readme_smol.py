@@ -3,13 +3,16 @@
 python -m tests.readme_smol                  print the section
 python -m tests.readme_smol --write          put it into README.md, between <!-- smol --> marks,
                                              and draw its figure, .github/smol.svg
-python -m tests.readme_smol --read DIR ...   make .github/smol.json from workdirs of configs/smol.py
+python -m tests.readme_smol --read DIR ...   add the runs of workdirs of configs/smol.py to
+                                             .github/smol.json; an arm replaces its older numbers
+
+An arm is read when all of its runs have finished.
 """
 
 import collections
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ CLAIMS = (
 )  # fmt: skip
 FORMATS = [f"{name}+lr={lr:g}" for lr in smol.PAPER_LRS for name in smol.get_config("0,bf16").arms]
 CHANGES = ("learned", "earlier")
+DRIFT = "KL on the new task"
 Scores = dict[tuple[str, str], float]  # by task and row
 
 
@@ -97,81 +101,59 @@ def mean_with_interval(values: Iterable[float]) -> list[float]:
     return [round(float(v), 4) for v in (x.mean(), 1.96 * x.std(ddof=1) / len(x) ** 0.5)]
 
 
-def evaluated_stages(run: read.ReportRun) -> int:
-    """Return the last stage after which every task is evaluated."""
-    table = run.table
-    tasks = [*table.tasks, *table.general]
-    stages = range(len(table.stages), 0, -1)
-    return next((k for k in stages if all((k, task) in table.cells for task in tasks)), 0)
-
-
 def collect_numbers(folders: list[str]) -> dict[str, Any]:
-    """Return the numbers of the runs in workdirs of configs/smol.py that finished a stage."""
-    arms = {arm.label: arm for arm in read.read_arms(folders)}
-    stages = {  # that all seeds have finished
-        name: stage
-        for name in TITLES
-        if name in arms and (stage := min(evaluated_stages(run) for run in arms[name].runs))
+    """Return the numbers of the arms in workdirs of configs/smol.py."""
+    arms = {
+        arm.label: arm.runs
+        for arm in read.read_arms(folders)
+        if all(run.table.finished for run in arm.runs)
     }
-    runs_of = {name: arms[name].runs for name in stages}
-
-    def changes_after(name: str, stage: int) -> dict[str, Scores]:
-        of_runs = [changes_of_run(run, stage) for run in runs_of[name]]
-        return {part: mean_over_runs(run[part] for run in of_runs) for part in of_runs[0]}
-
-    def compare(better: str, worse: str) -> dict[str, Any]:
-        """Return the difference of two arms after the last stage that both have finished."""
-        stage = min(stages[better], stages[worse])
-        a, b = (changes_after(name, stage) for name in (better, worse))
-        general = (a["general"][key] - b["general"][key] for key in a["general"])
-        return {
-            "stage": stage,
-            "general": mean_with_interval(general),
-            "learned": [mean_with_interval(arm["learned"].values()) for arm in (a, b)],
-        }
-
-    first = next(iter(runs_of.values()))
-    base = mean_over_runs(summary.read_prediction_scores(run.path, 0) for run in first)
-    tasks = [*smol.STAGES, *GENERAL]
-    fits = drift.analyze(folders).numbers["fits"]
-    config = first[0].config
+    runs_of = {name: arms[name] for name in TITLES if name in arms}
     has_sweep = any(name.partition("+lr=")[0] in TITLES for name in arms if "+" in name)
     return {
-        "settings": {
-            "batch": config["train"]["batch"],
-            "rows": first[0].config["eval"]["limit"],
-        },
+        **(numbers_of_base(next(iter(runs_of.values()))) if runs_of else {}),
+        "arms": {name: numbers_of_arm(runs) for name, runs in runs_of.items()},
+        "bf16": {name: numbers_of_format(arms[name]) for name in FORMATS if name in arms},
+        "pareto": list(pareto.analyze(folders).sentences) if has_sweep else [],
+    }
+
+
+def add_numbers(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Add new numbers to old ones, which must have the same batch and test rows."""
+    if old and new.get("settings", old["settings"]) != old["settings"]:
+        raise ValueError(f"the settings differ: got {new['settings']}, expected {old['settings']}")
+    parts = {part: {**old.get(part, {}), **new[part]} for part in ("arms", "bf16")}
+    return {**old, **new, **parts, "pareto": new["pareto"] or old.get("pareto", [])}
+
+
+def numbers_of_base(runs: Sequence[read.ReportRun]) -> dict[str, Any]:
+    base = mean_over_runs(summary.read_prediction_scores(run.path, 0) for run in runs)
+    config = runs[0].config
+    return {
+        "settings": {"batch": config["train"]["batch"], "rows": config["eval"]["limit"]},
         "base": {
             task: mean_with_interval(v for (name, _), v in base.items() if name == task)
-            for task in tasks
+            for task in (*smol.STAGES, *GENERAL)
         },
-        "base_gold": mean_gold(first, 0),
-        "arms": {
-            name: {
-                "seeds": len(runs),
-                "lr": runs[0].config["train"]["lr"],
-                "steps": runs[0].config["stages"][0]["steps"],
-                "stages": stages[name],
-                "gold": mean_gold(runs, stages[name]),
-                **{
-                    part: mean_with_interval(rows.values())
-                    for part, rows in changes_after(name, stages[name]).items()
-                },
-            }
-            for name, runs in runs_of.items()
-        },
-        "differences": {
-            f"{better}-{worse}": compare(better, worse)
-            for _, _, better, worse in CLAIMS
-            if better in stages and worse in stages
-        },
-        "bf16": {
-            name: numbers_of_format(arms[name].runs)
-            for name in FORMATS
-            if name in arms and all(run.table.finished for run in arms[name].runs)
-        },
-        "pareto": list(pareto.analyze(folders).sentences) if has_sweep else [],
-        "drift": {fit["measure"]: {k: fit[k] for k in ("n", "r2", "pearson")} for fit in fits},
+        "base_gold": mean_gold(runs, 0),
+    }
+
+
+def numbers_of_arm(runs: Sequence[read.ReportRun]) -> dict[str, Any]:
+    """Return an arm's changes over its last stage, and the drift of each of its stages."""
+    last = runs[0].table.final
+    changes = [changes_of_run(run, last) for run in runs]
+    rows = {part: mean_over_runs(change[part] for change in changes) for part in changes[0]}
+    drifts = [d for run in runs for d in drift.drift_of_stages(run, weights=False)]
+    return {
+        "seeds": len(runs),
+        "lr": runs[0].config["train"]["lr"],
+        "steps": runs[0].config["stages"][0]["steps"],
+        "stages": last,
+        "gold": mean_gold(runs, last),
+        "rows": [round(rows["general"][key], 4) for key in sorted(rows["general"])],
+        "drift": [[d.far[DRIFT], d.loss] for d in drifts],
+        **{part: mean_with_interval(values.values()) for part, values in rows.items()},
     }
 
 
@@ -223,17 +205,17 @@ def general_cell(arm: Mapping[str, Any], base_gold: Mapping[str, float], task: s
 
 def verdict(paper: str, claim: str, better: str, worse: str, numbers: Mapping[str, Any]) -> str:
     """Say whether the difference of two arms agrees with what a paper finds."""
-    found = numbers["differences"].get(f"{better}-{worse}")
-    if found is None:
+    arms = numbers["arms"]
+    if better not in arms or worse not in arms:
         return f"- {paper}, {claim}: not run."
-    (mean, half), stage = found["general"], found["stage"]
+    pairs = zip(arms[better]["rows"], arms[worse]["rows"], strict=True)
+    mean, half = mean_with_interval(a - b for a, b in pairs)
     if "does not" in claim:  # that there is no difference cannot be shown, only contradicted
         said = "disagrees" if mean + half < 0 else "not contradicted"
     else:
         said = "agrees" if mean > half else "disagrees" if mean < -half else "not resolved"
-    learned = " against ".join(map(points, found["learned"]))
-    when = "" if stage == len(smol.STAGES) else f" after stage {stage}"
-    return f"- {paper}, {claim}: {said} ({points([mean, half])}{when}; learned {learned})."
+    learned = " against ".join(points(arms[arm]["learned"]) for arm in (better, worse))
+    return f"- {paper}, {claim}: {said} ({points([mean, half])}; learned {learned})."
 
 
 def verdict_on_grpo(numbers: Mapping[str, Any]) -> str:
@@ -299,11 +281,18 @@ def table_of_formats(numbers: Mapping[str, Any]) -> str:
 
 
 def describe_drift(numbers: Mapping[str, Any]) -> str:
-    fit = numbers["drift"]["KL on the new task"]
+    stages = [
+        drift.StageDrift(name, "", k, loss, {DRIFT: kl})
+        for name, arm in numbers["arms"].items()
+        for k, (kl, loss) in enumerate(arm["drift"], 1)
+    ]
+    fit = drift.fit_quadratic(DRIFT, stages)
+    if fit is None:
+        return "There are too few stages to fit the loss to the drift from the base model."
     return (
-        f"Over {fit['n']} stages, a quadratic in KL(base, now) on the new task explains "
-        f"{100 * fit['r2']:.0f} % of the variance of the loss on the other tasks "
-        f"(r = {fit['pearson']:.2f}; 2509.04259 has 71 % for its language models, "
+        f"Over {fit.n} stages, a quadratic in KL(base, now) on the new task explains "
+        f"{100 * fit.r2:.0f} % of the variance of the loss on the other tasks "
+        f"(r = {fit.pearson:.2f}; 2509.04259 has 71 % for its language models, "
         "2510.18874 r = 0.52)."
     )
 
@@ -345,7 +334,8 @@ def render_part() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--read"]:
-        NUMBERS.write_text(json.dumps(collect_numbers(sys.argv[2:]), indent=1) + "\n")
+        added = add_numbers(json.loads(NUMBERS.read_text()), collect_numbers(sys.argv[2:]))
+        NUMBERS.write_text(json.dumps(added) + "\n")
     print_or_write("smol", render_part)
     if "--write" in sys.argv:
         FIGURE.write_text(render_figure())

@@ -58,7 +58,9 @@ def test_numbers_of_runs_are_changes_of_the_same_rows(workdir, monkeypatch):
         assert found["learned"][0] == pytest.approx(learned, abs=1e-3)
         assert found["earlier"][0] == pytest.approx(earlier, abs=1e-3)
         assert np.ptp(matrix[:, :3]) > 0
-    assert numbers["drift"]["KL on the new task"]["n"] == 6
+        assert len(found["drift"]) == 3 and len(found["rows"]) == 2 * 4
+        assert np.mean(found["rows"]) == pytest.approx(found["general"][0], abs=1e-3)
+    assert "Over 6 stages" in readme_smol.describe_drift(numbers)
     section = readme_smol.render_section(numbers)
     (missing,) = [line for line in section.splitlines() if line.startswith("Not run: ")]
     assert "GRPO with KL" in missing and "GRPO without KL;" not in missing
@@ -69,13 +71,27 @@ def test_an_interval_covers_95_percent_of_a_normal_sample():
     assert mean == 0.5 and half == pytest.approx(1.96 * 0.5025 / 10, abs=1e-3)
 
 
-def test_verdicts_follow_the_interval():
+def test_verdicts_follow_the_interval_of_the_rows_differences():
     def said(mean, claim):
-        found = {"general": [mean, 0.1], "stage": 3, "learned": [[0.5, 0.1]] * 2}
-        return readme_smol.verdict("p", claim, "a", "b", {"differences": {"a-b": found}})
+        a = {"rows": [0.5 + mean, -0.5 + mean + 0.1, mean - 0.1] * 20, "learned": [0.5, 0.1]}
+        b = {"rows": [0.5, -0.5, 0.0] * 20, "learned": [0.4, 0.1]}
+        return readme_smol.verdict("p", claim, "a", "b", {"arms": {"a": a, "b": b}})
 
-    assert "agrees" in said(0.2, "less") and "disagrees" in said(-0.2, "less")
-    assert "not resolved" in said(0.05, "less") and "disagrees" in said(-0.2, "does not lose")
+    assert "agrees (+20" in said(0.2, "less") and "disagrees" in said(-0.2, "less")
+    assert "not resolved" in said(0.01, "less") and "disagrees" in said(-0.2, "does not lose")
+    assert "not run" in readme_smol.verdict("p", "less", "a", "b", {"arms": {}})
+
+
+def test_numbers_of_another_session_are_added():
+    def numbers(arms, rows=24, pareto=()):
+        return {"settings": {"rows": rows}, "arms": arms, "bf16": {}, "pareto": list(pareto)}
+
+    old = numbers({"a": 1, "b": 2}, pareto=["said"])
+    added = readme_smol.add_numbers(old, numbers({"b": 3, "c": 4}))
+    assert added == numbers({"a": 1, "b": 3, "c": 4}, pareto=["said"])
+    assert readme_smol.add_numbers({}, old) == old
+    with pytest.raises(ValueError, match="settings differ"):
+        readme_smol.add_numbers(old, numbers({}, rows=48))
 
 
 def test_the_readme_shows_the_numbers_of_the_runs():
