@@ -14,7 +14,7 @@ import numpy as np
 from cptjax import sharding
 from cptjax.common import console, distributed, run_log
 from cptjax.data import loader
-from cptjax.data.collate import EncodedConversation
+from cptjax.data.collate import EncodedConversation, round_up_size
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
 from cptjax.data.device_batches import cut_to_shards, group_batch, max_over_processes
 from cptjax.data.mixture import RowRef
@@ -198,8 +198,8 @@ def score_continuations(
             given = [processor.prefix_ids(prefix) if prefix else [] for prefix, _ in texts]
             scored = [processor.ids(text) for _, text in texts]
             lengths = [len(g) + len(s) for g, s in zip(given, scored, strict=True)]
-            # A power of two, so that few programs are compiled.
-            length = max(8, 1 << (max_over_processes(max(lengths)) - 1).bit_length())
+            # One of few sizes, so that few programs are compiled.
+            length = max(8, round_up_size(max_over_processes(max(lengths))))
             tokens = np.zeros((len(filled), length), np.int32)
             mask = np.zeros(tokens.shape, bool)
             for row, (before, after) in enumerate(zip(given, scored, strict=True)):
@@ -248,6 +248,68 @@ def rows_of_process(rows: Sequence[int]) -> list[int]:
     return [rows[min(i, len(rows) - 1)] for i in range(index * share, (index + 1) * share)]
 
 
+@dataclasses.dataclass(frozen=True)
+class RowResponses:
+    """What a model gives for the rows of this process."""
+
+    responses: list[str]  # `sampling.group` for each row
+    forced: list[str]  # continuations of the forced prefix
+    gold_logps: list[float]  # of the gold answer after the forced prefix, one for each row
+    cost: WorkCost
+
+
+def respond_to_rows(
+    model_ctx: ModelContext,
+    params: Params,
+    eval_prompts: EvalPrompts,
+    rows: Sequence[int],
+    *,
+    sampling: SamplingConfig,
+    batch: int,
+    key: jax.Array,
+    chunk: int,
+    forced: bool,
+    gold: bool,
+    title: str,
+) -> RowResponses:
+    """Generate responses and measure likelihoods; the arguments are those of `evaluate_task`."""
+    prompted = eval_prompts.prompted
+    weights = generate.prepare_weights(model_ctx, params, sampling)
+    total = len(rows) * (1 + forced + gold)
+    with console.progress_bar(title, total=total) as bar:
+
+        def respond(prefix: Sequence[int] = ()) -> tuple[list[str], WorkCost]:
+            return generate_responses(
+                model_ctx, weights, eval_prompts, rows, sampling, batch, key, bar, prefix
+            )
+
+        score = functools.partial(
+            score_continuations,
+            model_ctx,
+            params,
+            eval_prompts,
+            rows,
+            batch=batch,
+            chunk=chunk,
+            bar=bar,
+        )
+        if prompted.scorer.reads == "likelihood":
+            logps, cost = score(lambda example: ("", str(example.answer)))
+            responses = [str(logp) for logp in logps]
+        else:
+            responses, cost = respond()
+        forced_responses: list[str] = []
+        if forced:
+            prefix = model_ctx.processor.prefix_ids(prompted.forced_prefix)
+            forced_responses, forced_cost = respond(prefix)
+            cost += forced_cost
+        gold_logps: list[float] = []
+        if gold and have_one_answer(eval_prompts, rows):
+            gold_logps, gold_cost = score(prompted.gold_continuation)
+            cost += gold_cost
+    return RowResponses(responses, forced_responses, gold_logps, cost)
+
+
 def evaluate_task(
     model_ctx: ModelContext,
     params: Params,
@@ -275,44 +337,24 @@ def evaluate_task(
         forced = gold = False
     if prompted.scorer.reads == "likelihood":
         sampling = dataclasses.replace(sampling, group=1)
-    weights = generate.prepare_weights(model_ctx, params, sampling)
-    total = len(own_rows) * (1 + forced + gold)
-    with console.progress_bar(title or f"evaluate {prompted.name}", total=total) as bar:
-
-        def respond(prefix: Sequence[int] = ()) -> tuple[list[str], WorkCost]:
-            return generate_responses(
-                model_ctx, weights, eval_prompts, own_rows, sampling, batch, key, bar, prefix
-            )
-
-        score = functools.partial(
-            score_continuations,
-            model_ctx,
-            params,
-            eval_prompts,
-            own_rows,
-            batch=batch,
-            chunk=chunk,
-            bar=bar,
-        )
-        if prompted.scorer.reads == "likelihood":
-            logps, cost = score(lambda example: ("", str(example.answer)))
-            responses = [str(logp) for logp in logps]
-        else:
-            responses, cost = respond()
-        forced_responses: list[str] = []
-        if forced:
-            prefix = model_ctx.processor.prefix_ids(prompted.forced_prefix)
-            forced_responses, forced_cost = respond(prefix)
-            cost += forced_cost
-        gold_logps: list[float] = []
-        if gold and have_one_answer(eval_prompts, own_rows):
-            gold_logps, gold_cost = score(prompted.gold_continuation)
-            cost += gold_cost
+    given = respond_to_rows(
+        model_ctx,
+        params,
+        eval_prompts,
+        own_rows,
+        sampling=sampling,
+        batch=batch,
+        key=key,
+        chunk=chunk,
+        forced=forced,
+        gold=gold,
+        title=title or f"evaluate {prompted.name}",
+    )
     examples = [eval_prompts.scored[i] for i in own_rows for _ in range(sampling.group)]
-    predictions = responses
+    predictions, cost = given.responses, given.cost
     if judge:
         questions = [judged_prompt(example) for example in examples]
-        predictions, judge_cost = judge(questions, responses, [e.id for e in examples])
+        predictions, judge_cost = judge(questions, given.responses, [e.id for e in examples])
         cost += judge_cost
 
     def gather(values: Sequence[T], of_row: int = sampling.group) -> list[T]:
@@ -325,18 +367,16 @@ def evaluate_task(
         scorer: gather(dataclasses.replace(prompted, scorer=scorer).score(predictions, examples))
         for scorer in prompted.extra_scorers
     }
-    forced_records = (
-        gather(prompted.score(forced_responses, examples, forced=True)) if forced else []
-    )
+    forced_records = gather(prompted.score(given.forced, examples, forced=True)) if forced else []
     return TaskResult(
         prompted,
         records=gather(prompted.score(predictions, examples)),
         forced_records=forced_records,
-        responses=gather(responses),
+        responses=gather(given.responses),
         cost=sum(distributed.gather_objects(cost), WorkCost()),
         extra_records=extra_records,
         samples=sampling.group,
-        gold_probabilities=gather(np.exp(gold_logps).tolist(), 1) if gold_logps else [],
+        gold_probabilities=gather(np.exp(given.gold_logps).tolist(), 1) if given.gold_logps else [],
     )
 
 
