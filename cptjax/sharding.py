@@ -253,7 +253,7 @@ def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """Place a host batch on the mesh, with its rows sharded over the batch shards."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    rest = (batch.targets, batch.mask, batch.where, batch.extra)
+    rest = (batch.targets, batch.mask, batch.where, batch.extra, batch.packing)
     return Batch(place_prompts(batch.prompts, mesh), *place_rows(rest, mesh))
 
 

@@ -105,24 +105,41 @@ class Rollouts:
 
 
 @flax.struct.dataclass
+class Packing:
+    """How the groups of a batch are packed into one row of n tokens per batch shard.
+
+    The padded arrays of a shard are its prompts [Q/S * P] and then its responses [B/S * R], one
+    after the other. -1 marks padding in all indices.
+    """
+
+    source: Array  # [S n] index in the padded arrays of each packed token
+    place: Array  # [S Q/S*P + B/S*R] index in the row of each padded token; inverse of `source`
+    real: Array  # [S A] index of each real target among the shard's targets [B/S * R]
+    spread: Array  # [S B/S*R] inverse of `real`
+
+
+@flax.struct.dataclass
 class Batch:
     """Target tokens, each with the state that predicts it.
 
-    For rows of single or packed conversations, `where` has the indices of these states. For groups,
-    `where` is None: the targets are the B = Q * G responses to Q left-padded prompts.
+    The states are those of rows of single or packed conversations, one or more targets a row, or
+    those of packed groups: the targets are the B = Q * G responses to Q left-padded prompts.
     """
 
     prompts: Prompts
     targets: Array  # [B A] the tokens (A = R for groups)
     mask: Array  # [B A]
-    where: Array | None = None  # [B A] index in the row of the state that predicts each target
+    # [B A] index in the row of the state that predicts each target; of groups [S A], in the packed
+    # row of each real target
+    where: Array | None = None
     # Arrays by row or by token: advantages, old_logps, ref_logps, ...
     extra: dict[str, Array] = flax.struct.field(default_factory=dict)
+    packing: Packing | None = None  # of groups
 
     @property
     def tokens_with_padding(self) -> int:
         """The tokens that the decoder processes, over all processes."""
-        return self.prompts.tokens.size + (self.targets.size if self.where is None else 0)
+        return (self.prompts.tokens if self.packing is None else self.packing.source).size
 
 
 @flax.struct.dataclass

@@ -39,6 +39,7 @@ from cptjax.benchmark.workload import (
     random_inputs,
 )
 from cptjax.common import console
+from cptjax.data.packing import plan_packing
 from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import (
@@ -184,13 +185,19 @@ def grpo_phase(model: BenchModel) -> Callable[[], Any]:
     """Run one step of GRPO: rollouts are scored and trained on without leaving the device."""
     sample = rollout_phase(model)
     steps = model.step_programs("policy", ratio="token", clip_low=0.2, clip_high=0.3, clip_dual=3.0)
-    random = np.random.default_rng(2).standard_normal(model.work.rows, np.float32)
+    rows = model.work.rows
+    random = np.random.default_rng(2).standard_normal(rows, np.float32)
     advantages = sharding.place_rows(random, model.mesh)
+    # All prompts and responses are equally long.
+    prompt_mask = np.ones(model.prompts.tokens.shape, bool)
+    mask = np.ones((rows, model.work.new), bool)
+    plan = plan_packing(prompt_mask, mask, sharding.batch_shards(model.mesh))
+    where, packing = sharding.place_rows(plan, model.mesh)
 
     def run() -> Any:
         rollouts = sample()
         extra = {"advantages": advantages, "sampler_logps": rollouts.logps}
-        batch = Batch(model.prompts, rollouts.tokens, rollouts.mask, extra=extra)
+        batch = Batch(model.prompts, rollouts.tokens, rollouts.mask, where, extra, packing)
         old_logps = model.score(model.params, batch)
         batch = batch.replace(extra=extra | {"old_logps": old_logps})
         model.state, metrics = steps.run(model.state, {}, [batch], 1e-6)

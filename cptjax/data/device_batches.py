@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from cptjax.common import distributed
 from cptjax.data.collate import EncodedConversation, collate_rows, length_buckets, smallest_bucket
 from cptjax.data.model_context import ModelContext, gather_batch_shape
-from cptjax.sharding import place_batch, place_rows
+from cptjax.data.packing import plan_packing
+from cptjax.sharding import local_rows, place_batch, place_rows
 from cptjax.types import Batch, Prompts
 
 MIN_RESPONSE_BUCKET = 8  # tokens of the shortest bucket of responses
@@ -185,7 +186,7 @@ def group_batch(
     length: int,
     extra: dict[str, Any],
 ) -> Batch:
-    """Return Q prompts on the mesh with their Q * G responses.
+    """Return Q prompts on the mesh with their Q * G responses, packed.
 
     The token arrays, including those of `extra`, are cut to `length`.
     """
@@ -193,6 +194,14 @@ def group_batch(
     def cut(x: Any) -> np.ndarray:
         return np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)
 
-    arrays = (cut(tokens), cut(mask).astype(bool), {name: cut(x) for name, x in extra.items()})
-    targets, target_mask, extra = place_rows(arrays, model_ctx.mesh)
-    return Batch(prompts, targets, target_mask, None, extra)
+    mask = cut(mask).astype(bool)
+    where, packing = plan_packing(local_rows(prompts.segments) > 0, mask, model_ctx.shards)
+    arrays = (cut(tokens), mask, where, {name: cut(x) for name, x in extra.items()}, packing)
+    return Batch(prompts, *place_rows(arrays, model_ctx.mesh))
+
+
+def with_other_prompts(model_ctx: ModelContext, batch: Batch, prompts: Prompts) -> Batch:
+    """Return groups with the targets of `batch`, in the same order, after other prompts."""
+    masks = local_rows(prompts.segments) > 0, local_rows(batch.mask)
+    where, packing = place_rows(plan_packing(*masks, model_ctx.shards), model_ctx.mesh)
+    return batch.replace(prompts=prompts, where=where, packing=packing, extra={})

@@ -23,6 +23,7 @@ from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import decoder, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import distill_kl
+from cptjax.models.packed_groups import by_target
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.scoring import summaries
 from cptjax.types import Batch, Example, Params
@@ -48,7 +49,7 @@ def _kl_program(cfg: ModelConfig, dtype: DTypeLike, chunk: int) -> Callable:
             decoder.unembedding(base["text"]),
             chunk=chunk,
         )
-        return jnp.where(batch.mask, kl.reshape(batch.mask.shape), 0)
+        return jnp.where(batch.mask, by_target(batch, kl), 0)
 
     return jax.jit(kl_by_token)
 

@@ -201,16 +201,27 @@ def attend_group(
     nq, total = q.shape[:2]
     r = (total - prompt) // group
     prompts = q[:, :prompt], k[:, :prompt], v[:, :prompt]
-    head = attend(*prompts, segments, segments, causal=True, backend=backend)
     split = lambda x: x[:, prompt:].reshape(nq, group, r, *x.shape[2:])
-    arrays = split(q), k[:, :prompt], v[:, :prompt], split(k), split(v)
-    if backend == "xla":
-        tail = attend_shared(*arrays, segments > 0, jnp.tril(jnp.ones((r, r), bool)))
-    elif backend == "tiled":
-        tail = _per_device(attention_tiled.attend_group_tiled, arrays, (segments,))
-    else:
-        tail = _group_by_copy(*arrays, segments, backend)
+    head, tail = attend_padded_groups(prompts, (split(q), split(k), split(v)), segments, backend)
     return jnp.concatenate([head, tail.reshape(nq, group * r, *q.shape[2:])], 1)
+
+
+def attend_padded_groups(
+    prompts: Sequence[Array], responses: Sequence[Array], segments: Array, backend: str
+) -> tuple[Array, Array]:
+    """Attend in prompts [Q P N H] and in their responses [Q G R N H].
+
+    Both are queries, keys and values; `segments` [Q P] are those of the left-padded prompts.
+    """
+    (prompt_q, k, v), (q, own_k, own_v) = prompts, responses
+    head = attend(prompt_q, k, v, segments, segments, causal=True, backend=backend)
+    if backend == "xla":
+        own_mask = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))
+        return head, attend_shared(q, k, v, own_k, own_v, segments > 0, own_mask)
+    if backend == "tiled":
+        arrays = q, k, v, own_k, own_v
+        return head, _per_device(attention_tiled.attend_group_tiled, arrays, (segments,))
+    return head, _group_by_copy(q, k, v, own_k, own_v, segments, backend)
 
 
 def _group_by_copy(

@@ -6,13 +6,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cptjax.models import attention, decoder, unrolled
+from cptjax.models import attention, decoder, packed_groups, unrolled
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.layers import rms_norm
 from cptjax.models.unrolled import LayerArrays, read_layer, unstack_for_forward, write_column
 from cptjax.sharding import constrain
-from cptjax.types import Array, Params, Prompts
+from cptjax.types import Array, Packing, Params, Prompts
 
 
 def declare_params(cfg: ModelConfig) -> Params:
@@ -94,6 +94,34 @@ def forward_group(
     hidden, _ = decoder.run_decoder(p["text"], x, positions, attend, cfg, inputs.added)
     first = jnp.broadcast_to(hidden[:, None, plen - 1 : plen], (nq, g, 1, hidden.shape[-1]))
     return jnp.concatenate([first, hidden[:, plen:].reshape(nq, g, r, -1)[:, :, :-1]], 2)
+
+
+def forward_packed(
+    p: Params,
+    prompts: Prompts,
+    responses: Array,
+    packing: Packing,
+    cfg: ModelConfig,
+    dtype: jnp.dtype = jnp.float32,
+) -> Array:
+    """Return hidden states [S N D] of packed groups: prompts [Q P] and responses [B R].
+
+    The states are those of `forward_group`, without padding and with those of the prompts.
+    """
+    p = unstack_for_forward(p, cfg)
+    (nq, plen), (b, r) = prompts.tokens.shape, responses.shape
+    shapes = (nq, plen), (nq, b // nq, r)
+    rows = packed_groups.pack_tokens(prompts, responses, next_positions(prompts), packing)
+    inputs = embed_inputs(p, rows, cfg, dtype)
+
+    def attend(q, k, v):
+        padded = (packed_groups.to_padded(x, *shapes, packing) for x in (q, k, v))
+        heads, tails = zip(*padded, strict=True)
+        backend = cfg.compute.attention
+        out = attention.attend_padded_groups(heads, tails, prompts.segments, backend)
+        return packed_groups.to_packed(*out, packing), None
+
+    return decoder.run_decoder(p["text"], inputs.x, rows.positions, attend, cfg, inputs.added)[0]
 
 
 @flax.struct.dataclass

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from cptjax.models import causal_lm, decoder
 from cptjax.models.config import ModelConfig
+from cptjax.models.packed_groups import by_target, flat_targets
 from cptjax.models.trainable import cast_params
 from cptjax.sharding import RULES
 from cptjax.types import Array, Batch, Params
@@ -243,23 +244,22 @@ def target_logps(
     logps, _ = token_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         unembed,
-        batch.targets.reshape(-1),
+        flat_targets(batch),
         chunk=chunk,
         temperature=temperature,
     )
-    return jnp.where(batch.mask, logps.reshape(batch.targets.shape), 0)
+    return jnp.where(batch.mask, by_target(batch, logps), 0)
 
 
 def predicting_states(params: Params, batch: Batch, cfg: ModelConfig, dtype: jnp.dtype) -> Array:
-    """Return the hidden states [B A D] that predict `batch.targets`."""
-    if batch.where is not None:
+    """Return the hidden states [B A D] that predict the targets; of packed groups [S A D]."""
+    if batch.packing is None:
         hidden = causal_lm.forward(params, batch.prompts, cfg, dtype)
-        return jnp.take_along_axis(hidden, batch.where[..., None], 1)
-    q = batch.prompts.tokens.shape[0]
-    b, a = batch.targets.shape
-    responses = batch.targets.reshape(q, b // q, a)
-    hidden = causal_lm.forward_group(params, batch.prompts, responses, cfg, dtype)
-    return hidden.reshape(b, a, -1)
+    else:
+        hidden = causal_lm.forward_packed(
+            params, batch.prompts, batch.targets, batch.packing, cfg, dtype
+        )
+    return jnp.take_along_axis(hidden, batch.where[..., None], 1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -289,6 +289,6 @@ def make_top_logps_program(
         hidden = predicting_states(params, batch, cfg, dtype)
         flat = hidden.reshape(-1, hidden.shape[-1])
         out = top_logps(flat, decoder.unembedding(params["text"]), k=k, chunk=chunk)
-        return jax.tree.map(lambda x: x.reshape(*batch.targets.shape, -1), out)
+        return jax.tree.map(lambda x: by_target(batch, x), out)
 
     return jax.jit(run)

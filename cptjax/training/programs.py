@@ -20,6 +20,7 @@ from cptjax.config import merge_config
 from cptjax.data import collate, device_batches
 from cptjax.data.collate import max_image_slots
 from cptjax.data.data_config import DataConfig
+from cptjax.data.packing import packing_shapes
 from cptjax.generation import decode_loop
 from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
 from cptjax.models import flops, load, trainable
@@ -218,10 +219,11 @@ def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
     """Return `rows` prompts of `length` tokens with their groups of responses."""
     r = stage.config.rollout
     shape = (rows * r.group, r.max_new_tokens)
+    where, packing = packing_shapes((rows, length), shape, stage.shards)
+    rest = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool), where
     return Batch(
         abstract_prompts(stage, rows, length),
-        abstract_array(shape, jnp.int32, stage.mesh, ("batch",)),
-        abstract_array(shape, bool, stage.mesh, ("batch",)),
+        *sharding.place_rows((*rest, {}, packing), stage.mesh),
     )
 
 
@@ -257,11 +259,16 @@ def abstract_memory_rows(stage: AbstractStage, rows: int) -> Batch:
 def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
     """Return one device pass of the update, with advantages and the outputs of other models."""
     batch, text = abstract_scoring_batch(stage, rows), stage.teacher_cfg.text
-    sizes = dict(zip("BA", batch.targets.shape, strict=True), D=text.width, V=text.vocab)
+    shapes = {
+        "B": batch.targets.shape[:1],
+        "B A": batch.targets.shape,
+        "B A D": (*batch.where.shape, text.width),
+        "D V": (text.width, text.vocab),
+    }
     axes = {"B": ("batch",), "B A": ("batch",), "B A D": ("batch",), "D V": ("embed", "vocab")}
     extra = {
         name: abstract_array(
-            tuple(sizes[letter] for letter in letters.split()),
+            shapes[letters],
             stage.dtype if name.startswith("teacher_") else jnp.float32,
             stage.mesh,
             axes[letters],

@@ -206,7 +206,8 @@ def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float
 def cost_metrics(cost: WorkCost, processed: int, seconds: float) -> dict[str, float]:
     """Return the cost of a step over all processes, and its tokens and FLOPs per second.
 
-    perf/padding: the tokens that the updates processed, with padding, for each real token
+    perf/padding: the tokens that the updates processed, with padding, for each real token;
+        below 1 where little is padded, since the last token of a response is not an input
     """
     total = sum(distributed.gather_objects(cost), WorkCost())
     return total.logged() | {

@@ -11,7 +11,7 @@ import stage_fixtures
 from stage_fixtures import method_config
 
 from cptjax.continual import stage_end, stage_memory
-from cptjax.data import collate, device_batches, model_context
+from cptjax.data import collate, device_batches, model_context, packing
 from cptjax.training import build, programs, train_loop
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.gpm import GPM
@@ -47,7 +47,7 @@ def test_a_planned_stage_has_the_models_and_batches_of_a_real_one(tmp_path, meth
         stage = abstract_stage(ctx.config, ctx.builder.model_ctx.cfg, prepared.run.model_ctx.mesh)
         planned = abstract_update_batch(stage, len(batch.prompts.tokens))
         assert kinds(planned.extra) == kinds(batch.extra)
-        names = ("targets", "mask", "where")
+        names = ("targets", "mask", "where", "packing")
         assert [kinds(getattr(planned, n)) for n in names] == [
             kinds(getattr(batch, n)) for n in names
         ]
@@ -109,7 +109,7 @@ def check_programs(run, planned):
 
 
 def use_largest_shapes(monkeypatch, stage, longest_demonstration=0):
-    """Collate every batch as if another process had the longest rows and the largest images."""
+    """Build every batch as if another process had the longest rows and the largest images."""
 
     def largest(shape, length):
         return collate.largest_batch_shape(
@@ -125,6 +125,8 @@ def use_largest_shapes(monkeypatch, stage, longest_demonstration=0):
         device_batches, "gather_batch_shape", lambda shape: largest(shape, stage.longest_row)
     )
     monkeypatch.setattr(device_batches, "target_buckets", lambda length: [length])
+    monkeypatch.setattr(packing, "row_size", lambda tokens, capacity: capacity)
+    monkeypatch.setattr(packing, "target_size", lambda targets, capacity: capacity)
 
 
 GRPO = {"ratio": "token", "kl_coef": 0.1}

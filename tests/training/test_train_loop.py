@@ -40,7 +40,7 @@ def test_a_sampler_that_differs_from_the_trainer_gives_a_warning(prepared, capsy
 
 
 def test_padding_is_the_processed_tokens_for_each_real_one(prepared):
-    """A prompt counts once for its group; responses are as long as their bucket."""
+    """A prompt counts once for its group, a response without its last token."""
     builder = prepared.ctx.builder
     with prepared.ctx.open_stream(0) as stream:
         graded = rollouts.sample_rollouts(
@@ -48,11 +48,12 @@ def test_padding_is_the_processed_tokens_for_each_real_one(prepared):
         )
     step = rollouts.rollout_step_batch(builder, prepared.params, graded, None, 1, 1)
     (batch,) = next(step.updates)
-    (rows, width), (prompts, length) = batch.targets.shape, batch.prompts.tokens.shape
-    real = sum(len(i.encoded) for i in graded.items) + int(np.asarray(batch.mask).sum())
+    prompts, lengths = sum(len(i.encoded) for i in graded.items), np.asarray(batch.mask).sum(1)
+    real, source = prompts + int(lengths.sum()), np.asarray(batch.packing.source)
     assert step.cost.trained == real < batch.tokens_with_padding
+    assert (source >= 0).sum() == prompts + np.maximum(lengths - 1, 0).sum()
     metrics = train_loop.cost_metrics(step.cost, batch.tokens_with_padding, 1.0)
-    assert metrics["perf/padding"] == (prompts * length + rows * width) / real
+    assert metrics["perf/padding"] == source.size / real
 
 
 def test_a_batch_without_tokens_to_train_on_changes_nothing(prepared, capsys):

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cptjax.data.device_batches import with_other_prompts
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample, demonstration_prompt
 from cptjax.models import decoder, logprobs, trainable
@@ -28,7 +29,7 @@ TEACHERS = ("ema", "frozen", "current")
 def make_teacher_program(
     cfg: ModelConfig, dtype: Any
 ) -> Callable[[Params, Batch], tuple[Array, Array]]:
-    """Return a program for the teacher's predicting states [B A D] and unembedding [D V]."""
+    """Return a program for the teacher's predicting states and its unembedding [D V]."""
 
     def run(params: Params, batch: Batch) -> tuple[Array, Array]:
         params = trainable.cast_params(params, dtype)
@@ -74,7 +75,7 @@ class Teacher:
     def demonstration_batch(self, batch: Batch, items: Sequence[EncodedExample]) -> Batch:
         """Return the batch with prompts that show the demonstrations.
 
-        Its targets and mask are the device arrays of `batch`.
+        Its targets and mask are the device arrays of `batch`, and its states are in the same order.
         """
         limit = max(self.model_ctx.buckets)
         encoded = [
@@ -85,7 +86,8 @@ class Teacher:
             )
             for i in items
         ]
-        return batch.replace(prompts=self.model_ctx.place_prompts(encoded), extra={})
+        prompts = self.model_ctx.place_prompts(encoded)
+        return with_other_prompts(self.model_ctx, batch, prompts)
 
     def compute_states(self, batch: Batch) -> dict[str, Array]:
         """Compute the teacher's predicting states on a batch, with its unembedding."""

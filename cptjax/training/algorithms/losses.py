@@ -51,6 +51,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cptjax.models.logprobs import check_logprobs, distill_kl
+from cptjax.models.packed_groups import by_target
 from cptjax.types import Array, Batch, Mean
 
 OBJECTIVES = ("policy", "sft", "eaft", "dft", "distill")
@@ -353,7 +354,7 @@ def teacher_kl(
 ) -> Array:
     """Compute the divergence between teacher and policy at each response token, [B A].
 
-    hidden: [B * A, D]; the teacher's states are in `batch.extra`
+    hidden: [n D] of `flat_targets`; the teacher's states are in `batch.extra`
     direction, top_k, chunk: as in `logprobs.distill_kl`
 
     Models of one family may pad their vocabulary to different sizes; the tokens that only one of
@@ -370,7 +371,7 @@ def teacher_kl(
         top_k=top_k,
         chunk=chunk,
     )
-    return kl.reshape(batch.targets.shape)
+    return by_target(batch, kl)
 
 
 def distill_loss(kl: Array, mask: Array, config: LossConfig) -> Loss:

@@ -15,6 +15,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from cptjax.models import logprobs
+from cptjax.models.packed_groups import by_target, flat_targets
 from cptjax.training.algorithms import losses
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
 from cptjax.training.algorithms.losses import Loss, LossConfig
@@ -53,17 +54,15 @@ class Objective:
         return loss
 
     def _sft(self, flat: Array, unembed: Array, batch: Batch) -> Loss:
-        config, shape = self.config, batch.targets.shape
-        logps, _ = logprobs.token_logps(
-            flat, unembed, batch.targets.reshape(-1), chunk=config.chunk
-        )
-        weights = None
+        config = self.config
+        logps, _ = logprobs.token_logps(flat, unembed, flat_targets(batch), chunk=config.chunk)
+        logps, weights = by_target(batch, logps), None
         if config.objective == "eaft":
-            weights = logprobs.top_entropy(flat, unembed, chunk=config.chunk).reshape(shape)
+            weights = by_target(batch, logprobs.top_entropy(flat, unembed, chunk=config.chunk))
         elif config.objective == "dft":  # the probability of the token (2508.05629)
-            weights = jnp.exp(logps).reshape(shape)
+            weights = jnp.exp(logps)
         return losses.sft_loss(
-            logps.reshape(shape),
+            logps,
             batch.mask,
             config,
             segments=batch.extra.get("segments"),
@@ -76,13 +75,13 @@ class Objective:
         logps, entropy = logprobs.token_logps(
             flat,
             unembed,
-            batch.targets.reshape(-1),
+            flat_targets(batch),
             chunk=config.chunk,
             entropy=True,
             entropy_grad=config.entropy_coef > 0,
             temperature=config.temperature,
         )
-        logps, entropy = logps.reshape(mask.shape), entropy.reshape(mask.shape)
+        logps, entropy = by_target(batch, logps), by_target(batch, entropy)
         before_updates = extra.get("old_logps", logps)
         tis = None
         if config.tis_cap is not None:

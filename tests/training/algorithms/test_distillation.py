@@ -14,7 +14,7 @@ from configs import base
 from cptjax.continual import resume, train_stage
 from cptjax.data import prompts
 from cptjax.data.datasets import Datasets
-from cptjax.models import decoder, logprobs
+from cptjax.models import decoder, logprobs, packed_groups
 from cptjax.models.hf_checkpoint import save_hf_checkpoint
 from cptjax.training.algorithms import distillation
 from cptjax.training.stage_context import StageProgress
@@ -61,6 +61,7 @@ def test_the_teacher_reads_the_students_responses_where_they_are(prepared):
     items = prepared.ctx.prompt_reader(prepared.ctx.mixture.rows(0))
     shown = prepared.ctx.teacher.demonstration_batch(batch, items)
     assert shown.targets is batch.targets and shown.mask is batch.mask
+    np.testing.assert_array_equal(shown.packing.real, batch.packing.real)
     assert shown.prompts.tokens.shape[1] > batch.prompts.tokens.shape[1] and not shown.extra
 
 
@@ -146,6 +147,7 @@ def test_the_student_follows_another_model(folders, tmp_path, direction):
 
 def log_probabilities(params, batch, cfg):
     hidden = logprobs.predicting_states(params, batch.replace(extra={}), cfg, jnp.float32)
+    hidden = packed_groups.by_target(batch, hidden.reshape(-1, hidden.shape[-1]))
     return np.asarray(jax.nn.log_softmax(hidden @ decoder.unembedding(params["text"])))
 
 

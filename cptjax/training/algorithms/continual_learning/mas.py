@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cptjax.models.logprobs import logit_square_norm
+from cptjax.models.packed_groups import by_target
 from cptjax.training.algorithms.continual_learning.hooks import GradientPass, StageEnd
 from cptjax.training.algorithms.continual_learning.importance import (
     ImportancePenalty,
@@ -39,7 +40,7 @@ class OutputNorm:
 
     def __call__(self, hidden: Array, unembed: Array, batch: Batch) -> Loss:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        norms = logit_square_norm(flat, unembed, chunk=self.chunk).reshape(batch.mask.shape)
+        norms = by_target(batch, logit_square_norm(flat, unembed, chunk=self.chunk))
         tokens = jnp.maximum(batch.mask.sum(1), 1)
         means = jnp.where(batch.mask, norms, 0).sum(1) / tokens
         return Loss(means.sum(), batch.mask.any(1).sum(dtype=jnp.float32), {})
