@@ -209,7 +209,7 @@ def cell_text(cell: Cell | None) -> str:
     gib = f"{cell['peak'] / 2**30:.1f} GiB"
     if not cell["fits"]:
         return f"does not fit: {cell['program']} {gib}"
-    numbers = f"{gib}, {cell['step_seconds']:.1f} s, {cell['mfu']:.0%}, {cell['sent'] / 1e9:.0f} GB"
+    numbers = f"{gib}, {cell['step_seconds']:.3g} s, {cell['mfu']:.0%}, {cell['sent'] / 1e9:.0f} GB"
     return numbers + "".join(f"<br>{change}" for change in cell["changes"])
 
 
