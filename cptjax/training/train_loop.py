@@ -73,18 +73,9 @@ def train_loop(
 
                 updating = time.perf_counter()
                 with phases.phase("update"):
-                    pending: list[dict[str, Any]] = []  # on the device, fetched after dispatch
-                    processed = 0  # tokens, with padding
-                    for i, micro_batches in enumerate(batch.updates):
-                        rate = rates[progress.updates]
-                        memory_batch = batch.memory[i] if batch.memory else None
-                        state, update_metrics = programs.run(
-                            state, frozen, micro_batches, rate, arrays, memory_batch
-                        )
-                        pending.append(update_metrics)
-                        trained = [*micro_batches, *([memory_batch] if memory_batch else [])]
-                        processed += sum(b.tokens_with_padding for b in trained)
-                        progress.updates += 1
+                    state, pending, processed = run_updates(
+                        programs, state, frozen, batch, rates, progress, arrays
+                    )
                     progress.step += 1
 
                     ahead = None
@@ -122,6 +113,32 @@ def train_loop(
         if stream is not None:
             stream.close()
     return state
+
+
+def run_updates(
+    programs: StepPrograms,
+    state: TrainState,
+    frozen: Params,
+    batch: StepBatch,
+    rates: np.ndarray,
+    progress: StageProgress,
+    arrays: HookArrays,
+) -> tuple[TrainState, list[dict[str, Any]], int]:
+    """Start the optimizer updates of a step, without waiting for the device.
+
+    Return the state, the metrics of each update on the device, and the number of tokens with
+    padding.
+    """
+    metrics, processed = [], 0
+    for i, micro_batches in enumerate(batch.updates):
+        rate = rates[progress.updates]
+        memory_batch = batch.memory[i] if batch.memory else None
+        state, of_update = programs.run(state, frozen, micro_batches, rate, arrays, memory_batch)
+        metrics.append(of_update)
+        trained = [*micro_batches, *([memory_batch] if memory_batch else [])]
+        processed += sum(b.tokens_with_padding for b in trained)
+        progress.updates += 1
+    return state, metrics, processed
 
 
 def next_step_batch(
