@@ -56,6 +56,8 @@ def connect(
     global _watch
     import jax
 
+    if coordinator is not None:
+        refuse_bad_address(coordinator)
     gpus = slurm_gpus(os.environ)
     with _service_in_own_process():
         try:
@@ -85,6 +87,13 @@ def connect(
             f"{jax.process_count()} processes with {jax.device_count()} devices "
             f"({jax.devices()[0].device_kind}); {here} on host {socket.gethostname()}"
         )
+
+
+def refuse_bad_address(address: str) -> None:
+    """Refuse what is not host:port; JAX's service would end this process with native traces."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"--coordinator={address}: expected host:port with a port of 1 to 65535")
 
 
 def slurm_gpus(environ: Mapping[str, str]) -> int | None:

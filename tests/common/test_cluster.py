@@ -24,6 +24,14 @@ def test_a_process_alone_on_its_node_takes_all_its_gpus(changes, expected):
     assert cluster.slurm_gpus({}) is None
 
 
+@pytest.mark.parametrize(
+    "address", ["localhost:99999", "localhost:0", "localhost:-1", "localhost:", "8476", "host:1.5"]
+)
+def test_an_address_without_a_port_in_range_is_refused_before_jax_sees_it(address):
+    with pytest.raises(ValueError, match=f"--coordinator={address}: expected host:port"):
+        cluster.connect(address, 2, 1)
+
+
 def test_the_place_is_found_behind_frames_that_belong_to_no_module():
     """Libraries make functions whose globals have no name; the heartbeat must not end there."""
     found = []
