@@ -267,6 +267,15 @@ def config_differences(old: Mapping, new: Mapping, where: str = "") -> list[str]
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += config_differences(before, after, f"{where}{key}.")
+        elif _are_sections(before, after):  # the same number of stages
+            for i, (old_part, new_part) in enumerate(zip(before, after, strict=True)):
+                lines += config_differences(old_part, new_part, f"{where}{key}[{i}].")
         else:
             lines.append(f"{where}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def _are_sections(*values: Any) -> bool:
+    """Return whether values are lists of mappings of one length."""
+    lists = all(isinstance(v, list | tuple) and len(v) == len(values[0]) for v in values)
+    return lists and all(isinstance(part, Mapping) for value in values for part in value)

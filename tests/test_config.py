@@ -232,6 +232,11 @@ def test_changes_that_matter_are_listed_and_change_the_fingerprint(c):
         )
         == []
     )
+    c.stages = (dict(task="a", steps=1), dict(task="b", steps=1))
+    other = merge_config(c, {"stages": (c.stages[0], dict(task="b", steps=2))})
+    assert config_differences(config_to_dict(c), config_to_dict(other)) == [
+        "stages[1].steps: 1 -> 2"
+    ]
     assert config_fingerprint(c) == config_fingerprint(merge_config(c, {"mesh": {"fsdp": 2}}))
     assert config_fingerprint(c) != config_fingerprint(merge_config(c, {"seed": 1}))
 
