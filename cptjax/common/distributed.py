@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax._src import distributed as jax_distributed
 
-from cptjax.common import buckets
+from cptjax.common import buckets, phases
 
 T = TypeVar("T")
 
@@ -76,7 +76,8 @@ def gather_objects(value: Any) -> list[Any]:
     _started += 1
     inline = pickled if len(pickled) <= LARGE_BYTES else b""
     message = _Message(_caller(), socket.gethostname(), _flag(), len(pickled), inline)
-    messages = _relay(number, message)
+    with phases.phase("wait"):
+        messages = _relay(number, message)
     _refuse_other_exchange(number, messages)
     parts = [m.pickled for m in messages]
     if not all(parts):

@@ -27,6 +27,7 @@ WORKS = {
     "compile": "compiling",
     "saving": "saving",
     "batch": "waiting",  # the devices wait for rows
+    "wait": "waiting",  # for the other processes
     "": "other",
 }
 COMPILE_EVENTS = "/jax/core/compile/"
