@@ -219,6 +219,8 @@ def works(index: int) -> None:
     """Process 1 waits for long, but process 0 compiles, waits for a command and computes."""
     import numpy as np
 
+    from cptjax.common import phases
+
     if not index:
         names = {"__name__": "jax._src.compiler", "sleep": time.sleep}
         exec("def compile(seconds): sleep(seconds)", names)
@@ -228,7 +230,7 @@ def works(index: int) -> None:
         while time.monotonic() < end:
             np.ones(10_000).sum()
     wait_in_exchange()
-    say(done=index)
+    say(waited=phases._clock.work_seconds()["waiting"])
 
 
 def sigterm(index: int) -> None:
@@ -382,6 +384,33 @@ def continued(index: int) -> None:
     run("run")
 
 
+def killed(index: int) -> None:
+    """Process 1 dies with SIGKILL in the evaluation after the first step, whose state is saved."""
+    from cptjax.common import cluster
+    from cptjax.continual import stage_evaluation
+
+    evaluate = stage_evaluation.evaluate_within_stage
+
+    def evaluate_and_die(*args):
+        if index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return evaluate(*args)
+
+    stage_evaluation.evaluate_within_stage = evaluate_and_die
+    cluster.LOST_SECONDS = LOST_SECONDS
+    resumed(index)
+
+
+def resumed(index: int) -> None:
+    in_folder("killed", ROWS)
+    run("run", checkpoint={"every": 1})
+
+
+def undisturbed(index: int) -> None:
+    in_folder("undisturbed", ROWS)
+    run("run", checkpoint={"every": 1})
+
+
 RUNS = {
     "learning rate": learning_rate,
     "batch": batch,
@@ -393,6 +422,9 @@ RUNS = {
     "reward": reward,
     "interrupted": interrupted,
     "continued": continued,
+    "killed": killed,
+    "resumed": resumed,
+    "undisturbed": undisturbed,
 }
 
 

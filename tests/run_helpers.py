@@ -147,10 +147,11 @@ def stage_arrays(workdir: Path, number: int) -> dict[str, bytes]:
     import jax
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(
-            workdir.absolute() / "checkpoints" / "stages" / str(number) / "params"
-        )
+    folder = workdir.absolute() / "checkpoints" / "stages" / str(number) / "params"
+    with ocp.PyTreeCheckpointer() as reader:  # of any number of processes
+        tree = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = reader.restore(folder, restore_args=as_numpy)
     return {
         jax.tree_util.keystr(path): np.asarray(x).tobytes()
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

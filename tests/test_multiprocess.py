@@ -1,17 +1,21 @@
 """Processes that cannot go on together end together, with a line that names the reason."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import cluster_workers
 import jax
+import killed_runs
 import numpy as np
 import pytest
 import run_helpers
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
+from run_workers import Workers
 
 from cptjax import sharding
 from cptjax.continual.checkpoint import CheckpointDamaged, Checkpoints
@@ -194,7 +198,12 @@ def test_damaged_samples_are_refused_on_both_processes(failures):
 
 
 def test_a_process_that_works_may_let_another_wait(failures):
-    assert [failures[1][f"works.{index}"][0] for index in range(2)] == [0, 0]
+    """The time is counted as waiting, not as a part of the phase around it."""
+    folder, ended = failures
+    assert [ended[f"works.{index}"][0] for index in range(2)] == [0, 0]
+    said = [(folder / f"works.{index}.out").read_text() for index in range(2)]
+    waited = [json.loads(text.splitlines()[-1])["waited"] for text in said]
+    assert waited[0] < cluster_workers.WAIT_SECONDS < waited[1]
 
 
 def test_sigterm_to_one_process_ends_both_after_the_same_exchange(failures):
@@ -235,6 +244,40 @@ def test_a_run_ends_together_when_one_process_cannot_go_on(tmp_path):
     assert "continuing from step 1 of stage 1" in "".join(ended["continued.0"][2])
     steps = run_helpers.metrics_lines(tmp_path / "interrupted" / "run")
     assert [line["step"] for line in steps] == [1, 2]  # seven rows, a batch of four
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_continues_to_the_same_end(tmp_path):
+    """The other process ends with a line that names the one that was killed with SIGKILL."""
+    names = ("killed", "undisturbed", "then", "resumed")
+    ended = cluster_workers.run_pairs(tmp_path, *names, limit=400)
+    assert ended["killed.1"][0] == -signal.SIGKILL and ended["killed.0"][0] == 1
+    assert re.match(
+        r"error: process 1 \(host .*\) .* died or hangs; run the same", ended["killed.0"][2][-1]
+    )
+    for index in range(2):
+        assert ended[f"undisturbed.{index}"][0] == ended[f"resumed.{index}"][0] == 0
+    assert "continuing from step 1 of stage 1" in "".join(ended["resumed.0"][2])
+    states = [run_helpers.run_state(tmp_path / n / "run") for n in ("undisturbed", "killed")]
+    run_helpers.assert_same(*states)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CPTJAX_LONG"), reason="15 kills each: set CPTJAX_LONG=1")
+def test_kills_and_damaged_files_change_no_result(tmp_path):
+    """As in test_resume, which kills runs of one process."""
+    pair = Workers(2, tmp_path / "pair")
+    try:
+        for seed, name in enumerate(("mixed", "filter")):
+            job = killed_runs.job(tmp_path, name)
+            (tmp_path / name).mkdir()
+            workdir = tmp_path / name / "whole"
+            outcome = pair.run(job | {"workdir": str(workdir)})
+            run = killed_runs.KilledRun(pair, job, workdir, outcome.events, seed)
+            run.kill(15)
+            assert run.outcomes["killed"] == 15 and run.outcomes["ended"]
+    finally:
+        pair.close()
 
 
 def test_a_mesh_without_batch_shards_for_every_process_is_refused(monkeypatch):

@@ -1,162 +1,127 @@
 """A run that is killed at any instant and started again ends in the same bits."""
 
-import json
 import os
-import random
+import shutil
 import signal
 
+import killed_runs
 import pytest
 import run_helpers
 from device_fixtures import devices  # noqa: F401
+from run_workers import Workers
 
 from cptjax.common import signals
 from cptjax.continual import driver, stage_end
 from cptjax.data import device_batches
 
-GRPO = {
-    "steps": 4,
-    "eval": {"every": 2, "mini": 4, "forced_prefix": True, "drift": 4, "general": ("facts",)},
-    "log": {"every": 3},
-}
+KILLS = 15 if os.environ.get("CPTJAX_LONG") else 3  # of each run; test_multiprocess has as many
 SFT = {
     "steps": 5,
     "train": {"reset_optimizer": False},
     "method": {"penalty": {"name": "ewc", "coef": 1.0, "samples": 4}},
 }
-SELF = {  # a model that is not trained gives no correct response to train on
-    "stages": [
-        {"task": "colour", "steps": 30, "method": run_helpers.METHOD["sft"]},
-        {"task": "colour", "steps": 4},
-    ],
-    "data": {"limit": 16},
-    "train": {"batch": 8},
-}
-KILL, END = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Uninterrupted runs by method, each made once."""
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """A run whose process is killed with SIGKILL in its second stage."""
+    first = Workers(1, folder / "first")
+    workdir = folder / "killed"
+    first.start(
+        killed_runs.job(folder, "ewc") | {"workdir": str(workdir), "stop": 150, "die": True}
+    )
+    assert first.ended() == [-signal.SIGKILL]
+    assert run_helpers.saved_stages(workdir) == [10**6 + 2]
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def worker(folder, killed):
+    """The process of all other runs; the first one continues the run that was killed."""
+    worker = Workers(1, folder / "worker")
+    job = killed_runs.job(folder, "ewc")
+    assert not worker.run(job | {"workdir": str(killed)}).refused
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def whole(folder, worker):
+    """Return the job, the workdir and the file events of an undisturbed run; each is made once."""
     made = {}
 
-    def get(method: str, sections: dict):
-        if method not in made:
-            folder = tmp_path_factory.mktemp(method) / "whole"
-            (metrics,) = run_helpers.run_processes(
-                {
-                    "method": method,
-                    "workdir": str(folder),
-                    "sections": sections,
-                    "signals": [(KILL, None)],
-                }
-            )
-            assert metrics["code"] == 0, metrics["said"]
-            # The first run compiled its programs; the second measures the time without that.
-            again = folder.with_name("again")
-            (metrics,) = run_helpers.run_processes(
-                {
-                    "method": method,
-                    "workdir": str(again),
-                    "sections": sections,
-                    "signals": [(KILL, None)],
-                }
-            )
-            run_helpers.assert_same(run_helpers.run_state(folder), run_helpers.run_state(again))
-            made[method] = folder, metrics["seconds"]
-        return made[method]
+    def get(name: str):
+        if name not in made:
+            job = killed_runs.job(folder, name)
+            workdir = folder / name / "whole"
+            workdir.parent.mkdir()
+            outcome = worker.run(job | {"workdir": str(workdir)})
+            assert not outcome.refused, outcome.said
+            made[name] = job, workdir, outcome.events
+        return made[name]
 
     return get
 
 
-def interrupted(
-    folder, method: str, sections: dict, seconds: list[float], number: int = KILL
-) -> list[dict]:
-    plan = {
-        "method": method,
-        "workdir": str(folder),
-        "sections": sections,
-        "signals": [*((number, s) for s in seconds), (KILL, None)],
-    }
-    metrics = run_helpers.run_processes(plan)
-    assert metrics[-1]["code"] == 0, metrics[-1]["said"]
-    assert all(t["code"] in (0, -KILL if number == KILL else 0) for t in metrics), [
-        (t["code"], t["after"], t["said"][-700:]) for t in metrics
-    ]
-    return metrics
+def test_a_process_that_is_killed_is_continued_by_another_one(whole, killed):
+    run_helpers.assert_same(run_helpers.run_state(whole("ewc")[1]), run_helpers.run_state(killed))
 
 
-def instants(count: int, length: float, seed: int) -> list[float]:
-    """Some instants are early, so that work remains; the others are anywhere."""
-    rng = random.Random(seed)
-    return [rng.uniform(0.3, length) for _ in range(count)]
+@pytest.mark.parametrize("name", ["ewc", "filter"])
+def test_kills_and_damaged_files_change_no_result(whole, worker, name):
+    """The run ends in the same bits, or refuses in one line that names the damaged file."""
+    job, workdir, events = whole(name)
+    run = killed_runs.KilledRun(worker, job, workdir, events, seed=KILLS)
+    run.kill(KILLS)
+    print(dict(run.outcomes))
+    assert run.outcomes["killed"] == KILLS and run.outcomes["ended"]
 
 
-@pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT)])
-def test_a_run_killed_at_some_instants_ends_in_the_same_bits(whole, tmp_path, method, sections):
-    reference, length = whole(method, sections)
-    interrupted(tmp_path / "run", method, sections, instants(4, length, 1))
-    run_helpers.assert_same(
-        run_helpers.run_state(reference), run_helpers.run_state(tmp_path / "run")
-    )
+def test_sigterm_saves_and_says_how_to_continue(whole, worker, tmp_path):
+    job, workdir, events = whole("ewc")
+    job |= {"workdir": str(tmp_path / "run")}
+    before = worker.log(0).count("stopped by SIGTERM")
+    for part in (8, 4, 4, 4):
+        outcome = worker.run(job | {"stop": events[0] // part}, copy_to=tmp_path / "copy")
+        assert outcome.killed
+        shutil.rmtree(tmp_path / "copy")
+    said = [line for line in worker.log(0).splitlines() if "stopped by SIGTERM" in line][before:]
+    assert len(said) == 4 and all("run the same command again to go on" in line for line in said)
+    assert any(", saved; " in line for line in said)
+    assert not worker.run(job).refused
+    run_helpers.assert_same(run_helpers.run_state(workdir), run_helpers.run_state(tmp_path / "run"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("CPTJAX_LONG"), reason="75 killed processes: set CPTJAX_LONG=1"
-)
-@pytest.mark.parametrize("method, sections", [("grpo", GRPO), ("sft", SFT), ("iterative", SELF)])
-def test_a_run_killed_at_25_instants_ends_in_the_same_bits(whole, tmp_path, method, sections):
-    reference, length = whole(method, sections)
-    wanted = run_helpers.run_state(reference)
-    for round in range(5):  # fresh runs, or the last kills would find nothing left to do
-        metrics = interrupted(
-            tmp_path / f"run{round}", method, sections, instants(5, length, round)
-        )
-        assert any(t["code"] == -KILL for t in metrics)
-        run_helpers.assert_same(wanted, run_helpers.run_state(tmp_path / f"run{round}"))
-
-
-def test_sigterm_saves_and_says_how_to_continue(whole, tmp_path):
-    reference, length = whole("grpo", GRPO)
-    metrics = interrupted(
-        tmp_path / "run", "grpo", GRPO, [length * f for f in (0.3, 0.5, 0.5, 0.4)], END
-    )
-    stopped = [t for t in metrics if "stopped by SIGTERM" in t["said"]]
-    assert stopped and all("run the same command again to go on" in t["said"] for t in stopped)
-    assert all(t["after"] < 20 for t in stopped)
-    run_helpers.assert_same(
-        run_helpers.run_state(reference), run_helpers.run_state(tmp_path / "run")
-    )
-
-
-def test_a_finished_run_does_not_change_when_started_again(whole):
-    reference, _ = whole("grpo", GRPO)
-    before = run_helpers.run_state(reference)
-    (metrics,) = run_helpers.run_processes(
-        {"method": "grpo", "workdir": str(reference), "sections": GRPO, "signals": [(KILL, None)]}
-    )
-    assert metrics["code"] == 0 and "the end of stage 2" in metrics["said"]
-    run_helpers.assert_same(before, run_helpers.run_state(reference))
+def test_a_finished_run_does_not_change_when_started_again(whole, worker):
+    job, workdir, _ = whole("ewc")
+    before = run_helpers.run_state(workdir)
+    assert not worker.run(job | {"workdir": str(workdir)}).refused
+    assert f"{workdir}: finished, at the end of stage 3" in worker.log(0)
+    run_helpers.assert_same(before, run_helpers.run_state(workdir))
 
 
 def test_every_response_is_counted_in_one_line_of_metrics(whole):
     """Lines hold what was spent since the last, whatever log.every: every answer of every step is
     in one of them.
     """
-    reference, _ = whole("grpo", GRPO)
-    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "event" not in line]
-    assert [(line["stage"], line["step"], line["rollouts"]) for line in steps] == [
-        (1, 3, 24),
-        (1, 4, 8),
-        (2, 3, 24),
-        (2, 4, 8),
+    lines = run_helpers.metrics_lines(whole("ewc")[1])
+    assert [(x["stage"], x["step"], x["rollouts"]) for x in lines if x["stage"] == 3] == [
+        (3, 3, 24),
+        (3, 4, 8),
     ]
-    evaluations = [line for line in lines if line.get("event") == "evaluate"]
-    assert (
-        len(evaluations) == 3 * 3 + 2
-        and sum(line["rollouts"] for line in evaluations) == 9 * 16 + 2 * 8
-    )
+    evaluations = [
+        line["rollouts"]
+        for line in run_helpers.metrics_lines(whole("ewc")[1], events=True)
+        if line["event"] == "evaluate"
+    ]
+    # Four rows of two tasks, with and without the forced prefix, and of one task at a time; four
+    # rows of two tasks in the second and the third stage.
+    assert sorted(evaluations) == sorted(4 * 2 * [8] + 2 * [8])
 
 
 def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):
