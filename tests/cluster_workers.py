@@ -385,7 +385,7 @@ def continued(index: int) -> None:
 
 
 def killed(index: int) -> None:
-    """Process 1 dies with SIGKILL in the evaluation after the first step, whose state is saved."""
+    """Process 1 dies with SIGKILL in the evaluation after the first step."""
     from cptjax.common import cluster
     from cptjax.continual import stage_evaluation
 
