@@ -411,6 +411,11 @@ def undisturbed(index: int) -> None:
     run("run", checkpoint={"every": 1})
 
 
+def in_a_bucket(index: int) -> None:
+    in_folder("bucket", ROWS)
+    run(os.environ["BUCKET_WORKDIR"], checkpoint={"every": 1})
+
+
 RUNS = {
     "learning rate": learning_rate,
     "batch": batch,
@@ -425,6 +430,7 @@ RUNS = {
     "killed": killed,
     "resumed": resumed,
     "undisturbed": undisturbed,
+    "in a bucket": in_a_bucket,
 }
 
 

@@ -9,6 +9,7 @@ command can be stopped and continued. Programs that do not fit are tried again w
 `UPDATE_CHANGES` and `ROLLOUT_CHANGES`, one after the other, until all of the cell fit.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -231,6 +232,7 @@ def render_table(cells: Mapping[str, Cell], method: str) -> str:
             growth_text(cells, model, method),
         ]
         for model in MODELS
+        if any(cell_name(model, place, method) in cells for place in SLICES)
     ]
     return markdown_table((method.upper(), *SLICES, "16 to 256 chips"), rows)
 
@@ -255,7 +257,15 @@ def render_section(cells: Mapping[str, Cell]) -> str:
         "take the same settings. The numbers are those of the compiler and of "
         "`cptjax/planning/timeline.py`; nothing was run."
     )
-    return "\n\n".join([intro, *(render_table(cells, method) for method in METHODS)]) + "\n"
+    compiled = [m for m in METHODS if any(name.endswith(f", {m}") for name in cells)]
+    parts = [intro, *(render_table(cells, method) for method in compiled)]
+    if missing := [f"{model} {method}" for model, _, method in missing_cells(cells)]:
+        counts = ", ".join(f"{name} {n}" for name, n in collections.Counter(missing).items())
+        parts.append(
+            f"{len(missing)} of {len(missing) + len(cells)} cells are not compiled yet ({counts}); "
+            "`python -m tests.readme_plans --compile` compiles them."
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def render_part() -> str:

@@ -1,5 +1,6 @@
 """Processes that cannot go on together end together, with a line that names the reason."""
 
+import csv
 import json
 import os
 import re
@@ -8,16 +9,19 @@ import subprocess
 import sys
 
 import cluster_workers
+import gcs_server
 import jax
 import killed_runs
 import numpy as np
 import pytest
 import run_helpers
+from device_fixtures import see
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from run_workers import Workers
 
 from cptjax import sharding
+from cptjax.continual import driver
 from cptjax.continual.checkpoint import CheckpointDamaged, Checkpoints
 from cptjax.data import model_context
 
@@ -29,18 +33,34 @@ MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3
 # gradient is exactly 0; with KL it would be rounding noise, which Adam amplifies.
 SECOND = {"sft": {}, "grpo": {"train": {"micro_batch": 2}, "method": {"kl_coef": 0.0}}}
 SCRIPT = """
-import json, sys
+import json, shutil, sys
 sys.path[:0] = [{tests!r}]
 import jax
 plan = json.loads(sys.argv[1])
 if plan["count"] > 1:
     jax.distributed.initialize(plan["address"], plan["count"], plan["index"])
 else:
-    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_num_cpu_devices", plan["devices"])
 import run_helpers
+from cptjax.common import distributed
 from cptjax.continual import driver
-assert jax.device_count() == 2
-print(json.dumps(driver.run(run_helpers.config(plan["method"], **plan["sections"]), plan["workdir"]).tolist()))
+from cptjax.continual.stage_callbacks import StageCallbacks
+assert jax.device_count() == plan["devices"]
+after_step = StageCallbacks.after_step
+
+def copying(self, state, progress, *more):
+    go_on = after_step(self, state, progress, *more)
+    if plan["copy"] and (self.stage.number, progress.step) == (2, 1):
+        self.run.files.checkpoints.wait()
+        distributed.gather_objects(None)
+        if not plan["index"]:
+            shutil.copytree(plan["workdir"], plan["copy"])
+        distributed.gather_objects(None)
+    return go_on
+
+StageCallbacks.after_step = copying
+config = run_helpers.config(plan["method"], **plan["sections"])
+print(json.dumps(driver.run(config, plan["workdir"]).tolist()))
 """
 
 
@@ -69,16 +89,22 @@ def sections(folder, method: str) -> dict:
         "tasks": {"facts": facts, "mixed": mixed},
         "eval": {"limit": ROWS, "batch": 4, "every": 1, "mini": 4},
         "data": {"buckets": (16, 32)},
+        "checkpoint": {"every": 1},
+        **MORE[method],
     }
 
 
-def started(method: str, workdir, count: int) -> list[subprocess.Popen]:
-    about = {
+def started(method: str, workdir, count: int, devices: int, copy="") -> list[subprocess.Popen]:
+    """Start a run of `count` processes; `copy` is its workdir after a step of the second stage."""
+    plan = {
         "method": method,
-        "sections": sections(workdir.parent, method) | MORE[method],
+        "sections": sections(workdir.parent, method),
         "workdir": str(workdir),
+        "copy": str(copy),
+        "count": count,
+        "devices": devices,
+        "address": f"localhost:{cluster_workers.free_port()}",
     }
-    plan = about | {"count": count, "address": f"localhost:{cluster_workers.free_port()}"}
     script = SCRIPT.format(tests=str(run_helpers.ROOT / "tests"))
     orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
     return [
@@ -246,19 +272,43 @@ def test_a_run_ends_together_when_one_process_cannot_go_on(tmp_path):
     assert [line["step"] for line in steps] == [1, 2]  # seven rows, a batch of four
 
 
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory):
+    """The same run: on the disk, in a bucket, and continued after it lost a process."""
+    folder = tmp_path_factory.mktemp("short")
+    if not gcs_server.INSTALLED:
+        names = ("killed", "undisturbed", "then", "resumed")
+        yield folder, cluster_workers.run_pairs(folder, *names, limit=400), None
+        return
+    names = ("killed", "undisturbed", "in a bucket", "then", "resumed")
+    with pytest.MonkeyPatch.context() as patch, gcs_server.serve_bucket(folder) as server:
+        server.use(patch, folder / "cache")
+        address = f"gs://{gcs_server.BUCKET}/run"
+        patch.setenv("BUCKET_WORKDIR", address)
+        yield folder, cluster_workers.run_pairs(folder, *names, limit=400), address
+
+
 @pytest.mark.slow
-def test_a_run_that_lost_a_process_continues_to_the_same_end(tmp_path):
+def test_a_run_that_lost_a_process_continues_to_the_same_end(short_runs):
     """The other process ends with a line that names the one that was killed with SIGKILL."""
-    names = ("killed", "undisturbed", "then", "resumed")
-    ended = cluster_workers.run_pairs(tmp_path, *names, limit=400)
+    folder, ended, _ = short_runs
     assert ended["killed.1"][0] == -signal.SIGKILL and ended["killed.0"][0] == 1
     assert re.match(
         r"error: process 1 \(host .*\) .* died or hangs; run the same", ended["killed.0"][2][-1]
     )
     for index in range(2):
         assert ended[f"undisturbed.{index}"][0] == ended[f"resumed.{index}"][0] == 0
-    states = [run_helpers.run_state(tmp_path / n / "run") for n in ("undisturbed", "killed")]
+    states = [run_helpers.run_state(folder / n / "run") for n in ("undisturbed", "killed")]
     run_helpers.assert_same(*states)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gcs_server.INSTALLED, reason="needs the packages of the extra gcs")
+def test_two_processes_in_a_bucket_equal_two_on_the_local_disk(short_runs, tmp_path):
+    folder, ended, address = short_runs
+    assert [ended[f"in a bucket.{index}"][0] for index in range(2)] == [0, 0]
+    whole = run_helpers.run_state(folder / "undisturbed" / "run")
+    run_helpers.assert_same(whole, gcs_server.bucket_state(address, tmp_path))
 
 
 @pytest.mark.slow
@@ -288,16 +338,32 @@ def test_a_mesh_without_batch_shards_for_every_process_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "grpo"])
-def test_two_processes_equal_one(tmp_path, method):
-    (one,) = ended(started(method, tmp_path / "one", 1))
-    first, second = ended(started(method, tmp_path / "two", 2))
-    assert first == second and np.allclose(first, one)
-    assert (tmp_path / "one" / "matrix.csv").read_bytes() == (
-        tmp_path / "two" / "matrix.csv"
-    ).read_bytes()
-    a, b = run_helpers.read_records(tmp_path / "one"), run_helpers.read_records(tmp_path / "two")
-    assert a.keys() == b.keys() and a["evals.csv"] == b["evals.csv"]
+@pytest.mark.parametrize(("method", "count"), [("sft", 4), ("grpo", 2)])
+def test_several_processes_equal_one_and_another_mesh_continues(
+    tmp_path, monkeypatch, method, count
+):
+    inside = tmp_path / "inside"
+    (one,) = ended(started(method, tmp_path / "one", 1, count))
+    first, *others = ended(started(method, tmp_path / "several", count, count, inside))
+    assert others == [first] * (count - 1) and np.allclose(first, one)
+    a, b = (run_helpers.read_records(tmp_path / name) for name in ("one", "several"))
+    assert a.keys() == b.keys() and a["matrix.csv"] == b["matrix.csv"]
+    assert_near(a, b)
+    assert method != "sft" or max(line.get("penalty", 0) for line in a["metrics.jsonl"]) > 1e-3
+    # One process with another mesh continues from the copy.
+    see(monkeypatch, 2)
+    mesh = {"data": 1, "fsdp": 1, "model": 2}
+    driver.run(run_helpers.config(method, **sections(tmp_path, method), mesh=mesh), inside)
+    assert "continuing from step 1 of stage 2" in (inside / "run.log").read_text()
+    assert_near(a, run_helpers.read_records(inside))
+
+
+def assert_near(a: dict, b: dict) -> None:
+    """Assert that the records of two runs are equal within rounding."""
+    rows = [list(csv.DictReader(r["evals.csv"].decode().splitlines())) for r in (a, b)]
+    for x, y in zip(*rows, strict=True):
+        values = [{k: float(v.pop(k) or 0) for k in ("value", "stderr")} for v in (x, y)]
+        assert x == y and values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6)
     for x, y in zip(a["metrics.jsonl"], b["metrics.jsonl"], strict=True):
         assert x.keys() == y.keys() and (x["tokens"], x["rollouts"]) == (y["tokens"], y["rollouts"])
         for name in ("loss", "penalty"):  # the penalty of EWC is as large as the Fisher information
@@ -311,7 +377,6 @@ def test_two_processes_equal_one(tmp_path, method):
             "frac_reward_zero_std",
         ):
             assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-6, abs=1e-7), key
-    assert method != "sft" or max(line.get("penalty", 0) for line in a["metrics.jsonl"]) > 1e-3
     text = lambda s: [
         (r["id"], r["response"], r["reward"]) for r in map(json.loads, s.decode().splitlines())
     ]
