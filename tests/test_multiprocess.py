@@ -27,7 +27,7 @@ from cptjax.data import model_context
 
 # Rows of a task whose first half has images: in an evaluation one process has all of them, and
 # longer rows.
-ROWS = 6
+ROWS = 8
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
 # The second stage of GRPO has two micro-batches in a step. All its rewards are 0, and without KL its
 # gradient is exactly 0; with KL it would be rounding noise, which Adam amplifies.
