@@ -135,11 +135,13 @@ class KilledRun:
         return outcome
 
     def damage(self) -> None:
-        """Delete, cut or change one file."""
+        """Delete, cut or change one file, if the run has written one."""
         groups: dict[str, list[Path]] = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             groups.setdefault(path.relative_to(self.folder).parts[0], []).append(path)
         names = [name for name in groups if not name.endswith((".lock", ".log", ".html"))]
+        if not names:
+            return
         weights = [4 if name == "checkpoints" else 1 for name in names]
         path = self.rng.choice(groups[self.rng.choices(names, weights)[0]])
         content = path.read_bytes()
