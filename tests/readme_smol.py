@@ -308,6 +308,12 @@ def render_section(numbers: Mapping[str, Any]) -> str:
         "What the papers find, and the difference here on the general sets other than prose, in "
         "points. The methods differ in what they learned:",
         "\n".join([*(verdict(*claim, numbers) for claim in CLAIMS), verdict_on_grpo(numbers)]),
+        *(
+            f"{TITLES[name]}, run before with the same seed and other rounding: learned "
+            f"{points(found['learned'])}, facts and instructions {points(found['general'])}. One "
+            "seed does not settle a comparison with this method."
+            for name, found in numbers.get("repeats", {}).items()
+        ),
         describe_drift(numbers),
     ]
     if numbers["bf16"]:
