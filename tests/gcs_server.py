@@ -13,7 +13,6 @@ import http.server
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
-
-import run_helpers
 
 from cptjax.common import buckets
 
@@ -76,15 +73,6 @@ class Server:
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks another service
             "XDG_CACHE_HOME": str(cache),
         }
-
-
-def bucket_state(address: str, folder: Path) -> dict[str, Any]:
-    """Everything that two equal runs share, from a copy of all objects."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, blob in buckets.list_objects(address).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        blob.download_to_filename(str(folder / name))
-    return run_helpers.run_state(folder)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,6 +117,17 @@ def run_state(workdir: Path) -> dict[str, Any]:
         for n in saved_stages(workdir)
         for path, x in stage_arrays(workdir, n).items()
     }
+
+
+def bucket_state(address: str, folder: Path) -> dict[str, Any]:
+    """Everything that two equal runs share, from a copy of all objects."""
+    from cptjax.common import buckets
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, blob in buckets.list_objects(address).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        blob.download_to_filename(str(folder / name))
+    return run_state(folder)
 
 
 def read_records(workdir: Path) -> dict[str, Any]:

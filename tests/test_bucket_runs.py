@@ -65,7 +65,7 @@ def finished(local, server, tmp_path_factory):
 
 def test_a_run_in_a_bucket_equals_one_on_the_local_disk(local, finished, bucket, tmp_path):
     run_helpers.assert_same(
-        run_helpers.run_state(local), gcs_server.bucket_state(finished, tmp_path / "objects")
+        run_helpers.run_state(local), run_helpers.bucket_state(finished, tmp_path / "objects")
     )
     assert (tmp_path / "objects" / "report.html").is_file()
     log = (tmp_path / "objects" / "run.log").read_text()
@@ -133,7 +133,8 @@ def test_the_server_stops_in_the_middle(local, bucket, server, tmp_path, monkeyp
     monkeypatch.setattr(buckets.FolderCopy, "push", push)
     run_here(f"{bucket}/run")
     run_helpers.assert_same(
-        run_helpers.run_state(local), gcs_server.bucket_state(f"{bucket}/run", tmp_path / "objects")
+        run_helpers.run_state(local),
+        run_helpers.bucket_state(f"{bucket}/run", tmp_path / "objects"),
     )
 
 
@@ -244,7 +245,7 @@ def test_killed_runs_end_in_the_same_bits(bucket, server, tmp_path, place):
     )
     assert metrics[-1]["code"] == 0, metrics[-1]["said"]
     assert sum(m["code"] == -KILL for m in metrics) >= count // 2
-    state = gcs_server.bucket_state(target, tmp_path / "objects") if place == "bucket" else None
+    state = run_helpers.bucket_state(target, tmp_path / "objects") if place == "bucket" else None
     run_helpers.assert_same(
         run_helpers.run_state(whole), state or run_helpers.run_state(tmp_path / "killed")
     )

@@ -308,7 +308,7 @@ def test_two_processes_in_a_bucket_equal_two_on_the_local_disk(short_runs, tmp_p
     folder, ended, address = short_runs
     assert [ended[f"in a bucket.{index}"][0] for index in range(2)] == [0, 0]
     whole = run_helpers.run_state(folder / "undisturbed" / "run")
-    run_helpers.assert_same(whole, gcs_server.bucket_state(address, tmp_path))
+    run_helpers.assert_same(whole, run_helpers.bucket_state(address, tmp_path))
 
 
 @pytest.mark.slow
