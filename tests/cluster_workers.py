@@ -401,19 +401,22 @@ def killed(index: int) -> None:
     resumed(index)
 
 
+def run_saved(folder: str, workdir: str = "run") -> None:
+    """Run, or continue, with a checkpoint after each step."""
+    in_folder(folder, ROWS)
+    run(workdir, checkpoint={"every": 1})
+
+
 def resumed(index: int) -> None:
-    in_folder("killed", ROWS)
-    run("run", checkpoint={"every": 1})
+    run_saved("killed")
 
 
 def undisturbed(index: int) -> None:
-    in_folder("undisturbed", ROWS)
-    run("run", checkpoint={"every": 1})
+    run_saved("undisturbed")
 
 
 def in_a_bucket(index: int) -> None:
-    in_folder("bucket", ROWS)
-    run(os.environ["BUCKET_WORKDIR"], checkpoint={"every": 1})
+    run_saved("bucket", os.environ["BUCKET_WORKDIR"])
 
 
 RUNS = {

@@ -170,13 +170,12 @@ class Workers:
     """The processes of one run after the other."""
 
     def __init__(self, count: int, folder: Path):
+        import cluster_workers
         import run_helpers
 
         self.count, self.folder = count, folder
         folder.mkdir(exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
+        address = f"localhost:{cluster_workers.free_port()}"
         pairs = [socket.socketpair() for _ in range(count)]
         numbers = [theirs.fileno() for _, theirs in pairs]
         self.process = subprocess.Popen(

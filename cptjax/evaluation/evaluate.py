@@ -16,7 +16,12 @@ from cptjax.common import console, distributed, run_log
 from cptjax.data import loader
 from cptjax.data.collate import EncodedConversation, round_up_size
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
-from cptjax.data.device_batches import cut_to_shards, group_batch, max_over_processes
+from cptjax.data.device_batches import (
+    MIN_RESPONSE_BUCKET,
+    cut_to_shards,
+    group_batch,
+    max_over_processes,
+)
 from cptjax.data.mixture import RowRef
 from cptjax.data.model_context import ModelContext
 from cptjax.data.row_checks import CheckedRows
@@ -199,7 +204,7 @@ def score_continuations(
             scored = [processor.ids(text) for _, text in texts]
             lengths = [len(g) + len(s) for g, s in zip(given, scored, strict=True)]
             # One of few sizes, so that few programs are compiled.
-            length = max(8, round_up_size(max_over_processes(max(lengths))))
+            length = max(MIN_RESPONSE_BUCKET, round_up_size(max_over_processes(max(lengths))))
             tokens = np.zeros((len(filled), length), np.int32)
             mask = np.zeros(tokens.shape, bool)
             for row, (before, after) in enumerate(zip(given, scored, strict=True)):

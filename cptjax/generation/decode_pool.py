@@ -171,7 +171,7 @@ def prefill_slots(
 def run_decode_steps(
     weights: Params,
     pool: DecodePool,
-    steps: Array | int,
+    steps: int,
     traced: TracedSettings,
     cfg: ModelConfig,
     static: StaticSettings,

@@ -327,6 +327,11 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
     return "+".join(moved) or "none"
 
 
+def crosses_slices(axis: str, slices: int) -> bool:
+    """Return whether a transfer along a mesh axis goes through the data-center network."""
+    return slices > 1 and "data" in axis
+
+
 def _ring_links(group: tuple[int, ...], mesh: Mesh) -> int:
     """Return how many links of a device the rings of a group use at the same time.
 

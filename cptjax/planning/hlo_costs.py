@@ -15,11 +15,12 @@ def count_flops(text: str, dynamic: float = 1.0) -> float:
     """
     computations, entry = hlo.parse_hlo(text)
     runs = hlo.run_counts(computations, entry, dynamic)
-    return sum(
-        runs[name] * sum(_flops(i, instruction_shapes(instructions)) for i in instructions)
-        for name, instructions in computations.items()
-        if runs[name]
-    )
+    total = 0.0
+    for name, instructions in computations.items():
+        if runs[name]:
+            shapes = instruction_shapes(instructions)
+            total += runs[name] * sum(_flops(i, shapes) for i in instructions)
+    return total
 
 
 def fused_flops(

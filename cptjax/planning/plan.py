@@ -243,7 +243,7 @@ def roofline_seconds(
         return {}
     network = sum(
         chips.transfer_seconds(
-            c.kind, c.size, c.bytes, chip, slices > 1 and "data" in c.axis, c.links
+            c.kind, c.size, c.bytes, chip, hlo.crosses_slices(c.axis, slices), c.links
         )
         for c in collectives
     )

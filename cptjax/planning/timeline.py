@@ -60,7 +60,7 @@ class ScheduledProgram:
     computations: hlo.Computations
     mesh: Mesh
     chip: Chip
-    across_slices: bool
+    slices: int
 
     def seconds_of(self, name: str, dynamic: float) -> float:
         """Return the seconds of a computation; loops without known end run `dynamic` times."""
@@ -138,7 +138,7 @@ class ScheduledProgram:
         return [*([own] if own else []), *inner]
 
     def _transfer_seconds(self, t: hlo.Transfer) -> float:
-        slow = self.across_slices and "data" in t.axis
+        slow = hlo.crosses_slices(t.axis, self.slices)
         return chips.transfer_seconds(t.kind, t.members, t.bytes, self.chip, slow, t.links)
 
 
@@ -156,5 +156,5 @@ def scheduled_seconds(
 ) -> float:
     """Return the least seconds of a program; see the module's description."""
     computations, entry = hlo.parse_hlo(text)
-    program = ScheduledProgram(computations, mesh, chip, slices > 1)
+    program = ScheduledProgram(computations, mesh, chip, slices)
     return program.seconds_of(entry, dynamic)
