@@ -73,7 +73,7 @@ class Vision:
         frames   1 1 1 1 | 1 1 0 0 | 2 2  2  2      the second window of frame 1 is partial
     """
 
-    patches: Array  # [S W P C]
+    patches: Array  # [S W P C] bytes, which the vision tower normalises
     positions: Array  # [S W P 2] row and column (and more, if a tower needs it)
     frames: Array  # [S W P] 0 = empty slot; full attention is within equal numbers of a row
 

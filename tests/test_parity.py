@@ -106,7 +106,8 @@ def _layers(params, prompts, cfg):
     take = lambda blocks, i: jax.tree.map(lambda x: x[i], blocks)
     if (v := prompts.vision) is not None:
         rows = lambda x: x.reshape(-1, *x.shape[2:])
-        x = rows(v.patches) @ params["vision"]["patch"]["w"]
+        patches = vision_qwen2_5.normalise_patches(rows(v.patches), cfg.vision)
+        x = patches @ params["vision"]["patch"]["w"]
         rope, frames = vision_qwen2_5.vision_cos_sin(rows(v.positions), cfg.vision), rows(v.frames)
         blocks = params["vision"]["blocks"]
         for i in range(cfg.vision.depth):

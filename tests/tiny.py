@@ -12,6 +12,7 @@ from cptjax.models import causal_lm, positions
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import FAMILIES, find_family
 from cptjax.models.hf_config import config_from_hf
+from cptjax.models.vision_qwen2_5 import normalise_patches
 from cptjax.sharding import is_param
 from cptjax.types import Prompts, Vision
 
@@ -190,8 +191,8 @@ def random_row(row: Row, cfg: ModelConfig, rng: np.random.Generator) -> Prepared
             time = [] if grids == [part.grid()] else list(rng.integers(10, 300, 3))
             tokens += time + [cfg.vision_start] + [token] * n + [cfg.vision_end]
             types += [0] * len(time) + [0] + [1 if still else 2] * n + [0]
-        patches = rng.normal(size=(np.prod(part.grid()), cfg.vision.patch_dim))
-        media.append((part, patches.astype(np.float32)))
+        size = np.prod(part.grid()), cfg.vision.patch_dim
+        media.append((part, rng.integers(0, 256, size, np.uint8)))
     return PreparedRow(np.array(tokens, np.int32), np.array(types, np.int32), media)
 
 
@@ -215,7 +216,7 @@ def _vision(
                 at += len(layout.order)
         slots.append(np.concatenate(mine) if mine else np.zeros(0, np.int32))
     empty = (
-        np.zeros((spare, cfg.vision.patch_dim), np.float32),
+        np.zeros((spare, cfg.vision.patch_dim), np.uint8),
         np.zeros((spare, cfg.vision.position_values), np.int32),
         np.zeros(spare, np.int32),
     )
@@ -289,7 +290,8 @@ def hf_inputs(rows: list[PreparedRow], cfg: ModelConfig, left: bool = True) -> d
         (Video, "pixel_values_videos", "video_grid_thw"),
     ):
         if mine := [m for m in media if isinstance(m[0], kind)]:
-            out[pixels] = torch.tensor(np.concatenate([values for _, values in mine]))
+            values = np.concatenate([values for _, values in mine])
+            out[pixels] = torch.tensor(normalise_patches(values, cfg.vision))
             out[grid] = torch.tensor([part.grid() for part, _ in mine])
     seconds = [part.seconds for part, _ in media if isinstance(part, Video)]
     if seconds and find_family(cfg).tower.rewrite_videos is None:

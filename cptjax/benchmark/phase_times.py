@@ -52,6 +52,7 @@ from cptjax.models import (
 )
 from cptjax.models.config import ComputeConfig, ModelConfig
 from cptjax.models.families import find_family
+from cptjax.models.vision_qwen2_5 import normalise_patches
 from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
@@ -346,7 +347,10 @@ def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[
         folder = Path(parent) / "model"
         with console.show_waiting("peer: weights"):
             hf_checkpoint.save_hf_checkpoint(model.params, model.cfg, folder, dtype=work.dtype)
-            np.savez(folder / peer_hf.INPUTS_FILE, **model.inputs)
+            inputs, vision = dict(model.inputs), model.cfg.vision
+            if vision is not None:
+                inputs["patches"] = normalise_patches(inputs["patches"], vision)
+            np.savez(folder / peer_hf.INPUTS_FILE, **inputs)
         settings = dict(
             device="cpu" if model.is_cpu else "cuda",
             dtype=work.dtype,

@@ -144,7 +144,7 @@ def random_inputs(work: Workload, cfg: ModelConfig, seed: int = 0) -> dict[str, 
     return {
         "prompts": np.concatenate([text[:, :4], *image, text[:, 4:]], 1),
         "responses": rng.integers(10, words, (work.rows, work.new)),
-        "patches": rng.standard_normal((work.prompts, work.grid**2, values), np.float32),
+        "patches": rng.integers(0, 256, (work.prompts, work.grid**2, values), np.uint8),
     }
 
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from cptjax.common.images import Grid, ImageSettings
-from cptjax.data.image_patches import normalise_patches
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.positions import FrameLayout
@@ -227,7 +226,7 @@ def prompt_arrays(shape: BatchShape, shards: int, cfg: ModelConfig) -> Prompts:
     if shape.patches:
         lead = (shards, shape.vision_rows, shape.patches)
         vision = Vision(
-            patches=jax.ShapeDtypeStruct((*lead, cfg.vision.patch_dim), np.float32),
+            patches=jax.ShapeDtypeStruct((*lead, cfg.vision.patch_dim), np.uint8),
             positions=jax.ShapeDtypeStruct((*lead, cfg.vision.position_values), np.int32),
             frames=jax.ShapeDtypeStruct(lead, np.int32),
         )
@@ -249,8 +248,7 @@ def _fill_vision(vision: Vision, placed: Sequence[PlacedFrames]) -> None:
             real = f.layout.order >= 0
             n = math.prod(f.media.grid[1:])
             patches = f.media.patches[f.time * n : (f.time + 1) * n]
-            values = normalise_patches(patches, f.media.pixels)
-            vision.patches[s, f.row, slots][real] = values[f.layout.order[real]]
+            vision.patches[s, f.row, slots][real] = patches[f.layout.order[real]]
             vision.positions[s, f.row, slots] = f.layout.positions
             vision.frames[s, f.row, slots] = real * frames_in_row[f.row]
 

@@ -1,6 +1,5 @@
 """Cut images into patches exactly as Hugging Face's processor with Pillow does, without torch."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -38,22 +37,3 @@ def cut_patches(
     x = np.stack(arrays).reshape(grid[0], tp, grid[1] // m, m, p, grid[2] // m, m, p, 3)
     x = np.ascontiguousarray(x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
     return x.reshape(math.prod(grid), -1), grid
-
-
-def normalise_patches(patches: np.ndarray, pixels: ImageSettings) -> np.ndarray:
-    """Return patches of bytes as float32, with the rounding of transformers.
-
-    Looking each byte up in a table of 256 values per channel is much faster than computing it.
-    """
-    tables = _normalised_levels(pixels)
-    channels = np.split(patches, len(tables), 1)
-    return np.concatenate([t[part] for t, part in zip(tables, channels, strict=True)], 1)
-
-
-@functools.lru_cache(maxsize=8)
-def _normalised_levels(pixels: ImageSettings) -> list[np.ndarray]:
-    values = (np.arange(256, dtype=np.float64) * pixels.scale).astype(np.float32)
-    return [
-        (values - np.float32(mean)) / np.float32(std)
-        for mean, std in zip(pixels.mean, pixels.std, strict=True)
-    ]

@@ -310,7 +310,8 @@ def load_processor(
 ) -> Processor:
     """Load the processor of a Hugging Face checkpoint, a folder or a hub id.
 
-    None is the package's own small processor. Use the config of the result: it has all end tokens.
+    None is the package's own small processor. Use the config of the result: it has all end tokens,
+    and the pixel values that the checkpoint's vision tower takes.
     """
     with files.explain_errors(f"{folder}: its tokenizer or chat template"):
         return _load_processor(folder, cfg, min_pixels, max_pixels)
@@ -323,6 +324,8 @@ def _load_processor(
     pixels = None
     if cfg.vision is not None:
         pixels = processor_files.read_image_settings(source, cfg, min_pixels, max_pixels)
+        vision = processor_files.read_pixel_values(source, cfg.vision)
+        cfg = dataclasses.replace(cfg, vision=vision)
     if source is None:
         tokenizer = tiny_tokenizer.build_tiny_tokenizer(cfg.text.vocab)
         template = tiny_tokenizer.TINY_CHAT_TEMPLATE

@@ -1,5 +1,6 @@
 """Read, copy and write a checkpoint's processor files: tokenizer, chat template, pixel limits."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from cptjax.common import files
 from cptjax.common.images import ImageSettings
-from cptjax.models.config import ModelConfig
+from cptjax.models.config import ModelConfig, VisionConfig
 from cptjax.models.families import find_family
 
 PROCESSOR_FILES = (
@@ -72,10 +73,10 @@ def _hf_image_settings(pixels: ImageSettings, cfg: ModelConfig) -> dict[str, Any
         "do_rescale": True,
         "do_normalize": True,
         "do_convert_rgb": True,
-        "rescale_factor": pixels.scale,
+        "rescale_factor": cfg.vision.pixel_scale,
         "resample": pixels.resample,
-        "image_mean": list(pixels.mean),
-        "image_std": list(pixels.std),
+        "image_mean": list(cfg.vision.pixel_mean),
+        "image_std": list(cfg.vision.pixel_std),
         "patch_size": pixels.patch,
         "temporal_patch_size": pixels.temporal,
         "merge_size": pixels.merge,
@@ -103,13 +104,7 @@ def _read_image_settings(
     v, tower = cfg.vision, find_family(cfg).tower
     defaults = tower.processor
     sizes = {"patch_size": v.patch, "temporal_patch_size": v.temporal, "merge_size": v.merge}
-    raw, video = {}, {}
-    if folder is not None:
-        newer = _read_json_file(folder / "processor_config.json")
-        raw = _read_json_file(folder / "preprocessor_config.json")
-        raw = raw or newer.get("image_processor", {})
-        video = _read_json_file(folder / "video_preprocessor_config.json")
-        video = video or newer.get("video_processor", {})
+    raw, video = (_read_keys(folder, kind) for kind in ("image", "video"))
     for name, expected in sizes.items():
         if raw.get(name, expected) != expected:
             raise ValueError(
@@ -140,11 +135,33 @@ def _read_image_settings(
         patch=v.patch,
         temporal=v.temporal,
         merge=v.merge,
-        mean=tuple(raw.get("image_mean") or defaults["image_mean"]),
-        std=tuple(raw.get("image_std") or defaults["image_std"]),
-        scale=raw.get("rescale_factor", ImageSettings.scale),
         resample=raw.get("resample", ImageSettings.resample),
     )
+
+
+def read_pixel_values(folder: Path | None, v: VisionConfig) -> VisionConfig:
+    """Return the tower with the scale, means and deviations that a checkpoint was trained with."""
+    raw = _read_keys(folder, "image")
+    mean = tuple(raw.get("image_mean") or v.pixel_mean)
+    std = tuple(raw.get("image_std") or v.pixel_std)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != v.channels:
+            raise ValueError(
+                f"preprocessor_config.json has image_{name}={list(values)}; expected a number for "
+                f"each of {v.channels} channels"
+            )
+    scale = raw.get("rescale_factor", v.pixel_scale)
+    return dataclasses.replace(v, pixel_scale=scale, pixel_mean=mean, pixel_std=std)
+
+
+def _read_keys(folder: Path | None, kind: str) -> dict[str, Any]:
+    """Return the settings of the processor of images or videos; {} if a folder has none."""
+    if folder is None:
+        return {}
+    prefix = {"image": "", "video": "video_"}[kind]
+    return _read_json_file(folder / f"{prefix}preprocessor_config.json") or _read_json_file(
+        folder / "processor_config.json"
+    ).get(f"{kind}_processor", {})
 
 
 def _video_limits(stored: dict[str, Any], defaults: dict | None) -> tuple[int, int] | None:

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
@@ -56,6 +59,10 @@ class VisionConfig:
     temporal: int = 2  # frames of one patch
     merge: int = 2  # patches merged to one token, per side
     channels: int = 3
+    # The tower takes (byte * pixel_scale - pixel_mean) / pixel_std of each channel.
+    pixel_scale: float = 1 / 255
+    pixel_mean: tuple[float, ...] = CLIP_MEAN
+    pixel_std: tuple[float, ...] = CLIP_STD
 
     position_values: ClassVar[int] = 2  # of a patch in FrameLayout.positions
 

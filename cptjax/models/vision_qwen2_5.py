@@ -185,6 +185,18 @@ def _scan_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> 
     return jax.lax.scan(period, x, periods)[0]
 
 
+def normalise_patches(patches: Array, v: VisionConfig) -> Array:
+    """Return patches of bytes as the float32 values that the tower was trained on.
+
+    Of numpy arrays the result has the rounding of transformers.
+    """
+    mean, std = (
+        np.repeat(np.float32(x), v.patch_dim // v.channels) for x in (v.pixel_mean, v.pixel_std)
+    )
+    # transformers multiplies in float64. In float32, a division by 255 gives the same values.
+    return (patches.astype(np.float32) / np.float32(1 / v.pixel_scale) - mean) / std
+
+
 def encode_vision(
     params: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype
 ) -> VisionFeatures:
@@ -192,7 +204,8 @@ def encode_vision(
     tower = params["vision"]
     s, w, slots, values = vision.patches.shape
     rows = lambda x: x.reshape(s * w, *x.shape[2:])
-    x = constrain(linear(tower["patch"], rows(vision.patches).astype(dtype)), "batch", None, None)
+    patches = normalise_patches(rows(vision.patches), cfg.vision).astype(dtype)
+    x = constrain(linear(tower["patch"], patches), "batch", None, None)
     rope, frames = vision_cos_sin(rows(vision.positions), cfg.vision), rows(vision.frames)
 
     def step(x, p, full):

@@ -20,7 +20,7 @@ from cptjax.models.layers import (
     rotate,
 )
 from cptjax.models.positions import FrameLayout
-from cptjax.models.vision_qwen2_5 import VISION_EPS, vision_cos_sin
+from cptjax.models.vision_qwen2_5 import VISION_EPS, normalise_patches, vision_cos_sin
 from cptjax.sharding import Param, constrain
 from cptjax.types import Array, Params, Vision
 
@@ -34,6 +34,8 @@ class Qwen3VisionConfig(VisionConfig):
     mlp: int = 4304
     heads: int = 16
     patch: int = 16
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     table: int = 48  # side of the learned table of positions
     deepstack: tuple[int, ...] = (8, 16, 24)  # blocks whose features enter the first text layers
 
@@ -141,7 +143,7 @@ def learned_positions(table: Array, places: Array, v: Qwen3VisionConfig) -> Arra
 def embed_patches(p: Params, vision: Vision, v: Qwen3VisionConfig, dtype: jnp.dtype) -> Array:
     """Return the input [S*W P D] of the first block."""
     rows = lambda x: x.reshape(-1, *x.shape[2:])
-    x = linear(p["patch"], rows(vision.patches).astype(dtype))
+    x = linear(p["patch"], normalise_patches(rows(vision.patches), v).astype(dtype))
     places = learned_positions(p["table"], rows(vision.positions), v)
     return constrain(x + places.astype(dtype), "batch", None, None)
 

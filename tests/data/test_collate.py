@@ -12,10 +12,10 @@ from conversation_helpers import TINY, fails, make_image, says, user
 from flax import traverse_util
 from PIL import Image
 
-from cptjax.data import collate, image_patches, processor
+from cptjax.data import collate, processor
 from cptjax.data.collate import collate_rows
 from cptjax.models.config import ModelConfig
-from cptjax.models.vision_qwen2_5 import Qwen25VisionConfig, frame_layout
+from cptjax.models.vision_qwen2_5 import Qwen25VisionConfig, frame_layout, normalise_patches
 from cptjax.types import Prompts
 
 
@@ -104,7 +104,7 @@ def features(prompts: Prompts, row: int, cfg: ModelConfig) -> np.ndarray:
 
 
 def direct(e) -> np.ndarray:
-    values = np.concatenate([image_patches.normalise_patches(m.patches, m.pixels) for m in e.media])
+    values = np.concatenate([m.patches for m in e.media])
     return values.reshape(-1, 4 * values.shape[1])
 
 
@@ -117,6 +117,7 @@ def test_every_token_finds_its_own_patches(tiny, side, shards):
         prompts.tokens.shape == (4, 64)
         and prompts.positions.shape == (3, 4, 64)
         and prompts.vision.patches.shape[0] == shards
+        and prompts.vision.patches.dtype == np.uint8
     )
     for i, e in enumerate(rows):
         here = slice(64 - len(e), None) if side == "left" else slice(0, len(e))
@@ -349,9 +350,7 @@ def test_rows_mean_to_our_model_what_they_mean_to_transformers(monkeypatch, pack
         ):
             if mine := [m for m in e.media if bool(m.seconds) == kind]:
                 inputs[pixels] = torch.tensor(
-                    np.concatenate(
-                        [image_patches.normalise_patches(m.patches, m.pixels) for m in mine]
-                    )
+                    np.concatenate([normalise_patches(m.patches, cfg.vision) for m in mine])
                 )
                 inputs[grid] = torch.tensor([m.grid for m in mine])
                 inputs |= (

@@ -6,7 +6,7 @@ from conversation_helpers import make_image, user
 from PIL import Image
 
 from cptjax.common import images
-from cptjax.data import image_patches
+from cptjax.models.vision_qwen2_5 import normalise_patches
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
@@ -16,7 +16,7 @@ def test_patches_of_any_colour_mode_equal_transformers(theirs, qwen, mode):
     )
     wanted = theirs.image_processor(image, return_tensors="np")["pixel_values"]
     media = qwen.encode([user(image)]).media[0]
-    assert np.array_equal(image_patches.normalise_patches(media.patches, media.pixels), wanted)
+    assert np.array_equal(normalise_patches(media.patches, qwen.cfg.vision), wanted)
 
 
 def test_sizes_equal_transformers():

@@ -7,8 +7,9 @@ import pytest
 from conversation_helpers import CONVERSATIONS, TEMPLATE, encoded, fails, make_image, says, user
 from PIL import Image
 
-from cptjax.data import image_patches, processor
+from cptjax.data import processor
 from cptjax.models.families import PRESETS
+from cptjax.models.vision_qwen2_5 import normalise_patches
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -33,9 +34,7 @@ def test_tokens_patches_and_grids_equal_transformers(qwen, theirs, name):
     assert ours.types.tolist() == wanted["mm_token_type_ids"][0].tolist()
     if images:
         assert [list(m.grid) for m in ours.media] == wanted["image_grid_thw"].tolist()
-        pixels = np.concatenate(
-            [image_patches.normalise_patches(m.patches, m.pixels) for m in ours.media]
-        )
+        pixels = np.concatenate([normalise_patches(m.patches, ours.cfg.vision) for m in ours.media])
         assert pixels.dtype == np.float32 and np.array_equal(pixels, wanted["pixel_values"])
 
 

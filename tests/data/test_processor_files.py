@@ -1,6 +1,7 @@
 """A saved processor loads in transformers and here; wrong files are refused with one line each."""
 
 import dataclasses
+import json
 
 from conversation_helpers import QWEN, TEMPLATE, TINY, fails, make_image, says, user
 
@@ -31,6 +32,19 @@ def test_the_small_processor_is_saved_and_read_again(tiny, tmp_path):
         again.pixels == tiny.pixels
         and again.encode(messages).tokens.tolist() == tiny.encode(messages).tokens.tolist()
     )
+
+
+def test_the_tower_gets_the_pixel_values_of_its_checkpoint(tiny, tmp_path):
+    tiny.save(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    assert processor.load_processor(tmp_path, TINY).cfg.vision == TINY.vision
+    other = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "rescale_factor": 1.0}
+    path.write_text(json.dumps(saved | other))
+    v = processor.load_processor(tmp_path, TINY).cfg.vision
+    assert (v.pixel_mean, v.pixel_std, v.pixel_scale) == ((0.1, 0.2, 0.3), (1, 2, 3), 1.0)
+    path.write_text(json.dumps(saved | {"image_std": [0.5]}))
+    fails(lambda: processor.load_processor(tmp_path, TINY), "image_std=[0.5]", "3 channels")
 
 
 def test_wrong_folders_and_settings_are_one_line_each(tiny, qwen_folder, tmp_path):

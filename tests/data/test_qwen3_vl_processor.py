@@ -9,9 +9,10 @@ import pytest
 from conversation_helpers import CONVERSATIONS, TEMPLATE, fails, make_image, says, user
 
 from cptjax.common.images import ImageSettings
-from cptjax.data import image_patches, processor
+from cptjax.data import processor
 from cptjax.models.families import PRESETS
 from cptjax.models.families.qwen3_vl import choose_frames_to_the_end
+from cptjax.models.vision_qwen2_5 import normalise_patches
 
 CFG = PRESETS["qwen3-vl-8b"]
 LIMITS = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
@@ -74,7 +75,7 @@ def test_tokens_patches_and_grids_equal_transformers(ours, theirs, name):
     assert mine.types.tolist() == wanted["mm_token_type_ids"][0].tolist()
     if images:
         assert [list(m.grid) for m in mine.media] == wanted["image_grid_thw"].tolist()
-        pixels = [image_patches.normalise_patches(m.patches, m.pixels) for m in mine.media]
+        pixels = [normalise_patches(m.patches, ours.cfg.vision) for m in mine.media]
         assert np.array_equal(np.concatenate(pixels), wanted["pixel_values"])
 
 
@@ -157,7 +158,11 @@ def test_frames_are_chosen_as_in_transformers():
 
 def test_pixel_limits_are_read_and_saved(ours, folder, tmp_path):
     assert (ours.pixels.min_pixels, ours.pixels.max_pixels) == (65536, 512 * 512)
-    assert ours.pixels.video_pixels == (4096, 25165824) and ours.pixels.mean == (0.5, 0.5, 0.5)
+    assert ours.pixels.video_pixels == (4096, 25165824) and ours.cfg.vision.pixel_mean == (
+        0.5,
+        0.5,
+        0.5,
+    )
     ours.save(tmp_path)
     assert processor.load_processor(tmp_path, CFG).pixels == ours.pixels
     small = processor.load_processor(None, PRESETS["tiny_qwen3_vl"], 1024, 1024)

@@ -195,9 +195,7 @@ def test_the_content_of_padding_does_not_change_the_states(model):
     )
     empty = prompts.vision.frames == 0
     junk = junk.replace(
-        vision=prompts.vision.replace(
-            patches=np.where(empty[..., None], 3.0, prompts.vision.patches).astype(np.float32)
-        )
+        vision=prompts.vision.replace(patches=np.where(empty[..., None], 3, prompts.vision.patches))
     )
     assert np.array_equal(
         np.asarray(_forward(params, prompts, cfg))[real],

@@ -30,6 +30,19 @@ def test_a_window_block_mixes_windows_and_a_full_block_frames(full):
     assert np.array_equal(changed[real], expected[real])
 
 
+@pytest.mark.parametrize("preset", ["tiny", "tiny_qwen3_vl"])
+def test_the_device_normalises_every_byte_as_transformers_does(preset):
+    """transformers multiplies by 1 / 255 in float64, and rounds before it subtracts and divides."""
+    v = PRESETS[preset].vision
+    patches = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, v.patch_dim))
+    scaled = (np.arange(256) * v.pixel_scale).astype(np.float32)[:, None]
+    wanted = (scaled - np.float32(v.pixel_mean)) / np.float32(v.pixel_std)
+    wanted = np.repeat(wanted, v.patch_dim // v.channels, 1)
+    assert np.array_equal(vision_qwen2_5.normalise_patches(patches, v), wanted)
+    ours = jax.jit(lambda x: vision_qwen2_5.normalise_patches(x, v))(patches)
+    np.testing.assert_allclose(ours, wanted, rtol=3e-7, atol=3e-7)
+
+
 def test_the_tower_declares_what_its_config_says():
     tree = vision_qwen2_5.declare_tower(CFG)
     v = CFG.vision

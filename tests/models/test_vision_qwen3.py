@@ -11,7 +11,7 @@ import pytest
 from cptjax import sharding
 from cptjax.models import vision_qwen3
 from cptjax.models.config import ModelConfig, TextConfig
-from cptjax.models.vision_qwen2_5 import vision_cos_sin
+from cptjax.models.vision_qwen2_5 import normalise_patches, vision_cos_sin
 from cptjax.models.vision_qwen3 import Qwen3VisionConfig
 from cptjax.types import Vision
 
@@ -119,10 +119,10 @@ def _vision(seed: int, gap: int = 3) -> tuple[Vision, np.ndarray, np.ndarray]:
     """Return random frames in one row with empty slots between them, patches, and full slots."""
     layouts = [vision_qwen3.whole_frame_layout(h, w, V) for h, w in FRAMES]
     n = sum(len(x.order) for x in layouts)
-    patches = np.random.default_rng(seed).normal(size=(n, V.patch_dim)).astype(np.float32)
+    patches = np.random.default_rng(seed).integers(0, 256, (n, V.patch_dim), np.uint8)
     slots = n + 4 * gap * len(FRAMES)
     out = Vision(
-        np.zeros((1, 1, slots, V.patch_dim), np.float32),
+        np.zeros((1, 1, slots, V.patch_dim), np.uint8),
         np.zeros((1, 1, slots, V.position_values), np.int32),
         np.zeros((1, 1, slots), np.int32),
     )
@@ -154,7 +154,9 @@ def test_features_and_every_block_equal_transformers(tower):
     caught = []
     hooks = [b.register_forward_hook(lambda *x: caught.append(x[2].numpy())) for b in model.blocks]
     with torch.no_grad():
-        theirs = model(torch.tensor(patches), torch.tensor(GRIDS), return_dict=True)
+        theirs = model(
+            torch.tensor(normalise_patches(patches, V)), torch.tensor(GRIDS), return_dict=True
+        )
     for hook in hooks:
         hook.remove()
     ours = _encode(params, vision, CFG)
@@ -187,7 +189,7 @@ def _run_by_one(params, vision, cfg):
 def test_frames_and_empty_slots_do_not_see_each_other(tower):
     """Other pixels in one frame and in empty slots change no bit of the other frames' features."""
     params, (vision, _, _) = tower[1], _vision(1)
-    other = vision.replace(patches=np.where(vision.frames[..., None] <= 1, 5.0, vision.patches))
+    other = vision.replace(patches=np.where(vision.frames[..., None] <= 1, 5, vision.patches))
     numbers = vision.frames[0, 0].reshape(-1, 4)[:, 0]
     pair = _encode(params, vision, CFG), _encode(params, other, CFG)
     for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
@@ -222,7 +224,8 @@ def test_flops_are_those_of_the_compiled_tower():
     cfg = dataclasses.replace(CFG, vision=v)
     params = sharding.abstract_params(vision_qwen3.declare_frame_tower(cfg), jnp.float32)
     array = lambda *shape, kind=jnp.float32: jax.ShapeDtypeStruct((1, 2, 512, *shape), kind)
-    vision = Vision(array(v.patch_dim), array(4, kind=jnp.int32), array(kind=jnp.int32))
+    patches = array(v.patch_dim, kind=jnp.uint8)
+    vision = Vision(patches, array(4, kind=jnp.int32), array(kind=jnp.int32))
     counted = _encode.lower(params, vision, cfg).cost_analysis()["flops"]
     formula = vision_qwen3.frame_tower_flops(cfg, 2 * 512, 512)
     assert counted == pytest.approx(formula, rel=0.05)

@@ -201,8 +201,6 @@ FAMILY = Family(
         processor={
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen2_5_VLProcessor",
-            "image_mean": images.CLIP_MEAN,
-            "image_std": images.CLIP_STD,
             "min_pixels": images.DEFAULT_MIN_PIXELS,
             "max_pixels": images.DEFAULT_MAX_PIXELS,
         },

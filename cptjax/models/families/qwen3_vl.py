@@ -249,8 +249,6 @@ FAMILY = Family(
         processor={
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen3VLProcessor",
-            "image_mean": (0.5, 0.5, 0.5),
-            "image_std": (0.5, 0.5, 0.5),
             "min_pixels": 256 * 256,
             "max_pixels": 4096 * 4096,
         },
