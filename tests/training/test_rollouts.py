@@ -354,7 +354,7 @@ def counts(monkeypatch):
     upload = counting(
         "images",
         jax.make_array_from_process_local_data,
-        lambda _, x: np.ndim(x) == 4 and x.dtype.kind == "f",
+        lambda _, x: np.ndim(x) == 4 and x.dtype == np.uint8,
     )
     monkeypatch.setattr(jax, "make_array_from_process_local_data", upload)
     monkeypatch.setattr(sharding, "local_rows", counting("fetched", sharding.local_rows))
