@@ -17,6 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cptjax.common import buckets, config_checks, console, distributed, files
+from cptjax.common.compiler_options import compiler_options
 from cptjax.config import config_differences, recorded_config
 from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
@@ -258,6 +259,7 @@ def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
         "mesh": dict(model_ctx.mesh.shape),
         "processes": jax.process_count(),
         "attention": model_ctx.cfg.compute.attention,
+        "compiler_options": compiler_options(model_ctx.mesh.devices.flat[0].platform),
     }
 
 

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from cptjax import sharding
 from cptjax.common import distributed, run_log
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.data.device_batches import (
     batch_slices,
     cut_to_shards,
@@ -51,7 +52,7 @@ def _kl_program(cfg: ModelConfig, dtype: DTypeLike, chunk: int) -> Callable:
         )
         return jnp.where(batch.mask, by_target(batch, kl), 0)
 
-    return jax.jit(kl_by_token)
+    return PlatformJit(kl_by_token)
 
 
 def sample_base_responses(

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cptjax import sharding
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.common.program import Output, Program
 from cptjax.generation import decode_pool, rollout_weights, token_sampling
 from cptjax.generation.decode_pool import (
@@ -190,7 +191,7 @@ def _batch_shards() -> int:
     return 1 if mesh.empty else sharding.batch_shards(mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "static"))
+@functools.partial(PlatformJit, static_argnames=("cfg", "static"))
 @jax.named_scope("rollout")
 def sample_whole_batch(
     params: Params,
@@ -298,7 +299,7 @@ def _decode_until_check(
     return decode_pool.run_decode_steps(weights, pool, static.check_every, traced, cfg, static)
 
 
-_jit = functools.partial(jax.jit, static_argnames=("cfg", "static"))
+_jit = functools.partial(PlatformJit, static_argnames=("cfg", "static"))
 cast_program = _jit(decode_pool.cast_weights)
 queue_program = _jit(decode_pool.queue_prompts)
 _scoped = jax.named_scope("rollout")  # their name in profiles

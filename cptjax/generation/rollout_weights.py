@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import unrolled
 from cptjax.models.config import ModelConfig
@@ -73,7 +74,7 @@ def _jit_weights_program(
         params = tree.unflatten(leaves)
         return unrolled.unstack_layers(_quantise(params) if int8 else params, cfg)
 
-    return jax.jit(prepare)
+    return PlatformJit(prepare)
 
 
 def without_fsdp(old: Any) -> NamedSharding | None:

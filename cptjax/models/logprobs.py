@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.models import causal_lm, decoder
 from cptjax.models.config import ModelConfig
 from cptjax.models.packed_groups import by_target, flat_targets
@@ -274,7 +275,7 @@ def make_scoring_program(
         hidden = predicting_states(params, batch, cfg, dtype)
         return target_logps(hidden, decoder.unembedding(params["text"]), batch, chunk, temperature)
 
-    return jax.jit(run)
+    return PlatformJit(run)
 
 
 @functools.lru_cache(maxsize=16)
@@ -291,4 +292,4 @@ def make_top_logps_program(
         out = top_logps(flat, decoder.unembedding(params["text"]), k=k, chunk=chunk)
         return jax.tree.map(lambda x: by_target(batch, x), out)
 
-    return jax.jit(run)
+    return PlatformJit(run)

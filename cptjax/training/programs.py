@@ -6,7 +6,6 @@ each (sides up to 4 : 1), responses of `rollout.max_new_tokens` (SFT: responses 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cptjax import sharding
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.common.program import Program
 from cptjax.config import merge_config
 from cptjax.data import collate, device_batches
@@ -517,14 +517,14 @@ def step_programs(stage: AbstractStage) -> train_step.StepPrograms:
 
 
 def abstract_gradient_sum(
-    gradient: Callable[..., train_step.GradientSum], stage: AbstractStage, batch: Batch
+    gradient: PlatformJit, stage: AbstractStage, batch: Batch
 ) -> train_step.GradientSum:
     """Return the shapes of the gradients that a program sums.
 
     Each gradient is sharded like its parameter; all other arrays are replicated.
     """
     trained = stage.state.params
-    total = jax.eval_shape(gradient, trained, stage.frozen, batch)
+    total = gradient.eval_shape(trained, stage.frozen, batch)
     gradient = jax.tree.map(
         lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
         total.gradient,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cptjax import sharding
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.models import decoder, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.logprobs import predicting_states
@@ -50,15 +51,15 @@ class GradientSum:
 class StepPrograms:
     """The jitted programs of one stage."""
 
-    begin: Callable[..., GradientSum]  # trained, frozen, batch -> sum
-    add: Callable[..., GradientSum]  # sum, trained, frozen, batch -> sum
+    begin: PlatformJit  # trained, frozen, batch -> GradientSum
+    add: PlatformJit  # sum, trained, frozen, batch -> sum
     # state, sum, learning rate, arrays of the continual-learning methods, sum of the memory
     # -> state, metrics
-    finish: Callable[..., tuple[TrainState, dict[str, Mean]]]
+    finish: PlatformJit
     # begin and finish in one program, for an update of one micro-batch
-    step: Callable[..., tuple[TrainState, dict[str, Mean]]]
+    step: PlatformJit
     # trained, frozen, batch of the memory -> sum; None = no method has a memory
-    memory_gradient: Callable[..., GradientSum] | None
+    memory_gradient: PlatformJit | None
 
     def run(
         self,
@@ -234,11 +235,11 @@ def make_step_programs(functions: StepFunctions) -> StepPrograms:
     """Return the programs of a stage; equal functions return the same programs."""
     scoped = jax.named_scope("update")  # the name of all of them in profiles
     return StepPrograms(
-        jax.jit(scoped(functions.begin)),
-        jax.jit(scoped(functions.add), donate_argnums=0),
-        jax.jit(scoped(functions.finish), donate_argnums=0),
-        jax.jit(scoped(functions.step), donate_argnums=0),
-        jax.jit(scoped(functions.memory_gradient)) if functions.memory else None,
+        PlatformJit(scoped(functions.begin)),
+        PlatformJit(scoped(functions.add), donate_argnums=0),
+        PlatformJit(scoped(functions.finish), donate_argnums=0),
+        PlatformJit(scoped(functions.step), donate_argnums=0),
+        PlatformJit(scoped(functions.memory_gradient)) if functions.memory else None,
     )
 
 

@@ -224,7 +224,7 @@ def test_an_update_with_a_memory_runs_the_planned_programs(tmp_path, monkeypatch
         stage = abstract_stage(ctx.config, run.model_ctx.cfg, run.model_ctx.mesh)
         planned = planned_programs(stage, training_programs(stage))
         (likeliest,) = stage_memory.stage_memory_programs(stage)
-        ids, logps = jax.eval_shape(likeliest.function, *likeliest.args)
+        ids, logps = likeliest.function.eval_shape(*likeliest.args)
         expected = programs.abstract_memory_batch(stage)
         length, buckets = expected.prompts.tokens.shape[1], device_batches.target_buckets
         use_largest_shapes(monkeypatch, stage)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cptjax.common.compiler_options import PlatformJit
 from cptjax.data.device_batches import with_other_prompts
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample, demonstration_prompt
@@ -36,7 +37,7 @@ def make_teacher_program(
         hidden = logprobs.predicting_states(params, batch, cfg, dtype)
         return hidden, decoder.unembedding(params["text"])
 
-    return jax.jit(run)
+    return PlatformJit(run)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
