@@ -11,6 +11,7 @@ keeps its slot until its longest row is done, because its rows share the prompt'
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ from cptjax.models import flops
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array, constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
+
+MOST_PARTS, LEAST_COLUMNS = 4, 128  # of the cache of responses
 
 
 def generate_rollouts(
@@ -202,21 +205,48 @@ def sample_whole_batch(
     cfg: ModelConfig,
     static: StaticSettings,
 ) -> Rollouts:
-    """Decode all groups in one program, which ends when every row is done."""
+    """Decode all groups in one program, which ends when every row is done.
+
+    The keys and values of responses are stored in parts, one for each loop. A loop reads only the
+    parts that exist, so that the steps do not read columns that no step has written yet.
+    """
     weights = decode_pool.cast_weights(params, cfg, static)
     queue = decode_pool.queue_prompts(weights, prompts, limits, row_ids, cfg, static)
     start = jnp.zeros((), jnp.int32)
     pool = decode_pool.prefill_slots(weights, queue, start, traced, cfg, static)
-    steps = steps_between_checks(static)
-
-    def unfinished(pool: DecodePool) -> Array:
-        return ~jnp.all(pool.done)
+    steps, end = steps_between_checks(static), 0
 
     def decode(pool: DecodePool) -> DecodePool:
         return decode_pool.run_decode_steps(weights, pool, steps, traced, cfg, static)
 
-    pool = jax.lax.while_loop(unfinished, decode, pool)
+    for columns in column_parts(static):
+        pool, end = decode_pool.add_columns(pool, columns, cfg), end + columns
+        pool = jax.lax.while_loop(_unfinished_before(end, static), decode, pool)
     return decode_pool.to_rollouts(decode_pool.slot_results(pool), cfg)
+
+
+def _unfinished_before(end: int, static: StaticSettings) -> Callable[[DecodePool], Array]:
+    """Return the condition of the loop that decodes until step `end`."""
+
+    def unfinished(pool: DecodePool) -> Array:
+        rows = ~jnp.all(pool.done)
+        # Every row is done at the last column.
+        return rows if end == static.max_new_tokens else rows & (pool.step < end)
+
+    return unfinished
+
+
+def column_parts(static: StaticSettings) -> list[int]:
+    """Return the numbers of columns of the parts of the cache, for a batch that starts together.
+
+    There are at most MOST_PARTS, because each is a loop to compile, and their ends are checks. A
+    response of full length reads 5/8 of the columns that it would read from one part.
+    """
+    steps, last = steps_between_checks(static), max(1, static.max_new_tokens - 1)
+    parts = max(1, min(MOST_PARTS, static.max_new_tokens // LEAST_COLUMNS))
+    size = -(-last // (parts * steps)) * steps
+    earlier = -(-last // size) - 1
+    return [size] * earlier + [static.max_new_tokens - size * earlier]
 
 
 def steps_between_checks(static: StaticSettings) -> int:
@@ -286,7 +316,9 @@ def _prefill_from_queue(
 ) -> DecodePool:
     prompts = decode_pool.select_prompts(queue, index)
     start = jnp.zeros((), jnp.int32)
-    return decode_pool.prefill_slots(weights, prompts, start, traced, cfg, static)
+    pool = decode_pool.prefill_slots(weights, prompts, start, traced, cfg, static)
+    # Groups of different ages use all columns of the ring, so it has only one part.
+    return decode_pool.add_columns(pool, static.max_new_tokens, cfg)
 
 
 def _decode_until_check(
@@ -380,7 +412,8 @@ def sampling_programs(
     if not 0 < sampling.slots < rows:
         args = (weights, prompts, per_response, per_response, traced, cfg, static)
         useful = vision_flops + prefill_flops + decode_flops
-        trips = float(-(-(static.max_new_tokens - 1) // steps_between_checks(static)))
+        trips = -(-(static.max_new_tokens - 1) // steps_between_checks(static))
+        trips /= len(column_parts(static))  # of each loop
         return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips)]
     cast, queue = Output(f"{name}: cast"), Output(f"{name}: queue")
     queue_args = (cast, prompts, per_response, per_response, cfg, static)

@@ -11,6 +11,10 @@ in column (b + i) % R and attends only to columns that were written since it sta
     started at 0, done          a b c d e f      reached its limit after step 5
     started at 3                d e . a b c      token e, in column 7 % 6, was sampled last
     started at 7                . a . . . .
+
+A decode step reads all columns of keys and values that exist. Groups that start together fill the
+columns in order, so theirs are added part by part (`add_columns`), and no step reads columns that
+are still empty. Groups of different ages use the whole ring.
 """
 
 import dataclasses
@@ -139,13 +143,14 @@ def prefill_slots(
     cfg: ModelConfig,
     static: StaticSettings,
 ) -> DecodePool:
-    """Compute the keys and values of these prompts, and sample the first token of each response."""
+    """Compute the keys and values of these prompts, and sample the first token of each response.
+
+    The cache has no columns yet.
+    """
     hidden, keys, values = causal_lm.prefill(
         weights, prompts.inputs, prompts.positions, prompts.segments, cfg
     )
-    cache = causal_lm.new_kv_cache(
-        keys, values, prompts.segments, static.group, static.max_new_tokens, cfg
-    )
+    cache = causal_lm.new_kv_cache(keys, values, prompts.segments, cfg)
     s, g = prompts.row_ids.shape
     zeros = jnp.zeros((s, g), jnp.int32)
     ring = jnp.zeros((s, g, static.max_new_tokens), jnp.float32)
@@ -168,6 +173,12 @@ def prefill_slots(
     return _sample_and_store(pool, logits, traced)
 
 
+def add_columns(pool: DecodePool, columns: int, cfg: ModelConfig) -> DecodePool:
+    """Return the pool with more columns for keys and values."""
+    group = pool.token.shape[1]
+    return pool.replace(cache=causal_lm.add_columns(pool.cache, group, columns, cfg))
+
+
 def run_decode_steps(
     weights: Params,
     pool: DecodePool,
@@ -176,9 +187,12 @@ def run_decode_steps(
     cfg: ModelConfig,
     static: StaticSettings,
 ) -> DecodePool:
-    """Sample `steps` more tokens of every row that is not done; the other rows do not change."""
+    """Sample `steps` more tokens of every row that is not done; the other rows do not change.
+
+    The columns of these steps must be in the last part of the cache.
+    """
     ring_size = static.max_new_tokens
-    columns = jnp.arange(ring_size)
+    columns = jnp.arange(sum(pool.cache.column_counts()))
 
     def step(_: Any, pool: DecodePool) -> DecodePool:
         age = pool.step - pool.start_step  # index of the token of each group that was sampled last

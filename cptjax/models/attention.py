@@ -25,6 +25,7 @@ the other responses:
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -154,16 +155,17 @@ def attend_cached(
     q: Array,
     prompt_k: Array,
     prompt_v: Array,
-    own_k: Array,
-    own_v: Array,
+    own_k: Sequence[Array],
+    own_v: Sequence[Array],
     prompt_mask: Array,
     visible: Array,
 ) -> Array:
     """Attend with one query [Q G N H] of each response to the prompt and to its own past.
 
-    Keys are [Q K H P] and [Q G K H R], values [Q K P H] and [Q G K R H], so that both products read
-    the numbers of a head in memory order. prompt_mask is [Q P], visible [Q R]. The softmax has two
-    parts with a common maximum; the prompt is never copied.
+    Keys are [Q K H P] and [Q G K H W], values [Q K P H] and [Q G K W H], so that both products read
+    the numbers of a head in memory order. The columns of a response are in one or more arrays of
+    some W. prompt_mask is [Q P]; visible [Q R] covers the columns of all arrays. The softmax has
+    one part for the prompt and one for each array, with a common maximum; nothing is copied.
     """
     nq, g, n, h = q.shape
     kv, m = prompt_k.shape[1], n // prompt_k.shape[1]
@@ -179,15 +181,21 @@ def attend_cached(
         return jnp.swapaxes(x.reshape(nq, kv, g, m, -1), 1, 2)
 
     shared = product("qkxh,qkhp->qkxp", by_head(q), prompt_k) * h**-0.5
-    own = product("qgkmh,qgkhr->qgkmr", q, own_k) * h**-0.5
     shared = jnp.where(prompt_mask[:, None, None], shared, MASKED)
-    own = jnp.where(visible[:, None, None, None], own, MASKED)
-    top = jnp.maximum(by_response(jnp.max(shared, -1)), jnp.max(own, -1, keepdims=True))
+    top = by_response(jnp.max(shared, -1))
+    own = [product("qgkmh,qgkhw->qgkmw", q, keys) * h**-0.5 for keys in own_k]
+    ends = list(itertools.accumulate(x.shape[-1] for x in own))
+    masks = jnp.split(visible[:, None, None, None], ends[:-1], -1)
+    own = [jnp.where(mask, x, MASKED) for mask, x in zip(masks, own, strict=True)]
+    for x in own:
+        top = jnp.maximum(top, jnp.max(x, -1, keepdims=True))
     shared = jnp.exp(shared - by_head(top))
-    own = jnp.exp(own - top)
-    total = by_response(jnp.sum(shared, -1)) + jnp.sum(own, -1, keepdims=True)
-    out = by_response(product("qkxp,qkph->qkxh", shared.astype(own_v.dtype), prompt_v))
-    out = out + product("qgkmr,qgkrh->qgkmh", own.astype(own_v.dtype), own_v)
+    total = by_response(jnp.sum(shared, -1))
+    out = by_response(product("qkxp,qkph->qkxh", shared.astype(prompt_v.dtype), prompt_v))
+    for x, values in zip(own, own_v, strict=True):
+        x = jnp.exp(x - top)
+        total = total + jnp.sum(x, -1, keepdims=True)
+        out = out + product("qgkmw,qgkwh->qgkmh", x.astype(values.dtype), values)
     return (out / total).astype(q.dtype).reshape(nq, g, n, h)
 
 

@@ -128,14 +128,19 @@ def forward_packed(
 class KVCache:
     """Keys and values of the shared prompts and of each response's own tokens.
 
+    The columns of the responses are in parts of some W, because a decode step reads whole arrays.
     With unrolled weights, keys and values are tuples of one array per layer.
     """
 
     prompt_k: LayerArrays  # [L Q K H P]
     prompt_v: LayerArrays  # [L Q K P H]
     prompt_mask: Array  # [Q P]
-    own_k: LayerArrays  # [L Q G K H R]
-    own_v: LayerArrays  # [L Q G K R H]
+    own_k: tuple[LayerArrays, ...] = ()  # parts [L Q G K H W]
+    own_v: tuple[LayerArrays, ...] = ()  # parts [L Q G K W H]
+
+    def column_counts(self) -> list[int]:
+        """Return the number W of columns of each part."""
+        return [jax.tree.leaves(part)[0].shape[-2] for part in self.own_v]
 
 
 def prefill(
@@ -158,26 +163,33 @@ def prefill(
 
 
 def new_kv_cache(
-    keys: LayerArrays, values: LayerArrays, segments: Array, group: int, new: int, cfg: ModelConfig
+    keys: LayerArrays, values: LayerArrays, segments: Array, cfg: ModelConfig
 ) -> KVCache:
-    """Return a cache of the prompts of `prefill`, with room for `new` tokens per response."""
+    """Return a cache of the prompts of `prefill`, without room for responses."""
     heads = kv_axis(cfg)
 
     def shared(x, *order):  # of [(L) Q P K H]
         x = jnp.moveaxis(x, (-3, -2, -1), order)
         return constrain(x, *(None,) * (x.ndim - 4), "batch", heads, None, None)
 
-    def own(x, *tail):  # of [(L) Q K . .]
+    prompt_k = jax.tree.map(lambda x: shared(x, -1, -3, -2), keys)
+    prompt_v = jax.tree.map(lambda x: shared(x, -2, -3, -1), values)
+    return KVCache(prompt_k, prompt_v, segments > 0)
+
+
+def add_columns(cache: KVCache, group: int, columns: int, cfg: ModelConfig) -> KVCache:
+    """Return the cache with room for `columns` more tokens of each of `group` responses."""
+    heads = kv_axis(cfg)
+
+    def part(x, *tail):  # of [(L) Q K . .]
         *layer, q, k = x.shape[:-2]
         x = jnp.zeros((*layer, q, group, k, *tail), x.dtype)
         return constrain(x, *(None,) * len(layer), "batch", None, heads, None, None)
 
     h = cfg.text.head_dim
-    prompt_k = jax.tree.map(lambda x: shared(x, -1, -3, -2), keys)
-    prompt_v = jax.tree.map(lambda x: shared(x, -2, -3, -1), values)
-    own_k = jax.tree.map(lambda x: own(x, h, new), prompt_k)
-    own_v = jax.tree.map(lambda x: own(x, new, h), prompt_v)
-    return KVCache(prompt_k, prompt_v, segments > 0, own_k, own_v)
+    keys = jax.tree.map(lambda x: part(x, h, columns), cache.prompt_k)
+    values = jax.tree.map(lambda x: part(x, columns, h), cache.prompt_v)
+    return cache.replace(own_k=(*cache.own_k, keys), own_v=(*cache.own_v, values))
 
 
 def kv_axis(cfg: ModelConfig) -> str | None:
@@ -206,9 +218,13 @@ def decode_step(
 
     rope: cos and sin of the tokens' positions, from `response_cos_sin`.
     column: the column of the responses' caches to which the keys and values of the tokens are
-        written; the same for all rows, so that the update is in place, without a scatter.
+        written, one of the last part; the same for all rows, so that the update is in place,
+        without a scatter.
     visible: [Q R] True for the columns of a group's own past, including `column`.
     """
+    *older_k, newest_k = cache.own_k
+    *older_v, newest_v = cache.own_v
+    column = column - sum(cache.column_counts()[:-1])
 
     def layer(carry, weights, prompt_k, prompt_v, i):
         x, own_k, own_v = carry
@@ -216,8 +232,11 @@ def decode_step(
         def attend(q, k, v):
             keys = write_column(own_k, i, k, column, axis=-1)
             values = write_column(own_v, i, v, column, axis=-2)
-            mine = read_layer(keys, i), read_layer(values, i)
-            out = attention.attend_cached(q, prompt_k, prompt_v, *mine, cache.prompt_mask, visible)
+            mine_k = [read_layer(part, i) for part in (*older_k, keys)]
+            mine_v = [read_layer(part, i) for part in (*older_v, values)]
+            out = attention.attend_cached(
+                q, prompt_k, prompt_v, mine_k, mine_v, cache.prompt_mask, visible
+            )
             return out, (keys, values)
 
         x, (own_k, own_v) = decoder.decoder_block(weights, x, rope, attend, cfg)
@@ -226,9 +245,9 @@ def decode_step(
     x = decoder.embed_tokens(p["text"], tokens, dtype)
     blocks = p["text"]["blocks"]
     numbers = unrolled.layer_numbers(blocks, cfg.text.depth)
-    carry = (x, cache.own_k, cache.own_v)
-    (x, own_k, own_v), _ = unrolled.scan_layers(
+    carry = (x, newest_k, newest_v)
+    (x, newest_k, newest_v), _ = unrolled.scan_layers(
         layer, carry, blocks, cache.prompt_k, cache.prompt_v, numbers
     )
     x = rms_norm(x, p["text"]["norm"], cfg.text.norm_eps)
-    return x, cache.replace(own_k=own_k, own_v=own_v)
+    return x, cache.replace(own_k=(*older_k, newest_k), own_v=(*older_v, newest_v))

@@ -284,6 +284,39 @@ def test_checks_divide_a_response_evenly(new, every, steps):
     assert decode_loop.steps_between_checks(static) == steps
 
 
+@pytest.mark.parametrize(
+    "new, every, parts",
+    [
+        (1024, 16, [256, 256, 256, 256]),
+        (300, 16, [160, 140]),
+        (512, 100, [172, 172, 168]),
+        (512, 512, [512]),
+        (255, 8, [255]),
+        (1, 8, [1]),
+    ],
+)
+def test_parts_of_the_cache_end_at_checks(new, every, parts):
+    settings = sampling(max_new_tokens=new, check_every=every)
+    static = decode_loop.static_settings(settings, jnp.float32)
+    assert decode_loop.column_parts(static) == parts and sum(parts) == new
+    ends, steps = np.cumsum(parts)[:-1], decode_loop.steps_between_checks(static)
+    assert not (ends % steps).any()
+
+
+def test_a_cache_in_parts_gives_the_policy_logps_of_the_trainer(cfg, params):
+    """Responses of up to 256 tokens have two parts; some end before, at and after the first."""
+    batch, limits = prompts(cfg, ROWS[:3]), np.array([[256, 20], [200, 129], [127, 128]])
+    settings = {"group": 2, "max_new_tokens": 256, "check_every": 16, "stop": (-1,)}
+    stacked, unrolled = (
+        run(params, batch, cfg.with_compute(unroll=unroll), limits=limits, **settings)
+        for unroll in (False, True)
+    )
+    assert stacked.mask.sum() == limits.sum()
+    same(stacked, unrolled)
+    want = trainer_logps(params, batch, stacked.tokens, cfg, 2)
+    np.testing.assert_allclose(stacked.policy_logps, np.where(stacked.mask, want, 0), atol=1e-4)
+
+
 def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     """16 responses of 100 tokens to a prompt of 1,000: under a fifth of copied prompts."""
     shared = decode_loop.kv_cache_bytes(cfg, 64, 1000, 16, 100, jnp.bfloat16)
@@ -292,8 +325,11 @@ def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     batch = prompts(cfg)
     x = causal_lm.embed_inputs(params, batch, cfg, jnp.float32)
     _, k, v = causal_lm.prefill(params, x, batch.positions, batch.segments, cfg)
-    cache = causal_lm.new_kv_cache(k, v, batch.segments, 3, 12, cfg)
-    held = sum(x.nbytes for x in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v))
+    cache = causal_lm.new_kv_cache(k, v, batch.segments, cfg)
+    for columns in (8, 4):
+        cache = causal_lm.add_columns(cache, 3, columns, cfg)
+    keys_values = cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v
+    held = sum(x.nbytes for x in jax.tree.leaves(keys_values))
     assert held == decode_loop.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
 
 
