@@ -237,3 +237,21 @@ def test_a_tpu_mesh_gathers_the_unembedding_once_and_never_the_logits():
     assert collectives
     assert not any("f32[512,75968]" in line for line in collectives)
     assert sum("[2048,75968]" in line.split("all-")[0] for line in collectives) <= 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_multiplies_in_the_dtype_of_the_model(arrays, dtype):
+    hidden, unembed, targets = (x.astype(dtype) if x.ndim > 1 else x for x in arrays)
+    loss = lambda h, w: logprobs.token_logps(h, w, targets, chunk=8)[0].mean()
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    lowered = gradient.lower(hidden, unembed).as_text()
+    products = [x for x in lowered.splitlines() if "stablehlo.dot_general" in x]
+    name = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
+    assert len(products) == 3  # the logits and two gradients
+    for product in products:
+        operands = product.split(" : (")[1].split(")")[0].split(", ")
+        assert all(x.endswith(f"x{name}>") for x in operands), product
+    exact = jax.grad(loss, (0, 1))(*(x.astype(jnp.float32) for x in (hidden, unembed)))
+    for ours, want in zip(gradient(hidden, unembed), exact, strict=True):
+        error = np.linalg.norm(ours.astype(jnp.float32) - want) / np.linalg.norm(want)
+        assert error < (1e-6 if dtype == jnp.float32 else 0.01), error
