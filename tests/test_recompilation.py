@@ -152,7 +152,7 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
 
 @pytest.mark.slow
 def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
-    """Rollouts, scores and updates on groups with other images."""
+    """200 steps of rollouts and updates on groups with other images."""
     rng, heard, opt = np.random.default_rng(1), CompilationCounter(), make_optimizer(OPTIMIZER)
     short = dataclasses.replace(model_ctx, buckets=(32,))
     state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
@@ -180,7 +180,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
                 forced(patch, collate.BatchShape(ROWS, 32, *ctx), 4)
                 state = learn(state, [plain] * ROWS)
         before = heard.count
-        for _ in range(12):
+        for _ in range(200):
             state = learn(
                 state,
                 [
