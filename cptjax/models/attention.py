@@ -162,10 +162,10 @@ def attend_cached(
 ) -> Array:
     """Attend with one query [Q G N H] of each response to the prompt and to its own past.
 
-    Keys are [Q K H P] and [Q G K H W], values [Q K P H] and [Q G K W H], so that both products read
-    the numbers of a head in memory order. The columns of a response are in one or more arrays of
-    some W. prompt_mask is [Q P]; visible [Q R] covers the columns of all arrays. The softmax has
-    one part for the prompt and one for each array, with a common maximum; nothing is copied.
+    Keys are [Q K H P] and [Q G K W H], values [Q K P H] and [Q G K W H]. The columns of a response
+    are in one or more arrays of some W. prompt_mask is [Q P]; visible [Q R] covers the columns of
+    all arrays. The softmax has one part for the prompt and one for each array, with a common
+    maximum; nothing is copied.
     """
     nq, g, n, h = q.shape
     kv, m = prompt_k.shape[1], n // prompt_k.shape[1]
@@ -183,7 +183,7 @@ def attend_cached(
     shared = product("qkxh,qkhp->qkxp", by_head(q), prompt_k) * h**-0.5
     shared = jnp.where(prompt_mask[:, None, None], shared, MASKED)
     top = by_response(jnp.max(shared, -1))
-    own = [product("qgkmh,qgkhw->qgkmw", q, keys) * h**-0.5 for keys in own_k]
+    own = [product("qgkmh,qgkwh->qgkmw", q, keys) * h**-0.5 for keys in own_k]
     ends = list(itertools.accumulate(x.shape[-1] for x in own))
     masks = jnp.split(visible[:, None, None, None], ends[:-1], -1)
     own = [jnp.where(mask, x, MASKED) for mask, x in zip(masks, own, strict=True)]

@@ -135,7 +135,7 @@ class KVCache:
     prompt_k: LayerArrays  # [L Q K H P]
     prompt_v: LayerArrays  # [L Q K P H]
     prompt_mask: Array  # [Q P]
-    own_k: tuple[LayerArrays, ...] = ()  # parts [L Q G K H W]
+    own_k: tuple[LayerArrays, ...] = ()  # parts [L Q G K W H], or [.. H W] as `key_axis` says
     own_v: tuple[LayerArrays, ...] = ()  # parts [L Q G K W H]
 
     def column_counts(self) -> list[int]:
@@ -186,9 +186,10 @@ def add_columns(cache: KVCache, group: int, columns: int, cfg: ModelConfig) -> K
         x = jnp.zeros((*layer, q, group, k, *tail), x.dtype)
         return constrain(x, *(None,) * len(layer), "batch", None, heads, None, None)
 
-    h = cfg.text.head_dim
-    keys = jax.tree.map(lambda x: part(x, h, columns), cache.prompt_k)
-    values = jax.tree.map(lambda x: part(x, columns, h), cache.prompt_v)
+    tail = columns, cfg.text.head_dim
+    values = jax.tree.map(lambda x: part(x, *tail), cache.prompt_v)
+    tail = tail if unrolled.key_axis(cache.prompt_k) == -2 else tail[::-1]
+    keys = jax.tree.map(lambda x: part(x, *tail), cache.prompt_k)
     return cache.replace(own_k=(*cache.own_k, keys), own_v=(*cache.own_v, values))
 
 
@@ -225,15 +226,16 @@ def decode_step(
     *older_k, newest_k = cache.own_k
     *older_v, newest_v = cache.own_v
     column = column - sum(cache.column_counts()[:-1])
+    axis = unrolled.key_axis(cache.prompt_k)
 
     def layer(carry, weights, prompt_k, prompt_v, i):
         x, own_k, own_v = carry
 
         def attend(q, k, v):
-            keys = write_column(own_k, i, k, column, axis=-1)
+            keys = write_column(own_k, i, k, column, axis)
             values = write_column(own_v, i, v, column, axis=-2)
-            mine_k = [read_layer(part, i) for part in (*older_k, keys)]
-            mine_v = [read_layer(part, i) for part in (*older_v, values)]
+            mine_k = [jnp.moveaxis(read_layer(x, i), axis, -2) for x in (*older_k, keys)]
+            mine_v = [read_layer(x, i) for x in (*older_v, values)]
             out = attention.attend_cached(
                 q, prompt_k, prompt_v, mine_k, mine_v, cache.prompt_mask, visible
             )

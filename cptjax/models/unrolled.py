@@ -8,7 +8,7 @@ selects another form of the same weights:
     unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers
 
 Only this module knows the second form. The decoder calls `scan_layers` for its loop, `fused_heads`
-and `fused_mlp` for fused layers, `read_layer` and `write_column` for caches.
+and `fused_mlp` for fused layers, `read_layer`, `key_axis` and `write_column` for caches.
 """
 
 from collections.abc import Callable
@@ -116,6 +116,14 @@ def read_layer(cache: LayerArrays, layer: Any) -> Array:
     if isinstance(cache, tuple):
         return cache[layer]
     return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+
+
+def key_axis(cache: LayerArrays) -> int:
+    """Return the axis of the columns of cached keys: -2 of [W H] if stacked, else -1 of [H W].
+
+    A TPU writes a column of [W H] in whole tiles. XLA:CPU multiplies faster by [H W].
+    """
+    return -1 if isinstance(cache, tuple) else -2
 
 
 def write_column(cache: LayerArrays, layer: Any, new: Array, column: Array, axis: int) -> Any:
