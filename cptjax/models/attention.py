@@ -38,6 +38,7 @@ from cptjax import sharding
 from cptjax.models import attention_tiled
 from cptjax.models.attention_tiled import MASKED
 from cptjax.models.config import ModelConfig
+from cptjax.models.layers import ATTENTION_RESULTS
 from cptjax.types import Array
 
 # The back end of each platform; "xla" is `reference_attention` and runs everywhere.
@@ -297,7 +298,10 @@ def _splash_kernel(heads: int, t: int, s: int, causal: bool, offset: int, interp
         block_kv_dq=bk,
     )
     return kernel.make_splash_mqa_single_device(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        interpret=interpret,
+        residual_checkpoint_name=ATTENTION_RESULTS,
     )
 
 

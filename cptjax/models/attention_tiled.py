@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from cptjax.models.layers import ATTENTION_RESULTS
 from cptjax.types import Array
 
 SCORES = 1 << 19  # scores of a tile: 2 MiB of float32, the second-level cache of a core
@@ -123,7 +125,7 @@ def _tiles(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple[Array, Array], tuple]:
-    out, norm = _tiles(q, k, v, mask)
+    out, norm = checkpoint_name(_tiles(q, k, v, mask), ATTENTION_RESULTS)
     return (out, norm), (q, k, v, mask, out, norm)
 
 

@@ -87,7 +87,7 @@ class VisionConfig:
     @property
     def block_values(self) -> int:
         """Values of a patch inside a block, without its input, that the backward pass needs."""
-        return 5 * self.width + 2 * self.mlp
+        return 6 * self.width + 2 * self.mlp
 
 
 @dataclasses.dataclass(frozen=True)

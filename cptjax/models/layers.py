@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,28 @@ DECODER_LINEARS = ("q", "k", "v", "o", *MLP_LINEARS)
 
 _policies = jax.checkpoint_policies
 
+# The name that the attention kernels give to the results that their backward pass needs.
+ATTENTION_RESULTS = "attention results"
+
+
+def keep_products_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Keep products with weights, and results of attention kernels, which take long to repeat."""
+    return (
+        _policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+        or _policies.save_only_these_names(ATTENTION_RESULTS)(primitive, *args, **params)
+        or primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's kernel names nothing
+    )
+
+
 # What is kept in memory for the backward pass, by the name in `model.remat`.
 REMAT_POLICIES: dict[str, Callable | None] = {
     # Keep everything: fastest, largest.
     "none": None,
-    # Keep the products with weights; recompute attention and elementwise functions.
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    # Keep the products with weights and the results of attention; recompute elementwise functions.
+    "dots": keep_products_and_attention,
     # Keep the input of each layer only: slowest, smallest.
     "block": _policies.nothing_saveable,
-    # As "dots", but kept in host memory.
+    # Keep the products with weights, in host memory; recompute the rest.
     "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 

@@ -47,7 +47,7 @@ class Qwen3VisionConfig(VisionConfig):
 
     @property
     def block_values(self) -> int:
-        return 5 * self.width + self.mlp
+        return 6 * self.width + self.mlp
 
 
 def whole_frame_layout(h: int, w: int, v: Qwen3VisionConfig) -> FrameLayout:

@@ -107,7 +107,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
 def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> float:
     """Return the bytes that all layers keep for the backward pass, plus those inside one layer."""
     t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
-    text_inner = (t.heads + 2 * t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
+    text_inner = 2 * (t.heads + t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
     parts = [(tokens, t.depth, t.width, text_inner)]
     if v is not None:
         parts.append((patches, v.depth, v.width, v.block_values))

@@ -471,9 +471,9 @@ def update_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
         layout.updates,
     )
     lr, of_memory = abstract_array((), jnp.float32, stage.mesh), None
-    if stage.memory is not None:
-        gradient = step_programs(stage).memory_gradient
-        of_memory = abstract_gradient_sum(gradient, stage, abstract_memory_batch(stage))
+    if steps.memory_gradient is not None:
+        memory_batch = abstract_memory_batch(stage)
+        of_memory = abstract_gradient_sum(steps.memory_gradient, stage, memory_batch)
     useful, others = update_flops(stage, layout.filled_rows), waiting_batches(stage, 1)
     if passes == 1:
         args = (state, frozen, batch, lr, stage.arrays, of_memory)

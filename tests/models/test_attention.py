@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from cptjax import sharding
@@ -307,6 +308,59 @@ def test_a_gpu_program_calls_cudnn(t, sizes, monkeypatch):
         )
     assert "__cudnn$fmhaScaleBiasSoftmax(" in lowered or "__cudnn$fmhaScaleBiasSoftmax" in lowered
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
+
+
+def _one_layer(backend, remat):
+    """Return the gradient of a decoder with the 3B model's heads, and its arguments."""
+    text = dataclasses.replace(PRESETS["3b"].text, depth=2, width=64, mlp=64, vocab=256)
+    cfg = dataclasses.replace(PRESETS["3b"], text=text)
+    cfg = cfg.with_compute(attention=backend, remat=remat)
+    params = sharding.abstract_params(decoder.decoder_params(text), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 128, text.width), jnp.bfloat16)
+    segments = np.array([PACKED[:128], LEFT[:128]])
+    positions = np.broadcast_to(np.arange(128), (3, 2, 128))
+
+    def loss(p, x):
+        attend = lambda q, k, v: (
+            attention.attend(q, k, v, segments, segments, causal=True, backend=backend),
+            None,
+        )
+        hidden, _ = decoder.run_decoder(p, x, positions, attend, cfg)
+        return jnp.sum(jnp.square(hidden.astype(jnp.float32)))
+
+    return jax.grad(loss), params, x
+
+
+@pytest.mark.parametrize(
+    "backend, kernel, sizes",
+    [
+        ("splash", "jaxpr=splash_mqa_fwd_segmented_residuals", (2, 1, 2)),
+        ("cudnn", "dot_product_attention_fwd_wrapper[", (2, 1, 2)),
+        ("tiled", "reduce_max[", None),
+    ],
+)
+def test_dots_runs_the_attention_of_a_layer_once(backend, kernel, sizes, monkeypatch):
+    """With remat="block" the backward pass repeats it; with "dots" its results are kept.
+
+    `test_train_step.py` compares the gradients.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attention_tiled, "SCORES", 1)  # or one tile uses the reference
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:4]) if sizes else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        calls = {
+            remat: _used_operations(*_one_layer(backend, remat)).count(kernel)
+            for remat in ("none", "dots", "block")
+        }
+    assert calls == {"none": 1, "dots": 1, "block": 2}
+
+
+def _used_operations(f, *args):
+    """Return the computation as text, without operations whose results nothing uses."""
+    jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+    return str(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), True)[0])
 
 
 @functools.cache
