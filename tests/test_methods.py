@@ -49,10 +49,14 @@ ROLLOUTS = (
     "advantage/max",
     "response_length/mean",
     "response_length/max",
+    "prompt_length/mean",
+    "row_tokens",
     "truncated",
     "seconds/sample",
     "seconds/reward",
     "seconds/score",
+    "seconds/device/rollout",
+    "perf/throughput",
     "entropy",
     "ratio_min",
     "ratio_max",
@@ -68,6 +72,8 @@ ALWAYS = (
     "seconds/data",
     "seconds/batch",
     "seconds/update",
+    "seconds/device/update",
+    "seconds/device/idle",
     "tokens",
     "rollouts",
     "flops",
@@ -151,6 +157,8 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
             and line["flops"] > 0
         )
         assert (config.method.kl_coef > 0) == ("kl" in line)
+        of_devices = [v for k, v in line.items() if k.startswith("seconds/device/")]
+        assert sum(of_devices) == pytest.approx(line["seconds"])
     if config.method.objective == "policy":
         has_other_temperature = config.rollout.temperature != 1 and config.method.tempered
         # At another temperature the sampler's distribution leaves out the 5 tokens that are never

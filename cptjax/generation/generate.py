@@ -1,12 +1,14 @@
 """Sample responses to encoded prompts: prepare weights, run the decode loop, decode the tokens."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from cptjax import sharding
+from cptjax.common import device_time
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import decode_loop, rollout_weights
@@ -72,6 +74,7 @@ def sample_from_prompts(
     limits: np.ndarray | None = None,
 ) -> Samples:
     """Do what `sample_responses` does, for left-padded prompts that are already on the mesh."""
+    began = time.perf_counter()
     with jax.set_mesh(model_ctx.mesh):
         out = decode_loop.generate_rollouts(
             weights,
@@ -83,6 +86,7 @@ def sample_from_prompts(
             limits=limits,
             rows=rows,
         )
+    device_time.watch("rollout", began, out)
     local = {f.name: sharding.local_rows(getattr(out, f.name)) for f in dataclasses.fields(out)}
     stops = set(model_ctx.cfg.eos)
     ids = [

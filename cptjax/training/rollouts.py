@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from cptjax import sharding
-from cptjax.common import distributed, phases
+from cptjax.common import device_time, distributed, phases
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
 from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_buckets
 from cptjax.data.prompts import EncodedExample
@@ -251,14 +251,14 @@ def rollout_step_batch(
 
     # Log-probabilities [B A] of each batch's targets; they stay on the device.
     with phases.phase("logps"):
-        ref_logps = [builder.score(reference, b) for b in batches] if needs.reference else []
-        old_logps = [builder.score(params, b) for b in batches] if needs.policy_logps else []
+        ref_logps = _score(builder, "reference", reference, batches) if needs.reference else []
+        old_logps = _score(builder, "policy", params, batches) if needs.policy_logps else []
     if needs.kl_in_reward:
         shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
     drift, start_logps = None, []
     if start is not None:
         if start is not reference:
-            start_logps = [builder.score(start, b) for b in batches]
+            start_logps = _score(builder, "start", start, batches)
         drift = _drift(batches, old_logps, start_logps or ref_logps).reshape(shaped.shape)
     shaped, new, more = _shape_by_methods(method, shaped, keep, drift, carried)
     metrics |= more
@@ -326,6 +326,16 @@ def _group_batches(
             )
         )
     return slices, batches
+
+
+def _score(
+    builder: BatchBuilder, model: str, params: Params, batches: Sequence[Batch]
+) -> list[Array]:
+    """Start to compute the log-probabilities of a model; `model` names it among device times."""
+    began = time.perf_counter()
+    logps = [builder.score(params, batch) for batch in batches]
+    device_time.watch(model, began, logps)
+    return logps
 
 
 def _subtract_kl(
@@ -425,10 +435,11 @@ def rollout_metrics(
         graded.samples.finished,
         shaped,
         advantage,
+        np.array([len(i.encoded) for i in graded.items]),
         graded.greedy_rewards,
     )
     gathered = distributed.gather_objects((local, graded.reward_parts))
-    reward, accuracy, lengths, finished, shaped, advantage, greedy = (
+    reward, accuracy, lengths, finished, shaped, advantage, prompts, greedy = (
         None if arrays[0] is None else np.concatenate(arrays)
         for arrays in zip(*(arrays for arrays, _ in gathered), strict=True)
     )
@@ -451,6 +462,9 @@ def rollout_metrics(
         "advantage/max": float(advantage.max()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
+        "prompt_length/mean": float(prompts.mean()),
+        # A prompt counts for each of its responses.
+        "row_tokens": float(lengths.sum() + graded.group * prompts.sum()),
         "truncated": float(1 - finished.mean()),
     }
     if greedy is not None:

@@ -9,13 +9,14 @@ rollouts  row -> prompt -> responses -> rewards -> advantages          updates_p
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from cptjax import sharding
-from cptjax.common import phases
+from cptjax.common import device_time, phases
 from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import batch_slices, conversation_batch, micro_batch_layout
 from cptjax.data.model_context import ModelContext
@@ -160,7 +161,9 @@ def sft_step_batch(
     batches = builder.conversation_batches(items)
     if "ref_logps" in builder.needs.arrays:
         with phases.phase("logps"):
+            began = time.perf_counter()
             ref_logps = [builder.score(reference, batch) for batch in batches]
+            device_time.watch("reference", began, ref_logps)
         batches = attach_arrays(batches, ref_logps=ref_logps)
     forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
     work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)

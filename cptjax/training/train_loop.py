@@ -6,7 +6,6 @@ RL             next_step_batch -> sample_rollouts -> rollout_step_batch (`rollou
                -> StepPrograms.run for each update
 """
 
-import concurrent.futures
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cptjax.common import console, distributed, phases, run_log
+from cptjax.common import console, device_time, distributed, phases, run_log
 from cptjax.common.signals import SamplingStopped
 from cptjax.config import Stage
 from cptjax.data.cost import WorkCost
@@ -54,7 +53,7 @@ def train_loop(
     stream = None
     if method.source in ("gold", "rollouts"):
         stream = ctx.open_stream(progress.batches_taken)
-    watcher = concurrent.futures.ThreadPoolExecutor(1)
+    devices = device_time.start()
     ahead: StepBatch | None = None
     try:
         while progress.step < ctx.steps:
@@ -77,10 +76,10 @@ def train_loop(
                         programs, state, frozen, batch, rates, progress, arrays
                     )
                     progress.step += 1
+                    finished = devices.watch("update", updating, pending)
 
                     ahead = None
                     if progress.step < ctx.steps and not needs_sampling(ctx, progress.step):
-                        finished = watcher.submit(wait_until_ready, pending)
                         ahead = next_step_batch(ctx, None, stream, progress)
                         # The time that the device waited for this batch.
                         idle = max(0.0, time.perf_counter() - finished.result())
@@ -98,6 +97,7 @@ def train_loop(
                 batch.metrics
                 | merge_update_metrics(fetched)
                 | cost_metrics(batch.cost, processed, ended - began)
+                | device_metrics(devices.between(began, ended), batch.metrics)
                 | {
                     "seconds": ended - began,
                     "seconds/batch": updating - began,
@@ -109,7 +109,7 @@ def train_loop(
             if not on_step(state, progress, metrics, batch.rollout_rows):
                 break
     finally:
-        watcher.shutdown(wait=False)
+        device_time.stop()
         if stream is not None:
             stream.close()
     return state
@@ -204,12 +204,6 @@ def fetch_metrics(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def wait_until_ready(metrics: list[dict[str, Any]]) -> float:
-    """Wait until the device has computed these metrics; return the time when it has."""
-    jax.block_until_ready(metrics)
-    return time.perf_counter()
-
-
 def merge_update_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """Merge the metrics of a step's updates: extremes for _min and _max, means otherwise."""
     pick = {"_min": min, "_max": max}
@@ -232,6 +226,20 @@ def cost_metrics(cost: WorkCost, processed: int, seconds: float) -> dict[str, fl
         "perf/padding": processed / max(total.trained, 1),
         "perf/flops_per_second": total.flops / seconds,
     }
+
+
+def device_metrics(seconds: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
+    """Return what the devices of this process did in a step, and their throughput.
+
+    seconds/device/...: their work by kind, and `idle`, when they wait; together the step's seconds
+    perf/throughput: tokens of prompts and responses per second and device, as EasyR1 defines it: a
+        prompt counts for each of its responses
+    """
+    out = {f"seconds/device/{work}": value for work, value in seconds.items()}
+    if "row_tokens" in metrics:
+        per_device = metrics["row_tokens"] / jax.device_count()
+        out["perf/throughput"] = per_device / sum(seconds.values())
+    return out
 
 
 def memory_metrics() -> dict[str, float]:
