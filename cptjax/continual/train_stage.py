@@ -1,5 +1,6 @@
 """Train one stage: build what it needs, run its steps, save its end."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from cptjax.continual.stage_memory import open_memory
 from cptjax.data import prompts
 from cptjax.models import load, trainable
 from cptjax.training import build, self_training, train_loop
+from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.optimizers import Optimizer
 from cptjax.training.method_needs import method_needs
@@ -37,10 +39,23 @@ from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.train_step import (
     StateShardings,
     StepFunctions,
+    StepPrograms,
     init_state,
     make_step_programs,
 )
 from cptjax.types import Params, TrainState
+
+
+@dataclasses.dataclass
+class PreparedStage:
+    """What the training loop of a stage takes."""
+
+    ctx: StageContext
+    state: TrainState
+    frozen: Params
+    programs: StepPrograms
+    progress: StageProgress
+    arrays: HookArrays
 
 
 def train_stage(
@@ -50,8 +65,55 @@ def train_stage(
 
     The arrays of `model_state` are donated; only the returned value may be used afterwards.
     """
-    c, model_ctx, resumed = stage.config, run.model_ctx, unfinished is not None
+    resumed, model_ctx = unfinished is not None, run.model_ctx
     start = load_stage_start(run, stage, model_state.params, resumed)
+    prepared = prepare_stage(run, stage, model_state, start, unfinished)
+    ctx, frozen, progress = prepared.ctx, prepared.frozen, prepared.progress
+    label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({stage.config.method.name})"
+    with (
+        jax.set_mesh(model_ctx.mesh),
+        console.progress_bar(label, total=ctx.steps, done=progress.step) as bar,
+    ):
+        callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.kept, bar)
+        if resumed:
+            callbacks.evaluate_if_due(prepared.state, progress)
+        if run.files.profiler:
+            run.files.profiler.advance(stage.number, progress.step)
+        with run.stop_signals.deferred():
+            state = train_loop.train_loop(
+                ctx,
+                prepared.state,
+                frozen,
+                prepared.programs,
+                progress,
+                prepared.arrays,
+                callbacks.after_step,
+            )
+            end = None
+            if progress.step >= ctx.steps:
+                end = finish_stage(run, stage, state, frozen, start, model_state.kept, progress)
+            # A stage that stopped between steps is not saved yet; a step that is saved is skipped.
+            if progress.step and end is None:
+                callbacks.save(state, progress, resume.checkpoint_record(run))
+            stopped = end is None or run.stop_signals.agreed()
+    if stopped:
+        run.files.checkpoints.wait()
+        run.stop_signals.leave(f"after step {progress.step} of stage {stage.number}, saved")
+    return end
+
+
+def prepare_stage(
+    run: Run,
+    stage: Stage,
+    model_state: ModelState,
+    start: Params | None,
+    unfinished: UnfinishedStage | None = None,
+) -> PreparedStage:
+    """Build what a stage trains with, from its start or from `unfinished`.
+
+    start: the model at the start of the stage, of `load_stage_start`
+    """
+    c, model_ctx, resumed = stage.config, run.model_ctx, unfinished is not None
     ctx = make_stage_context(run, stage, model_state.params, start, resumed)
     if ctx.steps >= STEPS_PER_STAGE:
         raise ValueError(
@@ -71,7 +133,7 @@ def train_stage(
         state = init_stage(run, stage, opt, trained, model_state)
     ctx.memory = open_memory(run, stage, model_state.kept)
     arrays = hook_arrays(run, stage, start, model_state.kept)
-    steps = make_step_programs(
+    programs = make_step_programs(
         StepFunctions(
             model_ctx.cfg,
             build.objective_from_config(c),
@@ -83,31 +145,7 @@ def train_stage(
             c.log.changed_weights,
         )
     )
-    label = f"stage {stage.number}/{len(run.stages)} {stage.name} ({c.method.name})"
-    with (
-        jax.set_mesh(model_ctx.mesh),
-        console.progress_bar(label, total=ctx.steps, done=progress.step) as bar,
-    ):
-        callbacks = StageCallbacks(run, stage, ctx, frozen, model_state.kept, bar)
-        if resumed:
-            callbacks.evaluate_if_due(state, progress)
-        if run.files.profiler:
-            run.files.profiler.advance(stage.number, progress.step)
-        with run.stop_signals.deferred():
-            state = train_loop.train_loop(
-                ctx, state, frozen, steps, progress, arrays, callbacks.after_step
-            )
-            end = None
-            if progress.step >= ctx.steps:
-                end = finish_stage(run, stage, state, frozen, start, model_state.kept, progress)
-            # A stage that stopped between steps is not saved yet; a step that is saved is skipped.
-            if progress.step and end is None:
-                callbacks.save(state, progress, resume.checkpoint_record(run))
-            stopped = end is None or run.stop_signals.agreed()
-    if stopped:
-        run.files.checkpoints.wait()
-        run.stop_signals.leave(f"after step {progress.step} of stage {stage.number}, saved")
-    return end
+    return PreparedStage(ctx, state, frozen, programs, progress, arrays)
 
 
 def init_stage(
