@@ -266,6 +266,12 @@ def place_prompts(prompts: Prompts, mesh: Mesh | None) -> Prompts:
     return rest.replace(positions=positions)
 
 
+def local_row_numbers(x: jax.Array) -> np.ndarray:
+    """Return the numbers of the rows that `local_rows` returns, in the same order."""
+    starts = {shard.index[0].start or 0: len(shard.data) for shard in x.addressable_shards}
+    return np.concatenate([np.arange(start, start + starts[start]) for start in sorted(starts)])
+
+
 def local_rows(x: jax.Array) -> np.ndarray:
     """Return this process's rows, in order, of an array that is sharded along its first axis."""
     if not x.ndim:

@@ -36,6 +36,8 @@ from cptjax.sharding import abstract_array, constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
 
 MOST_PARTS, LEAST_COLUMNS = 4, 128  # of the cache of responses
+# f(indices in the batch of finished groups [n], their tokens [n G R], numbers of tokens [n G])
+OnFinished = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
 def generate_rollouts(
@@ -49,6 +51,7 @@ def generate_rollouts(
     stop: tuple[int, ...] | None = None,
     limits: np.ndarray | None = None,
     rows: np.ndarray | None = None,
+    on_finished: OnFinished | None = None,
 ) -> Rollouts:
     """Sample `sampling.group` responses to each left-padded prompt, as row q * group + g.
 
@@ -61,6 +64,7 @@ def generate_rollouts(
     stop: ids that end a row; they are kept in its mask. None = cfg.eos, (-1,) = no stop token.
     limits: [Q] or [Q G] the most tokens of each response.
     rows: [Q] the number of each prompt in the run; None = its index.
+    on_finished: is called with the groups that end while others are decoded, each once.
     """
     static = static_settings(sampling, dtype)
     stops = cfg.eos if stop is None else tuple(stop)
@@ -77,7 +81,7 @@ def generate_rollouts(
     traced = traced_settings(sampling, key, cfg, stops)
     if 0 < sampling.slots < queued:
         return sample_with_refill(
-            params, prompts, limits, row_ids, traced, cfg, static, sampling.slots
+            params, prompts, limits, row_ids, traced, cfg, static, sampling.slots, on_finished
         )[0]
     return sample_whole_batch(params, prompts, limits, row_ids, traced, cfg, static)
 
@@ -278,21 +282,24 @@ def sample_with_refill(
     cfg: ModelConfig,
     static: StaticSettings,
     slots: int,
+    on_finished: OnFinished | None = None,
 ) -> tuple[Rollouts, int]:
     """Decode `slots` groups at a time, and refill free slots from the queue.
 
-    Also return the number of decode steps.
+    Also return the number of decode steps. `on_finished` is called while the device decodes.
     """
     weights = cast_program(params, cfg, static)
     queue = queue_program(weights, prompts, limits, row_ids, cfg, static)
     count, sizes = queue.segments.shape[0], refill_sizes(slots, _batch_shards())
     pool = prefill_program(weights, queue, np.arange(slots), traced, cfg, static)
-    results, started = None, slots
+    results, started, finished = None, slots, _FinishedGroups(slots, on_finished)
     while True:
         pool = decode_program(weights, pool, traced, cfg, static)
+        finished.pass_on()
         free = np.flatnonzero(np.asarray(_free_slots(pool)))
         if len(free) == slots and started == count:
             return _final_rollouts(pool, results, count, cfg), int(pool.step)
+        finished.collect(pool, free)
         free = free[: count - started]
         if len(free):
             results = _store_results(pool, results, count)
@@ -303,7 +310,34 @@ def sample_with_refill(
             started += len(chosen)
             # Fewer groups than batch shards repeat prompts in the same slots.
             chosen, index = np.resize(chosen, size), np.resize(index, size)
+            finished.prompts[chosen] = index
             pool = refill_program(weights, pool, queue, chosen, index, traced, cfg, static)
+
+
+class _FinishedGroups:
+    """Passes on the responses of finished groups while the device decodes others."""
+
+    def __init__(self, slots: int, on_finished: OnFinished | None):
+        self.on_finished = on_finished
+        self.prompts = np.arange(slots)  # the prompt of each slot; -1 = passed on
+        self.copied: list[tuple[np.ndarray, np.ndarray, Array, Array]] = []
+
+    def collect(self, pool: DecodePool, free: np.ndarray) -> None:
+        """Start to copy the new responses of free slots to the host."""
+        slots = free[self.prompts[free] >= 0]
+        if self.on_finished is None or not len(slots):
+            return
+        arrays = _slot_responses(pool)
+        for x in arrays:
+            x.copy_to_host_async()
+        self.copied.append((self.prompts[slots], slots, *arrays))
+        self.prompts[slots] = -1
+
+    def pass_on(self) -> None:
+        """Pass on what is copied."""
+        for prompts, slots, tokens, lengths in self.copied:
+            self.on_finished(prompts, np.asarray(tokens)[slots], np.asarray(lengths)[slots])
+        self.copied = []
 
 
 def _prefill_from_queue(
@@ -343,6 +377,13 @@ refill_program = _jit(_scoped(decode_pool.refill_slots), donate_argnames="pool")
 @jax.jit
 def _free_slots(pool: DecodePool) -> Array:
     return constrain(jnp.all(pool.done, 1), None)
+
+
+@jax.jit
+def _slot_responses(pool: DecodePool) -> tuple[Array, Array]:
+    """Return the tokens [S G R] of every slot and their number [S G], on every process."""
+    results = decode_pool.slot_results(pool)
+    return constrain(results.tokens, None), constrain(results.length, None)
 
 
 _store_results = jax.jit(

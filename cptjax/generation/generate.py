@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -72,8 +72,24 @@ def sample_from_prompts(
     rows: np.ndarray,
     sampling: SamplingConfig,
     limits: np.ndarray | None = None,
+    on_texts: Callable[[list[int], list[list[str]]], None] | None = None,
 ) -> Samples:
-    """Do what `sample_responses` does, for left-padded prompts that are already on the mesh."""
+    """Do what `sample_responses` does, for left-padded prompts that are already on the mesh.
+
+    on_texts: is called with indices of this process's prompts and the texts of their groups, each
+        group once; with `sampling.slots`, while the device decodes other groups.
+    """
+    own = {number: q for q, number in enumerate(sharding.local_row_numbers(prompts.tokens))}
+    texts: dict[int, list[str]] = {}  # of the group of each prompt of this process
+
+    def take(numbers: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        chosen = [i for i, number in enumerate(numbers) if number in own]
+        indices = [own[numbers[i]] for i in chosen]
+        groups = [_decode_rows(model_ctx, tokens[i], lengths[i]) for i in chosen]
+        texts.update(zip(indices, groups, strict=True))
+        if on_texts is not None and indices:
+            on_texts(indices, groups)
+
     began = time.perf_counter()
     with jax.set_mesh(model_ctx.mesh):
         out = decode_loop.generate_rollouts(
@@ -85,12 +101,23 @@ def sample_from_prompts(
             dtype=model_ctx.dtype,
             limits=limits,
             rows=rows,
+            on_finished=take,
         )
     device_time.watch("rollout", began, out)
     local = {f.name: sharding.local_rows(getattr(out, f.name)) for f in dataclasses.fields(out)}
+    groups = local["tokens"].reshape(len(own), sampling.group, -1)
+    lengths = local["mask"].sum(1).reshape(len(own), sampling.group)
+    rest = [q for q in range(len(own)) if q not in texts]
+    take(np.array(list(own))[rest], groups[rest], lengths[rest])
+    return Samples([text for q in range(len(own)) for text in texts[q]], **local)
+
+
+def _decode_rows(model_ctx: ModelContext, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Return the texts of responses [n R] with so many tokens, without the stop tokens."""
     stops = set(model_ctx.cfg.eos)
-    ids = [
-        [int(t) for t in row[keep] if int(t) not in stops]
-        for row, keep in zip(local["tokens"], local["mask"].astype(bool), strict=True)
-    ]
-    return Samples(model_ctx.processor.decode(ids), **local)
+    return model_ctx.processor.decode(
+        [
+            [t for t in row[:length].tolist() if t not in stops]
+            for row, length in zip(tokens, lengths, strict=True)
+        ]
+    )

@@ -3,6 +3,9 @@
     prompts -> responses -> reward parts (GradedRollouts) -> length rules -> advantages ->
     micro-batches of whole groups
 
+A thread computes the rewards: those of a finished group while the device decodes other groups
+(rollout.slots), the last ones while it computes the log-probabilities.
+
 An online filter (DAPO) samples further prompts until enough groups have mixed rewards.
 
 Prompts and images are collated and uploaded once, as the micro-batches of the updates; for the
@@ -11,10 +14,11 @@ score the micro-batches, and their results stay on the device; only a KL term in
 drift in it, transfers log-probabilities to the host.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -44,16 +48,33 @@ from cptjax.types import Array, Batch, Params, Prompts
 
 @dataclasses.dataclass(frozen=True)
 class GradedRollouts:
-    """The prompts of this process with their responses and rewards."""
+    """The prompts of this process with their responses and rewards.
+
+    The rewards may still be computed; `wait` returns the rollouts with them.
+    """
 
     items: list[EncodedExample]
     samples: Samples
-    reward_parts: list[dict[str, float]]  # a dict per response
+    reward_parts: list[dict[str, float]]  # a dict per response; none before `wait`
     greedy_rewards: np.ndarray | None  # [Q] of the greedy responses after the length rules (ReMax)
     cost: WorkCost
     seconds: dict[str, float]
     # The micro-batches on the device; None = groups of several batches.
     prompts: list[Prompts] | None = None
+    # Waits for (reward_parts, greedy_rewards); None = they are here.
+    grading: Callable[[], tuple[list[dict[str, float]], np.ndarray | None]] | None = None
+
+    def wait(self) -> "GradedRollouts":
+        """Return the rollouts with their rewards."""
+        if self.grading is None:
+            return self
+        began = time.perf_counter()
+        with phases.phase("rewards"):
+            parts, greedy = self.grading()
+        seconds = self.seconds | {"seconds/reward": time.perf_counter() - began}
+        return dataclasses.replace(
+            self, reward_parts=parts, greedy_rewards=greedy, seconds=seconds, grading=None
+        )
 
     @property
     def rewards(self) -> np.ndarray:
@@ -75,7 +96,7 @@ class GradedRollouts:
     @property
     def group(self) -> int:
         """The number of responses to each prompt."""
-        return len(self.reward_parts) // len(self.items)
+        return len(self.samples.texts) // len(self.items)
 
 
 def sample_rollouts(
@@ -89,6 +110,17 @@ def sample_rollouts(
 
     `first` is the number of the batch's first prompt in the stage.
     """
+    return start_rollouts(builder, params, items, key, first).wait()
+
+
+def start_rollouts(
+    builder: BatchBuilder,
+    params: Params,
+    items: Sequence[EncodedExample],
+    key: jax.Array,
+    first: int,
+) -> GradedRollouts:
+    """Do what `sample_rollouts` does, but do not wait for the rewards."""
     began = time.perf_counter()
     model_ctx, sampling, count = builder.model_ctx, builder.sampling, len(items)
     numbers = first + jax.process_index() * count + np.arange(count)
@@ -97,31 +129,65 @@ def sample_rollouts(
     joined, order = join_prompts(model_ctx, prompts)
     weights = generate.prepare_weights(model_ctx, params, sampling)
 
-    def sample(sampling: SamplingConfig) -> tuple[Samples, WorkCost]:
+    def sample(sampling: SamplingConfig) -> tuple[Samples, WorkCost, GroupGrader]:
+        grader = GroupGrader(builder.prompted_tasks, items, order)
         samples = generate.sample_from_prompts(
-            model_ctx, weights, joined, key, numbers[order], sampling
+            model_ctx, weights, joined, key, numbers[order], sampling, on_texts=grader.add
         ).restore_order(order)
         lengths = samples.mask.sum(1).reshape(count, -1)
-        return samples, sampling_cost(model_ctx.cfg, encoded, lengths)
+        return samples, sampling_cost(model_ctx.cfg, encoded, lengths), grader
 
+    greedy = None
     with phases.phase("rollout"):
-        samples, cost = sample(sampling)
-        greedy = None
+        samples, cost, grader = sample(sampling)
         if builder.needs.greedy_samples:
-            greedy, greedy_cost = sample(sampling.greedy())
+            greedy, greedy_cost, greedy_grader = sample(sampling.greedy())
             cost += greedy_cost
-    sampled = time.perf_counter()
-    with phases.phase("rewards"):
-        greedy_rewards = None
-        if greedy is not None:
-            parts = grade_responses(builder.prompted_tasks, items, greedy.texts)
-            rewards = np.array([[p["reward"]] for p in parts], np.float32)
-            greedy_rewards = _apply_length_rules(builder, rewards, greedy)[0][:, 0]
-        reward_parts = grade_responses(builder.prompted_tasks, items, samples.texts)
-    seconds = {"seconds/sample": sampled - began, "seconds/reward": time.perf_counter() - sampled}
-    return GradedRollouts(
-        list(items), samples, reward_parts, greedy_rewards, cost, seconds, prompts
-    )
+
+    def grading() -> tuple[list[dict[str, float]], np.ndarray | None]:
+        parts = grader.wait()
+        if greedy is None:
+            return parts, None
+        rewards = np.array([[p["reward"]] for p in greedy_grader.wait()], np.float32)
+        return parts, _apply_length_rules(builder, rewards, greedy)[0][:, 0]
+
+    seconds = {"seconds/sample": time.perf_counter() - began}
+    return GradedRollouts(list(items), samples, [], None, cost, seconds, prompts, grading)
+
+
+class GroupGrader:
+    """Computes the rewards of groups in a thread, in the order in which they are added."""
+
+    def __init__(
+        self,
+        prompted_tasks: Mapping[str, PromptedTask],
+        items: Sequence[EncodedExample],
+        order: np.ndarray,
+    ):
+        """Group i responds to item `order[i]`."""
+        self.prompted_tasks, self.items, self.order = prompted_tasks, items, order
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._graded: list[tuple[list[int], concurrent.futures.Future]] = []
+
+    def add(self, groups: Sequence[int], texts: Sequence[Sequence[str]]) -> None:
+        """Start to grade the responses to some prompts."""
+        chosen = [int(self.order[i]) for i in groups]
+        responses = [text for group in texts for text in group]
+        items = [self.items[q] for q in chosen]
+        future = self._thread.submit(grade_responses, self.prompted_tasks, items, responses)
+        self._graded.append((chosen, future))
+
+    def wait(self) -> list[dict[str, float]]:
+        """Return the reward parts of all responses, in the order of the items."""
+        parts: dict[int, list[dict[str, float]]] = {}
+        try:
+            for chosen, future in self._graded:
+                found = future.result()
+                size = len(found) // len(chosen)
+                parts |= {q: found[i * size : (i + 1) * size] for i, q in enumerate(chosen)}
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        return [part for q in range(len(self.items)) for part in parts[q]]
 
 
 def grade_responses(
@@ -238,14 +304,15 @@ def rollout_step_batch(
 ) -> StepBatch:
     """Build the updates on a batch of rollouts: rewards -> advantages -> micro-batches.
 
-    A KL term in the reward does not change ReMax's baseline.
+    The rewards may still be computed while the device computes log-probabilities. A KL term in the
+    reward does not change ReMax's baseline.
 
     start: the model at the stage's start; None = no method needs the drift from it
     carried: what continual-learning methods returned in the step before, by name
     """
     method, needs, layout = builder.method, builder.needs, builder.layout
-    rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
-    shaped, keep = _apply_length_rules(builder, rewards, graded.samples)
+    finished = graded.samples.finished.reshape(len(graded.items), -1)
+    keep = advantages.trained_responses(finished, method.truncated)
     began, metrics = time.perf_counter(), {}
     slices, batches = _group_batches(builder, graded, keep)
 
@@ -253,6 +320,11 @@ def rollout_step_batch(
     with phases.phase("logps"):
         ref_logps = _score(builder, "reference", reference, batches) if needs.reference else []
         old_logps = _score(builder, "policy", params, batches) if needs.policy_logps else []
+    scoring = time.perf_counter() - began
+    graded = graded.wait()
+    began = time.perf_counter()
+    rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
+    shaped, _ = _apply_length_rules(builder, rewards, graded.samples)
     if needs.kl_in_reward:
         shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
     drift, start_logps = None, []
@@ -280,7 +352,7 @@ def rollout_step_batch(
     cuts = batch_slices(len(batches), layout.micro_batches) * layout.passes
     updates = iterate_updates([batches[c] for c in cuts], teacher, [seen[c] for c in cuts])
 
-    metrics |= graded.seconds | {"seconds/score": time.perf_counter() - began}
+    metrics |= graded.seconds | {"seconds/score": scoring + time.perf_counter() - began}
     metrics |= rollout_metrics(graded, shaped, advantage)
     scored = sum(map(bool, (ref_logps, old_logps, start_logps)))
     forwards = scored + (3 * method.passes) + (teacher is not None)

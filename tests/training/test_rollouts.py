@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import threading
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from cptjax.common import distributed
 from cptjax.config import merge_config
 from cptjax.data import collate, device_batches
 from cptjax.data.cost import WorkCost
-from cptjax.generation import generate
+from cptjax.generation import decode_loop, generate
 from cptjax.generation.generate import Samples
 from cptjax.training import rollouts
 from cptjax.training.algorithms import losses
@@ -321,6 +322,62 @@ def test_the_online_filter_stops_after_its_refills(tmp_path):
             rollouts.sample_filtered_rollouts(
                 prepared.ctx.builder, prepared.params, stream, prepared.ctx.step_key(0), 0
             )
+
+
+# ---- rewards while the device works --------------------------------------------------------------
+
+
+def test_rewards_of_finished_groups_are_computed_while_others_decode(tmp_path, monkeypatch):
+    """Four groups after another in each of two slots; rewards, texts and order do not change."""
+    c = method_config("grpo", batch=8, rollout=dict(max_new_tokens=16, slots=2))
+    model = dataclasses.replace(stage_fixtures.SMALL, eos=(2,))
+    decode, graded, waited = decode_loop.decode_program, threading.Event(), []
+    tasks = []
+
+    def score(prediction, answer, meta=None):
+        graded.set()
+        return stage_fixtures.coin(prediction, answer)
+
+    def decode_turn(*args):
+        """The first groups end after the 4th turn, and are passed on during the 5th."""
+        waited.append(len(waited) != 5 or graded.wait(20))
+        return decode(*args)
+
+    monkeypatch.setattr(decode_loop, "decode_program", decode_turn)
+    c.tasks["first"].scorer = score
+    with stage_fixtures.prepare_stage(c, tmp_path, model=model) as prepared:
+        grade = rollouts.grade_responses
+        monkeypatch.setattr(
+            rollouts, "grade_responses", lambda *a: tasks.append(len(a[1])) or grade(*a)
+        )
+        queued = sample(prepared)
+        assert len(waited) > 8 and all(waited) and sum(tasks) == 8 and len(tasks) > 2
+        whole = dataclasses.replace(prepared.ctx.builder.sampling, slots=0)
+        whole = sample(prepared, dataclasses.replace(prepared.ctx.builder, sampling=whole))
+    assert queued.samples.texts == whole.samples.texts and len(set(whole.samples.texts)) == 16
+    assert queued.reward_parts == whole.reward_parts and np.ptp(queued.rewards) > 0
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(queued.samples, name), getattr(whole.samples, name))
+
+
+def test_log_probabilities_are_computed_while_rewards_are(prepared):
+    scored = threading.Event()
+
+    class Slow:
+        def compute_rewards(self, texts, examples):
+            return [{"reward": float(scored.wait(20))} for _ in texts]
+
+    def score(params, batch):
+        scored.set()
+        return prepared.ctx.builder.score(params, batch)
+
+    b = dataclasses.replace(prepared.ctx.builder, prompted_tasks={"first": Slow()}, score=score)
+    with prepared.ctx.open_stream(0) as stream:
+        pending = rollouts.start_rollouts(
+            b, prepared.params, next(stream), prepared.ctx.step_key(0), 0
+        )
+    found = rollouts.rollout_step_batch(b, prepared.params, pending, None, 1, 1)
+    assert found.metrics["reward"] == 1
 
 
 # ---- one collation and one upload of prompts and images a step -----------------------------------

@@ -136,6 +136,11 @@ def overlong_penalty(lengths: Array, limit: int, window: int) -> np.ndarray:
     return -np.clip(over / window, 0, 1) if window else np.zeros(np.shape(lengths), np.float32)
 
 
+def trained_responses(finished: np.ndarray, truncated: str) -> np.ndarray:
+    """Return a mask of the responses to train on; see `shape_rewards`."""
+    return finished if truncated == "mask" else np.ones_like(finished)
+
+
 def shape_rewards(
     rewards: np.ndarray,
     lengths: np.ndarray,
@@ -151,7 +156,7 @@ def shape_rewards(
     says what such a response gets: its own reward (score), reward 0 (zero), or exclusion from
     baselines and loss (mask).
     """
-    keep = finished if truncated == "mask" else np.ones_like(finished)
+    keep = trained_responses(finished, truncated)
     scored = np.where(finished, rewards, 0) if truncated == "zero" else rewards
     return (scored + overlong_penalty(lengths, limit, overlong)).astype(np.float32), keep
 
