@@ -193,8 +193,9 @@ def get_config() -> ConfigDict:
         check_every=16,  # decode steps between two checks whether responses have ended
         dtype="",  # "" = compute_dtype | float32 | bfloat16 | int8 (8-bit weights; needs qwix)
         # Copy the weights to every fsdp member for decoding, also in evaluation; otherwise every
-        # decode step transfers all weights.
-        gather=False,
+        # decode step transfers all weights. None = if the copy and four times the sharded weights
+        # take at most two thirds of a device's memory, which a CPU does not tell.
+        gather=optional(bool),
     ))  # fmt: skip
 
     c.train = ConfigDict(dict(

@@ -229,6 +229,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def bytes_per_device(tree: Any) -> float:
+    """Return the bytes that a tree of arrays or shapes takes on one device."""
+
+    def share(x: Any) -> tuple[int, ...]:
+        return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+
+    return float(sum(math.prod(share(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
 def place_rows(batch: Any, mesh: Mesh | None, axis: Callable[[Any], tuple] | None = None) -> Any:
     """Place host arrays on the mesh; each process passes its own rows.
 

@@ -124,7 +124,8 @@ def plan_programs(
     `compiled` has the programs of earlier attempts; those with equal arguments are not compiled
     again.
     """
-    from cptjax.planning import aot_compile, chips, memory, plan, programs
+    from cptjax.common import chips
+    from cptjax.planning import aot_compile, memory, plan, programs
     from cptjax.training.programs import training_programs
 
     mesh = aot_compile.planned_mesh(config, devices, slices)

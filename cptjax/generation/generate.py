@@ -1,14 +1,16 @@
 """Sample responses to encoded prompts: prepare weights, run the decode loop, decode the tokens."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from cptjax import sharding
-from cptjax.common import device_time
+from cptjax.common import console, device_time
 from cptjax.data.collate import EncodedConversation
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import decode_loop, rollout_weights
@@ -40,10 +42,29 @@ def prepare_weights(model_ctx: ModelContext, params: Params, sampling: SamplingC
 
     Call this function once for several batches.
     """
+    if sampling.gather is None and rollout_weights.fsdp_mesh(params) is not None:
+        _tell_once(_describe_gathering(params, sampling, model_ctx.dtype))
     with jax.set_mesh(model_ctx.mesh):
         return rollout_weights.prepare_rollout_weights(
             params, model_ctx.cfg, sampling, model_ctx.dtype
         )
+
+
+def _describe_gathering(params: Params, sampling: SamplingConfig, dtype: Any) -> str:
+    """Return a sentence about what `rollout.gather=None` decides."""
+    size = rollout_weights.gathered_bytes(params, sampling, dtype) / 2**30
+    size = f"{size:.1f} GiB a device with the models of training"
+    if rollout_weights.gathers_weights(params, sampling, dtype):
+        return f"rollouts: every device gets a copy of the weights ({size}); see rollout.gather"
+    return (
+        f"rollouts: every decode step transfers the weights, because a copy ({size}) does not fit "
+        "or the memory of the devices is unknown; see rollout.gather"
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _tell_once(text: str) -> None:
+    console.print_message(text)
 
 
 def sample_responses(

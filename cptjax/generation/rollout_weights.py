@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cptjax import sharding
+from cptjax.common import chips
 from cptjax.common.compiler_options import PlatformJit
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import unrolled
@@ -15,13 +17,18 @@ from cptjax.models.config import ModelConfig
 from cptjax.models.layers import DECODER_LINEARS
 from cptjax.types import Array, Params
 
+# What `gathers_weights` expects beside the gathered copy: the sharded weights, two moments of the
+# optimiser and another model; and the share of memory that all of it may take. The rest is for
+# caches and activations.
+MODELS, SHARE = 4, 2 / 3
+
 
 def prepare_rollout_weights(
     params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any
 ) -> Params:
     """Return the weights that the sampler takes, for a model that computes in `dtype`.
 
-    `sampling.gather` copies the weights to every device of the `fsdp` axis. `sampling.dtype` int8
+    If they are gathered, every device of the `fsdp` axis gets a copy. `sampling.dtype` int8
     quantises the linear maps of the text blocks. Without either, `params` is returned, and the
     programs of the decode loop cast it.
     """
@@ -34,10 +41,11 @@ def weights_program(
 ) -> Callable[[Params], Params] | None:
     """Return the jitted program that prepares weights like `params` (arrays or shapes).
 
-    Return None without `gather` and int8: the decode loop then takes `params` as they are.
+    Return None if they are not gathered and not int8: the decode loop then takes `params` as they
+    are.
     """
-    int8 = sampling.dtype == "int8"
-    if not (int8 or sampling.gather):
+    int8, gather = sampling.dtype == "int8", gathers_weights(params, sampling, dtype)
+    if not (int8 or gather):
         return None
     if int8 and importlib.util.find_spec("qwix") is None:
         raise ValueError(
@@ -45,8 +53,34 @@ def weights_program(
             "install it with: pip install 'cptjax[int8]'"
         )
     leaves, tree = jax.tree.flatten(params)
-    shardings = tuple(without_fsdp(x.sharding) if sampling.gather else None for x in leaves)
+    shardings = tuple(without_fsdp(x.sharding) if gather else None for x in leaves)
     return _jit_weights_program(cfg, sampling.compute_dtype(dtype), int8, tree, shardings)
+
+
+def gathers_weights(params: Params, sampling: SamplingConfig, dtype: Any) -> bool:
+    """Return whether weights like `params` (arrays or shapes) are gathered over the `fsdp` axis.
+
+    `sampling.gather` decides. None decides from memory, so that a plan and a resumed run decide
+    alike: from the shapes of the weights and the devices of the mesh.
+    """
+    if sampling.gather is not None:
+        return sampling.gather
+    mesh = fsdp_mesh(params)
+    usable = None if mesh is None else chips.usable_memory(list(mesh.devices.flat))
+    return usable is not None and gathered_bytes(params, sampling, dtype) <= SHARE * usable
+
+
+def fsdp_mesh(params: Params) -> Mesh | None:
+    """Return the mesh of weights if its devices exist and `fsdp` has several of them."""
+    place = jax.tree.leaves(params)[0].sharding
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.shape["fsdp"] > 1 else None
+
+
+def gathered_bytes(params: Params, sampling: SamplingConfig, dtype: Any) -> float:
+    """Return the bytes of a device that a gathered copy and `MODELS` sharded models take."""
+    copy = weights_output(params, sampling, dtype)
+    return sharding.bytes_per_device(copy) + MODELS * sharding.bytes_per_device(params)
 
 
 def weights_output(params: Params, sampling: SamplingConfig, dtype: Any) -> Params:

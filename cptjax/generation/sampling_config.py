@@ -15,7 +15,7 @@ SAMPLING_DTYPES = ("", *MODEL_DTYPES, "int8")
 class SamplingConfig:
     """How responses are sampled: the fields of `config.rollout`.
 
-    A field that has a default is off by default.
+    A field that has a default is off or left to the program by default.
     """
 
     group: int  # responses to each prompt
@@ -26,7 +26,8 @@ class SamplingConfig:
     top_k: int = 0
     min_p: float = 0.0
     slots: int = 0  # groups decoded at a time; 0 = the whole batch
-    gather: bool = False  # copy the weights to every device of the fsdp axis while sampling
+    # Copy the weights to every device of the fsdp axis while sampling; None = where they fit.
+    gather: bool | None = None
     dtype: str = ""  # "" = the model's; int8 = int8 weights, arithmetic in the model's dtype
 
     def __post_init__(self) -> None:

@@ -16,15 +16,6 @@ from cptjax.training.programs import AbstractStage
 from cptjax.training.step_batch import extra_response_tokens
 
 
-def bytes_per_device(tree: Any) -> float:
-    """Return the bytes that a tree takes on one device."""
-
-    def share(x: Any) -> tuple[int, ...]:
-        return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-
-    return float(sum(math.prod(share(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
-
-
 def resident_bytes(
     stage: AbstractStage, arguments: Any = (), not_loaded: Sequence[str] = ()
 ) -> dict[str, float]:
@@ -39,7 +30,7 @@ def resident_bytes(
         leaves = jax.tree.leaves(tree)
         new = [x for x in leaves if id(x) not in counted]
         if name not in not_loaded and (new or not leaves):
-            sizes[name] = bytes_per_device(new)
+            sizes[name] = sharding.bytes_per_device(new)
             counted |= {id(x) for x in new}
     return sizes
 
@@ -68,9 +59,9 @@ def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, 
     rows, model = layout.rows / stage.shards, stage.mesh.shape["model"]
     # The sum so far, that of the current micro-batch, and that of the memory.
     sums = (2 if layout.micro_batches > 1 else 1) + (stage.memory is not None)
-    gradients = sums * bytes_per_device(_cast(trained, jnp.float32))
+    gradients = sums * sharding.bytes_per_device(_cast(trained, jnp.float32))
     if c.model.param_dtype != c.model.compute_dtype:
-        gradients += bytes_per_device(_cast(trained, stage.dtype))
+        gradients += sharding.bytes_per_device(_cast(trained, stage.dtype))
     return {
         "gradients": gradients,
         "activations": activation_bytes(stage, rows * (prompt + response), rows * patches) / model,
@@ -86,7 +77,7 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     sampling = rollout_sampling(c)
     dtype = sampling.compute_dtype(stage.dtype)
     weights = stage.params
-    if sampling.gather:
+    if rollout_weights.gathers_weights(weights, sampling, stage.dtype):
         weights = rollout_weights.weights_output(weights, sampling, stage.dtype)
     weights = _cast(weights, jnp.int8 if sampling.dtype == "int8" else dtype)
     groups, model = (sampling.slots or c.train.batch) / stage.shards, stage.mesh.shape["model"]
@@ -95,7 +86,7 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     )
     is_cut = cfg.text.kv_heads % model == 0  # otherwise each device of `model` has all heads
     return {
-        "rollout weights": bytes_per_device(weights),
+        "rollout weights": sharding.bytes_per_device(weights),
         "cache": cache / (model if is_cut else 1),
     }
 

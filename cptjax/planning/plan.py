@@ -21,14 +21,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cptjax.common import console
+from cptjax import sharding
+from cptjax.common import chips, console
+from cptjax.common.chips import Chip
 from cptjax.common.config_checks import check_config
 from cptjax.common.program import Program
 from cptjax.common.runs import expand_runs
 from cptjax.config import config_to_dict, resolve_stages
-from cptjax.planning import aot_compile, chips, hlo, hlo_costs, memory, programs, timeline
+from cptjax.planning import aot_compile, hlo, hlo_costs, memory, programs, timeline
 from cptjax.planning.aot_compile import SubprocessCompiler
-from cptjax.planning.chips import Chip
 from cptjax.training.programs import AbstractStage
 
 
@@ -166,7 +167,7 @@ def program_cost(
     resident = memory.resident_bytes(stage, program.args, program.not_loaded)
     in_memory = sum(resident.values())
     in_memory += sum(c.outputs for name in program.kept for c in earlier if c.name == name)
-    in_memory += memory.bytes_per_device(program.others)
+    in_memory += sharding.bytes_per_device(program.others)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:

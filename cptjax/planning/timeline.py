@@ -13,8 +13,9 @@ from types import MappingProxyType
 
 from jax.sharding import Mesh
 
-from cptjax.planning import chips, hlo, hlo_costs
-from cptjax.planning.chips import Chip
+from cptjax.common import chips
+from cptjax.common.chips import Chip
+from cptjax.planning import hlo, hlo_costs
 
 MEMORY = "memory"
 

@@ -10,6 +10,7 @@ import run_helpers
 import tiny
 
 from cptjax import sharding
+from cptjax.common import chips
 from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
 from cptjax.generation import decode_loop, generate, rollout_weights
@@ -331,6 +332,45 @@ def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     keys_values = cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v
     held = sum(x.nbytes for x in jax.tree.leaves(keys_values))
     assert held == decode_loop.kv_cache_bytes(cfg, *batch.tokens.shape, 3, 12, jnp.float32)
+
+
+def test_weights_are_gathered_where_they_fit_in_runs_and_plans(cfg, monkeypatch):
+    """A copy for each device and four sharded models may take two thirds of the memory."""
+    mesh = sharding.make_mesh(1, 4, 2)
+    shapes = sharding.abstract_params(causal_lm.declare_params(cfg), jnp.float32, mesh)
+    size = lambda tree: sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+    whole = jax.tree.map(
+        lambda x: x.update(sharding=rollout_weights.without_fsdp(x.sharding)), shapes
+    )
+    needed = (size(whole) / 2 + 4 * size(shapes)) * 3 / 2  # the copy is bfloat16
+
+    def gathers(usable, gather=None):
+        monkeypatch.setattr(chips, "usable_memory", lambda devices: usable)
+        settings = sampling(gather=gather)
+        program = rollout_weights.weights_program(shapes, cfg, settings, jnp.bfloat16)
+        planned, _ = decode_loop.weights_programs("", shapes, settings, cfg, jnp.bfloat16, 1.0)
+        assert (program is not None) == bool(planned)
+        return bool(planned)
+
+    assert gathers(needed * 1.001) and not gathers(needed * 0.999)
+    assert not gathers(None), "the memory of a CPU is unknown"
+    assert gathers(1.0, gather=True) and not gathers(1e15, gather=False)
+    shapes = jax.tree.map(lambda x: x.update(sharding=None), shapes)
+    assert not gathers(1e15), "no fsdp axis"
+
+
+def test_a_run_tells_once_whether_it_gathers_weights(cfg, params, monkeypatch, capsys):
+    mesh = sharding.make_mesh(1, 4, 2)
+    params = jax.device_put(params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh))
+    model_ctx = model_context.ModelContext(cfg, None, mesh, jnp.bfloat16, (32,))
+    for usable, words in ((None, "every decode step transfers"), (1e12, "every device gets")):
+        monkeypatch.setattr(chips, "usable_memory", lambda devices, usable=usable: usable)
+        weights = [generate.prepare_weights(model_ctx, params, sampling()) for _ in range(2)][0]
+        assert capsys.readouterr().err.count(f"rollouts: {words}") == 1
+        specs = {str(x.sharding.spec) for x in jax.tree.leaves(weights)}
+        assert any("fsdp" in spec for spec in specs) == (usable is None)
 
 
 def test_integer_weights_stay_near_the_policy(cfg, params):

@@ -16,12 +16,13 @@ import run_helpers
 
 from configs.base import METHODS, get_config
 from cptjax import sharding
+from cptjax.common import chips
 from cptjax.common.program import Program
 from cptjax.config import resolve_stages
 from cptjax.data import collate
 from cptjax.models import trainable
 from cptjax.models.families import PRESETS
-from cptjax.planning import aot_compile, chips, hlo, memory, plan
+from cptjax.planning import aot_compile, hlo, memory, plan
 from cptjax.planning.memory import resident_bytes
 from cptjax.planning.programs import planned_stage, stage_programs
 from cptjax.training.programs import (
@@ -91,7 +92,7 @@ def batch_bytes():
         small(mesh={"data": 1, "fsdp": 4, "model": 2}), sharding.make_mesh(1, 4, 2)
     )
     batch = abstract_groups(stage, 8, 64)
-    return memory.bytes_per_device(batch.prompts), memory.bytes_per_device(batch)
+    return sharding.bytes_per_device(batch.prompts), sharding.bytes_per_device(batch)
 
 
 def test_every_program_of_a_run_is_compiled_once(local):
@@ -194,15 +195,15 @@ def test_batches_of_a_step_and_of_the_next_one_are_in_memory(mesh):
 
     def others(c):
         stage = planned_stage(c, mesh)
-        return {p.name: memory.bytes_per_device(p.others) for p in stage_programs(stage)}, stage
+        return {p.name: sharding.bytes_per_device(p.others) for p in stage_programs(stage)}, stage
 
     train = {"batch": 16, "micro_batch": 8}
     sft, stage = others(small("sft", train=train))
-    one = memory.bytes_per_device(abstract_conversations(stage, 8, stage.longest_row))
+    one = sharding.bytes_per_device(abstract_conversations(stage, 8, stage.longest_row))
     assert (sft["add gradients"], sft["apply gradients"]) == (3 * one, 4 * one)
     grpo, stage = others(small(train=train))
     batch = abstract_groups(stage, 8, stage.longest_prompt)
-    one, prompts = memory.bytes_per_device(batch), memory.bytes_per_device(batch.prompts)
+    one, prompts = sharding.bytes_per_device(batch), sharding.bytes_per_device(batch.prompts)
     assert (grpo["add gradients"], grpo["apply gradients"]) == (one, 2 * one)
     assert grpo["reference log-probs"] == one and grpo["rollouts"] == 2 * prompts
     whole, _ = others(small(train={"batch": 16, "micro_batch": 0}))
@@ -371,7 +372,7 @@ def test_a_memory_of_rows_takes_no_device_memory_but_that_of_its_gradient(mesh):
     )
     assert resident_bytes(der) == resident_bytes(plain)
     gradients = [memory.estimate_bytes(s, 64, 0)["gradients"] for s in (plain, der)]
-    one = memory.bytes_per_device(plain.state.params)  # in float32 too
+    one = sharding.bytes_per_device(plain.state.params)  # in float32 too
     assert gradients[1] - gradients[0] == one
     names = [{program.name for program in stage_programs(stage)} for stage in (plain, der)]
     assert names[1] - names[0] == {"memory gradient", "der: likeliest tokens"}
@@ -420,7 +421,7 @@ def test_results_of_earlier_programs_stay_in_memory_during_later_ones(mesh):
             costs.append(plan.program_cost(program, stage, None, {}, FixedSizes(), costs))
         models = {
             p.name: sum(resident_bytes(stage, p.args, p.not_loaded).values())
-            + memory.bytes_per_device(p.others)
+            + sharding.bytes_per_device(p.others)
             for p in stage_programs(stage)
         }
         return {c.name: c.in_memory - models[c.name] for c in costs}

@@ -3,8 +3,8 @@
 import pytest
 
 from cptjax import sharding
+from cptjax.common.chips import Chip
 from cptjax.planning import timeline
-from cptjax.planning.chips import Chip
 
 # A second is 2,000 operations, 100 bytes of memory, or 100 bytes on one link.
 CHIP = Chip("test", memory=1e9, flops=2000.0, bandwidth=100.0, link=100.0, dcn=10.0)

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -68,6 +70,17 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
     return dataclasses.replace(
         chip, memory=chip.memory / 2, flops=chip.flops / 2, bandwidth=chip.bandwidth / 2
     )
+
+
+def usable_memory(devices: Sequence[Any]) -> float | None:
+    """Return the bytes that a program can use on each of the devices, from the table if it can.
+
+    A plan then finds what a run finds. None if unknown, as on a CPU.
+    """
+    if chip := chip_of_devices(devices):
+        return chip.usable
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 def sent_bytes(kind: str, members: int, size: float) -> float:
