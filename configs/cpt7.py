@@ -1,10 +1,10 @@
 """Paper A (arXiv 2507.05386): seven tasks in sequence on Qwen2.5-VL.
 
     python launch/train.py --config=configs/cpt7.py:grpo,7b --workdir=runs/cpt7_grpo
-    python launch/plan.py  --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4      # does it fit?
+    python launch/plan.py  --config=configs/cpt7.py:grpo,7b,v5p-4x4x4 --topology=v5p:4x4x4   # fits?
 
 MMMU, MMLU-Pro and POPE are evaluated but never trained. The argument names an arm, a size and
-optionally `paper` or `official` and a corpus, in any order:
+optionally `paper` or `official`, a slice and a corpus, in any order:
 
     sft lora_sft low_lr_sft eaft dft asft joint   SFT; joint: all seven tasks at once
     grpo rloo remax nokl nocot              the paper's RFT arms
@@ -29,6 +29,8 @@ optionally `paper` or `official` and a corpus, in any order:
     qwen3vl2b qwen3vl4b qwen3vl8b           or Qwen3-VL, also qwen3vl32b
     paper                                   the protocol of the released code, see below
     official                                the standard data and scorers, not the paper's
+    v5p-4x4x4 v6e-16x16                     how a TPU slice is fastest, for models up to 8B: mesh,
+                                            micro-batch and what layers keep
     corpus=DIR                              DIR/stage1.jsonl ... stage7.jsonl with id and response,
                                             such as the rollouts/ of a grpo run
 
@@ -66,6 +68,12 @@ SIZES = {
     "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     **{f"qwen3vl{n}b": f"Qwen/Qwen3-VL-{n}B-Instruct" for n in (2, 4, 8, 32)},
     "tiny": "",
+}
+# Settings of RL by slice, from plans of 7B (README, "Plans for TPU slices"). A chip of v5p has room
+# for a whole model and row; of 128 prompts in an update, every two of 256 chips get one.
+SLICES = {
+    "v5p-4x4x4": dict(mesh=dict(data=4, model=1), micro_batch=64),
+    "v6e-16x16": dict(mesh=dict(model=2), micro_batch=128),
 }
 FILTER = dict(samples=8)
 MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens
@@ -132,6 +140,17 @@ def _as_released(c, arm):
     if c.method.filter:
         c.method.kl_reference = "stage"
         c.method.filter = dict(c.method.filter, top_p=1.0, balanced=True, most=7500)
+
+
+def _for_slice(c, name):
+    """Set what the plans for a slice show to be fastest.
+
+    SFT keeps its mesh: its batch of 24 rows has too few for more batch shards.
+    """
+    c.model.remat = "dots"
+    if c.method.source == "rollouts":
+        c.mesh.update(SLICES[name]["mesh"])
+        c.train.micro_batch = SLICES[name]["micro_batch"]
 
 
 def _arm(build, **changes):
@@ -206,9 +225,10 @@ def get_config(arg="grpo,7b"):
     words = [a for a in arg.split(",") if a]
     names = [w for w in words if not w.startswith("corpus=")]
     corpus = [w.removeprefix("corpus=") for w in words if w not in names]
-    unknown = [n for n in names if n not in (*ARMS, *SIZES, "official", "paper")]
+    unknown = [n for n in names if n not in (*ARMS, *SIZES, *SLICES, "official", "paper")]
     if unknown:
         known = f"an arm ({', '.join(ARMS)}), a size ({', '.join(SIZES)})"
+        known += f", a slice ({', '.join(SLICES)})"
         raise ValueError(
             f"configs/cpt7.py:{arg}: {unknown[0]!r} is not {known}, paper, official or corpus=DIR"
         )
@@ -230,10 +250,15 @@ def get_config(arg="grpo,7b"):
         every=50,
         drift=128,
     )
-    # 7B has 4 key/value heads. With model=4, 64 to 256 chips have 16 to 64 batch shards, which
-    # divide the batches.
-    c.mesh.update(data=1, fsdp=-1, model=1 if size == "tiny" else 4)
+    # 7B has 4 key/value heads, and 3B has 2. With model=4, 64 to 256 chips have 16 to 64 batch
+    # shards, which divide the batches; with model=2, twice as many.
+    c.mesh.update(data=1, fsdp=-1, model={"tiny": 1, "3b": 2}.get(size, 4))
     ARMS[arm](c)
+    if size == "3b" and c.method.source == "rollouts":
+        c.train.micro_batch = 128
+    for name in names:
+        if name in SLICES:
+            _for_slice(c, name)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")
     if paper:
         _as_released(c, arm)

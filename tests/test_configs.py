@@ -669,3 +669,19 @@ def test_ctbench_joint_trains_each_task_by_sft_and_then_by_grpo():
     assert kinds == [("sft", 1, "none"), ("policy", 2, "answer")]
     assert [s.config.method.passes for s in stages[:2]] == [1, 2]
     assert resolve_stages(ctbench.get_config("grpo,3b"))[0].config.method.passes == 8
+
+
+def test_a_slice_changes_how_cpt7_is_computed_and_not_what():
+    """Mesh, micro-batches and what layers keep; SFT on few rows keeps its mesh."""
+    for arg, mesh, micro in (
+        ("grpo,7b,v5p-4x4x4", (4, -1, 1), 64),
+        ("grpo,7b,v6e-16x16", (1, -1, 2), 128),
+        ("sft,7b,v5p-4x4x4", (1, -1, 4), 0),
+    ):
+        c, plain = cpt7.get_config(arg), cpt7.get_config(",".join(arg.split(",")[:2]))
+        assert (c.mesh.data, c.mesh.fsdp, c.mesh.model, c.train.micro_batch) == (*mesh, micro)
+        assert (c.model.remat, plain.model.remat) == ("dots", "block")
+        changed = {name for name in c if c[name] != plain[name]}
+        assert changed <= {"model", "mesh", "train"}
+    small = cpt7.get_config("grpo,3b")
+    assert (small.mesh.model, small.train.micro_batch) == (2, 128)
