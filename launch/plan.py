@@ -2,7 +2,7 @@
 
 No accelerator is needed.
 
-python launch/plan.py --config=configs/cpt7.py:grpo,7b --topology=v5p:4x4x4
+python launch/plan.py --config=configs/cpt7.py:grpo,7b,v5p-4x4x4 --topology=v5p:4x4x4
     [--slices=2] [--json=plan.json] [--thorough]
 
 Exit code 0: everything fits; 1: something does not (which program, by how much, what to change);
