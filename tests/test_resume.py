@@ -11,7 +11,7 @@ from device_fixtures import devices  # noqa: F401
 from run_workers import Workers
 
 from cptjax.common import signals
-from cptjax.continual import driver, stage_end
+from cptjax.continual import driver, resume, stage_end
 from cptjax.data import device_batches
 
 KILLS = 15 if os.environ.get("CPTJAX_LONG") else 3  # of each run; test_multiprocess has as many
@@ -151,6 +151,30 @@ def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monk
     assert len(estimated) == 2 + 4 and (tmp_path / "run" / "metrics.jsonl").read_text().startswith(
         said
     )
+    driver.run(c, tmp_path / "whole")
+    run_helpers.assert_same(
+        run_helpers.run_state(tmp_path / "whole"), run_helpers.run_state(tmp_path / "run")
+    )
+
+
+def test_responses_that_are_sampled_ahead_are_saved(tmp_path, monkeypatch, devices):
+    """A checkpoint holds the responses of weights that it does not hold."""
+    c = run_helpers.config(
+        "grpo",
+        stages=({"task": "facts", "steps": 4},),
+        method={"ratio": "token", "updates_per_batch": 2},
+        rollout={"ahead": 1},
+        eval={"before": False, "limit": 2},
+    )
+    agreed, saved = signals.StopSignals.agreed, []
+    save = resume.rollouts.rollouts_to_arrays
+    monkeypatch.setattr(
+        resume.rollouts, "rollouts_to_arrays", lambda *a: saved.append(a[1]) or save(*a)
+    )
+    with monkeypatch.context() as patched, pytest.raises(signals.Preempted):
+        patched.setattr(signals.StopSignals, "agreed", lambda self: len(saved) == 1 or agreed(self))
+        driver.run(c, tmp_path / "run")
+    driver.run(c, tmp_path / "run")
     driver.run(c, tmp_path / "whole")
     run_helpers.assert_same(
         run_helpers.run_state(tmp_path / "whole"), run_helpers.run_state(tmp_path / "run")

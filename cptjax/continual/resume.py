@@ -37,11 +37,11 @@ from cptjax.continual.model_state import (
 from cptjax.continual.open_run import Run
 from cptjax.data import model_context
 from cptjax.models import load, trainable
-from cptjax.training import build
+from cptjax.training import build, rollouts
 from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageProgress
 from cptjax.training.train_step import abstract_state
-from cptjax.types import Params, TrainState
+from cptjax.types import Array, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class UnfinishedStage:
     state: TrainState
     progress: StageProgress
     teacher: Params | None  # trained leaves of a teacher that follows the student
+    rollouts: dict[str, Array] | None  # of the next step, with rollout.ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +193,15 @@ def restore_checkpoint(run: Run, base: Params, kind: str, number: int, step: int
         )
     trained, frozen = split_trained(run.config, base)
     structure = checkpoint_structure(run, kind, run.stages[number - 1], trained)
+    if "rollouts" not in record["trees"]:  # after the last step of a stage
+        structure.pop("rollouts", None)
     trees = run.files.checkpoints.restore(kind, number, step, structure)
     unfinished = None
     if kind == "steps":
         stage_progress = StageProgress(**record["progress"])
-        unfinished = UnfinishedStage(trees["state"], stage_progress, trees.get("teacher"))
+        unfinished = UnfinishedStage(
+            trees["state"], stage_progress, trees.get("teacher"), trees.get("rollouts")
+        )
     trained, kept = trees["state"].params if unfinished else trees["params"], trees.get("kept", {})
     frozen = frozen_after(ended_stages(run, kind, number), frozen, kept)
     model_state = ModelState(trainable.join_params(trained, frozen), trees.get("opt_state"), kept)
@@ -232,6 +237,8 @@ def checkpoint_structure(run: Run, kind: str, stage: Stage, trained: Params) -> 
     structure["state"] = state
     if method_needs(stage.config.method).teacher == "follower":
         structure["teacher"] = abstract_float32(trained)
+    if stage.config.rollout.ahead and stage.config.method.source == "rollouts":
+        structure["rollouts"] = rollouts.abstract_rollouts(stage.config, run.model_ctx.mesh)
     return structure
 
 

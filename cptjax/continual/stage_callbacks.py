@@ -10,6 +10,7 @@ from cptjax.config import Stage
 from cptjax.continual import resume, stage_evaluation
 from cptjax.continual.open_run import Run
 from cptjax.tasks.task import conversation_images
+from cptjax.training import rollouts
 from cptjax.training.method_needs import method_needs
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.types import Params, TrainState
@@ -67,6 +68,8 @@ class StageCallbacks:
             trees["kept"] = self.kept
         if method_needs(self.stage.config.method).teacher == "follower":
             trees["teacher"] = self.ctx.teacher.trained
+        if self.ctx.ahead is not None:
+            trees["rollouts"] = rollouts.rollouts_to_arrays(self.ctx.builder, self.ctx.ahead)
         record = record | {"progress": dataclasses.asdict(progress)}
         self.run.files.checkpoints.save("steps", self.stage.number, progress.step, trees, record)
 

@@ -126,6 +126,7 @@ def prepare_stage(
     trained, frozen = split_trained(run.config, model_state.params)
     if unfinished:
         progress, state = unfinished.progress, unfinished.state
+        ctx.saved_rollouts = unfinished.rollouts
     else:
         methods = continual_methods(c.method)
         carried = {m.name: m.begin_rewards(model_state.kept.get(m.name)) for m in methods}

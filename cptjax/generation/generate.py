@@ -106,7 +106,7 @@ def sample_from_prompts(
     def take(numbers: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> None:
         chosen = [i for i, number in enumerate(numbers) if number in own]
         indices = [own[numbers[i]] for i in chosen]
-        groups = [_decode_rows(model_ctx, tokens[i], lengths[i]) for i in chosen]
+        groups = [decode_responses(model_ctx, tokens[i], lengths[i]) for i in chosen]
         texts.update(zip(indices, groups, strict=True))
         if on_texts is not None and indices:
             on_texts(indices, groups)
@@ -133,7 +133,7 @@ def sample_from_prompts(
     return Samples([text for q in range(len(own)) for text in texts[q]], **local)
 
 
-def _decode_rows(model_ctx: ModelContext, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+def decode_responses(model_ctx: ModelContext, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
     """Return the texts of responses [n R] with so many tokens, without the stop tokens."""
     stops = set(model_ctx.cfg.eos)
     return model_ctx.processor.decode(

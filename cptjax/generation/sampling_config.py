@@ -28,6 +28,7 @@ class SamplingConfig:
     slots: int = 0  # groups decoded at a time; 0 = the whole batch
     # Copy the weights to every device of the fsdp axis while sampling; None = where they fit.
     gather: bool | None = None
+    ahead: int = 0  # 1 = before the update of the training step before
     dtype: str = ""  # "" = the model's; int8 = int8 weights, arithmetic in the model's dtype
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ class SamplingConfig:
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]; 1 is off"),
             "min_p": (0 <= self.min_p <= 1, "a share in [0, 1]; 0 is off"),
             "slots": (self.slots >= 0, "0 (the whole batch) or a number of groups"),
+            "ahead": (self.ahead in (0, 1), "0 or 1"),
             "dtype": (self.dtype in SAMPLING_DTYPES, f"one of {types}; '' is model.compute_dtype"),
         }
         for name, (valid, expected) in checks.items():

@@ -20,7 +20,7 @@ class MethodNeeds:
     demonstrations: bool  # the teacher's prompts show them
     kl_in_reward: bool
     drift: bool  # of the policy from the stage's start, on the sampled responses
-    policy_logps: bool  # of the policy before the updates of a step
+    policy_logps: bool  # of the policy that sampled a step's responses
     greedy_samples: bool  # one greedy response to each prompt
     # The settings of sampling that the offline filter changes; {} = it samples nothing.
     filter_sampling: dict[str, Any]
@@ -30,11 +30,12 @@ class MethodNeeds:
     arrays: dict[str, str]
 
 
-def method_needs(method: Any) -> MethodNeeds:
-    """Return what `config.method` of a stage needs."""
+def method_needs(method: Any, ahead: int = 0) -> MethodNeeds:
+    """Return what `config.method` of a stage needs, with rollouts as old as `rollout.ahead`."""
     methods = continual_methods(method)
     samples = method.source == "rollouts"
     several_updates = method.updates_per_batch * method.passes > 1
+    needs_ratio = several_updates or (ahead > 0 and method.ratio != "none")
     reference = method.kl_reference if method.kl_coef else ""
     kl_in_reward = bool(reference) and method.kl_place == "reward"
     teacher = ""
@@ -53,7 +54,7 @@ def method_needs(method: Any) -> MethodNeeds:
         "advantages": ("B", samples),
         "sampler_logps": ("B A", samples),
         "behaviour_logps": ("B A", samples and method.tis_cap is not None),
-        "old_logps": ("B A", several_updates),
+        "old_logps": ("B A", needs_ratio),
         "ref_logps": ("B A", reference and not kl_in_reward),
         "teacher_hidden": ("B A D", teacher),
         "teacher_unembed": ("D V", teacher),
@@ -65,7 +66,7 @@ def method_needs(method: Any) -> MethodNeeds:
         demonstrations=method.objective == "distill" and teacher != "model",
         kl_in_reward=kl_in_reward,
         drift=drift,
-        policy_logps=several_updates or kl_in_reward or drift,
+        policy_logps=needs_ratio or kl_in_reward or drift,
         greedy_samples=samples and method.advantage == "remax",
         filter_sampling=_filter_sampling(dict(method.filter or {})),
         self_samples=method.self_samples if method.source == "self" else 0,

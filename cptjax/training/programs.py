@@ -68,7 +68,7 @@ class AbstractStage:
 
     @property
     def needs(self) -> MethodNeeds:
-        return method_needs(self.config.method)
+        return method_needs(self.config.method, self.config.rollout.ahead)
 
     @property
     def shards(self) -> int:
@@ -335,10 +335,12 @@ def training_programs(stage: AbstractStage) -> list[Program]:
 def waiting_batches(stage: AbstractStage, in_use: int) -> tuple[Batch, ...]:
     """Return the micro-batches that are on the device during a program that uses `in_use` of them.
 
-    These are all of a step, and those of the next step where no weights are needed to build them.
+    These are all of a step, and those of the next step where no weights are needed to build them,
+    or those before the update are enough.
     """
-    ahead = 1 if stage.config.method.source in ("rollouts", "self") else 2
-    count = stage.layout.total_micro_batches * ahead
+    source, ahead = stage.config.method.source, stage.config.rollout.ahead
+    steps = 1 if source == "self" or (source == "rollouts" and not ahead) else 2
+    count = stage.layout.total_micro_batches * steps
     return (abstract_scoring_batch(stage, stage.layout.rows),) * (count - in_use)
 
 

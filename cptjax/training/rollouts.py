@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.common import device_time, distributed, phases
@@ -40,8 +41,18 @@ from cptjax.training.algorithms import advantages, losses, prompt_filters
 from cptjax.training.algorithms.continual_learning.hooks import overrides_hook
 from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.distillation import Teacher
+from cptjax.training.method_needs import method_needs
 from cptjax.training.step_batch import BatchBuilder, StepBatch, attach_arrays, iterate_updates
 from cptjax.types import Array, Batch, Params, Prompts
+
+# The arrays of sampled responses [B R] (finished: [B]) in a checkpoint.
+SAMPLE_ARRAYS = {
+    "tokens": np.int32,
+    "mask": bool,
+    "logps": np.float32,
+    "policy_logps": np.float32,
+    "finished": bool,
+}
 
 # ---- responses and their rewards -----------------------------------------------------------------
 
@@ -288,6 +299,103 @@ def join_groups(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoredRollouts:
+    """The micro-batches of a step's rollouts, with what does not depend on their rewards."""
+
+    graded: GradedRollouts
+    keep: np.ndarray  # [Q G] responses to train on
+    slices: list[slice]  # the prompts of each micro-batch
+    batches: list[Batch]
+    # Log-probabilities [B A] of each batch's targets, on the device; [] = not needed.
+    ref_logps: list[Array]
+    old_logps: list[Array]
+    seconds: float
+
+
+def score_rollouts(
+    builder: BatchBuilder,
+    params: Params,
+    graded: GradedRollouts,
+    reference: Params | None,
+    old_logps: np.ndarray | None = None,
+) -> ScoredRollouts:
+    """Build the micro-batches of whole groups, and compute their log-probabilities.
+
+    The rewards may still be computed. `old_logps` [B R] replace those under `params`.
+    """
+    began, needs = time.perf_counter(), builder.needs
+    finished = graded.samples.finished.reshape(len(graded.items), -1)
+    keep = advantages.trained_responses(finished, builder.method.truncated)
+    slices, batches = _group_batches(builder, graded, keep)
+    with phases.phase("logps"):
+        ref_logps = _score(builder, "reference", reference, batches) if needs.reference else []
+        if not needs.policy_logps:
+            old = []
+        elif old_logps is None:
+            old = _score(builder, "policy", params, batches)
+        else:
+            old = _place_logps(builder, old_logps, batches)
+    seconds = time.perf_counter() - began
+    return ScoredRollouts(graded, keep, slices, batches, ref_logps, old, seconds)
+
+
+# ---- rollouts in a checkpoint --------------------------------------------------------------------
+
+
+def rollouts_to_arrays(builder: BatchBuilder, scored: ScoredRollouts) -> dict[str, Array]:
+    """Return as arrays on the mesh what only the weights that sampled can give."""
+    samples, width = scored.graded.samples, builder.sampling.max_new_tokens
+    arrays = {name: getattr(samples, name) for name in SAMPLE_ARRAYS}
+    if scored.old_logps:
+        logps = _fetch_rows(scored.old_logps)
+        arrays["old_logps"] = np.pad(logps, ((0, 0), (0, width - logps.shape[1])))
+    return sharding.place_rows(arrays, builder.model_ctx.mesh)
+
+
+def abstract_rollouts(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays of `rollouts_to_arrays`."""
+    rows, width = config.train.batch * config.rollout.group, config.rollout.max_new_tokens
+    shapes = {name: ((rows, width), dtype) for name, dtype in SAMPLE_ARRAYS.items()}
+    shapes["finished"] = (rows,), bool
+    if method_needs(config.method, config.rollout.ahead).policy_logps:
+        shapes["old_logps"] = (rows, width), np.float32
+    arrays = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    return sharding.place_rows(arrays, mesh)
+
+
+def restore_rollouts(
+    builder: BatchBuilder,
+    params: Params,
+    items: Sequence[EncodedExample],
+    reference: Params | None,
+    saved: Mapping[str, Array],
+) -> ScoredRollouts:
+    """Return the rollouts of a checkpoint, on the prompts of `items`; they are graded again."""
+    began, model_ctx, count = time.perf_counter(), builder.model_ctx, len(items)
+    local = {name: sharding.local_rows(x) for name, x in saved.items()}
+    old_logps, lengths = local.pop("old_logps", None), local["mask"].sum(1)
+    texts = generate.decode_responses(model_ctx, local["tokens"], lengths)
+    group, encoded = len(texts) // count, [i.encoded for i in items]
+    grader = GroupGrader(builder.prompted_tasks, items, np.arange(count))
+    grader.add(range(count), [texts[q * group : (q + 1) * group] for q in range(count)])
+    cost = sampling_cost(model_ctx.cfg, encoded, lengths.reshape(count, group))
+    seconds = {"seconds/sample": time.perf_counter() - began}
+    samples, wait = Samples(texts, **local), lambda: (grader.wait(), None)
+    graded = GradedRollouts(list(items), samples, [], None, cost, seconds, grading=wait)
+    return score_rollouts(builder, params, graded, reference, old_logps)
+
+
+def _place_logps(builder: BatchBuilder, logps: np.ndarray, batches: Sequence[Batch]) -> list[Array]:
+    """Cut this process's rows [B R] into those of micro-batches, as wide as their targets."""
+    count = len(logps) // len(batches)
+    parts = [
+        logps[i * count : (i + 1) * count, : batch.targets.shape[1]]
+        for i, batch in enumerate(batches)
+    ]
+    return sharding.place_rows(parts, builder.model_ctx.mesh)
+
+
 # ---- updates -------------------------------------------------------------------------------------
 
 
@@ -302,26 +410,33 @@ def rollout_step_batch(
     start: Params | None = None,
     carried: Mapping[str, Any] = MappingProxyType({}),
 ) -> StepBatch:
+    """Do what `score_rollouts` and `scored_step_batch` do."""
+    scored = score_rollouts(builder, params, graded, reference)
+    return scored_step_batch(builder, scored, reference, step, stage, teacher, start, carried)
+
+
+def scored_step_batch(
+    builder: BatchBuilder,
+    scored: ScoredRollouts,
+    reference: Params | None,
+    step: int,
+    stage: int,
+    teacher: Teacher | None = None,
+    start: Params | None = None,
+    carried: Mapping[str, Any] = MappingProxyType({}),
+) -> StepBatch:
     """Build the updates on a batch of rollouts: rewards -> advantages -> micro-batches.
 
-    The rewards may still be computed while the device computes log-probabilities. A KL term in the
-    reward does not change ReMax's baseline.
+    It waits for the rewards, which may be computed while the device computes log-probabilities. A
+    KL term in the reward does not change ReMax's baseline.
 
     start: the model at the stage's start; None = no method needs the drift from it
     carried: what continual-learning methods returned in the step before, by name
     """
     method, needs, layout = builder.method, builder.needs, builder.layout
-    finished = graded.samples.finished.reshape(len(graded.items), -1)
-    keep = advantages.trained_responses(finished, method.truncated)
-    began, metrics = time.perf_counter(), {}
-    slices, batches = _group_batches(builder, graded, keep)
-
-    # Log-probabilities [B A] of each batch's targets; they stay on the device.
-    with phases.phase("logps"):
-        ref_logps = _score(builder, "reference", reference, batches) if needs.reference else []
-        old_logps = _score(builder, "policy", params, batches) if needs.policy_logps else []
-    scoring = time.perf_counter() - began
-    graded = graded.wait()
+    keep, slices, batches = scored.keep, scored.slices, scored.batches
+    ref_logps, old_logps = scored.ref_logps, scored.old_logps
+    graded, metrics = scored.graded.wait(), {}
     began = time.perf_counter()
     rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
     shaped, _ = _apply_length_rules(builder, rewards, graded.samples)
@@ -352,7 +467,7 @@ def rollout_step_batch(
     cuts = batch_slices(len(batches), layout.micro_batches) * layout.passes
     updates = iterate_updates([batches[c] for c in cuts], teacher, [seen[c] for c in cuts])
 
-    metrics |= graded.seconds | {"seconds/score": scoring + time.perf_counter() - began}
+    metrics |= graded.seconds | {"seconds/score": scored.seconds + time.perf_counter() - began}
     metrics |= rollout_metrics(graded, shaped, advantage)
     scored = sum(map(bool, (ref_logps, old_logps, start_logps)))
     forwards = scored + (3 * method.passes) + (teacher is not None)

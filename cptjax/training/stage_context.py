@@ -17,8 +17,9 @@ from cptjax.data.prompts import make_example_encoder
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.memory_batches import MemoryBatches
+from cptjax.training.rollouts import ScoredRollouts
 from cptjax.training.step_batch import BatchBuilder
-from cptjax.types import Example, Params
+from cptjax.types import Array, Example, Params
 
 
 @dataclasses.dataclass
@@ -50,6 +51,8 @@ class StageContext:
     corpus_tasks: dict[str, PromptedTask] | None = None
     stopping: Callable[[], bool] = bool  # returns True if the run must end before long work
     memory: MemoryBatches | None = None  # of a continual-learning method, from earlier stages
+    ahead: ScoredRollouts | None = None  # of the next step, with rollout.ahead
+    saved_rollouts: dict[str, Array] | None = None  # of the next step, from a checkpoint
 
     @property
     def config(self) -> ConfigDict:

@@ -90,7 +90,7 @@ class BatchBuilder:
 
     @property
     def needs(self) -> MethodNeeds:
-        return method_needs(self.method)
+        return method_needs(self.method, self.sampling.ahead)
 
     @property
     def layout(self) -> StepLayout:

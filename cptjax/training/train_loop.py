@@ -23,6 +23,7 @@ from cptjax.models import trainable
 from cptjax.training import rollouts, self_training, step_batch
 from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.training.algorithms.optimizers import ScheduleConfig, learning_rates
+from cptjax.training.rollouts import ScoredRollouts
 from cptjax.training.stage_context import StageContext, StageProgress
 from cptjax.training.step_batch import StepBatch
 from cptjax.training.train_step import StepPrograms
@@ -44,7 +45,8 @@ def train_loop(
     """Train from `progress` to the last step.
 
     `on_step` logs, saves, and returns whether to continue. The loop ends early if sampling was
-    stopped. A batch that needs no sampling is built while the device runs the step before it.
+    stopped. A batch that needs no sampling is built while the device runs the step before it. With
+    rollout.ahead, the next responses are sampled before the update, and `ctx` keeps them.
     """
     config = ctx.config
     method = config.method
@@ -154,12 +156,12 @@ def next_step_batch(
             graded, filter_metrics, batches_taken = rollouts.sample_filtered_rollouts(
                 builder, params, stream, key, first
             )
+            scored = rollouts.score_rollouts(builder, params, graded, ctx.reference)
         else:
-            graded = rollouts.start_rollouts(builder, params, next(stream), key, first)
-        batch = rollouts.rollout_step_batch(
+            scored = step_rollouts(ctx, params, stream, progress)
+        batch = rollouts.scored_step_batch(
             builder,
-            params,
-            graded,
+            scored,
             ctx.reference,
             step + 1,
             ctx.stage.number,
@@ -185,6 +187,32 @@ def next_step_batch(
     else:
         batch.metrics["seconds/data"] = time.perf_counter() - began
     return batch
+
+
+def step_rollouts(
+    ctx: StageContext, params: Params, stream: BatchStream, progress: StageProgress
+) -> ScoredRollouts:
+    """Return the rollouts of this step; with rollout.ahead, sample those of the next step too.
+
+    The rewards of this step are computed meanwhile.
+    """
+    builder, reference = ctx.builder, ctx.reference
+
+    def sample(later: int) -> ScoredRollouts:
+        key = ctx.step_key(progress.step + later)
+        first = (progress.batches_taken + later) * builder.batch_size
+        graded = rollouts.start_rollouts(builder, params, next(stream), key, first)
+        return rollouts.score_rollouts(builder, params, graded, reference)
+
+    scored, saved = ctx.ahead, ctx.saved_rollouts
+    ctx.ahead = ctx.saved_rollouts = None
+    if saved is not None:
+        scored = rollouts.restore_rollouts(builder, params, next(stream), reference, saved)
+    elif scored is None:
+        scored = sample(0)
+    if builder.sampling.ahead and progress.step + 1 < ctx.steps:
+        ctx.ahead = sample(1)
+    return scored
 
 
 def needs_sampling(ctx: StageContext, step: int) -> bool:

@@ -75,6 +75,7 @@ def validate_stage(stage: Stage) -> None:
         prompt_templates.load_template(template)
     _check_own_samples(m, r)
     _check_batch_split(m, t)
+    _check_ahead(m, r)
 
 
 def validate_tasks(config: ConfigDict, stages: Sequence[Stage]) -> None:
@@ -232,6 +233,22 @@ def _check_keys_of(
             f"{', '.join(sorted(needed))}{may}"
         )
     return settings
+
+
+def _check_ahead(m: ConfigDict, r: ConfigDict) -> None:
+    """Check that a method can train on responses of the weights before the last update."""
+    if not r.ahead or m.source != "rollouts":
+        return
+    if m.objective != "policy" or m.online_filter or m.advantage == "remax":
+        raise ValueError(
+            "rollout.ahead=1 trains on responses of the weights before the last update: expected "
+            "method.objective='policy' without method.online_filter and advantage='remax'"
+        )
+    if m.ratio == "none" and m.tis_cap is None:
+        raise ValueError(
+            "rollout.ahead=1 with method.ratio='none': the responses are those of older weights; "
+            "choose ratio token, sequence or cispo, or weight them with method.tis_cap=2.0"
+        )
 
 
 def _check_batch_split(m: ConfigDict, t: ConfigDict) -> None:

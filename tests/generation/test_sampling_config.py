@@ -25,6 +25,7 @@ VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"check_every": 0}, "check_every=0"),
         ({"slots": -1}, "slots=-1"),
+        ({"ahead": 2}, "ahead=2"),
         ({"dtype": "fp8"}, "dtype='fp8': expected one of '', 'float32', 'bfloat16', 'int8'"),
     ],
     ids=str,
@@ -46,7 +47,7 @@ def test_slots_must_divide_into_the_batch_shards():
 
 def test_the_fields_are_those_of_the_config():
     config = get_config()
-    config.rollout.update(top_k=5, slots=4, dtype="int8", gather=True)
+    config.rollout.update(top_k=5, slots=4, ahead=1, dtype="int8", gather=True)
     assert dataclasses.asdict(rollout_sampling(config)) == config.rollout.to_dict()
     config.eval.update(max_new_tokens=7, temperature=0.5)
     evaluation = eval_sampling(config)

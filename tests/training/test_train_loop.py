@@ -1,6 +1,7 @@
 """The training loop: metrics of updates, batches taken by a step, warnings, empty steps."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
-from cptjax.training import rollouts, train_loop
+from cptjax.config import resolve_stages
+from cptjax.training import rollouts, train_loop, validate_config
 from cptjax.training.stage_context import StageProgress
 from cptjax.types import Mean
 
@@ -102,3 +104,70 @@ def test_a_step_counts_the_batches_it_took(tmp_path):
             assert stream.step == sum(f.batches_taken for f in found) and [
                 f.batches_taken for f in found
             ] == [f.metrics["filter/batches"] for f in found]
+
+
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory):
+    """A stage whose responses are sampled before the update of the step before."""
+    method = dict(advantage="reinforce", ratio="token", kl_coef=0.1)
+    c = method_config("grpo", steps=3, method=method, rollout=dict(ahead=1))
+    with stage_fixtures.prepare_stage(c, tmp_path_factory.mktemp("stale")) as prepared:
+        yield prepared
+
+
+def test_with_ahead_the_next_step_is_sampled_while_rewards_are_computed(stale, monkeypatch):
+    """Its ratio is relative to the weights that sampled; step 1 equals that without `ahead`."""
+    ctx, builder, params, next_sampled = stale.ctx, stale.ctx.builder, stale.params, []
+    second, sample = threading.Event(), rollouts.generate.sample_from_prompts
+    grade = rollouts.grade_responses
+
+    def sample_from_prompts(*args, **more):
+        if next_sampled:
+            second.set()
+        next_sampled.append(args[3])
+        return sample(*args, **more)
+
+    monkeypatch.setattr(rollouts.generate, "sample_from_prompts", sample_from_prompts)
+    monkeypatch.setattr(
+        rollouts, "grade_responses", lambda *args: grade(*args) if second.wait(20) else None
+    )
+    progress = StageProgress()
+    with ctx.open_stream(0) as stream:
+        first = train_loop.next_step_batch(ctx, params, stream, progress)
+        assert len(next_sampled) == 2 and stream.step == 2
+        state, metrics = stale.update(next(first.updates), lr=3e-2)
+        assert abs(metrics["ratio_max"] - 1) < 1e-5
+        moved = dataclasses.replace(stale, state=state)
+        progress.step, progress.batches_taken = 1, 1
+        sampled = ctx.ahead.graded.samples.texts
+        then = train_loop.next_step_batch(ctx, moved.params, stream, progress)
+        (batch,) = next(then.updates)
+        _, metrics = moved.update([batch])
+    assert metrics["ratio_max"] - metrics["ratio_min"] > 1e-3
+    np.testing.assert_array_equal(batch.extra["old_logps"], builder.score(params, batch))
+    whole = dataclasses.replace(builder.sampling, ahead=0)
+    plain = dataclasses.replace(builder, sampling=whole)
+    plain = dataclasses.replace(ctx, builder=plain, ahead=None)
+    with ctx.open_stream(0) as stream:
+        alone = train_loop.next_step_batch(plain, params, stream, StageProgress())
+        progress = StageProgress(step=1, batches_taken=1)
+        old = train_loop.next_step_batch(plain, params, stream, progress)
+    assert [r["response"] for r in alone.rollout_rows] == [
+        r["response"] for r in first.rollout_rows
+    ]
+    assert alone.metrics["reward"] == first.metrics["reward"]
+    assert [r["response"] for r in old.rollout_rows] == sampled
+
+
+@pytest.mark.parametrize(
+    ("ahead", "method", "words"),
+    [
+        (2, {}, "rollout.ahead=2: expected 0 or 1"),
+        (1, {}, "ratio='none'"),
+        (1, dict(advantage="remax", ratio="token"), "without .* advantage='remax'"),
+    ],
+)
+def test_ahead_is_refused_where_nothing_corrects_for_older_weights(ahead, method, words):
+    c = method_config("grpo", method=method, rollout=dict(ahead=ahead))
+    with pytest.raises(ValueError, match=words):
+        validate_config.validate_stage(resolve_stages(c)[0])
