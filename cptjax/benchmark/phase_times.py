@@ -79,6 +79,7 @@ class BenchModel:
             remat=work.remat,
             attention=attention.choose_backend(self.mesh, size, self.dtype),
             unroll=self.is_cpu,
+            unroll_sampling=self.mesh.devices.flat[0].platform != "tpu",
         )
         self.cfg = dataclasses.replace(size, compute=compute)
         declared = causal_lm.declare_params(self.cfg)

@@ -35,7 +35,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array, constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
 
-MOST_PARTS, LEAST_COLUMNS = 4, 128  # of the cache of responses
+LEAST_COLUMNS = 128  # of a part of the cache of responses
 # f(indices in the batch of finished groups [n], their tokens [n G R], numbers of tokens [n G])
 OnFinished = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
@@ -223,7 +223,7 @@ def sample_whole_batch(
     def decode(pool: DecodePool) -> DecodePool:
         return decode_pool.run_decode_steps(weights, pool, steps, traced, cfg, static)
 
-    for columns in column_parts(static):
+    for columns in column_parts(static, cfg):
         pool, end = decode_pool.add_columns(pool, columns, cfg), end + columns
         pool = jax.lax.while_loop(_unfinished_before(end, static), decode, pool)
     return decode_pool.to_rollouts(decode_pool.slot_results(pool), cfg)
@@ -240,14 +240,16 @@ def _unfinished_before(end: int, static: StaticSettings) -> Callable[[DecodePool
     return unfinished
 
 
-def column_parts(static: StaticSettings) -> list[int]:
+def column_parts(static: StaticSettings, cfg: ModelConfig) -> list[int]:
     """Return the numbers of columns of the parts of the cache, for a batch that starts together.
 
-    There are at most MOST_PARTS, because each is a loop to compile, and their ends are checks. A
-    response of full length reads 5/8 of the columns that it would read from one part.
+    Each part is a loop to compile, of all layers if they are unrolled. So there are at most four or
+    two, and a response of full length reads 5/8 or 3/4 of the columns that it would read from one
+    part. The parts end at checks.
     """
     steps, last = steps_between_checks(static), max(1, static.max_new_tokens - 1)
-    parts = max(1, min(MOST_PARTS, static.max_new_tokens // LEAST_COLUMNS))
+    most = 2 if cfg.compute.samples_unrolled else 4
+    parts = max(1, min(most, static.max_new_tokens // LEAST_COLUMNS))
     size = -(-last // (parts * steps)) * steps
     earlier = -(-last // size) - 1
     return [size] * earlier + [static.max_new_tokens - size * earlier]
@@ -414,7 +416,7 @@ def weights_programs(
     if prepare is None:
         return [], params
     program = Program(f"{name}: weights", prepare, (params,), calls, 0.0)
-    if sampling.dtype == "int8" or cfg.compute.unroll:
+    if sampling.dtype == "int8" or cfg.compute.samples_unrolled:
         return [program], Output(program.name)
     return [program], rollout_weights.weights_output(params, sampling, dtype)
 
@@ -454,7 +456,7 @@ def sampling_programs(
         args = (weights, prompts, per_response, per_response, traced, cfg, static)
         useful = vision_flops + prefill_flops + decode_flops
         trips = -(-(static.max_new_tokens - 1) // steps_between_checks(static))
-        trips /= len(column_parts(static))  # of each loop
+        trips /= len(column_parts(static, cfg))  # of each loop
         return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips)]
     cast, queue = Output(f"{name}: cast"), Output(f"{name}: queue")
     queue_args = (cast, prompts, per_response, per_response, cfg, static)

@@ -97,6 +97,11 @@ class ComputeConfig:
     remat: str = "none"  # a name of layers.REMAT_POLICIES
     attention: str = "xla"  # xla | tiled | cudnn | splash, from attention.choose_backend
     unroll: bool = False  # run the text layers without a loop; see unrolled.py
+    unroll_sampling: bool = False  # the same only while sampling
+
+    @property
+    def samples_unrolled(self) -> bool:
+        return self.unroll or self.unroll_sampling
 
 
 @dataclasses.dataclass(frozen=True)

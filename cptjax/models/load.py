@@ -25,11 +25,12 @@ MODEL_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def fit_config(cfg: ModelConfig, settings: ConfigDict, mesh: Mesh) -> ModelConfig:
     """Return the config with the settings that depend on `config.model` and the mesh."""
     dtype = MODEL_DTYPES[settings.compute_dtype]
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
     compute = ComputeConfig(
         remat=settings.remat,
         attention=attention.choose_backend(mesh, cfg, dtype, settings.attention),
-        unroll=on_cpu and cfg.text.depth <= MAX_UNROLLED_LAYERS,
+        unroll=platform == "cpu" and cfg.text.depth <= MAX_UNROLLED_LAYERS,
+        unroll_sampling=platform not in ("cpu", "tpu"),
     )
     return dataclasses.replace(cfg, lora_scale=lora_scale(settings), compute=compute)
 

@@ -1,8 +1,8 @@
 """Run the decoder's layers without a loop and with fused products, which is faster on CPUs.
 
 A loop over stacked weights copies the weights of each layer before it uses them, and many narrow
-products are slower than a few wide ones (when decoding, also on GPUs). `ComputeConfig.unroll`
-selects another form of the same weights:
+products are slower than a few wide ones (when decoding, also on GPUs). `ComputeConfig.unroll`, or
+`unroll_sampling` for sampling only, selects another form of the same weights:
 
     stacked    blocks = {"q": {"w": [L D N H]}, ...}, run by jax.lax.scan
     unrolled   blocks = ({"qkv": {"w": [D N+2K H]}, "gate_up": {"w": [D 2F]}, ...}, ...), L layers
@@ -31,9 +31,9 @@ LayerArrays = Array | tuple[Array, ...]  # [L ...] | L x [...]
 
 
 def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
-    """Return the parameters with unrolled text blocks if `cfg.compute.unroll` is set."""
+    """Return the parameters for sampling, with unrolled text blocks if the config says so."""
     blocks = p["text"]["blocks"]
-    if not cfg.compute.unroll or isinstance(blocks, tuple):
+    if not cfg.compute.samples_unrolled or isinstance(blocks, tuple):
         return p
     mesh = jax.sharding.get_abstract_mesh()
     # Tensor parallelism shards q, k and v by their own heads, so they stay separate.
@@ -44,11 +44,12 @@ def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
 
 
 def unstack_for_forward(p: Params, cfg: ModelConfig) -> Params:
-    """Do what `unstack_layers` does, except with remat="block".
+    """Return the parameters for a forward pass, unrolled if `unroll` is set and remat not "block".
 
     XLA:CPU schedules unrolled layers for speed and would keep the arrays of all of them in memory.
     """
-    return p if cfg.compute.remat == "block" else unstack_layers(p, cfg)
+    unroll = cfg.compute.unroll and cfg.compute.remat != "block"
+    return unstack_layers(p, cfg) if unroll else p
 
 
 def _fuse_linears(layer: Params) -> Params:

@@ -259,8 +259,7 @@ def test_other_settings_compile_nothing_again(cfg, params):
     assert decode_loop.sample_whole_batch._cache_size() == before
 
 
-def test_a_gpu_does_not_ask_the_host_within_a_check(cfg, params):
-    """The program has no conditional, and one loop whose end depends on data."""
+def program_for_a_gpu(cfg, params):
     settings = sampling(top_p=0.9, top_k=5, max_new_tokens=12, check_every=4)
     static = decode_loop.static_settings(settings, jnp.float32)
     batch = prompts(cfg)
@@ -270,12 +269,28 @@ def test_a_gpu_does_not_ask_the_host_within_a_check(cfg, params):
         decode_loop.traced_settings(settings, KEY, cfg, (-1,)),
     )
     program = decode_loop.sample_whole_batch.trace(params, batch, *args, cfg, static)
-    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    return program.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_gpu_does_not_ask_the_host_within_a_check(cfg, params):
+    """The program has no conditional, and one loop whose end depends on data."""
+    text = program_for_a_gpu(cfg, params)
     # The choice of code for a platform is a conditional on a constant.
     cases = dict(re.findall(r'(%\w+) = "stablehlo\.(?:case|if)"\((%\w+)\)', text))
     assert all(cases.get(index, index).startswith("%c") for index in cases.values())
     conditions = re.findall(r"stablehlo.while.*?cond \{(.*?)\} do", text, re.DOTALL)
     assert sum("stablehlo.compare" not in c for c in conditions) == 1 < len(conditions)
+
+
+def test_sampling_on_a_gpu_slices_no_stacked_weights(cfg, params):
+    """XLA:GPU copies the slices of stacked weights for their products, at every token."""
+    shape = f"1x{cfg.text.width}x{cfg.text.mlp}xf32"
+
+    def slices(cfg):
+        text = program_for_a_gpu(cfg, params)
+        return len(re.findall(rf"stablehlo.dynamic_slice .*-> tensor<{shape}>", text))
+
+    assert slices(cfg) > 0 == slices(cfg.with_compute(unroll_sampling=True))
 
 
 @pytest.mark.parametrize("new, every, steps", [(4, 4, 3), (64, 8, 8), (24, 8, 8), (10, 8, 5)])
@@ -296,10 +311,12 @@ def test_checks_divide_a_response_evenly(new, every, steps):
         (1, 8, [1]),
     ],
 )
-def test_parts_of_the_cache_end_at_checks(new, every, parts):
+def test_parts_of_the_cache_end_at_checks(cfg, new, every, parts):
     settings = sampling(max_new_tokens=new, check_every=every)
     static = decode_loop.static_settings(settings, jnp.float32)
-    assert decode_loop.column_parts(static) == parts and sum(parts) == new
+    assert decode_loop.column_parts(static, cfg) == parts and sum(parts) == new
+    unrolled = decode_loop.column_parts(static, cfg.with_compute(unroll_sampling=True))
+    assert len(unrolled) == min(2, len(parts)) and sum(unrolled) == new
     ends, steps = np.cumsum(parts)[:-1], decode_loop.steps_between_checks(static)
     assert not (ends % steps).any()
 

@@ -1,6 +1,7 @@
 """Unrolled layers with fused products: the numbers of the loop, and what is not fused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 import tiny
 from tiny import Image
 
+from configs.base import get_config
 from cptjax import sharding
-from cptjax.models import causal_lm, unrolled
+from cptjax.models import causal_lm, load, unrolled
 from cptjax.types import Prompts
 
 PROMPTS = [[5, Image(6, 10), 9], [12], [3, Image(4, 4), 2, Image(8, 12), 4]]
@@ -52,6 +54,26 @@ def test_unrolled_layers_equal_the_loop(model):
         np.testing.assert_allclose(a, b, rtol=1e-5)
         for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(x).max())
+
+
+def test_a_gpu_unrolls_the_layers_only_for_sampling(model):
+    cfg, params = model
+    mesh = lambda platform: SimpleNamespace(
+        devices=np.array([SimpleNamespace(platform=platform)]), shape={"model": 1}
+    )
+    settings = get_config().model
+    form = lambda p: isinstance(p["text"]["blocks"], tuple)
+    for platform, sampling, forward in (
+        ("cpu", True, True),
+        ("gpu", True, False),
+        ("tpu", False, False),
+    ):
+        settings.remat = "none"
+        fitted = load.fit_config(cfg, settings, mesh(platform))
+        assert form(unrolled.unstack_layers(params, fitted)) == sampling
+        assert form(unrolled.unstack_for_forward(params, fitted)) == forward
+        kept = unrolled.unstack_for_forward(params, fitted.with_compute(remat="block"))
+        assert not form(kept)
 
 
 def test_layers_with_adapters_or_cut_heads_are_not_fused(model):
