@@ -1,17 +1,23 @@
 """Time each phase of a run on this machine, with random weights; --peer=hf times torch in turns.
 
-One JSON line on standard output.
+--suite times steps of GRPO through the trainer, with images on the disk, rewards and responses of
+random lengths, and what each part of the step gains. --check compares what this platform computes
+with float32. One JSON line on standard output.
 
 python launch/bench.py --size=cpu-s [--phases=rollout,logp,sft,grpo] [--peer=hf]
 python launch/bench.py --size=3b --dtype=bfloat16 --micro=16
 python launch/bench.py --size=3b --phases=load
+python launch/bench.py --suite --size=3b [--rows=base,unrolled] [--repeat=5] [--minutes=6]
+python launch/bench.py --check
 
-cptjax/benchmark/phase_times.py describes the phases and the numbers.
+cptjax/benchmark/phase_times.py describes the phases and the numbers, suite.py the rows of --suite.
 """
 
 import dataclasses
 import json
 import os
+import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -35,7 +41,10 @@ GROUP = flags.DEFINE_integer("group", 8, "Responses to each prompt.", lower_boun
 TEXT = flags.DEFINE_integer("text", 32, "Text tokens of a prompt.", lower_bound=4)
 NEW = flags.DEFINE_integer("new", 64, "Tokens of a response.", lower_bound=1)
 REPEAT = flags.DEFINE_integer(
-    "repeat", 3, "Timed runs of each phase; the median counts.", lower_bound=1
+    "repeat",
+    None,
+    "Timed runs of each phase, 3 by default, or steps of --suite, 5 by default; the median counts.",
+    lower_bound=1,
 )
 MICRO = flags.DEFINE_integer(
     "micro", 0, "Rows of one device pass in logp and sft; 0 = all.", lower_bound=0
@@ -53,9 +62,82 @@ REMAT = flags.DEFINE_string(
     "none",
     "What layers keep for gradients: none (all, as the peer), dots, block or offload.",
 )
+SUITE = flags.DEFINE_bool(
+    "suite", False, "Time steps of GRPO through the trainer; --size is cpu-s, 3b or 7b."
+)
+ROWS = flags.DEFINE_list(
+    "rows",
+    None,
+    "Rows of --suite, all by default: base, unrolled, prefix, top_p=1, slots, xla.",
+)
+CHECK = flags.DEFINE_bool(
+    "check",
+    False,
+    "Compare attention, packed groups and sampling with float32; of the flags only --size counts.",
+)
+MINUTES = flags.DEFINE_float(
+    "minutes", 0.0, "After these minutes --suite starts no further row; 0 = it does.", lower_bound=0
+)
+OF_SUITE = ("rows", "minutes", "repeat")
+OF_PHASES = (
+    *("phases", "peer", "image", "prompts", "group", "text", "new"),
+    *("micro", "chunk", "dtype", "remat"),
+)
+
+
+def refuse_unused_flags() -> None:
+    """Refuse flags that the chosen kind of benchmark does not read."""
+    kind, refused = "the phases", (*OF_SUITE[:2],)
+    if SUITE.value:
+        kind, refused = "--suite", (*OF_PHASES, "check")
+    elif CHECK.value:
+        kind, refused = "--check", (*OF_PHASES, *OF_SUITE)
+    for name in refused:
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name}: not a flag of {kind}; remove it")
 
 
 def main() -> None:
+    refuse_unused_flags()
+    if SUITE.value:
+        run_suite()
+    elif CHECK.value:
+        run_checks()
+    else:
+        run_phases()
+
+
+def run_checks() -> None:
+    """Print a line for each check, and the JSON line of all; fail if one does."""
+    from cptjax.benchmark import device_checks
+    from cptjax.common import console
+
+    checks = device_checks.run_checks(SIZE.value)
+    for check in checks:
+        word = "ok  " if check.passed else "FAIL"
+        console.print_message(f"{word} {check.name}: {check.error:.2g}, limit {check.limit:g}")
+    print(json.dumps([dataclasses.asdict(check) | {"passed": check.passed} for check in checks]))
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise ValueError(f"wrong on this platform: {', '.join(failed)}")
+
+
+def run_suite() -> None:
+    """Time steps of GRPO, and print the table and its JSON line."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # configs/ is not a part of the package
+    from configs.base import get_config
+    from cptjax.benchmark import suite
+
+    rows = suite.SUITE_ROWS if ROWS.value is None else ROWS.value
+    found = suite.run_suite(get_config(), SIZE.value, rows, REPEAT.value or 5, MINUTES.value)
+    suite.print_rows(found)
+    print(json.dumps(found))
+
+
+def run_phases() -> None:
+    """Time the phases, and print a line for each and the JSON line of all."""
+    # The peer needs a part of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from cptjax.benchmark import phase_times, workload
@@ -68,7 +150,7 @@ def main() -> None:
         group=GROUP.value,
         text=TEXT.value,
         new=NEW.value,
-        repeat=REPEAT.value,
+        repeat=REPEAT.value or 3,
         micro=MICRO.value,
         chunk=CHUNK.value,
         dtype=DTYPE.value,
@@ -90,6 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The peer needs a part of a GPU's memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cli.run_launcher(main)

@@ -619,6 +619,10 @@ FLAGS = {  # {config}, {run}, {model}, {here} are paths
     "plan --config={config} --topology=v5e:axb": "v5e:axb",
     "bench --size=nope": "--size=nope: expected one of",
     "bench --phases=nope": "--phases=nope: expected some of",
+    "bench --rows=base": "--rows: not a flag of the phases",
+    "bench --suite --new=3": "--new: not a flag of --suite",
+    "bench --check --repeat=3": "--repeat: not a flag of --check",
+    "bench --suite --rows=nope": "--rows=nope: expected some of base",
 }
 
 

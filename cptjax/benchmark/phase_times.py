@@ -57,7 +57,7 @@ from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
 from cptjax.training.algorithms.optimizers import OptimizerConfig, make_optimizer
-from cptjax.types import Batch, Params, Rollouts
+from cptjax.types import Batch, Packing, Params, Rollouts
 
 BENCH_OPTIMIZER = OptimizerConfig("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0, "float32")
 
@@ -126,6 +126,26 @@ class BenchModel:
         )
 
     @functools.cached_property
+    def _packing(self) -> tuple[jax.Array, jax.Array, Packing]:
+        """The mask of responses, and how groups are packed: all rows are equally long."""
+        mask = np.ones((self.work.rows, self.work.new), bool)
+        prompt_mask = np.ones(self.prompts.tokens.shape, bool)
+        plan = plan_packing(prompt_mask, mask, sharding.batch_shards(self.mesh))
+        return sharding.place_rows((mask, *plan), self.mesh)
+
+    def group_batch(self, responses: jax.Array, extra: dict[str, jax.Array] | None = None) -> Batch:
+        """Return the prompts with responses [N * G R] as packed groups."""
+        mask, where, packing = self._packing
+        return Batch(
+            self.prompts,
+            responses,
+            mask,
+            where,
+            extra or {},
+            packing,
+        )
+
+    @functools.cached_property
     def score(self) -> Callable[[Params, Batch], jax.Array]:
         """The program that computes log-probabilities."""
         return logprobs.make_scoring_program(self.cfg, self.dtype, self.work.chunk, 1.0)
@@ -190,16 +210,11 @@ def grpo_phase(model: BenchModel) -> Callable[[], Any]:
     rows = model.work.rows
     random = np.random.default_rng(2).standard_normal(rows, np.float32)
     advantages = sharding.place_rows(random, model.mesh)
-    # All prompts and responses are equally long.
-    prompt_mask = np.ones(model.prompts.tokens.shape, bool)
-    mask = np.ones((rows, model.work.new), bool)
-    plan = plan_packing(prompt_mask, mask, sharding.batch_shards(model.mesh))
-    where, packing = sharding.place_rows(plan, model.mesh)
 
     def run() -> Any:
         rollouts = sample()
         extra = {"advantages": advantages, "sampler_logps": rollouts.logps}
-        batch = Batch(model.prompts, rollouts.tokens, rollouts.mask, where, extra, packing)
+        batch = model.group_batch(rollouts.tokens, extra)
         old_logps = model.score(model.params, batch)
         batch = batch.replace(extra=extra | {"old_logps": old_logps})
         model.state, metrics = steps.run(model.state, {}, [batch], 1e-6)

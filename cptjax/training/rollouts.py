@@ -516,7 +516,7 @@ def _group_batches(
 
 
 def _score(
-    builder: BatchBuilder, model: str, params: Params, batches: Sequence[Batch]
+    builder: BatchBuilder, model: str, params: Params | None, batches: Sequence[Batch]
 ) -> list[Array]:
     """Start to compute the log-probabilities of a model; `model` names it among device times."""
     began = time.perf_counter()

@@ -99,7 +99,9 @@ def train_loop(
                 batch.metrics
                 | merge_update_metrics(fetched)
                 | cost_metrics(batch.cost, processed, ended - began)
-                | device_metrics(devices.between(began, ended), batch.metrics)
+                | device_metrics(
+                    devices.between(began, ended), batch.metrics, ctx.builder.model_ctx.mesh.size
+                )
                 | {
                     "seconds": ended - began,
                     "seconds/batch": updating - began,
@@ -256,7 +258,9 @@ def cost_metrics(cost: WorkCost, processed: int, seconds: float) -> dict[str, fl
     }
 
 
-def device_metrics(seconds: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
+def device_metrics(
+    seconds: dict[str, float], metrics: dict[str, float], devices: int
+) -> dict[str, float]:
     """Return what the devices of this process did in a step, and their throughput.
 
     seconds/device/...: their work by kind, and `idle`, when they wait; together the step's seconds
@@ -265,8 +269,7 @@ def device_metrics(seconds: dict[str, float], metrics: dict[str, float]) -> dict
     """
     out = {f"seconds/device/{work}": value for work, value in seconds.items()}
     if "row_tokens" in metrics:
-        per_device = metrics["row_tokens"] / jax.device_count()
-        out["perf/throughput"] = per_device / sum(seconds.values())
+        out["perf/throughput"] = metrics["row_tokens"] / devices / sum(seconds.values())
     return out
 
 
