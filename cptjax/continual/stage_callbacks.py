@@ -63,7 +63,7 @@ class StageCallbacks:
 
     def save(self, state: TrainState, progress: StageProgress, record: dict[str, Any]) -> None:
         """Save the state inside the stage with a `record` of `resume.checkpoint_record`."""
-        trees = {"state": state}
+        trees: dict[str, Any] = {"state": state}
         if self.kept:
             trees["kept"] = self.kept
         if method_needs(self.stage.config.method).teacher == "follower":

@@ -329,10 +329,10 @@ class _FinishedGroups:
         slots = free[self.prompts[free] >= 0]
         if self.on_finished is None or not len(slots):
             return
-        arrays = _slot_responses(pool)
-        for x in arrays:
-            x.copy_to_host_async()
-        self.copied.append((self.prompts[slots], slots, *arrays))
+        tokens, lengths = _slot_responses(pool)
+        tokens.copy_to_host_async()
+        lengths.copy_to_host_async()
+        self.copied.append((self.prompts[slots], slots, tokens, lengths))
         self.prompts[slots] = -1
 
     def pass_on(self) -> None:

@@ -356,8 +356,10 @@ def rollouts_to_arrays(builder: BatchBuilder, scored: ScoredRollouts) -> dict[st
 def abstract_rollouts(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of the arrays of `rollouts_to_arrays`."""
     rows, width = config.train.batch * config.rollout.group, config.rollout.max_new_tokens
-    shapes = {name: ((rows, width), dtype) for name, dtype in SAMPLE_ARRAYS.items()}
-    shapes["finished"] = (rows,), bool
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        name: ((rows,) if name == "finished" else (rows, width), dtype)
+        for name, dtype in SAMPLE_ARRAYS.items()
+    }
     if method_needs(config.method, config.rollout.ahead).policy_logps:
         shapes["old_logps"] = (rows, width), np.float32
     arrays = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
@@ -469,8 +471,8 @@ def scored_step_batch(
 
     metrics |= graded.seconds | {"seconds/score": scored.seconds + time.perf_counter() - began}
     metrics |= rollout_metrics(graded, shaped, advantage)
-    scored = sum(map(bool, (ref_logps, old_logps, start_logps)))
-    forwards = scored + (3 * method.passes) + (teacher is not None)
+    models = sum(map(bool, (ref_logps, old_logps, start_logps)))
+    forwards = models + (3 * method.passes) + (teacher is not None)
     trained = sum(len(i.encoded) for i in graded.items) + int(
         (graded.samples.mask.astype(bool) & keep.reshape(-1, 1)).sum()
     )
