@@ -675,7 +675,7 @@ def test_a_slice_changes_how_cpt7_is_computed_and_not_what():
     """Mesh, micro-batches and what layers keep; SFT on few rows keeps its mesh."""
     for arg, mesh, micro in (
         ("grpo,7b,v5p-4x4x4", (4, -1, 1), 64),
-        ("grpo,7b,v6e-16x16", (1, -1, 2), 128),
+        ("grpo,7b,v6e-16x16", (4, -1, 2), 128),
         ("sft,7b,v5p-4x4x4", (1, -1, 4), 0),
     ):
         c, plain = cpt7.get_config(arg), cpt7.get_config(",".join(arg.split(",")[:2]))
