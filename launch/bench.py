@@ -7,7 +7,7 @@ with float32. One JSON line on standard output.
 python launch/bench.py --size=cpu-s [--phases=rollout,logp,sft,grpo] [--peer=hf]
 python launch/bench.py --size=3b --dtype=bfloat16 --micro=16
 python launch/bench.py --size=3b --phases=load
-python launch/bench.py --suite --size=3b [--rows=base,unrolled] [--repeat=5] [--minutes=6]
+python launch/bench.py --suite --size=3b [--rows=base,layers] [--repeat=5] [--minutes=6]
 python launch/bench.py --check
 
 cptjax/benchmark/phase_times.py describes the phases and the numbers, suite.py the rows of --suite.
@@ -68,7 +68,7 @@ SUITE = flags.DEFINE_bool(
 ROWS = flags.DEFINE_list(
     "rows",
     None,
-    "Rows of --suite, all by default: base, unrolled, prefix, top_p=1, slots, xla.",
+    "Rows of --suite, all by default: base, layers, prefix, ahead, top_p=1, slots, xla.",
 )
 CHECK = flags.DEFINE_bool(
     "check",

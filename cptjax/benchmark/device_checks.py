@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cptjax import sharding
+from cptjax.benchmark.grpo_steps import with_other_layers
 from cptjax.benchmark.phase_times import BenchModel
 from cptjax.benchmark.workload import Workload
 from cptjax.generation import decode_loop, rollout_weights
@@ -106,14 +107,14 @@ def check_sampling(model: BenchModel) -> Iterator[Check]:
     limit, work = MAX_MISMATCH[model.work.dtype], model.work
     plain = SamplingConfig(work.group, work.new, temperature=1.0, check_every=8)
     slots = dataclasses.replace(plain, slots=work.prompts // 2)
-    other = not model.cfg.compute.unroll
+    other = with_other_layers(model.cfg)
     cases = [
         ("sampling", plain, model.cfg, limit),
         ("sampling with slots", slots, model.cfg, limit),
         (
-            f"sampling with layers {'unrolled' if other else 'in a loop'}",
+            f"sampling with layers {'unrolled' if other.compute.unroll else 'in a loop'}",
             plain,
-            model.cfg.with_compute(unroll=other),
+            other,
             limit,
         ),
         (

@@ -195,19 +195,19 @@ def measure_steps(
     workdir: Path,
     repeat: int,
     compilations: CompilationCounter,
-    decoding: Mapping[str, Any],
+    other_layers: bool = False,
 ) -> dict[str, Any]:
     """Train until `repeat` steps compiled nothing.
 
     Return their lines of metrics.jsonl, with `wall`, the seconds between the ends of two steps, and
     facts of the run.
 
-    decoding: settings of ComputeConfig for the rollouts only
+    other_layers: sample with the layers in a loop if they are unrolled, or the reverse
     """
     driver.check_all_runs(config)
     watch = StepWatch(repeat, compilations)
     with open_run.open_run(config, workdir) as run:
-        train(run, watch, decoding)
+        train(run, watch, other_layers)
         versions = software_versions(run.model_ctx)
         cfg = run.model_ctx.cfg
     if len(watch.measured) < repeat:
@@ -226,15 +226,23 @@ def measure_steps(
     )
 
 
-def train(run: Run, watch: StepWatch, decoding: Mapping[str, Any]) -> None:
+def with_other_layers(cfg: ModelConfig) -> ModelConfig:
+    """Return the config that samples with layers in a loop if this one unrolls them, or reverse."""
+    unroll = not cfg.compute.samples_unrolled
+    return cfg.with_compute(unroll=unroll, unroll_sampling=unroll)
+
+
+def train(run: Run, watch: StepWatch, other_layers: bool) -> None:
     """Train the only stage of a run until `watch` has enough steps; nothing is saved."""
     stage, model_ctx = run.stages[0], run.model_ctx
     model_state = ModelState(restore_stage_params(run.config, model_ctx, None, 0))
     start = reference_models.load_stage_start(run, stage, model_state.params, False)
     prepared = train_stage.prepare_stage(run, stage, model_state, start)
     ctx = prepared.ctx
-    sampling_ctx = dataclasses.replace(model_ctx, cfg=model_ctx.cfg.with_compute(**decoding))
-    ctx.builder = dataclasses.replace(ctx.builder, model_ctx=sampling_ctx)
+    if other_layers:
+        # The programs of scores and updates have the config from before.
+        sampling_ctx = dataclasses.replace(model_ctx, cfg=with_other_layers(model_ctx.cfg))
+        ctx.builder = dataclasses.replace(ctx.builder, model_ctx=sampling_ctx)
     with jax.set_mesh(model_ctx.mesh), console.progress_bar("steps", total=ctx.steps) as bar:
         callbacks = StageCallbacks(run, stage, ctx, prepared.frozen, {}, bar)
 

@@ -3,7 +3,8 @@
     base            the step as configured: seconds by phase, padding, throughput, utilisation
     top_p=1         sampling without top_p
     slots           a quarter of the groups is decoded at a time, and free slots are refilled
-    unrolled        the decoder's layers without a loop, or `stacked` where that is the default
+    ahead           responses are sampled before the update of the step before
+    layers          sampling with the layers in a loop if they are unrolled, or the reverse
     xla             the attention of every platform instead of the best one
     prefix          phases with unrelated rows, which share no prompt, against groups
 
@@ -34,7 +35,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.load import MODEL_DTYPES
 
-SUITE_ROWS = ("base", "unrolled", "prefix", "top_p=1", "slots", "xla")
+SUITE_ROWS = ("base", "layers", "prefix", "ahead", "top_p=1", "slots", "xla")
 PHASES = ("rollout", "policy", "reference", "update", "idle")  # of seconds/device/
 LABELS = {
     "step_s": "seconds of a step",
@@ -96,7 +97,7 @@ def measure_row(
     row: str,
     repeat: int,
     compilations: CompilationCounter,
-    ceilings: dict[str, float],
+    ceilings: dict[str, Any],
     parent: str,
 ) -> dict[str, Any]:
     """Measure one row of the table."""
@@ -107,16 +108,12 @@ def measure_row(
     limit = 4 * repeat + 1
     task = grpo_steps.write_task(size, size.prompts * min(limit, 4), folder)
     config = grpo_steps.make_config(base, size, limit, task, row_changes(row, size))
-    decoding = {"unroll": not unrolls()} if row == "unrolled" else {}
-    found = grpo_steps.measure_steps(config, folder / "run", repeat, compilations, decoding)
-    if row == "unrolled" and unrolls():
-        row = "stacked"
+    found = grpo_steps.measure_steps(
+        config, folder / "run", repeat, compilations, other_layers=row == "layers"
+    )
+    if row == "layers":
+        row = "loop" if found["cfg"].compute.samples_unrolled else "unrolled"
     return {"row": row} | summarise(found, size, ceilings)
-
-
-def unrolls() -> bool:
-    """Return whether the trainer decodes without a loop over layers by default."""
-    return jax.default_backend() == "cpu"
 
 
 def row_changes(row: str, size: StepSize) -> dict[str, Any]:
@@ -124,6 +121,7 @@ def row_changes(row: str, size: StepSize) -> dict[str, Any]:
     return {
         "top_p=1": {"rollout": {"top_p": 1.0}},
         "slots": {"rollout": {"slots": size.prompts // 4}},
+        "ahead": {"rollout": {"ahead": 1}},
         "xla": {"model": {"attention": "xla"}},
     }.get(row, {})
 
@@ -152,7 +150,7 @@ def measure_prefix(size: StepSize, repeat: int) -> dict[str, Any]:
     }
 
 
-def summarise(found: dict[str, Any], size: StepSize, ceilings: dict[str, float]) -> dict[str, Any]:
+def summarise(found: dict[str, Any], size: StepSize, ceilings: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a row: medians over its steps, and shares of the ceilings."""
     steps, cfg = found["steps"], found["cfg"]
 
@@ -208,7 +206,7 @@ def sampling_flops(cfg: ModelConfig, size: StepSize, step: dict[str, float]) -> 
     )
 
 
-def decode_seconds(cfg: ModelConfig, step: dict[str, float], ceilings: dict[str, float]) -> float:
+def decode_seconds(cfg: ModelConfig, step: dict[str, float], ceilings: dict[str, Any]) -> float:
     """Return the seconds to read the text weights once for each token of the longest response.
 
     No rollout of one batch is faster on devices that have all weights; keys and values come on top.
