@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cptjax.sharding import constrain
 from cptjax.types import Array
 
 TOKEN_BLOCK = 128  # tokens of a block; the block is found first, then the token in it
@@ -90,7 +91,11 @@ def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
     increase the running sum, so it is never sampled.
     """
     b, v = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -v % TOKEN_BLOCK))).reshape(b, -1, TOKEN_BLOCK)
+    # Devices that share the vocabulary get whole blocks; otherwise each would fetch all weights.
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["model"]
+    padded = jnp.pad(weights, ((0, 0), (0, -v % (TOKEN_BLOCK * ways))))
+    blocks = constrain(padded.reshape(b, -1, TOKEN_BLOCK), "batch", "vocab", None)
     sums = jnp.cumsum(jnp.sum(blocks, -1), -1)
     total = sums[:, -1]
     block, rest = _first_above(sums, uniform * total)

@@ -1,11 +1,16 @@
 """Token sampling: frequencies against exact probabilities, and the edges of every filter."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from cptjax import sharding
 from cptjax.generation import token_sampling
+from cptjax.planning import hlo
 
 V, N = 300, 40_000  # more than two blocks, the last one partial
 
@@ -184,3 +189,20 @@ def test_a_vocabulary_of_152064_tokens():
 def test_a_vocabulary_without_an_allowed_token_is_refused():
     with pytest.raises(ValueError, match="every token"):
         token_sampling.make_controls(1.0, 0, 1.0, 0.0, np.ones(V, bool))
+
+
+def test_devices_that_share_the_vocabulary_do_not_fetch_all_of_it():
+    """The vocabulary is no whole number of blocks on each device."""
+    weights = np.random.default_rng(0).random((8, 1100), np.float32)
+    uniform = np.linspace(0, 0.999, 8, dtype=np.float32)
+    mesh = sharding.make_mesh(1, 2, 4)
+    placed = jax.device_put(weights, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "model")))
+    with jax.set_mesh(mesh):
+        program = jax.jit(token_sampling.invert_cumulative).lower(placed, uniform).compile()
+    kinds = r"= (\w+\[[\d,]*\])\S* (?:all-gather|all-to-all|all-reduce)\("
+    sizes = [hlo.shape_bytes(shape) for shape in re.findall(kinds, program.as_text())]
+    assert 0 < max(sizes) <= 4 * 4 * 128  # a block of each of the 4 rows of a device
+    for found, wanted in zip(
+        program(placed, uniform), token_sampling.invert_cumulative(weights, uniform), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
