@@ -45,6 +45,12 @@ TITLES = dict(
     lora_sft_style="SFT in the model's own form, LoRA",
     lora_grpo_nokl="GRPO without KL, LoRA",
 )
+# Responses whose influence is measured: corpus and arm.
+CORPORA = {
+    "gold, sft_bare": "bare answers",
+    "gold, sft_style": "answers in the model's own form",
+    "own, sft_bare": "own correct responses",
+}
 # (paper, what it finds, arm, arm that it finds to lose more of the general sets)
 CLAIMS = (
     ("2507.05386", "GRPO loses less than SFT", "grpo_nokl", "sft_bare"),
@@ -115,6 +121,7 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
         "arms": {name: numbers_of_arm(runs) for name, runs in runs_of.items()},
         "bf16": {name: numbers_of_format(arms[name]) for name in FORMATS if name in arms},
         "pareto": list(pareto.analyze(folders).sentences) if has_sweep else [],
+        **numbers_of_analyses(folders),
     }
 
 
@@ -122,7 +129,8 @@ def add_numbers(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
     """Add new numbers to old ones, which must have the same batch and test rows."""
     if old and new.get("settings", old["settings"]) != old["settings"]:
         raise ValueError(f"the settings differ: got {new['settings']}, expected {old['settings']}")
-    parts = {part: {**old.get(part, {}), **new[part]} for part in ("arms", "bf16")}
+    by_name = ("arms", "bf16", "influence", "fisher")
+    parts = {part: {**old.get(part, {}), **new[part]} for part in by_name}
     return {**old, **new, **parts, "pareto": new["pareto"] or old.get("pareto", [])}
 
 
@@ -181,6 +189,49 @@ def numbers_of_format(runs: Iterable[read.ReportRun]) -> dict[str, Any]:
             part: mean_with_interval(mean_over_runs(c[part] for c in changes).values())
             for part in ("learned", "general")
         },
+    }
+
+
+def numbers_of_analyses(folders: Iterable[str]) -> dict[str, Any]:
+    """Return what `launch/analyze.py` found in workdirs below folders."""
+    found = lambda name: sorted(p for f in folders for p in Path(f).rglob(f"{name}.json"))
+    return {
+        "influence": {k: v for path in found("influence") for k, v in influence_of(path).items()},
+        "fisher": {arm_of(path): risks_of(path) for path in found("fisher")},
+    }
+
+
+def arm_of(path: Path) -> str:
+    """Return the arm of a file in its workdir, without its learning rate."""
+    return path.parent.name.partition("+")[0]
+
+
+def influence_of(path: Path) -> dict[str, Any]:
+    """Return what `launch/analyze.py influence` found, by corpus and arm."""
+    corpora = json.loads(path.read_text())["corpora"]
+    return {
+        f"{corpus['name']}, {arm_of(path)}": {
+            "n": len(corpus["pulls"]),
+            "perplexity": corpus["perplexity"],
+            "kernel": float(np.mean([pull["kernel"] for pull in corpus["pulls"]])),
+            "change": {
+                task: float(np.mean([pull["change"][task] for pull in corpus["pulls"]]))
+                for task in corpus["pulls"][0]["change"]
+            },
+        }
+        for corpus in corpora
+    }
+
+
+def risks_of(path: Path) -> dict[str, Any]:
+    """Return what `launch/analyze.py fisher` found."""
+    prompts = json.loads(path.read_text())["prompts"]
+    ratios = [p["ratio"] for p in prompts if p["ratio"]]
+    return {
+        "n": len(prompts),
+        "mixed": len(ratios),
+        "ratio": float(np.median(ratios)) if ratios else None,
+        **{name: float(np.mean([p[name] for p in prompts])) for name in ("sft", "rft", "group")},
     }
 
 
@@ -297,6 +348,39 @@ def describe_drift(numbers: Mapping[str, Any]) -> str:
     )
 
 
+def table_of_influence(numbers: Mapping[str, Any]) -> str:
+    found = numbers["influence"]
+    tasks = list(dict.fromkeys(task for row in found.values() for task in row["change"]))
+    rows = [
+        [CORPORA[name], f"{row['perplexity']:.3g}", f"{row['kernel']:.2g}"]
+        + [f"{row['change'][task]:+.3g}" for task in tasks]
+        for name, row in found.items()
+        if name in CORPORA
+    ]
+    header = ("responses", "perplexity", "kernel", *tasks)
+    return (
+        "One step of gradient descent on one response of the first exercise, from the base model: "
+        "the change of the log-probability of gold responses of the general sets, per token and "
+        f"unit of learning rate (`launch/analyze.py influence`):\n\n{markdown_table(header, rows)}"
+    )
+
+
+def describe_risk(arm: str, found: Mapping[str, Any]) -> str:
+    ratio = ""
+    if found["mixed"]:
+        ratio = (
+            f" On the {found['mixed']} prompts with responses of different rewards, E[R(RFT)] is "
+            f"{found['ratio']:.2g} times Var[r] R(SFT) in the median; the second version of "
+            "2507.05386 claims 1."
+        )
+    return (
+        f"Risk of a gradient for the general sets, by their Fisher information, on {found['n']} "
+        f"prompts of the first exercise ({TITLES[arm]}; `launch/analyze.py fisher`): gold "
+        f"response {found['sft']:.2g}, sampled response times its advantage {found['rft']:.2g}, "
+        f"update of a group {found['group']:.2g}.{ratio}"
+    )
+
+
 def render_section(numbers: Mapping[str, Any]) -> str:
     if not numbers:
         return "Not measured yet; `bash launch/smol.sh` runs the study (`configs/smol.py`).\n"
@@ -324,6 +408,13 @@ def render_section(numbers: Mapping[str, Any]) -> str:
         text.append(" ".join(numbers["pareto"]))
     else:
         missing.append("learning rates at which the methods learn equally much (`sweep`)")
+    if numbers.get("influence"):
+        text.append(table_of_influence(numbers))
+    else:
+        missing.append("influence of one response")
+    text += [describe_risk(arm, found) for arm, found in numbers.get("fisher", {}).items()]
+    if not numbers.get("fisher"):
+        missing.append("risk of gradients")
     if missing:
         text.append(f"Not run: {'; '.join(missing)}.")
     text.append("These are measurements of these runs, and no claim beyond them.")

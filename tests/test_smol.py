@@ -1,5 +1,6 @@
 """The study of a real model: its arms run, its numbers are read, and the README shows them."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_verdicts_follow_the_interval_of_the_rows_differences():
 
 def test_numbers_of_another_session_are_added():
     def numbers(arms, rows=24, pareto=()):
-        return {"settings": {"rows": rows}, "arms": arms, "bf16": {}, "pareto": list(pareto)}
+        parts = dict.fromkeys(("bf16", "influence", "fisher"), {})
+        return {"settings": {"rows": rows}, "arms": arms, "pareto": list(pareto), **parts}
 
     old = numbers({"a": 1, "b": 2}, pareto=["said"])
     added = readme_smol.add_numbers(old, numbers({"b": 3, "c": 4}))
@@ -92,6 +94,24 @@ def test_numbers_of_another_session_are_added():
     assert readme_smol.add_numbers({}, old) == old
     with pytest.raises(ValueError, match="settings differ"):
         readme_smol.add_numbers(old, numbers({}, rows=48))
+
+
+def test_analyses_of_a_workdir_are_averaged_over_responses_and_prompts(tmp_path):
+    workdir = tmp_path / "sft_bare+lr=1e-05"
+    workdir.mkdir()
+    pull = lambda kernel, change: {"kernel": kernel, "change": {"capitals": change}}
+    corpus = {"name": "gold", "perplexity": 9.0, "pulls": [pull(1.0, -4.0), pull(3.0, 2.0)]}
+    (workdir / "influence.json").write_text(json.dumps({"corpora": [corpus]}))
+    prompt = lambda sft, ratio: {"sft": sft, "rft": 1.0, "group": 0.5, "ratio": ratio}
+    prompts = [prompt(2.0, None), prompt(4.0, 6.0), prompt(6.0, 8.0), prompt(0.0, 0.0)]
+    (workdir / "fisher.json").write_text(json.dumps({"prompts": prompts}))
+    numbers = readme_smol.numbers_of_analyses([str(tmp_path)])
+    gold = {"n": 2, "perplexity": 9.0, "kernel": 2.0, "change": {"capitals": -1.0}}
+    assert numbers["influence"] == {"gold, sft_bare": gold}
+    risk = {"n": 4, "mixed": 2, "ratio": 7.0, "sft": 3.0, "rft": 1.0, "group": 0.5}
+    assert numbers["fisher"] == {"sft_bare": risk}
+    assert "| bare answers | 9 | 2 | -1 |" in readme_smol.table_of_influence(numbers)
+    assert "On the 2 prompts" in readme_smol.describe_risk("sft_bare", risk)
 
 
 def test_the_readme_shows_the_numbers_of_the_runs():
@@ -124,5 +144,7 @@ def test_the_launcher_makes_the_model_and_runs_every_part(tmp_path, word):
     trained = {line.split()[1].split(":")[1] for line in lines if "train.py" in line}
     parts = ["", ",lora", ",bf16"] + [",sweep"] * (word == "gpu")
     assert trained == {f"0,{word}{part}" for part in parts}
-    assert lines[-1].startswith("launch/analyze.py pareto")
+    analyses = [line.split()[1] for line in lines if "analyze.py" in line]
+    on_weights = ["influence", "influence", "fisher"] if word == "short" else []
+    assert analyses == ["drift", "pareto", *on_weights]
     assert f"report.py {tmp_path}/out/arms {tmp_path}/out/lora" in log.read_text()
