@@ -38,6 +38,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+MANY_MAPS = 20_000
+
+
 def pytest_collection_modifyitems(items):
     """Run files with slow tests first, so that no process has a long one left at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -46,13 +49,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def release_compiled_programs():
-    """Free compiled programs after each file, and reset the console mode.
+    """Free compiled programs after a file if they are many, and reset the console mode.
 
     A compiled CPU program holds memory maps. Those of a whole suite exceed the kernel's limit
     (65,530), and LLVM crashes.
     """
     yield
     console.set_console_mode("auto")
+    if len(Path("/proc/self/maps").read_text().splitlines()) < MANY_MAPS:
+        return
     for module in [m for name, m in sys.modules.items() if name.startswith("cptjax")]:
         for kept in [f for f in vars(module).values() if hasattr(f, "cache_clear")]:
             kept.cache_clear()
