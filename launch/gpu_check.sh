@@ -29,9 +29,9 @@ part() {  # NAME SECONDS COMMAND: its output is DIR/NAME.json, its messages DIR/
   python -m pip list 2> /dev/null | grep -i -E '^(jax|flax|optax|orbax|numpy|qwix|nvidia)' || true
   nvidia-smi 2> /dev/null || lscpu
 } > "$out/environment.txt"
-part checks 90 python launch/bench.py --check
+part checks 120 python launch/bench.py --check
 # No row is started after 3 minutes; the rows so far are printed as messages if the time ends.
-part suite 240 python launch/bench.py --suite --size="$size" --minutes=3
+part suite 230 python launch/bench.py --suite --size="$size" --minutes=3
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}; see $out" >&2
   exit 1

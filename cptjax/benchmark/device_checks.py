@@ -29,7 +29,7 @@ from cptjax.types import Array, Batch, Params, Rollouts
 
 # Of the largest value. A back end in bfloat16 rounds its inputs and its result.
 MAX_ATTENTION_ERROR = {"float32": 1e-5, "bfloat16": 0.03}
-MAX_INT8_ERROR = 0.25  # in nats per token on average
+MAX_INT8_ERROR = 0.1  # in nats per token on average; 0.03 with bfloat16 arithmetic on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
