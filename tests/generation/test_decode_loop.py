@@ -382,6 +382,7 @@ def test_a_run_tells_once_whether_it_gathers_weights(cfg, params, monkeypatch, c
     mesh = sharding.make_mesh(1, 4, 2)
     params = jax.device_put(params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh))
     model_ctx = model_context.ModelContext(cfg, None, mesh, jnp.bfloat16, (32,))
+    generate._tell_once.cache_clear()  # an earlier test may have been told
     for usable, words in ((None, "every decode step transfers"), (1e12, "every device gets")):
         monkeypatch.setattr(chips, "usable_memory", lambda devices, usable=usable: usable)
         weights = [generate.prepare_weights(model_ctx, params, sampling()) for _ in range(2)][0]
