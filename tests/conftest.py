@@ -38,7 +38,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-MANY_MAPS = 20_000
+MANY_MAPS = 8_000  # with about 2 GB of memory
 
 
 def pytest_collection_modifyitems(items):
