@@ -16,7 +16,11 @@ from cptjax.config import Stage, config_to_dict, recorded_config, resolve_stages
 from cptjax.continual import progress, workdir
 from cptjax.continual.checkpoint import Checkpoints, checkpoint_folder, open_checkpoints
 from cptjax.continual.live_report import LiveReport
-from cptjax.continual.model_state import restore_stage_params
+from cptjax.continual.model_state import (
+    frozen_weights_methods,
+    restore_stage_params,
+    split_trained,
+)
 from cptjax.data import model_context
 from cptjax.data.data_config import DataConfig
 from cptjax.data.datasets import Datasets
@@ -24,7 +28,7 @@ from cptjax.data.model_context import ModelContext
 from cptjax.evaluation.base_kl import BaseResponses
 from cptjax.evaluation.evaluate import EvalPrompts
 from cptjax.evaluation.judge import Judge
-from cptjax.models import load
+from cptjax.models import load, trainable
 from cptjax.tasks.scoring.sandbox import SandboxPool
 from cptjax.types import Params
 
@@ -85,20 +89,26 @@ class Run:
     eval_prompts: dict[tuple[str, str], EvalPrompts] = dataclasses.field(default_factory=dict)
     base_responses: dict[str, BaseResponses] = dataclasses.field(default_factory=dict)
     judges: dict[str, Judge] = dataclasses.field(default_factory=dict)  # by `judge` of their tasks
+    # The frozen weights, which all models of the run share; {} = a method changes them, or all
+    # weights are trained.
+    frozen: Params = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def base_params(self) -> Params:
         """The base model in the compute dtype, loaded on first use."""
-        return self.copy_for_comparison(
-            restore_stage_params(self.config, self.model_ctx, self.files.checkpoints, 0)
-        )
+        base = restore_stage_params(self.config, self.model_ctx, self.files.checkpoints, 0)
+        return self.copy_for_comparison(trainable.join_params(self.frozen, base))
 
     def copy_for_comparison(self, params: Params, dtype: str = "") -> Params:
-        """Copy parameters that training steps will donate.
+        """Copy parameters that training steps will donate; frozen ones are shared if they can be.
 
         The copy has the compute dtype unless `dtype` names another.
         """
-        return load.copy_params(params, dtype or self.config.model.compute_dtype)
+        copied, shared = params, {}
+        if not frozen_weights_methods(self.stages):
+            copied, shared = split_trained(self.config, params)
+        copied = load.copy_params(copied, dtype or self.config.model.compute_dtype)
+        return trainable.join_params(copied, shared)
 
     def __enter__(self) -> "Run":
         return self

@@ -88,7 +88,7 @@ def load_other_model(run: Run, folder: str) -> tuple[ModelContext, Params]:
     processor = load_processor(folder, cfg, settings.min_pixels, settings.max_pixels)
     params = load.create_params(settings, cfg, ctx.mesh, ctx.dtype, run.config.seed)
     other = dataclasses.replace(ctx, cfg=processor.cfg, processor=processor)
-    return other, run.copy_for_comparison(params)
+    return other, load.copy_params(params, run.config.model.compute_dtype)
 
 
 def hook_arrays(run: Run, stage: Stage, start: Params | None, kept: dict[str, Any]) -> HookArrays:

@@ -30,6 +30,7 @@ from cptjax.continual.checkpoint import RunRefused, StateLost, abstract_tree
 from cptjax.continual.model_state import (
     ModelState,
     frozen_after,
+    frozen_weights_methods,
     kept_shapes,
     restore_stage_params,
     split_trained,
@@ -97,6 +98,8 @@ def resume_run(run: Run, start_over: bool = False) -> tuple[ResumePoint, ModelSt
     """
     with console.show_waiting("loading the weights"):
         base = restore_stage_params(run.config, run.model_ctx, None, 0)
+    if not frozen_weights_methods(run.stages):
+        run.frozen.update(split_trained(run.config, base)[1])
     workdir = run.files.workdir
     try:
         restored = find_state(run, base)

@@ -32,6 +32,7 @@ from cptjax.training.algorithms.continual_learning.hooks import (
     HookArrays,
     KeptLayout,
     Methods,
+    overrides_hook,
 )
 from cptjax.training.algorithms.continual_learning.memory import memory_shapes
 from cptjax.training.algorithms.continual_learning.table import continual_methods
@@ -140,12 +141,20 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
     trained = abstract(trained_params, param_dtype)
     state = train_step.abstract_state(optimizer, trained, mesh, methods)
 
+    def earlier_model(dtype: Any) -> Params:
+        """Return the shapes of the model at an earlier time, which shares its frozen weights."""
+        if any(overrides_hook(m, "frozen_weights") for m in continual_methods(method)):
+            return abstract(declared, dtype)
+        return trainable.join_params(abstract(trained_params, dtype), frozen)
+
     needs = method_needs(method)
     start = reference = teacher = None
     if needs.start:
-        start = abstract(declared, param_dtype if needs.start == "exact" else dtype)
-    if needs.reference:
-        reference = start if needs.reference == "stage" else abstract(declared, dtype)
+        start = earlier_model(param_dtype if needs.start == "exact" else dtype)
+    if needs.reference == "stage":
+        reference = start
+    elif needs.reference:
+        reference = earlier_model(dtype) if needs.reference == "base" else abstract(declared, dtype)
     teacher_cfg = cfg
     if needs.teacher == "model":
         settings = other_model_settings(config, method.distill.teacher)

@@ -326,8 +326,8 @@ def test_every_further_program_can_be_lowered(mesh, c, name):
 
 
 def test_copies_of_the_stages_start_stay_in_memory(mesh):
-    """In bytes a device: all weights for an average, the frozen for a penalty that holds the
-    trained itself, and a Fisher in float32.
+    """In bytes a device: all weights for an average; the frozen ones are not copied, and a penalty
+    holds the trained itself, and a Fisher in float32.
     """
     sizes = lambda c: resident_bytes(planned_stage(c, mesh))
     average, ewc = (
@@ -340,12 +340,22 @@ def test_copies_of_the_stages_start_stay_in_memory(mesh):
         "stage's start" not in plain and sizes(average)["stage's start"] == plain["trained weights"]
     )
     penalised_sizes = sizes(ewc)
-    assert (
-        penalised_sizes["stage's start"] == 2 * penalised_sizes["frozen weights"] > 0
-    )  # a copy in float32 of leaves held in bfloat16
+    assert "stage's start" not in penalised_sizes and penalised_sizes["frozen weights"] > 0
     assert penalised_sizes["continual learning"] == pytest.approx(
         2 * penalised_sizes["trained weights"], rel=1e-3
     )
+
+
+def test_a_reference_of_adapters_shares_the_frozen_weights_unless_a_method_changes_them(mesh):
+    def sizes(**method):
+        method = METHODS["grpo"] | {"kl_coef": 0.1, "kl_reference": "base"} | method
+        lora = dict(lora=dict(rank=4))
+        return resident_bytes(planned_stage(small("grpo", method=method, model=lora), mesh))
+
+    shared, merged = sizes(), sizes(parameters=dict(name="merge_lora"))
+    adapters = shared["trained weights"] / 2  # in bfloat16 instead of float32
+    assert shared["reference"] == adapters > 0
+    assert merged["reference"] == adapters + merged["frozen weights"]
 
 
 def test_adapters_and_directions_of_earlier_stages_stay_in_memory(mesh):
