@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ SLICES = {  # name -> topology, number of slices, chips
     "2 x v5e-256": ("v5e:16x16", 2, 512),
 }
 METHODS = ("sft", "grpo")
+# Rollouts of these models have weights of which a chip does not hold a quarter.
+LARGE = ("Qwen2.5-VL-32B", "Qwen2.5-VL-72B")
 GROWTH = (("v5e-16", "v5e-256"), ("v6e-16", "v6e-256"))
 Change = tuple[str, dict[str, Any]]  # what the table says, and the settings
 # Each is made on top of those before it.
@@ -72,7 +75,8 @@ def cell_config(model: str, place: str, method: str, changes: Sequence[Change] =
     c = cpt7.get_config(f"{method},7b").unlock()
     c.model.path = MODELS[model]
     c.stages = c.stages[:1]
-    c.mesh.update(data=slices, slices=slices, fsdp=-1, model=4)
+    axis = 8 if method == "grpo" and model in LARGE else 4
+    c.mesh.update(data=slices, slices=slices, fsdp=-1, model=axis)
     shards = chips // c.mesh.model
     per_chip = 1 if method == "sft" else 2
     c.train.update(batch=per_chip * chips, micro_batch=0)
@@ -182,13 +186,18 @@ def missing_cells(cells: Mapping[str, Cell]) -> Iterator[tuple[str, str, str]]:
 def compile_missing(most: int | None) -> None:
     """Compile missing cells, save each, and print how long the others will take."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(
+        git, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
     cells = read_cells()
     todo = list(missing_cells(cells))
     for n, (model, place, method) in enumerate(todo[:most], 1):
         name, began = cell_name(model, place, method), time.monotonic()
         print(f"{len(cells) + 1}/{len(cells) + len(todo) - n + 1} {name}", flush=True)
         cells[name] = compile_cell(model, place, method) | {
-            "compile_seconds": round(time.monotonic() - began)
+            "commit": commit,
+            "compile_seconds": round(time.monotonic() - began),
         }
         NUMBERS.write_text(json.dumps(cells, indent=1) + "\n")
         of_method = [c["compile_seconds"] for k, c in cells.items() if k.endswith(method)]
@@ -238,6 +247,19 @@ def render_table(cells: Mapping[str, Cell], method: str) -> str:
     return markdown_table((method.upper(), *SLICES, "16 to 256 chips"), rows)
 
 
+def commits_text(cells: Mapping[str, Cell]) -> str:
+    """Say which code the cells were compiled from."""
+    by_commit: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        model, _, method = name.split(", ")
+        row = f"{method.upper()} of {model}"
+        if row not in by_commit.setdefault(cell["commit"], []):
+            by_commit[cell["commit"]].append(row)
+    most = max(by_commit, key=lambda commit: len(by_commit[commit]), default="")
+    parts = [f"{', '.join(rows)} at {c}" for c, rows in by_commit.items() if c != most]
+    return f"The cells were compiled at commit {'; '.join([most, *parts])}."
+
+
 def render_section(cells: Mapping[str, Cell]) -> str:
     limits = {name: cell["limit"] / 2**30 for name, cell in cells.items()}
     usable = {
@@ -245,18 +267,19 @@ def render_section(cells: Mapping[str, Cell]) -> str:
         for chip in ("v5e", "v6e")
     }
     intro = (
-        "Plans of the settings of `configs/cpt7.py` (remat=block, mesh.model=4, prompts of 4,096 "
-        "tokens, with an image of 1 megapixel except for Llama) with a fixed batch per chip: "
+        "Plans of the settings of `configs/cpt7.py` (remat=block; mesh.model=4, or 8 for GRPO of "
+        "32B and 72B; prompts of 4,096 tokens, with an image of 1 megapixel except for Llama) with "
+        "a fixed batch per chip: "
         "one conversation for SFT; two prompts with eight responses of 1,024 tokens and four "
         "updates for GRPO. A cell says, per chip: the peak of memory "
         f"(of {usable['v5e']} GiB on v5e and {usable['v6e']} GiB on v6e); the least seconds of a "
         "step; the most model FLOPs utilisation; and the bytes that the updates of a step send. "
         "Below are the changes that make the run fit, each tried after the ones before it: one "
-        "conversation or prompt per group of four chips in a device pass, Adam moments in "
+        "conversation or prompt per batch shard in a device pass, Adam moments in "
         "bfloat16, weights in bfloat16, LoRA of rank 64; for rollouts `rollout.slots` and int8 "
         "weights. The last column is the growth of the bytes that a chip sends, where both slices "
         "take the same settings. The numbers are those of the compiler and of "
-        "`cptjax/planning/timeline.py`; nothing was run."
+        f"`cptjax/planning/timeline.py`; nothing was run. {commits_text(cells)}"
     )
     compiled = [m for m in METHODS if any(name.endswith(f", {m}") for name in cells)]
     parts = [intro, *(render_table(cells, method) for method in compiled)]

@@ -77,3 +77,11 @@ def test_cells_that_are_not_compiled_are_compiled_in_order():
     assert not list(readme_plans.missing_cells(done))
     del done["Qwen2.5-VL-72B, v6e-16, grpo"]
     assert list(readme_plans.missing_cells(done)) == [("Qwen2.5-VL-72B", "v6e-16", "grpo")]
+
+
+def test_the_commits_of_the_cells_are_told():
+    cells = {f"3B, {place}, {m}": {"commit": "a"} for place in "12" for m in readme_plans.METHODS}
+    cells |= {"72B, 1, grpo": {"commit": "b"}, "72B, 2, grpo": {"commit": "b"}}
+    assert readme_plans.commits_text(cells) == (
+        "The cells were compiled at commit a; GRPO of 72B at b."
+    )
