@@ -50,6 +50,12 @@ def test_changes_are_made_one_after_the_other_until_all_programs_fit(monkeypatch
     assert cell == {"fits": True, "changes": ["smallest micro-batch", "slots"]}
 
 
+def test_a_wider_model_axis_has_fewer_batch_shards():
+    changes = (readme_plans.WIDER_MODEL, readme_plans.UPDATE_CHANGES[0])
+    c = readme_plans.cell_config(*V5E_16, "grpo", changes)
+    assert (c.mesh.model, c.train.micro_batch) == (8, 2)
+
+
 def test_a_run_that_no_change_makes_fit_says_what_does_not(monkeypatch):
     refused = {"fits": False, "peak": 2.0**35, "program": "rollouts", "limit": 2.0**34}
     monkeypatch.setattr(readme_plans, "plan_programs", lambda *_: (dict(refused), "rollouts"))
@@ -73,10 +79,14 @@ def test_growth_compares_slices_with_the_same_settings():
 def test_cells_that_are_not_compiled_are_compiled_in_order():
     first = next(readme_plans.missing_cells({}))
     assert first == (*V5E_16, "sft")
-    done = {readme_plans.cell_name(*cell): {} for cell in readme_plans.missing_cells({})}
+    done = {readme_plans.cell_name(*c): {"fits": True} for c in readme_plans.missing_cells({})}
     assert not list(readme_plans.missing_cells(done))
-    del done["Qwen2.5-VL-72B, v6e-16, grpo"]
-    assert list(readme_plans.missing_cells(done)) == [("Qwen2.5-VL-72B", "v6e-16", "grpo")]
+    name, cell = "Qwen2.5-VL-72B, v6e-16, grpo", ("Qwen2.5-VL-72B", "v6e-16", "grpo")
+    for refused in ({"fits": False, "changes": ["LoRA"]}, None):
+        done[name] = refused
+        assert list(readme_plans.missing_cells(done)) == [cell]
+    done[name] = {"fits": False, "changes": ["mesh.model=8", "LoRA"]}
+    assert not list(readme_plans.missing_cells(done))
 
 
 def test_the_commits_of_the_cells_are_told():
