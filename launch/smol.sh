@@ -47,7 +47,10 @@ fi
 python launch/report.py "$out/arms" "$out/lora" --out="$out/report.html"
 for part in drift pareto; do python launch/analyze.py "$part" "$out"/*/ --out="$out/$part.html"; done
 if [ "$word" != gpu ]; then
-  for arm in sft_bare sft_style; do python launch/analyze.py influence "$out/arms/$arm"; done
-  python launch/analyze.py fisher "$out/arms/sft_bare"
+  facts=capitals,elements,opposites  # the general sets with gold answers
+  for arm in sft_bare sft_style; do
+    python launch/analyze.py influence "$out/arms/$arm" --others="$facts"
+  done
+  python launch/analyze.py fisher "$out/arms/sft_bare" --others="$facts"
 fi
 echo "The report: $out/report.html"

@@ -360,7 +360,7 @@ def table_of_influence(numbers: Mapping[str, Any]) -> str:
     header = ("responses", "perplexity", "kernel", *tasks)
     return (
         "One step of gradient descent on one response of the first exercise, from the base model: "
-        "the change of the log-probability of gold responses of the general sets, per token and "
+        "the change of the log-probability of gold responses of the facts, per token and "
         f"unit of learning rate (`launch/analyze.py influence`):\n\n{markdown_table(header, rows)}"
     )
 
@@ -374,7 +374,7 @@ def describe_risk(arm: str, found: Mapping[str, Any]) -> str:
             "2507.05386 claims 1."
         )
     return (
-        f"Risk of a gradient for the general sets, by their Fisher information, on {found['n']} "
+        f"Risk of a gradient for the facts, by their Fisher information, on {found['n']} "
         f"prompts of the first exercise ({TITLES[arm]}; `launch/analyze.py fisher`): gold "
         f"response {found['sft']:.2g}, sampled response times its advantage {found['rft']:.2g}, "
         f"update of a group {found['group']:.2g}.{ratio}"
