@@ -68,7 +68,8 @@ class Probe:
 
     def saved_steps(self) -> list[int]:
         """Return the steps of the stage whose weights are known: 0, the saved ones, the end."""
-        found, number = self.run.files.checkpoints.found(), self.stage.number
+        checkpoints, number = self.run.files.checkpoints, self.stage.number
+        found = checkpoints.found() if checkpoints else []  # none with checkpoint.keep_stages=False
         return sorted({0, *(step for stage, step, _ in found if stage == number)})
 
     def at_step(self, step: int) -> "Probe":

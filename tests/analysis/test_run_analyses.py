@@ -1,6 +1,7 @@
 """The analyses of a trained run against its gradients and weights, and command-line mistakes."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -148,6 +149,15 @@ def test_influence_along_a_stage_has_the_weights_of_each_saved_step(workdir, tmp
             probe.at_step(7)
         with pytest.raises(ValueError, match="--steps='x': expected all"):
             influence.chosen_steps(probe, "x")
+
+
+def test_a_run_without_checkpoints_has_the_start_of_its_first_stage(workdir, tmp_path):
+    """As after a run with checkpoint.keep_stages=False."""
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with open_probe(tmp_path / "run", 1, "facts", "float32") as (probe, _):
+        assert probe.saved_steps() == [0] and probe.at_step(0) is probe
+        with pytest.raises(ValueError, match="step 20 of stage 1 is not saved; there are 0 "):
+            probe.at_step(20)
 
 
 def test_risks_of_a_run_follow_from_its_gradients(workdir, tmp_path):
