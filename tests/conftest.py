@@ -1,6 +1,7 @@
 """Settings of the tests before jax starts: eight CPU devices, float32, a compilation cache."""
 
 import gc
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -16,10 +17,17 @@ os.environ["TPU_STDERR_LOG_LEVEL"] = os.environ["TPU_MIN_LOG_LEVEL"] = os.enviro
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 # Most of the time is compilation of programs that run for milliseconds. Level 0 generates machine code
-# faster, and the older emitters of fused operations take a third of the time of the newer ones.
+# faster, and the older emitters of fused operations, which jaxlib has until 0.10, take a third of
+# the time of the newer ones.
+os.environ["CPTJAX_TEST_XLA_FLAGS"] = (  # also of processes that tests start
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else ""
+)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_backend_optimization_level=0 "
+    + os.environ["CPTJAX_TEST_XLA_FLAGS"]
 )
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(  # also of processes that tests start
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache")
@@ -32,8 +40,8 @@ from cptjax.common import console
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # the backend has read the flags
-# libtpu, which is loaded later, does not know this flag.
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
+# libtpu, which is loaded later, does not know the flag of the emitters.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(os.environ["CPTJAX_TEST_XLA_FLAGS"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

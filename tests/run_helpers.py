@@ -78,7 +78,7 @@ def environment(**more: str) -> dict[str, str]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "HF_HUB_OFFLINE": "1",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {os.environ['CPTJAX_TEST_XLA_FLAGS']}",
         }
         | more
     )
