@@ -352,12 +352,12 @@ def table_of_influence(numbers: Mapping[str, Any]) -> str:
     found = numbers["influence"]
     tasks = list(dict.fromkeys(task for row in found.values() for task in row["change"]))
     rows = [
-        [CORPORA[name], f"{row['perplexity']:.3g}", f"{row['kernel']:.2g}"]
+        [CORPORA[name], str(row["n"]), f"{row['perplexity']:.3g}", f"{row['kernel']:.2g}"]
         + [f"{row['change'][task]:+.3g}" for task in tasks]
         for name, row in found.items()
         if name in CORPORA
     ]
-    header = ("responses", "perplexity", "kernel", *tasks)
+    header = ("responses", "n", "perplexity", "kernel", *tasks)
     return (
         "One step of gradient descent on one response of the first exercise, from the base model: "
         "the change of the log-probability of gold responses of the facts, per token and "

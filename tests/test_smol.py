@@ -110,7 +110,7 @@ def test_analyses_of_a_workdir_are_averaged_over_responses_and_prompts(tmp_path)
     assert numbers["influence"] == {"gold, sft_bare": gold}
     risk = {"n": 4, "mixed": 2, "ratio": 7.0, "sft": 3.0, "rft": 1.0, "group": 0.5}
     assert numbers["fisher"] == {"sft_bare": risk}
-    assert "| bare answers | 9 | 2 | -1 |" in readme_smol.table_of_influence(numbers)
+    assert "| bare answers | 2 | 9 | 2 | -1 |" in readme_smol.table_of_influence(numbers)
     assert "On the 2 prompts" in readme_smol.describe_risk("sft_bare", risk)
 
 
