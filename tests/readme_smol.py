@@ -115,12 +115,13 @@ def collect_numbers(folders: list[str]) -> dict[str, Any]:
         if all(run.table.finished for run in arm.runs)
     }
     runs_of = {name: arms[name] for name in TITLES if name in arms}
-    has_sweep = any(name.partition("+lr=")[0] in TITLES for name in arms if "+" in name)
+    sweep = [name for name in arms if "+" in name and name.partition("+lr=")[0] in TITLES]
     return {
         **(numbers_of_base(next(iter(runs_of.values()))) if runs_of else {}),
         "arms": {name: numbers_of_arm(runs) for name, runs in runs_of.items()},
         "bf16": {name: numbers_of_format(arms[name]) for name in FORMATS if name in arms},
-        "pareto": list(pareto.analyze(folders).sentences) if has_sweep else [],
+        "pareto": list(pareto.analyze(folders).sentences) if sweep else [],
+        "sweep": sweep,
         **numbers_of_analyses(folders),
     }
 
@@ -131,7 +132,9 @@ def add_numbers(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"the settings differ: got {new['settings']}, expected {old['settings']}")
     by_name = ("arms", "bf16", "influence", "fisher")
     parts = {part: {**old.get(part, {}), **new[part]} for part in by_name}
-    return {**old, **new, **parts, "pareto": new["pareto"] or old.get("pareto", [])}
+    sweep = new if new["pareto"] else old
+    parts |= {part: sweep.get(part, []) for part in ("pareto", "sweep")}
+    return {**old, **new, **parts}
 
 
 def numbers_of_base(runs: Sequence[read.ReportRun]) -> dict[str, Any]:
@@ -405,7 +408,8 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     else:
         missing.append("float32 and bfloat16 weights")
     if numbers["pareto"]:
-        text.append(" ".join(numbers["pareto"]))
+        runs = f"Learning rates, on the first exercise: {', '.join(numbers['sweep'])}."
+        text.append(" ".join([runs, *numbers["pareto"]]))
     else:
         missing.append("learning rates at which the methods learn equally much (`sweep`)")
     if numbers.get("influence"):

@@ -86,7 +86,13 @@ def test_verdicts_follow_the_interval_of_the_rows_differences():
 def test_numbers_of_another_session_are_added():
     def numbers(arms, rows=24, pareto=()):
         parts = dict.fromkeys(("bf16", "influence", "fisher"), {})
-        return {"settings": {"rows": rows}, "arms": arms, "pareto": list(pareto), **parts}
+        return {
+            "settings": {"rows": rows},
+            "arms": arms,
+            "pareto": list(pareto),
+            "sweep": [],
+            **parts,
+        }
 
     old = numbers({"a": 1, "b": 2}, pareto=["said"])
     added = readme_smol.add_numbers(old, numbers({"b": 3, "c": 4}))
