@@ -21,9 +21,6 @@ COMPILER_OPTIONS: dict[str, Options] = {
     "gpu": {
         # Transfer weights and gradients beside the products of other layers.
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,
-        "xla_gpu_enable_pipelined_reduce_scatter": True,
         # The default with WHILE: the decode loop then runs without asking the host at each step.
         "xla_gpu_enable_command_buffer": (
             "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
