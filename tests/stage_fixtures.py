@@ -18,12 +18,12 @@ from configs import base
 from cptjax import sharding
 from cptjax.common.files import read_jsonl
 from cptjax.config import resolve_stages
-from cptjax.continual import open_run, reference_models, train_stage
-from cptjax.continual.model_state import ModelState, restore_stage_params, split_trained
+from cptjax.continual import open_run, train_stage
+from cptjax.continual.model_state import ModelState, restore_stage_params
 from cptjax.continual.open_run import Run
-from cptjax.models import load, trainable
+from cptjax.models import trainable
 from cptjax.models.families import PRESETS
-from cptjax.training import build, train_step, validate_config
+from cptjax.training import rollouts, step_batch, train_step, validate_config
 from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.types import Params, TrainState
 
@@ -185,24 +185,19 @@ def prepare_stage(
     with open_tiny_run(config, workdir, model) as (run, model_state):
         stage = run.stages[number - 1]
         validate_config.validate_stage(stage)
-        trained, frozen = split_trained(config, model_state.params)
         start = run.copy_for_comparison(model_state.params)
-        ctx = train_stage.make_stage_context(run, stage, model_state.params, start)
-        opt = build.optimizer_from_config(
-            stage.config, load.declare_model_params(stage.config.model, run.model_ctx.cfg)
-        )
-        methods = build.step_methods_from_config(stage.config)
-        state = train_step.init_state(opt, trained, run.model_ctx.mesh, methods)
-        programs = train_step.make_step_programs(
-            train_step.StepFunctions(
-                run.model_ctx.cfg,
-                build.objective_from_config(stage.config),
-                opt,
-                train_step.StateShardings.of(state),
-                run.model_ctx.dtype,
-                methods,
-                build.memory_objective_from_config(stage.config),
-            )
-        )
-        arrays = reference_models.hook_arrays(run, stage, start, {})
-        yield PreparedStage(run, ctx, state, frozen, programs, arrays)
+        ready = train_stage.prepare_stage(run, stage, model_state, start)
+        yield PreparedStage(run, ready.ctx, ready.state, ready.frozen, ready.programs, ready.arrays)
+
+
+def rollout_step_batch(
+    builder: step_batch.BatchBuilder,
+    params: Params,
+    graded: rollouts.GradedRollouts,
+    reference: Params | None,
+    *settings: Any,
+    **more: Any,
+) -> step_batch.StepBatch:
+    """Build the updates of a step on rollouts, as the training loop does."""
+    scored = rollouts.score_rollouts(builder, params, graded, reference)
+    return rollouts.scored_step_batch(builder, scored, reference, *settings, **more)

@@ -157,6 +157,7 @@ def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monk
     )
 
 
+@pytest.mark.slow
 def test_responses_that_are_sampled_ahead_are_saved(tmp_path, monkeypatch, devices):
     """A checkpoint holds the responses of weights that it does not hold."""
     c = run_helpers.config(

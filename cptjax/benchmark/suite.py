@@ -61,7 +61,7 @@ def run_suite(
     base: `get_config()` of configs/base.py
     minutes: after so many no further row is started; 0 = all are measured
     """
-    check_suite(size, rows, repeat)
+    check_suite(size, rows)
     began, compilations = time.perf_counter(), CompilationCounter()
     step_size = STEP_SIZES[size].on_devices(sharding.make_mesh().size)
     ceilings = measure_ceilings(dict(step_size.model_settings).get("compute_dtype", "bfloat16"))
@@ -80,14 +80,14 @@ def run_suite(
     return rounded(out)
 
 
-def check_suite(size: str, rows: Sequence[str], repeat: int) -> None:
+def check_suite(size: str, rows: Sequence[str]) -> None:
     """Refuse a suite that cannot be measured."""
     if size not in STEP_SIZES:
         raise ValueError(f"--size={size}: expected one of {', '.join(STEP_SIZES)} with --suite")
     for row in rows:
         if row not in SUITE_ROWS:
             raise ValueError(f"--rows={row}: expected some of {', '.join(SUITE_ROWS)}")
-    if not rows or repeat < 1:
+    if not rows:
         raise ValueError("--rows is empty; expected some of " + ", ".join(SUITE_ROWS))
 
 

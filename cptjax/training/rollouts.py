@@ -401,22 +401,6 @@ def _place_logps(builder: BatchBuilder, logps: np.ndarray, batches: Sequence[Bat
 # ---- updates -------------------------------------------------------------------------------------
 
 
-def rollout_step_batch(
-    builder: BatchBuilder,
-    params: Params,
-    graded: GradedRollouts,
-    reference: Params | None,
-    step: int,
-    stage: int,
-    teacher: Teacher | None = None,
-    start: Params | None = None,
-    carried: Mapping[str, Any] = MappingProxyType({}),
-) -> StepBatch:
-    """Do what `score_rollouts` and `scored_step_batch` do."""
-    scored = score_rollouts(builder, params, graded, reference)
-    return scored_step_batch(builder, scored, reference, step, stage, teacher, start, carried)
-
-
 def scored_step_batch(
     builder: BatchBuilder,
     scored: ScoredRollouts,

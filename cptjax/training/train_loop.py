@@ -2,7 +2,7 @@
 
 SFT, corpus    next_step_batch -> sft_step_batch (`step_batch`) -> StepPrograms.run (`train_step`)
 self           the same, on the policy's own responses (`self_training`)
-RL             next_step_batch -> start_rollouts -> rollout_step_batch (`rollouts`)
+RL             next_step_batch -> start_rollouts -> score_rollouts -> scored_step_batch (`rollouts`)
                -> StepPrograms.run for each update
 """
 

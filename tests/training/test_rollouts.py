@@ -61,7 +61,9 @@ def advantages(found):
 
 def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(prepared):
     graded = sample(prepared)
-    found = rollouts.rollout_step_batch(prepared.ctx.builder, prepared.params, graded, None, 0, 1)
+    found = stage_fixtures.rollout_step_batch(
+        prepared.ctx.builder, prepared.params, graded, None, 0, 1
+    )
     state, metrics, rows = prepared.state, [], []
     for update in found.updates:
         state, numbers = dataclasses.replace(prepared, state=state).update(update, lr=3e-2)
@@ -83,7 +85,9 @@ def test_each_pass_goes_over_all_groups_and_only_stale_ones_have_a_ratio(prepare
 
 def test_rollout_rows_hold_what_another_run_needs(prepared):
     graded = sample(prepared)
-    found = rollouts.rollout_step_batch(prepared.ctx.builder, prepared.params, graded, None, 3, 1)
+    found = stage_fixtures.rollout_step_batch(
+        prepared.ctx.builder, prepared.params, graded, None, 3, 1
+    )
     row = found.rollout_rows[0]
     assert (row["step"], row["stage"], row["task"]) == (3, 1, "first") and row["id"].startswith(
         "first/train/"
@@ -105,13 +109,13 @@ def test_kl_goes_into_the_reward_at_the_sampled_tokens(tmp_path):
     )
     with stage_fixtures.prepare_stage(method_config("grpo", method=method), tmp_path) as prepared:
         t, graded = prepared.ctx.builder, sample(prepared)
-        found = rollouts.rollout_step_batch(
+        found = stage_fixtures.rollout_step_batch(
             t, prepared.params, graded, prepared.ctx.reference, 0, 1
         )
         assert found.metrics["kl"] == pytest.approx(0, abs=1e-6)
         assert found.metrics["reward/shaped"] == pytest.approx(found.metrics["reward"], abs=1e-5)
         moved = jax.tree.map(lambda x: x * 1.5, prepared.params)
-        found = rollouts.rollout_step_batch(t, prepared.params, graded, moved, 0, 1)
+        found = stage_fixtures.rollout_step_batch(t, prepared.params, graded, moved, 0, 1)
         (batch,) = next(found.updates)
         own, ref = np.asarray(t.score(prepared.params, batch)), np.asarray(t.score(moved, batch))
         want = graded.rewards.reshape(-1) - 0.5 * np.where(batch.mask, own - ref, 0).sum(1)
@@ -125,7 +129,7 @@ def test_importance_weights_undo_a_cut_distribution(tmp_path):
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         graded = sample(prepared)
         (batch,) = next(
-            rollouts.rollout_step_batch(
+            stage_fixtures.rollout_step_batch(
                 prepared.ctx.builder, prepared.params, graded, None, 0, 1
             ).updates
         )
@@ -149,7 +153,7 @@ def test_remax_compares_with_one_greedy_response(tmp_path):
         graded = sample(prepared)
         assert graded.greedy_rewards.shape == (4,) and graded.cost.rollouts == 8 + 4
         (batch,) = next(
-            rollouts.rollout_step_batch(
+            stage_fixtures.rollout_step_batch(
                 prepared.ctx.builder, prepared.params, graded, None, 0, 1
             ).updates
         )
@@ -199,7 +203,7 @@ def test_reinforce01_raises_correct_responses_only(prepared):
     graded = sample(prepared, prepared.ctx.builder)
     parts = [{"reward": 1.0 + i % 2, "accuracy": float(i % 3 == 0)} for i in range(8)]
     t = builder(prepared, advantage="reinforce01")
-    found = rollouts.rollout_step_batch(
+    found = stage_fixtures.rollout_step_batch(
         t, prepared.params, dataclasses.replace(graded, reward_parts=parts), None, 1, 1
     )
     np.testing.assert_array_equal(advantages(found), [p["accuracy"] for p in parts])
@@ -208,7 +212,7 @@ def test_reinforce01_raises_correct_responses_only(prepared):
         reward_parts=parts,
         samples=dataclasses.replace(graded.samples, finished=np.arange(8) > 3),
     )
-    found = rollouts.rollout_step_batch(
+    found = stage_fixtures.rollout_step_batch(
         builder(prepared, advantage="reinforce01", truncated="zero"),
         prepared.params,
         cut,
@@ -235,7 +239,7 @@ def test_the_greedy_baseline_follows_the_length_rules(prepared):
     )
     np.testing.assert_array_equal(graded.greedy_rewards, best.finished)
     assert 0 < best.finished.sum() < 4  # both kinds are there
-    found = rollouts.rollout_step_batch(t, prepared.params, graded, None, 1, 1)
+    found = stage_fixtures.rollout_step_batch(t, prepared.params, graded, None, 1, 1)
     want = graded.samples.finished.reshape(4, 2) * 1.0 - best.finished[:, None]
     np.testing.assert_array_equal(advantages(found), want.reshape(-1))
 
@@ -376,7 +380,7 @@ def test_log_probabilities_are_computed_while_rewards_are(prepared):
         pending = rollouts.start_rollouts(
             b, prepared.params, next(stream), prepared.ctx.step_key(0), 0
         )
-    found = rollouts.rollout_step_batch(b, prepared.params, pending, None, 1, 1)
+    found = stage_fixtures.rollout_step_batch(b, prepared.params, pending, None, 1, 1)
     assert found.metrics["reward"] == 1
 
 
@@ -446,7 +450,7 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
     once = (1, micro_batches, micro_batches)
     assert (counts["collations"], counts["filled"], counts["images"]) == once
     counts["fetched"] = 0
-    found = rollouts.rollout_step_batch(b, prepared.params, graded, reference, 1, 1)
+    found = stage_fixtures.rollout_step_batch(b, prepared.params, graded, reference, 1, 1)
     updates = list(found.updates)
     assert (counts["collations"], counts["filled"], counts["images"]) == once
     assert (counts["fetched"] > 0) == (name == "kl in the reward")
@@ -524,7 +528,7 @@ def test_filtered_groups_are_collated_once_more(image_stage, counts, monkeypatch
             b, prepared.params, stream, prepared.ctx.step_key(0), 0
         )
     assert batches_taken == counts["collations"] == counts["images"] == 2
-    rollouts.rollout_step_batch(b, prepared.params, graded, None, 1, 1)
+    stage_fixtures.rollout_step_batch(b, prepared.params, graded, None, 1, 1)
     assert counts["collations"] == counts["images"] == 3
 
 
@@ -544,7 +548,7 @@ def test_a_micro_batch_is_as_long_as_its_own_longest_response(tmp_path):
         found = {}
         for micro_batch in (0, count // 2):
             cut = dataclasses.replace(builder, micro_batch=micro_batch)
-            step = rollouts.rollout_step_batch(cut, prepared.params, graded, reference, 0, 1)
+            step = stage_fixtures.rollout_step_batch(cut, prepared.params, graded, reference, 0, 1)
             update = next(step.updates)
             _, metrics = prepared.update(update)
             found[micro_batch] = [x.targets.shape[1] for x in update], step.metrics["kl"], metrics

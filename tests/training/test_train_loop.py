@@ -48,7 +48,7 @@ def test_padding_is_the_processed_tokens_for_each_real_one(prepared):
         graded = rollouts.sample_rollouts(
             builder, prepared.params, next(stream), prepared.ctx.step_key(0), 0
         )
-    step = rollouts.rollout_step_batch(builder, prepared.params, graded, None, 1, 1)
+    step = stage_fixtures.rollout_step_batch(builder, prepared.params, graded, None, 1, 1)
     (batch,) = next(step.updates)
     prompts, lengths = sum(len(i.encoded) for i in graded.items), np.asarray(batch.mask).sum(1)
     real, source = prompts + int(lengths.sum()), np.asarray(batch.packing.source)
@@ -67,7 +67,9 @@ def test_a_batch_without_tokens_to_train_on_changes_nothing(prepared, capsys):
     cut = dataclasses.replace(
         graded, samples=dataclasses.replace(graded.samples, finished=np.zeros(8, bool))
     )
-    (batch,) = next(rollouts.rollout_step_batch(builder, prepared.params, cut, None, 1, 1).updates)
+    (batch,) = next(
+        stage_fixtures.rollout_step_batch(builder, prepared.params, cut, None, 1, 1).updates
+    )
     assert not np.asarray(batch.mask).any()
     state, metrics = prepared.update([batch])
     jax.tree.map(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import stage_fixtures
 from method_helpers import stage_end, tree_bytes
 from stage_fixtures import method_config, prepare_stage
 
@@ -79,7 +80,7 @@ def test_the_rewards_of_a_step_have_the_drift_from_the_start_of_the_stage(tmp_pa
         parts = [dict(p, reward=float(i % 4 == 0)) for i, p in enumerate(graded.reward_parts)]
         graded = dataclasses.replace(graded, reward_parts=parts)
         start = jax.tree.map(lambda x: x * 1.01, params)
-        step = lambda **more: rollouts.rollout_step_batch(
+        step = lambda **more: stage_fixtures.rollout_step_batch(
             builder, params, graded, None, 1, 2, **more
         )
         found = step(start=start, carried={"rapo": 2.0})
