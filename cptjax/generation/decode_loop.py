@@ -30,7 +30,7 @@ from cptjax.generation.decode_pool import (
     TracedSettings,
 )
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import flops
+from cptjax.models import causal_lm, flops
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array, constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
@@ -212,7 +212,8 @@ def sample_whole_batch(
     """Decode all groups in one program, which ends when every row is done.
 
     The keys and values of responses are stored in parts, one for each loop. A loop reads only the
-    parts that exist, so that the steps do not read columns that no step has written yet.
+    parts that exist, so that the steps do not read columns that no step has written yet. There is
+    one part if a step reads only live columns.
     """
     weights = decode_pool.cast_weights(params, cfg, static)
     queue = decode_pool.queue_prompts(weights, prompts, limits, row_ids, cfg, static)
@@ -245,8 +246,10 @@ def column_parts(static: StaticSettings, cfg: ModelConfig) -> list[int]:
 
     Each part is a loop to compile, of all layers if they are unrolled. So there are at most four or
     two, and a response of full length reads 5/8 or 3/4 of the columns that it would read from one
-    part. The parts end at checks.
+    part. The parts end at checks. A step that reads only live columns needs no parts.
     """
+    if causal_lm.reads_live_columns(cfg):
+        return [static.max_new_tokens]
     steps, last = steps_between_checks(static), max(1, static.max_new_tokens - 1)
     most = 2 if cfg.compute.samples_unrolled else 4
     parts = max(1, min(most, static.max_new_tokens // LEAST_COLUMNS))

@@ -12,9 +12,11 @@ in column (b + i) % R and attends only to columns that were written since it sta
     started at 3                d e . a b c      token e, in column 7 % 6, was sampled last
     started at 7                . a . . . .
 
-A decode step reads all columns of keys and values that exist. Groups that start together fill the
-columns in order, so theirs are added part by part (`add_columns`), and no step reads columns that
-are still empty. Groups of different ages use the whole ring.
+The TPU kernel reads only the columns that a row attends to, and none of a row that is done
+(`attention_decode`). Elsewhere a decode step reads all columns of keys and values that exist.
+Groups that start together fill the columns in order, so theirs are added part by part
+(`add_columns`), and no step reads columns that are still empty. Groups of different ages use the
+whole ring.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 
 from cptjax.generation import token_sampling
 from cptjax.models import causal_lm, decoder, trainable, unrolled
+from cptjax.models.attention_decode import Past
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import constrain
 from cptjax.types import Array, Params, Prompts, Rollouts
@@ -191,15 +194,13 @@ def run_decode_steps(
 
     The columns of these steps must be in the last part of the cache.
     """
-    ring_size = static.max_new_tokens
-    columns = jnp.arange(sum(pool.cache.column_counts()))
+    ring = static.max_new_tokens
 
     def step(_: Any, pool: DecodePool) -> DecodePool:
         age = pool.step - pool.start_step  # index of the token of each group that was sampled last
-        column = pool.step % ring_size
-        visible = (column - columns) % ring_size <= age[:, None]
+        past = Past(pool.step % ring, age, ~pool.done, ring)
         hidden, cache = causal_lm.decode_step(
-            weights, pool.token, pool.rope, column, visible, pool.cache, cfg, static.dtype
+            weights, pool.token, pool.rope, past, pool.cache, cfg, static.dtype
         )
         rope = causal_lm.response_cos_sin(pool.prompts.first_position + age + 1, cfg)
         pool = pool.replace(cache=cache, step=pool.step + 1, rope=rope)

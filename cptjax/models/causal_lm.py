@@ -1,12 +1,13 @@
 """The model of any family: forward over rows and groups, prefill and decode, as pure functions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cptjax.models import attention, decoder, packed_groups, unrolled
+from cptjax.models import attention, attention_decode, decoder, packed_groups, unrolled
+from cptjax.models.attention_decode import Past
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.layers import rms_norm
@@ -128,8 +129,9 @@ def forward_packed(
 class KVCache:
     """Keys and values of the shared prompts and of each response's own tokens.
 
-    The columns of the responses are in parts of some W, because a decode step reads whole arrays.
-    With unrolled weights, keys and values are tuples of one array per layer.
+    The columns of the responses are in parts of some W, because XLA's products read whole arrays;
+    if `reads_live_columns`, there is one part, and P and W are padded. With unrolled weights, keys
+    and values are tuples of one array per layer.
     """
 
     prompt_k: LayerArrays  # [L Q K H P]
@@ -141,6 +143,11 @@ class KVCache:
     def column_counts(self) -> list[int]:
         """Return the number W of columns of each part."""
         return [jax.tree.leaves(part)[0].shape[-2] for part in self.own_v]
+
+
+def reads_live_columns(cfg: ModelConfig) -> bool:
+    """Return whether decode steps use the TPU kernel, which reads only live columns."""
+    return cfg.compute.attention == "splash" and not cfg.compute.samples_unrolled
 
 
 def prefill(
@@ -166,20 +173,23 @@ def new_kv_cache(
     keys: LayerArrays, values: LayerArrays, segments: Array, cfg: ModelConfig
 ) -> KVCache:
     """Return a cache of the prompts of `prefill`, without room for responses."""
-    heads = kv_axis(cfg)
+    heads, p = kv_axis(cfg), segments.shape[1]
+    left = attention_decode.padded_columns(p) - p if reads_live_columns(cfg) else 0
 
     def shared(x, *order):  # of [(L) Q P K H]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(left, 0), (0, 0), (0, 0)])
         x = jnp.moveaxis(x, (-3, -2, -1), order)
         return constrain(x, *(None,) * (x.ndim - 4), "batch", heads, None, None)
 
     prompt_k = jax.tree.map(lambda x: shared(x, -1, -3, -2), keys)
     prompt_v = jax.tree.map(lambda x: shared(x, -2, -3, -1), values)
-    return KVCache(prompt_k, prompt_v, segments > 0)
+    return KVCache(prompt_k, prompt_v, jnp.pad(segments > 0, ((0, 0), (left, 0))))
 
 
 def add_columns(cache: KVCache, group: int, columns: int, cfg: ModelConfig) -> KVCache:
     """Return the cache with room for `columns` more tokens of each of `group` responses."""
     heads = kv_axis(cfg)
+    columns = attention_decode.padded_columns(columns) if reads_live_columns(cfg) else columns
 
     def part(x, *tail):  # of [(L) Q K . .]
         *layer, q, k = x.shape[:-2]
@@ -209,8 +219,7 @@ def decode_step(
     p: Params,
     tokens: Array,
     rope: tuple[Array, Array],
-    column: Array,
-    visible: Array,
+    past: Past,
     cache: KVCache,
     cfg: ModelConfig,
     dtype: jnp.dtype,
@@ -218,15 +227,31 @@ def decode_step(
     """Run one token [Q G] of each response; return hidden states [Q G D] and the new cache.
 
     rope: cos and sin of the tokens' positions, from `response_cos_sin`.
-    column: the column of the responses' caches to which the keys and values of the tokens are
-        written, one of the last part; the same for all rows, so that the update is in place,
-        without a scatter.
-    visible: [Q R] True for the columns of a group's own past, including `column`.
+    past: the columns to which the responses attend. The keys and values of the tokens are written
+        to the newest one, which is in the last part; it is the same for all rows, so that the
+        update is in place, without a scatter.
     """
+    x = decoder.embed_tokens(p["text"], tokens, dtype)
+    numbers = unrolled.layer_numbers(p["text"]["blocks"], cfg.text.depth)
+    run = _decode_live_columns if reads_live_columns(cfg) else _decode_all_columns
+    x, cache = run(p["text"]["blocks"], x, rope, past, cache, cfg, numbers)
+    return rms_norm(x, p["text"]["norm"], cfg.text.norm_eps), cache
+
+
+def _decode_all_columns(
+    blocks: unrolled.Blocks,
+    x: Array,
+    rope: tuple[Array, Array],
+    past: Past,
+    cache: KVCache,
+    cfg: ModelConfig,
+    numbers: Any,
+) -> tuple[Array, KVCache]:
+    """Run the blocks with products that read all columns, and mask those that are not visible."""
     *older_k, newest_k = cache.own_k
     *older_v, newest_v = cache.own_v
-    column = column - sum(cache.column_counts()[:-1])
-    axis = unrolled.key_axis(cache.prompt_k)
+    counts, axis = cache.column_counts(), unrolled.key_axis(cache.prompt_k)
+    column, visible = past.column - sum(counts[:-1]), past.visible(sum(counts))
 
     def layer(carry, weights, prompt_k, prompt_v, i):
         x, own_k, own_v = carry
@@ -244,12 +269,40 @@ def decode_step(
         x, (own_k, own_v) = decoder.decoder_block(weights, x, rope, attend, cfg)
         return (x, own_k, own_v), None
 
-    x = decoder.embed_tokens(p["text"], tokens, dtype)
-    blocks = p["text"]["blocks"]
-    numbers = unrolled.layer_numbers(blocks, cfg.text.depth)
-    carry = (x, newest_k, newest_v)
     (x, newest_k, newest_v), _ = unrolled.scan_layers(
-        layer, carry, blocks, cache.prompt_k, cache.prompt_v, numbers
+        layer, (x, newest_k, newest_v), blocks, cache.prompt_k, cache.prompt_v, numbers
     )
-    x = rms_norm(x, p["text"]["norm"], cfg.text.norm_eps)
     return x, cache.replace(own_k=(*older_k, newest_k), own_v=(*older_v, newest_v))
+
+
+def _decode_live_columns(
+    blocks: Params,
+    x: Array,
+    rope: tuple[Array, Array],
+    past: Past,
+    cache: KVCache,
+    cfg: ModelConfig,
+    numbers: Array,
+) -> tuple[Array, KVCache]:
+    """Run the blocks with the TPU kernel, which takes the caches of all layers."""
+    (own_k,), (own_v,), heads = cache.own_k, cache.own_v, kv_axis(cfg)
+    stacked = attention_decode.Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
+    reads = attention_decode.plan_reads(stacked, cache.prompt_mask, past, heads)
+
+    def layer(carry, weights, i):
+        x, own_k, own_v = carry
+
+        def attend(q, k, v):
+            keys = write_column(own_k, i, k, past.column, axis=-2)
+            values = write_column(own_v, i, v, past.column, axis=-2)
+            written = stacked.replace(own_k=keys, own_v=values)
+            out = attention_decode.attend_live(
+                q, written, reads, i, past.ring, heads, attention.INTERPRET
+            )
+            return out, (keys, values)
+
+        x, (own_k, own_v) = decoder.decoder_block(weights, x, rope, attend, cfg)
+        return (x, own_k, own_v), None
+
+    (x, own_k, own_v), _ = unrolled.scan_layers(layer, (x, own_k, own_v), blocks, numbers)
+    return x, cache.replace(own_k=(own_k,), own_v=(own_v,))

@@ -113,6 +113,9 @@ def parse_hlo(text: str) -> tuple[Computations, str]:
         elif instructions is not None and (match := _line.match(stripped)):
             root, name, shape, op, rest = match.groups()
             instructions.append(Instruction(name, shape, op, rest, bool(root)))
+        elif instructions and stripped != "}":  # an attribute of the last one has several lines
+            last = instructions[-1]
+            instructions[-1] = dataclasses.replace(last, rest=f"{last.rest} {stripped}")
     return computations, entry
 
 

@@ -53,11 +53,19 @@ def _flops(i: hlo.Instruction, shapes: dict[str, str]) -> float:
         return _convolution(
             i, hlo.array_dims(shapes[i.operands[0]]), hlo.array_dims(shapes[i.operands[1]])
         )
+    if (stated := _stated_cost(i, "flops")) is not None:
+        return stated
     if i.op == "custom-call" and "splash" in i.name:
         return _splash(i)
     if i.op == "custom-call" and "__cudnn$fmha" in i.rest:
         return _cudnn(i, [hlo.array_dims(shapes[o]) for o in i.operands[:3]])
     return 0.0
+
+
+def _stated_cost(i: hlo.Instruction, name: str) -> float | None:
+    """Return a cost that a TPU kernel states (pl.CostEstimate), where it depends on data."""
+    stated = re.search(rf'"cost_estimate":\{{[^}}]*"{name}":"(\d+)"', i.rest)
+    return float(stated[1]) if stated and i.op == "custom-call" else None
 
 
 def _convolution(i: hlo.Instruction, left: list[int], right: list[int]) -> float:
@@ -167,6 +175,8 @@ def moved_bytes(
         return 0.0
     if i.op == "custom-call" and any(f'"{name}"' in i.rest for name in FREE_CALLS):
         return 0.0
+    if (stated := _stated_cost(i, "bytes_accessed")) is not None:
+        return stated
     if i.op == "async-start":
         return sum(_body_bytes(name, computations) for name in hlo.called_computations(i))
     given = hlo.shape_bytes(i.shape, only_main=True)

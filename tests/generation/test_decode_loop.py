@@ -15,7 +15,7 @@ from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
 from cptjax.generation import decode_loop, generate, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import causal_lm, decoder, hf_checkpoint, logprobs, trainable
+from cptjax.models import attention, causal_lm, decoder, hf_checkpoint, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import PRESETS
 from cptjax.training import validate_config
@@ -202,6 +202,32 @@ def test_meshes_do_not_change_rows(cfg, params, shape, slots):
             )
             assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(placed))
         same(whole, run(placed, batch, cfg, rows=np.arange(8) + 3, slots=slots))
+
+
+@pytest.mark.parametrize(
+    "shape, slots", [(None, 0), (None, 3), ((1, 4, 2), 4), ((1, 2, 4), 0)], ids=str
+)
+def test_the_tpu_kernel_does_not_change_rows(shape, slots, monkeypatch):
+    """Rows end at different steps, slots are refilled, and the ring of 12 columns is padded."""
+    monkeypatch.setattr(attention, "INTERPRET", True)
+    cfg = tiny.our_config(family="qwen2")
+    params = sharding.init_params(causal_lm.declare_params(cfg), jax.random.key(0), jnp.float32)
+    params["text"]["embed"] *= 4
+    batch, stops = prompts(cfg, [[9], [14], [4], [11], [6], [3], [8], [12]]), tuple(range(2, 40))
+    whole = run(params, batch, cfg, stop=stops)
+    assert len(set(whole.mask.sum(1).tolist())) > 3
+    kernel = cfg.with_compute(attention="splash")
+    if shape is None:
+        same(whole, run(params, batch, kernel, stop=stops, slots=slots, check_every=3))
+        return
+    mesh = sharding.make_mesh(*shape)
+    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+    placed = jax.device_put(
+        params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh, rules)
+    )
+    with jax.set_mesh(mesh):
+        batch = sharding.place_prompts(batch, mesh)
+        same(whole, run(placed, batch, kernel, stop=stops, slots=slots, check_every=3))
 
 
 @pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])

@@ -140,6 +140,34 @@ def test_batched_products_of_a_tpu_count_one_window_position_each():
     assert hlo_costs.count_flops(line) == 2 * 16 * 2048 * 128 * 64
 
 
+KERNEL = """\
+ENTRY %main (a: bf16[2,384,128], b: bf16[2,384,128]) -> bf16[2,384,128] {
+  %a = bf16[2,384,128]{2,1,0} parameter(0)
+  %b = bf16[2,384,128]{2,1,0} parameter(1)
+  ROOT %splash_mqa_fwd.1 = bf16[2,384,128]{2,1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,384,128]{2,1,0}, bf16[2,384,128]{2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/vision/pallas_call"}
+}
+"""
+
+
+def test_a_kernel_of_the_vision_tower_is_not_causal():
+    """Its name is in a later line: the attributes of the kernel have several."""
+    products = 2 * 2 * 2 * 384 * 384 * 128
+    assert hlo_costs.count_flops(KERNEL) == products
+    assert hlo_costs.count_flops(KERNEL.replace("vision/", "")) == products * 385 / 2 / 384
+
+
+def test_a_kernel_costs_what_it_states():
+    """As for a kernel that reads a part of its operands, and is given each of them twice."""
+    cost = 'backend_config={"cost_estimate":{"bytes_accessed":"700","flops":"30","transcendentals":"4"}}'
+    text = KERNEL.replace("splash_mqa_fwd", "kernel").replace(
+        'pallas_call"}', 'pallas_call"}, ' + cost
+    )
+    assert hlo_costs.count_flops(text) == 30
+    assert hlo_costs.count_memory_traffic(text) == 700
+
+
 @pytest.mark.parametrize("length", [1, 6])
 def test_a_scan_counts_as_often_as_it_runs(length):
     run = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
