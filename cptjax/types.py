@@ -91,6 +91,9 @@ class Prompts:
     segments: Array  # [B T]
     slots: Array  # [B T]
     vision: Vision | None = None
+    # The states of `vision` in a frozen tower, which several models share: after the last block
+    # [S W*P D], and in some families also after earlier blocks [n S W*P D].
+    tower_states: tuple[Array, ...] | None = None
 
 
 @flax.struct.dataclass

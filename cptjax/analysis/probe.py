@@ -147,7 +147,9 @@ class Probe:
             "train": {"batch": size * jax.process_count(), "micro_batch": 0},  # one device pass
         }
         config = merge_config(self.stage.config, changes)
-        builder = build.batch_builder_from_config(self.run.model_ctx, self.prompted_tasks, config)
+        builder = build.batch_builder_from_config(
+            self.run.model_ctx, self.prompted_tasks, config, self.params
+        )
         key = jax.random.fold_in(jax.random.key(self.run.config.seed), 30_000 + self.stage.number)
         batches = []
         with console.progress_bar("sample responses", len(items)) as bar:

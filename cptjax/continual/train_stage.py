@@ -178,7 +178,7 @@ def make_stage_context(
     if c.method.objective == "distill":
         for prompted, source in zip(prompted_tasks.values(), sources, strict=True):
             prompts.demonstration_prompt(prompted, source[0])  # refuses a task without gold answers
-    builder = build.batch_builder_from_config(model_ctx, prompted_tasks, c)
+    builder = build.batch_builder_from_config(model_ctx, prompted_tasks, c, params)
     _ = builder.layout  # refuses a batch that cannot be cut, before anything is sampled
     n = len(stage.tasks)
     if c.method.filter:

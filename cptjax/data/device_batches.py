@@ -143,13 +143,17 @@ def _join_program(
     specs = jax.tree.map(lambda x: x.spec, shardings)
 
     def join_shard(*parts: Prompts) -> Prompts:
-        features = math.prod(parts[0].vision.frames.shape) // area if parts[0].vision else 0
+        patches = 0
+        if parts[0].tower_states:
+            patches = parts[0].tower_states[0].shape[1]
+        elif parts[0].vision:
+            patches = math.prod(parts[0].vision.frames.shape)
         numbered = [
-            p.replace(slots=jnp.where(p.slots < 0, -1, p.slots + i * features))
+            p.replace(slots=jnp.where(p.slots < 0, -1, p.slots + i * patches // area))
             for i, p in enumerate(parts)
         ]
         # Position ids begin with the axis of time, height and width, images with that of shards.
-        axes = Prompts(tokens=0, positions=1, segments=0, slots=0, vision=1)
+        axes = Prompts(tokens=0, positions=1, segments=0, slots=0, vision=1, tower_states=-2)
         return jax.tree.map(
             lambda axis, *xs: jax.tree.map(lambda *x: jnp.concatenate(x, axis), *xs),
             axes,

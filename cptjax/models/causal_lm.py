@@ -33,10 +33,13 @@ class DecoderInputs(NamedTuple):
 def embed_inputs(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype) -> DecoderInputs:
     """Return token embeddings with the vision features in their slots."""
     x = decoder.embed_tokens(p["text"], prompts.tokens, dtype)
-    if prompts.vision is None:
+    if prompts.vision is None and prompts.tower_states is None:
         return DecoderInputs(x)
+    tower, states = find_family(cfg).tower, prompts.tower_states
     with jax.named_scope("vision"):
-        features = find_family(cfg).tower.encode(p, prompts.vision, cfg, dtype)
+        if states is None:
+            states = tower.run(p, prompts.vision, cfg, dtype)
+        features = tower.merge(p, states, cfg)
     shards, (b, t) = features.merged.shape[0], prompts.slots.shape
     slots = prompts.slots.reshape(shards, b // shards * t)
     is_image = prompts.slots[..., None] >= 0

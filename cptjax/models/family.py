@@ -53,7 +53,10 @@ class ImageTower:
 
     # -> {"vision": ..., "merger": ...}
     declare_params: Callable[[ModelConfig], Params]
-    encode: Callable[[Params, Vision, ModelConfig, jnp.dtype], VisionFeatures]
+    # -> `Prompts.tower_states`; the parameters of the merger are not used.
+    run: Callable[[Params, Vision, ModelConfig, jnp.dtype], tuple[Array, ...]]
+    # The states -> features; of all parameters only those of the merger are used.
+    merge: Callable[[Params, tuple[Array, ...], ModelConfig], VisionFeatures]
     # The order of the patches of a frame of h x w patches.
     frame_layout: Callable[[int, int, VisionConfig], FrameLayout]
     # (types [T], grids, seconds per frame pair of each video) -> time, height, width ids [3 T]

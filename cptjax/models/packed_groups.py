@@ -64,6 +64,7 @@ def pack_tokens(
         segments=is_real.astype(prompts.segments.dtype),
         slots=jnp.where(is_real, slots, -1),
         vision=prompts.vision,
+        tower_states=prompts.tower_states,
     )
 
 

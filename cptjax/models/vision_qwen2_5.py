@@ -154,11 +154,12 @@ def vision_block(
     return constrain(x, "batch", None, None)
 
 
-def merge_patches(p: Params, x: Array, cfg: ModelConfig) -> Array:
-    """Map the patches of each merge unit to one feature: [rows P D] -> [rows P/4 D_text]."""
+def merge_states(params: Params, states: tuple[Array, ...], cfg: ModelConfig) -> VisionFeatures:
+    """Map the patches of each merge unit to one feature: [S W*P D] -> [S W*P/4 D_text]."""
+    p, (x,) = params["merger"], states
     y = rms_norm(x, p["norm"], VISION_EPS)
     y = y.reshape(y.shape[0], -1, p["fc1"]["w"].shape[0])
-    return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], y), approximate=False))
+    return VisionFeatures(linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], y), approximate=False)))
 
 
 def _scan_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> Array:
@@ -197,12 +198,12 @@ def normalise_patches(patches: Array, v: VisionConfig) -> Array:
     return (patches.astype(np.float32) / np.float32(1 / v.pixel_scale) - mean) / std
 
 
-def encode_vision(
+def run_tower(
     params: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype
-) -> VisionFeatures:
-    """Return the features [S W*P/4 D_text] of the patches of each batch shard."""
+) -> tuple[Array, ...]:
+    """Return the states [S W*P D] of the patches of each batch shard after the last block."""
     tower = params["vision"]
-    s, w, slots, values = vision.patches.shape
+    s, w, slots, _ = vision.patches.shape
     rows = lambda x: x.reshape(s * w, *x.shape[2:])
     patches = normalise_patches(rows(vision.patches), cfg.vision).astype(dtype)
     x = constrain(linear(tower["patch"], patches), "batch", None, None)
@@ -212,5 +213,4 @@ def encode_vision(
         return vision_block(p, x, rope, frames, full, cfg), None
 
     x = _scan_blocks(tower["blocks"], x, step, cfg)
-    features = merge_patches(params["merger"], x, cfg)
-    return VisionFeatures(features.reshape(s, w * slots // cfg.vision.merge**2, cfg.text.width))
+    return (constrain(x.reshape(s, w * slots, -1), "batch", None, None),)

@@ -205,8 +205,13 @@ def _run_blocks(blocks: Params, x: Array, step: Callable, cfg: ModelConfig) -> t
     return x, kept[:-1]
 
 
-def encode_frames(p: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype) -> VisionFeatures:
-    """Return the features of the patches of each batch shard."""
+def run_frame_tower(
+    p: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype
+) -> tuple[Array, ...]:
+    """Return the states of the patches of each batch shard.
+
+    They are those after the last block [S W*P D], and after each block of `deepstack` [n S W*P D].
+    """
     v = cfg.vision
     s, w, slots, _ = vision.patches.shape
     rows = lambda x: x.reshape(s * w, *x.shape[2:])
@@ -218,9 +223,17 @@ def encode_frames(p: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype)
     x, kept = _run_blocks(
         p["vision"]["blocks"], embed_patches(p["vision"], vision, v, dtype), step, cfg
     )
-    tokens = (s, w * slots // v.merge**2, cfg.text.width)
-    merged = merge_last(p["merger"], x, v.merge).reshape(tokens)
+    last = constrain(x.reshape(s, w * slots, -1), "batch", None, None)
     if not v.deepstack:
+        return (last,)
+    kept = kept.reshape(-1, *last.shape)
+    return last, constrain(kept, None, "batch", None, None)
+
+
+def merge_frame_states(p: Params, states: tuple[Array, ...], cfg: ModelConfig) -> VisionFeatures:
+    """Return the features of the states of `run_frame_tower`."""
+    last, *kept = states
+    merged, merge = merge_last(p["merger"], last, cfg.vision.merge), cfg.vision.merge
+    if not kept:
         return VisionFeatures(merged)
-    added = merge_deepstack(p["merger"]["deepstack"], kept, v.merge)
-    return VisionFeatures(merged, added.reshape(-1, *tokens))
+    return VisionFeatures(merged, merge_deepstack(p["merger"]["deepstack"], kept[0], merge))

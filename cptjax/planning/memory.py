@@ -100,9 +100,11 @@ def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> flo
     t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
     text_inner = 2 * (t.heads + t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
     parts = [(tokens, t.depth, t.width, text_inner)]
-    if v is not None:
-        parts.append((patches, v.depth, v.width, v.block_values))
     total = 0.0 if v is None else tokens * itemsize * v.added_layers * t.width
+    if stage.shares_tower:
+        total += patches * itemsize * (1 + v.added_layers) * v.width
+    elif v is not None:
+        parts.append((patches, v.depth, v.width, v.block_values))
     for n, depth, width, inner in parts:
         kept = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}
         per_layer = width + kept[stage.config.model.remat]

@@ -24,6 +24,7 @@ from cptjax.training.algorithms.losses import TOKEN_OBJECTIVES, LossConfig
 from cptjax.training.algorithms.objective import MemoryObjective, Objective
 from cptjax.training.algorithms.optimizers import Optimizer, OptimizerConfig, make_optimizer
 from cptjax.training.step_batch import BatchBuilder
+from cptjax.training.tower_states import shares_tower, tower_params
 from cptjax.types import Array, Batch, Params
 
 
@@ -77,9 +78,15 @@ def scoring_program_from_config(
 
 
 def batch_builder_from_config(
-    model_ctx: ModelContext, prompted_tasks: dict[str, PromptedTask], config: ConfigDict
+    model_ctx: ModelContext,
+    prompted_tasks: dict[str, PromptedTask],
+    config: ConfigDict,
+    params: Params,
 ) -> BatchBuilder:
-    """Build the batch builder of a stage; refuse sampling slots that the mesh cannot divide."""
+    """Build the batch builder of a stage; refuse sampling slots that the mesh cannot divide.
+
+    Of the model's parameters it takes a frozen vision tower.
+    """
     sampling = rollout_sampling(config)
     sampling.check_batch_shards(sharding.batch_shards(model_ctx.mesh))
     return BatchBuilder(
@@ -92,4 +99,5 @@ def batch_builder_from_config(
         micro_batch=config.train.micro_batch,
         pack=config.data.pack and config.method.objective in TOKEN_OBJECTIVES,
         score=scoring_program_from_config(model_ctx.cfg, model_ctx.dtype, config),
+        tower=tower_params(params) if shares_tower(config, model_ctx.cfg) else None,
     )

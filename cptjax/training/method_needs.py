@@ -29,6 +29,11 @@ class MethodNeeds:
     # of the model, V vocabulary.
     arrays: dict[str, str]
 
+    @property
+    def other_reference(self) -> bool:
+        """Whether the reference is a model of a folder."""
+        return self.reference not in ("", "base", "stage")
+
 
 def method_needs(method: Any, ahead: int = 0) -> MethodNeeds:
     """Return what `config.method` of a stage needs, with rollouts as old as `rollout.ahead`."""

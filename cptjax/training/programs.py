@@ -26,7 +26,7 @@ from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
 from cptjax.models import flops, load, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import abstract_array
-from cptjax.training import build, step_batch, train_step
+from cptjax.training import build, step_batch, tower_states, train_step
 from cptjax.training.algorithms import distillation
 from cptjax.training.algorithms.continual_learning.hooks import (
     HookArrays,
@@ -39,6 +39,7 @@ from cptjax.training.algorithms.continual_learning.table import continual_method
 from cptjax.training.algorithms.objective import MemoryObjective
 from cptjax.training.method_needs import MethodNeeds, method_needs
 from cptjax.training.step_batch import StepLayout
+from cptjax.training.tower_states import for_other_tower
 from cptjax.types import Batch, Params, Prompts, TrainState
 
 TEACHER_STATES = "teacher states"
@@ -82,6 +83,11 @@ class AbstractStage:
         return step_batch.step_layout(
             self.config.method, train.batch, train.micro_batch, self.shards
         )
+
+    @property
+    def shares_tower(self) -> bool:
+        """Whether the models of a step share the states of a frozen vision tower."""
+        return tower_states.shares_tower(self.config, self.cfg)
 
     @property
     def longest_prompt(self) -> int:
@@ -211,6 +217,20 @@ def abstract_prompts(
     return sharding.place_prompts(prompts, stage.mesh)
 
 
+def share_tower(stage: AbstractStage, prompts: Prompts) -> Prompts:
+    """Return the prompts as the models of a step take them."""
+    if not stage.shares_tower:
+        return prompts
+    program = tower_states.make_tower_program(stage.cfg, stage.dtype)
+    states = program.eval_shape(tower_states.tower_params(stage.params), prompts.vision)
+    axes = ("batch",), (None, "batch")  # of the states after the last block, and of the others
+    states = tuple(
+        abstract_array(x.shape, x.dtype, stage.mesh, names)
+        for x, names in zip(states, axes, strict=False)
+    )
+    return tower_states.replace_images(prompts, states, stage.needs)
+
+
 def abstract_conversations(
     stage: AbstractStage, rows: int, length: int, response: int = 0
 ) -> Batch:
@@ -239,8 +259,10 @@ def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
 def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
     """Return one device pass of the programs of log-probabilities."""
     if stage.config.method.source == "rollouts":
-        return abstract_groups(stage, rows, stage.longest_prompt)
-    return abstract_conversations(stage, rows, stage.longest_row)
+        batch = abstract_groups(stage, rows, stage.longest_prompt)
+    else:
+        batch = abstract_conversations(stage, rows, stage.longest_row)
+    return batch.replace(prompts=share_tower(stage, batch.prompts))
 
 
 def abstract_memory_batch(stage: AbstractStage) -> Batch:
@@ -304,10 +326,14 @@ def text_forward(stage: AbstractStage, rows: int) -> float:
     return flops.text_forward_flops(stage.cfg, rows, length, length)
 
 
-def forward_flops(stage: AbstractStage, layout: StepLayout) -> float:
-    """Count the FLOPs of a device pass, without the empty rows that fill it up."""
+def forward_flops(stage: AbstractStage, layout: StepLayout, own_tower: bool = False) -> float:
+    """Count the FLOPs of a device pass, without the empty rows that fill it up.
+
+    own_tower: the model does not share the policy's
+    """
     rows = layout.filled_rows
-    return text_forward(stage, rows) + vision_forward(stage, rows)
+    vision = 0.0 if stage.shares_tower and not own_tower else vision_forward(stage, rows)
+    return text_forward(stage, rows) + vision
 
 
 def update_flops(stage: AbstractStage, rows: int) -> float:
@@ -315,7 +341,8 @@ def update_flops(stage: AbstractStage, rows: int) -> float:
 
     Frozen weights need no gradient, and a frozen vision tower needs no backward pass.
     """
-    return backward_flops(stage, text_forward(stage, rows), vision_forward(stage, rows))
+    vision = 0.0 if stage.shares_tower else vision_forward(stage, rows)
+    return backward_flops(stage, text_forward(stage, rows), vision)
 
 
 def backward_flops(stage: AbstractStage, text: float, vision: float) -> float:
@@ -333,6 +360,7 @@ def training_programs(stage: AbstractStage) -> list[Program]:
     """Return the programs of a stage in the order of their calls."""
     layout = stage.layout
     return [
+        *tower_programs(stage, layout),
         *rollout_programs(stage),
         *scoring_programs(stage, layout),
         *teacher_programs(stage, layout),
@@ -351,6 +379,18 @@ def waiting_batches(stage: AbstractStage, in_use: int) -> tuple[Batch, ...]:
     steps = 1 if source == "self" or (source == "rollouts" and not ahead) else 2
     count = stage.layout.total_micro_batches * steps
     return (abstract_scoring_batch(stage, stage.layout.rows),) * (count - in_use)
+
+
+def tower_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
+    """Return the program of the states of the frozen vision tower that the models share."""
+    if not stage.shares_tower:
+        return []
+    longest = stage.longest_prompt if stage.config.method.source == "rollouts" else 0
+    vision = abstract_prompts(stage, layout.rows, longest or stage.longest_row).vision
+    program = tower_states.make_tower_program(stage.cfg, stage.dtype)
+    args = tower_states.tower_params(stage.params), vision
+    useful, calls = vision_forward(stage, layout.filled_rows), layout.total_micro_batches
+    return [Program("vision tower", program, args, calls, useful, others=waiting_batches(stage, 1))]
 
 
 def rollout_programs(stage: AbstractStage) -> list[Program]:
@@ -374,9 +414,10 @@ def rollout_programs(stage: AbstractStage) -> list[Program]:
     if c.method.source == "rollouts":
         samplings = [sampling, sampling.greedy()] if needs.greedy_samples else [sampling]
         cuts = stage.layout.total_micro_batches
-        sampled = response_programs(stage, "rollouts", c.train.batch, samplings, 1.0, cuts)
+        sampled = response_programs(stage, "rollouts", c.train.batch, samplings, 1.0, cuts, True)
         # The prompts of micro-batches wait for the update; one alone is itself the joined batch.
-        parts = (abstract_prompts(stage, stage.layout.rows, stage.longest_prompt),) * cuts
+        part = abstract_prompts(stage, stage.layout.rows, stage.longest_prompt)
+        parts = (share_tower(stage, part),) * cuts
         others = parts if cuts > 1 else ()
         programs += [dataclasses.replace(program, others=others) for program in sampled]
     return programs
@@ -389,11 +430,14 @@ def response_programs(
     samplings: list[SamplingConfig],
     calls: float,
     micro_batches: int = 1,
+    of_step: bool = False,
 ) -> list[Program]:
     """Return the programs that sample responses to `rows` prompts, joined from micro-batches.
 
     The program that joins them only copies them, and is left out. A second entry of `samplings` is
     greedy sampling.
+
+    of_step: the prompts are those of a step, whose models may share a vision tower
     """
     if rows % stage.shards:
         raise ValueError(
@@ -405,6 +449,9 @@ def response_programs(
     )
     kept = tuple(program.name for program in programs)
     prompts = abstract_prompts(stage, rows, stage.longest_prompt, micro_batches)
+    vision_flops = vision_forward(stage, rows)
+    if of_step and stage.shares_tower:
+        prompts, vision_flops = share_tower(stage, prompts), 0.0
     for label, sampling in zip((name, "greedy responses"), samplings, strict=False):
         programs += decode_loop.sampling_programs(
             label,
@@ -415,7 +462,7 @@ def response_programs(
             stage.dtype,
             stage.mesh,
             calls=calls,
-            vision_flops=vision_forward(stage, rows),
+            vision_flops=vision_flops,
             kept=kept,
         )
     return programs
@@ -427,19 +474,21 @@ def scoring_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
     The policy before the updates is scored only if an update needs its log-probabilities.
     """
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
-    models = {}
+    models, needs = {}, stage.needs
     if stage.reference is not None:
         models["reference log-probs"] = stage.reference
-    if stage.needs.drift and stage.start is not stage.reference:
+    if needs.drift and stage.start is not stage.reference:
         models["start log-probs"] = stage.start
-    if stage.needs.policy_logps:
+    if needs.policy_logps:
         models["own log-probs"] = stage.params
     batch, calls = abstract_scoring_batch(stage, layout.rows), layout.total_micro_batches
-    useful, others = forward_flops(stage, layout), waiting_batches(stage, 1)
-    return [
-        Program(name, score, (params, batch), calls, useful, others=others)
-        for name, params in models.items()
-    ]
+    others, programs = waiting_batches(stage, 1), []
+    for name, params in models.items():
+        own_tower = name == "reference log-probs" and needs.other_reference
+        seen = for_other_tower(batch) if own_tower else batch
+        useful = forward_flops(stage, layout, own_tower)
+        programs.append(Program(name, score, (params, seen), calls, useful, others=others))
+    return programs
 
 
 def teacher_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
@@ -448,6 +497,9 @@ def teacher_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
         return []
     c = stage.config
     batch, others = abstract_scoring_batch(stage, layout.rows), waiting_batches(stage, 1)
+    own_tower = stage.needs.demonstrations or stage.needs.teacher == "model"
+    if own_tower:
+        batch = for_other_tower(batch)
     if stage.needs.demonstrations:
         demonstration = c.rollout.max_new_tokens + DEMONSTRATION_TEMPLATE_TOKENS
         longest = max(collate.extend_buckets((stage.longest_prompt,), demonstration))
@@ -455,9 +507,8 @@ def teacher_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
         others = waiting_batches(stage, 0)
     program = distillation.make_teacher_program(stage.teacher_cfg, stage.dtype)
     args, calls = (stage.teacher, batch), layout.micro_batches * layout.updates
-    return [
-        Program(TEACHER_STATES, program, args, calls, forward_flops(stage, layout), others=others)
-    ]
+    useful = forward_flops(stage, layout, own_tower)
+    return [Program(TEACHER_STATES, program, args, calls, useful, others=others)]
 
 
 def memory_programs(stage: AbstractStage, updates: int) -> list[Program]:

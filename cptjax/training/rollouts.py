@@ -18,7 +18,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -43,6 +43,7 @@ from cptjax.training.algorithms.continual_learning.table import continual_method
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.method_needs import method_needs
 from cptjax.training.step_batch import BatchBuilder, StepBatch, attach_arrays, iterate_updates
+from cptjax.training.tower_states import for_other_tower
 from cptjax.types import Array, Batch, Params, Prompts
 
 # The arrays of sampled responses [B R] (finished: [B]) in a checkpoint.
@@ -136,7 +137,7 @@ def start_rollouts(
     model_ctx, sampling, count = builder.model_ctx, builder.sampling, len(items)
     numbers = first + jax.process_index() * count + np.arange(count)
     encoded = [i.encoded for i in items]
-    prompts = model_ctx.place_prompt_batches([encoded[p] for p in builder.prompt_slices(count)])
+    prompts = builder.place_prompts(encoded)
     joined, order = join_prompts(model_ctx, prompts)
     weights = generate.prepare_weights(model_ctx, params, sampling)
 
@@ -329,7 +330,10 @@ def score_rollouts(
     keep = advantages.trained_responses(finished, builder.method.truncated)
     slices, batches = _group_batches(builder, graded, keep)
     with phases.phase("logps"):
-        ref_logps = _score(builder, "reference", reference, batches) if needs.reference else []
+        ref_logps = []
+        if needs.reference:
+            seen = map(for_other_tower, batches) if needs.other_reference else batches
+            ref_logps = _score(builder, "reference", reference, seen)
         if not needs.policy_logps:
             old = []
         elif old_logps is None:
@@ -450,6 +454,8 @@ def scored_step_batch(
             teacher.demonstration_batch(batch, graded.items[p])
             for batch, p in zip(batches, slices, strict=True)
         ]
+    elif needs.teacher == "model":
+        seen = [for_other_tower(batch) for batch in batches]
     cuts = batch_slices(len(batches), layout.micro_batches) * layout.passes
     updates = iterate_updates([batches[c] for c in cuts], teacher, [seen[c] for c in cuts])
 
@@ -488,8 +494,7 @@ def _group_batches(
     lengths = response_buckets([mask[r] for r in rows], builder.sampling.max_new_tokens)
     placed = graded.prompts
     if placed is None:
-        encoded = [i.encoded for i in graded.items]
-        placed = builder.model_ctx.place_prompt_batches([encoded[p] for p in slices])
+        placed = builder.place_prompts([i.encoded for i in graded.items])
     batches = []
     for r, prompts, length in zip(rows, placed, lengths, strict=True):
         extra = {name: x[r] for name, x in arrays.items()}
@@ -502,7 +507,7 @@ def _group_batches(
 
 
 def _score(
-    builder: BatchBuilder, model: str, params: Params | None, batches: Sequence[Batch]
+    builder: BatchBuilder, model: str, params: Params | None, batches: Iterable[Batch]
 ) -> list[Array]:
     """Start to compute the log-probabilities of a model; `model` names it among device times."""
     began = time.perf_counter()
@@ -585,11 +590,15 @@ def _batch_advantages(
 
 
 def _forward_flops(builder: BatchBuilder, graded: GradedRollouts) -> float:
-    """Count the FLOPs of one forward pass over all groups."""
+    """Count the FLOPs of one forward pass over all groups.
+
+    A tower that the models of a step share runs once, which `sampling_cost` counts.
+    """
     cfg, lengths = builder.model_ctx.cfg, graded.lengths
     encoded = [i.encoded for i in graded.items]
     prompt = sum(map(len, encoded)) / len(encoded)
-    return sum(image_flops(cfg, e) for e in encoded) + flops.group_forward_flops(
+    images = sum(image_flops(cfg, e) for e in encoded) if builder.tower is None else 0.0
+    return images + flops.group_forward_flops(
         cfg, len(encoded), prompt, lengths.shape[1], lengths.mean()
     )
 

@@ -17,16 +17,18 @@ import jax
 
 from cptjax import sharding
 from cptjax.common import device_time, phases
-from cptjax.data.cost import WorkCost, conversation_flops
+from cptjax.data.collate import EncodedConversation
+from cptjax.data.cost import WorkCost, conversation_flops, image_flops
 from cptjax.data.device_batches import batch_slices, conversation_batch, micro_batch_layout
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.tasks.prompted_task import PromptedTask
+from cptjax.training import tower_states
 from cptjax.training.algorithms.distillation import Teacher
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.method_needs import MethodNeeds, method_needs
-from cptjax.types import Array, Batch, Params
+from cptjax.types import Array, Batch, Params, Prompts
 
 
 @dataclasses.dataclass
@@ -87,6 +89,8 @@ class BatchBuilder:
     micro_batch: int  # prompts or conversations per device pass; 0 = all
     pack: bool  # put several conversations into a row
     score: Callable[[Params, Batch], Array]  # log-probabilities [B A] of a batch's targets
+    # The frozen vision tower that the models of a step share; None = each runs its own.
+    tower: Params | None = None
 
     @property
     def needs(self) -> MethodNeeds:
@@ -112,11 +116,32 @@ class BatchBuilder:
         """Build the micro-batches of one update from conversations with their responses."""
         layout, count = self.layout, jax.process_count()
         rows, share = layout.rows // count, -(-layout.filled_rows // count)
-        return [
+        batches = [
             conversation_batch(
                 self.training_ctx, [i.encoded for i in items[part]], rows=rows, pack=self.pack
             )
             for part in batch_slices(len(items), share)
+        ]
+        prompts = self.share_tower([batch.prompts for batch in batches])
+        return [b.replace(prompts=p) for b, p in zip(batches, prompts, strict=True)]
+
+    def place_prompts(self, encoded: Sequence[EncodedConversation]) -> list[Prompts]:
+        """Collate this process's prompts, and place the micro-batches of groups on the mesh."""
+        slices = self.prompt_slices(len(encoded))
+        return self.share_tower(self.model_ctx.place_prompt_batches([encoded[p] for p in slices]))
+
+    def share_tower(self, prompts: Sequence[Prompts]) -> list[Prompts]:
+        """Replace images by their states in the tower, if the models of a step share it."""
+        if self.tower is None:
+            return list(prompts)
+        began, ctx = time.perf_counter(), self.model_ctx
+        program = tower_states.make_tower_program(ctx.cfg, ctx.dtype)
+        with jax.set_mesh(ctx.mesh):
+            states = [p.vision and program(self.tower, p.vision) for p in prompts]
+        device_time.watch("vision", began, states)
+        return [
+            tower_states.replace_images(p, s, self.needs) if s else p
+            for p, s in zip(prompts, states, strict=True)
         ]
 
 
@@ -166,9 +191,12 @@ def sft_step_batch(
             device_time.watch("reference", began, ref_logps)
         batches = attach_arrays(batches, ref_logps=ref_logps)
     forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
-    work = sum(conversation_flops(builder.model_ctx.cfg, i.encoded) for i in items)
-    tokens = sum(len(i.encoded) for i in items)
+    cfg, encoded = builder.model_ctx.cfg, [i.encoded for i in items]
+    work = forwards * sum(conversation_flops(cfg, e) for e in encoded)
+    if builder.tower is not None:  # it runs once
+        work -= (forwards - 1) * sum(image_flops(cfg, e) for e in encoded)
+    tokens = sum(map(len, encoded))
     return StepBatch(
         iterate_updates([batches], teacher),
-        cost=WorkCost(flops=forwards * work, seen=tokens, trained=tokens),
+        cost=WorkCost(flops=work, seen=tokens, trained=tokens),
     )

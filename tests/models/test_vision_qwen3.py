@@ -137,7 +137,8 @@ def _vision(seed: int, gap: int = 3) -> tuple[Vision, np.ndarray, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _encode(params, vision, cfg):
-    return vision_qwen3.encode_frames(params, vision, cfg, jnp.float32)
+    states = vision_qwen3.run_frame_tower(params, vision, cfg, jnp.float32)
+    return vision_qwen3.merge_frame_states(params, states, cfg)
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +209,7 @@ def test_gradients_equal_those_of_a_loop_over_the_blocks(tower, remat):
             (i + 2) * jnp.sum(jnp.cos(x)) for i, x in enumerate(added)
         )
 
-    scanned = jax.jit(
-        jax.grad(lambda p: loss(*vision_qwen3.encode_frames(p, vision, cfg, jnp.float32)))
-    )(params)
+    scanned = jax.jit(jax.grad(lambda p: loss(*_encode(p, vision, cfg))))(params)
     looped = jax.jit(jax.grad(lambda p: loss(*_run_by_one(p, vision, CFG)[1:])))(params)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(scanned), jax.tree.leaves(looped), strict=True

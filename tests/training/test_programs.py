@@ -130,9 +130,10 @@ def use_largest_shapes(monkeypatch, stage, longest_demonstration=0):
 
 
 GRPO = {"ratio": "token", "kl_coef": 0.1}
-CASES = {  # method, its changes, changes of train
+CASES = {  # method, its changes, changes of other sections
     "KL and several updates": ("grpo", GRPO | {"updates_per_batch": 2, "passes": 2}, {}),
-    "micro-batches": ("grpo", GRPO | TWO_UPDATES, {"batch": 8, "micro_batch": 2}),
+    "micro-batches": ("grpo", GRPO | TWO_UPDATES, {"train": {"batch": 8, "micro_batch": 2}}),
+    "frozen tower": ("grpo", GRPO | TWO_UPDATES, {"model": {"freeze": ("vision",)}}),
     "KL in the reward": (
         "grpo",
         {"advantage": "reinforce", "kl_place": "reward", "kl_estimator": "k1", "kl_coef": 0.1},
@@ -140,10 +141,15 @@ CASES = {  # method, its changes, changes of train
     ),
     "greedy baseline": ("remax", {}, {}),
     "online filter": ("dapo", {"overlong": 0}, {}),
-    "distillation": ("sdft", {}, {"micro_batch": 2}),
+    "distillation": ("sdft", {}, {"train": {"micro_batch": 2}}),
     "frozen teacher": ("sdft", {"distill": {"teacher": "frozen"}}, {}),
     "cross-entropy with KL": ("sft", {"kl_coef": 0.1}, {}),
-    "LwF": ("sft", {"loss": {"name": "lwf", "coef": 1.0}}, {"micro_batch": 2}),
+    "LwF": ("sft", {"loss": {"name": "lwf", "coef": 1.0}}, {"train": {"micro_batch": 2}}),
+    "LwF with a frozen tower": (
+        "sft",
+        {"loss": {"name": "lwf", "coef": 1.0}},
+        {"model": {"freeze": ("vision", "merger")}},
+    ),
     "L2": ("sft", {"penalty": {"name": "l2", "coef": 1.0}}, {}),
     "drift in the reward": ("dr_grpo", {"reward": {"name": "rapo"}}, {}),
     "own responses": ("self_sft", {}, {}),
@@ -152,9 +158,9 @@ CASES = {  # method, its changes, changes of train
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, name):
-    method, changes, train = CASES[name]
+    method, changes, sections = CASES[name]
     number = 2 if name == "drift in the reward" else 1  # the first stage has none
-    c = method_config(method, stages=number, method=changes, train=train)
+    c = method_config(method, stages=number, method=changes, **sections)
     with stage_fixtures.prepare_stage(c, tmp_path, number) as prepared:
         ctx = prepared.ctx
         stage = abstract_stage(ctx.config, ctx.builder.model_ctx.cfg, prepared.run.model_ctx.mesh)
