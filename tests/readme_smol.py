@@ -351,6 +351,18 @@ def describe_drift(numbers: Mapping[str, Any]) -> str:
     )
 
 
+def describe_sweep(names: Iterable[str]) -> str:
+    """Say which learning rates the runs of the sweep have."""
+    rates: dict[str, list[float]] = collections.defaultdict(list)
+    for name in names:
+        arm, _, rate = name.partition("+lr=")
+        rates[arm].append(float(rate))
+    listed = (
+        f"{TITLES[arm]} {', '.join(f'{r:g}' for r in sorted(of))}" for arm, of in rates.items()
+    )
+    return f"Learning rates, on the first exercise alone: {'; '.join(listed)}."
+
+
 def table_of_influence(numbers: Mapping[str, Any]) -> str:
     found = numbers["influence"]
     tasks = list(dict.fromkeys(task for row in found.values() for task in row["change"]))
@@ -408,8 +420,7 @@ def render_section(numbers: Mapping[str, Any]) -> str:
     else:
         missing.append("float32 and bfloat16 weights")
     if numbers["pareto"]:
-        runs = f"Learning rates, on the first exercise: {', '.join(numbers['sweep'])}."
-        text.append(" ".join([runs, *numbers["pareto"]]))
+        text.append(" ".join([describe_sweep(numbers["sweep"]), *numbers["pareto"]]))
     else:
         missing.append("learning rates at which the methods learn equally much (`sweep`)")
     if numbers.get("influence"):

@@ -119,14 +119,10 @@ def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
         for name, of_method in by_method.items()
     }
     ordered = sorted(by_method, key=lambda name: losses[name][-1])
-    best, *others = ordered
-    gaps = [
-        f"{name} loses {100 * (losses[name][-1] - losses[best][-1]):.1f} points more"
-        for name in others
-    ]
+    changes = [f"{name} {-100 * losses[name][-1]:+.1f}" for name in ordered]
     sentence = (
-        f"At {100 * matched:.1f} % on the new tasks, which every method reaches, {best} loses "
-        f"{100 * losses[best][-1]:.1f} points on the others; {', '.join(gaps)}."
+        f"At {100 * matched:.1f} % on the new tasks, which every method reaches, the others change "
+        f"by these points: {', '.join(changes)}."
     )
     header = ("method", "arms", "on the frontier", "best accuracy", "loss there")
     table = FindingTable(

@@ -63,6 +63,6 @@ def test_arms_of_a_sweep_with_seeds_become_points_of_their_method(tmp_path):
         "rl": "grpo",
     }
     assert "At 70.0 % on the new tasks" in found.sentences[0]
-    assert "sft loses 27.0 points more" in found.sentences[0]
+    assert "grpo -3.0, sft -30.0." in found.sentences[0]
     page = finding.write_finding(found, tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1 and "FM peak, own stage on" in page
