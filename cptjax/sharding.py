@@ -1,6 +1,7 @@
 """The device mesh, the sharding rules, declared parameters, and the placement of arrays."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -211,14 +212,25 @@ def init_params(
     The values of a leaf depend only on the key and on the leaf's position in the tree.
     """
 
-    def make(key: jax.Array) -> Any:
-        leaves, tree = jax.tree.flatten(params, is_leaf=is_param)
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_param)
+    shardings = None
+    if mesh is not None:
+        shardings = tuple(named_sharding(p.axes, mesh, p.shape, rules) for p in leaves)
+    return tree.unflatten(_init_program(tuple(leaves), dtype, shardings)(key))
+
+
+@functools.lru_cache(maxsize=32)
+def _init_program(
+    leaves: tuple[Param, ...], dtype: Any, shardings: tuple[NamedSharding, ...] | None
+) -> Callable[[jax.Array], list[jax.Array]]:
+    """Return a program that creates leaves; all runs of a process with the same model share it."""
+
+    def make(key: jax.Array) -> list[jax.Array]:
         keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
         arrays = [p.init(k, p.shape, jnp.float32) for k, p in zip(keys, leaves, strict=True)]
-        return tree.unflatten([x.astype(dtype) for x in arrays])
+        return [x.astype(dtype) for x in arrays]
 
-    shardings = None if mesh is None else param_shardings(params, mesh, rules)
-    return jax.jit(make, out_shardings=shardings)(key)
+    return jax.jit(make, out_shardings=None if shardings is None else list(shardings))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

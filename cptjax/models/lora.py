@@ -1,5 +1,6 @@
 """LoRA: declare low-rank adapters in a parameter tree, create them, merge them into weights."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -74,6 +75,7 @@ def add_lora(
     return unflatten_params(out)
 
 
+@functools.cache
 def adapter_init(ndim: int) -> Initializer:
     """Return the initializer of a `lora_a` with `ndim` axes: layer, inputs, rank."""
     return jax.nn.initializers.variance_scaling(

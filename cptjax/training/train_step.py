@@ -276,7 +276,7 @@ def abstract_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return jax.tree_util.tree_map_with_path(
-        find, jax.eval_shape(functools.partial(_fresh_state, optimizer, methods), params)
+        find, jax.jit(_fresh_state, static_argnums=(0, 1)).eval_shape(optimizer, methods, params)
     )
 
 
@@ -295,5 +295,5 @@ def init_state(
 
 
 def _fresh_state(optimizer: optimizers.Optimizer, methods: Methods, params: Params) -> TrainState:
-    # A module-level function, so that the next stage reuses the compiled program.
+    # A module-level function, so that the next stage reuses its shapes and the compiled program.
     return optimizer.init(params).replace(methods=hooks.begin_methods(methods, params))
