@@ -18,9 +18,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 # Most of the time is compilation of programs that run for milliseconds. Level 0 generates machine code
 # faster, and the older emitters of fused operations, which jaxlib has until 0.10, take a third of
-# the time of the newer ones.
+# the time of the newer ones. Two test processes use both cores, so a program is not split for
+# threads.
 os.environ["CPTJAX_TEST_XLA_FLAGS"] = (  # also of processes that tests start
-    "--xla_cpu_use_fusion_emitters=false"
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     if importlib.metadata.version("jaxlib").startswith("0.10.")
     else ""
 )
@@ -51,6 +52,8 @@ MANY_MAPS = 8_000  # with about 2 GB of memory
 
 def pytest_collection_modifyitems(items):
     """Run files with slow tests first, so that no process has a long one left at the end."""
+    gc.set_threshold(50_000, 20, 50)  # as in run_helpers.collect_rarely
+    gc.freeze()
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -1,9 +1,11 @@
 """Run many launch commands in forks of one process that has imported everything.
 
-Starting Python and importing jax takes longer than a command that is refused. As a program: the
-commands are read from standard input as JSON, the results are written to standard output.
+Starting Python and importing jax takes longer than a command that is refused. As a program: each
+line of standard input is a list of commands as JSON, its results are a line of standard output.
 """
 
+import contextlib
+import gc
 import json
 import os
 import runpy
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,33 @@ MEMORY = 8 << 30  # bytes of address space of one command
 TOGETHER = 2  # commands that run at the same time
 
 
-def run_commands(
-    commands: list[list[str]], folder: Path, limit: float = 120.0
-) -> list[dict[str, Any]]:
-    """Return exit code, output and seconds of processor time of each command [script, *flags].
+@contextlib.contextmanager
+def start_launcher(
+    folder: Path, limit: float = 120.0
+) -> Iterator[Callable[[list[list[str]]], list[dict[str, Any]]]]:
+    """Yield a function that runs commands [script, *flags].
 
-    A command that takes more than `limit` seconds is killed.
+    It returns exit code, output and seconds of processor time of each. A command that takes more
+    than `limit` seconds is killed.
     """
     import run_helpers
 
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, __file__, str(limit)],
-        input=json.dumps(commands),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
         env=run_helpers.environment(),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    ) as process:
+
+        def run_commands(commands: list[list[str]]) -> list[dict[str, Any]]:
+            print(json.dumps(commands), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            assert line, "the process that forks the commands died, see its standard error"
+            return json.loads(line)
+
+        yield run_commands
 
 
 def start(command: list[str], log: Path) -> int:
@@ -112,4 +123,6 @@ if __name__ == "__main__":
     import cptjax.planning.plan  # noqa: F401
 
     AutoTokenizer.from_pretrained  # noqa: B018, imported on first access
-    print(json.dumps(serve(json.load(sys.stdin), float(sys.argv[1]))))
+    gc.freeze()  # a collection in a fork would copy the pages of what is imported
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line), float(sys.argv[1]))), flush=True)

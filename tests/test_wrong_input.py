@@ -602,13 +602,13 @@ FLAGS = {  # {config}, {run}, {model}, {here} are paths
     "convert --checkpoint={model} --dst={here}/c": "expected an Orbax checkpoint",
     "sample --model=nope --prompt=x": "nope is neither a folder nor a hub id",
     "sample --model=tiny --prompt=x --n=0": "n=0",
-    "sample --model=tiny --prompt=x --n=1000000": "n=1000000",
-    "sample --model=tiny --prompt=x --seed=99999999999999999999999": "seed=",
-    "sample --model=tiny --prompt=x --seed=-1": "seed=-1",
-    "sample --model=tiny --prompt=x --temperature=nan": "temperature",
-    "sample --model=tiny --prompt=x --image=/dev/zero": "no such file",
-    "sample --model=tiny --prompt=\udcff": "half of a surrogate pair",
-    "sample --model=tiny --prompt=<|im_end|>": "contains <|im_end|>",
+    "sample --model={model} --prompt=x --n=1000000": "n=1000000",
+    "sample --model={model} --prompt=x --seed=99999999999999999999999": "seed=",
+    "sample --model={model} --prompt=x --seed=-1": "seed=-1",
+    "sample --model={model} --prompt=x --temperature=nan": "temperature",
+    "sample --model={model} --prompt=x --image=/dev/zero": "no such file",
+    "sample --model={model} --prompt=\udcff": "half of a surrogate pair",
+    "sample --model={model} --prompt=<|im_end|>": "contains <|im_end|>",
     "report /etc": "/etc is not a run",
     "report {run} --sort=nope": "sort='nope' is no metric",
     "report {run} --out=/dev/null/x.html": "/dev/null",
@@ -666,13 +666,14 @@ def results(tmp_path_factory):
     api.save(api.load("tiny", dtype="float32"), folder / "model")
     (folder / "cfg.py").write_text(CONFIG.format("pass"))
     good = ["train", f"--config={folder / 'cfg.py'}", f"--workdir={folder / 'run'}"]
-    (made,) = launcher_forks.run_commands([good], run_helpers.ROOT)
-    assert made["code"] == 0, made["said"]
-    commands = []
-    for number, case in enumerate(CASES):
-        (folder / str(number)).mkdir()
-        commands.append(case.prepare(folder / str(number)))
-    return launcher_forks.run_commands(commands, run_helpers.ROOT)
+    with launcher_forks.start_launcher(run_helpers.ROOT) as run_commands:
+        (made,) = run_commands([good])
+        assert made["code"] == 0, made["said"]
+        commands = []
+        for number, case in enumerate(CASES):
+            (folder / str(number)).mkdir()
+            commands.append(case.prepare(folder / str(number)))
+        return run_commands(commands)
 
 
 @pytest.mark.slow
