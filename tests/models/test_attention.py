@@ -34,15 +34,17 @@ def _draw(b, t, s, n, k, h, dtype=np.float32):
 def _compare(run, wanted, q, k, v, weight, real, tol):
     """Values and gradients of the real tokens."""
     weight = weight * real[:, :, None, None]
-    both = [
-        jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(f(q, k, v) * weight), (0, 1, 2)))
-        for f in (run, wanted)
-    ]
-    (value, grads), (value0, grads0) = (f(q, k, v) for f in both)
+
+    def differentiated(f):
+        def loss(q, k, v):
+            out = f(q, k, v)
+            return jnp.sum(out * weight), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    ((value, out), grads), ((value0, out0), grads0) = map(differentiated, (run, wanted))
     np.testing.assert_allclose(value, value0, rtol=tol, atol=tol)
-    np.testing.assert_allclose(
-        jax.jit(run)(q, k, v)[real], jax.jit(wanted)(q, k, v)[real], atol=tol
-    )
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(out0)[real], atol=tol)
     for a, b in zip(grads, grads0, strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, atol=tol * max(1, float(np.abs(b).max())))
