@@ -221,7 +221,10 @@ def main() -> None:
 
     collect_rarely()
     plan = json.loads(sys.argv[1])
-    logs = [f"{folder}.{i}.log" for i, (folder, _) in enumerate(plan.get("together", ()))]
+    logs = [
+        f"{plan.get('log') or folder}.{i}.log"
+        for i, (folder, _) in enumerate(plan.get("together", ()))
+    ]
     pids = [
         child(plan["method"], folder, plan["sections"], log, only)
         for log, (folder, only) in zip(logs, plan.get("together", ()), strict=True)

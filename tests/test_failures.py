@@ -20,6 +20,7 @@ from cptjax.data.mixture import Mixture
 
 KILL = int(signal.SIGKILL)
 TINY = {
+    "model": run_helpers.TEXT,
     "steps": 4,
     "stages": ({"task": "facts", "steps": 4},),
     "eval": {"before": False, "limit": 4},
@@ -163,7 +164,7 @@ def test_a_teacher_that_follows_is_restored_in_float32(tmp_path, devices):
     are used in bfloat16.
     """
     changes = {
-        "model": {"compute_dtype": "bfloat16"},
+        "model": run_helpers.TEXT | {"compute_dtype": "bfloat16"},
         "rollout": {"group": 1},
         "method": {"distill": {"ema": 0.3}},
     }
@@ -309,15 +310,14 @@ def small_disk(whole, tmp_path):
 def test_a_read_only_disk_ends_in_one_line(tmp_path):
     """Read only, which stops even root: a folder that cannot be made, and one that is there."""
     with mounted(tmp_path / "disk", "ro") as folder:
-        for place in (folder, folder / "run"):
-            plan = {
-                "method": "sft",
-                "workdir": str(place),
-                "sections": TINY,
-                "signals": [(KILL, None)],
-                "log": str(tmp_path / "log"),
-            }
-            (metrics,) = run_helpers.run_processes(plan)
+        places = (folder, folder / "run")
+        plan = {
+            "method": "sft",
+            "sections": TINY,
+            "together": [(str(place), "") for place in places],
+            "log": str(tmp_path / "log"),
+        }
+        for place, metrics in zip(places, run_helpers.run_processes(plan), strict=True):
             assert f"Read-only file system: '{place}" in error_line(metrics)
 
 
