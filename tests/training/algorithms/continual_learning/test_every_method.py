@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import shutil
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,8 +16,11 @@ import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
+from cptjax.common.files import read_jsonl
+from cptjax.config import resolve_stages
 from cptjax.continual import resume, train_stage
 from cptjax.continual.stage_callbacks import StageCallbacks
+from cptjax.training import validate_config
 from cptjax.training.algorithms.continual_learning.table import CONTINUAL_METHODS
 
 # The settings of each method, by its name: large enough to have an effect in a tiny run.
@@ -89,15 +93,77 @@ def config(objective: str, method: dict, **sections):
     return c
 
 
-def trained(c, folder) -> tuple[list[np.ndarray], list[dict]]:
+class Trained(NamedTuple):
+    """What a run of both stages leaves."""
+
+    params: list[np.ndarray]
+    lines: list[dict]
+    kept: Any  # of its method
+
+
+def trained(c, folder) -> Trained:
     _, model_state, lines = stage_fixtures.train_all_stages(c, folder)
-    return jax.tree.leaves(jax.device_get(model_state.params)), lines
+    params, kept = jax.device_get((model_state.params, model_state.kept))
+    return Trained(jax.tree.leaves(params), lines, kept)
 
 
 @functools.cache
 def without_method(objective: str, adapters: bool, folder) -> list[np.ndarray]:
     model = sections(ADAPTERS[0])["model"] if adapters else {}
-    return trained(config(objective, {}, model=model), folder / str(adapters))[0]
+    return trained(config(objective, {}, model=model), folder / f"{objective}-{adapters}").params
+
+
+@functools.cache
+def with_method(name: str, objective: str, folder) -> Trained:
+    """The run of a method on one device, which all tests share."""
+    if name in KILLED and objective == OBJECTIVE[name]:
+        return run_with_copies(name, 1, folder)
+    return trained(config(objective, **sections(name)), folder / f"{name}-{objective}")
+
+
+def killed_config(name: str, shards: int):
+    c = config(
+        OBJECTIVE[name], **sections(name), mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10)
+    )
+    c.train.batch = max(c.train.batch, shards)
+    return c
+
+
+@functools.cache
+def run_with_copies(name: str, shards: int, folder) -> Trained:
+    """Train without a disturbance, and copy the workdir twice.
+
+    After the first stage ("between"), and in the second ("inside").
+    """
+    c, after_step, folder = killed_config(name, shards), StageCallbacks.after_step, folder / name
+
+    def copy_workdir(run, where):
+        run.files.checkpoints.wait()
+        shutil.copytree(run.files.workdir, folder / f"{where}-{shards}")
+
+    def copying(self, state, progress, *more):
+        go_on = after_step(self, state, progress, *more)
+        if (self.stage.number, progress.step) == (2, 1):
+            copy_workdir(self.run, "inside")
+        return go_on
+
+    workdir = folder / f"whole-{shards}"
+    for stage in resolve_stages(c):
+        validate_config.validate_stage(stage)
+    with stage_fixtures.open_tiny_run(c, workdir, saved=True) as (run, model_state):
+        model_state = train_stage.train_stage(run, run.stages[0], model_state)
+        copy_workdir(run, "between")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(StageCallbacks, "after_step", copying)
+            model_state = train_stage.train_stage(run, run.stages[1], model_state)
+        run.files.checkpoints.wait()
+        params, kept = jax.device_get((model_state.params, model_state.kept))
+    return Trained(jax.tree.leaves(params), read_jsonl(workdir / "metrics.jsonl"), kept)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
 
 def test_every_method_of_the_table_is_in_this_file():
@@ -106,60 +172,39 @@ def test_every_method_of_the_table_is_in_this_file():
 
 
 @pytest.mark.parametrize(("name", "objective"), CASES)
-def test_a_method_has_an_effect_under_each_objective(name, objective, tmp_path, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / f"plain-{objective}"
+def test_a_method_has_an_effect_under_each_objective(name, objective, folder):
     plain = without_method(objective, name in ADAPTERS, folder)
-    params, lines = trained(config(objective, **sections(name)), tmp_path)
-    steps = [line for line in lines if "event" not in line]
+    run = with_method(name, objective, folder)
+    steps = [line for line in run.lines if "event" not in line]
     assert all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in steps)
-    assert all(np.isfinite(x).all() for x in params)
-    moved = max(np.abs(a - b).max() for a, b in zip(params, plain, strict=True))
+    assert all(np.isfinite(x).all() for x in run.params)
+    moved = max(np.abs(a - b).max() for a, b in zip(run.params, plain, strict=True))
     # A-GEM changes only an update that opposes the memory.
     acts = any(line.get("agem/projected", 1) for line in steps[2:])
     assert moved > 1e-5 if acts else moved < 1e-6
 
 
 @pytest.mark.parametrize("name", ON_A_MESH)
-def test_a_method_gives_the_same_weights_on_a_mesh(name, tmp_path):
+def test_a_method_gives_the_same_weights_on_a_mesh(name, folder, tmp_path):
     objective, sizes = OBJECTIVE[name], dict(data=2, fsdp=2, model=2)
-    one = trained(config(objective, **sections(name)), tmp_path / "one")[0]
-    mesh = trained(config(objective, **sections(name), mesh=sizes), tmp_path / "mesh")[0]
+    one = with_method(name, objective, folder).params
+    mesh = trained(config(objective, **sections(name), mesh=sizes), tmp_path).params
     for a, b in zip(one, mesh, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["between", "inside"])
 @pytest.mark.parametrize(("name", "shards"), [*((name, 1) for name in KILLED), ("ewc", 8)])
-def test_a_run_with_a_method_resumes_to_the_same_bits(name, shards, tmp_path, monkeypatch):
+def test_a_run_with_a_method_resumes_to_the_same_bits(name, shards, where, folder):
     """A kill leaves what was on the disk between the stages, or in the middle of the second one."""
-    c = config(
-        OBJECTIVE[name], **sections(name), mesh=dict(fsdp=shards), checkpoint=dict(every=1, keep=10)
-    )
-    c.train.batch = max(c.train.batch, shards)
-    after_step = StageCallbacks.after_step
-
-    def copy_workdir(run, where):
+    whole, c = run_with_copies(name, shards, folder), killed_config(name, shards)
+    workdir = folder / name / f"{where}-{shards}"
+    with stage_fixtures.open_tiny_run(c, workdir, saved=True) as (run, _):
+        point, model_state = resume.resume_run(run)
+        assert point.stage == {"between": 1, "inside": 2}[where]
+        assert (point.unfinished is None) == (where == "between")
+        end = train_stage.train_stage(run, run.stages[1], model_state, point.unfinished)
         run.files.checkpoints.wait()
-        shutil.copytree(run.files.workdir, tmp_path / where)
-
-    def copying(self, state, progress, *more):
-        go_on = after_step(self, state, progress, *more)
-        if (self.stage.number, progress.step) == (2, 1):
-            copy_workdir(self.run, "inside")
-        return go_on
-
-    with stage_fixtures.open_tiny_run(c, tmp_path / "whole", saved=True) as (run, model_state):
-        model_state = train_stage.train_stage(run, run.stages[0], model_state)
-        copy_workdir(run, "between")
-        with monkeypatch.context() as patched:
-            patched.setattr(StageCallbacks, "after_step", copying)
-            model_state = train_stage.train_stage(run, run.stages[1], model_state)
-        run.files.checkpoints.wait()
-        whole = jax.device_get((model_state.params, model_state.kept))
-    for where, stage in (("between", 1), ("inside", 2)):
-        with stage_fixtures.open_tiny_run(c, tmp_path / where, saved=True) as (run, _):
-            point, model_state = resume.resume_run(run)
-            assert (point.stage, point.unfinished is None) == (stage, where == "between")
-            end = train_stage.train_stage(run, run.stages[1], model_state, point.unfinished)
-            run.files.checkpoints.wait()
-            again = jax.device_get((end.params, end.kept))
-            jax.tree.map(np.testing.assert_array_equal, again, whole)
+        params, kept = jax.device_get((end.params, end.kept))
+    again, wanted = (jax.tree.leaves(params), kept), (whole.params, whole.kept)
+    jax.tree.map(np.testing.assert_array_equal, again, wanted)
