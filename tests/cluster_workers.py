@@ -293,9 +293,8 @@ def run(workdir: str, method: str = "sft", **sections: object) -> None:
 
     task = {"train": "rows.jsonl", "test": "rows.jsonl", "template": "none"}
     task |= {"reward": "reward.py:reward"} if method == "grpo" else {}
-    driver.run(
-        run_helpers.config(method, **{**SHORT, "tasks": {"mine": task}, **sections}), workdir
-    )
+    short = SHORT | {"tasks": {"mine": task}, "model": run_helpers.TEXT}
+    driver.run(run_helpers.config(method, **short | sections), workdir)
 
 
 def in_folder(folder: str, rows: list[dict]) -> None:
@@ -523,10 +522,11 @@ def main() -> None:
     from cptjax.common import cli, cluster, signals  # noqa: F401
 
     limit, ports, names = float(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-    if set(names) & set(RUNS):
-        import run_helpers  # noqa: F401
+    import run_helpers
 
+    if set(names) & set(RUNS):
         from cptjax.continual import driver  # noqa: F401
+    run_helpers.collect_rarely()
     groups = [list(group) for then, group in itertools.groupby(names, "then".__eq__) if not then]
     ended = {}
     for group in groups:
