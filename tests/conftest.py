@@ -52,7 +52,7 @@ MANY_MAPS = 8_000  # with about 2 GB of memory
 
 def pytest_collection_modifyitems(items):
     """Run files with slow tests first, so that no process has a long one left at the end."""
-    gc.set_threshold(50_000, 20, 50)  # as in run_helpers.collect_rarely
+    gc.set_threshold(50_000, 10, 10)  # as in run_helpers.collect_rarely
     gc.freeze()
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -93,7 +93,7 @@ def collect_rarely() -> None:
     each time: a tenth of all time. In a fork a collection would also copy the pages of memory that
     it shares with its parent.
     """
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(50_000, 10, 10)
     gc.freeze()
 
 
