@@ -155,7 +155,9 @@ def test_the_sampler_equals_the_trainer_and_plain_copies():
         return jax.tree.map(np.asarray, out)
 
     out = sample(GROUP)
-    hidden = causal_lm.forward_group(params, prompts, out.tokens.reshape(4, GROUP, NEW), cfg)
+    hidden = jax.jit(causal_lm.forward_group, static_argnums=3)(
+        params, prompts, out.tokens.reshape(4, GROUP, NEW), cfg
+    )
     logps = jax.nn.log_softmax(hidden @ decoder.unembedding(params["text"]))
     wanted = np.take_along_axis(logps, out.tokens.reshape(4, GROUP, NEW, 1), -1)[..., 0]
     wanted = np.where(out.mask, wanted.reshape(out.mask.shape), 0)

@@ -78,11 +78,12 @@ def same(a, b, atol=1e-4):
     np.testing.assert_allclose(a.policy_logps, b.policy_logps, atol=atol)
 
 
+group_states = jax.jit(causal_lm.forward_group, static_argnums=3)
+
+
 def trainer_logps(params, prompts, tokens, cfg, group):
     """What the training step computes for the same tokens."""
-    hidden = causal_lm.forward_group(
-        params, prompts, jnp.asarray(tokens).reshape(-1, group, tokens.shape[1]), cfg
-    )
+    hidden = group_states(params, prompts, tokens.reshape(-1, group, tokens.shape[1]), cfg)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return np.asarray(
         logprobs.token_logps(flat, decoder.unembedding(params["text"]), tokens.reshape(-1))[0]
@@ -367,8 +368,13 @@ def test_the_cache_shares_prompts_and_has_the_computed_size(cfg, params):
     copied = decode_loop.kv_cache_bytes(cfg, 64 * 16, 1000, 1, 100, jnp.bfloat16)
     assert copied > 5 * shared
     batch = prompts(cfg)
-    x = causal_lm.embed_inputs(params, batch, cfg, jnp.float32)
-    _, k, v = causal_lm.prefill(params, x, batch.positions, batch.segments, cfg)
+
+    @jax.jit
+    def prefill(params):
+        x = causal_lm.embed_inputs(params, batch, cfg, jnp.float32)
+        return causal_lm.prefill(params, x, batch.positions, batch.segments, cfg)
+
+    _, k, v = prefill(params)
     cache = causal_lm.new_kv_cache(k, v, batch.segments, cfg)
     for columns in (8, 4):
         cache = causal_lm.add_columns(cache, 3, columns, cfg)
@@ -597,7 +603,7 @@ def test_greedy_tokens_of_text_families_equal_transformers(family):
     mask = np.asarray(ours.mask)
     assert mask.sum() > 400, "almost all rows reach the limit"
     assert np.array_equal(np.asarray(ours.tokens)[mask], theirs[:, : mask.shape[1]][mask])
-    hidden = causal_lm.forward_group(params, prompts, np.asarray(ours.tokens)[:, None], cfg)
+    hidden = group_states(params, prompts, np.asarray(ours.tokens)[:, None], cfg)
     logits = hidden[:, 0] @ decoder.unembedding(params["text"])
     logps = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ours.tokens[..., None], -1)
     np.testing.assert_allclose(ours.policy_logps[mask], logps[..., 0][mask], atol=2e-4)

@@ -58,9 +58,9 @@ def test_features_are_added_after_the_first_layers(unroll, remat):
         return decoder.rms_norm(y, params["norm"], cfg.text.norm_eps)
 
     form = unrolled.unstack_layers({"text": params}, cfg.with_compute(unroll=unroll))["text"]
-    run = lambda added: decoder.run_decoder(form, x, positions, attend, cfg, added)[0]
+    run = jax.jit(lambda added: decoder.run_decoder(form, x, positions, attend, cfg, added)[0])
     (a, da), (b, db) = (
-        jax.value_and_grad(lambda y: jnp.sin(f(y)).sum())(added) for f in (run, by_hand)
+        jax.jit(jax.value_and_grad(lambda y: jnp.sin(f(y)).sum()))(added) for f in (run, by_hand)
     )
     np.testing.assert_allclose(a, b, rtol=1e-5)
     np.testing.assert_allclose(da, db, atol=1e-4)

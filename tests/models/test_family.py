@@ -40,8 +40,9 @@ def test_a_new_family_is_one_module_and_one_row(monkeypatch, tmp_path):
     assert read_model_config(tmp_path / "a") == cfg
     params = hf_checkpoint.load_hf_checkpoint(tmp_path / "a", cfg)
     prompts = tiny.prompts([tiny.random_row([9], cfg, np.random.default_rng(0))], cfg)
-    hidden = causal_lm.forward(params, prompts, cfg)
-    same = causal_lm.forward(params, prompts, PRESETS["tiny_llama"])
+    forward = jax.jit(causal_lm.forward, static_argnums=2)
+    hidden = forward(params, prompts, cfg)
+    same = forward(params, prompts, PRESETS["tiny_llama"])
     assert np.array_equal(hidden, same) and np.isfinite(hidden).all()
     assert config_to_hf(cfg)["model_type"] == "alpaca"
 
