@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DEVICES = 2  # of all processes of a run
+DEVICES = 2  # of all processes of a run, of several
 LIMIT = 900.0  # seconds for one run, on a machine that is busy
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link")
 
@@ -79,13 +79,24 @@ def split_writes(events: FileEvents) -> None:
     files.LineFile.__init__ = open_file
 
 
-def serve(index: int, count: int, address: str, connection: socket.socket) -> None:
+def copy_inside(callbacks: Any, step: int, job: dict[str, Any]) -> None:
+    """Copy the workdir after the first step of the second stage, if the job names a place."""
+    from cptjax.common import distributed
+
+    if job["copy"] and (callbacks.stage.number, step) == (2, 1):
+        callbacks.run.files.checkpoints.wait()
+        distributed.gather_objects(None)
+        distributed.decide_on_main(lambda: str(shutil.copytree(job["workdir"], job["copy"])))
+
+
+def serve(index: int, count: int, devices: int, address: str, connection: socket.socket) -> None:
     """Carry out the runs that the test asks for, one after the other."""
     import jax
     import run_helpers
 
     from cptjax.common import cluster, console, distributed
     from cptjax.continual import driver
+    from cptjax.continual.stage_callbacks import StageCallbacks
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end of a run that is over already
     console.set_console_mode("plain")
@@ -93,7 +104,8 @@ def serve(index: int, count: int, address: str, connection: socket.socket) -> No
     events = FileEvents()
     sys.addaudithook(events)
     split_writes(events)
-    jax.config.update("jax_num_cpu_devices", max(1, DEVICES // count) if count > 1 else 1)
+    jax.config.update("jax_num_cpu_devices", devices // count)
+    cluster.LOST_SECONDS = LIMIT  # on a busy machine a process is slow, not lost
     if count > 1:
         cluster.connect(address, count, index)
     stream = connection.makefile("rw", encoding="utf-8")
@@ -109,14 +121,23 @@ def serve(index: int, count: int, address: str, connection: socket.socket) -> No
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    after_step, job = StageCallbacks.after_step, {}
+
+    def copying(self: StageCallbacks, state: Any, progress: Any, *more: Any) -> bool:
+        go_on = after_step(self, state, progress, *more)
+        copy_inside(self, progress.step, job)
+        return go_on
+
+    StageCallbacks.after_step = copying
     reply(pid=os.getpid())
     for line in stream:
         job = json.loads(line)
         act = die if job["die"] else stop
         events.watch(job["workdir"], job["stop"] if index == job["process"] else 0, act)
-        said = ""
+        said, matrix = "", None
         try:
-            driver.run(run_helpers.config(job["method"], **job["sections"]), job["workdir"])
+            config = run_helpers.config(job["method"], **job["sections"])
+            matrix = driver.run(config, job["workdir"]).tolist()
         except SystemExit:
             pass
         except (ValueError, OSError) as error:
@@ -124,25 +145,29 @@ def serve(index: int, count: int, address: str, connection: socket.socket) -> No
         except BaseException:
             said = traceback.format_exc()
         events.folder = ""
-        reply(said=said, events=events.count, exchanges=distributed.exchanges_started())
+        exchanges = distributed.exchanges_started()
+        reply(said=said, matrix=matrix, events=events.count, exchanges=exchanges)
 
 
 def main() -> None:
     """Fork a worker per socket: importing everything takes longer than a run."""
-    import run_helpers  # noqa: F401
+    import run_helpers
     from jax.experimental import multihost_utils  # noqa: F401
 
     from cptjax.common import cluster  # noqa: F401
     from cptjax.continual import driver  # noqa: F401
 
-    address, folder, sockets = sys.argv[1], Path(sys.argv[2]), list(map(int, sys.argv[3:]))
+    address, folder, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    sockets = list(map(int, sys.argv[4:]))
     pids = []
+    run_helpers.collect_rarely()
     for index, number in enumerate(sockets):
         pids.append(os.fork())
         if not pids[-1]:
             log = os.open(folder / f"{index}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 2)
-            serve(index, len(sockets), address, socket.socket(fileno=number))
+            connection = socket.socket(fileno=number)
+            serve(index, len(sockets), devices, address, connection)
             os._exit(0)
     for number in sockets:
         os.close(number)
@@ -160,6 +185,7 @@ class Outcome:
     killed: bool
     said: str
     events: tuple[int, ...]  # changes of files by each process
+    matrices: tuple[list | None, ...]  # the accuracies that each process returned
 
     @property
     def refused(self) -> bool:
@@ -169,7 +195,7 @@ class Outcome:
 class Workers:
     """The processes of one run after the other."""
 
-    def __init__(self, count: int, folder: Path):
+    def __init__(self, count: int, folder: Path, devices: int = 0):
         import cluster_workers
         import run_helpers
 
@@ -179,7 +205,11 @@ class Workers:
         pairs = [socket.socketpair() for _ in range(count)]
         numbers = [theirs.fileno() for _, theirs in pairs]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, address, str(folder), *map(str, numbers)],
+            [
+                *(sys.executable, __file__, address, str(folder)),
+                str(devices or (DEVICES if count > 1 else 1)),
+                *map(str, numbers),
+            ],
             env=run_helpers.environment(),
             stdout=subprocess.PIPE,
             text=True,
@@ -205,8 +235,9 @@ class Workers:
         """Let all processes start a run.
 
         stop: the change of files at which `process` stops, or dies with `die`.
+        copy: where the workdir is copied to in the second stage, without a stop.
         """
-        defaults = {"stop": 0, "process": 0, "die": False}
+        defaults = {"stop": 0, "process": 0, "die": False, "copy": ""}
         for stream in self.streams:
             print(json.dumps(defaults | job), file=stream, flush=True)
 
@@ -227,7 +258,8 @@ class Workers:
         assert not any("Traceback" in text for text in said), "".join(said)
         assert len({answer["exchanges"] for answer in answers}) == 1
         line = "" if killed else said[0].removeprefix("refused: ")
-        return Outcome(killed, line, tuple(by_process[i]["events"] for i in range(self.count)))
+        of_all = lambda key: tuple(by_process[i][key] for i in range(self.count))
+        return Outcome(killed, line, of_all("events"), of_all("matrix"))
 
     @contextlib.contextmanager
     def stopped(self) -> Any:

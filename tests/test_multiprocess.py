@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import cluster_workers
 import gcs_server
@@ -32,36 +30,6 @@ MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3
 # The second stage of GRPO has two micro-batches in a step. All its rewards are 0, and without KL its
 # gradient is exactly 0; with KL it would be rounding noise, which Adam amplifies.
 SECOND = {"sft": {}, "grpo": {"train": {"micro_batch": 2}, "method": {"kl_coef": 0.0}}}
-SCRIPT = """
-import json, shutil, sys
-sys.path[:0] = [{tests!r}]
-import jax
-plan = json.loads(sys.argv[1])
-if plan["count"] > 1:
-    jax.distributed.initialize(plan["address"], plan["count"], plan["index"])
-else:
-    jax.config.update("jax_num_cpu_devices", plan["devices"])
-import run_helpers
-from cptjax.common import distributed
-from cptjax.continual import driver
-from cptjax.continual.stage_callbacks import StageCallbacks
-assert jax.device_count() == plan["devices"]
-after_step = StageCallbacks.after_step
-
-def copying(self, state, progress, *more):
-    go_on = after_step(self, state, progress, *more)
-    if plan["copy"] and (self.stage.number, progress.step) == (2, 1):
-        self.run.files.checkpoints.wait()
-        distributed.gather_objects(None)
-        if not plan["index"]:
-            shutil.copytree(plan["workdir"], plan["copy"])
-        distributed.gather_objects(None)
-    return go_on
-
-StageCallbacks.after_step = copying
-config = run_helpers.config(plan["method"], **plan["sections"])
-print(json.dumps(driver.run(config, plan["workdir"]).tolist()))
-"""
 
 
 def sections(folder, method: str) -> dict:
@@ -92,43 +60,6 @@ def sections(folder, method: str) -> dict:
         "checkpoint": {"every": 1},
         **MORE[method],
     }
-
-
-def started(method: str, workdir, count: int, devices: int, copy="") -> list[subprocess.Popen]:
-    """Start a run of `count` processes; `copy` is its workdir after a step of the second stage."""
-    plan = {
-        "method": method,
-        "sections": sections(workdir.parent, method),
-        "workdir": str(workdir),
-        "copy": str(copy),
-        "count": count,
-        "devices": devices,
-        "address": f"localhost:{cluster_workers.free_port()}",
-    }
-    script = SCRIPT.format(tests=str(run_helpers.ROOT / "tests"))
-    orders = [[sys.executable, "-c", script, json.dumps(plan | {"index": i})] for i in range(count)]
-    return [
-        subprocess.Popen(
-            o,
-            env=run_helpers.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for o in orders
-    ]
-
-
-def ended(processes: list[subprocess.Popen]) -> list[list]:
-    said = []
-    try:
-        said = [p.communicate(timeout=600) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (_, err) in zip(processes, said, strict=True):
-        assert p.returncode == 0, err[-3000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
 @pytest.fixture(scope="module")
@@ -342,9 +273,16 @@ def test_a_mesh_without_batch_shards_for_every_process_is_refused(monkeypatch):
 def test_several_processes_equal_one_and_another_mesh_continues(
     tmp_path, monkeypatch, method, count
 ):
-    inside = tmp_path / "inside"
-    (one,) = ended(started(method, tmp_path / "one", 1, count))
-    first, *others = ended(started(method, tmp_path / "several", count, count, inside))
+    inside, settings = tmp_path / "inside", sections(tmp_path, method)
+    see(monkeypatch, count)
+    one = driver.run(run_helpers.config(method, **settings), tmp_path / "one")
+    job = {"method": method, "sections": settings, "workdir": str(tmp_path / "several")}
+    several = Workers(count, tmp_path / "workers", devices=count)
+    try:
+        outcome = several.run(job | {"copy": str(inside)})
+    finally:
+        several.close()
+    first, *others = outcome.matrices
     assert others == [first] * (count - 1) and np.allclose(first, one)
     a, b = (run_helpers.read_records(tmp_path / name) for name in ("one", "several"))
     assert a.keys() == b.keys() and a["matrix.csv"] == b["matrix.csv"]
@@ -353,7 +291,7 @@ def test_several_processes_equal_one_and_another_mesh_continues(
     # One process with another mesh continues from the copy.
     see(monkeypatch, 2)
     mesh = {"data": 1, "fsdp": 1, "model": 2}
-    driver.run(run_helpers.config(method, **sections(tmp_path, method), mesh=mesh), inside)
+    driver.run(run_helpers.config(method, **settings, mesh=mesh), inside)
     assert "continuing from step 1 of stage 2" in (inside / "run.log").read_text()
     assert_near(a, run_helpers.read_records(inside))
 
