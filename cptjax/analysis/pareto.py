@@ -113,7 +113,8 @@ def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
     for point in points:
         by_method.setdefault(point.method, []).append(point)
     matched = matched_accuracy(by_method)
-    levels = [base + share * (matched - base) for share in LEVELS]
+    shares = LEVELS if matched > base else LEVELS[-1:]  # a method may learn nothing
+    levels = [base + share * (matched - base) for share in shares]
     losses = {
         name: [loss_at(of_method, level) for level in levels]
         for name, of_method in by_method.items()
@@ -121,8 +122,8 @@ def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
     ordered = sorted(by_method, key=lambda name: losses[name][-1])
     changes = [f"{name} {-100 * losses[name][-1]:+.1f}" for name in ordered]
     sentence = (
-        f"At {100 * matched:.1f} % on the new tasks, which every method reaches, the others change "
-        f"by these points: {', '.join(changes)}."
+        f"At {100 * matched:.1f} % on the new tasks, which every method reaches (base model: "
+        f"{100 * base:.1f} %), the others change by these points: {', '.join(changes)}."
     )
     header = ("method", "arms", "on the frontier", "best accuracy", "loss there")
     table = FindingTable(

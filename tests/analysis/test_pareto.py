@@ -66,3 +66,17 @@ def test_arms_of_a_sweep_with_seeds_become_points_of_their_method(tmp_path):
     assert "grpo -3.0, sft -30.0." in found.sentences[0]
     page = finding.write_finding(found, tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1 and "FM peak, own stage on" in page
+
+
+def test_a_method_that_learns_nothing_is_compared_where_it_ends(tmp_path):
+    """Its accuracy is below that of the base model, 20 %, where no frontier begins."""
+    write_run(tmp_path / "self", "self", 0.1, 0.3)
+    write_run(tmp_path / "sft", "sft", 0.9, 0.5)
+    found = pareto.analyze([tmp_path])
+    assert found.numbers["levels"] == pytest.approx([0.1])
+    assert found.numbers["losses"] == {"self": pytest.approx([0.3]), "sft": pytest.approx([0.5])}
+    assert (
+        "At 10.0 % on the new tasks, which every method reaches (base model: 20.0 %)"
+        in (found.sentences[0])
+    )
+    finding.write_finding(found, tmp_path / "page.html")
