@@ -7,8 +7,9 @@ compare methods. Each arm (the mean over its seeds) is one point:
     loss        mean over old and general tasks of their loss at the end of the run
 
     frontier    the arms of a method that no other arm of it beats in both
-    matched     the highest accuracy that every method reaches; a method's loss at it is read off
-                its frontier, with straight lines between the arms
+    matched     the highest accuracy that every method reaches, but for those that never rise above
+                the base model; a method's loss at it is read off its frontier, with straight lines
+                between the arms
 """
 
 import dataclasses
@@ -112,19 +113,28 @@ def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
     by_method: dict[str, list[ArmPoint]] = {}
     for point in points:
         by_method.setdefault(point.method, []).append(point)
-    matched = matched_accuracy(by_method)
-    shares = LEVELS if matched > base else LEVELS[-1:]  # a method may learn nothing
-    levels = [base + share * (matched - base) for share in shares]
+    learning = {
+        name: of_method
+        for name, of_method in by_method.items()
+        if max(p.accuracy for p in of_method) > base
+    }
+    matched = matched_accuracy(learning or by_method)
+    levels = [base + share * (matched - base) for share in (LEVELS if learning else LEVELS[-1:])]
     losses = {
         name: [loss_at(of_method, level) for level in levels]
         for name, of_method in by_method.items()
     }
-    ordered = sorted(by_method, key=lambda name: losses[name][-1])
-    changes = [f"{name} {-100 * losses[name][-1]:+.1f}" for name in ordered]
+    compared = [name for name in by_method if losses[name][-1] is not None]
+    compared.sort(key=lambda name: losses[name][-1])
+    ordered = [*compared, *(name for name in by_method if name not in compared)]
+    changes = [f"{name} {-100 * losses[name][-1]:+.1f}" for name in compared]
     sentence = (
-        f"At {100 * matched:.1f} % on the new tasks, which every method reaches (base model: "
-        f"{100 * base:.1f} %), the others change by these points: {', '.join(changes)}."
+        f"At {100 * matched:.1f} % on the new tasks (base model: {100 * base:.1f} %), the others "
+        f"change by these points: {', '.join(changes)}."
     )
+    if len(learning) < len(by_method):
+        names = ", ".join(name for name in by_method if name not in learning)
+        sentence += f" Not above the base model on the new tasks: {names}."
     header = ("method", "arms", "on the frontier", "best accuracy", "loss there")
     table = FindingTable(
         "Loss on the other tasks at matched accuracy on the new ones, in points",
@@ -136,7 +146,7 @@ def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
                 str(len(frontier(by_method[name]))),
                 f"{100 * frontier(by_method[name])[-1].accuracy:.1f}",
                 f"{100 * frontier(by_method[name])[-1].loss:.1f}",
-                *(f"{100 * loss:.1f}" for loss in losses[name]),
+                *("" if loss is None else f"{100 * loss:.1f}" for loss in losses[name]),
             )
             for name in ordered
         ],

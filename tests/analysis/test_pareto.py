@@ -68,15 +68,25 @@ def test_arms_of_a_sweep_with_seeds_become_points_of_their_method(tmp_path):
     assert page.count("<svg") == 1 and "FM peak, own stage on" in page
 
 
-def test_a_method_that_learns_nothing_is_compared_where_it_ends(tmp_path):
-    """Its accuracy is below that of the base model, 20 %, where no frontier begins."""
+def test_a_method_that_learns_nothing_is_named_and_not_compared(tmp_path):
+    """Its accuracy is below that of the base model, 20 %."""
     write_run(tmp_path / "self", "self", 0.1, 0.3)
     write_run(tmp_path / "sft", "sft", 0.9, 0.5)
+    write_run(tmp_path / "rl", "grpo", 0.6, 0.1)
+    found = pareto.analyze([tmp_path])
+    assert found.numbers["matched_accuracy"] == pytest.approx(0.6)
+    assert found.numbers["losses"]["self"] == [None] * 4
+    assert found.numbers["losses"]["grpo"][-1] == pytest.approx(0.1)
+    first, second = found.sentences[0].split("%),")
+    assert first.startswith("At 60.0 % on the new tasks (base model: 20.0")
+    assert "grpo -10.0, sft -50.0" in second and "not above" in second.lower()
+    assert "self" in second and [row[-1] for row in found.tables[0].rows][-1] == ""
+    finding.write_finding(found, tmp_path / "page.html")
+
+
+def test_methods_that_all_learn_nothing_are_compared_where_the_worst_ends(tmp_path):
+    write_run(tmp_path / "self", "self", 0.1, 0.3)
+    write_run(tmp_path / "sft", "sft", 0.15, 0.5)
     found = pareto.analyze([tmp_path])
     assert found.numbers["levels"] == pytest.approx([0.1])
     assert found.numbers["losses"] == {"self": pytest.approx([0.3]), "sft": pytest.approx([0.5])}
-    assert (
-        "At 10.0 % on the new tasks, which every method reaches (base model: 20.0 %)"
-        in (found.sentences[0])
-    )
-    finding.write_finding(found, tmp_path / "page.html")
