@@ -3,7 +3,9 @@
 A device runs one instruction after the other. Each takes the longest of its arithmetic, its memory
 traffic and, if it transfers data, its transfer. Copies and transfers that have a start and an end
 run beside the instructions between them; only the rest of their time is waited for. So a transfer
-that the next product needs adds to the time of the products, and one that overlaps does not.
+that the next product needs adds to the time of the products, and one that overlaps does not. A
+transfer of a sparse core has no operand at its start, which only loads its code: it begins at the
+update that hands the data over.
 """
 
 import collections
@@ -65,7 +67,7 @@ class ScheduledProgram:
 
     def seconds_of(self, name: str, dynamic: float) -> float:
         """Return the seconds of a computation; loops without known end run `dynamic` times."""
-        time, started = Timeline(), {}
+        time, started, waiting = Timeline(), {}, {}
         instructions = self.computations[name]
         shapes = hlo_costs.instruction_shapes(instructions)
         chains: set[str] = set()
@@ -73,12 +75,18 @@ class ScheduledProgram:
             if i.op in ("while", "conditional", "call"):
                 time.advance(self._inner_seconds(i, dynamic))
             elif i.op.endswith("-start") or i.op in ("send", "recv"):
-                started[i.name] = [time.start(*part) for part in self._parts(i, shapes, name)]
+                parts = self._parts(i, shapes, name)
+                if i.op == "async-start" and not i.operands:
+                    waiting[i.name] = parts
+                else:
+                    started[i.name] = [time.start(*part) for part in parts]
             elif i.op.endswith("-done"):
                 for part in started.get(i.operands[0], ()):
                     time.wait(*part)
             elif i.op.endswith("-update"):
-                started[i.name] = started.get(i.operands[0], [])
+                parts = waiting.pop(i.operands[0], [])
+                begun = [time.start(*part) for part in parts]
+                started[i.name] = [*started.get(i.operands[0], []), *begun]
             else:
                 self._run_instruction(i, shapes, name, time, chains)
         for queue in list(time.queued):

@@ -16,10 +16,10 @@ def mesh():
     return sharding.make_mesh(1, 4, 2)
 
 
-def seconds(mesh, *lines):
+def seconds(mesh, *lines, before=""):
     """Return the seconds of a program with parameters b [25] and c [25] in float32.
 
-    PRODUCT stands for a product that takes a second of arithmetic and no main memory.
+    before: other computations. PRODUCT stands for a product that takes a second of arithmetic and no main memory.
     """
     shape = "f32[10,10]{1,0:S(1)}"
     product = f"{shape} convolution(%fast, %fast), dim_labels=bf_io->bf"
@@ -31,7 +31,7 @@ def seconds(mesh, *lines):
         "  %c = f32[25]{0} parameter(2)\n"
         f"{body}\n}}\n"
     )
-    return timeline.scheduled_seconds(text, mesh, CHIP)
+    return timeline.scheduled_seconds(before + text, mesh, CHIP)
 
 
 def test_instructions_run_one_after_the_other_each_as_fast_as_its_slowest_resource(mesh):
@@ -59,6 +59,23 @@ def test_a_transfer_that_the_next_instruction_needs_adds_its_time(mesh):
     start = f"%t = {shape} all-reduce-start(%x), {GROUPS}"
     end = f"%d = {shape} all-reduce-done(%t)"
     assert seconds(mesh, start, "%p = PRODUCT", "%q = PRODUCT", end) == pytest.approx(3)
+
+
+def test_a_transfer_of_a_sparse_core_begins_when_it_gets_its_data(mesh):
+    """Its start has no operand. The all-reduce takes 3 seconds, each product one."""
+    shape = "f32[100]{0:S(1)}"
+    called = (
+        f"%sum (x: f32[100]) -> f32[100] {{\n  %x = {shape} parameter(0)\n"
+        f"  ROOT %r = {shape} all-reduce(%x), {GROUPS}\n}}\n\n"
+    )
+    data = f"%x = {shape} negate(%fast)"
+    start = "%t = ((), (), u32[]{:S(2)}) async-start(), calls=%sum"
+    update = f"%u = (({shape}), {shape}, u32[]{{:S(2)}}) async-update(%t, %x)"
+    end = f"%d = {shape} async-done(%u)"
+    late = seconds(mesh, start, "%p = PRODUCT", data, update, "%q = PRODUCT", end, before=called)
+    assert late == pytest.approx(1 + 3)
+    early = seconds(mesh, start, data, update, "%p = PRODUCT", "%q = PRODUCT", end, before=called)
+    assert early == pytest.approx(3)
 
 
 def test_permutations_in_both_directions_use_different_links(mesh):
