@@ -1,10 +1,12 @@
-"""The compiler's options for each platform, and the jit that compiles programs with them."""
+"""The compiler's options for each kind of device, and the jit that compiles programs with them."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from cptjax.common import chips
 
 Options = dict[str, bool | int | str]
 
@@ -29,17 +31,35 @@ COMPILER_OPTIONS: dict[str, Options] = {
 }
 
 
-def compiler_options(platform: str) -> Options:
-    """Return the options of a platform; one that the table does not name has none."""
-    return COMPILER_OPTIONS.get(platform, {})
+# Further options, by chip. The sparse cores of these TPUs gather weights and sum gradients while
+# the other cores multiply, which otherwise wait for it.
+_SPARSE_CORE_OPTIONS: Options = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+}
+CHIP_OPTIONS: dict[str, Options] = {"v5p": _SPARSE_CORE_OPTIONS, "v6e": _SPARSE_CORE_OPTIONS}
+
+
+def compiler_options(platform: str, device_kind: str) -> Options:
+    """Return the options of a kind of device; one that the tables do not name has none."""
+    chip = chips.find_chip(device_kind)
+    return COMPILER_OPTIONS.get(platform, {}) | CHIP_OPTIONS.get(chip.name if chip else "", {})
 
 
 class PlatformJit:
     """`jax.jit` with the compiler's options for the devices that the program runs on.
 
     These are the devices of the mesh that is set when the function is called or lowered, or JAX's
-    default devices without a mesh. Modules create programs before any mesh is known, so each
-    platform gets a jitted function of its own. JAX allows options for the outermost function only,
+    default devices without a mesh. Modules create programs before any mesh is known, so each kind
+    of device gets a jitted function of its own. JAX allows options for the outermost function only,
     so another jitted function cannot call this one.
     """
 
@@ -47,20 +67,22 @@ class PlatformJit:
         functools.update_wrapper(self, function)
 
         @functools.cache
-        def for_platform(platform: str) -> Any:
-            return jax.jit(function, compiler_options=compiler_options(platform), **settings)
+        def for_device(platform: str, device_kind: str) -> Any:
+            options = compiler_options(platform, device_kind)
+            return jax.jit(function, compiler_options=options, **settings)
 
-        self.for_platform = for_platform
+        self.for_device = for_device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.for_platform(current_platform())(*args, **kwargs)
+        return self.for_device(*current_device())(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the jitted function, such as `lower` or `eval_shape`."""
-        return getattr(self.for_platform(current_platform()), name)
+        return getattr(self.for_device(*current_device()), name)
 
 
-def current_platform() -> str:
-    """Return the platform of the mesh that is set, or of JAX's default devices."""
+def current_device() -> tuple[str, str]:
+    """Return the platform and kind of the devices of the mesh that is set, or of JAX's default."""
     mesh = jax.sharding.get_mesh()
-    return (jax.devices()[0] if mesh.empty else mesh.devices.flat[0]).platform
+    device = jax.devices()[0] if mesh.empty else mesh.devices.flat[0]
+    return device.platform, device.device_kind

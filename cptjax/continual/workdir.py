@@ -249,6 +249,7 @@ def record_start(
 
 def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
     """Return the packages, commit and devices that are needed to reproduce a result."""
+    first = model_ctx.mesh.devices.flat[0]
     devices = [d.device_kind for d in model_ctx.mesh.devices.flat]
     return {
         "python": sys.version.split()[0],
@@ -259,7 +260,7 @@ def software_versions(model_ctx: ModelContext) -> dict[str, Any]:
         "mesh": dict(model_ctx.mesh.shape),
         "processes": jax.process_count(),
         "attention": model_ctx.cfg.compute.attention,
-        "compiler_options": compiler_options(model_ctx.mesh.devices.flat[0].platform),
+        "compiler_options": compiler_options(first.platform, first.device_kind),
     }
 
 
