@@ -196,6 +196,9 @@ def get_config() -> ConfigDict:
         # decode step transfers all weights. None = if the copy and four times the sharded weights
         # take at most two thirds of a device's memory, which a CPU does not tell.
         gather=optional(bool),
+        # Devices on the axis `model` while sampling, a multiple of mesh.model; 0 = mesh.model. The
+        # more there are, the less of the weights each of them reads for a token.
+        model=0,
         # 1: the responses of a step are sampled with the weights before the update of the step
         # before it, while the rewards of that step are computed. Ratios, or method.tis_cap, are
         # relative to these weights. 0: they are sampled after that update.

@@ -72,10 +72,10 @@ SIZES = {
 # Settings of RL by slice, from plans of 7B (README, "Plans for TPU slices"). A chip of v5p has room
 # for a whole model and row; of 128 prompts in an update, every two of 256 chips get one. Without
 # data=4 so many devices share a weight that the compiler sums whole arrays over them: weights on
-# v5p, gradients on v6e.
+# v5p, gradients on v6e. While sampling, a weight is read for few tokens, so more devices share it.
 SLICES = {
-    "v5p-4x4x4": dict(mesh=dict(data=4, model=1), micro_batch=64),
-    "v6e-16x16": dict(mesh=dict(data=4, model=2), micro_batch=128),
+    "v5p-4x4x4": dict(mesh=dict(data=4, model=1), micro_batch=64, rollout_model=4),
+    "v6e-16x16": dict(mesh=dict(data=4, model=2), micro_batch=128, rollout_model=4),
 }
 FILTER = dict(samples=8)
 MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens
@@ -153,6 +153,7 @@ def _for_slice(c, name):
     if c.method.source == "rollouts":
         c.mesh.update(SLICES[name]["mesh"])
         c.train.micro_batch = SLICES[name]["micro_batch"]
+        c.rollout.model = SLICES[name]["rollout_model"]
 
 
 def _arm(build, **changes):

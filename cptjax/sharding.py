@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cptjax.types import Batch, Prompts
 
@@ -75,6 +75,24 @@ def make_mesh(
             f"mesh data={shape[0]}: expected a multiple of the {slices} slices that it spans"
         )
     return Mesh(_grid(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def change_model_axis(mesh: Mesh | AbstractMesh, model: int) -> Mesh | AbstractMesh:
+    """Return a mesh of the same devices in the same order, with `model` of them on that axis.
+
+    The others are on `fsdp`. Rows that a device has on the new mesh contain those that it has on
+    the old one.
+    """
+    sizes = dict(mesh.shape)
+    if model % sizes["model"] or sizes["fsdp"] % (model // sizes["model"]):
+        raise ValueError(
+            f"rollout.model={model}: expected a multiple of mesh.model={sizes['model']} that is a "
+            f"factor of the {sizes['fsdp'] * sizes['model']} devices of the axes fsdp and model"
+        )
+    shape = sizes["data"], sizes["fsdp"] * sizes["model"] // model, model
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(shape, AXES, axis_types=mesh.axis_types)
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
 def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:

@@ -672,7 +672,7 @@ def test_ctbench_joint_trains_each_task_by_sft_and_then_by_grpo():
 
 
 def test_a_slice_changes_how_cpt7_is_computed_and_not_what():
-    """Mesh, micro-batches and what layers keep; SFT on few rows keeps its mesh."""
+    """Meshes, micro-batches and what layers keep; SFT on few rows keeps its mesh."""
     for arg, mesh, micro in (
         ("grpo,7b,v5p-4x4x4", (4, -1, 1), 64),
         ("grpo,7b,v6e-16x16", (4, -1, 2), 128),
@@ -682,6 +682,8 @@ def test_a_slice_changes_how_cpt7_is_computed_and_not_what():
         assert (c.mesh.data, c.mesh.fsdp, c.mesh.model, c.train.micro_batch) == (*mesh, micro)
         assert (c.model.remat, plain.model.remat) == ("dots", "block")
         changed = {name for name in c if c[name] != plain[name]}
-        assert changed <= {"model", "mesh", "train"}
+        assert changed <= {"model", "mesh", "train", "rollout"}
+        assert c.rollout.model == (4 if "grpo" in arg else 0)
+        assert {k for k in c.rollout if c.rollout[k] != plain.rollout[k]} <= {"model"}
     small = cpt7.get_config("grpo,3b")
     assert (small.mesh.model, small.train.micro_batch) == (2, 128)

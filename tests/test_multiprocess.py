@@ -28,8 +28,16 @@ from cptjax.data import model_context
 ROWS = 8
 MORE = {"sft": {"method": {"penalty": {"name": "ewc", "coef": 10.0, "samples": 3}}}, "grpo": {}}
 # The second stage of GRPO has two micro-batches in a step. All its rewards are 0, and without KL its
-# gradient is exactly 0; with KL it would be rounding noise, which Adam amplifies.
-SECOND = {"sft": {}, "grpo": {"train": {"micro_batch": 2}, "method": {"kl_coef": 0.0}}}
+# gradient is exactly 0; with KL it would be rounding noise, which Adam amplifies. While sampling, two
+# devices share the weights, those of two processes.
+SECOND = {
+    "sft": {},
+    "grpo": {
+        "train": {"micro_batch": 2},
+        "method": {"kl_coef": 0.0},
+        "rollout": {"model": 2, "gather": True},
+    },
+}
 
 
 def sections(folder, method: str) -> dict:

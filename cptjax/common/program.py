@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Program:
     not_loaded: tuple[str, ...] = ()  # models of the stage that are not in memory yet
     loop_trips: float = 1.0  # of loops whose end depends on data
     others: tuple[Any, ...] = ()  # further arrays in memory during a call
+    mesh: Mesh | None = None  # under which it runs; None = that of training
 
     @property
     def needs(self) -> tuple[str, ...]:

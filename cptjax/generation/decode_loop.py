@@ -10,6 +10,7 @@ keeps its slot until its longest row is done, because its rows share the prompt'
       1      prompt 1         prompt 2     prompt 2        (prompt 1 was done after k steps)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from cptjax import sharding
 from cptjax.common.compiler_options import PlatformJit
@@ -55,7 +56,8 @@ def generate_rollouts(
 ) -> Rollouts:
     """Sample `sampling.group` responses to each left-padded prompt, as row q * group + g.
 
-    With a mesh, call this function under `jax.set_mesh`. Equal (key, rows, weights) give equal
+    With a mesh, call this function under `jax.set_mesh`, with that of `SamplingConfig.mesh`; the
+    prompts may be on the mesh of training. Equal (key, rows, weights) give equal
     responses for any batch, order of the batch, number of slots and mesh, up to float rounding.
     Empty prompts are padding and get no response.
 
@@ -74,9 +76,11 @@ def generate_rollouts(
             "run every row to its limit"
         )
     sampling.check_batch_shards(_batch_shards())
-    queued = len(prompts.tokens)
-    limits = place_limits(limits, static.max_new_tokens, queued, sampling.group)
-    row_ids = place_row_ids(rows, queued, sampling.group)
+    queued, mesh = len(prompts.tokens), _mesh_of(prompts.tokens)
+    limits = place_limits(limits, static.max_new_tokens, queued, sampling.group, mesh)
+    row_ids = place_row_ids(rows, queued, sampling.group, mesh)
+    if mesh is not None:
+        prompts, limits, row_ids, key = _move_to_mesh(prompts, limits, row_ids, key)
     _check_prompts(prompts, cfg, static, limits, row_ids)
     traced = traced_settings(sampling, key, cfg, stops)
     if 0 < sampling.slots < queued:
@@ -132,8 +136,14 @@ def kv_cache_bytes(
     return per_token * prompts * (prompt + group * new)
 
 
-def place_limits(limits: np.ndarray | None, max_new_tokens: int, prompts: int, group: int) -> Array:
-    """Place this process's limits, [Q] or [Q G], as [Q G] on the mesh.
+def place_limits(
+    limits: np.ndarray | None,
+    max_new_tokens: int,
+    prompts: int,
+    group: int,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Place this process's limits, [Q] or [Q G], as [Q G] on the mesh of the prompts.
 
     None sets the limit of all rows to `max_new_tokens`.
     """
@@ -141,26 +151,45 @@ def place_limits(limits: np.ndarray | None, max_new_tokens: int, prompts: int, g
         return jnp.full((prompts, group), max_new_tokens, jnp.int32)
     x = np.asarray(limits)
     x = np.broadcast_to(x if x.ndim == 2 else x[:, None], (len(x), group))
-    return _pad_and_place(x, prompts, "limits")
+    return _pad_and_place(x, prompts, "limits", mesh)
 
 
-def place_row_ids(rows: np.ndarray | None, prompts: int, group: int) -> Array:
+def place_row_ids(
+    rows: np.ndarray | None, prompts: int, group: int, mesh: Mesh | None = None
+) -> Array:
     """Place the ids of this process's rows as [Q G] on the mesh: prompt number * group + g."""
     if rows is None:
         return jnp.arange(prompts * group, dtype=jnp.int32).reshape(prompts, group)
-    return _pad_and_place(np.asarray(rows)[:, None] * group + np.arange(group), prompts, "rows")
+    return _pad_and_place(
+        np.asarray(rows)[:, None] * group + np.arange(group), prompts, "rows", mesh
+    )
 
 
-def _pad_and_place(x: np.ndarray, prompts: int, name: str) -> Array:
+@jax.jit
+def _move_to_mesh(prompts: Prompts, *others: Array) -> tuple[Any, ...]:
+    """Return arrays of the mesh of training on the mesh that is set."""
+
+    def rows(x: Array) -> Array:
+        return constrain(x, *("batch", *(None,) * x.ndim)[: x.ndim])
+
+    positions = constrain(prompts.positions, None, "batch", None)
+    prompts = jax.tree.map(rows, prompts.replace(positions=None)).replace(positions=positions)
+    return prompts, *map(rows, others)
+
+
+def _mesh_of(x: Array) -> Mesh | None:
+    """Return the mesh that an array is on."""
+    place = getattr(x, "sharding", None)
+    return place.mesh if isinstance(place, NamedSharding) else None
+
+
+def _pad_and_place(x: np.ndarray, prompts: int, name: str, mesh: Mesh | None) -> Array:
     """Pad [n G] with -1 to the number of prompts of this process, and place it on the mesh."""
     local = prompts // jax.process_count()
     if len(x) > local:
         raise ValueError(f"got {name} for {len(x)} prompts, the batch has {local}")
     padding = np.full((local - len(x), x.shape[1]), -1)
-    mesh = jax.sharding.get_mesh()
-    return sharding.place_rows(
-        np.concatenate([x, padding]).astype(np.int32), None if mesh.empty else mesh
-    )
+    return sharding.place_rows(np.concatenate([x, padding]).astype(np.int32), mesh)
 
 
 def _check_prompts(
@@ -418,10 +447,12 @@ def weights_programs(
     prepare = rollout_weights.weights_program(params, cfg, sampling, dtype)
     if prepare is None:
         return [], params
-    program = Program(f"{name}: weights", prepare, (params,), calls, 0.0)
+    mesh = sampling.mesh(_mesh_of(jax.tree.leaves(params)[0]))
+    program = Program(f"{name}: weights", prepare, (params,), calls, 0.0, mesh=mesh)
     if sampling.dtype == "int8" or cfg.compute.samples_unrolled:
         return [program], Output(program.name)
-    return [program], rollout_weights.weights_output(params, sampling, dtype)
+    gather = rollout_weights.gathers_weights(params, cfg, sampling, dtype)
+    return [program], rollout_weights.weights_output(params, cfg, sampling, dtype, gather)
 
 
 def sampling_programs(
@@ -441,10 +472,13 @@ def sampling_programs(
 
     Programs that only copy results are left out.
 
+    mesh: that of training.
     calls: batches per training step.
     vision_flops: operations of the vision tower for these prompts.
     kept: the program whose result is the copy of the weights, if there is one.
     """
+    mesh = sampling.mesh(mesh)
+    prompts = sharding.place_prompts(prompts, mesh)
     sampling.check_batch_shards(sharding.batch_shards(mesh))
     static = static_settings(sampling, dtype)
     rows, length = prompts.tokens.shape
@@ -460,10 +494,10 @@ def sampling_programs(
         useful = vision_flops + prefill_flops + decode_flops
         trips = -(-(static.max_new_tokens - 1) // steps_between_checks(static))
         trips /= len(column_parts(static, cfg))  # of each loop
-        return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips)]
+        return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips, mesh=mesh)]
     cast, queue = Output(f"{name}: cast"), Output(f"{name}: queue")
     queue_args = (cast, prompts, per_response, per_response, cfg, static)
-    return [
+    programs = [
         Program(cast.program, cast_program, (weights, cfg, static), calls, 0.0),
         Program(queue.program, queue_program, queue_args, calls, vision_flops, kept),
         *_slot_programs(
@@ -480,6 +514,7 @@ def sampling_programs(
             decode_flops / rows,
         ),
     ]
+    return [dataclasses.replace(program, mesh=mesh) for program in programs]
 
 
 def _slot_programs(

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,8 @@ from cptjax.data.collate import EncodedConversation
 from cptjax.data.model_context import ModelContext
 from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.types import Params, Prompts
+from cptjax.sharding import constrain
+from cptjax.types import Params, Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +43,19 @@ def prepare_weights(model_ctx: ModelContext, params: Params, sampling: SamplingC
     Call this function once for several batches.
     """
     if sampling.gather is None and rollout_weights.fsdp_mesh(params) is not None:
-        _tell_once(_describe_gathering(params, sampling, model_ctx.dtype))
-    with jax.set_mesh(model_ctx.mesh):
+        _tell_once(_describe_gathering(model_ctx, params, sampling))
+    with jax.set_mesh(sampling.mesh(model_ctx.mesh)):
         return rollout_weights.prepare_rollout_weights(
             params, model_ctx.cfg, sampling, model_ctx.dtype
         )
 
 
-def _describe_gathering(params: Params, sampling: SamplingConfig, dtype: Any) -> str:
+def _describe_gathering(model_ctx: ModelContext, params: Params, sampling: SamplingConfig) -> str:
     """Return a sentence about what `rollout.gather=None` decides."""
-    size = rollout_weights.gathered_bytes(params, sampling, dtype) / 2**30
+    args = params, model_ctx.cfg, sampling, model_ctx.dtype
+    size = rollout_weights.gathered_bytes(*args) / 2**30
     size = f"{size:.1f} GiB a device with the models of training"
-    if rollout_weights.gathers_weights(params, sampling, dtype):
+    if rollout_weights.gathers_weights(*args):
         return f"rollouts: every device gets a copy of the weights ({size}); see rollout.gather"
     return (
         f"rollouts: every decode step transfers the weights, because a copy ({size}) does not fit "
@@ -112,7 +113,7 @@ def sample_from_prompts(
             on_texts(indices, groups)
 
     began = time.perf_counter()
-    with jax.set_mesh(model_ctx.mesh):
+    with jax.set_mesh(sampling.mesh(model_ctx.mesh)):
         out = decode_loop.generate_rollouts(
             weights,
             prompts,
@@ -125,12 +126,21 @@ def sample_from_prompts(
             on_finished=take,
         )
     device_time.watch("rollout", began, out)
+    if sampling.model:
+        with jax.set_mesh(model_ctx.mesh):
+            out = _shard_rows(out)
     local = {f.name: sharding.local_rows(getattr(out, f.name)) for f in dataclasses.fields(out)}
     groups = local["tokens"].reshape(len(own), sampling.group, -1)
     lengths = local["mask"].sum(1).reshape(len(own), sampling.group)
     rest = [q for q in range(len(own)) if q not in texts]
     take(np.array(list(own))[rest], groups[rest], lengths[rest])
     return Samples([text for q in range(len(own)) for text in texts[q]], **local)
+
+
+@jax.jit
+def _shard_rows(out: Rollouts) -> Rollouts:
+    """Return the rows to the processes that have their prompts."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), out)
 
 
 def decode_responses(model_ctx: ModelContext, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:

@@ -12,7 +12,7 @@ from cptjax import sharding
 from cptjax.common import chips
 from cptjax.common.compiler_options import PlatformJit
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import unrolled
+from cptjax.models import causal_lm, unrolled
 from cptjax.models.config import ModelConfig
 from cptjax.models.layers import DECODER_LINEARS
 from cptjax.types import Array, Params
@@ -28,9 +28,9 @@ def prepare_rollout_weights(
 ) -> Params:
     """Return the weights that the sampler takes, for a model that computes in `dtype`.
 
-    If they are gathered, every device of the `fsdp` axis gets a copy. `sampling.dtype` int8
-    quantises the linear maps of the text blocks. Without either, `params` is returned, and the
-    programs of the decode loop cast it.
+    If they are gathered, every device of the `fsdp` axis gets a copy. `sampling.model` places them
+    on the mesh of sampling. `sampling.dtype` int8 quantises the linear maps of the text blocks.
+    Without any of these, `params` is returned, and the programs of the decode loop cast it.
     """
     program = weights_program(params, cfg, sampling, dtype)
     return params if program is None else program(params)
@@ -41,11 +41,10 @@ def weights_program(
 ) -> Callable[[Params], Params] | None:
     """Return the jitted program that prepares weights like `params` (arrays or shapes).
 
-    Return None if they are not gathered and not int8: the decode loop then takes `params` as they
-    are.
+    Return None if there is nothing to prepare: the decode loop then takes `params` as they are.
     """
-    int8, gather = sampling.dtype == "int8", gathers_weights(params, sampling, dtype)
-    if not (int8 or gather):
+    int8, gather = sampling.dtype == "int8", gathers_weights(params, cfg, sampling, dtype)
+    if not (int8 or gather or sampling.model):
         return None
     if int8 and importlib.util.find_spec("qwix") is None:
         raise ValueError(
@@ -53,11 +52,31 @@ def weights_program(
             "install it with: pip install 'cptjax[int8]'"
         )
     leaves, tree = jax.tree.flatten(params)
-    shardings = tuple(without_fsdp(x.sharding) if gather else None for x in leaves)
+    shardings = tuple(rollout_shardings(params, cfg, sampling, gather))
     return _jit_weights_program(cfg, sampling.compute_dtype(dtype), int8, tree, shardings)
 
 
-def gathers_weights(params: Params, sampling: SamplingConfig, dtype: Any) -> bool:
+def rollout_shardings(
+    params: Params, cfg: ModelConfig, sampling: SamplingConfig, gather: bool
+) -> list[NamedSharding | None]:
+    """Return where the copies of the leaves of `params` are while sampling; None = unchanged."""
+    leaves = jax.tree.leaves_with_path(params)
+    places = [x.sharding if gather else None for _, x in leaves]
+    if sampling.model:
+        mesh = sampling.mesh(leaves[0][1].sharding.mesh)
+        rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+        declared = jax.tree.leaves_with_path(
+            causal_lm.declare_params(cfg), is_leaf=sharding.is_param
+        )
+        axes = {jax.tree_util.keystr(path): p.axes for path, p in declared}
+        places = [  # adapters are small and not among the declared ones
+            sharding.named_sharding(axes.get(jax.tree_util.keystr(path), ()), mesh, None, rules)
+            for path, x in leaves
+        ]
+    return [without_fsdp(x) if gather else x for x in places]
+
+
+def gathers_weights(params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any) -> bool:
     """Return whether weights like `params` (arrays or shapes) are gathered over the `fsdp` axis.
 
     `sampling.gather` decides. None decides from memory, so that a plan and a resumed run decide
@@ -67,7 +86,7 @@ def gathers_weights(params: Params, sampling: SamplingConfig, dtype: Any) -> boo
         return sampling.gather
     mesh = fsdp_mesh(params)
     usable = None if mesh is None else chips.usable_memory(list(mesh.devices.flat))
-    return usable is not None and gathered_bytes(params, sampling, dtype) <= SHARE * usable
+    return usable is not None and gathered_bytes(params, cfg, sampling, dtype) <= SHARE * usable
 
 
 def fsdp_mesh(params: Params) -> Mesh | None:
@@ -77,19 +96,22 @@ def fsdp_mesh(params: Params) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) and mesh.shape["fsdp"] > 1 else None
 
 
-def gathered_bytes(params: Params, sampling: SamplingConfig, dtype: Any) -> float:
+def gathered_bytes(params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any) -> float:
     """Return the bytes of a device that a gathered copy and `MODELS` sharded models take."""
-    copy = weights_output(params, sampling, dtype)
+    copy = weights_output(params, cfg, sampling, dtype, gather=True)
     return sharding.bytes_per_device(copy) + MODELS * sharding.bytes_per_device(params)
 
 
-def weights_output(params: Params, sampling: SamplingConfig, dtype: Any) -> Params:
-    """Return the abstract result of a `weights_program` that only casts and gathers."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, sampling.compute_dtype(dtype), sharding=without_fsdp(x.sharding)
-        ),
-        params,
+def weights_output(
+    params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any, gather: bool
+) -> Params:
+    """Return the abstract result of a `weights_program` that casts and places weights."""
+    leaves, tree = jax.tree.flatten(params)
+    places = rollout_shardings(params, cfg, sampling, gather)
+    dtype = sampling.compute_dtype(dtype)
+    return tree.unflatten(
+        jax.ShapeDtypeStruct(x.shape, dtype, sharding=place or x.sharding)
+        for x, place in zip(leaves, places, strict=True)
     )
 
 

@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from cptjax import sharding
 from cptjax.models.load import MODEL_DTYPES
 
 SAMPLING_DTYPES = ("", *MODEL_DTYPES, "int8")
@@ -28,6 +30,7 @@ class SamplingConfig:
     slots: int = 0  # groups decoded at a time; 0 = the whole batch
     # Copy the weights to every device of the fsdp axis while sampling; None = where they fit.
     gather: bool | None = None
+    model: int = 0  # devices on the mesh axis `model`; 0 = as in training
     ahead: int = 0  # 1 = before the update of the training step before
     dtype: str = ""  # "" = the model's; int8 = int8 weights, arithmetic in the model's dtype
 
@@ -45,12 +48,17 @@ class SamplingConfig:
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]; 1 is off"),
             "min_p": (0 <= self.min_p <= 1, "a share in [0, 1]; 0 is off"),
             "slots": (self.slots >= 0, "0 (the whole batch) or a number of groups"),
+            "model": (self.model >= 0, "0 (as in training) or a number of devices"),
             "ahead": (self.ahead in (0, 1), "0 or 1"),
             "dtype": (self.dtype in SAMPLING_DTYPES, f"one of {types}; '' is model.compute_dtype"),
         }
         for name, (valid, expected) in checks.items():
             if not valid:
                 raise ValueError(f"rollout.{name}={getattr(self, name)!r}: expected {expected}")
+
+    def mesh(self, mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+        """Return the mesh of the programs that sample, for a mesh of training."""
+        return sharding.change_model_axis(mesh, self.model) if self.model else mesh
 
     def check_batch_shards(self, shards: int) -> None:
         """Refuse a number of slots that the batch shards do not divide."""
@@ -84,4 +92,5 @@ def eval_sampling(config: ConfigDict) -> SamplingConfig:
         top_p=e.top_p,
         check_every=r.check_every,
         gather=r.gather,
+        model=r.model,
     )

@@ -72,7 +72,7 @@ def compile_program(
     The abstract results of the program are added to `outputs`.
     """
     tpu = mesh.devices.flat[0].platform == "tpu"
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program.mesh or mesh):
         lowered = program.lower(outputs)
         # For TPUs the compiler itself writes the text, because jax cannot read programs that use
         # the sparse core.

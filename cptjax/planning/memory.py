@@ -76,11 +76,12 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
         return {"rollout weights": 0.0, "cache": 0.0}
     sampling = rollout_sampling(c)
     dtype = sampling.compute_dtype(stage.dtype)
-    weights = stage.params
-    if rollout_weights.gathers_weights(weights, sampling, stage.dtype):
-        weights = rollout_weights.weights_output(weights, sampling, stage.dtype)
+    weights, mesh = stage.params, sampling.mesh(stage.mesh)
+    gather = rollout_weights.gathers_weights(weights, cfg, sampling, stage.dtype)
+    weights = rollout_weights.weights_output(weights, cfg, sampling, stage.dtype, gather)
     weights = _cast(weights, jnp.int8 if sampling.dtype == "int8" else dtype)
-    groups, model = (sampling.slots or c.train.batch) / stage.shards, stage.mesh.shape["model"]
+    groups = (sampling.slots or c.train.batch) / sharding.batch_shards(mesh)
+    model = mesh.shape["model"]
     cache = decode_loop.kv_cache_bytes(
         cfg, groups, prompt, sampling.group, sampling.max_new_tokens, dtype
     )

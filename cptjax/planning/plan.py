@@ -179,14 +179,13 @@ def program_cost(
             return refused_cost(program, in_memory, time.monotonic() - started, str(error))
         text, report = hlo.read_compiler_dump(folder)
     text, seconds = sizes.pop("text", text), time.monotonic() - started
-    collectives = hlo.find_collectives(text, stage.mesh, program.loop_trips)
+    mesh = program.mesh or stage.mesh
+    collectives = hlo.find_collectives(text, mesh, program.loop_trips)
     arithmetic = hlo_costs.count_flops(text, program.loop_trips)
     traffic = hlo_costs.count_memory_traffic(text, program.loop_trips)
     bounds = roofline_seconds(arithmetic, traffic, collectives, chip, slices)
     if chip is not None:
-        bounds["in all"] = timeline.scheduled_seconds(
-            text, stage.mesh, chip, slices, program.loop_trips
-        )
+        bounds["in all"] = timeline.scheduled_seconds(text, mesh, chip, slices, program.loop_trips)
     return ProgramCost(
         program.name,
         program.calls,

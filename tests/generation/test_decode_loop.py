@@ -1,6 +1,7 @@
 """Rollouts equal transformers' greedy search, with the trainer's log-probabilities."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,24 @@ def test_the_tpu_kernel_does_not_change_rows(shape, slots, monkeypatch):
     with jax.set_mesh(mesh):
         batch = sharding.place_prompts(batch, mesh)
         same(whole, run(placed, batch, kernel, stop=stops, slots=slots, check_every=3))
+
+
+@pytest.mark.parametrize("gather, slots", [(True, 0), (False, 4)])
+def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, gather, slots):
+    """Weights and prompts on a mesh of 8 x 1, programs that sample on one of 4 x 2."""
+    mesh = sharding.make_mesh(2, 4, 1)
+    context = types.SimpleNamespace(cfg=cfg, dtype=jnp.float32, mesh=mesh)
+    settings = sampling(model=2, gather=gather, slots=slots)
+    whole = run(params, prompts(cfg), cfg)
+    placed = jax.device_put(params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh))
+    weights = generate.prepare_weights(context, placed, settings)
+    names = {
+        name for x in jax.tree.leaves(weights) for name in jax.tree.leaves(tuple(x.sharding.spec))
+    }
+    assert names == {"model"} if gather else {"model", "fsdp"}
+    batch = sharding.place_prompts(prompts(cfg, shards=8), mesh)
+    with jax.set_mesh(settings.mesh(mesh)):
+        same(whole, run(weights, batch, cfg, model=2, slots=slots))
 
 
 @pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])

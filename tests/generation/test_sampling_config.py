@@ -7,6 +7,7 @@ import pytest
 
 from configs.base import get_config
 from cptjax.generation.sampling_config import SamplingConfig, eval_sampling, rollout_sampling
+from cptjax.sharding import make_mesh
 
 VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1)
 
@@ -26,6 +27,7 @@ VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1
         ({"check_every": 0}, "check_every=0"),
         ({"slots": -1}, "slots=-1"),
         ({"ahead": 2}, "ahead=2"),
+        ({"model": -1}, "model=-1"),
         ({"dtype": "fp8"}, "dtype='fp8': expected one of '', 'float32', 'bfloat16', 'int8'"),
     ],
     ids=str,
@@ -45,14 +47,25 @@ def test_slots_must_divide_into_the_batch_shards():
         six.check_batch_shards(4)
 
 
+def test_more_devices_on_the_model_axis_have_the_rows_of_those_before():
+    mesh = make_mesh(2, 4, 1)
+    wide = dataclasses.replace(VALID, model=2).mesh(mesh)
+    assert dict(wide.shape) == {"data": 2, "fsdp": 2, "model": 2} and VALID.mesh(mesh) is mesh
+    assert list(wide.devices.flat) == list(mesh.devices.flat)
+    for model in (3, 8):
+        with pytest.raises(ValueError, match=f"rollout.model={model}: .* factor of the 4 devices"):
+            dataclasses.replace(VALID, model=model).mesh(mesh)
+
+
 def test_the_fields_are_those_of_the_config():
     config = get_config()
-    config.rollout.update(top_k=5, slots=4, ahead=1, dtype="int8", gather=True)
+    config.rollout.update(top_k=5, slots=4, ahead=1, dtype="int8", gather=True, model=2)
     assert dataclasses.asdict(rollout_sampling(config)) == config.rollout.to_dict()
     config.eval.update(max_new_tokens=7, temperature=0.5)
     evaluation = eval_sampling(config)
     assert (evaluation.group, evaluation.max_new_tokens, evaluation.temperature) == (1, 7, 0.5)
-    assert evaluation.gather and (evaluation.top_k, evaluation.slots, evaluation.dtype) == (
+    assert evaluation.gather and evaluation.model == 2
+    assert (evaluation.top_k, evaluation.slots, evaluation.dtype) == (
         0,
         0,
         "",
