@@ -1,9 +1,11 @@
 """The device mesh, the sharding rules, declared parameters, and the placement of arrays."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +32,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "patch": None,
     None: None,
 }
+
+# How activations are sharded where each device computes whole rows with gathered weights.
+WHOLE_ROWS = RULES | {"batch": AXES, "heads": None, "kv_heads": None, "mlp": None, "vocab": None}
+_activation_rules = contextvars.ContextVar("activation_rules", default=RULES)
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -256,7 +262,28 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, activation_spec(axes))
+
+
+def activation_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Return the PartitionSpec of the logical axes of an activation."""
+    return partition_spec(axes, _activation_rules.get())
+
+
+@contextlib.contextmanager
+def whole_rows(*rows: int) -> Iterator[None]:
+    """Let each device compute whole rows, also those on `model`, if all devices divide the rows.
+
+    Weights are then gathered, instead of the sums over heads and the MLP, which are larger than the
+    weights for rows of many tokens.
+    """
+    devices = jax.sharding.get_abstract_mesh().size
+    divided = devices > 1 and all(n % devices == 0 for n in rows)
+    token = _activation_rules.set(WHOLE_ROWS if divided else _activation_rules.get())
+    try:
+        yield
+    finally:
+        _activation_rules.reset(token)
 
 
 def bytes_per_device(tree: Any) -> float:

@@ -26,6 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from cptjax import sharding
 from cptjax.generation import token_sampling
 from cptjax.models import causal_lm, decoder, trainable, unrolled
 from cptjax.models.attention_decode import Past
@@ -111,8 +112,11 @@ def queue_prompts(
     """Embed the tokens and images of all prompts; an empty prompt gets a limit of 0."""
     filled = jnp.any(prompts.segments > 0, 1)[:, None]
     first_position = causal_lm.next_positions(prompts)
+    vision_shards = () if prompts.vision is None else (len(prompts.vision.patches),)
+    with sharding.whole_rows(len(prompts.tokens), *vision_shards):
+        inputs = causal_lm.embed_inputs(weights, prompts, cfg, static.dtype)
     return QueuedPrompts(
-        inputs=causal_lm.embed_inputs(weights, prompts, cfg, static.dtype),
+        inputs=inputs,
         positions=prompts.positions,
         segments=prompts.segments,
         first_position=first_position,
@@ -150,9 +154,10 @@ def prefill_slots(
 
     The cache has no columns yet.
     """
-    hidden, keys, values = causal_lm.prefill(
-        weights, prompts.inputs, prompts.positions, prompts.segments, cfg
-    )
+    with sharding.whole_rows(len(prompts.segments)):
+        hidden, keys, values = causal_lm.prefill(
+            weights, prompts.inputs, prompts.positions, prompts.segments, cfg
+        )
     cache = causal_lm.new_kv_cache(keys, values, prompts.segments, cfg)
     s, g = prompts.row_ids.shape
     zeros = jnp.zeros((s, g), jnp.int32)

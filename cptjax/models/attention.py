@@ -345,16 +345,16 @@ def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Ar
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(*arrays, *segments)
-    ways = mesh.shape["model"]
     q, *others = arrays
     heads = others[0].shape[-2]
+    ways = mesh.shape["model"] if sharding.activation_spec(("heads",))[0] else 1
     if heads % ways:  # repeat key/value heads so that the devices on `model` divide them
         others = [jnp.repeat(x, math.lcm(heads, ways) // heads, -2) for x in others]
 
     def spec(x):
-        return sharding.partition_spec(("batch", *(None,) * (x.ndim - 3), "heads", None))
+        return sharding.activation_spec(("batch", *(None,) * (x.ndim - 3), "heads", None))
 
     specs = [spec(x) for x in (q, *others)]
-    specs += [sharding.partition_spec(("batch", None)) for _ in segments]
+    specs += [sharding.activation_spec(("batch", None)) for _ in segments]
     run = jax.shard_map(kernel, in_specs=tuple(specs), out_specs=spec(q), check_vma=False)
     return run(q, *others, *segments)
