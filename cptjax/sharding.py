@@ -324,12 +324,25 @@ def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
 
 
 def place_prompts(prompts: Prompts, mesh: Mesh | None) -> Prompts:
-    """Place host prompts on the mesh; rows are the second axis of position ids [3 B T]."""
+    """Place host prompts or shapes on the mesh."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, prompts)
-    positions = place_rows(prompts.positions, mesh, lambda x: (None, "batch", None))
-    rest = place_rows(prompts.replace(positions=None), mesh)
-    return rest.replace(positions=positions)
+    return map_prompts(
+        prompts,
+        lambda x: place_rows(x, mesh),
+        lambda x: place_rows(x, mesh, lambda x: (None, "batch", *(None,) * (np.ndim(x) - 2))),
+    )
+
+
+def map_prompts(prompts: Prompts, first: Callable, second: Callable) -> Prompts:
+    """Map the arrays whose first axis is sharded by rows, and those whose second axis is.
+
+    The second are position ids [3 B T], and the states [n S W*P D] of a tower after earlier blocks.
+    """
+    last, *earlier = prompts.tower_states or (None,)
+    states = (first(last), *map(second, earlier)) if prompts.tower_states else None
+    rest = jax.tree.map(first, prompts.replace(positions=None, tower_states=None))
+    return rest.replace(positions=second(prompts.positions), tower_states=states)
 
 
 def local_row_numbers(x: jax.Array) -> np.ndarray:

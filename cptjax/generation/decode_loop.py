@@ -172,9 +172,10 @@ def _move_to_mesh(prompts: Prompts, *others: Array) -> tuple[Any, ...]:
     def rows(x: Array) -> Array:
         return constrain(x, *("batch", *(None,) * x.ndim)[: x.ndim])
 
-    positions = constrain(prompts.positions, None, "batch", None)
-    prompts = jax.tree.map(rows, prompts.replace(positions=None)).replace(positions=positions)
-    return prompts, *map(rows, others)
+    def second(x: Array) -> Array:
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return sharding.map_prompts(prompts, rows, second), *map(rows, others)
 
 
 def _mesh_of(x: Array) -> Mesh | None:

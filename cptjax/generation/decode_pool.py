@@ -112,8 +112,8 @@ def queue_prompts(
     """Embed the tokens and images of all prompts; an empty prompt gets a limit of 0."""
     filled = jnp.any(prompts.segments > 0, 1)[:, None]
     first_position = causal_lm.next_positions(prompts)
-    vision_shards = () if prompts.vision is None else (len(prompts.vision.patches),)
-    with sharding.whole_rows(len(prompts.tokens), *vision_shards):
+    images = jax.tree.leaves((prompts.vision, (prompts.tower_states or ())[:1]))
+    with sharding.whole_rows(len(prompts.tokens), *map(len, images)):
         inputs = causal_lm.embed_inputs(weights, prompts, cfg, static.dtype)
     return QueuedPrompts(
         inputs=inputs,

@@ -58,22 +58,28 @@ def weights_program(
 
 def rollout_shardings(
     params: Params, cfg: ModelConfig, sampling: SamplingConfig, gather: bool
-) -> list[NamedSharding | None]:
-    """Return where the copies of the leaves of `params` are while sampling; None = unchanged."""
+) -> list[tuple[NamedSharding, ...]]:
+    """Return the shardings that the copies of the leaves of `params` take, one after the other.
+
+    The last one is that of sampling; () = unchanged. From one mesh to the other, the compiler would
+    gather whole weights at once; it gathers their shards over the devices that join `model`, cuts
+    them, and then gathers them over `fsdp`.
+    """
     leaves = jax.tree.leaves_with_path(params)
-    places = [x.sharding if gather else None for _, x in leaves]
-    if sampling.model:
-        mesh = sampling.mesh(leaves[0][1].sharding.mesh)
-        rules = sharding.rules_for(cfg.text.kv_heads, mesh)
-        declared = jax.tree.leaves_with_path(
-            causal_lm.declare_params(cfg), is_leaf=sharding.is_param
-        )
-        axes = {jax.tree_util.keystr(path): p.axes for path, p in declared}
-        places = [  # adapters are small and not among the declared ones
-            sharding.named_sharding(axes.get(jax.tree_util.keystr(path), ()), mesh, None, rules)
-            for path, x in leaves
-        ]
-    return [without_fsdp(x) if gather else x for x in places]
+    if not sampling.model:
+        places = [without_axis(x.sharding, "fsdp") if gather else None for _, x in leaves]
+        return [() if place is None else (place,) for place in places]
+    mesh = sampling.mesh(leaves[0][1].sharding.mesh)
+    rules = sharding.rules_for(cfg.text.kv_heads, mesh)
+    declared = jax.tree.leaves_with_path(causal_lm.declare_params(cfg), is_leaf=sharding.is_param)
+    axes = {jax.tree_util.keystr(path): p.axes for path, p in declared}
+    out = []
+    for path, x in leaves:  # adapters are not among the declared parameters, and small: replicated
+        place = sharding.named_sharding(axes.get(jax.tree_util.keystr(path), ()), mesh, None, rules)
+        last = (without_axis(place, "fsdp"),) if gather else ()
+        whole = without_axis(x.sharding, "model"), without_axis(place, "model")
+        out.append((*whole, place, *last))
+    return out
 
 
 def gathers_weights(params: Params, cfg: ModelConfig, sampling: SamplingConfig, dtype: Any) -> bool:
@@ -110,8 +116,8 @@ def weights_output(
     places = rollout_shardings(params, cfg, sampling, gather)
     dtype = sampling.compute_dtype(dtype)
     return tree.unflatten(
-        jax.ShapeDtypeStruct(x.shape, dtype, sharding=place or x.sharding)
-        for x, place in zip(leaves, places, strict=True)
+        jax.ShapeDtypeStruct(x.shape, dtype, sharding=steps[-1] if steps else x.sharding)
+        for x, steps in zip(leaves, places, strict=True)
     )
 
 
@@ -124,24 +130,31 @@ def _jit_weights_program(
     def prepare(params: Params) -> Params:
         leaves = [x.astype(dtype) for x in jax.tree.leaves(params)]
         leaves = [
-            x if s is None else jax.lax.with_sharding_constraint(x, s)
-            for x, s in zip(leaves, shardings, strict=True)
+            functools.reduce(_move, steps, x) for x, steps in zip(leaves, shardings, strict=True)
         ]
         params = tree.unflatten(leaves)
         return unrolled.unstack_layers(_quantise(params) if int8 else params, cfg)
 
-    return PlatformJit(prepare)
+    # The compiler may replicate results that have the sharding of another mesh than the arguments.
+    plain = not (int8 or cfg.compute.samples_unrolled) and all(shardings)
+    results = {"out_shardings": tree.unflatten(s[-1] for s in shardings)} if plain else {}
+    return PlatformJit(prepare, **results)
 
 
-def without_fsdp(old: Any) -> NamedSharding | None:
-    """Return a sharding without its `fsdp` axis; None for an array that is not on a mesh."""
+def _move(x: Array, place: NamedSharding) -> Array:
+    # Without the barrier, the compiler makes one step of several.
+    return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(x), place)
+
+
+def without_axis(old: Any, name: str) -> NamedSharding | None:
+    """Return a sharding without a mesh axis; None for an array that is not on a mesh."""
     if not isinstance(old, NamedSharding):
         return None
 
     def drop(axis: Any) -> Any:
         if isinstance(axis, tuple):
-            return tuple(a for a in axis if a != "fsdp") or None
-        return None if axis == "fsdp" else axis
+            return tuple(a for a in axis if a != name) or None
+        return None if axis == name else axis
 
     return NamedSharding(old.mesh, PartitionSpec(*map(drop, old.spec)))
 

@@ -19,7 +19,7 @@ from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import attention, causal_lm, decoder, hf_checkpoint, logprobs, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import PRESETS
-from cptjax.training import validate_config
+from cptjax.training import tower_states, validate_config
 
 ROWS = [
     [5, tiny.Image(4, 4), 3],
@@ -246,8 +246,24 @@ def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, ga
     }
     assert names == {"model"} if gather else {"model", "fsdp"}
     batch = sharding.place_prompts(prompts(cfg, shards=8), mesh)
+    with jax.set_mesh(mesh):
+        states = tower_states.make_tower_program(cfg, jnp.float32)(placed, batch.vision)
     with jax.set_mesh(settings.mesh(mesh)):
         same(whole, run(weights, batch, cfg, model=2, slots=slots))
+        frozen = batch.replace(vision=None, tower_states=states)
+        same(whole, run(weights, frozen, cfg, model=2, slots=slots))
+
+
+def test_whole_rows_are_only_computed_where_all_devices_get_some():
+    mesh = sharding.make_mesh(2, 2, 2)
+    spec = lambda: sharding.activation_spec(("batch", "heads"))
+    with jax.set_mesh(mesh):
+        with sharding.whole_rows(16, 8):
+            assert spec() == jax.P(("data", "fsdp", "model"), None)
+        with sharding.whole_rows(16, 4):
+            assert spec() == jax.P(("data", "fsdp"), "model")
+    with sharding.whole_rows(16):  # without a mesh
+        assert spec() == jax.P(("data", "fsdp"), "model")
 
 
 @pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
@@ -410,7 +426,7 @@ def test_weights_are_gathered_where_they_fit_in_runs_and_plans(cfg, monkeypatch)
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
     whole = jax.tree.map(
-        lambda x: x.update(sharding=rollout_weights.without_fsdp(x.sharding)), shapes
+        lambda x: x.update(sharding=rollout_weights.without_axis(x.sharding, "fsdp")), shapes
     )
     needed = (size(whole) / 2 + 4 * size(shapes)) * 3 / 2  # the copy is bfloat16
 
