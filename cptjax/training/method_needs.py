@@ -21,6 +21,9 @@ class MethodNeeds:
     kl_in_reward: bool
     drift: bool  # of the policy from the stage's start, on the sampled responses
     policy_logps: bool  # of the policy that sampled a step's responses
+    # The first update of a step needs them too. It does not where its ratios are those of a policy
+    # to itself, 1, and no later update trains on the same responses.
+    first_policy_logps: bool
     greedy_samples: bool  # one greedy response to each prompt
     # The settings of sampling that the offline filter changes; {} = it samples nothing.
     filter_sampling: dict[str, Any]
@@ -72,6 +75,9 @@ def method_needs(method: Any, ahead: int = 0) -> MethodNeeds:
         kl_in_reward=kl_in_reward,
         drift=drift,
         policy_logps=needs_ratio or kl_in_reward or drift,
+        first_policy_logps=kl_in_reward
+        or drift
+        or (needs_ratio and (ahead > 0 or method.passes > 1)),
         greedy_samples=samples and method.advantage == "remax",
         filter_sampling=_filter_sampling(dict(method.filter or {})),
         self_samples=method.self_samples if method.source == "self" else 0,

@@ -471,7 +471,7 @@ def response_programs(
 def scoring_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
     """Return the programs of log-probabilities under the reference, and under the policy.
 
-    The policy before the updates is scored only if an update needs its log-probabilities.
+    The policy before the updates is scored only for the updates that need its log-probabilities.
     """
     score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
     models, needs = {}, stage.needs
@@ -487,7 +487,9 @@ def scoring_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
         own_tower = name == "reference log-probs" and needs.other_reference
         seen = for_other_tower(batch) if own_tower else batch
         useful = forward_flops(stage, layout, own_tower)
-        programs.append(Program(name, score, (params, seen), calls, useful, others=others))
+        is_later = name == "own log-probs" and not needs.first_policy_logps
+        count = calls - layout.micro_batches if is_later else calls
+        programs.append(Program(name, score, (params, seen), count, useful, others=others))
     return programs
 
 

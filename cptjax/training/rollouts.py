@@ -308,7 +308,8 @@ class ScoredRollouts:
     keep: np.ndarray  # [Q G] responses to train on
     slices: list[slice]  # the prompts of each micro-batch
     batches: list[Batch]
-    # Log-probabilities [B A] of each batch's targets, on the device; [] = not needed.
+    # Log-probabilities [B A] of each batch's targets, on the device; [] = not needed. Those of the
+    # policy may be unknown (NaN) in the batches of the first update.
     ref_logps: list[Array]
     old_logps: list[Array]
     seconds: float
@@ -337,7 +338,9 @@ def score_rollouts(
         if not needs.policy_logps:
             old = []
         elif old_logps is None:
-            old = _score(builder, "policy", params, batches)
+            first = 0 if needs.first_policy_logps else builder.layout.micro_batches
+            old = [_unknown_logps(builder, batch) for batch in batches[:first]]
+            old += _score(builder, "policy", params, batches[first:])
         else:
             old = _place_logps(builder, old_logps, batches)
     seconds = time.perf_counter() - began
@@ -390,6 +393,13 @@ def restore_rollouts(
     samples, wait = Samples(texts, **local), lambda: (grader.wait(), None)
     graded = GradedRollouts(list(items), samples, [], None, cost, seconds, grading=wait)
     return score_rollouts(builder, params, graded, reference, old_logps)
+
+
+def _unknown_logps(builder: BatchBuilder, batch: Batch) -> Array:
+    """Return NaN for each target: the update itself computes these log-probabilities."""
+    rows, width = batch.targets.shape
+    nans = np.full((rows // jax.process_count(), width), np.nan, np.float32)
+    return sharding.place_rows(nans, builder.model_ctx.mesh)
 
 
 def _place_logps(builder: BatchBuilder, logps: np.ndarray, batches: Sequence[Batch]) -> list[Array]:
@@ -462,6 +472,8 @@ def scored_step_batch(
     metrics |= graded.seconds | {"seconds/score": scored.seconds + time.perf_counter() - began}
     metrics |= rollout_metrics(graded, shaped, advantage)
     models = sum(map(bool, (ref_logps, old_logps, start_logps)))
+    if old_logps and not needs.first_policy_logps:
+        models -= 1 / layout.parts
     forwards = models + (3 * method.passes) + (teacher is not None)
     trained = sum(len(i.encoded) for i in graded.items) + int(
         (graded.samples.mask.astype(bool) & keep.reshape(-1, 1)).sum()

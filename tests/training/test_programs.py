@@ -133,7 +133,7 @@ GRPO = {"ratio": "token", "kl_coef": 0.1}
 CASES = {  # method, its changes, changes of other sections
     "KL and several updates": ("grpo", GRPO | {"updates_per_batch": 2, "passes": 2}, {}),
     "micro-batches": ("grpo", GRPO | TWO_UPDATES, {"train": {"batch": 8, "micro_batch": 2}}),
-    "frozen tower": ("grpo", GRPO | TWO_UPDATES, {"model": {"freeze": ("vision",)}}),
+    "frozen tower": ("grpo", GRPO | {"updates_per_batch": 2}, {"model": {"freeze": ("vision",)}}),
     "KL in the reward": (
         "grpo",
         {"advantage": "reinforce", "kl_place": "reward", "kl_estimator": "k1", "kl_coef": 0.1},

@@ -472,7 +472,10 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
         np.testing.assert_array_equal(batch.mask, alone.mask)
         own = b.score(prepared.params, alone)
         assert ("old_logps" in batch.extra) == (len(updates) > 1)
-        if len(updates) > 1:
+        is_first = len(updates) > 1 == method.passes and i < micro_batches // len(updates)
+        if is_first:  # the update itself computes them
+            assert np.isnan(batch.extra["old_logps"]).all()
+        elif len(updates) > 1:
             np.testing.assert_array_equal(batch.extra["old_logps"], own)
         want = graded.rewards[p].reshape(-1)
         if name.startswith("greedy baseline"):
@@ -485,6 +488,39 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
             assert ("ref_logps" in batch.extra) == (reference is not None)
         if "ref_logps" in batch.extra:
             np.testing.assert_array_equal(batch.extra["ref_logps"], b.score(reference, alone))
+
+
+def test_the_first_update_needs_no_scores_of_the_policy_that_sampled(image_stage):
+    """It computes them itself; its ratios are 1, and the update is the same as with the scores."""
+    prepared, scored = image_stage, []
+
+    def score(params, batch):
+        scored.append(batch)
+        return prepared.ctx.builder.score(params, batch)
+
+    b = builder(prepared, updates_per_batch=2)
+    graded = sample(prepared, b)
+    found = stage_fixtures.rollout_step_batch(
+        dataclasses.replace(b, score=score), prepared.params, graded, None, 1, 1
+    )
+    (first,), (second,) = found.updates
+    assert len(scored) == 1 and np.isfinite(second.extra["old_logps"]).all()
+    state, metrics = prepared.update([first])
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["mismatch_max"] < 1e-5
+    known = first.extra | {"old_logps": b.score(prepared.params, first)}
+    same, same_metrics = prepared.update([first.replace(extra=known)])
+    assert same_metrics == pytest.approx(metrics, abs=1e-5)
+    start = jax.tree.leaves(prepared.state.params)
+    for x, a, c in zip(
+        start, jax.tree.leaves(state.params), jax.tree.leaves(same.params), strict=True
+    ):
+        np.testing.assert_allclose(a, c, atol=2e-5)
+        assert np.abs(np.asarray(x - a)).max() > 1e-5
+    # Half a forward pass for the scores, and three for the update.
+    twice = builder(prepared, updates_per_batch=2, passes=2)
+    more = stage_fixtures.rollout_step_batch(twice, prepared.params, graded, None, 1, 1)
+    forward = rollouts._forward_flops(b, graded)
+    assert more.cost.flops - found.cost.flops == pytest.approx((1 + 6 - 0.5 - 3) * forward)
 
 
 def check_micro_batches_sample_the_same(prepared, micro_batch, counts):

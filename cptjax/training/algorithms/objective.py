@@ -3,7 +3,7 @@
 `batch.extra` has what each objective needs in addition to the tokens, per row [B] or token [B A]:
 
     policy    advantages [B], sampler_logps, and where the settings use them, old_logps, ref_logps
-              and behaviour_logps
+              and behaviour_logps; old_logps are NaN where the policy is the one that sampled
     sft       ref_logps with a KL term; segments [B A] where rows are packed
     distill   teacher_hidden [B A D] and teacher_unembed [D V]
 
@@ -13,6 +13,7 @@ Continual-learning methods may add a loss of the response tokens, with arrays of
 import dataclasses
 
 import jax.numpy as jnp
+from jax import lax
 
 from cptjax.models import logprobs
 from cptjax.models.packed_groups import by_target, flat_targets
@@ -82,15 +83,17 @@ class Objective:
             temperature=config.temperature,
         )
         logps, entropy = by_target(batch, logps), by_target(batch, entropy)
-        before_updates = extra.get("old_logps", logps)
-        tis = None
+        old, tis = extra.get("old_logps"), None
+        if old is not None:
+            old = jnp.where(jnp.isnan(old), lax.stop_gradient(logps), old)
+        before_updates = logps if old is None else old
         if config.tis_cap is not None:
             # With a ratio, the weights only need to correct up to the policy before the updates.
             trained = logps if config.ratio == "none" else before_updates
             tis = losses.tis_weights(trained, extra["behaviour_logps"], mask, config.tis_cap)
         loss = losses.policy_loss(
             logps,
-            extra.get("old_logps"),
+            old,
             extra.get("ref_logps"),
             extra["advantages"],
             mask,
