@@ -79,7 +79,7 @@ def generate_rollouts(
     queued, mesh = len(prompts.tokens), _mesh_of(prompts.tokens)
     limits = place_limits(limits, static.max_new_tokens, queued, sampling.group, mesh)
     row_ids = place_row_ids(rows, queued, sampling.group, mesh)
-    if mesh is not None:
+    if mesh not in (None, jax.sharding.get_mesh()):
         prompts, limits, row_ids, key = _move_to_mesh(prompts, limits, row_ids, key)
     _check_prompts(prompts, cfg, static, limits, row_ids)
     traced = traced_settings(sampling, key, cfg, stops)
