@@ -73,9 +73,10 @@ SIZES = {
 # for a whole model and row; of 128 prompts in an update, every two of 256 chips get one. Without
 # data=4 so many devices share a weight that the compiler sums whole arrays over them: weights on
 # v5p, gradients on v6e. While sampling, a weight is read for few tokens, so more devices share it.
+# v5p has room for the logits of a device pass, so the backward pass does not compute them again.
 SLICES = {
-    "v5p-4x4x4": dict(mesh=dict(data=4, model=1), micro_batch=64, rollout_model=4),
-    "v6e-16x16": dict(mesh=dict(data=4, model=2), micro_batch=128, rollout_model=4),
+    "v5p-4x4x4": dict(mesh=dict(data=4, model=1), micro_batch=64, rollout_model=4, chunk=8192),
+    "v6e-16x16": dict(mesh=dict(data=4, model=2), micro_batch=128, rollout_model=4, chunk=1024),
 }
 FILTER = dict(samples=8)
 MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens
@@ -151,9 +152,10 @@ def _for_slice(c, name):
     """
     c.model.remat = "dots"
     if c.method.source == "rollouts":
-        c.mesh.update(SLICES[name]["mesh"])
-        c.train.micro_batch = SLICES[name]["micro_batch"]
-        c.rollout.model = SLICES[name]["rollout_model"]
+        chosen = SLICES[name]
+        c.mesh.update(chosen["mesh"])
+        c.train.update(micro_batch=chosen["micro_batch"], chunk=chosen["chunk"])
+        c.rollout.model = chosen["rollout_model"]
 
 
 def _arm(build, **changes):
