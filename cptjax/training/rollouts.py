@@ -18,7 +18,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.common import device_time, distributed, phases
+from cptjax.common import distributed, phases
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
 from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_buckets
 from cptjax.data.prompts import EncodedExample
@@ -333,14 +333,13 @@ def score_rollouts(
     with phases.phase("logps"):
         ref_logps = []
         if needs.reference:
-            seen = map(for_other_tower, batches) if needs.other_reference else batches
-            ref_logps = _score(builder, "reference", reference, seen)
+            ref_logps = builder.score_batches("reference", reference, batches)
         if not needs.policy_logps:
             old = []
         elif old_logps is None:
             first = 0 if needs.first_policy_logps else builder.layout.micro_batches
             old = [_unknown_logps(builder, batch) for batch in batches[:first]]
-            old += _score(builder, "policy", params, batches[first:])
+            old += builder.score_batches("policy", params, batches[first:])
         else:
             old = _place_logps(builder, old_logps, batches)
     seconds = time.perf_counter() - began
@@ -445,7 +444,7 @@ def scored_step_batch(
     drift, start_logps = None, []
     if start is not None:
         if start is not reference:
-            start_logps = _score(builder, "start", start, batches)
+            start_logps = builder.score_batches("start", start, batches)
         drift = _drift(batches, old_logps, start_logps or ref_logps).reshape(shaped.shape)
     shaped, new, more = _shape_by_methods(method, shaped, keep, drift, carried)
     metrics |= more
@@ -516,16 +515,6 @@ def _group_batches(
             )
         )
     return slices, batches
-
-
-def _score(
-    builder: BatchBuilder, model: str, params: Params | None, batches: Iterable[Batch]
-) -> list[Array]:
-    """Start to compute the log-probabilities of a model; `model` names it among device times."""
-    began = time.perf_counter()
-    logps = [builder.score(params, batch) for batch in batches]
-    device_time.watch(model, began, logps)
-    return logps
 
 
 def _subtract_kl(

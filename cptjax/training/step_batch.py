@@ -144,6 +144,20 @@ class BatchBuilder:
             for p, s in zip(prompts, states, strict=True)
         ]
 
+    def score_batches(
+        self, model: str, params: Params | None, batches: Sequence[Batch]
+    ) -> list[Array]:
+        """Start to compute the log-probabilities of a model: policy, reference or start.
+
+        A reference of a folder runs its own vision tower.
+        """
+        began = time.perf_counter()
+        if model == "reference" and self.needs.other_reference:
+            batches = [tower_states.for_other_tower(batch) for batch in batches]
+        logps = [self.score(params, batch) for batch in batches]
+        device_time.watch(model, began, logps)
+        return logps
+
 
 def extra_response_tokens(method: Any, max_new_tokens: int) -> int:
     """Return how much longer than a prompt a row may be: a response and the end of its turn."""
@@ -186,9 +200,7 @@ def sft_step_batch(
     batches = builder.conversation_batches(items)
     if "ref_logps" in builder.needs.arrays:
         with phases.phase("logps"):
-            began = time.perf_counter()
-            ref_logps = [builder.score(reference, batch) for batch in batches]
-            device_time.watch("reference", began, ref_logps)
+            ref_logps = builder.score_batches("reference", reference, batches)
         batches = attach_arrays(batches, ref_logps=ref_logps)
     forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
     cfg, encoded = builder.model_ctx.cfg, [i.encoded for i in items]

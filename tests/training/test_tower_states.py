@@ -143,6 +143,24 @@ def test_the_reference_of_sft_sees_the_states_too(tmp_path, monkeypatch):
     assert pair[0][2] < pair[1][2]
 
 
+def test_a_reference_of_a_folder_runs_its_own_tower_under_sft_too(tmp_path):
+    """LwF's teacher shares the tower with the policy; the reference has another one."""
+    c = image_config("sft", method=dict(kl_coef=0.1, loss=dict(name="lwf", coef=1.0)))
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        builder = prepared.ctx.builder
+        method = merge_config(builder.method, {"kl_reference": "models/other"})
+        builder = dataclasses.replace(builder, method=method)
+        with prepared.ctx.open_stream(0) as stream:
+            items = next(stream)
+        other = jax.tree.map(lambda x: x * 1.5, prepared.params)
+        found = step_batch.sft_step_batch(builder, items, other, prepared.ctx.teacher)
+        (batch,) = next(found.updates)
+    assert batch.prompts.tower_states is not None and "teacher_hidden" in batch.extra
+    images = tower_states.for_other_tower(batch)
+    np.testing.assert_array_equal(batch.extra["ref_logps"], builder.score(other, images))
+    assert np.abs(batch.extra["ref_logps"] - builder.score(other, batch)).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "shared"),
     [
