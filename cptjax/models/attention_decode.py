@@ -82,6 +82,9 @@ class Reads:
     column: Array  # [1] as in `Past`
 
 
+READS_AXES = Reads(*[("batch",)] * 6, column=())  # logical axes
+
+
 class Blocks(NamedTuple):
     """The sizes of the blocks, and the number of steps."""
 
@@ -114,14 +117,13 @@ def plan_reads(cache: Cache, prompt_mask: Array, past: Past, heads: str | None) 
 
     heads: the logical axis of the key/value heads.
     """
-    axes = Reads(*[("batch",)] * 6, column=())
     arrays = prompt_mask, past.column, past.age, past.active
     of_arrays = ("batch",), (), ("batch",), ("batch",)
 
     def plan(cache, prompt_mask, *arrays):
         return _reads(Blocks.of(cache), cache.own_k.shape[4], prompt_mask, Past(*arrays, past.ring))
 
-    return _per_device(plan, (cache, *arrays), (_cache_axes(heads), *of_arrays), axes)
+    return _per_device(plan, (cache, *arrays), (_cache_axes(heads), *of_arrays), READS_AXES)
 
 
 def _reads(blocks: Blocks, columns: int, prompt_mask: Array, past: Past) -> Reads:
@@ -166,7 +168,7 @@ def attend_live(
     """
     kernel = functools.partial(_attend, ring=ring, interpret=interpret)
     of_q = ("batch", None, heads and "heads", None)
-    axes = of_q, _cache_axes(heads), Reads(*[("batch",)] * 6, column=()), ()
+    axes = of_q, _cache_axes(heads), READS_AXES, ()
     return _per_device(kernel, (q, cache, reads, layer), axes, of_q)
 
 

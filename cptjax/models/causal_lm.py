@@ -1,6 +1,7 @@
 """The model of any family: forward over rows and groups, prefill and decode, as pure functions."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -234,78 +235,66 @@ def decode_step(
         to the newest one, which is in the last part; it is the same for all rows, so that the
         update is in place, without a scatter.
     """
-    x = decoder.embed_tokens(p["text"], tokens, dtype)
-    numbers = unrolled.layer_numbers(p["text"]["blocks"], cfg.text.depth)
-    run = _decode_live_columns if reads_live_columns(cfg) else _decode_all_columns
-    x, cache = run(p["text"]["blocks"], x, rope, past, cache, cfg, numbers)
-    return rms_norm(x, p["text"]["norm"], cfg.text.norm_eps), cache
-
-
-def _decode_all_columns(
-    blocks: unrolled.Blocks,
-    x: Array,
-    rope: tuple[Array, Array],
-    past: Past,
-    cache: KVCache,
-    cfg: ModelConfig,
-    numbers: Any,
-) -> tuple[Array, KVCache]:
-    """Run the blocks with products that read all columns, and mask those that are not visible."""
+    blocks, axis = p["text"]["blocks"], unrolled.key_axis(cache.prompt_k)
     *older_k, newest_k = cache.own_k
     *older_v, newest_v = cache.own_v
-    counts, axis = cache.column_counts(), unrolled.key_axis(cache.prompt_k)
-    column, visible = past.column - sum(counts[:-1]), past.visible(sum(counts))
+    column = past.column - sum(cache.column_counts()[:-1])
+    if reads_live_columns(cfg):  # the kernel takes the prompts' caches of all layers
+        attend_cache, prompt = _live_columns(cache, past, cfg), ()
+    else:
+        attend_cache, prompt = _all_columns(cache, past), (cache.prompt_k, cache.prompt_v)
 
-    def layer(carry, weights, prompt_k, prompt_v, i):
+    def layer(carry, weights, i, *prompt):
         x, own_k, own_v = carry
 
         def attend(q, k, v):
             keys = write_column(own_k, i, k, column, axis)
             values = write_column(own_v, i, v, column, axis=-2)
-            mine_k = [jnp.moveaxis(read_layer(x, i), axis, -2) for x in (*older_k, keys)]
-            mine_v = [read_layer(x, i) for x in (*older_v, values)]
-            out = attention.attend_cached(
-                q, prompt_k, prompt_v, mine_k, mine_v, cache.prompt_mask, visible
-            )
-            return out, (keys, values)
+            return attend_cache(q, keys, values, i, *prompt), (keys, values)
 
         x, (own_k, own_v) = decoder.decoder_block(weights, x, rope, attend, cfg)
         return (x, own_k, own_v), None
 
+    x = decoder.embed_tokens(p["text"], tokens, dtype)
+    numbers = unrolled.layer_numbers(blocks, cfg.text.depth)
     (x, newest_k, newest_v), _ = unrolled.scan_layers(
-        layer, (x, newest_k, newest_v), blocks, cache.prompt_k, cache.prompt_v, numbers
+        layer, (x, newest_k, newest_v), blocks, numbers, *prompt
     )
+    x = rms_norm(x, p["text"]["norm"], cfg.text.norm_eps)
     return x, cache.replace(own_k=(*older_k, newest_k), own_v=(*older_v, newest_v))
 
 
-def _decode_live_columns(
-    blocks: Params,
-    x: Array,
-    rope: tuple[Array, Array],
-    past: Past,
-    cache: KVCache,
-    cfg: ModelConfig,
-    numbers: Array,
-) -> tuple[Array, KVCache]:
-    """Run the blocks with the TPU kernel, which takes the caches of all layers."""
+def _all_columns(cache: KVCache, past: Past) -> Callable[..., Array]:
+    """Return the attention by products that read all columns, and mask those that are not visible.
+
+    It takes the queries, the newest part of the caches, the number of a layer, and the layer's keys
+    and values of the prompts.
+    """
+    axis, visible = unrolled.key_axis(cache.prompt_k), past.visible(sum(cache.column_counts()))
+
+    def attend(q, keys, values, i, prompt_k, prompt_v):
+        own_k = [jnp.moveaxis(read_layer(x, i), axis, -2) for x in (*cache.own_k[:-1], keys)]
+        own_v = [read_layer(x, i) for x in (*cache.own_v[:-1], values)]
+        return attention.attend_cached(
+            q, prompt_k, prompt_v, own_k, own_v, cache.prompt_mask, visible
+        )
+
+    return attend
+
+
+def _live_columns(cache: KVCache, past: Past, cfg: ModelConfig) -> Callable[..., Array]:
+    """Return the attention by the TPU kernel.
+
+    It takes the queries, the caches of all layers, and the number of a layer.
+    """
     (own_k,), (own_v,), heads = cache.own_k, cache.own_v, kv_axis(cfg)
     stacked = attention_decode.Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
     reads = attention_decode.plan_reads(stacked, cache.prompt_mask, past, heads)
 
-    def layer(carry, weights, i):
-        x, own_k, own_v = carry
+    def attend(q, keys, values, i):
+        written = stacked.replace(own_k=keys, own_v=values)
+        return attention_decode.attend_live(
+            q, written, reads, i, past.ring, heads, attention.INTERPRET
+        )
 
-        def attend(q, k, v):
-            keys = write_column(own_k, i, k, past.column, axis=-2)
-            values = write_column(own_v, i, v, past.column, axis=-2)
-            written = stacked.replace(own_k=keys, own_v=values)
-            out = attention_decode.attend_live(
-                q, written, reads, i, past.ring, heads, attention.INTERPRET
-            )
-            return out, (keys, values)
-
-        x, (own_k, own_v) = decoder.decoder_block(weights, x, rope, attend, cfg)
-        return (x, own_k, own_v), None
-
-    (x, own_k, own_v), _ = unrolled.scan_layers(layer, (x, own_k, own_v), blocks, numbers)
-    return x, cache.replace(own_k=(own_k,), own_v=(own_v,))
+    return attend
