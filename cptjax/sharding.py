@@ -182,7 +182,7 @@ def named_sharding(
         if size % ways:
             raise ValueError(
                 f"axis {name!r} of size {size} cannot be cut {ways} ways over mesh axis "
-                f"{physical!r}; change config.mesh"
+                f"{physical!r}; change config.mesh, or rollout.model"
             )
     return NamedSharding(mesh, spec)
 

@@ -71,11 +71,15 @@ def rollout_shardings(
         return [() if place is None else (place,) for place in places]
     mesh = sampling.mesh(leaves[0][1].sharding.mesh)
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
-    declared = jax.tree.leaves_with_path(causal_lm.declare_params(cfg), is_leaf=sharding.is_param)
-    axes = {jax.tree_util.keystr(path): p.axes for path, p in declared}
+    declared = dict(
+        jax.tree.leaves_with_path(causal_lm.declare_params(cfg), is_leaf=sharding.is_param)
+    )
     out = []
-    for path, x in leaves:  # adapters are not among the declared parameters, and small: replicated
-        place = sharding.named_sharding(axes.get(jax.tree_util.keystr(path), ()), mesh, None, rules)
+    for path, x in leaves:
+        place = NamedSharding(mesh, PartitionSpec())
+        if path in declared:  # adapters are not, and are small: every device gets them whole
+            param = declared[path]
+            place = sharding.named_sharding(param.axes, mesh, param.shape, rules)
         last = (without_axis(place, "fsdp"),) if gather else ()
         whole = without_axis(x.sharding, "model"), without_axis(place, "model")
         out.append((*whole, place, *last))
