@@ -90,6 +90,8 @@ def no_cache():
 
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # jax reads the switch once
+    jax.config.update("jax_optimization_level", "O0")
     yield
+    jax.config.update("jax_optimization_level", "UNKNOWN")
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()

@@ -19,6 +19,14 @@ def devices(monkeypatch):
     return use
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs of a module see one device, also those of fixtures that tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        see(patch, 1)
+        yield
+
+
 def see(patch, count: int) -> None:
     """Runs see so many devices until the patch is undone."""
     patch.setattr(sharding, "make_mesh", functools.partial(MAKE, devices=jax.devices()[:count]))

@@ -28,11 +28,17 @@ from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.types import Params, TrainState
 
 MAKE_MESH = sharding.make_mesh
+EOS = (2, 0, *range(40, 320, 4))  # so that a random model often ends its response
 SMALL = dataclasses.replace(
+    PRESETS["tiny_qwen2"],
+    text=dataclasses.replace(PRESETS["tiny_qwen2"].text, depth=1, mlp=64),
+    eos=EOS,
+)
+SMALL_VISION = dataclasses.replace(
     PRESETS["tiny"],
     text=dataclasses.replace(PRESETS["tiny"].text, depth=1, mlp=64),
     vision=dataclasses.replace(PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
-    eos=(2, 0, *range(40, 320, 4)),  # so that a random model often ends its response
+    eos=EOS,
 )
 
 

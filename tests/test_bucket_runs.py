@@ -13,15 +13,19 @@ import jax
 import numpy as np
 import pytest
 import run_helpers
+from device_fixtures import one_device  # noqa: F401
 
 from cptjax import api
 from cptjax.common import buckets
 from cptjax.continual import checkpoint, driver, reevaluate, workdir
 from cptjax.evaluation import report
 
-pytestmark = pytest.mark.skipif(
-    not gcs_server.INSTALLED, reason="needs the packages of pip install '.[gcs,test]'"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_device"),
+    pytest.mark.skipif(
+        not gcs_server.INSTALLED, reason="needs the packages of pip install '.[gcs,test]'"
+    ),
+]
 SECTIONS = {"steps": 4, "eval": {"limit": 4, "batch": 4}}
 KILL = int(signal.SIGKILL)
 

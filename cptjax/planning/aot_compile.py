@@ -107,7 +107,9 @@ class SubprocessCompiler:
 
     def compile(self, program: Program, folder: str) -> dict[str, float]:
         """Return the sizes of a program's buffers, and leave the compiler's texts in `folder`."""
-        context = multiprocessing.get_context("spawn")
+        # Children are forks of a server that has imported this module, which takes seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         args = (config_to_dict(self.config), self.topology, self.slices, program.name, folder)
         child = context.Process(target=_compile_in_child, args=args, daemon=True)
         child.start()

@@ -2,11 +2,14 @@
 
 import pytest
 import run_helpers
+from device_fixtures import one_device  # noqa: F401
 
 from cptjax.common import files
 from cptjax.continual import corpus_generation
 from cptjax.continual.corpus_generation import CorpusRequest, generate_corpus
 from cptjax.training import corpus
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples():

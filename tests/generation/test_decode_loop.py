@@ -583,7 +583,7 @@ def test_greedy_equals_transformers(tmp_path):
         rows = [tiny.random_row(row(i), cfg, rng) for i in range(50)]
         ours = lambda *stop: run(
             params,
-            tiny.prompts(rows, cfg),
+            tiny.prompts(rows, cfg, shards=10),
             cfg,
             group=1,
             max_new_tokens=16,

@@ -15,6 +15,7 @@ import pytest
 import run_helpers
 from absl import flags
 from absl.testing import flagsaver
+from device_fixtures import one_device  # noqa: F401
 from eval_rows import EVAL_ROW
 from safetensors.numpy import load_file
 
@@ -25,6 +26,8 @@ from cptjax.continual import hub_upload
 from cptjax.models import hf_checkpoint, trainable
 from cptjax.models.families import PRESETS
 from cptjax.models.hf_config import read_model_config
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ROOT = Path(__file__).parents[2]
 BASE = {"stage": 0, "stage_name": "base", "step": 0, "task": "colour"}

@@ -154,6 +154,13 @@ CASES = {  # method, its changes, changes of other sections
     "drift in the reward": ("dr_grpo", {"reward": {"name": "rapo"}}, {}),
     "own responses": ("self_sft", {}, {}),
 }
+WITH_TOWER = {
+    "KL and several updates",
+    "micro-batches",
+    "frozen tower",
+    "distillation",
+    "LwF with a frozen tower",
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,7 +168,8 @@ def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, na
     method, changes, sections = CASES[name]
     number = 2 if name == "drift in the reward" else 1  # the first stage has none
     c = method_config(method, stages=number, method=changes, **sections)
-    with stage_fixtures.prepare_stage(c, tmp_path, number) as prepared:
+    model = stage_fixtures.SMALL_VISION if name in WITH_TOWER else stage_fixtures.SMALL
+    with stage_fixtures.prepare_stage(c, tmp_path, number, model) as prepared:
         ctx = prepared.ctx
         stage = abstract_stage(ctx.config, ctx.builder.model_ctx.cfg, prepared.run.model_ctx.mesh)
         longest = 0

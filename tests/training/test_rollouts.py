@@ -393,7 +393,9 @@ def image_stage(tmp_path_factory):
     c = method_config("grpo", method=dict(advantage="reinforce", ratio="token", kl_coef=0.0))
     c = stage_fixtures.tiny(c, family="colour", side=32)
     c.data.template = "none"
-    with stage_fixtures.prepare_stage(c, tmp_path_factory.mktemp("images")) as prepared:
+    with stage_fixtures.prepare_stage(
+        c, tmp_path_factory.mktemp("images"), model=stage_fixtures.SMALL_VISION
+    ) as prepared:
         yield prepared
 
 
@@ -550,7 +552,7 @@ def test_rollouts_of_a_mesh_do_not_depend_on_micro_batches(tmp_path, counts):
     c.data.template = "none"
     c.mesh.update(data=2, fsdp=2, model=2)
     c.model.freeze = ("vision",)
-    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path, model=stage_fixtures.SMALL_VISION) as prepared:
         check_micro_batches_sample_the_same(prepared, 4, counts)
 
 
