@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+# Many tests start processes. Without bytecode, each compiles all modules of cptjax again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for slices without any TPU
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
@@ -90,8 +93,14 @@ def no_cache():
 
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # jax reads the switch once
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def quick_tpu_compiler(no_cache):
+    """Let libtpu compile in a fraction of its time, for tests that do not look at schedules."""
     jax.config.update("jax_optimization_level", "O0")
     yield
     jax.config.update("jax_optimization_level", "UNKNOWN")
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()

@@ -82,6 +82,7 @@ def job(folder: Path, name: str) -> dict[str, Any]:
         sections["stages"][3]["train"] = {"micro_batch": 2}
     else:
         sections["eval"] |= {"general": ["facts"]}
+        sections["model"] = run_helpers.TEXT
     return {"method": "sft", "sections": sections}
 
 

@@ -57,7 +57,7 @@ def config():
             task="biased",
             steps=250,
             method=base.METHODS["sft"],
-            train=dict(lr=2e-3, batch=64, schedule="linear", warmup=0.1),
+            train=dict(lr=2e-3, batch=32, schedule="linear", warmup=0.1),
         ),
         *(arm("true", name) for name in ARMS),
         arm("negated", "grpo"),

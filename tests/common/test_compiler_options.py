@@ -42,7 +42,7 @@ def compiled_text(function, args, mesh, folder) -> str:
     return hlo.read_compiler_dump(str(folder))[0]
 
 
-def test_a_program_for_a_slice_has_the_options_of_a_tpu(no_cache, monkeypatch, tmp_path):
+def test_a_program_for_a_slice_has_the_options_of_a_tpu(quick_tpu_compiler, monkeypatch, tmp_path):
     """A product with a weight that 16 devices share is one product, not one for each device."""
     pytest.importorskip("libtpu")
     mesh = sharding.make_mesh(devices=aot_compile.topology_devices("v5p:2x2x4"))
@@ -63,11 +63,11 @@ def test_a_program_for_a_slice_has_the_options_of_a_tpu(no_cache, monkeypatch, t
 def test_weights_are_gathered_while_others_are_multiplied(
     topology, no_cache, monkeypatch, tmp_path
 ):
-    """Without the sparse cores, a layer of four products waits for each of its weights."""
+    """Without the sparse cores, a layer of two products waits for each of its weights."""
     pytest.importorskip("libtpu")
     mesh = sharding.make_mesh(devices=aot_compile.topology_devices(topology))
     chip = chips.chip_of_devices(list(mesh.devices.flat))
-    weights = [sharding.abstract_array((3, 4096, 4096), jnp.bfloat16, mesh, (None, "embed"))] * 4
+    weights = [sharding.abstract_array((3, 4096, 4096), jnp.bfloat16, mesh, (None, "embed"))] * 2
     rows = sharding.abstract_array((16 * 4096, 4096), jnp.bfloat16, mesh, ("batch",))
 
     def layer(x, weights):

@@ -391,7 +391,7 @@ def _compiled_for_tpu(f, params, *inputs):
 
 
 @pytest.mark.slow
-def test_the_decoder_block_compiles_for_a_tpu_slice(no_cache):
+def test_the_decoder_block_compiles_for_a_tpu_slice(quick_tpu_compiler):
     """The block of the 3B model, packed rows of 1,000 tokens, forward and backward, on v5e:2x2."""
     pytest.importorskip("libtpu")
     t = dataclasses.replace(PRESETS["3b"].text, depth=1)
@@ -425,7 +425,7 @@ def test_the_decoder_block_compiles_for_a_tpu_slice(no_cache):
 
 
 @pytest.mark.slow
-def test_the_vision_tower_compiles_for_a_tpu_slice(no_cache):
+def test_the_vision_tower_compiles_for_a_tpu_slice(quick_tpu_compiler):
     """The released tower (head width 80): a window block and a full block in a scan, with remat."""
     pytest.importorskip("libtpu")
     v = dataclasses.replace(PRESETS["3b"].vision, depth=2, full_blocks=(1,))
