@@ -8,7 +8,6 @@ from pathlib import Path
 
 # Many tests start processes. Without bytecode, each compiles all modules of cptjax again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for slices without any TPU
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
