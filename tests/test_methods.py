@@ -141,7 +141,8 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
         config.method.corpus = corpus(tmp_path, config.stages[0]["task"])
         config.tasks[config.stages[0]["task"]].template = config.data.template
         config.data.update(prompt_limit=256, buckets=(256,))
-    _, _, lines = stage_fixtures.train_all_stages(config, tmp_path / "run")
+    model = stage_fixtures.SMALL_VISION if name == "jigsaw:grpo" else stage_fixtures.SMALL
+    _, _, lines = stage_fixtures.train_all_stages(config, tmp_path / "run", model)
     steps = [line for line in lines if "event" not in line]
     assert [(line["stage"], line["step"]) for line in steps] == [(i + 1, 1) for i in range(stages)]
     for line in steps:
