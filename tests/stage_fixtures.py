@@ -29,17 +29,18 @@ from cptjax.types import Params, TrainState
 
 MAKE_MESH = sharding.make_mesh
 EOS = (2, 0, *range(40, 320, 4))  # so that a random model often ends its response
-SMALL = dataclasses.replace(
+SMALL_TEXT = dataclasses.replace(
     PRESETS["tiny_qwen2"],
     text=dataclasses.replace(PRESETS["tiny_qwen2"].text, depth=1, mlp=64),
     eos=EOS,
 )
-SMALL_VISION = dataclasses.replace(
+SMALL = dataclasses.replace(
     PRESETS["tiny"],
     text=dataclasses.replace(PRESETS["tiny"].text, depth=1, mlp=64),
     vision=dataclasses.replace(PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
     eos=EOS,
 )
+MODELS = {"tiny": SMALL, "tiny_qwen2": SMALL_TEXT}  # the presets of runs with these fixtures
 
 
 def coin(prediction: str, answer: Any, meta: Any = None) -> float:
@@ -73,7 +74,10 @@ def tiny(
     family: str = "arithmetic",
     **tasks: Any,
 ) -> ConfigDict:
-    """Return the config with everything small and its method unchanged."""
+    """Return the config with everything small and its method unchanged.
+
+    The model reads images only if the tasks have any, because a tower takes time to compile.
+    """
     c = ConfigDict(config.to_dict())
     with c.unlocked(), c.ignore_type():
         names = dict.fromkeys(
@@ -88,7 +92,7 @@ def tiny(
         )
         c.model.update(
             path="",
-            preset="tiny",
+            preset="tiny_qwen2" if family == "arithmetic" else "tiny",
             compute_dtype="float32",
             remat="none",
             min_pixels=1024,
@@ -129,31 +133,32 @@ def method_config(
 
 @contextlib.contextmanager
 def open_tiny_run(
-    config: ConfigDict, workdir: Path, model: Any = SMALL, saved: bool = False
+    config: ConfigDict, workdir: Path, model: Any = None, saved: bool = False
 ) -> Iterator[tuple[Run, ModelState]]:
     """Open a run with its base model, on the devices of the mesh; without `saved`, it has no
     checkpoints.
+
+    `model` replaces the small model of the config's preset.
     """
     with contextlib.ExitStack() as stack:
+        models = MODELS if model is None else {config.model.preset: model}
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
         stack.enter_context(mock.patch.object(sharding, "make_mesh", lambda **_: some()))
         if not saved:
             stack.enter_context(mock.patch.object(open_run, "Checkpoints", UnsavedCheckpoints))
-        stack.enter_context(mock.patch.dict(PRESETS, tiny=model))
+        stack.enter_context(mock.patch.dict(PRESETS, models))
         run = open_run.open_run(config, workdir)
         stack.callback(run.sandbox.close)
         stack.callback(run.files.log.close)
         yield run, ModelState(restore_stage_params(config, run.model_ctx, None, 0))
 
 
-def train_all_stages(
-    config: ConfigDict, workdir: Path, model: Any = SMALL
-) -> tuple[Run, ModelState, list[dict]]:
+def train_all_stages(config: ConfigDict, workdir: Path) -> tuple[Run, ModelState, list[dict]]:
     """Train every stage in turn; return the run, the last model, and the lines of metrics.jsonl."""
     for stage in resolve_stages(config):
         validate_config.validate_stage(stage)
-    with open_tiny_run(config, workdir, model) as (run, model_state):
+    with open_tiny_run(config, workdir) as (run, model_state):
         for stage in run.stages:
             model_state = train_stage.train_stage(run, stage, model_state)
     return run, model_state, read_jsonl(workdir / "metrics.jsonl")
@@ -185,7 +190,7 @@ class PreparedStage:
 
 @contextlib.contextmanager
 def prepare_stage(
-    config: ConfigDict, workdir: Path, number: int = 1, model: Any = SMALL
+    config: ConfigDict, workdir: Path, number: int = 1, model: Any = None
 ) -> Iterator[PreparedStage]:
     """Prepare stage `number` of a tiny config for its first step."""
     with open_tiny_run(config, workdir, model) as (run, model_state):

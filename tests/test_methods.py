@@ -112,6 +112,7 @@ def with_own_template(config, name: str, monkeypatch):
     config.tasks[task].template = template
     if name.startswith("jigsaw"):
         config.tasks[task] = dict(task="jigsaw", images="synthetic", side=42)
+        config.model.preset = "tiny"
     config.data.update(prompt_limit=512, buckets=(512,))
 
     def graded(prompted_tasks, items, texts):
@@ -141,8 +142,7 @@ def test_every_arm_takes_a_step(name, tmp_path, monkeypatch):
         config.method.corpus = corpus(tmp_path, config.stages[0]["task"])
         config.tasks[config.stages[0]["task"]].template = config.data.template
         config.data.update(prompt_limit=256, buckets=(256,))
-    model = stage_fixtures.SMALL_VISION if name == "jigsaw:grpo" else stage_fixtures.SMALL
-    _, _, lines = stage_fixtures.train_all_stages(config, tmp_path / "run", model)
+    _, _, lines = stage_fixtures.train_all_stages(config, tmp_path / "run")
     steps = [line for line in lines if "event" not in line]
     assert [(line["stage"], line["step"]) for line in steps] == [(i + 1, 1) for i in range(stages)]
     for line in steps:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from stage_fixtures import SMALL_VISION
+from stage_fixtures import SMALL
 
 from cptjax import sharding
 from cptjax.benchmark.phase_times import CompilationCounter
@@ -28,7 +28,7 @@ ROWS, PIXELS, LADDER = 2, (16 * 16, 32 * 32), (24, 32)
 
 @pytest.fixture(scope="module")
 def model_ctx() -> model_context.ModelContext:
-    cfg = SMALL_VISION.with_compute(attention="tiled", unroll=True)
+    cfg = SMALL.with_compute(attention="tiled", unroll=True)
     return model_context.ModelContext(
         cfg,
         processor.load_processor(None, cfg, *PIXELS),

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import run_helpers
-from device_fixtures import devices  # noqa: F401
+from device_fixtures import one_device  # noqa: F401
 from ml_collections import ConfigDict
 
 import cptjax
@@ -17,10 +17,7 @@ from cptjax.continual import driver, reevaluate
 from cptjax.evaluation.report import read
 from cptjax.models import hf_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def one_device(devices):
-    devices(1)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def matrix_file(workdir):

@@ -6,23 +6,18 @@ import os
 import random
 import shutil
 
-import device_fixtures
 import pytest
 import run_helpers
+from device_fixtures import one_device  # noqa: F401
 
 from configs.base import METHODS
 from cptjax.config import merge_config
 from cptjax.continual import checkpoint, driver, records, stage_evaluation
 from cptjax.continual.checkpoint import RunRefused
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STAGES = ({"task": "mine", "steps": 2}, {"task": "facts", "steps": 2})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        device_fixtures.see(patch, 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,11 @@
 
 import pytest
 import run_helpers
-from device_fixtures import devices  # noqa: F401
+from device_fixtures import one_device  # noqa: F401
 
 from cptjax.continual import driver, reevaluate
 
-
-@pytest.fixture(autouse=True)
-def one_device(devices):
-    devices(1)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_a_stage_is_evaluated_again_with_the_same_result_and_recorded_on_request(tmp_path):

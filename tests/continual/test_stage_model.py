@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import device_fixtures
 import numpy as np
 import pytest
 import run_helpers
+from device_fixtures import one_device  # noqa: F401
 
 import cptjax
 from cptjax import sharding
@@ -15,17 +15,12 @@ from cptjax.continual.open_run import open_run_readonly
 from cptjax.models import trainable
 from cptjax.models.hf_config import read_model_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONVERSATIONS = [
     [{"role": "user", "content": "Name a colour."}],
     [{"role": "user", "content": "Count to three, please."}],
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        device_fixtures.see(patch, 1)
-        yield
 
 
 @pytest.fixture(scope="module")

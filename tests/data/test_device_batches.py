@@ -31,9 +31,7 @@ def config(name: str, **sections):
 def first_update(settings, folder):
     """The parameters and metrics after the first update."""
     with (
-        stage_fixtures.prepare_stage(
-            settings, folder, model=stage_fixtures.SMALL_VISION
-        ) as prepared,
+        stage_fixtures.prepare_stage(settings, folder) as prepared,
         prepared.ctx.open_stream(0) as stream,
     ):
         found = next_step_batch(prepared.ctx, prepared.params, stream, StageProgress())
@@ -87,7 +85,7 @@ def test_rows_of_a_device_pass():
 def test_joined_micro_batches_have_the_rows_and_images_of_each(sizes):
     """Two micro-batches of four prompts; some have no image, and images have several sizes."""
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    cfg, rng = stage_fixtures.SMALL_VISION, np.random.default_rng(0)
+    cfg, rng = stage_fixtures.SMALL, np.random.default_rng(0)
     reader = processor.load_processor(None, cfg, 256, 64 * 64)
     ctx = model_context.ModelContext(cfg, reader, mesh, np.float32, (16, 64))
     image = lambda *size: Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))

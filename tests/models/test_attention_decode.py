@@ -162,7 +162,7 @@ TPUS = ["v5p:2x2x1", "v6e:2x2"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TPUS)
-def test_the_kernel_of_7b_compiles_for_tpus(topology, quick_tpu_compiler):
+def test_the_kernel_of_7b_compiles_for_tpus(topology, no_cache):
     """Its cost is that of the prompt and of half of the columns of a response, on average."""
     pytest.importorskip("libtpu")
     text, s = compiled_text(topology, SEVEN_B), SEVEN_B
@@ -174,7 +174,7 @@ def test_the_kernel_of_7b_compiles_for_tpus(topology, quick_tpu_compiler):
 
 
 @pytest.mark.parametrize("topology", TPUS)
-def test_other_shapes_compile_for_tpus(topology, quick_tpu_compiler):
+def test_other_shapes_compile_for_tpus(topology, no_cache):
     """One response to a prompt, heads of 64, float32."""
     pytest.importorskip("libtpu")
     assert "decode_attention" in compiled_text(topology, Shape(4, 1, 8, 2, 64, 384, 384, 300))

@@ -208,7 +208,7 @@ SIZES = ((8192, 2048), jnp.bfloat16), ((2048, 151936), jnp.bfloat16), ((8192,), 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_tpu_compiler")
+@pytest.mark.usefixtures("no_cache")
 def test_the_compiled_gradient_on_a_tpu_holds_one_chunk_of_logits():
     def gradients(chunk):
         return jax.grad(lambda h, w, t: logprobs.token_logps(h, w, t, chunk=chunk)[0].sum(), (0, 1))
@@ -222,7 +222,7 @@ def test_the_compiled_gradient_on_a_tpu_holds_one_chunk_of_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_tpu_compiler")
+@pytest.mark.usefixtures("no_cache")
 def test_a_tpu_mesh_gathers_the_unembedding_once_and_never_the_logits():
     gradients = jax.grad(lambda h, w, t: logprobs.token_logps(h, w, t, chunk=512)[0].sum(), (0, 1))
     rows = ("data", "fsdp")

@@ -130,10 +130,23 @@ def use_largest_shapes(monkeypatch, stage, longest_demonstration=0):
 
 
 GRPO = {"ratio": "token", "kl_coef": 0.1}
+VISION = {"preset": "tiny"}  # with a tower
 CASES = {  # method, its changes, changes of other sections
-    "KL and several updates": ("grpo", GRPO | {"updates_per_batch": 2, "passes": 2}, {}),
-    "micro-batches": ("grpo", GRPO | TWO_UPDATES, {"train": {"batch": 8, "micro_batch": 2}}),
-    "frozen tower": ("grpo", GRPO | {"updates_per_batch": 2}, {"model": {"freeze": ("vision",)}}),
+    "KL and several updates": (
+        "grpo",
+        GRPO | {"updates_per_batch": 2, "passes": 2},
+        {"model": VISION},
+    ),
+    "micro-batches": (
+        "grpo",
+        GRPO | TWO_UPDATES,
+        {"train": {"batch": 8, "micro_batch": 2}, "model": VISION},
+    ),
+    "frozen tower": (
+        "grpo",
+        GRPO | {"updates_per_batch": 2},
+        {"model": VISION | {"freeze": ("vision",)}},
+    ),
     "KL in the reward": (
         "grpo",
         {"advantage": "reinforce", "kl_place": "reward", "kl_estimator": "k1", "kl_coef": 0.1},
@@ -141,25 +154,18 @@ CASES = {  # method, its changes, changes of other sections
     ),
     "greedy baseline": ("remax", {}, {}),
     "online filter": ("dapo", {"overlong": 0}, {}),
-    "distillation": ("sdft", {}, {"train": {"micro_batch": 2}}),
+    "distillation": ("sdft", {}, {"train": {"micro_batch": 2}, "model": VISION}),
     "frozen teacher": ("sdft", {"distill": {"teacher": "frozen"}}, {}),
     "cross-entropy with KL": ("sft", {"kl_coef": 0.1}, {}),
     "LwF": ("sft", {"loss": {"name": "lwf", "coef": 1.0}}, {"train": {"micro_batch": 2}}),
     "LwF with a frozen tower": (
         "sft",
         {"loss": {"name": "lwf", "coef": 1.0}},
-        {"model": {"freeze": ("vision", "merger")}},
+        {"model": VISION | {"freeze": ("vision", "merger")}},
     ),
     "L2": ("sft", {"penalty": {"name": "l2", "coef": 1.0}}, {}),
     "drift in the reward": ("dr_grpo", {"reward": {"name": "rapo"}}, {}),
     "own responses": ("self_sft", {}, {}),
-}
-WITH_TOWER = {
-    "KL and several updates",
-    "micro-batches",
-    "frozen tower",
-    "distillation",
-    "LwF with a frozen tower",
 }
 
 
@@ -168,8 +174,7 @@ def test_a_step_runs_the_planned_programs_and_no_other(tmp_path, monkeypatch, na
     method, changes, sections = CASES[name]
     number = 2 if name == "drift in the reward" else 1  # the first stage has none
     c = method_config(method, stages=number, method=changes, **sections)
-    model = stage_fixtures.SMALL_VISION if name in WITH_TOWER else stage_fixtures.SMALL
-    with stage_fixtures.prepare_stage(c, tmp_path, number, model) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path, number) as prepared:
         ctx = prepared.ctx
         stage = abstract_stage(ctx.config, ctx.builder.model_ctx.cfg, prepared.run.model_ctx.mesh)
         longest = 0

@@ -334,7 +334,7 @@ def test_the_online_filter_stops_after_its_refills(tmp_path):
 def test_rewards_of_finished_groups_are_computed_while_others_decode(tmp_path, monkeypatch):
     """Four groups after another in each of two slots; rewards, texts and order do not change."""
     c = method_config("grpo", batch=8, rollout=dict(max_new_tokens=16, slots=2))
-    model = dataclasses.replace(stage_fixtures.SMALL, eos=(2,))
+    model = dataclasses.replace(stage_fixtures.SMALL_TEXT, eos=(2,))
     decode, graded, waited = decode_loop.decode_program, threading.Event(), []
     tasks = []
 
@@ -393,9 +393,7 @@ def image_stage(tmp_path_factory):
     c = method_config("grpo", method=dict(advantage="reinforce", ratio="token", kl_coef=0.0))
     c = stage_fixtures.tiny(c, family="colour", side=32)
     c.data.template = "none"
-    with stage_fixtures.prepare_stage(
-        c, tmp_path_factory.mktemp("images"), model=stage_fixtures.SMALL_VISION
-    ) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path_factory.mktemp("images")) as prepared:
         yield prepared
 
 
@@ -552,7 +550,7 @@ def test_rollouts_of_a_mesh_do_not_depend_on_micro_batches(tmp_path, counts):
     c.data.template = "none"
     c.mesh.update(data=2, fsdp=2, model=2)
     c.model.freeze = ("vision",)
-    with stage_fixtures.prepare_stage(c, tmp_path, model=stage_fixtures.SMALL_VISION) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         check_micro_batches_sample_the_same(prepared, 4, counts)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import run_helpers
-from device_fixtures import devices  # noqa: F401
+from device_fixtures import one_device  # noqa: F401
 
 from cptjax import sharding
 from cptjax.common import files, signals
@@ -18,17 +18,14 @@ from cptjax.generation import generate
 from cptjax.training import sampling_cache, self_training
 from cptjax.training.sampling_cache import SamplingCache
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SELF = {
     "stages": ({"task": "facts", "steps": 4},),
     "eval": {"before": False, "limit": 2},
     "checkpoint": {"every": 0},
     "data": {"limit": 8, "prompt_limit": 64, "buckets": (64,)},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_device(devices):
-    devices(1)
 
 
 def cache(path, stopping=bool, **sections):

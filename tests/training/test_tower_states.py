@@ -26,9 +26,7 @@ def prepared(tmp_path_factory):
     method = dict(kl_coef=0.1, ratio="token", passes=2, advantage="reinforce")
     c = image_config("grpo", method=method)
     c.train.micro_batch = 2
-    with stage_fixtures.prepare_stage(
-        c, tmp_path_factory.mktemp("stage"), model=stage_fixtures.SMALL_VISION
-    ) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path_factory.mktemp("stage")) as prepared:
         yield prepared
 
 
@@ -129,7 +127,7 @@ def test_a_reference_of_a_folder_runs_its_own_tower(prepared):
 
 def test_the_reference_of_sft_sees_the_states_too(tmp_path, monkeypatch):
     c = image_config("sft", method=dict(kl_coef=0.1))
-    with stage_fixtures.prepare_stage(c, tmp_path, model=stage_fixtures.SMALL_VISION) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         with prepared.ctx.open_stream(0) as stream:
             items = next(stream)
         reference = prepared.params | {
@@ -148,7 +146,7 @@ def test_the_reference_of_sft_sees_the_states_too(tmp_path, monkeypatch):
 def test_a_reference_of_a_folder_runs_its_own_tower_under_sft_too(tmp_path):
     """LwF's teacher shares the tower with the policy; the reference has another one."""
     c = image_config("sft", method=dict(kl_coef=0.1, loss=dict(name="lwf", coef=1.0)))
-    with stage_fixtures.prepare_stage(c, tmp_path, model=stage_fixtures.SMALL_VISION) as prepared:
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
         builder = prepared.ctx.builder
         method = merge_config(builder.method, {"kl_reference": "models/other"})
         builder = dataclasses.replace(builder, method=method)

@@ -57,9 +57,7 @@ def trained(settings, folder):
     """Return losses and gradient norms, the last state, and the shapes of the first step."""
     metrics, shapes = [], []
     with (
-        stage_fixtures.prepare_stage(
-            settings, folder, model=stage_fixtures.SMALL_VISION
-        ) as prepared,
+        stage_fixtures.prepare_stage(settings, folder) as prepared,
         prepared.ctx.open_stream(0) as stream,
         jax.set_mesh(prepared.run.model_ctx.mesh),
     ):
@@ -120,7 +118,7 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_what_is_not_trained_keeps_its_bits(name, tmp_path):
     c = config(model=PARTS[name], train=dict(lr=1e-2, eps=1e-8))
-    run, model_state, _ = stage_fixtures.train_all_stages(c, tmp_path, stage_fixtures.SMALL_VISION)
+    run, model_state, _ = stage_fixtures.train_all_stages(c, tmp_path)
     start = trainable.flatten_params(
         load.create_params(
             run.config.model, run.model_ctx.cfg, run.model_ctx.mesh, run.model_ctx.dtype, c.seed

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stage_fixtures
-from stage_fixtures import SMALL
+from stage_fixtures import SMALL_TEXT
 
 import cptjax
 from configs import base
@@ -104,10 +104,11 @@ def test_task_without_gold_answers_is_refused(prepared, monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A teacher with the student's weights, and a wider one, as Hugging Face folders."""
-    text = dataclasses.replace(SMALL.text, width=192, heads=192 // SMALL.text.head_dim)
-    wide = dataclasses.replace(SMALL, text=text)
+    text = SMALL_TEXT.text
+    text = dataclasses.replace(text, width=192, heads=192 // text.head_dim)
+    wide = dataclasses.replace(SMALL_TEXT, text=text)
     paths = {}
-    for name, model in (("same", SMALL), ("wide", wide)):
+    for name, model in (("same", SMALL_TEXT), ("wide", wide)):
         paths[name] = tmp_path_factory.mktemp(name)
         with stage_fixtures.open_tiny_run(config("sft"), paths[name] / "run", model) as (run, base):
             save_hf_checkpoint(
