@@ -199,6 +199,9 @@ def get_config() -> ConfigDict:
         # Devices on the axis `model` while sampling, a multiple of mesh.model; 0 = mesh.model. The
         # more there are, the less of the weights each of them reads for a token.
         model=0,
+        # Devices that share MLPs and the vocabulary while sampling, a multiple of rollout.model;
+        # 0 = rollout.model. MLPs can be split more often than the few key/value heads.
+        mlp=0,
         # 1: the responses of a step are sampled with the weights before the update of the step
         # before it, while the rewards of that step are computed. Ratios, or method.tis_cap, are
         # relative to these weights. 0: they are sampled after that update.

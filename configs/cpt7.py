@@ -73,10 +73,15 @@ SIZES = {
 # for a whole model and row; of 128 prompts in an update, every two of 256 chips get one. Without
 # data=4 so many devices share a weight that the compiler sums whole arrays over them: weights on
 # v5p, gradients on v6e. While sampling, a weight is read for few tokens, so more devices share it.
-# v5p has room for the logits of a device pass, so the backward pass does not compute them again.
+# v5p has room for the logits of a device pass, so the backward pass does not compute them again. On
+# v6e so few rows are left for a chip that reading MLPs takes longer than sending rows.
 SLICES = {
-    "v5p-4x4x4": dict(mesh=dict(data=4, model=1), micro_batch=64, rollout_model=4, chunk=8192),
-    "v6e-16x16": dict(mesh=dict(data=4, model=2), micro_batch=128, rollout_model=4, chunk=1024),
+    "v5p-4x4x4": dict(
+        mesh=dict(data=4, model=1), rollout=dict(model=4), micro_batch=64, chunk=8192
+    ),
+    "v6e-16x16": dict(
+        mesh=dict(data=4, model=2), rollout=dict(model=4, mlp=8), micro_batch=128, chunk=1024
+    ),
 }
 FILTER = dict(samples=8)
 MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens
@@ -155,7 +160,7 @@ def _for_slice(c, name):
         chosen = SLICES[name]
         c.mesh.update(chosen["mesh"])
         c.train.update(micro_batch=chosen["micro_batch"], chunk=chosen["chunk"])
-        c.rollout.model = chosen["rollout_model"]
+        c.rollout.update(chosen["rollout"])
 
 
 def _arm(build, **changes):

@@ -21,6 +21,8 @@ AXES = ("data", "fsdp", "model")
 # Logical axis -> mesh axis (or axes). Only this table decides how arrays are sharded.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "mlp_batch": ("data", "fsdp"),  # rows of MLPs and logits
+    "state_batch": ("data", "fsdp"),  # rows of hidden states between attention and MLPs
     "layer": None,
     "embed": "fsdp",  # the model width of parameters
     "heads": "model",
@@ -33,9 +35,16 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-# How activations are sharded where each device computes whole rows with gathered weights.
-WHOLE_ROWS = RULES | {"batch": AXES, "heads": None, "kv_heads": None, "mlp": None, "vocab": None}
-_activation_rules = contextvars.ContextVar("activation_rules", default=RULES)
+# A mesh of sampling may have the axis `rows`. Its devices share MLPs and the vocabulary with those
+# of `model`, and have rows of their own in attention, so MLPs can have more parts than heads.
+SAMPLING_AXES = ("data", "fsdp", "rows", "model")
+SAMPLING_RULES = RULES | {
+    "batch": ("data", "fsdp", "rows"),
+    "state_batch": SAMPLING_AXES,
+    "mlp": ("rows", "model"),
+    "vocab": ("rows", "model"),
+}
+_whole_rows = contextvars.ContextVar("whole_rows", default=False)
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -83,22 +92,26 @@ def make_mesh(
     return Mesh(_grid(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def change_model_axis(mesh: Mesh | AbstractMesh, model: int) -> Mesh | AbstractMesh:
+def sampling_mesh(mesh: Mesh | AbstractMesh, model: int, mlp: int) -> Mesh | AbstractMesh:
     """Return a mesh of the same devices in the same order, with `model` of them on that axis.
 
-    The others are on `fsdp`. Rows that a device has on the new mesh contain those that it has on
-    the old one.
+    If `mlp` is above `model`, `mlp // model` of them are on the axis `rows`. The others are on
+    `fsdp`. Rows that a device has on the new mesh contain those that it has on the old one.
     """
-    sizes = dict(mesh.shape)
-    if model % sizes["model"] or sizes["fsdp"] % (model // sizes["model"]):
-        raise ValueError(
-            f"rollout.model={model}: expected a multiple of mesh.model={sizes['model']} that is a "
-            f"factor of the {sizes['fsdp'] * sizes['model']} devices of the axes fsdp and model"
-        )
-    shape = sizes["data"], sizes["fsdp"] * sizes["model"] // model, model
+    old, together = mesh.shape["model"], mesh.shape["fsdp"] * mesh.shape["model"]
+    for name, n in (("model", model), ("mlp", max(mlp, model))):
+        if n % old or together % n:
+            raise ValueError(
+                f"rollout.{name}={n}: expected a multiple of mesh.model={old} that is a factor of "
+                f"the {together} devices of the axes fsdp and model"
+            )
+    axes, shape = AXES, (mesh.shape["data"], together // model, model)
+    if mlp > model:
+        axes, shape = SAMPLING_AXES, (shape[0], together // mlp, mlp // model, model)
+    types = (AxisType.Auto,) * len(axes)
     if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(shape, AXES, axis_types=mesh.axis_types)
-    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+        return AbstractMesh(shape, axes, axis_types=types)
+    return Mesh(mesh.devices.reshape(shape), axes, axis_types=types)
 
 
 def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
@@ -137,7 +150,7 @@ def check_batch_shards(shards: int, processes: int) -> None:
 
 def batch_shards(mesh: Mesh | None) -> int:
     """Return the number of parts that a batch is cut into."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else mesh.size // mesh.shape["model"]
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> PartitionSpec:
@@ -162,8 +175,14 @@ def _mesh_axes(physical: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def rules_for(kv_heads: int, mesh: Mesh) -> dict:
-    """Return RULES, but replicate key/value heads that the devices on `model` do not divide."""
-    return RULES if kv_heads % mesh.shape["model"] == 0 else RULES | {"kv_heads": None}
+    """Return the rules of a mesh, but replicate key/value heads that `model` does not divide."""
+    rules = rules_of(mesh)
+    return rules if kv_heads % mesh.shape["model"] == 0 else rules | {"kv_heads": None}
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> dict:
+    """Return the sharding rules of the axes of a mesh."""
+    return SAMPLING_RULES if "rows" in mesh.axis_names else RULES
 
 
 def named_sharding(
@@ -176,13 +195,13 @@ def named_sharding(
 
     Raise a ValueError if mesh axes do not divide their dimension of `shape`.
     """
-    spec = partition_spec(axes, rules)
+    spec = partition_spec(axes, rules or rules_of(mesh))
     for name, size, physical in zip(axes, shape or (), spec, strict=bool(shape)):
         ways = math.prod(mesh.shape[m] for m in _mesh_axes(physical))
         if size % ways:
             raise ValueError(
                 f"axis {name!r} of size {size} cannot be cut {ways} ways over mesh axis "
-                f"{physical!r}; change config.mesh, or rollout.model"
+                f"{physical!r}; change config.mesh, rollout.model or rollout.mlp"
             )
     return NamedSharding(mesh, spec)
 
@@ -266,8 +285,34 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def activation_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Return the PartitionSpec of the logical axes of an activation."""
-    return partition_spec(axes, _activation_rules.get())
+    """Return the PartitionSpec of the logical axes of an activation, on the mesh that is set."""
+    return partition_spec(axes, _activation_rules())
+
+
+def _activation_rules() -> dict:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _whole_rows.get():
+        return rules_of(mesh)
+    rows = dict.fromkeys(("batch", "mlp_batch", "state_batch"), mesh.axis_names)
+    return RULES | rows | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"))
+
+
+def move_rows(x: jax.Array, axis: str) -> jax.Array:
+    """Shard hidden states [B ...] by "batch" or "mlp_batch", if these axes are not the same."""
+    rules = _activation_rules()
+    same = rules["batch"] == rules["mlp_batch"]
+    return x if same else constrain(x, axis, *(None,) * (x.ndim - 1))
+
+
+def constrain_states(x: jax.Array) -> jax.Array:
+    """Shard the hidden states [B ...] that attention and MLPs are added to.
+
+    On a mesh with the axis `rows`, each device has some of the rows, if all devices divide them, so
+    that the sum over heads or parts of an MLP sends a device only its own rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = "batch" if mesh.empty or x.shape[0] % mesh.size else "state_batch"
+    return constrain(x, axis, *(None,) * (x.ndim - 1))
 
 
 @contextlib.contextmanager
@@ -279,11 +324,11 @@ def whole_rows(*rows: int) -> Iterator[None]:
     """
     devices = jax.sharding.get_abstract_mesh().size
     divided = devices > 1 and all(n % devices == 0 for n in rows)
-    token = _activation_rules.set(WHOLE_ROWS if divided else _activation_rules.get())
+    token = _whole_rows.set(divided or _whole_rows.get())
     try:
         yield
     finally:
-        _activation_rules.reset(token)
+        _whole_rows.reset(token)
 
 
 def bytes_per_device(tree: Any) -> float:

@@ -673,17 +673,17 @@ def test_ctbench_joint_trains_each_task_by_sft_and_then_by_grpo():
 
 def test_a_slice_changes_how_cpt7_is_computed_and_not_what():
     """Meshes, micro-batches and what layers keep; SFT on few rows keeps its mesh."""
-    for arg, mesh, micro in (
-        ("grpo,7b,v5p-4x4x4", (4, -1, 1), 64),
-        ("grpo,7b,v6e-16x16", (4, -1, 2), 128),
-        ("sft,7b,v5p-4x4x4", (1, -1, 4), 0),
+    for arg, mesh, micro, sampling in (
+        ("grpo,7b,v5p-4x4x4", (4, -1, 1), 64, (4, 0)),
+        ("grpo,7b,v6e-16x16", (4, -1, 2), 128, (4, 8)),
+        ("sft,7b,v5p-4x4x4", (1, -1, 4), 0, (0, 0)),
     ):
         c, plain = cpt7.get_config(arg), cpt7.get_config(",".join(arg.split(",")[:2]))
         assert (c.mesh.data, c.mesh.fsdp, c.mesh.model, c.train.micro_batch) == (*mesh, micro)
         assert (c.model.remat, plain.model.remat) == ("dots", "block")
         changed = {name for name in c if c[name] != plain[name]}
         assert changed <= {"model", "mesh", "train", "rollout"}
-        assert c.rollout.model == (4 if "grpo" in arg else 0)
-        assert {k for k in c.rollout if c.rollout[k] != plain.rollout[k]} <= {"model"}
+        assert (c.rollout.model, c.rollout.mlp) == sampling
+        assert {k for k in c.rollout if c.rollout[k] != plain.rollout[k]} <= {"model", "mlp"}
     small = cpt7.get_config("grpo,3b")
     assert (small.mesh.model, small.train.micro_batch) == (2, 128)

@@ -31,7 +31,7 @@ from cptjax.generation import token_sampling
 from cptjax.models import causal_lm, decoder, trainable, unrolled
 from cptjax.models.attention_decode import Past
 from cptjax.models.config import ModelConfig
-from cptjax.sharding import constrain
+from cptjax.sharding import constrain, move_rows
 from cptjax.types import Array, Params, Prompts, Rollouts
 
 
@@ -215,6 +215,7 @@ def run_decode_steps(
 
 
 def _logits(weights: Params, hidden: Array) -> Array:
+    hidden = move_rows(hidden, "mlp_batch")
     return jnp.dot(hidden, decoder.unembedding(weights["text"]), preferred_element_type=jnp.float32)
 
 

@@ -79,9 +79,11 @@ def rollout_shardings(
         place = NamedSharding(mesh, PartitionSpec())
         if path in declared:  # adapters are not, and are small: every device gets them whole
             param = declared[path]
-            place = sharding.named_sharding(param.axes, mesh, param.shape, rules)
+            # The axis `rows` splits the decoder only: a vision tower has whole rows of its own.
+            own = rules if path[0].key == "text" else sharding.RULES
+            place = sharding.named_sharding(param.axes, mesh, param.shape, own)
         last = (without_axis(place, "fsdp"),) if gather else ()
-        whole = without_axis(x.sharding, "model"), without_axis(place, "model")
+        whole = without_axis(x.sharding, "model"), without_axis(place, "rows", "model")
         out.append((*whole, place, *last))
     return out
 
@@ -150,15 +152,15 @@ def _move(x: Array, place: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(x), place)
 
 
-def without_axis(old: Any, name: str) -> NamedSharding | None:
-    """Return a sharding without a mesh axis; None for an array that is not on a mesh."""
+def without_axis(old: Any, *names: str) -> NamedSharding | None:
+    """Return a sharding without some mesh axes; None for an array that is not on a mesh."""
     if not isinstance(old, NamedSharding):
         return None
 
     def drop(axis: Any) -> Any:
         if isinstance(axis, tuple):
-            return tuple(a for a in axis if a != name) or None
-        return None if axis == name else axis
+            return tuple(a for a in axis if a not in names) or None
+        return None if axis in names else axis
 
     return NamedSharding(old.mesh, PartitionSpec(*map(drop, old.spec)))
 

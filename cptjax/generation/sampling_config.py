@@ -31,6 +31,7 @@ class SamplingConfig:
     # Copy the weights to every device of the fsdp axis while sampling; None = where they fit.
     gather: bool | None = None
     model: int = 0  # devices on the mesh axis `model`; 0 = as in training
+    mlp: int = 0  # devices that share the MLP and the vocabulary; 0 = those of `model`
     ahead: int = 0  # 1 = before the update of the training step before
     dtype: str = ""  # "" = the model's; int8 = int8 weights, arithmetic in the model's dtype
 
@@ -49,6 +50,10 @@ class SamplingConfig:
             "min_p": (0 <= self.min_p <= 1, "a share in [0, 1]; 0 is off"),
             "slots": (self.slots >= 0, "0 (the whole batch) or a number of groups"),
             "model": (self.model >= 0, "0 (as in training) or a number of devices"),
+            "mlp": (
+                self.mlp == 0 or (self.model and self.mlp > 0 and self.mlp % self.model == 0),
+                "0 (as rollout.model) or a multiple of rollout.model, which is to be set, too",
+            ),
             "ahead": (self.ahead in (0, 1), "0 or 1"),
             "dtype": (self.dtype in SAMPLING_DTYPES, f"one of {types}; '' is model.compute_dtype"),
         }
@@ -58,7 +63,7 @@ class SamplingConfig:
 
     def mesh(self, mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
         """Return the mesh of the programs that sample, for a mesh of training."""
-        return sharding.change_model_axis(mesh, self.model) if self.model else mesh
+        return sharding.sampling_mesh(mesh, self.model, self.mlp) if self.model else mesh
 
     def check_batch_shards(self, shards: int) -> None:
         """Refuse a number of slots that the batch shards do not divide."""
@@ -93,4 +98,5 @@ def eval_sampling(config: ConfigDict) -> SamplingConfig:
         check_every=r.check_every,
         gather=r.gather,
         model=r.model,
+        mlp=r.mlp,
     )

@@ -92,11 +92,11 @@ def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
     """
     b, v = weights.shape
     # Devices that share the vocabulary get whole blocks; otherwise each would fetch all weights.
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["model"]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ways = sizes.get("model", 1) * sizes.get("rows", 1)
     padded = jnp.pad(weights, ((0, 0), (0, -v % (TOKEN_BLOCK * ways))))
-    blocks = constrain(padded.reshape(b, -1, TOKEN_BLOCK), "batch", "vocab", None)
-    sums = jnp.cumsum(jnp.sum(blocks, -1), -1)
+    blocks = constrain(padded.reshape(b, -1, TOKEN_BLOCK), "mlp_batch", "vocab", None)
+    sums = jnp.cumsum(constrain(jnp.sum(blocks, -1), "mlp_batch", None), -1)
     total = sums[:, -1]
     block, rest = _first_above(sums, uniform * total)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]

@@ -184,7 +184,7 @@ def _per_device(run: Callable, args: tuple, axes: tuple, out_axes: Any) -> Any:
 
     def specs(axes: Any) -> Any:
         is_axes = lambda x: type(x) is tuple and all(a is None or isinstance(a, str) for a in x)
-        return jax.tree.map(sharding.partition_spec, axes, is_leaf=is_axes)
+        return jax.tree.map(sharding.activation_spec, axes, is_leaf=is_axes)
 
     return jax.shard_map(run, in_specs=specs(axes), out_specs=specs(out_axes), check_vma=False)(
         *args

@@ -19,7 +19,7 @@ from cptjax.models.layers import (
     rms_norm,
     rotate,
 )
-from cptjax.sharding import Param, constrain
+from cptjax.sharding import Param, constrain, constrain_states, move_rows
 from cptjax.types import Array, Params
 
 
@@ -105,7 +105,7 @@ def decoder_block(
     """
     fused = unrolled.is_fused(p)
     with jax.named_scope("attention"):
-        y = rms_norm(x, p["norm1"], cfg.text.norm_eps)
+        y = move_rows(rms_norm(x, p["norm1"], cfg.text.norm_eps), "batch")
         q, k, v = unrolled.fused_heads(p, y, cfg) if fused else project_heads(p, y, cfg)
         if cfg.text.qk_norm:
             q = rms_norm(q, p["q_norm"], cfg.text.norm_eps)
@@ -114,9 +114,9 @@ def decoder_block(
         out, kept = attend(rotate(q, rope), rotate(k, rope), v)
         x = x + linear(p["o"], out, 2, cfg.lora_scale)
     with jax.named_scope("mlp"):
-        y = rms_norm(x, p["norm2"], cfg.text.norm_eps)
+        y = move_rows(rms_norm(x, p["norm2"], cfg.text.norm_eps), "mlp_batch")
         x = x + (unrolled.fused_mlp(p, y) if fused else mlp(p, y, cfg.lora_scale))
-    return constrain(x, "batch", None, None), kept
+    return constrain_states(x), kept
 
 
 def run_decoder(

@@ -35,9 +35,9 @@ def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
     blocks = p["text"]["blocks"]
     if not cfg.compute.samples_unrolled or isinstance(blocks, tuple):
         return p
-    mesh = jax.sharding.get_abstract_mesh()
+    sizes = jax.sharding.get_abstract_mesh().shape
     # Tensor parallelism shards q, k and v by their own heads, so they stay separate.
-    separate = not mesh.empty and mesh.shape["model"] > 1
+    separate = sizes.get("model", 1) * sizes.get("rows", 1) > 1
     layers = (jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
     layers = tuple(layer if separate else _fuse_linears(layer) for layer in layers)
     return p | {"text": p["text"] | {"blocks": layers}}

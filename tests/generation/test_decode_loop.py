@@ -223,6 +223,8 @@ def test_the_tpu_kernel_does_not_change_rows(shape, slots, monkeypatch):
         same(whole, run(params, batch, kernel, stop=stops, slots=slots, check_every=3))
         return
     mesh = sharding.make_mesh(*shape)
+    if slots:  # groups that share the MLP with others
+        mesh = sharding.sampling_mesh(mesh, 2, 4)
     rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     placed = jax.device_put(
         params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh, rules)
@@ -232,26 +234,35 @@ def test_the_tpu_kernel_does_not_change_rows(shape, slots, monkeypatch):
         same(whole, run(placed, batch, kernel, stop=stops, slots=slots, check_every=3))
 
 
-@pytest.mark.parametrize("gather, slots", [(True, 0), (False, 4)])
-def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, gather, slots):
-    """Weights and prompts on a mesh of 8 x 1, programs that sample on one of 4 x 2."""
+def local_shape(x):
+    return x.sharding.shard_shape(x.shape)
+
+
+@pytest.mark.parametrize("gather, slots, mlp", [(True, 0, 4), (False, 4, 0), (False, 4, 4)])
+def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, gather, slots, mlp):
+    """Weights and prompts on a mesh of 8 x 1, programs that sample on 4 x 2 or 2 x 1 x 2 x 2."""
     mesh = sharding.make_mesh(2, 4, 1)
     context = types.SimpleNamespace(cfg=cfg, dtype=jnp.float32, mesh=mesh)
-    settings = sampling(model=2, gather=gather, slots=slots)
+    changes = dict(model=2, mlp=mlp, slots=slots)
+    settings = sampling(gather=gather, **changes)
     whole = run(params, prompts(cfg), cfg)
     placed = jax.device_put(params, sharding.param_shardings(causal_lm.declare_params(cfg), mesh))
     weights = generate.prepare_weights(context, placed, settings)
     names = {
         name for x in jax.tree.leaves(weights) for name in jax.tree.leaves(tuple(x.sharding.spec))
     }
-    assert names == {"model"} if gather else {"model", "fsdp"}
+    assert names == {"model"} | ({"rows"} if mlp else set()) | (set() if gather else {"fsdp"})
+    blocks = weights["text"]["blocks"]
+    parts = {n: blocks[n]["w"].shape[-1] // local_shape(blocks[n]["w"])[-1] for n in ("gate", "up")}
+    assert parts == {"gate": mlp or 2, "up": mlp or 2}
+    assert local_shape(blocks["q"]["w"])[-2] == cfg.text.heads // 2
     batch = sharding.place_prompts(prompts(cfg, shards=8), mesh)
     with jax.set_mesh(mesh):
         states = tower_states.make_tower_program(cfg, jnp.float32)(placed, batch.vision)
     with jax.set_mesh(settings.mesh(mesh)):
-        same(whole, run(weights, batch, cfg, model=2, slots=slots))
+        same(whole, run(weights, batch, cfg, **changes))
         frozen = batch.replace(vision=None, tower_states=states)
-        same(whole, run(weights, frozen, cfg, model=2, slots=slots))
+        same(whole, run(weights, frozen, cfg, **changes))
 
 
 def test_whole_rows_are_only_computed_where_all_devices_get_some():

@@ -28,6 +28,8 @@ VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1
         ({"slots": -1}, "slots=-1"),
         ({"ahead": 2}, "ahead=2"),
         ({"model": -1}, "model=-1"),
+        ({"mlp": 4}, "mlp=4: .* rollout.model, which is to be set"),
+        ({"model": 4, "mlp": 6}, "mlp=6"),
         ({"dtype": "fp8"}, "dtype='fp8': expected one of '', 'float32', 'bfloat16', 'int8'"),
     ],
     ids=str,
@@ -52,6 +54,11 @@ def test_more_devices_on_the_model_axis_have_the_rows_of_those_before():
     wide = dataclasses.replace(VALID, model=2).mesh(mesh)
     assert dict(wide.shape) == {"data": 2, "fsdp": 2, "model": 2} and VALID.mesh(mesh) is mesh
     assert list(wide.devices.flat) == list(mesh.devices.flat)
+    rows = dataclasses.replace(VALID, model=2, mlp=4).mesh(mesh)
+    assert dict(rows.shape) == {"data": 2, "fsdp": 1, "rows": 2, "model": 2}
+    assert list(rows.devices.flat) == list(mesh.devices.flat)
+    with pytest.raises(ValueError, match="rollout.mlp=8: .* factor of the 4 devices"):
+        dataclasses.replace(VALID, model=2, mlp=8).mesh(mesh)
     for model in (3, 8):
         with pytest.raises(ValueError, match=f"rollout.model={model}: .* factor of the 4 devices"):
             dataclasses.replace(VALID, model=model).mesh(mesh)
@@ -59,12 +66,12 @@ def test_more_devices_on_the_model_axis_have_the_rows_of_those_before():
 
 def test_the_fields_are_those_of_the_config():
     config = get_config()
-    config.rollout.update(top_k=5, slots=4, ahead=1, dtype="int8", gather=True, model=2)
+    config.rollout.update(top_k=5, slots=4, ahead=1, dtype="int8", gather=True, model=2, mlp=4)
     assert dataclasses.asdict(rollout_sampling(config)) == config.rollout.to_dict()
     config.eval.update(max_new_tokens=7, temperature=0.5)
     evaluation = eval_sampling(config)
     assert (evaluation.group, evaluation.max_new_tokens, evaluation.temperature) == (1, 7, 0.5)
-    assert evaluation.gather and evaluation.model == 2
+    assert evaluation.gather and (evaluation.model, evaluation.mlp) == (2, 4)
     assert (evaluation.top_k, evaluation.slots, evaluation.dtype) == (
         0,
         0,
