@@ -68,7 +68,7 @@ SUITE = flags.DEFINE_bool(
 ROWS = flags.DEFINE_list(
     "rows",
     None,
-    "Rows of --suite, all by default: base, layers, prefix, ahead, top_p=1, slots, xla.",
+    "Rows of --suite, all by default: base, layers, prefix, ahead, top_p=1, slots, slot_rows, xla.",
 )
 CHECK = flags.DEFINE_bool(
     "check",

@@ -107,10 +107,12 @@ def check_sampling(model: BenchModel) -> Iterator[Check]:
     limit, work = MAX_MISMATCH[model.work.dtype], model.work
     plain = SamplingConfig(work.group, work.new, temperature=1.0, check_every=8)
     slots = dataclasses.replace(plain, slots=work.prompts // 2)
+    rows = dataclasses.replace(slots, slot_rows=work.group // 2)
     other = with_other_layers(model.cfg)
     cases = [
         ("sampling", plain, model.cfg, limit),
         ("sampling with slots", slots, model.cfg, limit),
+        ("sampling with slots of fewer rows", rows, model.cfg, limit),
         (
             f"sampling with layers {'unrolled' if other.compute.unroll else 'in a loop'}",
             plain,

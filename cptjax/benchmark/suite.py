@@ -3,6 +3,7 @@
     base            the step as configured: seconds by phase, padding, throughput, utilisation
     top_p=1         sampling without top_p
     slots           a quarter of the groups is decoded at a time, and free slots are refilled
+    slot_rows       as many responses at a time, half of each of twice as many groups
     ahead           responses are sampled before the update of the step before
     layers          sampling with the layers in a loop if they are unrolled, or the reverse
     xla             the attention of every platform instead of the best one
@@ -35,7 +36,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.load import MODEL_DTYPES
 
-SUITE_ROWS = ("base", "layers", "prefix", "ahead", "top_p=1", "slots", "xla")
+SUITE_ROWS = ("base", "layers", "prefix", "ahead", "top_p=1", "slots", "slot_rows", "xla")
 PHASES = ("rollout", "policy", "reference", "update", "idle")  # of seconds/device/
 LABELS = {
     "step_s": "seconds of a step",
@@ -118,9 +119,11 @@ def measure_row(
 
 def row_changes(row: str, size: StepSize) -> dict[str, Any]:
     """Return the settings that a row changes."""
+    half = {"slots": size.prompts // 2, "slot_rows": size.group // 2}
     return {
         "top_p=1": {"rollout": {"top_p": 1.0}},
         "slots": {"rollout": {"slots": size.prompts // 4}},
+        "slot_rows": {"rollout": half},
         "ahead": {"rollout": {"ahead": 1}},
         "xla": {"model": {"attention": "xla"}},
     }.get(row, {})

@@ -83,9 +83,9 @@ def generate_rollouts(
         prompts, limits, row_ids, key = _move_to_mesh(prompts, limits, row_ids, key)
     _check_prompts(prompts, cfg, static, limits, row_ids)
     traced = traced_settings(sampling, key, cfg, stops)
-    if 0 < sampling.slots < queued:
+    if slots := sampling.slots_for(queued):
         return sample_with_refill(
-            params, prompts, limits, row_ids, traced, cfg, static, sampling.slots, on_finished
+            params, prompts, limits, row_ids, traced, cfg, static, slots, on_finished
         )[0]
     return sample_whole_batch(params, prompts, limits, row_ids, traced, cfg, static)
 
@@ -94,6 +94,7 @@ def static_settings(sampling: SamplingConfig, dtype: Any) -> StaticSettings:
     """Return the settings that programs are compiled for; `dtype` is the model's."""
     return StaticSettings(
         sampling.group,
+        sampling.rows,
         sampling.max_new_tokens,
         sampling.check_every,
         sampling.compute_dtype(dtype),
@@ -490,7 +491,8 @@ def sampling_programs(
     )
     prefill_flops = flops.text_forward_flops(cfg, rows, length, 1)
     decode_flops = flops.decode_flops(cfg, rows, length, sampling.group, static.max_new_tokens)
-    if not 0 < sampling.slots < rows:
+    slots = sampling.slots_for(rows)
+    if not slots:
         args = (weights, prompts, per_response, per_response, traced, cfg, static)
         useful = vision_flops + prefill_flops + decode_flops
         trips = -(-(static.max_new_tokens - 1) // steps_between_checks(static))
@@ -507,7 +509,7 @@ def sampling_programs(
             queue,
             (traced, cfg, static),
             rows,
-            sampling.slots,
+            slots,
             mesh,
             calls,
             kept,
@@ -538,7 +540,8 @@ def _slot_programs(
     """
     pool, refill = Output(f"{name}: prefill"), refill_sizes(slots, sharding.batch_shards(mesh))[0]
     static = settings[-1]
-    checks = static.max_new_tokens / static.check_every  # calls of `decode_program` for one group
+    turns = -(-static.group // static.rows)
+    checks = turns * static.max_new_tokens / static.check_every  # calls for one group
 
     def index(n: int) -> jax.ShapeDtypeStruct:
         return abstract_array((n,), jnp.int32, mesh)

@@ -1,16 +1,24 @@
 """The decode pool, the slots in which groups are decoded: prefill, decode steps, refill.
 
-A slot holds one group: the keys and values of its prompt, and the G responses that are decoded for
-it. All slots write into one ring of R columns: decode step s reads the token of column s % R and
-writes the token of column (s + 1) % R. So keys, values and tokens are updated in place, without a
-scatter, even if groups started at different steps. A group that started at step b has its token i
-in column (b + i) % R and attends only to columns that were written since it started:
+A slot holds one group: the keys and values of its prompt, and rows in which its G responses are
+decoded. All slots write into one ring of R columns: decode step s reads the token of column s % R
+and writes the token of column (s + 1) % R. So keys and values are updated in place, without a
+scatter, even if responses started at different steps. A response that started at step b has its
+token i in column (b + i) % R and attends only to columns that were written since it started:
 
     R = 6               column  0 1 2 3 4 5
     after step 7:
     started at 0, done          a b c d e f      reached its limit after step 5
     started at 3                d e . a b c      token e, in column 7 % 6, was sampled last
     started at 7                . a . . . .
+
+A slot may have fewer rows than the group has responses. A row whose response ends then starts the
+next response of the group in the same step: the first token depends only on the prompt's last
+hidden state, which the slot keeps. So the rows of a group with one long response stay busy:
+
+    G = 4, two rows     steps ->
+    row 0               response 0 . . . . . . . . . . . .
+    row 1               response 1 . . | response 2 . | response 3 . . .
 
 The TPU kernel reads only the columns that a row attends to, and none of a row that is done
 (`attention_decode`). Elsewhere a decode step reads all columns of keys and values that exist.
@@ -20,6 +28,7 @@ whole ring.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -50,20 +59,40 @@ class QueuedPrompts:
 
 @flax.struct.dataclass
 class DecodePool:
-    """The groups being decoded; S slots."""
+    """The groups being decoded; S slots of N rows. N is G, the responses of a group, or fewer."""
 
     cache: causal_lm.KVCache | None
     step: Array | None  # [] decode steps since the pool was created
-    start_step: Array  # [S] the step at which a slot's group started
+    # [S N] the step at which a row's response started; [S 1] if a slot has a row for each response.
+    start_step: Array
     prompts: QueuedPrompts  # of the slots, without embeddings, positions and segments
-    rope: tuple[Array, Array]  # [S 1 H/2] cos and sin of the position of the tokens sampled last
-    token: Array  # [S G] sampled last
+    rope: tuple[Array, Array]  # [S N H/2] cos and sin of the position of the tokens sampled last
+    token: Array  # [S N] sampled last
+    done: Array  # [S N] rows without a response to decode
     length: Array  # [S G] tokens sampled
-    done: Array  # [S G]
     finished: Array  # [S G] done by a stop token
-    tokens: Array  # [S G R] a ring, as are the next two
+    # [S G R]; a ring, as the columns of the cache, if a slot has a row for each response.
+    tokens: Array
     logps: Array
     policy_logps: Array
+    # Only if a slot has fewer rows than responses:
+    response: Array | None  # [S N] the response that a row decodes
+    started: Array | None  # [S] responses that have started
+    prompt_hidden: Array | None  # [S D] the state that predicts the first token of a response
+
+    def of_rows(self, by_response: Array) -> Array:
+        """Return for each row the value [S N] of its response, from [S G]."""
+        if self.response is None:
+            return by_response
+        return jnp.take_along_axis(by_response, self.response, 1)
+
+    def of_responses(self, by_row: Array) -> Array:
+        """Return for each response the count [S G] of its row, from [S N]; 0 if it has no row."""
+        if self.response is None:
+            return by_row
+        numbers = jnp.arange(self.length.shape[1])
+        is_own = self.response[:, :, None] == numbers
+        return jnp.sum(by_row[:, :, None] & is_own, 1, dtype=jnp.int32)
 
 
 @flax.struct.dataclass
@@ -82,6 +111,7 @@ class StaticSettings:
     """The sampling settings for which programs are compiled."""
 
     group: int
+    rows: int  # of a slot, at most `group`
     max_new_tokens: int
     check_every: int
     dtype: Any
@@ -159,32 +189,42 @@ def prefill_slots(
             weights, prompts.inputs, prompts.positions, prompts.segments, cfg
         )
     cache = causal_lm.new_kv_cache(keys, values, prompts.segments, cfg)
-    s, g = prompts.row_ids.shape
-    zeros = jnp.zeros((s, g), jnp.int32)
-    ring = jnp.zeros((s, g, static.max_new_tokens), jnp.float32)
+    (s, g), n = prompts.row_ids.shape, static.rows
+    results = jnp.zeros((s, g, static.max_new_tokens), jnp.float32)
+    start_step = jnp.full((s, n if n < g else 1), step)
+    rest = {"response": None, "started": None, "prompt_hidden": None}
+    if n < g:
+        rest["response"] = jnp.broadcast_to(jnp.arange(n), (s, n))
+        rest |= {"started": jnp.full(s, n, jnp.int32), "prompt_hidden": hidden}
     pool = DecodePool(
         cache=cache,
         step=step,
-        start_step=jnp.full(s, step),
+        start_step=start_step,
         prompts=prompts.replace(inputs=None, positions=None, segments=None),
-        rope=causal_lm.response_cos_sin(prompts.first_position, cfg),
-        token=zeros,
-        length=zeros,
-        done=prompts.limits <= 0,
-        finished=zeros > 0,
-        tokens=ring.astype(jnp.int32),
-        logps=ring,
-        policy_logps=ring,
+        rope=_cos_sin(prompts, step - start_step, cfg),
+        token=jnp.zeros((s, n), jnp.int32),
+        done=jnp.zeros((s, n), bool),
+        length=jnp.zeros((s, g), jnp.int32),
+        finished=jnp.zeros((s, g), bool),
+        tokens=results.astype(jnp.int32),
+        logps=results,
+        policy_logps=results,
+        **rest,
     )
     logits = _logits(weights, hidden)
-    logits = jnp.broadcast_to(logits[:, None], (s, g, logits.shape[-1]))
+    logits = jnp.broadcast_to(logits[:, None], (s, n, logits.shape[-1]))
     return _sample_and_store(pool, logits, traced)
+
+
+def _cos_sin(prompts: QueuedPrompts, age: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Return cos and sin [S N H/2] of the positions of the tokens [S N] of responses."""
+    return causal_lm.response_cos_sin(prompts.first_position[:, None] + age, cfg)
 
 
 def add_columns(pool: DecodePool, columns: int, cfg: ModelConfig) -> DecodePool:
     """Return the pool with more columns for keys and values."""
-    group = pool.token.shape[1]
-    return pool.replace(cache=causal_lm.add_columns(pool.cache, group, columns, cfg))
+    rows = pool.token.shape[1]
+    return pool.replace(cache=causal_lm.add_columns(pool.cache, rows, columns, cfg))
 
 
 def run_decode_steps(
@@ -202,14 +242,17 @@ def run_decode_steps(
     ring = static.max_new_tokens
 
     def step(_: Any, pool: DecodePool) -> DecodePool:
-        age = pool.step - pool.start_step  # index of the token of each group that was sampled last
+        age = pool.step - pool.start_step  # index of the token of each row that was sampled last
         past = Past(pool.step % ring, age, ~pool.done, ring)
         hidden, cache = causal_lm.decode_step(
             weights, pool.token, pool.rope, past, pool.cache, cfg, static.dtype
         )
-        rope = causal_lm.response_cos_sin(pool.prompts.first_position + age + 1, cfg)
-        pool = pool.replace(cache=cache, step=pool.step + 1, rope=rope)
-        return _sample_and_store(pool, _logits(weights, hidden), traced)
+        if pool.response is not None:  # a response without a token starts with its first one
+            is_new = pool.of_rows(pool.length) == 0
+            hidden = jnp.where(is_new[..., None], pool.prompt_hidden[:, None], hidden)
+        pool = pool.replace(cache=cache, step=pool.step + 1)
+        pool = _sample_and_store(pool, _logits(weights, hidden), traced)
+        return pool.replace(rope=_cos_sin(pool.prompts, pool.step - pool.start_step, cfg))
 
     return jax.lax.fori_loop(0, steps, step, pool)
 
@@ -220,47 +263,71 @@ def _logits(weights: Params, hidden: Array) -> Array:
 
 
 def _sample_and_store(pool: DecodePool, logits: Array, traced: TracedSettings) -> DecodePool:
-    """Sample a token of each row from logits [S G V], and store it where a row is not done."""
+    """Sample a token of each row from logits [S N V], and store it where a row is not done."""
 
     def random_number(row_id: Array, length: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(traced.key, row_id), length)
         return jax.random.uniform(key)
 
-    uniform = jax.vmap(random_number)(pool.prompts.row_ids.reshape(-1), pool.length.reshape(-1))
+    length, limit = pool.of_rows(pool.length), pool.of_rows(pool.prompts.limits)
+    row_ids = pool.of_rows(pool.prompts.row_ids)
+    uniform = jax.vmap(random_number)(row_ids.reshape(-1), length.reshape(-1))
     sampled = token_sampling.sample_tokens(
         logits.reshape(-1, logits.shape[-1]), uniform, traced.controls
     )
     token, logps, policy_logps = (x.reshape(pool.token.shape) for x in sampled)
-    active = ~pool.done
-    column = pool.step % pool.tokens.shape[-1]
-
-    def store(ring: Array, new: Array) -> Array:
-        old = jax.lax.dynamic_index_in_dim(ring, column, 2)
-        kept = jnp.where(active[..., None], new[..., None], old)
-        return jax.lax.dynamic_update_slice_in_dim(ring, kept, column, 2)
-
-    length = pool.length + active
+    active = ~pool.done & (length < limit)
+    store = functools.partial(_store, pool, length, active)
     stopped = active & jnp.isin(token, traced.stops)
-    return pool.replace(
+    ended = pool.done | stopped | (length + active >= limit)
+    stored = pool.replace(
         token=token,
-        length=length,
-        finished=pool.finished | stopped,
-        done=pool.done | stopped | (length >= pool.prompts.limits),
+        length=pool.length + pool.of_responses(active),
+        finished=pool.finished | (pool.of_responses(stopped) > 0),
         tokens=store(pool.tokens, token),
         logps=store(pool.logps, logps),
         policy_logps=store(pool.policy_logps, policy_logps),
+    )
+    if pool.response is None:
+        return stored.replace(done=ended)
+    return _start_next_responses(stored, ended & ~pool.done)
+
+
+def _store(pool: DecodePool, length: Array, active: Array, results: Array, new: Array) -> Array:
+    """Write the values [S N] of active rows into results [S G R]; `length` is their index."""
+    if pool.response is None:  # a column of the ring, without a scatter
+        column = pool.step % results.shape[-1]
+        old = jax.lax.dynamic_index_in_dim(results, column, 2)
+        kept = jnp.where(active[..., None], new[..., None], old)
+        return jax.lax.dynamic_update_slice_in_dim(results, kept, column, 2)
+    at = jnp.where(active, length, results.shape[-1])  # beyond the end, where nothing is written
+    write = lambda results, response, at, new: results.at[response, at].set(new, mode="drop")
+    return jax.vmap(write)(results, pool.response, at, new)
+
+
+def _start_next_responses(pool: DecodePool, ended: Array) -> DecodePool:
+    """Give each row [S N] whose response has ended the next one of its group, if there is one.
+
+    The next decode step samples its first token.
+    """
+    number = pool.started[:, None] + jnp.cumsum(ended, 1) - 1
+    starts = ended & (number < pool.length.shape[1])
+    return pool.replace(
+        response=jnp.where(starts, number, pool.response),
+        started=pool.started + jnp.sum(starts, 1),
+        start_step=jnp.where(starts, pool.step + 1, pool.start_step),
+        done=pool.done | (ended & ~starts),
     )
 
 
 def slot_results(pool: DecodePool) -> GroupResults:
     """Return the responses of every slot so far, each with its first token first."""
-    ring_size = pool.tokens.shape[-1]
-    columns = ((pool.start_step[:, None] + jnp.arange(ring_size)) % ring_size)[:, None]
-    tokens, logps, policy_logps = (
-        jnp.take_along_axis(ring, columns, 2)
-        for ring in (pool.tokens, pool.logps, pool.policy_logps)
-    )
-    return GroupResults(tokens, logps, policy_logps, pool.length, pool.finished)
+    results = pool.tokens, pool.logps, pool.policy_logps
+    if pool.response is None:
+        size = pool.tokens.shape[-1]
+        columns = ((pool.start_step + jnp.arange(size)) % size)[:, None]
+        results = (jnp.take_along_axis(ring, columns, 2) for ring in results)
+    return GroupResults(*results, pool.length, pool.finished)
 
 
 def store_results(pool: DecodePool, results: GroupResults | None, prompts: int) -> GroupResults:

@@ -164,9 +164,9 @@ def attend_cached(
     """Attend with one query [Q G N H] of each response to the prompt and to its own past.
 
     Keys are [Q K H P] and [Q G K W H], values [Q K P H] and [Q G K W H]. The columns of a response
-    are in one or more arrays of some W. prompt_mask is [Q P]; visible [Q R] covers the columns of
-    all arrays. The softmax has one part for the prompt and one for each array, with a common
-    maximum; nothing is copied.
+    are in one or more arrays of some W. prompt_mask is [Q P]; visible [Q G R], or [Q 1 R], covers
+    the columns of all arrays. The softmax has one part for the prompt and one for each array, with
+    a common maximum; nothing is copied.
     """
     nq, g, n, h = q.shape
     kv, m = prompt_k.shape[1], n // prompt_k.shape[1]
@@ -186,7 +186,7 @@ def attend_cached(
     top = by_response(jnp.max(shared, -1))
     own = [product("qgkmh,qgkwh->qgkmw", q, keys) * h**-0.5 for keys in own_k]
     ends = list(itertools.accumulate(x.shape[-1] for x in own))
-    masks = jnp.split(visible[:, None, None, None], ends[:-1], -1)
+    masks = jnp.split(visible[:, :, None, None], ends[:-1], -1)
     own = [jnp.where(mask, x, MASKED) for mask, x in zip(masks, own, strict=True)]
     for x in own:
         top = jnp.maximum(top, jnp.max(x, -1, keepdims=True))

@@ -46,14 +46,14 @@ class Past(NamedTuple):
     """The columns to which the responses attend in a decode step, of a ring."""
 
     column: Array  # [] the newest one, the same for all groups
-    age: Array  # [Q] number of columns before it to which a group attends
+    age: Array  # [Q G] number of columns before it to which a response attends; [Q 1]: all alike
     active: Array  # [Q G] responses that are not done; the result of another one is not used
     ring: int  # columns
 
     def visible(self, columns: int) -> Array:
-        """Return the mask [Q W] of those of the first `columns` to which a group attends."""
+        """Return the mask [Q G W] of those of the first `columns` to which a response attends."""
         numbers = jnp.arange(columns)
-        is_past = (self.column - numbers) % self.ring <= self.age[:, None]
+        is_past = (self.column - numbers) % self.ring <= self.age[..., None]
         return is_past & (numbers < self.ring)
 
 
@@ -77,7 +77,7 @@ class Reads:
     prompt_held: Array  # [Q * steps]
     own_held: Array  # [Q * steps * responses]
     start: Array  # [Q] the first column of the prompt, which is left-padded
-    age: Array  # [Q] as in `Past`
+    age: Array  # [Q * G] or [Q], as in `Past`
     active: Array  # [Q * G] as in `Past`
     column: Array  # [1] as in `Past`
 
@@ -130,9 +130,10 @@ def _reads(blocks: Blocks, columns: int, prompt_mask: Array, past: Past) -> Read
     q = len(prompt_mask)
     prompt = prompt_mask.reshape(q, -1, blocks.prompt).any(-1)
     prompt &= past.active.any(1, keepdims=True)
-    visible = past.visible(columns).reshape(q, 1, -1, blocks.own).any(-1)[..., None]
-    own = visible & past.active.reshape(q, -1, 1, blocks.responses)
-    own = own.reshape(q, -1, blocks.responses)
+    visible = past.visible(columns).reshape(q, past.age.shape[1], -1, blocks.own).any(-1)
+    own = visible & past.active[..., None]
+    own = own.reshape(q, -1, blocks.responses, own.shape[-1])
+    own = jnp.swapaxes(own, 2, 3).reshape(q, -1, blocks.responses)
 
     def held(live: Array, before: int, after: int) -> Array:
         """Return for each step the last one with a live block, or the first one of all."""
@@ -145,7 +146,7 @@ def _reads(blocks: Blocks, columns: int, prompt_mask: Array, past: Past) -> Read
         prompt_held=held(prompt[..., None], 0, own.shape[1]),
         own_held=held(own, prompt.shape[1], 0),
         start=jnp.argmax(prompt_mask, 1).astype(jnp.int32),
-        age=past.age.astype(jnp.int32),
+        age=past.age.reshape(-1).astype(jnp.int32),
         active=past.active.reshape(-1).astype(jnp.int32),
         column=past.column.astype(jnp.int32)[None],
     )
@@ -211,7 +212,9 @@ def _attend(
     ]
     scratch = [pltpu.VMEM((kv, g * padded, lanes), jnp.float32) for lanes in (LANES, LANES, h)]
     run = pl.pallas_call(
-        functools.partial(_kernel, blocks=blocks, group=g, ring=ring, scale=h**-0.5),
+        functools.partial(
+            _kernel, blocks=blocks, group=g, ages=len(reads.age) // nq, ring=ring, scale=h**-0.5
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
             grid=(nq, blocks.steps),
@@ -306,8 +309,8 @@ class _Softmax(NamedTuple):
 _product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def _kernel(*refs: Any, blocks: Blocks, group: int, ring: int, scale: float) -> None:
-    """Do step j of group s."""
+def _kernel(*refs: Any, blocks: Blocks, group: int, ages: int, ring: int, scale: float) -> None:
+    """Do step j of group s, whose responses have so many different ages."""
     reads, (q, shared_k, shared_v), refs = Reads(*refs[:7]), refs[8:11], refs[11:]
     r = blocks.responses
     own_k, own_v, out, softmax = refs[:r], refs[r : 2 * r], refs[2 * r], _Softmax(*refs[-3:])
@@ -334,14 +337,23 @@ def _kernel(*refs: Any, blocks: Blocks, group: int, ring: int, scale: float) -> 
         columns = numbers(jax.lax.rem(step, blocks.own_steps), blocks.own)
         past = reads.column[0] - columns
         past = jnp.where(past < 0, past + ring, past)
-        mask = (past <= reads.age[s]) & (columns < ring)
-        first = jax.lax.div(step, blocks.own_steps) * r * rows
+        part = jax.lax.div(step, blocks.own_steps)
+        first = part * r * rows
         queries = pl.ds(pl.multiple_of(first, r * rows), r * rows)
 
         def each(x, caches, head, multiply):
             """Multiply the rows of each response by its own keys or values."""
             parts = zip(jnp.split(x.astype(caches[0].dtype), r), caches, strict=True)
             return jnp.concatenate([multiply(part, cache[head]) for part, cache in parts])
+
+        def visible(age):
+            return (past <= age) & (columns < ring)
+
+        if ages == 1:
+            mask = visible(reads.age[s])
+        else:
+            masks = [visible(reads.age[s * group + part * r + i]) for i in range(r)]
+            mask = jnp.concatenate([jnp.broadcast_to(m, (rows, m.shape[1])) for m in masks])
 
         for head in heads:
             scores = each(q[head, queries], own_k, head, lambda x, k: _product(x, k.T)) * scale

@@ -214,9 +214,8 @@ def kv_axis(cfg: ModelConfig) -> str | None:
 
 
 def response_cos_sin(positions: Array, cfg: ModelConfig) -> tuple[Array, Array]:
-    """Return cos and sin [Q 1 H/2] of the position ids [Q] of text tokens."""
-    ids = jnp.broadcast_to(positions[None, :, None], (3, positions.shape[0], 1))
-    return decoder.rope_cos_sin(ids, cfg.text)
+    """Return cos and sin [Q G H/2] of the position ids [Q G] of text tokens."""
+    return decoder.rope_cos_sin(jnp.broadcast_to(positions, (3, *positions.shape)), cfg.text)
 
 
 def decode_step(

@@ -83,7 +83,7 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     groups = (sampling.slots or c.train.batch) / sharding.batch_shards(mesh)
     model = mesh.shape["model"]
     cache = decode_loop.kv_cache_bytes(
-        cfg, groups, prompt, sampling.group, sampling.max_new_tokens, dtype
+        cfg, groups, prompt, sampling.rows, sampling.max_new_tokens, dtype
     )
     is_cut = cfg.text.kv_heads % model == 0  # otherwise each device of `model` has all heads
     return {

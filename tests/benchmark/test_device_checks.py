@@ -33,6 +33,7 @@ def test_every_path_of_a_cpu_computes_what_float32_does(model):
         "sampling",
         "trainer against sampler",
         "sampling with slots",
+        "sampling with slots of fewer rows",
         "sampling with layers in a loop",
         "sampling with int8 weights",
     ]

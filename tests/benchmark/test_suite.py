@@ -86,6 +86,7 @@ def test_rows_change_what_they_name():
     for row, name, value in (
         ("top_p=1", "top_p", 1.0),
         ("slots", "slots", 1),
+        ("slot_rows", "slot_rows", SIZE.group // 2),
         ("base", "top_p", 0.99),
     ):
         config = grpo_steps.make_config(base, SIZE, 3, task, suite.row_changes(row, SIZE))

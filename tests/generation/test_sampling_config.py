@@ -26,6 +26,8 @@ VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"check_every": 0}, "check_every=0"),
         ({"slots": -1}, "slots=-1"),
+        ({"slot_rows": 1}, "slot_rows=1: .* with rollout.slots"),
+        ({"slots": 4, "slot_rows": 9}, "slot_rows=9: .* at most rollout.group=.*"),
         ({"ahead": 2}, "ahead=2"),
         ({"model": -1}, "model=-1"),
         ({"mlp": 4}, "mlp=4: .* rollout.model, which is to be set"),

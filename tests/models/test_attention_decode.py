@@ -32,10 +32,12 @@ class Shape:
     ring: int
     dtype: str = "float32"
     layers: int = 2
+    own_ages: bool = False  # of the responses of a group
 
 
 SHAPES = {
     "7 queries per head, several blocks": Shape(3, 4, 14, 2, 32, 256, 384, 300),
+    "responses of different ages": Shape(3, 16, 4, 2, 32, 256, 384, 300, own_ages=True),
     "one response per group": Shape(5, 1, 4, 4, 16, 384, 128, 12),
     "two steps of 8 responses": Shape(2, 16, 2, 1, 64, 128, 256, 256),
     "bfloat16": Shape(2, 8, 14, 2, 128, 1024, 256, 250, "bfloat16"),
@@ -58,7 +60,9 @@ def inputs(shape: Shape, column: int):
     start = rng.integers(0, s.p, s.q)
     mask = jnp.asarray(np.arange(s.p) >= start[:, None])
     active = jnp.asarray(rng.random((s.q, s.g)) < 0.7).at[0].set(True).at[-1].set(False)
-    age = jnp.asarray(rng.integers(0, s.ring, s.q)).at[0].set(s.ring - 1)
+    # A row that starts another response has the age -1: it attends to the prompt only.
+    age = jnp.asarray(rng.integers(-1, s.ring, (s.q, s.g if s.own_ages else 1)))
+    age = age.at[0, 0].set(s.ring - 1).at[0, -1].set(-1 if s.own_ages else s.ring - 1)
     return draw(s, s.q, s.g, s.n, s.h), cache, mask, Past(jnp.int32(column), age, active, s.ring)
 
 
@@ -103,7 +107,7 @@ def test_only_blocks_with_a_visible_column_are_copied():
     starts = np.array([200, 0, 0])
     mask = jnp.asarray(np.arange(256) >= starts[:, None])
     active = jnp.array([[True, True], [True, False], [False, False]])
-    past = Past(jnp.int32(10), jnp.array([3, 10 + 300 - 130, 200]), active, 300)
+    past = Past(jnp.int32(10), jnp.array([[3], [10 + 300 - 130], [200]]), active, 300)
     prompts, responses = read_columns(shape, past, mask)
     assert prompts == 128 + 256 + 0
     # Group 0 sees columns 7 to 10; group 1 columns 130 to 299 and 0 to 10, for its first response.
@@ -113,7 +117,7 @@ def test_only_blocks_with_a_visible_column_are_copied():
 def test_what_is_not_copied_has_no_influence():
     """Rows that are done, padding and columns beyond the ring may hold anything, even NaN."""
     q, cache, mask, past = inputs(SHAPES["7 queries per head, several blocks"], 40)
-    visible = np.asarray(past.visible(384))[None, :, None, None, :, None]
+    visible = np.asarray(past.visible(384))[None, :, :, None, :, None]
     live = visible & np.asarray(past.active)[None, :, :, None, None, None]
     blocks = live.reshape(1, 3, 4, 1, 3, 128, 1).any(5, keepdims=True)
     read = np.broadcast_to(blocks, (1, 3, 4, 1, 3, 128, 1)).reshape(1, 3, 4, 1, 384, 1)
@@ -175,6 +179,8 @@ def test_the_kernel_of_7b_compiles_for_tpus(topology, no_cache):
 
 @pytest.mark.parametrize("topology", TPUS)
 def test_other_shapes_compile_for_tpus(topology, no_cache):
-    """One response to a prompt, heads of 64, float32."""
+    """One response to a prompt, heads of 64, float32; responses of different ages."""
     pytest.importorskip("libtpu")
     assert "decode_attention" in compiled_text(topology, Shape(4, 1, 8, 2, 64, 384, 384, 300))
+    ages = Shape(4, 4, 28, 4, 128, 512, 512, 512, "bfloat16", own_ages=True)
+    assert "decode_attention" in compiled_text(topology, ages)
