@@ -48,7 +48,7 @@ def test_values_and_gradients_do_not_depend_on_the_chunk(arrays, chunk):
         logp, entropy = reference(h, w, targets, 0.7)
         return jnp.sum(weight * logp + entropy), (logp, entropy)
 
-    got, want = (jax.grad(f, (0, 1), has_aux=True)(hidden, unembed) for f in (ours, plain))
+    got, want = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(hidden, unembed) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 
@@ -96,9 +96,8 @@ def test_distill_kl_equals_numpy(arrays, direction, top_k):
 def test_top_k_is_a_lower_bound_that_reaches_the_full_divergence(arrays):
     hidden, unembed, _ = arrays
     teacher = hidden[::-1]
-    full, few, nearly = (
-        logprobs.distill_kl(hidden, teacher, unembed, unembed, top_k=k) for k in (0, 5, V - 1)
-    )
+    kl = jax.jit(logprobs.distill_kl, static_argnames="top_k")
+    full, few, nearly = (kl(hidden, teacher, unembed, unembed, top_k=k) for k in (0, 5, V - 1))
     assert np.all(few <= full + 1e-5) and np.any(few < full - 1e-3)
     np.testing.assert_allclose(nearly, full, rtol=1e-3, atol=1e-4)
 
@@ -110,7 +109,7 @@ def test_a_teacher_equal_to_the_student_gives_no_gradient(arrays, direction, top
     kl = lambda h, w: logprobs.distill_kl(
         h, hidden, w, unembed, direction=direction, top_k=top_k, chunk=10
     ).sum()
-    value, grads = jax.value_and_grad(kl, (0, 1))(hidden, unembed)
+    value, grads = jax.jit(jax.value_and_grad(kl, (0, 1)))(hidden, unembed)
     assert abs(value) < 1e-4
     jax.tree.map(lambda g: np.testing.assert_allclose(g, 0, atol=5e-5), grads)
 
@@ -149,7 +148,7 @@ def test_on_a_mesh_values_and_gradients_are_the_same(shape):
             + logprobs.distill_kl(h, h[::-1], w, w, top_k=3, chunk=4).sum()
         )
 
-    want = jax.value_and_grad(loss, (0, 1))(hidden, unembed)
+    want = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, unembed)
     mesh = make_mesh(*shape, devices=jax.devices()[:8])
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))
     with jax.set_mesh(mesh):

@@ -170,6 +170,7 @@ def test_features_and_every_block_equal_transformers(tower):
         np.testing.assert_allclose(np.asarray(x)[0, real], want, atol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _run_by_one(params, vision, cfg):
     """Return the patches after each block and the features, by a loop over the blocks."""
     x, seen = vision_qwen3.embed_patches(params["vision"], vision, V, jnp.float32), []
