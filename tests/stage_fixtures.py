@@ -149,6 +149,7 @@ def open_tiny_run(
             stack.enter_context(mock.patch.object(open_run, "Checkpoints", UnsavedCheckpoints))
         stack.enter_context(mock.patch.dict(PRESETS, models))
         run = open_run.open_run(config, workdir)
+        run.files.report.seconds = 0  # the workdir has no config.json, which a report reads
         stack.callback(run.sandbox.close)
         stack.callback(run.files.log.close)
         yield run, ModelState(restore_stage_params(config, run.model_ctx, None, 0))
