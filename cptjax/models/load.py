@@ -1,6 +1,7 @@
 """Create the model of `config.model`: its config, and its parameters, random or loaded."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def create_params(
     )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def copy_params(params: Params, dtype: str) -> Params:
     """Copy parameters to another dtype; the copy stays valid when a step donates the original."""
     return jax.tree.map(lambda x: jnp.array(x, MODEL_DTYPES[dtype], copy=True), params)
