@@ -190,8 +190,8 @@ def get_config() -> ConfigDict:
         temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
         max_new_tokens=1024,
         slots=0,  # groups decoded at a time; 0 = the whole batch
-        # Responses of a group decoded at a time in a slot; 0 = all. With fewer, a row whose
-        # response ends starts the group's next one, and does not wait for the longest response.
+        # The most responses of a group decoded at a time in a slot; 0 = all. With fewer, a row
+        # whose response ends starts the group's next one, and does not wait for the longest one.
         slot_rows=0,
         check_every=16,  # decode steps between two checks whether responses have ended
         dtype="",  # "" = compute_dtype | float32 | bfloat16 | int8 (8-bit weights; needs qwix)

@@ -28,7 +28,7 @@ class SamplingConfig:
     top_k: int = 0
     min_p: float = 0.0
     slots: int = 0  # groups decoded at a time; 0 = the whole batch
-    slot_rows: int = 0  # responses of a group decoded at a time; 0 = all
+    slot_rows: int = 0  # the most responses of a group decoded at a time; 0 = all
     # Copy the weights to every device of the fsdp axis while sampling; None = where they fit.
     gather: bool | None = None
     model: int = 0  # devices on the mesh axis `model`; 0 = as in training
@@ -51,8 +51,8 @@ class SamplingConfig:
             "min_p": (0 <= self.min_p <= 1, "a share in [0, 1]; 0 is off"),
             "slots": (self.slots >= 0, "0 (the whole batch) or a number of groups"),
             "slot_rows": (
-                self.slot_rows == 0 or (self.slots and 0 < self.slot_rows <= self.group),
-                f"0 (all) or at most rollout.group={self.group} with rollout.slots",
+                self.slot_rows == 0 or (self.slots and self.slot_rows > 0),
+                "0 (all), or a number of responses and rollout.slots",
             ),
             "model": (self.model >= 0, "0 (as in training) or a number of devices"),
             "mlp": (
@@ -73,7 +73,7 @@ class SamplingConfig:
     @property
     def rows(self) -> int:
         """The responses of a group that are decoded at a time."""
-        return self.slot_rows or self.group
+        return min(self.slot_rows or self.group, self.group)
 
     def slots_for(self, prompts: int) -> int:
         """Return the slots for a batch; 0 = it is decoded as a whole."""
@@ -89,7 +89,7 @@ class SamplingConfig:
 
     def greedy(self) -> "SamplingConfig":
         """Return the sampling of one greedy response to each prompt."""
-        return dataclasses.replace(self, group=1, slot_rows=0, temperature=0.0)
+        return dataclasses.replace(self, group=1, temperature=0.0)
 
     def compute_dtype(self, model_dtype: Any) -> jnp.dtype:
         """Return the compute dtype of sampling for a model that computes in `model_dtype`."""

@@ -26,8 +26,8 @@ VALID = SamplingConfig(group=1, max_new_tokens=1, temperature=1.0, check_every=1
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"check_every": 0}, "check_every=0"),
         ({"slots": -1}, "slots=-1"),
-        ({"slot_rows": 1}, "slot_rows=1: .* with rollout.slots"),
-        ({"slots": 4, "slot_rows": 9}, "slot_rows=9: .* at most rollout.group=.*"),
+        ({"slot_rows": 1}, "slot_rows=1: .* and rollout.slots"),
+        ({"slots": 4, "slot_rows": -1}, "slot_rows=-1"),
         ({"ahead": 2}, "ahead=2"),
         ({"model": -1}, "model=-1"),
         ({"mlp": 4}, "mlp=4: .* rollout.model, which is to be set"),
@@ -49,6 +49,15 @@ def test_slots_must_divide_into_the_batch_shards():
         ValueError, match="rollout.slots=6: expected a multiple of the 4 batch shards"
     ):
         six.check_batch_shards(4)
+
+
+def test_a_slot_has_no_more_rows_than_the_group_has_responses():
+    """Other groups are sampled with the same settings, such as one greedy response."""
+    four = dataclasses.replace(VALID, group=8, slots=2, slot_rows=4)
+    assert (four.rows, four.greedy().rows, dataclasses.replace(VALID, group=8).rows) == (4, 1, 8)
+    assert [four.slots_for(n) for n in (1, 2, 9)] == [1, 2, 2]
+    whole = dataclasses.replace(four, slot_rows=0)
+    assert [whole.slots_for(n) for n in (1, 2, 9)] == [0, 0, 2]
 
 
 def test_more_devices_on_the_model_axis_have_the_rows_of_those_before():
