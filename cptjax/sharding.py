@@ -153,6 +153,12 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size // mesh.shape["model"]
 
 
+def decoder_shards() -> int:
+    """Return the number of parts that MLPs and the vocabulary are cut into, on the mesh in use."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return sizes.get("model", 1) * sizes.get("rows", 1)
+
+
 def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> PartitionSpec:
     """Return the PartitionSpec of logical axes; raise if two of them share a mesh axis."""
     rules = RULES if rules is None else rules
@@ -290,6 +296,7 @@ def activation_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def _activation_rules() -> dict:
+    """Return the rules of activations on the mesh in use, inside or outside of `whole_rows`."""
     mesh = jax.sharding.get_abstract_mesh()
     if not _whole_rows.get():
         return rules_of(mesh)

@@ -13,7 +13,7 @@ token i in column (b + i) % R and attends only to columns that were written sinc
     started at 7                . a . . . .
 
 A slot may have fewer rows than the group has responses. A row whose response ends then starts the
-next response of the group in the same step: the first token depends only on the prompt's last
+next response of the group in the next step: the first token depends only on the prompt's last
 hidden state, which the slot keeps. So the rows of a group with one long response stay busy:
 
     G = 4, two rows     steps ->
@@ -87,12 +87,11 @@ class DecodePool:
         return jnp.take_along_axis(by_response, self.response, 1)
 
     def of_responses(self, by_row: Array) -> Array:
-        """Return for each response the count [S G] of its row, from [S N]; 0 if it has no row."""
+        """Return for each response whether its row is marked [S G], from [S N]."""
         if self.response is None:
             return by_row
-        numbers = jnp.arange(self.length.shape[1])
-        is_own = self.response[:, :, None] == numbers
-        return jnp.sum(by_row[:, :, None] & is_own, 1, dtype=jnp.int32)
+        is_own = self.response[:, :, None] == jnp.arange(self.length.shape[1])
+        return jnp.any(by_row[:, :, None] & is_own, 1)
 
 
 @flax.struct.dataclass
@@ -283,7 +282,7 @@ def _sample_and_store(pool: DecodePool, logits: Array, traced: TracedSettings) -
     stored = pool.replace(
         token=token,
         length=pool.length + pool.of_responses(active),
-        finished=pool.finished | (pool.of_responses(stopped) > 0),
+        finished=pool.finished | pool.of_responses(stopped),
         tokens=store(pool.tokens, token),
         logps=store(pool.logps, logps),
         policy_logps=store(pool.policy_logps, policy_logps),

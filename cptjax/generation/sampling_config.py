@@ -52,12 +52,12 @@ class SamplingConfig:
             "slots": (self.slots >= 0, "0 (the whole batch) or a number of groups"),
             "slot_rows": (
                 self.slot_rows == 0 or (self.slots and self.slot_rows > 0),
-                "0 (all), or a number of responses and rollout.slots",
+                "0 (all), or a number of responses together with rollout.slots",
             ),
             "model": (self.model >= 0, "0 (as in training) or a number of devices"),
             "mlp": (
                 self.mlp == 0 or (self.model and self.mlp > 0 and self.mlp % self.model == 0),
-                "0 (as rollout.model) or a multiple of rollout.model, which is to be set, too",
+                "0 (as rollout.model) or a multiple of rollout.model, which must be set",
             ),
             "ahead": (self.ahead in (0, 1), "0 or 1"),
             "dtype": (self.dtype in SAMPLING_DTYPES, f"one of {types}; '' is model.compute_dtype"),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cptjax import sharding
 from cptjax.sharding import constrain
 from cptjax.types import Array
 
@@ -92,9 +93,8 @@ def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
     """
     b, v = weights.shape
     # Devices that share the vocabulary get whole blocks; otherwise each would fetch all weights.
-    sizes = jax.sharding.get_abstract_mesh().shape
-    ways = sizes.get("model", 1) * sizes.get("rows", 1)
-    padded = jnp.pad(weights, ((0, 0), (0, -v % (TOKEN_BLOCK * ways))))
+    whole = TOKEN_BLOCK * sharding.decoder_shards()
+    padded = jnp.pad(weights, ((0, 0), (0, -v % whole)))
     blocks = constrain(padded.reshape(b, -1, TOKEN_BLOCK), "mlp_batch", "vocab", None)
     sums = jnp.cumsum(constrain(jnp.sum(blocks, -1), "mlp_batch", None), -1)
     total = sums[:, -1]

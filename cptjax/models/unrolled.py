@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cptjax import sharding
 from cptjax.models.config import ModelConfig
 from cptjax.models.layers import (
     DECODER_LINEARS,
@@ -35,9 +36,8 @@ def unstack_layers(p: Params, cfg: ModelConfig) -> Params:
     blocks = p["text"]["blocks"]
     if not cfg.compute.samples_unrolled or isinstance(blocks, tuple):
         return p
-    sizes = jax.sharding.get_abstract_mesh().shape
     # Tensor parallelism shards q, k and v by their own heads, so they stay separate.
-    separate = sizes.get("model", 1) * sizes.get("rows", 1) > 1
+    separate = sharding.decoder_shards() > 1
     layers = (jax.tree.map(lambda x: x[i], blocks) for i in range(cfg.text.depth))
     layers = tuple(layer if separate else _fuse_linears(layer) for layer in layers)
     return p | {"text": p["text"] | {"blocks": layers}}

@@ -253,7 +253,7 @@ def local_shape(x):
 def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, gather, slots, mlp):
     """Weights and prompts on a mesh of 8 x 1, programs that sample on 4 x 2 or 2 x 1 x 2 x 2.
 
-    With both, a slot has two rows for its three responses.
+    With slots on the second mesh, a slot has two rows for its three responses.
     """
     mesh = sharding.make_mesh(2, 4, 1)
     context = types.SimpleNamespace(cfg=cfg, dtype=jnp.float32, mesh=mesh)

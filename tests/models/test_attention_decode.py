@@ -77,14 +77,9 @@ def attend(q, cache, mask, past, layer, heads=None):
     return _attend(q, cache, mask, past[:3], past.ring, layer, heads)
 
 
+@jax.jit
 def wanted(q, cache, mask, past, layer):
     """Attention over all columns, which is not used where a response is done."""
-    return _wanted(q, cache, mask, past[:3], past.ring, layer)
-
-
-@functools.partial(jax.jit, static_argnames="ring")
-def _wanted(q, cache, mask, past, ring, layer):
-    past = Past(*past, ring)
     own_k, own_v = [cache.own_k[layer]], [cache.own_v[layer]]
     visible = past.visible(cache.own_k.shape[4])
     out = attention.attend_cached(
