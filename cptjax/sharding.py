@@ -159,6 +159,14 @@ def decoder_shards() -> int:
     return sizes.get("model", 1) * sizes.get("rows", 1)
 
 
+def on_cpu() -> bool:
+    """Return whether the mesh in use, or JAX's default device without a mesh, is of CPUs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend() == "cpu"
+    return mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+
+
 def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> PartitionSpec:
     """Return the PartitionSpec of logical axes; raise if two of them share a mesh axis."""
     rules = RULES if rules is None else rules

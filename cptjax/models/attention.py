@@ -184,7 +184,7 @@ def attend_cached(
     shared = product("qkxh,qkhp->qkxp", by_head(q), prompt_k) * h**-0.5
     shared = jnp.where(prompt_mask[:, None, None], shared, MASKED)
     top = by_response(jnp.max(shared, -1))
-    own = [product("qgkmh,qgkwh->qgkmw", q, keys) * h**-0.5 for keys in own_k]
+    own = [product("qgkmh,qgkwh->qgkmw", q.astype(x.dtype), x) * h**-0.5 for x in own_k]
     ends = list(itertools.accumulate(x.shape[-1] for x in own))
     masks = jnp.split(visible[:, :, None, None], ends[:-1], -1)
     own = [jnp.where(mask, x, MASKED) for mask, x in zip(masks, own, strict=True)]

@@ -94,7 +94,7 @@ def _tile(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, -1, keepdims=True)
     mixed = _product("rkxs,rksh->rkxh", weights.astype(v.dtype), v)
-    return (mixed / total).astype(q.dtype), top + jnp.log(total)
+    return mixed / total, top + jnp.log(total)
 
 
 def _tile_gradient(
@@ -113,15 +113,26 @@ def _tile_gradient(
     dot = dot - norm_slope
     score_slope = probs * (_product("rkxh,rksh->rkxs", slope, v) - dot)
     return (
-        _product("rkxs,rksh->rkxh", score_slope.astype(k.dtype), k).astype(q.dtype),
-        _product("rkxs,rkxh->rksh", score_slope.astype(q.dtype), q).astype(k.dtype),
-        _product("rkxs,rkxh->rksh", probs.astype(slope.dtype), slope).astype(v.dtype),
+        _product("rkxs,rksh->rkxh", score_slope.astype(k.dtype), k),
+        _sum_over_queries(score_slope.astype(q.dtype), q),
+        _sum_over_queries(probs.astype(slope.dtype), slope),
     )
+
+
+def _sum_over_queries(weights: Array, rows: Array) -> Array:
+    """Return the sums [r K S H] of rows [r K X H] over the queries X, with weights [r K X S]."""
+    if rows.dtype != jnp.bfloat16:
+        return _product("rkxs,rkxh->rksh", weights, rows)
+    weights = jax.lax.optimization_barrier(jnp.swapaxes(weights, -1, -2))
+    return _product("rksx,rkxh->rksh", weights, rows)
 
 
 @jax.custom_vjp
 def _tiles(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    return jax.lax.map(lambda tile: _tile(*tile), (q, k, v, mask))
+    # XLA:CPU writes a slice of a bfloat16 array by converting the whole array twice, so tiles give
+    # float32.
+    out, norm = jax.lax.map(lambda tile: _tile(*tile), (q, k, v, mask))
+    return out.astype(q.dtype), norm
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple[Array, Array], tuple]:
@@ -130,7 +141,8 @@ def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple[Array, Ar
 
 
 def _backward(kept: tuple, slopes: tuple[Array, Array]) -> tuple:
-    return *jax.lax.map(lambda tile: _tile_gradient(*tile), (*kept, *slopes)), None
+    slopes = jax.lax.map(lambda tile: _tile_gradient(*tile), (*kept, *slopes))
+    return *(slope.astype(x.dtype) for slope, x in zip(slopes, kept[:3], strict=True)), None
 
 
 _tiles.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.layers import rms_norm
 from cptjax.models.unrolled import LayerArrays, read_layer, unstack_for_forward, write_column
-from cptjax.sharding import constrain
+from cptjax.sharding import constrain, on_cpu
 from cptjax.types import Array, Packing, Params, Prompts
 
 
@@ -191,13 +191,18 @@ def new_kv_cache(
 
 
 def add_columns(cache: KVCache, group: int, columns: int, cfg: ModelConfig) -> KVCache:
-    """Return the cache with room for `columns` more tokens of each of `group` responses."""
+    """Return the cache with room for `columns` more tokens of each of `group` responses.
+
+    XLA:CPU writes a column of a bfloat16 array by converting the whole array twice, so on CPUs
+    these columns are float32.
+    """
     heads = kv_axis(cfg)
+    wide = on_cpu() and not reads_live_columns(cfg)
     columns = attention_decode.padded_columns(columns) if reads_live_columns(cfg) else columns
 
     def part(x, *tail):  # of [(L) Q K . .]
         *layer, q, k = x.shape[:-2]
-        x = jnp.zeros((*layer, q, group, k, *tail), x.dtype)
+        x = jnp.zeros((*layer, q, group, k, *tail), jnp.float32 if wide else x.dtype)
         return constrain(x, *(None,) * len(layer), "batch", None, heads, None, None)
 
     tail = columns, cfg.text.head_dim

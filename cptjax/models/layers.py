@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cptjax.models import bfloat16_products
 from cptjax.sharding import Initializer, Param
 from cptjax.types import Array, Params
 
@@ -94,24 +95,41 @@ def linear(p: Params, x: Array, inputs: int = 1, lora_scale: float = 1.0) -> Arr
     # Merge the row axes: with several, the gradient of the weight contracts them all, for which
     # XLA:CPU transposes x and y in memory.
     x = x.reshape(-1, *x.shape[x.ndim - inputs :])
-    axes = (tuple(range(1, 1 + inputs)), tuple(range(inputs)))
     if "int8" in p:
-        y = jnp.tensordot(x, p["int8"].astype(x.dtype), axes) * p["scale"].astype(x.dtype)
+        y = _product(x, p["int8"], inputs) * p["scale"].astype(x.dtype)
     else:
-        y = jnp.tensordot(x, p["w"].astype(x.dtype), axes)
+        y = _product(x, p["w"], inputs)
     if "lora_a" in p:
-        low = jnp.tensordot(x, p["lora_a"].astype(x.dtype), axes)
-        y = y + jnp.tensordot(low, p["lora_b"].astype(x.dtype), 1) * lora_scale
+        low = _product(x, p["lora_a"], inputs)
+        y = y + _product(low, p["lora_b"], 1) * lora_scale
     if "b" in p:
-        y = y + p["b"].astype(x.dtype)
+        y = _in_float32(jnp.add, y, p["b"].astype(x.dtype))
     return y.reshape(*lead, *y.shape[1:])
 
 
+def _in_float32(f: Callable, *arrays: Array) -> Array:
+    """Return f(*arrays), computed in float32, in the dtype of the arrays.
+
+    The gradient of an array that is broadcast is then summed in float32, too.
+    """
+    return f(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
+
+
+def _product(x: Array, w: Array, inputs: int) -> Array:
+    """Return the product [M *out] of x [M *in] and w [*in *out]."""
+    w = w.astype(x.dtype)
+    if bfloat16_products.are_faster(x):
+        flat = w.reshape(math.prod(w.shape[:inputs]), -1)
+        y = bfloat16_products.multiply(x.reshape(len(x), -1), flat)
+        return y.reshape(-1, *w.shape[inputs:])
+    return jnp.tensordot(x, w, (tuple(range(1, 1 + inputs)), tuple(range(inputs))))
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Normalise in float32, and scale in the dtype of x."""
+    """Normalise in float32, and scale the result in the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale.astype(x.dtype)
+    return _in_float32(jnp.multiply, y.astype(x.dtype), scale.astype(x.dtype))
 
 
 def layer_norm(p: Params, x: Array, eps: float) -> Array:
@@ -141,14 +159,21 @@ def mlp(p: Params, x: Array, lora_scale: float = 1.0) -> Array:
 
 @jax.custom_vjp
 def gated_silu(gate: Array, up: Array) -> Array:
-    """Return silu(gate) * up; only `gate` and `up` are kept for the backward pass."""
-    return jax.nn.silu(gate) * up
+    """Return silu(gate) * up, computed in float32.
+
+    Only `gate` and `up` are kept for the backward pass.
+    """
+    y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return y.astype(gate.dtype)
 
 
 def gated_silu_gradients(gate: Array, up: Array, slope: Array) -> tuple[Array, Array]:
     """Return the gradients with respect to `gate` and `up`, given `slope`, that of the output."""
+    dtype = gate.dtype
+    gate, up, slope = (x.astype(jnp.float32) for x in (gate, up, slope))
     share = jax.nn.sigmoid(gate)
-    return slope * up * share * (1 + gate * (1 - share)), slope * gate * share
+    of_gate = slope * up * share * (1 + gate * (1 - share))
+    return of_gate.astype(dtype), (slope * gate * share).astype(dtype)
 
 
 gated_silu.defvjp(

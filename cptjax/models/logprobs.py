@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from cptjax.common.compiler_options import PlatformJit
-from cptjax.models import causal_lm, decoder
+from cptjax.models import bfloat16_products, causal_lm, decoder
 from cptjax.models.config import ModelConfig
 from cptjax.models.packed_groups import by_target, flat_targets
 from cptjax.models.trainable import cast_params
@@ -199,8 +199,13 @@ def _logits_and_inputs(hidden: Array, unembed: Array) -> tuple[Array, tuple[Arra
 
 def _logits_gradients(inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     hidden, unembed = inputs
-    gradient = gradient.astype(hidden.dtype)
-    return gradient @ unembed.astype(hidden.dtype).T, (hidden.T @ gradient).astype(unembed.dtype)
+    gradient, weights = gradient.astype(hidden.dtype), unembed.astype(hidden.dtype)
+    if bfloat16_products.are_faster(hidden):
+        of_hidden = bfloat16_products.input_gradient(weights, gradient)
+        of_unembed = bfloat16_products.weight_gradient(hidden, gradient)
+    else:
+        of_hidden, of_unembed = gradient @ weights.T, hidden.T @ gradient
+    return of_hidden, of_unembed.astype(unembed.dtype)
 
 
 _logits.defvjp(_logits_and_inputs, _logits_gradients)
