@@ -80,7 +80,7 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     gather = rollout_weights.gathers_weights(weights, cfg, sampling, stage.dtype)
     weights = rollout_weights.weights_output(weights, cfg, sampling, stage.dtype, gather)
     weights = _cast(weights, jnp.int8 if sampling.dtype == "int8" else dtype)
-    groups = (sampling.slots or c.train.batch) / sharding.batch_shards(mesh)
+    groups = (sampling.slots_for(c.train.batch) or c.train.batch) / sharding.batch_shards(mesh)
     model = mesh.shape["model"]
     cache = decode_loop.kv_cache_bytes(
         cfg, groups, prompt, sampling.rows, sampling.max_new_tokens, dtype

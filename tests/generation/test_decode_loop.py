@@ -16,7 +16,7 @@ from cptjax.config import resolve_stages
 from cptjax.data import model_context, processor
 from cptjax.generation import decode_loop, generate, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import attention, causal_lm, decoder, hf_checkpoint, logprobs, trainable
+from cptjax.models import attention, causal_lm, decoder, hf_checkpoint, logprobs, lora, trainable
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import PRESETS
 from cptjax.training import tower_states, validate_config
@@ -277,6 +277,34 @@ def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, ga
         same(whole, run(weights, batch, cfg, **changes))
         frozen = batch.replace(vision=None, tower_states=states)
         same(whole, run(weights, frozen, cfg, **changes))
+
+
+@pytest.mark.parametrize("kind", ["int8", "lora"])
+def test_a_mesh_of_sampling_takes_int8_weights_and_adapters(cfg, kind):
+    """On 2 x 1 x 2 x 2 devices, MLPs in four parts, the rows are those of one device."""
+    declared = causal_lm.declare_params(cfg)
+    if kind == "lora":
+        declared = lora.add_lora(declared, 2)
+    params = sharding.init_params(declared, jax.random.key(0), jnp.float32)
+    params["text"]["embed"] *= 4
+    for path, x in trainable.flatten_params(params).items():
+        if path[-1] == "lora_b":  # adapters start as zeros
+            values = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+            params["text"]["blocks"][path[2]]["lora_b"] = values
+    dtype = "int8" if kind == "int8" else ""
+
+    def sample(mesh, **changes):
+        context = types.SimpleNamespace(cfg=cfg, dtype=jnp.float32, mesh=mesh)
+        placed = jax.device_put(params, sharding.param_shardings(declared, mesh))
+        settings = sampling(dtype=dtype, **changes)
+        weights = generate.prepare_weights(context, placed, settings)
+        batch = sharding.place_prompts(prompts(cfg, shards=mesh.size), mesh)
+        with jax.set_mesh(settings.mesh(mesh)):
+            return run(weights, batch, cfg, dtype=dtype, **changes)
+
+    one = sample(sharding.make_mesh(devices=jax.devices()[:1]))
+    assert len(np.unique(one.tokens)) > 10
+    same(one, sample(sharding.make_mesh(2, 4, 1), model=2, mlp=4))
 
 
 def test_whole_rows_are_only_computed_where_all_devices_get_some():

@@ -408,6 +408,21 @@ def test_the_memory_estimate_follows_rollout_dtype():
     )
 
 
+def test_the_memory_estimate_counts_no_more_slots_than_groups():
+    c = small()
+
+    def cache(**changes):
+        c.rollout.update({"slots": 0, "slot_rows": 0} | changes)
+        stage = abstract_stage(c, PRESETS["tiny"], memory.mesh_of_size(c.mesh, 8))
+        return memory.estimate_bytes(stage, 64, 96)["cache"]
+
+    batch = c.train.batch
+    assert cache(slots=4 * batch) == cache(slots=batch) == cache()
+    assert cache(slots=batch // 2) == cache() / 2
+    rows = {"slots": 4 * batch, "slot_rows": 1}
+    assert cache(**rows) == cache(**rows | {"slots": batch}) < cache()
+
+
 def test_results_of_earlier_programs_stay_in_memory_during_later_ones(mesh):
     """The queue while responses are decoded.
 
