@@ -189,7 +189,8 @@ def test_likelihoods_are_those_of_the_text_after_prompt_and_prefix(scorer, devic
     rows = {r["metric"]: r for r in evaluate.eval_rows(result, {})}
     if not by_likelihood:
         assert np.allclose(np.log(result.gold_probabilities), wanted, rtol=1e-4)
-        assert rows["gold_probability"]["value"] == pytest.approx(np.mean(np.exp(wanted)))
+        mean = np.mean(np.exp(wanted))  # a rounded sum near 12 changes it by a millionth
+        assert rows["gold_probability"]["value"] == pytest.approx(mean, rel=1e-5)
         return
     assert np.allclose([float(text) for text in result.responses], wanted, rtol=1e-4)
     sizes = np.array([1, 3, 12])
