@@ -120,7 +120,10 @@ def _tile_gradient(
 
 
 def _sum_over_queries(weights: Array, rows: Array) -> Array:
-    """Return the sums [r K S H] of rows [r K X H] over the queries X, with weights [r K X S]."""
+    """Return the sums [r K S H] of rows [r K X H] over the queries X, with weights [r K X S].
+
+    For bfloat16 the weights are transposed in memory (see bfloat16_products.py).
+    """
     if rows.dtype != jnp.bfloat16:
         return _product("rkxs,rkxh->rksh", weights, rows)
     weights = jax.lax.optimization_barrier(jnp.swapaxes(weights, -1, -2))
@@ -141,8 +144,8 @@ def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple[Array, Ar
 
 
 def _backward(kept: tuple, slopes: tuple[Array, Array]) -> tuple:
-    slopes = jax.lax.map(lambda tile: _tile_gradient(*tile), (*kept, *slopes))
-    return *(slope.astype(x.dtype) for slope, x in zip(slopes, kept[:3], strict=True)), None
+    gradients = jax.lax.map(lambda tile: _tile_gradient(*tile), (*kept, *slopes))
+    return *(g.astype(x.dtype) for g, x in zip(gradients, kept[:3], strict=True)), None
 
 
 _tiles.defvjp(_forward, _backward)

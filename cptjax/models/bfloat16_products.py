@@ -9,7 +9,8 @@ all three, so they are computed differently here:
     of x     slope @ w.T   rows with rows, float32, then rounded
     of w     x.T @ slope   x or slope transposed in memory; float32, then rounded
 
-On other platforms XLA's own products are fast.
+An embedding that is also the unembedding is transposed in memory once per program. On other
+platforms XLA's own products are fast.
 """
 
 import jax
@@ -44,21 +45,26 @@ def input_gradient(w: Array, slope: Array) -> Array:
 def weight_gradient(x: Array, slope: Array) -> Array:
     """Return the gradient [K N] of w, given x [M K] and `slope` [M N], that of x @ w."""
     if x.shape[1] > slope.shape[1]:  # transpose the narrower matrix
-        return _product(_transposed(slope), x).astype(x.dtype).T
-    return _product(_transposed(x), slope).astype(x.dtype)
+        return _product(transposed(slope), x).astype(x.dtype).T
+    return _product(transposed(x), slope).astype(x.dtype)
 
 
 def _product(x: Array, w: Array) -> Array:
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-def _transposed(x: Array) -> Array:
-    """Return x.T as two halves, since XLA would make one transposition a part of the product."""
+@jax.custom_vjp
+def transposed(x: Array) -> Array:
+    """Return x.T in memory of its own, as two halves.
+
+    XLA would make a plain transposition a part of the product that uses it.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
     halves = jnp.split(bits, [len(x) // 2])
     return jax.lax.bitcast_convert_type(jnp.concatenate([y.T for y in halves], 1), x.dtype)
 
 
+transposed.defvjp(lambda x: (transposed(x), None), lambda _, slope: (slope.T,))
 multiply.defvjp(
     lambda x, w: (multiply(x, w), (x, w)),
     lambda kept, slope: (input_gradient(kept[1], slope), weight_gradient(kept[0], slope)),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptjax.models import unrolled
+from cptjax.models import bfloat16_products, unrolled
 from cptjax.models.config import Llama3Scaling, ModelConfig, RopeConfig, TextConfig
 from cptjax.models.layers import (
     apply_remat,
@@ -166,4 +166,7 @@ def embed_tokens(p: Params, tokens: Array, dtype: jnp.dtype) -> Array:
 
 def unembedding(p: Params) -> Array:
     """Return the matrix [D V] that maps hidden states to logits."""
-    return p["unembed"]["w"] if "unembed" in p else p["embed"].T
+    if "unembed" in p:
+        return p["unembed"]["w"]
+    in_memory = bfloat16_products.are_faster(p["embed"])
+    return bfloat16_products.transposed(p["embed"]) if in_memory else p["embed"].T

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cptjax import sharding
-from cptjax.models import bfloat16_products, layers, logprobs
+from cptjax.models import bfloat16_products, decoder, layers, logprobs
 
 CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
@@ -49,6 +49,23 @@ def test_a_linear_map_with_several_axes_has_the_gradients_of_float32():
         _assert_rounded(a, np.asarray(e))
 
 
+def test_a_tied_unembedding_is_the_transposed_embedding_with_its_gradient():
+    embed, hidden, targets = _normal(33, 8), _normal(20, 8, seed=1), jnp.arange(20)
+
+    def loss(embed, hidden):
+        unembed = decoder.unembedding({"embed": embed})
+        return logprobs.token_logps(hidden, unembed, targets)[0].sum()
+
+    np.testing.assert_array_equal(bfloat16_products.transposed(embed), embed.T)
+    found = jax.grad(loss, (0, 1))(embed, hidden)
+    wide = embed.astype(jnp.float32), hidden.astype(jnp.float32)
+    for a, b in zip(found, jax.grad(loss, (0, 1))(*wide), strict=True):
+        b = np.asarray(b)  # the gradient of the logits is rounded, too
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), b, rtol=2**-7, atol=0.01 * np.abs(b).max()
+        )
+
+
 def test_gradients_of_biases_and_scales_are_summed_in_float32():
     """Sums of 4,096 ones and small numbers; a sum in bfloat16 would lose most of the latter."""
     n = 4096
@@ -79,13 +96,15 @@ def test_they_are_used_for_bfloat16_on_one_cpu_only():
 
 
 @pytest.mark.skipif("amx_bf16" not in CPU_FLAGS, reason="this CPU has no AMX instructions")
-@pytest.mark.parametrize("part", ["linear", "logits"])
+@pytest.mark.parametrize("part", ["linear", "logits", "tied logits"])
 def test_no_product_converts_its_inputs_to_float32(part):
     x, w, back = _normal(512, 64), _normal(64, 128, seed=1), _normal(128, 64, seed=2)
 
     def loss(x, w, back):
-        if part == "logits":
-            return logprobs.token_logps(x, w, jnp.zeros(512, jnp.int32), chunk=512)[0].sum()
+        if part != "linear":
+            tree = {"unembed": {"w": w}} if part == "logits" else {"embed": back}
+            unembed, targets = decoder.unembedding(tree), jnp.zeros(512, jnp.int32)
+            return logprobs.token_logps(x, unembed, targets, chunk=512)[0].sum()
         return jnp.sum(layers.linear({"w": back}, layers.linear({"w": w}, x)))
 
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, w, back).compile().as_text()
@@ -97,4 +116,4 @@ def test_no_product_converts_its_inputs_to_float32(part):
         for products in re.findall(r" dot\(([^)]*)\)", text)
         for name in products.split(",")
     ]
-    assert len(inputs) >= (6 if part == "logits" else 8) and set(inputs) == {"bf16"}
+    assert len(inputs) >= (8 if part == "linear" else 6) and set(inputs) == {"bf16"}
