@@ -164,7 +164,8 @@ def on_cpu() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.default_backend() == "cpu"
-    return mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+    # Devices of several kinds have no abstract device, and that of jax 0.10.0 has no platform.
+    return mesh.abstract_device is not None and mesh.abstract_device.device_kind == "cpu"
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: dict | None = None) -> PartitionSpec:

@@ -263,11 +263,11 @@ def measure_peak_flops(dtype: Any, repeat: int = 5) -> float:
     devices = jax.devices()
     side, products = (2048, 1) if devices[0].platform == "cpu" else (8192, 10)
 
+    @jax.jit
     def multiply(a: jax.Array) -> jax.Array:
         product = lambda _, x: jnp.dot(a, x, preferred_element_type=jnp.float32).astype(dtype)
         return jax.lax.fori_loop(0, products, product, a)
 
-    multiply = jax.jit(multiply)
     a = jnp.full((side, side), 1 / side, dtype)
     seconds = time_calls(lambda: multiply(a), repeat + 1)
     return 2 * side**3 * products / min(seconds[1:]) * len(devices)

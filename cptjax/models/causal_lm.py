@@ -196,9 +196,9 @@ def add_columns(cache: KVCache, group: int, columns: int, cfg: ModelConfig) -> K
     XLA:CPU writes a column of a bfloat16 array by converting the whole array twice, so on CPUs
     these columns are float32.
     """
-    heads = kv_axis(cfg)
-    wide = on_cpu() and not reads_live_columns(cfg)
-    columns = attention_decode.padded_columns(columns) if reads_live_columns(cfg) else columns
+    heads, kernel = kv_axis(cfg), reads_live_columns(cfg)
+    columns = attention_decode.padded_columns(columns) if kernel else columns
+    wide = on_cpu() and not kernel
 
     def part(x, *tail):  # of [(L) Q K . .]
         *layer, q, k = x.shape[:-2]

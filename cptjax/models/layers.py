@@ -163,8 +163,7 @@ def gated_silu(gate: Array, up: Array) -> Array:
 
     Only `gate` and `up` are kept for the backward pass.
     """
-    y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return y.astype(gate.dtype)
+    return _in_float32(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
 
 
 def gated_silu_gradients(gate: Array, up: Array, slope: Array) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """bfloat16 products on a CPU equal rounded float32 products, and XLA converts none of them."""
 
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -93,6 +94,16 @@ def test_they_are_used_for_bfloat16_on_one_cpu_only():
     chips = topologies.get_topology_desc("v5e:2x2", "tpu").devices
     with jax.set_mesh(sharding.make_mesh(devices=chips[:1])):
         assert not sharding.on_cpu() and not bfloat16_products.are_faster(x)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("cpu", True), ("TPU v5p", False)])
+def test_the_kind_of_a_device_tells_a_cpu(monkeypatch, kind, expected):
+    """Abstract devices of jax 0.10.0 have a kind but no platform."""
+    mesh = types.SimpleNamespace(
+        empty=False, size=1, abstract_device=types.SimpleNamespace(device_kind=kind)
+    )
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert sharding.on_cpu() == expected
 
 
 @pytest.mark.skipif("amx_bf16" not in CPU_FLAGS, reason="this CPU has no AMX instructions")
