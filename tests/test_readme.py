@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from device_fixtures import devices, said  # noqa: F401
 from PIL import Image
 
 import cptjax
+from configs import demo
 from cptjax.config import evaluated_tasks, merge_config, resolve_stages
 
 ROOT = Path(__file__).parents[1]
@@ -146,19 +148,26 @@ def test_the_table_of_methods_has_the_numbers_of_its_runs():
 def test_quickstart_installs_and_runs_the_demo(tmp_path, folder):
     """An interpreter that only records its arguments shows what is installed and run."""
     env, log = recording_python.make_environment(tmp_path)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    workdir = folder or "runs/demo"
+    (tmp_path / workdir / "base").mkdir(parents=True)
+    (tmp_path / workdir / "base" / ".lock").touch()  # as soon as the base model is being made
     done = subprocess.run(
-        ["bash", ROOT / "launch" / "quickstart.sh", *([folder] if folder else [])],
+        ["bash", tmp_path / "launch" / "quickstart.sh", *([folder] if folder else [])],
         env=env,
         capture_output=True,
         text=True,
     )
-    workdir = folder or "runs/demo"
     assert (
         done.returncode == 0
         and done.stdout.splitlines()[-1] == f"The report: {workdir}/report.html"
     ), done.stderr
-    *_, install, run = log.read_text().splitlines()
-    assert (
-        install.split()[-1] == "."
-        and run == f"launch/train.py --config=configs/demo.py --workdir={workdir}"
-    )
+    *_, install, first, second = log.read_text().splitlines()
+    assert install.split()[-1] == "."
+    arms = []
+    for command in (first, second):
+        start, only = command.removesuffix(" --plain").split(" --only=")
+        assert start == f"launch/train.py --config=configs/demo.py --workdir={workdir}"
+        arms += only.split(",")
+    assert sorted(arms) == sorted(demo.ARMS)

@@ -5,6 +5,7 @@ All output is on standard error, so that standard output has only results. `keep
 it to a file. Control characters of data are shown escaped, and a failure to print stops no run.
 """
 
+import collections
 import contextlib
 import errno
 import os
@@ -33,6 +34,7 @@ from rich.table import Table
 
 MAX_ERROR = 2000  # characters of the line that ends a command
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
+RECENT = 50  # calls of `advance` that tell the present speed of a bar
 # Control characters except tab and new line, characters that change the direction of text, and
 # halves of surrogate pairs, which cannot be written.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -171,11 +173,14 @@ class ProgressBar:
         self.done, self.resumed = done, done
         self.shown: dict[str, object] = {}
         self.started = self.printed = time.monotonic()
+        self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=RECENT)
 
     def advance(self, n: int = 1, **shown: object) -> None:
         """Add n finished units."""
         self.done += n
         self.shown |= shown
+        if n:
+            self._recent.append((time.monotonic(), self.done))
         self._show()
 
     def _show(self) -> None:
@@ -186,11 +191,15 @@ class ProgressBar:
         output with its own line."""
 
     def eta(self) -> float | None:
-        """Return the seconds left at this process's speed; None before its first finished unit."""
-        done_now = self.done - self.resumed
-        if not done_now or not self.total:
+        """Return the seconds left at the present speed; None before the first finished unit.
+
+        The first unit, which compiles programs, counts only until another one is finished.
+        """
+        if not self._recent or not self.total:
             return None
-        return (time.monotonic() - self.started) / done_now * (self.total - self.done)
+        start = (self.started, self.resumed) if len(self._recent) == 1 else self._recent[0]
+        seconds, units = time.monotonic() - start[0], self.done - start[1]
+        return seconds / units * (self.total - self.done)
 
     def values(self) -> str:
         """Return the named values as text."""

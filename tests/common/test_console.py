@@ -72,6 +72,22 @@ def test_eta_of_a_resumed_bar_counts_only_what_this_process_did():
     assert bar.eta() == pytest.approx(10, rel=0.01)
 
 
+def test_eta_leaves_out_a_first_step_that_compiles_and_follows_the_speed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    bar = console.ProgressBar("train", 1000)
+    assert bar.eta() is None
+    for seconds, eta in ((30, 30 * 999), (1, 998), (1, 997)):  # the first step compiles
+        now[0] += seconds
+        bar.advance()
+        bar.advance(0, loss=1.0)
+        assert bar.eta() == pytest.approx(eta)
+    for _ in range(console.RECENT):
+        now[0] += 2
+        bar.advance()
+    assert bar.eta() == pytest.approx(2 * (997 - console.RECENT))
+
+
 def test_the_log_keeps_what_was_printed_and_why_it_ended_over_restarts(
     tmp_path, monkeypatch, capsys
 ):
