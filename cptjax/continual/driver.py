@@ -75,7 +75,12 @@ def run(
                 continue
             with console.keep_log(folder / log_name()) if name else contextlib.nullcontext():
                 matrix = run_one(
-                    single, folder, stop_signals, start_over=start_over, profile=profile
+                    single,
+                    folder,
+                    stop_signals,
+                    start_over=start_over,
+                    profile=profile,
+                    shared=workdir if has_comparison else None,
                 )
             if not single.checkpoint.keep_stages and distributed.is_main_process():
                 remove_checkpoints(folder)
@@ -100,8 +105,13 @@ def run_one(
     export: Path | None = None,
     start_over: bool = False,
     profile: str = "",
+    shared: Path | None = None,
 ) -> np.ndarray:
-    """Run one config to its end; with `export`, save the last model as a Hugging Face folder."""
+    """Run one config to its end.
+
+    With `export`, save the last model as a Hugging Face folder. `shared` is the folder of several
+    runs, which share the evaluation of their base model.
+    """
     phases.restart_clock()
     hashes = fingerprints.file_hashes(config)
     refuse_different_processes(config, hashes)
@@ -114,7 +124,7 @@ def run_one(
         if profile:
             console.print_warning(f"--profile={profile}: the run is finished; nothing profiled")
         return write_final_results(workdir)
-    with open_run(config, workdir, stop_signals, profile) as run:
+    with open_run(config, workdir, stop_signals, profile, shared) as run:
         resume_point, model_state = resume_run(run, start_over)
         stage_evaluation.check_remaining_splits(run, resume_point)
         rows = fingerprints.row_hashes(run.datasets)

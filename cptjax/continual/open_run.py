@@ -48,6 +48,8 @@ class RunFiles:
     unlogged_cost: dict[str, float] = dataclasses.field(default_factory=dict)
     report: LiveReport | None = None  # as `log`
     profiler: StepProfiler | None = None  # None = no steps are profiled
+    # The folder of several runs, in which they share the evaluation of their base model.
+    shared: Path | None = None
 
     def write_live_report(self) -> None:
         """Write the report of the running run, if it is time."""
@@ -128,11 +130,16 @@ class Run:
 
 
 def open_run(
-    config: ConfigDict, folder: Path, stop_signals: StopSignals | None = None, profile: str = ""
+    config: ConfigDict,
+    folder: Path,
+    stop_signals: StopSignals | None = None,
+    profile: str = "",
+    shared: Path | None = None,
 ) -> Run:
     """Open a run to train it; `driver.accept_changes` has checked its workdir.
 
     profile: steps to profile, see `StepProfiler`; "" = none
+    shared: the folder of several runs; None = there are no others
     """
     profiler = StepProfiler(profile, folder, len(config.stages)) if profile else None
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +158,7 @@ def open_run(
         tidy=True,
         on_saved=functools.partial(progress.record_saved, folder),
     )
-    run_files = RunFiles(folder, log, checkpoints, report=live_report, profiler=profiler)
+    run_files = RunFiles(folder, log, checkpoints, {}, live_report, profiler, shared)
     return _build_run(config, model_ctx, run_files, stop_signals or StopSignals())
 
 

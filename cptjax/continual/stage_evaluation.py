@@ -20,7 +20,7 @@ from cptjax.config import (
     replayed_tasks,
     resolve_stages,
 )
-from cptjax.continual import progress
+from cptjax.continual import base_evaluations, progress
 from cptjax.continual.open_run import Run
 from cptjax.continual.resume import ResumePoint
 from cptjax.data import model_context
@@ -111,13 +111,19 @@ def evaluate_stage(
     """
     done = list(evaluated_before)
     step = run.files.checkpoints.stage_end(number) if number else 0
-    columns = shared_eval_columns(run, number, step)
+    columns, copied = shared_eval_columns(run, number, step), {}
     for task in all_tasks_to_evaluate(run):
         if task not in evaluated_before:
-            evaluate_and_record(run, number, params, task, columns)
+            copied[task] = evaluate_and_record(run, number, params, task, columns)
             done.append(task)
             record_evaluated(run, number, done)
             run.files.write_live_report()
+    if sources := sorted(filter(None, set(copied.values()))):
+        tasks = ", ".join(task for task, source in copied.items() if source)
+        console.print_message(
+            f"results of the base model on {tasks} are those of {', '.join(sources)}, "
+            "which has the same model, rows and settings"
+        )
     if number and run.config.checkpoint.keep <= KEPT_TO_RESUME:
         run.files.checkpoints.remove_steps(number)
     if run.files.log:
@@ -138,31 +144,55 @@ def record_evaluated(run: Run, number: int, done: list[str]) -> None:
 
 def evaluate_and_record(
     run: Run, number: int, params: Params, task: str, columns: dict[str, Any]
-) -> None:
-    """Evaluate a task with each of its templates, measure the KL to the base model, record both."""
+) -> str:
+    """Evaluate a task with each of its templates, measure the KL to the base model, record both.
+
+    The results of a base model may be those of another run, whose name is returned; else "".
+    """
     e, log, began = run.config.eval, run.files.log, time.perf_counter()
-    cost = WorkCost()
-    for i, template in enumerate(templates_of_task(run, task)):
-        result = evaluate_with_template(
+    templates = templates_of_task(run, task)
+    results = None if number else base_evaluations.find(run, task, templates)
+    if results is None:
+        results = evaluate_with_templates(run, number, params, task, templates, columns)
+        if not number:
+            base_evaluations.keep(run, task, templates, results)
+    kl_rows = measure_task_drift(run, params, task, columns) if e.drift else []
+    if log:
+        log.evals([*results["evals"], *kl_rows])
+        log.predictions(number, results["predictions"])
+        logged = results["cost"] | {"seconds": time.perf_counter() - began}
+        log.step(number, columns["step"], {"event": "evaluate", "task": task, **logged})
+    return results.get("run", "")
+
+
+def evaluate_with_templates(
+    run: Run,
+    number: int,
+    params: Params,
+    task: str,
+    templates: Sequence[str],
+    columns: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the rows of evals.csv, the predictions with the first template, and the cost."""
+    e, when = run.config.eval, describe_stage(number)
+    results = [
+        evaluate_with_template(
             run,
             number,
             params,
             task,
             template,
-            describe_stage(number),
+            when,
             forced=e.forced_prefix,
             gold=e.gold_probability,
         )
-        cost += result.cost
-        if log:
-            log.evals(evaluate.eval_rows(result, columns))
-            if i == 0:
-                log.predictions(number, evaluate.prediction_rows(result, columns["step"]))
-    kl_rows = measure_task_drift(run, params, task, columns) if e.drift else []
-    if log:
-        log.evals(kl_rows)
-        logged = cost.logged() | {"seconds": time.perf_counter() - began}
-        log.step(number, columns["step"], {"event": "evaluate", "task": task, **logged})
+        for template in templates
+    ]
+    return {
+        "evals": [row for result in results for row in evaluate.eval_rows(result, columns)],
+        "predictions": evaluate.prediction_rows(results[0], columns["step"]),
+        "cost": sum((result.cost for result in results), WorkCost()).logged(),
+    }
 
 
 def measure_task_drift(
