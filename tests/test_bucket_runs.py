@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import gcs_server
 import jax
@@ -220,6 +221,65 @@ def test_two_processes_share_files_through_the_bucket(bucket, server, tmp_path):
         "run.1.log",
         "run.log",
     ]
+
+
+OTHER = """
+import sys
+from cptjax.common import buckets, files
+from cptjax.continual import workdir
+root = buckets.write_path(sys.argv[1], 0)
+with workdir.lock_workdir(root / "a"):
+    lines = files.LineFile(root / "a" / "metrics.jsonl")
+    lines.append({"step": 1})
+    buckets.push(root / "a")
+    lines.append({"step": 2})
+    print("ready", flush=True)
+    sys.stdin.readline()
+    lines.append({"step": 3})
+"""
+
+
+def test_a_comparison_leaves_the_files_of_another_process_of_this_host(bucket, server, tmp_path):
+    """Both write runs of one folder, in the same local copy."""
+    root = buckets.write_path(bucket, 0)
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER, bucket],
+        env=run_helpers.environment(**server.environment(tmp_path / "cache")),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "ready\n"
+    with workdir.lock_workdir(root / "b"):
+        (root / "b" / "evals.csv").write_text("x")
+        with workdir.lock_workdir(root, wait=True, name=".comparison.lock") as folder:
+            assert (folder / "b" / "evals.csv").read_text() == "x"
+            assert (folder / "a" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+            (folder / "report.html").write_text("page")
+    other.communicate("go\n", timeout=60)
+    objects = buckets.list_objects(bucket)
+    assert objects["report.html"].download_as_bytes() == b"page"
+    lines = objects["a/metrics.jsonl"].download_as_bytes().decode().splitlines()
+    assert lines == ['{"step": 1}', '{"step": 2}', '{"step": 3}']
+
+
+def test_a_model_is_put_before_the_config_that_says_that_it_is_made(bucket, monkeypatch):
+    folder, put = buckets.write_path(bucket, 0), []
+    monkeypatch.setattr(buckets, "_put", lambda path, address: put.append(address))
+    for name in ("hf/config.json", "hf/model.safetensors", "progress.json", "z.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    copy = buckets.FolderCopy(folder)
+    renewed = []
+    copy.lock = SimpleNamespace(renew=lambda after: renewed.append(len(put)))
+    copy.push()
+    assert [address.removeprefix(f"{bucket}/") for address in put] == [
+        "hf/model.safetensors",
+        "z.csv",
+        "hf/config.json",
+        "progress.json",
+    ]
+    assert renewed == [0, 1, 2, 3]  # before each file
 
 
 def kills(count: int, length: float, seed: int) -> list[tuple[int, float]]:

@@ -76,6 +76,10 @@ def test_another_config_is_refused_and_its_differences_are_named(whole, tmp_path
         go(folder, train={"lr": 0.5})
     assert {p: p.read_bytes() for p in files()} == before
     go(folder, train={"lr": 0.5}, allow_change=True)  # finished: only the config is another
+    assert (
+        "was finished before these changes, which config.json now has: train.lr: 0.01 -> 0.5"
+        in (folder / "run.log").read_text()
+    )
     assert json.loads((folder / "config.json").read_text())["train"]["lr"] == 0.5
     run_helpers.assert_same(run_helpers.run_state(whole), run_helpers.run_state(folder))
 

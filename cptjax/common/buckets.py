@@ -7,7 +7,8 @@ the end of each stage, and every PUSH_SECONDS. An object is replaced as a whole,
 the old file or the new one. Checkpoints are not copied: Orbax writes them into the bucket.
 
 The local folders lie in `cptjax/buckets` of the user's cache folder: `write/BUCKET/PATH` for the
-process that writes a run, `read/BUCKET/PATH` for tools that only read it.
+process that writes a run, `compare/BUCKET/PATH` for the pages that compare runs, and
+`read/BUCKET/PATH` for tools that only read.
 """
 
 import base64
@@ -35,8 +36,9 @@ BEAT_SECONDS = 20.0  # between two renewals of a lock
 LOCK_SECONDS = 300.0
 PUSH_SECONDS = 60.0
 PUSH_SHARE = 0.05  # of the time, at most, in which large files are put into the bucket
-READ, WRITE = "read", "write"
+READ, WRITE, COMPARE = "read", "write", "compare"
 CHECKPOINTS, MODEL = "checkpoints", "hf"
+DESCRIBES_OTHERS = ("hf/config.json", "progress.json")  # a model is made if it has its config
 OTHER_RUNS = ("fresh", "base")  # folders in a run's folder that are runs with locks of their own
 # Locks, and files that are not complete yet.
 LOCAL_NAME = re.compile(r"\.(\w+\.)?lock|\..+\.\d+(\.partial)?|\.put-.*")
@@ -77,7 +79,7 @@ def write_path(folder: str | Path, process: int) -> Path:
     """Return the folder in which a process writes a run: a folder on a disk, or a local copy."""
     if is_address(folder):
         return local_path(folder, f"{WRITE}.{process}" if process else WRITE)
-    return files.local_folder(folder)
+    return files.orbax_folder(folder)
 
 
 def address_of(path: str | Path) -> str:
@@ -345,13 +347,13 @@ class FolderCopy:
     def push(self) -> None:
         """Put changed files into the bucket, then remove there what was removed here.
 
-        progress.json is the last, since it describes the others.
+        The files that say that others are complete are the last.
         """
         with self._pushing:
-            if self.lock:
-                self.lock.renew(after=BEAT_SECONDS)
             found = self._files()
-            for name in sorted(found, key=lambda name: (name.endswith("progress.json"), name)):
+            for name in sorted(found, key=lambda name: (name.endswith(DESCRIBES_OTHERS), name)):
+                if self.lock:  # putting a large file takes minutes
+                    self.lock.renew(after=BEAT_SECONDS)
                 try:
                     state = _file_state(found[name])
                     if self._known.get(name) != state:
@@ -395,17 +397,20 @@ def belongs_to_run(process: int) -> Callable[[str], bool]:
     return wants
 
 
-def belongs_to_others(folder: Path) -> Callable[[str], bool]:
-    """Return which files of a folder of runs are in no copy that this process writes already."""
+def push_all() -> None:
+    """Put the changed files of all folders that this process writes into their buckets."""
+    for copy in list(_copies.values()):
+        copy.push()
 
-    def wants(name: str) -> bool:
-        path = folder / name
-        for root, copy in _copies.items():
-            if path.is_relative_to(root) and copy.wants(str(path.relative_to(root))):
-                return False
-        return path.suffix != ".log"
 
-    return wants
+def comparison_copy(folder: Path) -> FolderCopy:
+    """Return a copy of a folder of runs for the pages that compare them.
+
+    It lies apart from the folders that processes write: on this host, several processes may write
+    runs of one folder at the same time, and their files are newer than those in the bucket.
+    """
+    wants = lambda name: not name.endswith(".log")
+    return FolderCopy(local_path(address_of(folder), COMPARE), wants, (CHECKPOINTS, MODEL))
 
 
 def pull_run(folder: Path) -> None:

@@ -32,6 +32,23 @@ def explain_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {describe_error(error)}") from error
 
 
+class TryAgain(OSError):
+    """The hub or a disk does not answer now; the same command may work later."""
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Return whether a request failed because a server did not answer, or not in time."""
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        # Of httpx, requests and Python; without a network on purpose, trying again does not help.
+        outage = {"TransportError", "Timeout", "ConnectionError", "TimeoutError"} & names
+        if (outage and "OfflineModeIsEnabled" not in names) or status == 429 or status >= 500:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def describe_error(error: BaseException) -> str:
     """Return the kind of an error, its first line and where it was raised."""
     lines = str(error).strip().splitlines()
@@ -54,7 +71,18 @@ def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
     if re.match(r"\w{2,}:/", str(folder)):
         but = "; only gs:// addresses are supported" if setting == "--workdir" else ""
         raise ValueError(f"{setting}={folder}: expected a folder on a disk{but}")
-    return Path(folder)
+    return Path(folder).expanduser()
+
+
+def orbax_folder(folder: str | Path, setting: str = "--workdir") -> Path:
+    """Return the path of a local folder; refuse one in which Orbax finds no checkpoint."""
+    path = local_folder(folder, setting)
+    if "[" in str(path.absolute()):  # Orbax searches for parts of checkpoints by patterns
+        raise ValueError(
+            f"{setting}={folder}: Orbax cannot read checkpoints in a path with '['; "
+            "choose another folder"
+        )
+    return path
 
 
 HUB_PREFIX = "hf:"
@@ -366,5 +394,10 @@ def parse_jsonl(text: bytes, path: Path) -> list[dict[str, Any]]:
 
 
 def folder_bytes(folder: Path | str) -> int:
-    """Return the size of all files in a folder."""
-    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+    """Return the size of all files in a folder; others may add and remove some meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total

@@ -3,7 +3,8 @@
 Arms, seeds and sweeps often begin with the same model. The first run that evaluates a task before
 its first stage keeps the results in base_evaluations/ of the workdir. Another run copies them if
 everything that decides them is equal: the model, its mesh and devices, the settings of evaluations,
-the task's rows, the code and the versions of the packages.
+the task's rows, the code and the versions of the packages. Of a workdir in a bucket, the folder is
+only in the local copy, so the runs of one host share.
 """
 
 import hashlib

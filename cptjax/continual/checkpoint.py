@@ -336,7 +336,7 @@ class Checkpoints:
                 if pause is None and isinstance(problem, FileNotFoundError):
                     raise CheckpointDamaged(place, f"a file is missing: {problem}") from error
                 if pause is None:
-                    raise OSError(
+                    raise files.TryAgain(
                         f"{place} cannot be read ({problem}); nothing was changed: run the same "
                         "command again when the disk answers"
                     ) from error

@@ -87,9 +87,9 @@ def run(
             if name in names:
                 matrices.append(matrix)
             if has_comparison:
-                with lock_workdir(workdir, wait=True, name=".comparison.lock"):
+                with lock_workdir(workdir, wait=True, name=".comparison.lock") as runs_folder:
                     if distributed.is_main_process():
-                        report.write_comparison(workdir, names)
+                        report.write_comparison(runs_folder, names)
     return matrices[0] if len(names) == 1 and matrices else stack_matrices(matrices)
 
 
@@ -118,6 +118,11 @@ def run_one(
     finished = stage_evaluation.finished_positions(config, workdir)
     changed = accept_changes(config, workdir, hashes, finished is not None)
     if finished is not None and not export and warn_of_changed_records(workdir, finished):
+        if changed:
+            console.print_warning(
+                f"{workdir}: the run was finished before these changes, which config.json now has: "
+                f"{format_changes(changed)}"
+            )
         if distributed.is_main_process():
             files.write_json(workdir / "config.json", recorded_config(config, workdir))
         console.print_message(f"{workdir}: finished, at {ResumePoint(len(config.stages))}")

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from cptjax.common import phases
+from cptjax.common import console, files, phases
 from cptjax.evaluation import report, summary
 
 LEAST_PAUSE = 50  # times the seconds that the last report took
@@ -22,8 +22,11 @@ class LiveReport:
         began = time.monotonic()
         if not self.seconds or began < self.due:
             return
-        self.sessions.record()
-        tables = summary.load_run_tables(self.workdir)
-        report.write_run_report(tables, summary.summarise_run(tables), is_live=True)
+        try:
+            self.sessions.record()
+            tables = summary.load_run_tables(self.workdir)
+            report.write_run_report(tables, summary.summarise_run(tables), is_live=True)
+        except OSError as error:  # training goes on without a page that shows its progress
+            console.print_warning(f"the report is not written: {files.describe_error(error)}")
         ended = time.monotonic()
         self.due = ended + max(self.seconds, LEAST_PAUSE * (ended - began))

@@ -32,12 +32,13 @@ RUN_LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: Path, wait: bool = False, name: str = RUN_LOCK) -> Iterator[None]:
+def lock_workdir(workdir: Path, wait: bool = False, name: str = RUN_LOCK) -> Iterator[Path]:
     """Lock the folder, so that no other process writes to it; with `wait`, wait for the other.
 
     It is a lock of the operating system, which releases it however this process ends. Locks of
     other names in one folder are independent of each other. In the local copy of a bucket's folder,
     an object in the bucket excludes other hosts, and the copy follows the bucket during this block.
+    The result is the folder to write in: with another name than RUN_LOCK, a separate copy.
     """
     holder, owner = "", f"process {os.getpid()} on {socket.gethostname()}, start {uuid.uuid4().hex}"
     main, bucket_lock = distributed.is_main_process(), None
@@ -68,35 +69,32 @@ def lock_workdir(workdir: Path, wait: bool = False, name: str = RUN_LOCK) -> Ite
             stack.callback(bucket_lock.release)
         _refuse_other_folder(workdir / name, owner)
         try:
-            with _follow_bucket(workdir, name, bucket_lock):
-                yield
+            with _follow_bucket(workdir, name, bucket_lock) as folder:
+                yield folder
         finally:
             if main:
                 file.truncate(0)
 
 
 @contextlib.contextmanager
-def _follow_bucket(workdir: Path, name: str, lock: buckets.BucketLock | None) -> Iterator[None]:
+def _follow_bucket(workdir: Path, name: str, lock: buckets.BucketLock | None) -> Iterator[Path]:
     """Copy a locked folder from its bucket, and put what changes into the bucket."""
     if not buckets.address_of(workdir):
-        yield
+        yield workdir
         return
     workdir.mkdir(parents=True, exist_ok=True)
     if name != RUN_LOCK:  # a folder of runs, of which only the first process writes pages
-        copy = buckets.FolderCopy(
-            workdir,
-            buckets.belongs_to_others(workdir),
-            pruned=(buckets.CHECKPOINTS, buckets.MODEL),
-        )
+        copy = buckets.comparison_copy(workdir)
+        distributed.decide_on_main(buckets.push_all)
         distributed.decide_on_main(copy.pull)
-        yield
+        yield copy.folder
         distributed.decide_on_main(copy.push)
     else:
         copy = buckets.FolderCopy(workdir, buckets.belongs_to_run(distributed.process_index()))
         main = distributed.is_main_process()
         distributed.run_on_all(copy.pull if main else lambda: buckets.pull_run(workdir))
         with buckets.keep_pushing(copy, lock):
-            yield
+            yield workdir
         # What the first process has written, such as the model of a pre-stage, reaches all hosts.
         distributed.gather_objects(True)
         distributed.run_on_all(bool if main else lambda: buckets.pull_run(workdir))

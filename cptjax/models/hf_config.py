@@ -68,6 +68,11 @@ def _download(name: str, weights: bool) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every error of the hub is one of these
         reason = str(error).strip().splitlines()[0]
+        if files.is_outage(error):
+            raise files.TryAgain(
+                f"{name}: the hub does not answer ({reason[:160]}); run the same command again, or "
+                "give a local folder"
+            ) from error
         raise ValueError(
             f"{name} is neither a local folder nor a model that the hub returns ({reason[:160]})"
         ) from error

@@ -26,7 +26,7 @@ def save_orbax(
     save_processor: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an Orbax checkpoint with its config and processor files; adapters are not merged."""
-    folder = files.local_folder(folder, "--dst").absolute()
+    folder = files.orbax_folder(folder, "--dst").absolute()
     if (folder / ORBAX_FOLDER).exists():
         raise ValueError(f"{folder} holds a checkpoint already; remove it, or choose another --dst")
     if folder.is_dir() and any(folder.iterdir()):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cptjax.common import console
+from cptjax.common import console, files
 from cptjax.common.shuffle import permutation
 from cptjax.tasks.task import Examples, Task, did_you_mean, limit_rows
 from cptjax.types import Example
@@ -120,6 +120,11 @@ def load_rows(source: HubSource, root: str = "") -> ArrowRows:
         return ArrowRows(dataset)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        if files.is_outage(error):
+            raise files.TryAgain(
+                f"{source.dataset}: the hub does not answer ({reason}); run the same command "
+                "again, or put a copy under data.root"
+            ) from error
         raise ValueError(
             f"{source.dataset} cannot be loaded from the hub ({reason}); put a copy under data.root"
         ) from error

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cptjax.common import cli, files
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,3 +45,19 @@ def test_a_part_of_the_cluster_flags_is_refused(tmp_path):
     )
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.startswith("error: --coordinator, --num_processes, --process_id: expected")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (files.TryAgain("the hub does not answer"), 1),
+        (TimeoutError("the judge"), 1),
+        (ValueError("train.lr"), 2),
+        (FileNotFoundError("rows.jsonl"), 2),
+    ],
+    ids=repr,
+)
+def test_launchers_start_again_after_an_outage_and_not_after_a_mistake(error, code, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.exit_with_error(error)
+    assert ended.value.code == code and capsys.readouterr().err == f"error: {error}\n"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,3 +98,61 @@ def test_a_file_is_on_disk_before_it_replaces_another_and_its_name_after(tmp_pat
     files.write_json(path, {"a": 1})
     temporary, (source, target), folder = calls
     assert temporary == source and target == path and folder == tmp_path
+
+
+def test_the_size_of_a_folder_that_changes_meanwhile(tmp_path, monkeypatch):
+    for name in ("a", "b/c", "b/d"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    assert files.folder_bytes(tmp_path) == 15
+    stat = os.stat
+
+    def remove_first(path, *args, **kwargs):
+        if str(path).endswith("c"):
+            Path(path).unlink(missing_ok=True)
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", remove_first)
+    assert files.folder_bytes(tmp_path) == 10
+
+
+def test_a_folder_may_start_with_a_tilde_and_has_no_bracket(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.orbax_folder("~/runs") == tmp_path / "runs"
+    with pytest.raises(
+        ValueError, match=r"--workdir=a/run\[1\]: Orbax cannot read .*another folder"
+    ):
+        files.orbax_folder("a/run[1]")
+
+
+class TransportError(Exception):
+    """As that of httpx, which is no OSError."""
+
+
+class OfflineModeIsEnabled(ConnectionError):
+    """As that of huggingface_hub."""
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_outage"),
+    [
+        (TransportError("no route"), True),
+        (TimeoutError(), True),
+        (OfflineModeIsEnabled(), False),
+        (FileNotFoundError("no such model"), False),
+        (None, False),
+    ],
+    ids=repr,
+)
+def test_an_outage_is_told_from_a_wrong_name_by_the_cause(cause, is_outage):
+    try:
+        raise OSError("not in the cache") from cause
+    except OSError as error:
+        assert files.is_outage(error) == is_outage
+
+
+@pytest.mark.parametrize(("status", "is_outage"), [(404, False), (429, True), (503, True)])
+def test_an_outage_is_told_by_the_answer_of_the_server(status, is_outage):
+    error = ValueError("answer")
+    error.response = SimpleNamespace(status_code=status)
+    assert files.is_outage(error) == is_outage

@@ -84,3 +84,17 @@ def test_the_profile_has_the_phases_of_the_steps_that_it_names(watched):
 def test_a_wrong_profile_is_refused(tmp_path, steps):
     with pytest.raises(ValueError, match=f"--profile={steps}: expected"):
         StepProfiler(steps, tmp_path, stages=1)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise FileNotFoundError(2, "No such file or directory", "checkpoints/steps/1000092")
+
+    monkeypatch.setattr(live_report.summary, "load_run_tables", fail)
+    monkeypatch.setattr(live_report, "LEAST_PAUSE", 0)
+    watched = live_report.LiveReport(tmp_path, 1e-9)
+    watched.write_if_due()
+    assert "warning: the report is not written: FileNotFoundError" in capsys.readouterr().err
+    due = watched.due
+    watched.write_if_due()
+    assert watched.due > due  # it is tried again

@@ -7,15 +7,15 @@ import pytest
 from hub_fixtures import FIXTURES, POPE, write
 from row_helpers import bad_rows
 
-from cptjax.common import console
+from cptjax.common import console, files
 from cptjax.tasks.hub import HubSource, find_split_files
 from cptjax.tasks.registry import BUILT_IN_TASKS
 from cptjax.tasks.task import example_text
 
 
 def test_the_hub_and_a_copy_on_disk_give_the_same_examples(tmp_path, monkeypatch):
-    files, text, answer, _ = FIXTURES["pathvqa"]
-    whole = datasets.Dataset.from_list(files[0][2], features=files[0][1])
+    tables, text, answer, _ = FIXTURES["pathvqa"]
+    whole = datasets.Dataset.from_list(tables[0][2], features=tables[0][1])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: whole)
     hub = BUILT_IN_TASKS["pathvqa"].load("test")[0]
     monkeypatch.undo()
@@ -33,8 +33,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        ValueError,
-        match=r"hiyouga/geometry3k cannot be loaded from the hub \(no route\); put a copy under data.root",
+        files.TryAgain,
+        match=r"hiyouga/geometry3k: the hub does not answer \(no route\); run the same command again, "
+        "or put a copy under data.root",
     ):
         BUILT_IN_TASKS["geometry3k"].load("train")
 
