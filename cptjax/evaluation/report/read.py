@@ -139,16 +139,15 @@ def missing_runs(folders: Sequence[Path | str]) -> list[str]:
     ]
 
 
-def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
-    """Return (label, workdirs) of each arm in a folder, which holds a run, seeds or arms.
+def find_arm_folders(folder: Path) -> list[tuple[Path, list[Path]]]:
+    """Return (folder, workdirs) of each arm in a folder, which holds a run, seeds or arms.
 
     They are in the order of the config, the others by name.
     """
     if not folder.is_dir():
         return []
-    label = folder.resolve().name
-    arms = [(label, [folder])] if is_run_folder(folder) else []
-    inner: dict[Path, list[tuple[str, list[Path]]]] = {}
+    arms = [(folder, [folder])] if is_run_folder(folder) else []
+    inner: dict[Path, list[tuple[Path, list[Path]]]] = {}
     known = [folder / name.partition("/")[0] for name in read_run_names(folder) if name]
     for path in dict.fromkeys([*known, *sorted(folder.iterdir())]):
         if path.is_dir() and path.name not in IGNORED_FOLDERS and path.name[0] not in "._":
@@ -156,7 +155,7 @@ def find_arm_folders(folder: Path) -> list[tuple[str, list[Path]]]:
                 inner[path] = found
     inner_arms = [arm for found in inner.values() for arm in found]
     if inner and all(SEED_FOLDER.fullmatch(path.name) for path in inner):
-        return [*arms, (label, [path for _, paths in inner_arms for path in paths])]
+        return [*arms, (folder, [path for _, paths in inner_arms for path in paths])]
     return arms + inner_arms
 
 
@@ -167,7 +166,7 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
     in the config, the arms with the best mean of that metric are first. Joint training is last: it
     is the reference for the intransigence of the other arms.
     """
-    folders_by_arm: list[tuple[str, list[Path]]] = []
+    found: list[tuple[Path, list[Path]]] = []
     for folder in map(buckets.fetch, folders):
         arms_of_folder = find_arm_folders(folder)
         if not arms_of_folder:
@@ -175,11 +174,11 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
                 f"{folder} is not a run: "
                 "expected a workdir with config.json, or a folder of such workdirs"
             )
-        folders_by_arm += arms_of_folder
-    labels = _distinct_labels(folders_by_arm)
+        found += arms_of_folder
+    labels = distinct_labels([folder for folder, _ in found])
     arms = [
         Arm(label, tuple(read_run(path, label) for path in paths))
-        for label, (_, paths) in zip(labels, folders_by_arm, strict=True)
+        for label, (_, paths) in zip(labels, found, strict=True)
     ]
     arms = [add_references(arm, arms) for arm in arms]
     if sort := sort or report_setting(arms, "sort"):
@@ -207,12 +206,23 @@ def sort_by_metric(arms: Sequence[Arm], name: str) -> list[Arm]:
     return sorted(arms, key=lambda arm: sign * means[arm.label] if arm.label in means else math.inf)
 
 
-def _distinct_labels(arms: Sequence[tuple[str, list[Path]]]) -> list[str]:
-    """Return the folder names of the arms, with the parent's name where names are equal."""
-    names = [name for name, _ in arms]
+def distinct_labels(folders: Sequence[Path]) -> list[str]:
+    """Return the names of the arms' folders, with as many parents as make equal names differ.
+
+    Arms of one folder are numbered.
+    """
+    paths = [folder.resolve() for folder in folders]
+    labels, depth = {path: path.name for path in paths}, 1
+    while len(set(labels.values())) < len(labels):
+        names, depth = list(labels.values()), depth + 1
+        labels = {
+            path: "/".join(path.parts[-depth:]) if names.count(name) > 1 else name
+            for path, name in labels.items()
+        }
+    numbers = [paths[: i + 1].count(path) for i, path in enumerate(paths)]
     return [
-        name if names.count(name) == 1 else f"{paths[0].resolve().parent.name}/{name}"
-        for name, paths in arms
+        f"{labels[path]} ({number})" if number > 1 else labels[path]
+        for path, number in zip(paths, numbers, strict=True)
     ]
 
 

@@ -37,6 +37,31 @@ def test_seeds_of_an_arm_become_mean_and_deviation(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "folders, labels",
+    [
+        (["a/sft", "a/grpo"], ["sft", "grpo"]),
+        (["lr1e-5/grpo", "lr1e-6/grpo", "x/sft"], ["lr1e-5/grpo", "lr1e-6/grpo", "sft"]),
+        (["mon/demo/grpo", "tue/demo/grpo"], ["mon/demo/grpo", "tue/demo/grpo"]),
+        (["1/x/grpo", "2/x/grpo", "1/y/grpo"], ["1/x/grpo", "2/x/grpo", "y/grpo"]),
+        (["x/grpo", "x/grpo", "y/grpo"], ["x/grpo", "x/grpo (2)", "y/grpo"]),
+    ],
+)
+def test_arms_of_equal_name_have_distinct_labels(tmp_path, folders, labels):
+    assert read.distinct_labels([tmp_path / folder for folder in folders]) == labels
+
+
+def test_arms_of_equal_name_keep_their_own_numbers(tmp_path):
+    for name, arm in (("lr1e-5", "sft_bare"), ("lr1e-6", "grpo")):
+        for seed in range(2):
+            make_run(tmp_path / name / "grpo" / f"seed{seed}", arm, seed=seed)
+    write_page(tmp_path / "lr1e-5", tmp_path / "lr1e-6", out=tmp_path / "page.html")
+    numbers = files.read_json(tmp_path / "page.json")
+    means = {label: arm["fm_diagonal"]["mean"] for label, arm in numbers["arms"].items()}
+    assert means["lr1e-5/grpo"] < means["lr1e-6/grpo"] - 0.1
+    assert list(numbers["differences"]) == ["lr1e-6/grpo"]
+
+
 def test_images_are_embedded_only_from_the_workdir(tmp_path):
     run = read.read_run(make_run(tmp_path / "run"), "run")
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
