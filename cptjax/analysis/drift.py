@@ -105,7 +105,7 @@ def drift_of_stages(run: read.ReportRun, weights: bool) -> list[StageDrift]:
         "kl_new_sequence": "KL per response on the new task",
     }
     drifts = []
-    for row in run.summary["per_stage"]:
+    for row in run.evaluated_stages:
         if is_known(row["kl_new"]) and is_known(row["loss"]):
             far = {name: row[key] for key, name in names.items() if is_known(row[key])}
             drifts.append(StageDrift(run.label, run.variant, row["stage"], row["loss"], far))

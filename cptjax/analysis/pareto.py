@@ -61,11 +61,10 @@ def analyze(folders: Sequence[str]) -> Finding:
 
 
 def point_of_arm(arm: read.Arm) -> ArmPoint | None:
-    """Return the means over an arm's seeds, or None if a number is unknown."""
-    accuracy, losses = arm.spread("learned_acc"), []
-    for run in arm.runs:
-        rows = [row for row in run.summary["per_stage"] if row["stage"] == run.table.final]
-        losses += [row["loss"] for row in rows if is_known(row["loss"])]
+    """Return the means over an arm's finished runs, or None if a number is unknown."""
+    accuracy = arm.spread("learned_acc")
+    last_stages = [run.summary["per_stage"][-1] for run in arm.runs if run.table.finished]
+    losses = [row["loss"] for row in last_stages if is_known(row["loss"])]
     if accuracy is None or not losses:
         return None
     sd = float(np.std(losses, ddof=1)) if len(losses) > 1 else None

@@ -275,7 +275,7 @@ def formula_sums(t: AccuracyTable) -> dict[str, list[CellWeights]]:
 
     to_diagonal = [add_cell_weights((1, S, j), (-1, t.last(j), j)) for j in old]
     return {
-        "avg_acc": [add_cell_weights((1, S, j)) for j in t.tasks],
+        "avg_acc": [add_cell_weights((1, S, j)) for j in t.tasks if S],
         "base_acc": [add_cell_weights((1, 0, j)) for j in t.tasks],
         "learned_acc": [add_cell_weights((1, t.last(j), j)) for j in trained],
         "learned_gain": [add_cell_weights((1, t.last(j), j), (-1, 0, j)) for j in trained],

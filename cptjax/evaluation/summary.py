@@ -210,7 +210,7 @@ def collect_scores(rows: Iterable[Mapping[str, Any]], final: int) -> list[dict[s
         score["n"] = row["n"]
         if row["stage"] == 0:
             score["base"] = row["value"]
-        if row["stage"] == final:
+        if final and row["stage"] == final:
             score["final"] = row["value"]
     return list(scores.values())
 
@@ -241,27 +241,27 @@ def describe_coverage(t: AccuracyTable) -> str:
 
 
 def _summarise_task(t: AccuracyTable, task: str) -> dict[str, Any]:
-    def value(cells: Cells, row: int) -> float:
+    def value(cells: Cells, row: int | None) -> float:
         return cells.get((row, task), NO_CELL).value
 
-    learned = t.last(task)
+    learned, final = t.last(task), t.final or None  # the base model is no result of the run
     return {
         "learned_at": learned,
         "learned": value(t.cells, learned) if learned else None,
         "base": value(t.cells, 0),
-        "final": value(t.cells, t.final),
-        "stderr": t.cells.get((t.final, task), NO_CELL).stderr,
+        "final": value(t.cells, final),
+        "stderr": t.cells.get((final, task), NO_CELL).stderr,
         "base_forced": value(t.forced, 0),
-        "forced": value(t.forced, t.final),
+        "forced": value(t.forced, final),
         "base_gold": value(t.gold, 0),
-        "gold": value(t.gold, t.final),
+        "gold": value(t.gold, final),
     }
 
 
 def _summarise_group(t: AccuracyTable, tasks: tuple[str, ...]) -> dict[str, Any]:
     base, final = (
         float(np.mean([t.cells.get((row, task), NO_CELL).value for task in tasks]))
-        for row in (0, t.final)
+        for row in (0, t.final or None)
     )
     return {"tasks": list(tasks), "base": base, "final": final}
 

@@ -68,6 +68,23 @@ def test_arms_of_a_sweep_with_seeds_become_points_of_their_method(tmp_path):
     assert page.count("<svg") == 1 and "FM peak, own stage on" in page
 
 
+def test_only_finished_runs_are_points(tmp_path):
+    """A run of two stages that has finished the first, and one seed of two."""
+    write_run(tmp_path / "sft", "sft", 0.9, 0.5)
+    write_run(tmp_path / "rl" / "seed0", "grpo", 0.6, 0.1)
+    for folder in (tmp_path / "rl" / "seed1", tmp_path / "other"):
+        write_run(folder, "grpo", 0.8, 0.7, seed=1)
+        config = files.read_json(folder / "config.json")
+        stages = [*config["stages"], {"task": "u", "steps": 1}]
+        files.write_json(folder / "config.json", config | {"stages": stages})
+    found = pareto.analyze([tmp_path]).numbers["points"]
+    assert [(p["arm"], p["accuracy"], p["sd"]) for p in found] == [
+        ("sft", 0.9, None),
+        ("rl", 0.6, None),
+    ]
+    assert found[1]["loss"] == pytest.approx(0.1)
+
+
 def test_a_method_that_learns_nothing_is_named_and_not_compared(tmp_path):
     """Its accuracy is below that of the base model, 20 %."""
     write_run(tmp_path / "self", "self", 0.1, 0.3)

@@ -206,6 +206,7 @@ def test_only_a_base_row_gives_a_base_and_no_claim():
         found[name]["value"] is None
         for name in ("learned_acc", "fm_peak", "gain", "general_delta", "drop", "maa")
     )
+    assert found["avg_acc"]["value"] is None  # of the base model, it is base_acc
 
 
 def test_intervals_follow_from_the_cells():

@@ -159,3 +159,9 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="expected a run's config with stages"):
         summary.load_run_tables(tmp_path)
+
+
+def test_scores_before_the_first_stage_are_those_of_the_base_model_only():
+    rows = [eval_row(0, "a", 0.5)]
+    (score,) = summary.collect_scores(rows, 0)
+    assert (score["base"], score["final"]) == (0.5, None)

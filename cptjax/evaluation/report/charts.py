@@ -132,7 +132,7 @@ def base_kl_chart(runs: Sequence[tuple[str, int, ReportRun]]) -> Markup | None:
                 100 * row["loss"],
                 f"{label}, stage {row['stage']} ({'+'.join(row['tasks'])})",
             )
-            for row in run.summary["per_stage"]
+            for row in run.evaluated_stages
             if is_known(row["kl_new"]) and is_known(row["loss"])
         ]
         named = len(runs) > 1
@@ -222,7 +222,8 @@ def arms_plasticity_chart(arms: Sequence[Arm]) -> Markup | None:
     series = []
     for k, arm in enumerate(arms):
         metrics = [
-            (run.metric("learned_acc")["value"], run.metric("fm_diagonal")) for run in arm.runs
+            (run.metric("learned_acc")["value"], run.metric("fm_diagonal"))
+            for run in arm.counted_runs
         ]
         points = [
             Point(100 * learned, 100 * fm["value"], error=196 * (fm["stderr"] or 0))
@@ -280,7 +281,7 @@ def arms_general_chart(arms: Sequence[Arm], group: str = "") -> Markup | None:
     pairs = []
     for k, arm in enumerate(arms):
         before, after = (
-            summary.mean_and_sd(_general_level(run, key, group) for run in arm.runs)
+            summary.mean_and_sd(_general_level(run, key, group) for run in arm.counted_runs)
             for key in ("base", "final")
         )
         if before and after:
@@ -306,7 +307,7 @@ def arms_average_chart(arms: Sequence[Arm]) -> Markup | None:
     """Plot the mean accuracy over all tasks and seeds after each stage."""
     series = []
     for k, arm in enumerate(arms):
-        matrices = [run.table.array() for run in arm.runs]
+        matrices = [run.table.array() for run in arm.counted_runs]
         if arm.is_joint or any(m.shape != matrices[0].shape for m in matrices):
             continue
         means = np.mean(matrices, axis=0).mean(1)

@@ -279,7 +279,7 @@ def arm_cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """
     rows = []
     for k, arm in enumerate(arms):
-        works = {work for run in arm.runs for work in run.summary["cost"]["works"]}
+        works = {work for run in arm.counted_runs for work in run.summary["cost"]["works"]}
         for i, work in enumerate(sorted(works, key=lambda w: (w != "train", w))):
             row = {
                 key: arm.spread_of("cost", "works", work, key)["mean"] for key in run_log.COST_KEYS
@@ -314,7 +314,7 @@ def _training_cost(arm: Arm, key: str) -> float | None:
     """Return the mean cost of the runs of an arm, without that of evaluations."""
     costs = [
         sum(part[key] for part in run.summary["cost"]["parts"] if part["work"] != "evaluate")
-        for run in arm.runs
+        for run in arm.counted_runs
     ]
     return sum(costs) / len(costs) if costs else None
 

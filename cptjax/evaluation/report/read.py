@@ -73,6 +73,15 @@ class ReportRun:
         name = self.path.resolve().name
         return name if SEED_FOLDER.fullmatch(name) else f"seed{self.config.get('seed', 0)}"
 
+    @property
+    def evaluated_stages(self) -> list[dict[str, Any]]:
+        """The metrics of the stages up to the last whose evaluation has every task."""
+        tasks = {*self.table.tasks, *self.config.get("eval", {}).get("general", ())}
+        rows = self.summary["per_stage"]
+        while rows and any((rows[-1]["stage"], task) not in self.table.cells for task in tasks):
+            rows = rows[:-1]
+        return rows
+
     def metric(self, name: str) -> dict[str, Any]:
         """Return a metric of the summary; its value is None if the run lacks the metric's group."""
         return self.summary["metrics"].get(name, {"value": None, "stderr": None})
@@ -85,13 +94,18 @@ class Arm:
     label: str
     runs: tuple[ReportRun, ...]
 
+    @property
+    def counted_runs(self) -> tuple[ReportRun, ...]:
+        """The finished runs, or all of them while none is finished."""
+        return tuple(run for run in self.runs if run.table.finished) or self.runs
+
     def spread(self, metric: str) -> dict[str, Any] | None:
-        """Return mean, deviation and count of a metric over the runs."""
+        """Return mean, deviation and count of a metric over the counted runs."""
         return self.spread_of("metrics", metric, "value")
 
     def spread_of(self, *keys: str) -> dict[str, Any] | None:
         """Return the spread of a summary entry, as in spread_of("tasks", "colour", "final")."""
-        return summary.mean_and_sd(nested_value(run.summary, keys) for run in self.runs)
+        return summary.mean_and_sd(nested_value(run.summary, keys) for run in self.counted_runs)
 
     @property
     def is_joint(self) -> bool:

@@ -217,7 +217,7 @@ def arm_stderr(arm: Arm, name: str) -> float:
     spread = arm.spread(name)
     if spread and spread["sd"] is not None:
         return spread["sd"] / math.sqrt(spread["n"])
-    return next((run.metric(name)["stderr"] or 0.0 for run in arm.runs), 0.0)
+    return next((run.metric(name)["stderr"] or 0.0 for run in arm.counted_runs), 0.0)
 
 
 def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:

@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 from report_runs import STEPS, eval_row, make_run, write_page
 
+from cptjax.analysis import drift
 from cptjax.common import files, run_log
 from cptjax.evaluation import report, summary
-from cptjax.evaluation.report import read, words
+from cptjax.evaluation.report import charts, read, words
 
 
 def test_an_exported_model_inside_a_run_is_not_a_run(tmp_path):
@@ -60,6 +61,47 @@ def test_arms_of_equal_name_keep_their_own_numbers(tmp_path):
     means = {label: arm["fm_diagonal"]["mean"] for label, arm in numbers["arms"].items()}
     assert means["lr1e-5/grpo"] < means["lr1e-6/grpo"] - 0.1
     assert list(numbers["differences"]) == ["lr1e-6/grpo"]
+
+
+def test_unfinished_runs_do_not_count_beside_finished_ones(tmp_path):
+    """Neither in means nor in charts; their base model's accuracy is no result of an arm."""
+    for seed, upto in enumerate((None, None, 0, 2)):
+        make_run(tmp_path / "grpo" / f"seed{seed}", "grpo", seed=seed, upto=upto)
+    for seed, upto in enumerate((1, 0)):
+        make_run(tmp_path / "sft_bare" / f"seed{seed}", "sft_bare", seed=seed, upto=upto)
+    page = write_page(tmp_path)
+    sft, grpo = read.read_arms([tmp_path])
+    values = [run.metric("avg_acc")["value"] for run in grpo.runs]
+    assert values[2] is None and grpo.runs[2].summary["tasks"]["colour"]["final"] is None
+    assert grpo.runs[2].summary["groups"]["text"]["final"] is None
+    assert grpo.spread("avg_acc") == summary.mean_and_sd(values[:2])
+    spread = files.read_json(tmp_path / "report.json")["arms"]["grpo"]["avg_acc"]
+    assert spread == summary.mean_and_sd(values[:2])
+    assert f">{words.format_spread(spread)}</td>" in page
+    # No run of SFT is finished: all count, but one has no stage yet.
+    assert sft.spread("avg_acc") == {
+        "mean": sft.runs[0].metric("avg_acc")["value"],
+        **{"sd": None, "n": 1},
+    }
+    shown = charts.arms_plasticity_chart([grpo])
+    assert shown.count("<circle") == 3  # two seeds and their mean
+
+
+def test_stages_beyond_the_last_complete_evaluation_are_left_out(tmp_path):
+    workdir = make_run(tmp_path / "run", "sft_bare", upto=3)
+    stages = lambda: [row["stage"] for row in read.read_run(workdir, "run").evaluated_stages]
+    assert stages() == [1, 2, 3]
+    lines = (workdir / "evals.csv").read_text().splitlines(True)
+    for left_out in ("arith", "shape"):  # a general task, and a task of the sequence
+        kept = [line for line in lines if not (line[0] == "3" and f",{left_out}," in line)]
+        (workdir / "evals.csv").write_text("".join(kept))
+        assert stages() == [1, 2]
+        assert [d.stage for d in drift.drift_of_stages(read.read_run(workdir, "run"), False)] == [
+            1,
+            2,
+        ]
+        chart = charts.base_kl_chart([("run", 0, read.read_run(workdir, "run"))])
+        assert "stage 2 (shape)" in chart and "stage 3" not in chart
 
 
 def test_images_are_embedded_only_from_the_workdir(tmp_path):

@@ -34,7 +34,10 @@ def test_arms_that_differ_in_every_seed_are_ranked_although_seeds_vary():
         "metric": lambda name: found(value),
         "summary": {"metrics": {"fm_diagonal": found(value)}},
     }
-    run = lambda seed, value: types.SimpleNamespace(variant=f"seed{seed}", **metrics(value))
+    table = types.SimpleNamespace(finished=True)
+    run = lambda seed, value: types.SimpleNamespace(
+        variant=f"seed{seed}", table=table, **metrics(value)
+    )
     arm = lambda label, values: read.Arm(
         label, tuple(run(seed, v) for seed, v in enumerate(values))
     )
