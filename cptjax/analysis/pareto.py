@@ -20,13 +20,14 @@ import numpy as np
 from markupsafe import Markup
 
 from cptjax.analysis.finding import Finding, FindingChart, FindingTable
+from cptjax.evaluation import summary
 from cptjax.evaluation.report import read, svg
 from cptjax.evaluation.report.svg import Point, Series
 from cptjax.evaluation.report.words import METRIC_TITLES, format_metric, is_known
 
 # Definitions of forgetting, shown for every arm; see evaluation/matrix.py.
 FORGETTING_METRICS = ("fm_diagonal", "fm_peak", "fm_peak_own", "forgetting", "drop")
-LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the way from the base model to the matched accuracy
+LEVELS = (0.25, 0.5, 0.75)  # of the way from the base model to the matched accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,8 @@ def analyze(folders: Sequence[str]) -> Finding:
             f"{len(pairs)} arms have an accuracy and a loss on other tasks, of fewer than two "
             "methods: expected at least two values of method.name, each at several learning rates"
         )
-    base = np.mean([arm.runs[0].metric("base_acc")["value"] or 0.0 for arm, _ in pairs])
-    points = [point for _, point in pairs]
-    finding = pareto_finding(points, float(base))
+    base = summary.mean_and_sd(arm.runs[0].metric("base_acc")["value"] for arm, _ in pairs)
+    finding = pareto_finding([point for _, point in pairs], base and base["mean"])
     table = FindingTable(
         "Forgetting of each arm by each definition, in points",
         ("arm", "accuracy", *(METRIC_TITLES[name] for name in FORGETTING_METRICS)),
@@ -107,18 +107,23 @@ def matched_accuracy(by_method: dict[str, list[ArmPoint]]) -> float:
     return min(max(p.accuracy for p in points) for points in by_method.values())
 
 
-def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
-    """Compare methods at matched accuracies between that of the base model and the matched one."""
+def pareto_finding(points: Sequence[ArmPoint], base: float | None) -> Finding:
+    """Compare methods at accuracies between that of the base model and the matched one.
+
+    If that of the base model is not known, they are compared only at the matched one.
+    """
     by_method: dict[str, list[ArmPoint]] = {}
     for point in points:
         by_method.setdefault(point.method, []).append(point)
     learning = {
         name: of_method
         for name, of_method in by_method.items()
-        if max(p.accuracy for p in of_method) > base
+        if base is None or max(p.accuracy for p in of_method) > base
     }
     matched = matched_accuracy(learning or by_method)
-    levels = [base + share * (matched - base) for share in (LEVELS if learning else LEVELS[-1:])]
+    shares = LEVELS if learning and base is not None else ()
+    # Not computed from the base, as a level that rounding lifts is one that no arm reaches.
+    levels = [*(base + share * (matched - base) for share in shares), matched]
     losses = {
         name: [loss_at(of_method, level) for level in levels]
         for name, of_method in by_method.items()
@@ -127,8 +132,9 @@ def pareto_finding(points: Sequence[ArmPoint], base: float) -> Finding:
     compared.sort(key=lambda name: losses[name][-1])
     ordered = [*compared, *(name for name in by_method if name not in compared)]
     changes = [f"{name} {-100 * losses[name][-1]:+.1f}" for name in compared]
+    base_clause = "" if base is None else f" (base model: {100 * base:.1f} %)"
     sentence = (
-        f"At {100 * matched:.1f} % on the new tasks (base model: {100 * base:.1f} %), the others "
+        f"At {100 * matched:.1f} % on the new tasks{base_clause}, the others "
         f"change by these points: {', '.join(changes)}."
     )
     if len(learning) < len(by_method):

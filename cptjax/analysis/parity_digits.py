@@ -22,6 +22,7 @@ As in arXiv 2509.04259, except for the data (there: MNIST and FashionMNIST) and 
 import dataclasses
 import functools
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ import optax
 from cptjax.analysis.drift import StageDrift, drift_chart, fit_quadratic
 from cptjax.analysis.finding import Finding, FindingChart, FindingTable
 from cptjax.analysis.pareto import ArmPoint, pareto_finding
+from cptjax.evaluation.summary import mean_and_sd
 from cptjax.types import Array, Params
 
 METHODS = ("RL", "SFT-1", "SFT-2", "oracle")
@@ -270,21 +272,26 @@ def parity_finding(
     matched: list[Finding],
     seconds: float,
 ) -> Finding:
-    r2 = {name: [fit[name].r2 for fit in fits] for name in fits[0]}
+    r2 = {name: [fit[name] and fit[name].r2 for fit in fits] for name in fits[0]}
     first = next(iter(r2))
-    mean_sd = lambda values: (float(np.mean(values)), float(np.std(values)))
+    explained, _ = mean_sd(r2[first])
     losses = {
-        name: mean_sd([100 * f.numbers["loss_at_matched_accuracy"][name] for f in matched])
+        name: mean_sd(
+            None if loss is None else 100 * loss
+            for loss in (f.numbers["loss_at_matched_accuracy"][name] for f in matched)
+        )
         for name in METHODS
     }
+    compared = [f"{name} {mean:.1f}" for name, (mean, _) in losses.items() if mean is not None]
     sentences = [
         f"{first} on the inputs of the new task explains "
-        f"{100 * np.mean(r2[first]):.0f} % of the variance of forgetting over "
+        f"{100 * explained:.0f} % of the variance of forgetting over "
         f"{len(drifts)} runs of {len(METHODS)} methods (quadratic fit, mean R² of {len(fits)} "
-        "seeds).",
+        "seeds)."
+        if explained is not None
+        else f"{first} on the inputs of the new task has too few different values for a fit.",
         "At matched accuracy on parity the loss on the other labeling is "
-        + ", ".join(f"{name} {mean:.1f}" for name, (mean, _) in losses.items())
-        + " points.",
+        f"{', '.join(compared)} points.",
         f"The base model of the last seed has {100 * base[0]:.1f} % on parity and "
         f"{100 * base[1]:.1f} % on the other labeling; all runs took {seconds:.0f} s.",
     ]
@@ -292,16 +299,16 @@ def parity_finding(
         FindingTable(
             "Share of forgetting that each distance explains",
             ("distance", "R², quadratic, mean over seeds", "sd"),
-            [(m, *(f"{x:.3f}" for x in mean_sd(v))) for m, v in r2.items()],
+            [(m, *_cells(mean_sd(v), 3)) for m, v in r2.items()],
         ),
         FindingTable(
             "Loss on the other labeling at matched accuracy on parity, in points",
             ("method", "mean over seeds", "sd"),
-            [(name, *(f"{x:.1f}" for x in values)) for name, values in losses.items()],
+            [(name, *_cells(values, 1)) for name, values in losses.items()],
         ),
     ]
     note = "One dot per run of the last seed; the line is the fit over all methods."
-    charts = [FindingChart(m, note, drift_chart(fit, drifts)) for m, fit in fits[-1].items()]
+    charts = [FindingChart(m, note, drift_chart(fit, drifts)) for m, fit in fits[-1].items() if fit]
     numbers = {
         "seeds": len(fits),
         "runs": len(drifts),
@@ -310,5 +317,15 @@ def parity_finding(
         "loss_at_matched_accuracy": losses,
         "stages": [dataclasses.asdict(drift) for drift in drifts],
     }
-    charts = [charts[0], *matched[-1].charts, *charts[1:]]
+    charts = [*charts[:1], *matched[-1].charts, *charts[1:]]
     return Finding("RL's Razor on digits", sentences, tables, charts, numbers)
+
+
+def mean_sd(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    # A seed has no number if a method does not reach the matched accuracy, or nothing was fitted.
+    spread = mean_and_sd(values) or {"mean": None, "sd": None}
+    return spread["mean"], spread["sd"]
+
+
+def _cells(values: Iterable[float | None], decimals: int) -> list[str]:
+    return ["" if value is None else f"{value:.{decimals}f}" for value in values]

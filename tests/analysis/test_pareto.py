@@ -30,6 +30,26 @@ def test_methods_are_compared_at_what_all_of_them_reach():
     assert numbers["losses"]["sft"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
+def test_the_limiting_method_has_a_loss_at_the_matched_accuracy():
+    """Also where base + 1.0 * (matched - base) is above the matched accuracy by rounding."""
+    base, matched = next(
+        (b / 192, m / 192)
+        for b in range(1, 60)
+        for m in range(100, 192)
+        if b / 192 + 1.0 * (m / 192 - b / 192) > m / 192
+    )
+    points = [ArmPoint("sft", "1", matched, 0.2), ArmPoint("rl", "2", matched + 0.05, 0.05)]
+    numbers = pareto.pareto_finding(points, base).numbers
+    assert numbers["loss_at_matched_accuracy"] == {"rl": 0.05, "sft": 0.2}
+    assert numbers["levels"][-1] == matched and len(numbers["levels"]) == 4
+
+
+def test_without_a_base_accuracy_methods_are_compared_only_at_the_matched_one():
+    found = pareto.pareto_finding(SFT + RL, None)
+    assert found.numbers["levels"] == [0.7]
+    assert found.sentences[0].startswith("At 70.0 % on the new tasks, the others change")
+
+
 def write_run(folder, method, accuracy, loss, seed=0):
     """A workdir of one stage with an accuracy on its task, and a loss on a general task."""
     log = run_log.RunLog(folder)
@@ -66,6 +86,17 @@ def test_arms_of_a_sweep_with_seeds_become_points_of_their_method(tmp_path):
     assert "grpo -3.0, sft -30.0." in found.sentences[0]
     page = finding.write_finding(found, tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1 and "FM peak, own stage on" in page
+
+
+def test_arms_that_did_not_evaluate_the_base_model_do_not_count_as_0(tmp_path):
+    write_run(tmp_path / "sft", "sft", 0.9, 0.5)
+    write_run(tmp_path / "rl", "grpo", 0.6, 0.1)
+    evals = tmp_path / "rl" / "evals.csv"
+    lines = evals.read_text().splitlines(True)
+    evals.write_text("".join(line for line in lines if not line.startswith("0,s,1,t")))
+    found = pareto.analyze([tmp_path])
+    assert "(base model: 20.0 %)" in found.sentences[0]
+    assert found.numbers["levels"] == pytest.approx([0.3, 0.4, 0.5, 0.6])
 
 
 def test_only_finished_runs_are_points(tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cptjax.analysis import parity_digits as toy
+from cptjax.analysis.drift import QuadraticFit, StageDrift
+from cptjax.analysis.finding import Finding
 
 pytest.importorskip("sklearn")
 
@@ -67,6 +69,28 @@ def test_distances_are_zero_at_the_base_model_and_grow(data):
     zero, far = (toy.distances(base, p, data.test[0]) for p in (base, moved))
     assert all(abs(float(v)) < 1e-5 for v in zero.values())
     assert all(float(v) > 1e-3 for v in far.values())
+
+
+def test_seeds_without_a_fit_or_a_matched_loss_are_left_out():
+    drift = StageDrift("RL", "x", 1, 0.1, {"KL": 0.5})
+    seeds = [
+        {"RL": 0.1, "SFT-1": 0.3, "SFT-2": None, "oracle": 0.0},
+        {"RL": 0.3, "SFT-1": None, "SFT-2": None, "oracle": 0.0},
+    ]
+    matched = [Finding("", [], [], [], {"loss_at_matched_accuracy": losses}) for losses in seeds]
+    fits = [{"KL": QuadraticFit("KL", 9, (0.0, 1.0, 0.0), 0.8, 0.9)}, {"KL": None}]
+    found = toy.parity_finding([drift], (0.9, 0.8), fits, matched, 1.0)
+    assert "80 %" in found.sentences[0]
+    assert "RL 20.0, SFT-1 30.0, oracle 0.0 points" in found.sentences[1]
+    assert found.tables[0].rows == [("KL", "0.800", "")]
+    assert found.tables[1].rows == [
+        ("RL", "20.0", f"{20 / 2**0.5:.1f}"),  # of a sample of two
+        ("SFT-1", "30.0", ""),
+        ("SFT-2", "", ""),
+        ("oracle", "0.0", "0.0"),
+    ]
+    nothing = toy.parity_finding([drift], (0.9, 0.8), [{"KL": None}], matched[:1], 1.0)
+    assert "too few different values" in nothing.sentences[0]
 
 
 def test_the_law_holds_in_a_small_simulation(monkeypatch):
