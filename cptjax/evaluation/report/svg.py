@@ -1,6 +1,7 @@
 """Plot line charts and dumbbell charts as inline SVG."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40  # margins
 DUMBBELL_HEIGHT = 34  # of one row
 LABEL_CHARS = 24  # longer labels of a dumbbell row are cut; the tooltip has the whole label
 CHAR_WIDTH = 6.6  # of a label
+SMALLEST_SPAN = 1e-9  # of an axis, as a share of its values
+TICK_DIGITS = 4  # significant digits of a tick label; more where ticks are close together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Series:
 
 def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return round numbers that span the range from `low` to `high`."""
-    span = (high - low) or abs(high) or 1.0
+    span = high - low
+    # A range of a few rounding errors has no round numbers in it, and is one value.
+    if span <= SMALLEST_SPAN * max(abs(low), abs(high)):
+        span = abs(high) or 1.0
     rough = span / count
     exponent = math.floor(math.log10(rough))
     power = 10**exponent
@@ -47,10 +53,22 @@ def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, max(12, 3 - exponent)) for i in range(first, max(last, first + 1) + 1)]
 
 
-def format_tick(value: float) -> str:
+def format_tick(value: float, digits: int = TICK_DIGITS) -> str:
+    """Format a number with at most this many significant digits."""
+    text = f"{value:.{digits}g}"
     if abs(value) >= 10000 or (value and abs(value) < 0.001):
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
-    return f"{value:.4g}".replace("-", "−")
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        text = min(f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}", text, key=len)
+    return text.replace("-", "−")
+
+
+def label_ticks(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Return ticks with their labels, whose digits suffice for their distances."""
+    step = min(b - a for a, b in itertools.pairwise(ticks))
+    digits = TICK_DIGITS
+    while any(abs(float(f"{v:.{digits}g}") - v) > step / 100 for v in ticks):
+        digits += 1
+    return [(v, format_tick(v, digits)) for v in ticks]
 
 
 def widen_range(values: Sequence[float], span: float, most: float = math.inf) -> list[float]:
@@ -79,7 +97,7 @@ class ChartFrame:
         if not x_ticks:
             ticks = axis_ticks(min(xs), max(xs), 4)
             inner = [v for v in ticks if min(xs) <= v <= max(xs)]
-            x_ticks = [(v, format_tick(v)) for v in (inner if len(inner) > 2 else ticks)]
+            x_ticks = label_ticks(inner if len(inner) > 2 else ticks)
         self.x_ticks = list(x_ticks)
         values = [v for v, _ in self.x_ticks] + list(xs)
         self.x0, self.x1 = min(values), max(values)
@@ -96,10 +114,10 @@ class ChartFrame:
     def axes(self, x_label: str, y_label: str) -> list[str]:
         bottom, right = self.height - BOTTOM, self.width - RIGHT
         elements = []
-        for v in self.y_ticks:
+        for v, name in label_ticks(self.y_ticks):
             style = "grid zero" if v == 0 else "grid"
             elements.append(svg_line(style, LEFT, self.y(v), right, self.y(v)))
-            elements.append(svg_text("tick", LEFT - 6, self.y(v) + 3.5, format_tick(v), "end"))
+            elements.append(svg_text("tick", LEFT - 6, self.y(v) + 3.5, name, "end"))
         for v, name in self.x_ticks:
             elements.append(svg_text("tick", self.x(v), bottom + 15, name))
         elements.append(svg_text("axis", (LEFT + right) / 2, self.height - 6, x_label))
@@ -234,9 +252,9 @@ def dumbbell_chart(
         return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
 
     elements = []
-    for v in ticks:
+    for v, name in label_ticks(ticks):
         elements.append(svg_line("grid zero" if v == 0 else "grid", x(v), TOP, x(v), bottom))
-        elements.append(svg_text("tick", x(v), bottom + 15, format_tick(v)))
+        elements.append(svg_text("tick", x(v), bottom + 15, name))
     elements.append(svg_text("axis", (left + right) / 2, height - 6, x_label))
     for i, p in enumerate(pairs):
         y, color = TOP + DUMBBELL_HEIGHT * (i + 0.5), f"c{p.color % 8}"
