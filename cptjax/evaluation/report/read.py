@@ -63,11 +63,6 @@ class ReportRun:
         return "running" if seconds < STOPPED_AFTER_SECONDS else "stopped"
 
     @property
-    def is_joint(self) -> bool:
-        """Whether a single stage trains all tasks, so that no trained task can be forgotten."""
-        return len(self.table.stages) == 1 and len(self.table.tasks) > 1
-
-    @property
     def variant(self) -> str:
         """The seed or order that distinguishes the run from the other runs of its arm."""
         name = self.path.resolve().name
@@ -93,6 +88,7 @@ class Arm:
 
     label: str
     runs: tuple[ReportRun, ...]
+    is_joint: bool = False  # the reference of the other arms; see `is_joint_reference`
 
     @property
     def counted_runs(self) -> tuple[ReportRun, ...]:
@@ -106,10 +102,6 @@ class Arm:
     def spread_of(self, *keys: str) -> dict[str, Any] | None:
         """Return the spread of a summary entry, as in spread_of("tasks", "colour", "final")."""
         return summary.mean_and_sd(nested_value(run.summary, keys) for run in self.counted_runs)
-
-    @property
-    def is_joint(self) -> bool:
-        return self.runs[0].is_joint
 
 
 def nested_value(value: Any, keys: Sequence[str]) -> Any:
@@ -194,6 +186,7 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
         Arm(label, tuple(read_run(path, label) for path in paths))
         for label, (_, paths) in zip(labels, found, strict=True)
     ]
+    arms = [dataclasses.replace(arm, is_joint=is_joint_reference(arm, arms)) for arm in arms]
     arms = [add_references(arm, arms) for arm in arms]
     if sort := sort or report_setting(arms, "sort"):
         arms = sort_by_metric(arms, sort)
@@ -246,6 +239,17 @@ def read_run(path: Path, label: str) -> ReportRun:
         return ReportRun(label, tables, summary.summarise_run(tables))
 
 
+def is_joint_reference(arm: Arm, others: Sequence[Arm]) -> bool:
+    """Return whether an arm trains in one stage the tasks that another arm trains in several.
+
+    No task of it can be forgotten. Where all arms have one stage, they are methods to compare.
+    """
+    table, tables = arm.runs[0].table, [other.runs[0].table for other in others]
+    return len(table.stages) == 1 < len(table.tasks) and any(
+        len(other.stages) > 1 and set(other.tasks) == set(table.tasks) for other in tables
+    )
+
+
 def add_references(arm: Arm, others: Sequence[Arm]) -> Arm:
     """Add the metrics of an arm's runs that compare them with other runs.
 
@@ -262,7 +266,7 @@ def add_references(arm: Arm, others: Sequence[Arm]) -> Arm:
         references = joint_tables.get(run.config.get("seed")), read_fresh_cells(run)
         totals = files.to_jsonable(summary.summarise_table(run.table, *references))
         runs.append(dataclasses.replace(run, summary=run.summary | totals))
-    return Arm(arm.label, tuple(runs))
+    return dataclasses.replace(arm, runs=tuple(runs))
 
 
 def read_fresh_cells(run: ReportRun) -> Cells:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from report_runs import make_run
+from report_runs import ARMS, TASKS, make_run, write_page
 
 from cptjax.evaluation import report, summary
+from cptjax.evaluation.report import read
 
 
 def test_runs_of_a_seed_are_compared_with_the_joint_run_of_that_seed(tmp_path):
@@ -38,6 +40,25 @@ def test_runs_of_a_seed_are_compared_with_the_joint_run_of_that_seed(tmp_path):
         and spreads["grpo"]["avg_acc"]["n"] == 2
     )
     assert "fm_peak_all" not in spreads["joint"]
+
+
+def test_arms_of_one_stage_with_several_tasks_are_compared(tmp_path, monkeypatch):
+    """None of them is joint training, the reference of sequences, unless there is a sequence."""
+    for arm, lost_general in (("much", 0.3), ("little", 0.02)):
+        monkeypatch.setitem(ARMS, arm, (0.0, lost_general, [TASKS]))
+        make_run(tmp_path / arm, arm)
+    text = write_page(tmp_path)
+    assert not any(arm.is_joint for arm in read.read_arms([tmp_path]))
+    assert re.search(r"<b>little</b> changed by <b>[^<]*</b> points and <b>much</b> by", text)
+    assert '<td class="best">' in text
+    assert "Average over all tasks, stage by stage" in text and "little, free" in text
+    make_run(tmp_path / "grpo", "grpo")
+    arms = read.read_arms([tmp_path])
+    assert [(arm.label, arm.is_joint) for arm in arms] == [
+        ("grpo", False),
+        ("little", True),
+        ("much", True),
+    ]
 
 
 def launch(*args):
