@@ -49,9 +49,14 @@ class Difference:
     @property
     def half_width(self) -> float | None:
         """Half the width of the 95 % interval; None if there are too few pairs."""
-        if self.n < MIN_PAIRS:
-            return None
-        return student_quantile(self.n) * self.sd / math.sqrt(self.n)
+        return self.half_width_among(1) if self.n >= MIN_PAIRS else None
+
+    def half_width_among(self, comparisons: int) -> float:
+        """Return half the width of one of several intervals that together hold in 95 of 100 cases.
+
+        By Bonferroni's inequality, each has to hold in 100 - 5 / comparisons of 100 cases.
+        """
+        return student_quantile(self.n, comparisons) * self.sd / math.sqrt(self.n)
 
     @property
     def is_clear(self) -> bool:
@@ -71,9 +76,9 @@ class Difference:
         }
 
 
-def student_quantile(n: int) -> float:
-    """Return the 0.975 quantile of Student's t distribution for n pairs."""
-    return float(stdtrit(n - 1, 0.975))
+def student_quantile(n: int, comparisons: int = 1) -> float:
+    """Return the 0.975 quantile of Student's t distribution for n pairs, or that of Bonferroni."""
+    return float(stdtrit(n - 1, 1 - 0.025 / comparisons))
 
 
 def choose_baseline(arms: Sequence[Arm], name: str = "") -> Arm | None:

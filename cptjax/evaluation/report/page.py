@@ -13,6 +13,7 @@ from cptjax.common import console, files, run_log
 from cptjax.evaluation import matrix, summary
 from cptjax.evaluation.report import charts, differences, expect, words
 from cptjax.evaluation.report.differences import Difference
+from cptjax.evaluation.report.headline import comparison_headline
 from cptjax.evaluation.report.read import (
     Arm,
     ReportRun,
@@ -148,7 +149,7 @@ def render_comparison_page(
         for name in (*FIRST_COLUMNS, *groups, *forced, *gold, *LAST_COLUMNS)
         if any(arm.spread(name) for arm in arms)
     ]
-    first, *others = words.comparison_headline(arms) or [None]
+    first, *others = comparison_headline(arms) or [None]
     headline = [s for s in (first, *expect.verdict_sentences(verdicts), *others) if s]
     return (
         jinja_environment()

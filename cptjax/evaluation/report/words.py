@@ -1,12 +1,11 @@
-"""Format the numbers of the report, and write its headline sentences."""
+"""Format the numbers of the report, and write the headline sentences of one run."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from cptjax.evaluation.report.read import Arm, ReportRun
+from cptjax.evaluation.report.read import ReportRun
 
 METRIC_TITLES = {
     "avg_acc": "AvgAcc",
@@ -42,7 +41,6 @@ METRIC_TITLES = {
 LEVEL_METRICS = ("avg_acc", "base_acc", "learned_acc", "mft", "mfn", "maa")
 # Nats per token, and per response.
 KL_METRICS = ("kl_new", "kl_old", "kl_new_sequence", "kl_old_sequence")
-EQUAL_LEARNING_GAP = 0.06  # largest difference in learned accuracy that counts as equal learning
 AMOUNT_SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -124,9 +122,6 @@ def html_sentence(text: str, **parts: Any) -> Markup:
     return Markup(text).format(**{k: Markup("<b>{}</b>").format(v) for k, v in parts.items()})
 
 
-# ---- one run -------------------------------------------------------------------------------------
-
-
 def run_headline(run: ReportRun) -> list[Markup]:
     """Write what a run learned and forgot."""
     metrics, final = run.summary["metrics"], run.table.final
@@ -202,129 +197,3 @@ def format_share_sentence(run: ReportRun) -> list[Markup]:
             share=f"{100 * share['value']:.0f}%",
         )
     ]
-
-
-# ---- several arms --------------------------------------------------------------------------------
-
-
-def arm_mean(arm: Arm, name: str) -> float:
-    spread = arm.spread(name)
-    return spread["mean"] if spread else math.nan
-
-
-def arm_stderr(arm: Arm, name: str) -> float:
-    """Return the standard error of an arm's metric, between seeds or within its only run."""
-    spread = arm.spread(name)
-    if spread and spread["sd"] is not None:
-        return spread["sd"] / math.sqrt(spread["n"])
-    return next((run.metric(name)["stderr"] or 0.0 for run in arm.counted_runs), 0.0)
-
-
-def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
-    """Write which arms keep, learn and lose most, where differences exceed their intervals."""
-    sequences = [arm for arm in arms if is_known(arm_mean(arm, "fm_diagonal"))]
-
-    def rivals(name: str) -> list[Arm]:
-        """Return the arms to compare: all but joint training, which sees all tasks at once."""
-        return [arm for arm in arms if not arm.is_joint and is_known(arm_mean(arm, name))]
-
-    sentences = [
-        best_and_worst_sentence(
-            sequences,
-            "fm_diagonal",
-            "{best} keeps most of what it learned (FM {b}); {worst} keeps least (FM {w}).",
-            "All keep about equally much of what they learned (FM {w} to {b}).",
-        ),
-        best_and_worst_sentence(
-            rivals("general_delta"),
-            "general_delta",
-            "On abilities that were never trained, {best} changed by {b} points "
-            "and {worst} by {w}.",
-            "On abilities that were never trained, all changed about equally ({w} to {b} points).",
-        ),
-    ]
-    for group in dict.fromkeys(name for a in arms for run in a.runs for name in run.table.groups):
-        sentences.append(
-            best_and_worst_sentence(
-                rivals(group),
-                group,
-                "On {on}, {best} changed by {b} and {worst} by {w}.",
-                "On {on}, all changed about equally ({w} to {b}).",
-                on=group,
-            )
-        )
-    sentences += [*_plasticity_sentence(sequences), *_format_loss_sentence(arms)]
-    if all(len(arm.runs) == 1 for arm in arms):
-        sentences.append(Markup("One seed each: differences of a few points may be chance."))
-    return [sentence for sentence in sentences if sentence]
-
-
-def best_and_worst_sentence(
-    arms: Sequence[Arm], name: str, apart: str, alike: str, **parts: str
-) -> Markup | None:
-    """Name the best and the worst arm.
-
-    Return the sentence `alike` instead of `apart` if their difference is within its 95 % interval,
-    unless it has the same sign in all seeds.
-    """
-    if len(arms) < 2:
-        return None
-    best = max(arms, key=lambda arm: arm_mean(arm, name))
-    worst = min(arms, key=lambda arm: arm_mean(arm, name))
-    parts |= {"b": format_points(arm_mean(best, name)), "w": format_points(arm_mean(worst, name))}
-    sentence = html_sentence(apart, best=best.label, worst=worst.label, **parts)
-    error = math.hypot(arm_stderr(best, name), arm_stderr(worst, name))
-    if arm_mean(best, name) - arm_mean(worst, name) > 1.96 * error:
-        return sentence
-    if seeds := count_agreeing_seeds(best, worst, name):
-        note = (
-            " The order is the same in each of the {n} seeds, "
-            "although the variance between seeds is large."
-        )
-        return sentence + html_sentence(note, n=seeds)
-    return html_sentence(alike, **parts)
-
-
-def count_agreeing_seeds(best: Arm, worst: Arm, name: str) -> int:
-    """Return the number of seeds or orders in which `best` is above `worst`.
-
-    Return 0 if there are fewer than three, or if one of them disagrees.
-    """
-    high, low = (
-        {run.variant: run.metric(name)["value"] for run in arm.runs} for arm in (best, worst)
-    )
-    both = [v for v in high.keys() & low.keys() if is_known(high[v]) and is_known(low[v])]
-    return len(both) if len(both) > 2 and all(high[v] > low[v] for v in both) else 0
-
-
-def _plasticity_sentence(arms: Sequence[Arm]) -> list[Markup]:
-    if len(arms) < 2:
-        return []
-    low = min(arms, key=lambda arm: arm_mean(arm, "learned_acc"))
-    high = max(arms, key=lambda arm: arm_mean(arm, "learned_acc"))
-    values = {
-        "l": format_rate(arm_mean(low, "learned_acc")),
-        "h": format_rate(arm_mean(high, "learned_acc")),
-    }
-    if arm_mean(high, "learned_acc") - arm_mean(low, "learned_acc") <= EQUAL_LEARNING_GAP:
-        text = "All learned about equally much: {l} to {h} right after each task's stage."
-        return [html_sentence(text, **values)]
-    text = (
-        "They did not learn equally much ({low} {l}, {high} {h}): "
-        "part of “forgets less” may be “learned less”."
-    )
-    return [html_sentence(text, low=low.label, high=high.label, **values)]
-
-
-def _format_loss_sentence(arms: Sequence[Arm]) -> list[Markup]:
-    """Write how much of the largest loss is format."""
-    candidates = [a for a in arms if a.spread_of("format_share", "value") and not a.is_joint]
-    if not candidates:
-        return []
-    worst = max(candidates, key=lambda arm: arm.spread_of("format_share", "loss")["mean"])
-    share = worst.spread_of("format_share", "value")["mean"]
-    text = (
-        "About {share} of {name}'s loss is only format: "
-        "with a forced response prefix it disappears."
-    )
-    return [html_sentence(text, share=f"{100 * share:.0f}%", name=worst.label)]
