@@ -220,9 +220,13 @@ class AccuracyTable:
         return [t for t in self.trained() if self.last(t) < self.final]
 
     def peak(self, task: str, upto: int, since: int = 1) -> int:
-        """Return the earliest stage in since..upto at which the task scored best."""
-        rows = [i for i in range(since, upto + 1) if (i, task) in self.cells]
-        return max(rows, key=lambda i: self.cells[i, task].value, default=self.final)
+        """Return the earliest stage in since..upto at which the task scored best.
+
+        It is one without a score if there is any, as that may be the peak.
+        """
+        best = Cell(math.inf)
+        rows = range(since, upto + 1)
+        return max(rows, key=lambda i: self.cells.get((i, task), best).value, default=self.final)
 
     def array(self) -> np.ndarray:
         """Return R, [stages + 1, tasks], NaN in unmeasured cells."""

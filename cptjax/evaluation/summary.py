@@ -193,7 +193,7 @@ def collect_scores(rows: Iterable[Mapping[str, Any]], final: int) -> list[dict[s
 
     A metric that was not measured there is None. The order is that of evals.csv.
     """
-    left_out = (run_log.ACCURACY_MINI, run_log.KL_BASE)
+    left_out = (run_log.ACCURACY_MINI, run_log.KL_BASE, run_log.KL_BASE_SEQUENCE)
     scores: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         if row["metric"] in left_out or row["stage"] not in (0, final):

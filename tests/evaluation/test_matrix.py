@@ -199,6 +199,17 @@ def test_partial_runs_are_measured_at_their_last_complete_row():
     assert math.isnan(t.array()[1, 1])
 
 
+def test_a_peak_over_an_unmeasured_cell_is_left_out():
+    """Task a was not measured after its own stage, where it may have scored best."""
+    rows = [[0.1, 0.1, 0.1], [None, 0.1, 0.1], [0.5, 0.8, 0.1], [0.5, 0.6, 0.9]]
+    found = matrix.forgetting_metrics(make_table(rows, "abc"))
+    for name, value in (("fm_peak", -0.2), ("fm_peak_own", -0.2), ("forgetting", 0.2)):
+        assert found[name]["value"] == pytest.approx(value) and found[name]["terms"] == 1
+    only_a = matrix.forgetting_metrics(make_table([row[:2] for row in rows[:3]], "ab"))
+    for name in ("fm_peak", "fm_peak_own", "fm_diagonal", "forgetting"):
+        assert only_a[name]["value"] is None and only_a[name]["terms"] == 0
+
+
 def test_only_a_base_row_gives_a_base_and_no_claim():
     found = matrix.forgetting_metrics(make_table([[0.2, 0.9]], ["a"], tasks=["a", "facts"]))
     assert found["base_acc"]["value"] == 0.2

@@ -161,6 +161,13 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
         summary.load_run_tables(tmp_path)
 
 
+def test_scores_are_those_of_scorers_without_kl():
+    metrics = ("accuracy", "mme/perception", "accuracy_mini", "kl_base", "kl_base_sequence")
+    rows = [eval_row(0, "a", 0.5, metric) for metric in metrics]
+    found = [score["metric"] for score in summary.collect_scores(rows, 1)]
+    assert found == ["accuracy", "mme/perception"]
+
+
 def test_scores_before_the_first_stage_are_those_of_the_base_model_only():
     rows = [eval_row(0, "a", 0.5)]
     (score,) = summary.collect_scores(rows, 0)
