@@ -36,14 +36,15 @@ def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
             sequences,
             "fm_diagonal",
             "{best} keeps most of what it learned (FM {b}); {worst} keeps least (FM {w}).",
-            "All keep about equally much of what they learned (FM {w} to {b}).",
+            "What they keep of what they learned does not differ beyond chance (FM {w} to {b}).",
         ),
         best_and_worst_sentence(
             rivals("general_delta"),
             "general_delta",
             "On abilities that were never trained, {best} changed by {b} points "
             "and {worst} by {w}.",
-            "On abilities that were never trained, all changed about equally ({w} to {b} points).",
+            "On abilities that were never trained, they do not differ beyond chance "
+            "({w} to {b} points).",
         ),
     ]
     for group in dict.fromkeys(name for a in arms for run in a.runs for name in run.table.groups):
@@ -52,7 +53,7 @@ def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
                 rivals(group),
                 group,
                 "On {on}, {best} changed by {b} and {worst} by {w}.",
-                "On {on}, all changed about equally ({w} to {b}).",
+                "On {on}, they do not differ beyond chance ({w} to {b}).",
                 on=group,
             )
         )

@@ -32,13 +32,17 @@ def test_arms_that_differ_within_noise_are_not_ranked(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         make_run(tmp_path / name, "grpo", seed=seed)
     sentences = headline.comparison_headline(read.read_arms([tmp_path]))
-    assert sentences[0].startswith("All keep about equally much of what they learned (FM <b>−")
+    assert sentences[0].startswith(
+        "What they keep of what they learned does not differ beyond chance (FM <b>−"
+    )
     assert sentences[-1] == "One seed each: differences of a few points may be chance."
     for name in ("a", "b"):
         for seed in range(2):
             make_run(tmp_path / "seeds" / name / f"seed{seed}", "grpo", seed=seed)
     sentences = headline.comparison_headline(read.read_arms([tmp_path / "seeds"]))
-    assert sentences[0].startswith("All keep about equally much of what they learned (FM <b>−")
+    assert sentences[0].startswith(
+        "What they keep of what they learned does not differ beyond chance (FM <b>−"
+    )
     assert sentences[-1].startswith("At most <b>2</b> seeds each")
 
 
