@@ -42,6 +42,8 @@ BUILT_IN_TEMPLATES = (
     "released_nocot",
 )
 FORMAT_NAMES = ("", "boxed", "think_boxed", "think_answer")
+# What closes a response whose forced prefix opens a box or an answer tag.
+FORCED_ENDS = {"boxed": "}", "answer_tag": "</answer>"}
 TEMPLATE_SETTINGS = {"extract": "whole", "format": "", "forced_prefix": "", "forced_extract": ""}
 
 
@@ -95,18 +97,24 @@ class PromptTemplate:
         return extract_answer(response, self.extract)
 
     def forced_response(self, completion: str) -> str:
-        """Return the forced prefix followed by its completion.
+        """Return the forced prefix followed by its sampled completion.
 
         An open box or answer tag is closed at the end of its line.
         """
-        if (
-            self.forced_extract == "boxed"
-            and extract_answer(self.forced_prefix + completion, "boxed") is None
-        ):
-            completion = completion.split("\n")[0] + "}"
-        if self.forced_extract == "answer_tag" and "</answer>" not in completion:
-            completion = completion.split("\n")[0] + "</answer>"
-        return self.forced_prefix + completion
+        response = self.forced_prefix + completion
+        is_open = (
+            extract_answer(response, "boxed") is None
+            if self.forced_extract == "boxed"
+            else "</answer>" not in completion
+        )
+        if is_open and self.forced_extract in FORCED_ENDS:
+            line = completion.split("\n")[0]
+            return f"{self.forced_prefix}{line}{FORCED_ENDS[self.forced_extract]}"
+        return response
+
+    def wrap_target(self, target: str) -> str:
+        """Return the forced prefix, the whole target, and the end of its box or answer tag."""
+        return f"{self.forced_prefix}{target}{FORCED_ENDS.get(self.forced_extract, '')}"
 
 
 _jinja_environment = functools.cache(template_worker.make_environment)

@@ -72,7 +72,7 @@ class PromptedTask:
             )
         if self.template.extract == "whole" or self.template.answer(example.target) is not None:
             return example.target
-        return self.template.forced_response(example.target)
+        return self.template.wrap_target(example.target)
 
     def gold_continuation(self, example: Example) -> tuple[str, str]:
         """Return the forced prefix and the gold answer that continues it."""

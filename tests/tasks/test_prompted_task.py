@@ -40,6 +40,14 @@ def test_the_gold_response_has_the_form_of_the_template():
         prompted("boxed").gold_response(Example("t/0", EXAMPLE.messages, "cat"))
 
 
+@pytest.mark.parametrize("template", ["boxed", "cot", "steps", "answer"])
+@pytest.mark.parametrize("target", ["2 + 2 = 4.\nSo it is 4.", "f(x) {\n  return x;\n}\nis right"])
+def test_a_target_of_several_lines_is_trained_on_as_a_whole(template, target):
+    task = prompted(template)
+    response = task.gold_response(dataclasses.replace(EXAMPLE, target=target))
+    assert task.template.answer(response) == target
+
+
 def test_a_forced_response_is_scored_after_its_prefix():
     (record,) = prompted("boxed").score(["cat}"], [EXAMPLE], forced=True)
     assert record.score == 1.0
