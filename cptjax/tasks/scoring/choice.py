@@ -41,10 +41,17 @@ MMMU_DISCIPLINES = {  # with their subjects, spelled as in a row's id
 
 
 def gold_letter(answer: Any) -> str:
-    """Return the gold option as a letter; an integer counts from 0."""
-    if isinstance(answer, str):
-        return answer.strip().strip("().").upper()
-    return CHOICE_LETTERS[int(answer)]
+    """Return the gold option as a letter; a whole number, also as text, counts from 0."""
+    text = str(answer).strip().strip("().").strip().upper()
+    if len(text) == 1 and text in CHOICE_LETTERS:
+        return text
+    number = re.fullmatch(r"(\d{1,2})(?:\.0)?", text)
+    if number is None or int(number[1]) >= len(CHOICE_LETTERS):
+        raise ValueError(
+            "a multiple-choice answer: expected one letter, or the number of an option from 0 to "
+            f"{len(CHOICE_LETTERS) - 1}, got {answer!r:.60}; give the letter of the right option"
+        )
+    return CHOICE_LETTERS[int(number[1])]
 
 
 def score_mcq_letter(prediction: str, answer: Any, meta: Any = None) -> float:

@@ -94,7 +94,7 @@ _BUILT_IN = (
     Scorer("gqa_strict", text.score_gqa_strict, reference="lmms-eval"),
     Scorer("vqa_soft", text.score_vqa_soft, reference="EvalAI"),
     Scorer("vqa_em_modal", text.score_vqa_em_modal),
-    Scorer("mcq_letter", choice.score_mcq_letter, "2"),
+    Scorer("mcq_letter", choice.score_mcq_letter, "3"),
     Scorer("scienceqa_strict", choice.score_scienceqa_strict, reference="lmms-eval"),
     Scorer("yes_no", text.score_yes_no, summary=summaries.summarise_yes_no),
     Scorer("pope", text.score_pope, reference="LLaVA", summary=summaries.summarise_pope),

@@ -122,8 +122,11 @@ def score_only_option(prediction: str, answer: Any, meta: Any = None) -> float:
 
 
 def score_json(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if the prediction is JSON, without other text, and equals the answer's JSON."""
-    gold = json.loads(answer)
+    """Return 1 if the prediction is JSON, without other text, and equals the answer's JSON.
+
+    The answer is JSON as text, or an object or list.
+    """
+    gold = json.loads(answer) if isinstance(answer, str) else answer
     try:
         return float(json.loads(prediction) == gold)
     except (ValueError, RecursionError):  # a thousand open brackets exceed the recursion limit

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cptjax.common import files
 from cptjax.common.images import find_file
+from cptjax.tasks.scoring.choice import gold_letter
 from cptjax.tasks.task import place_media
 from cptjax.tasks.user_data.readers import IMAGE_SUFFIXES, DataTable
 from cptjax.types import Example
@@ -36,6 +38,7 @@ class UserTaskSpec:
     outside_images: tuple[str, ...] = ()  # see data.outside_images in configs/base.py
     limit: int | None = None
     needs_answer: bool = True
+    scorer: str | Callable = "exact"  # says which answers a row may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
     table, columns = row.table, row.table.rows[row.index]
     cells = {role: columns.get(name) for role, name in table.roles.items()}
     turns = read_turns(spec, cells, columns)
-    answer, target = clean_answer(cells.get("answer")), clean_answer(cells.get("target"))
+    answer, target = cells.get("answer"), cells.get("target")
     if turns[-1]["role"] == "assistant":
         content = turns.pop()["content"]
         if not isinstance(content, str):
@@ -79,22 +82,23 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
             if any(part.get("type", "text") != "text" for part in parts):
                 raise ValueError("messages: expected only text in the last response")
             content = "".join(_read_text(part.get("text")) for part in parts)
-        target = clean_answer(content) if target is None else target
-    answer = target if answer is None else answer
-    if answer is None and spec.needs_answer:
+        target = content if clean_answer(target) is None else target
+    answer = target if clean_answer(answer) is None else answer
+    if spec.scorer == "mcq_letter" and clean_answer(answer) is not None:
+        answer = gold_letter(answer)
+    target = answer if clean_answer(target) is None else target
+    if clean_answer(answer) is None and spec.needs_answer:
         raise ValueError("the answer is empty")
     if not turns or turns[-1]["role"] != "user":
         raise ValueError(
             "expected a conversation that ends with a user's turn, or with a user's turn and the "
             "response to it"
         )
-    gold = answer if target is None else target
-    gold = gold[0] if isinstance(gold, list) else gold
     return Example(
         _row_id(row, cells.get("id")),
         load_media(turns, cells, MediaFolders(table.folder, table.image_folders)),
-        "" if answer is None else answer,
-        gold if isinstance(gold, str) else "",
+        read_answer(spec, answer),
+        read_target(spec, target),
         spec.name,
         meta={
             name: value
@@ -270,6 +274,31 @@ def parse_json_list(text: str) -> list[Any]:
     except ValueError as error:
         raise ValueError(f"expected a list in JSON, got {text!r:.60} ({error})") from error
     return value if isinstance(value, list) else [value]
+
+
+def read_answer(spec: UserTaskSpec, cell: Any) -> Any:
+    """Return the answer of a cell in the form that the task's scorer reads; "" if it has none."""
+    answer = clean_answer(cell)
+    if answer is None:
+        return ""
+    return cell if spec.scorer == "json" and not isinstance(cell, str) else answer
+
+
+def read_target(spec: UserTaskSpec, cell: Any) -> str:
+    """Return the response that SFT trains on; "" if there is none.
+
+    Of several texts it is the first. A list of numbers, such as a box, is one answer.
+    """
+    answer = clean_answer(cell)
+    if answer is None:
+        return ""
+    if spec.scorer == "json" and not isinstance(cell, str):
+        return json.dumps(cell, ensure_ascii=False)
+    if isinstance(cell, list | tuple) and all(type(item) in (int, float) for item in cell):
+        return str(list(cell))
+    if isinstance(answer, list):
+        return answer[0]
+    return answer if isinstance(answer, str) else ""
 
 
 def clean_answer(answer: Any) -> Any:

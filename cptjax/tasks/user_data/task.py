@@ -70,9 +70,10 @@ def make_user_task(name: str, outside_images: tuple[str, ...] = (), /, **setting
         tuple(columns.items()),
         needs_answer=needs_answer,
         outside_images=outside_images,
+        scorer=settings.setdefault("scorer", "exact"),
         **row_settings,
     )
-    return Task(name, functools.partial(load_user_split, spec), **{"scorer": "exact", **settings})
+    return Task(name, functools.partial(load_user_split, spec), **settings)
 
 
 def _check_user_settings(name: str, sources: Mapping, columns: Mapping, fields: Mapping) -> None:

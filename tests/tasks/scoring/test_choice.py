@@ -22,6 +22,7 @@ def test_mcq_letter_reads_index_and_letter():
         == choice.score_mcq_letter("The answer is C.", "(C)")
         == 1.0
     )
+    assert choice.score_mcq_letter("C", "2") == choice.score_mcq_letter("A", 0) == 1.0
     assert choice.score_mcq_letter("C", 1) == 0.0 and choice.score_mcq_letter("Cat", "C") == 0.0
     assert (
         choice.score_mcq_letter("The answer is B, since A is red.", "B")

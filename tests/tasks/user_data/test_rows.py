@@ -1,6 +1,7 @@
 """A user's row: prompts, images, videos and answers, and every way in which they can be wrong."""
 
 import io
+import json
 import logging
 import unicodedata
 import warnings
@@ -14,6 +15,8 @@ from row_helpers import RED, bad_rows, load, only_bad, pixel, row, write
 
 from cptjax.common.images import MAX_FILE_PIXELS, open_image
 from cptjax.tasks.bad_rows import BadRow
+from cptjax.tasks.scoring.puzzles import score_iou50
+from cptjax.tasks.scoring.text import score_json
 from cptjax.tasks.task import example_text
 
 
@@ -246,6 +249,34 @@ def test_answers_of_other_types_become_text(folder):
     )
     assert [e.answer for e in examples] == ["3", "2.5", "True", ["red", "7"], "0"]
     assert [e.target for e in examples] == ["3", "2.5", "True", "red", "0"]
+
+
+def test_labels_of_multiple_choice_become_letters_or_are_refused(folder):
+    labels = (2, "2", 2.0, "C", "(c).", 26, -1, True, "cat", ["C"])
+    examples = load(write(folder, *(row(answer=label) for label in labels)), scorer="mcq_letter")
+    assert [(e.answer, e.target) for e in examples] == [("C", "C")] * 5
+    assert [bad.row for bad in examples.bad] == [6, 7, 8, 9, 10]
+    assert "expected one letter, or the number of an option from 0 to 25, got 26; give" in (
+        examples.bad[0].reason
+    )
+    (example,) = load(write(folder, row(answer=2, target="It is C.")), scorer="mcq_letter")
+    assert (example.answer, example.target) == ("C", "It is C.")
+
+
+def test_a_list_of_numbers_is_trained_on_as_one_answer(folder):
+    (box,) = load(write(folder, row(answer=[10, 20, 30, 40])), scorer="iou50")
+    assert box.target == "[10, 20, 30, 40]"
+    assert score_iou50(box.target, box.answer) == 1.0
+    (again,) = load(write(folder, row(answer="a box", target=[0.5, 1])))
+    assert (again.answer, again.target) == ("a box", "[0.5, 1]")
+
+
+@pytest.mark.parametrize("answer", [{"name": "Évry", "age": 7}, [1, {"a": None}], 3, True])
+def test_objects_are_answers_of_the_json_scorer(folder, answer):
+    (example,) = load(write(folder, row(answer=answer)), scorer="json")
+    assert example.answer == answer and example.target == json.dumps(answer, ensure_ascii=False)
+    assert score_json(example.target, example.answer) == 1.0
+    assert score_json('"x"', example.answer) == 0.0
 
 
 def test_a_column_missing_from_one_row_is_an_error_of_that_row(folder):
