@@ -38,6 +38,33 @@ OPERATOR_SPELLINGS = {
     "$": "",
 }
 FLOAT_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+# Runs of spaces are replaced by one, so that the patterns after it take linear time.
+NUMBER_SPELLINGS = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        ("\N{MINUS SIGN}", "-"),
+        (r"\\(?=[$%])|\\[,;! ]", ""),
+        (r"\\(?:text|mathrm)\{([^{}]*)\}", r" \1"),
+        (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+        (r"(?<=[-+]) ?\$ ?", ""),  # -$5
+        (r"\$", " "),
+        (r"\s+", " "),
+        (r"(?<=\d) ?(?=\\[dt]?frac)", " "),
+        (r"\\[dt]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2"),
+        (r"\^ ?\{ ?", "^"),
+        (r"((?:^|[=:(]) ?-) (?=[\d.])", r"\1"),  # - 5
+        (r"(\d ?[A-Za-z/]*[A-DF-WYZa-df-wyz])(?:\^-?\d+|[23]\b)", r"\1"),  # cm^2, m2
+    )
+)
+UNSIGNED_PATTERN = r"(?:\d+(?:\.\d*)?|\.\d+)"
+NUMBER_PATTERN = re.compile(
+    r"(?P<sign>(?<![\w)}])[-+])?"  # the "-" of Room-5 is none
+    r"(?:(?P<whole>\d+) (?=\d+ ?/ ?\d))?"
+    rf"(?P<number>{UNSIGNED_PATTERN})"
+    r"(?:[eE](?P<e>[-+]?\d+)|\^(?P<power>[-+]?\d+)"
+    r"| ?(?:\\times|\\cdot|[×·*x]) ?10\^(?P<ten>[-+]?\d+))?"
+    rf"(?: ?/ ?(?P<below>[-+]?{UNSIGNED_PATTERN}))?"
+)
 MAX_TILE_DIGITS = 9
 BOX_PATTERN = re.compile(
     rf"[\[(]\s*({FLOAT_PATTERN})\s*,\s*({FLOAT_PATTERN})\s*(?:\)\s*,?\s*\(|,)"
@@ -46,28 +73,39 @@ BOX_PATTERN = re.compile(
 
 
 def parse_number(text: str) -> float | None:
-    """Return the number in a text such as "1,234", "-.5", "3e2", "50%", "$3", "1/2" or "3 cm".
+    r"""Return the number in a text such as "1,234", "-$.5", "3e2", "50%", "1 1/2" or "3 cm^2".
 
-    Return None if the text has no number or several.
+    LaTeX is read too: "\frac{1}{2}", "3 \times 10^5". Return None if the text has no number or
+    several.
     """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip().strip("$").rstrip(".").strip())
-    if fraction := re.fullmatch(rf"({FLOAT_PATTERN})\s*/\s*({FLOAT_PATTERN})", text):
-        return float(fraction[1]) / float(fraction[2]) if float(fraction[2]) else None
-    numbers = re.findall(rf"{FLOAT_PATTERN}(?:[eE][-+]?\d+)?", text)
-    return float(numbers[0]) if len(numbers) == 1 else None
+    for pattern, plain in NUMBER_SPELLINGS:
+        text = pattern.sub(plain, text)
+    numbers = list(NUMBER_PATTERN.finditer(text.strip()))
+    return _number_value(numbers[0].groupdict("")) if len(numbers) == 1 else None
+
+
+def _number_value(parts: Mapping[str, str]) -> float | None:
+    try:
+        value = float(f"{parts['number']}e{parts['ten'] or parts['e'] or 0}")
+        value **= float(parts["power"] or 1)
+        value = float(parts["whole"] or 0) + value / float(parts["below"] or 1)
+    except (OverflowError, ZeroDivisionError):
+        return None
+    return -value if parts["sign"] == "-" else value
 
 
 def score_numeric(prediction: str, answer: Any, meta: Mapping[str, Any] | None = None) -> float:
     """Return 1 if the numbers are equal within a relative tolerance.
 
-    The tolerance is the row's column `tolerance`, or 1e-6 without that column.
+    The tolerance is the row's column `tolerance`, or 1e-6 where that is missing or empty.
     """
     predicted, gold = parse_number(prediction), parse_number(str(answer))
     if gold is None:
         raise ValueError(f"scorer numeric: expected a number as the answer, got {answer!r}")
     if predicted is None:
         return 0.0
-    tolerance = float((meta or {}).get("tolerance", 1e-6))
+    given = (meta or {}).get("tolerance")
+    tolerance = 1e-6 if given in (None, "") else float(given)
     return float(math.isclose(predicted, gold, rel_tol=tolerance, abs_tol=1e-12))
 
 
@@ -151,7 +189,7 @@ def score_countdown(prediction: str, answer: Any, meta: Mapping[str, Any]) -> fl
     if result is None:
         return 0.0
     value, used = result
-    return float(value == int(answer) and sorted(used) == sorted(int(n) for n in nums))
+    return float(value == int(answer) and sorted(used) == sorted(parse_tiles(nums)))
 
 
 def parse_tiles(value: Any) -> list[int]:

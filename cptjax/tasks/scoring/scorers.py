@@ -102,7 +102,7 @@ _BUILT_IN = (
     Scorer("mmstar", choice.score_mmstar, reference="MMStar", summary=summaries.summarise_mmstar),
     Scorer("pathvqa_split", text.score_exact_match, summary=summaries.summarise_pathvqa),
     Scorer("anls", text.score_anls),
-    Scorer("numeric", puzzles.score_numeric, "2"),
+    Scorer("numeric", puzzles.score_numeric, "3"),
     Scorer("math", f"{SYMBOLIC_FILE}:any_equal"),
     # The paper's code scores a missing box as the text "None".
     Scorer("mathruler_parity", f"{SYMBOLIC_FILE}:any_lenient", "2", "mathruler", missing="None"),

@@ -11,6 +11,8 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from cptjax.tasks.scoring.choice import as_strings
+
 NUMBER_WORDS = dict(
     zip(
         "zero one two three four five six seven eight nine ten".split(),
@@ -112,8 +114,8 @@ def score_contains_words(prediction: str, answer: Any, meta: Any = None) -> floa
 
 def score_only_option(prediction: str, answer: Any, meta: Any = None) -> float:
     """Return 1 if the prediction contains the answer and none of the row's other `options`."""
-    options = (meta or {}).get("options")
-    if not options or answer not in options:
+    options, answer = as_strings((meta or {}).get("options") or ()), str(answer)
+    if answer not in options:
         raise ValueError(
             f"scorer only_option: expected the column `options` with the answer {answer!r} in it, "
             f"got {options!r}"

@@ -19,6 +19,32 @@ from cptjax.tasks.scoring import puzzles
         ("3 cm", 3),
         ("1/0", None),
         ("2 or 3", None),
+        ("\N{MINUS SIGN}5", -5),
+        ("-$5", -5),
+        (r"-\$1,200", -1200),
+        ("$-5$", -5),
+        ("- 5", -5),
+        ("x = - 5", -5),
+        ("Room-5", 5),
+        ("x-5", 5),
+        ("5-6", None),
+        ("12 cm^2", 12),
+        ("12 m2", 12),
+        (r"14 \text{ cm}^2", 14),
+        ("9.8 m/s^2", 9.8),
+        (r"50\%", 50),
+        ("1/2 cup", 0.5),
+        (r"\frac{1}{2}", 0.5),
+        (r"is -\dfrac{1}{2}", -0.5),
+        ("1 1/2", 1.5),
+        (r"-1\frac{1}{2}", -1.5),
+        (r"3 \times 10^5", 300_000),
+        ("3 x 10^{-2}", 0.03),
+        ("10^3", 1000),
+        ("10^9999", None),
+        ("0^-1", None),
+        ("3x^2", None),
+        ("2x2", None),
         ("x", None),
     ],
 )
@@ -27,6 +53,9 @@ def test_number(said, value):
 
 
 def test_numeric_tolerance():
+    for empty in (None, ""):
+        assert puzzles.score_numeric("5.1", "5", {"tolerance": empty}) == 0.0
+        assert puzzles.score_numeric("5", "5", {"tolerance": empty}) == 1.0
     assert puzzles.score_numeric("3.14", "3.14159") == 0.0
     assert puzzles.score_numeric("3.14", "3.14159", {"tolerance": 0.01}) == 1.0
     with pytest.raises(ValueError, match="expected a number as the answer, got 'blue'"):
@@ -79,6 +108,11 @@ def test_iou():
 )
 def test_countdown(said, right):
     assert puzzles.score_countdown(said, 36, {"nums": [1, 2, 3, 25]}) == right
+
+
+def test_countdown_reads_the_numbers_of_a_csv_column():
+    assert puzzles.score_countdown("1 + 2 * 3", "7", {"nums": "[1, 2, 3]"}) == 1.0
+    assert puzzles.score_countdown("1 + 2 * 3", "7", {"nums": "[1, 2, 4]"}) == 0.0
 
 
 def test_countdown_division_must_be_exact():

@@ -159,6 +159,9 @@ def test_one_option_alone_is_right():
     assert [score(s) for s in ("Tom", "tom has it.", "Tom, not Anna", "Anna", "Tommy")] == [
         1, 1, 0, 0, 0
     ]  # fmt: skip
+    for numbers in ([12, 13], "[12, 13]"):
+        assert text.score_only_option("12", 12, {"options": numbers}) == 1.0
+        assert text.score_only_option("12 or 13", "12", {"options": numbers}) == 0.0
     for options in ({}, {"options": ["Anna"]}):
         with pytest.raises(ValueError, match="expected the column `options` with the answer 'Tom'"):
             text.score_only_option("Tom", "Tom", options)
