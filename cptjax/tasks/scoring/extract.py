@@ -6,11 +6,30 @@ from collections.abc import Callable
 ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?\s*", re.IGNORECASE)
 # Without the lookbehind, a run of backslashes takes quadratic time.
 BRACES = re.compile(r"(?<!\\)\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
-LETTER_ALONE = re.compile(r"\(?([A-Za-z])\)?\s*[.:,)]?")
-LETTER_STATED = re.compile(
-    r"\(([A-Z])\)|([A-Z])(?:[.:,;)](?=\s|$)|(?=\s+(?:because|since|as|for|due)\b))"
+# Around an option letter these are only markup; an opened box is also found by boxed_answer.
+MARKUP = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\b|[\\*$`{}\"“”]")
+REASON = r"(?:because|since|as|for|due)\b"
+# "I. think" is a pronoun, and no option I.
+PRONOUN = r"I[.,:;)]? (?:think|believe|guess|know|see|am|would|do|don't|can|can't|cannot|have)\b"
+OPTION_WORD = r"(?i:(?:the )?(?:option|choice|letter):?\s)?"
+LETTER_ALONE = r"\(?([A-Za-z])\)? ?[.:,)]*"
+# A capital is an option, not a word such as "A", where one of these follows.
+LETTER_AND_WORDS = (
+    rf"(?!{PRONOUN})(?:\(([A-Za-z])\)|([a-z])\)(?=\s|\Z)"
+    r"|([A-Z])(?:[.:)](?=\s|\Z)"  # B. cat
+    r"|(?= [-–—] )"  # B - cat
+    rf"|(?= \([^()\n]*\)(?! (?!{REASON})\w))))"  # B (cat)
 )
-LETTER_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])[.:)](?:\s|$)")
+LETTER_STATED = re.compile(
+    r"\b(?i:answer|(?:correct|right|best) (?:option|choice))\s?(?i:is\b|:)\s?:?\s?"
+    rf"{OPTION_WORD}(?:(?!{PRONOUN}){LETTER_ALONE}(?=\n|\Z|(?<=\.) [A-Z])|{LETTER_AND_WORDS}"
+    rf"|([A-Z])(?:[,;](?=\s|\Z)|(?= {REASON})))"
+)
+LETTER_FIRST = re.compile(
+    rf"{OPTION_WORD}(?:{LETTER_ALONE}\Z|{LETTER_AND_WORDS}"
+    # a line of its own, but not the first of a list of letters
+    rf"|([A-Za-z])(?=\n(?!{LETTER_ALONE}(?:\n|\Z))))"
+)
 
 
 def raw_text(text: str) -> str:
@@ -60,19 +79,22 @@ def stated_answer(text: str) -> str | None:
 
 
 def option_letter(text: str) -> str | None:
-    """Return the option letter that a text states, consists of, or starts with.
+    r"""Return the option letter that a text states, consists of, or starts with.
 
-    "the answer is B, since ..." states B, "b" and "(B)." are B, "B. cat" starts with B.
+    It is in the last box, else in the last "answer is" or "answer:" that names a letter, else at
+    the start: "\boxed{B}", "the answer is option B, since ...", "(b).", "B. cat", "Option B".
     """
-    for part, form in (
-        ((stated_answer(text) or "").strip("* "), LETTER_STATED),
-        (text.strip("* \n"), LETTER_FIRST),
-    ):
-        if match := LETTER_ALONE.fullmatch(part):
-            return match[1].upper()
-        if match := form.match(part):
-            return match[1] or match[2]
-    return None
+    plain = _plain_text(text)
+    *_, stated = [None, *LETTER_STATED.finditer(plain)]
+    boxed = LETTER_FIRST.match(_plain_text(boxed_answer(text) or ""))
+    match = boxed or stated or LETTER_FIRST.match(plain)
+    return next(filter(None, match.groups())).upper() if match else None
+
+
+def _plain_text(text: str) -> str:
+    """Remove markup, and replace a run of spaces or line ends by one."""
+    text = MARKUP.sub("", text).strip()
+    return re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", text)
 
 
 EXTRACTIONS: dict[str, Callable[[str], str | None]] = {

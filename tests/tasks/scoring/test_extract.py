@@ -45,10 +45,35 @@ def test_extraction(response, how, answer):
     assert extract_answer(response, how) == answer
 
 
+@pytest.mark.parametrize(
+    "response",
+    ["Option B", "The correct option is B.", "The answer is option B.", "b) cat", "B - cat",
+     "The correct answer is option (B).", "The answer is B (cat)", "The answer is B (cat), as A is",
+     "The answer is B - cat", "The answer is **B**: cat", "The final answer is: $\\boxed{B}$",
+     "B\n\nThe picture shows", "B (cat)", "**Answer:**\n\nB. cat", "\\boxed{\\text{B}}",
+     "A is red, so \\boxed{B. cat}", 'The answer is "B".', "The answer is \\(B\\).",
+     "The answer is B. The other option is wrong.", "The answer is B. No answer is in the picture"],
+)  # fmt: skip
+def test_an_option_letter_in_the_forms_of_chat_models(response):
+    assert extract_answer(response, "letter") == "B"
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["Answer: I. think", "I. think it is B", "I: guess so", "A cat sits", "A (big) cat sits",
+     "The answer is A (big) cat", "A\nB\nC\nD", "A, B", "The answer is B or C.", "A-level",
+     "Option A shows a cat", "The answer is I don't know"],
+)  # fmt: skip
+def test_words_and_lists_of_letters_are_no_option(response):
+    assert extract_answer(response, "letter") is None
+
+
 def test_extraction_is_linear_in_degenerate_responses():
     start = time.perf_counter()
     extract_answer("\\boxed{" * 20_000, "boxed")
     extract_answer("<answer>" * 20_000, "answer_tag")
+    for repeated in ("answer is B (x ", "answer: \n", "answer is option: ", "B\n", "B (cat ("):
+        extract_answer(repeated * 10_000, "letter")
     assert time.perf_counter() - start < 1.0
 
 
