@@ -48,6 +48,14 @@ def test_a_target_of_several_lines_is_trained_on_as_a_whole(template, target):
     assert task.template.answer(response) == target
 
 
+def test_a_form_with_a_thought_is_still_rewarded():
+    said = "<think>because</think> \\boxed{cat}"
+    (parts,) = prompted("cot").compute_rewards([said], [EXAMPLE])
+    assert parts["format"] == parts["accuracy"] == 1.0
+    (parts,) = prompted("direct").compute_rewards(["<think>\n\n</think>\n\ncat"], [EXAMPLE])
+    assert parts["reward"] == 1.0
+
+
 def test_a_forced_response_is_scored_after_its_prefix():
     (record,) = prompted("boxed").score(["cat}"], [EXAMPLE], forced=True)
     assert record.score == 1.0

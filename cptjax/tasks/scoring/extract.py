@@ -12,6 +12,7 @@ REASON = r"(?:because|since|as|for|due)\b"
 # "I. think" is a pronoun, and no option I.
 PRONOUN = r"I[.,:;)]? (?:think|believe|guess|know|see|am|would|do|don't|can|can't|cannot|have)\b"
 OPTION_WORD = r"(?i:(?:the )?(?:option|choice|letter):?\s)?"
+LEADING_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 LETTER_ALONE = r"\(?([A-Za-z])\)? ?[.:,)]*"
 # A capital is an option, not a word such as "A", where one of these follows.
 LETTER_AND_WORDS = (
@@ -97,14 +98,28 @@ def _plain_text(text: str) -> str:
     return re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", text)
 
 
+def _after_thought(extract: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """Return an extraction that skips a leading <think>...</think>.
+
+    The chat templates of reasoning models write one, an empty one too; it is not the response.
+    """
+
+    def extract_after_thought(text: str) -> str | None:
+        thought = LEADING_THOUGHT.match(text)
+        return extract(text[thought.end() :] if thought else text)
+
+    return extract_after_thought
+
+
 EXTRACTIONS: dict[str, Callable[[str], str | None]] = {
-    "whole": whole_text,
+    "whole": _after_thought(whole_text),
     "boxed": boxed_answer,
     "boxed_option": boxed_option,
     "answer_tag": tagged_answer,
-    "answer_is": stated_answer,
-    "letter": option_letter,
-    "raw": raw_text,
+    "answer_is": _after_thought(stated_answer),
+    "letter": _after_thought(option_letter),
+    "raw": _after_thought(raw_text),
+    "verbatim": raw_text,
 }
 
 

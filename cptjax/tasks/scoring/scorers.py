@@ -118,7 +118,7 @@ _BUILT_IN = (
     Scorer(
         "ifeval",
         instructions.score_ifeval,
-        "2",
+        "3",
         "google-research",
         extraction="raw",
         summary=summaries.summarise_constraints,
@@ -127,27 +127,31 @@ _BUILT_IN = (
     Scorer(
         "rlvr_ifeval",
         rlvr_constraints.score_rlvr_ifeval,
-        reference="retaining-by-doing",
+        "2",
+        "retaining-by-doing",
         extraction="raw",
         summary=summaries.summarise_rlvr,
     ),
     Scorer(
         "retain_mmlu",
         retain_answers.score_retain_mmlu,
-        reference="retaining-by-doing",
+        "2",
+        "retaining-by-doing",
         extraction="raw",
         summary=summaries.summarise_retain_mmlu,
     ),
     Scorer(
         "retain_math",
         retain_answers.score_retain_math,
-        reference="retaining-by-doing",
+        "2",
+        "retaining-by-doing",
         extraction="raw",
     ),
     Scorer(
         "retain_countdown",
         retain_answers.score_retain_countdown,
-        reference="retaining-by-doing",
+        "2",
+        "retaining-by-doing",
         extraction="raw",
     ),
     Scorer(
@@ -185,9 +189,9 @@ _BUILT_IN = (
         columns=("tolerance",),
     ),
     Scorer("mrcl_moves", puzzles.score_moves, reference="MaolinLuo/CPO", extraction="boxed"),
-    # MLLM-CTBench (arXiv 2508.08275).
+    # MLLM-CTBench (arXiv 2508.08275); its rules read the thoughts of a response themselves.
     *(
-        Scorer(name, rule, reference="MLLM-CTBench", extraction="raw")
+        Scorer(name, rule, reference="MLLM-CTBench", extraction="verbatim")
         for name, rule in {
             "ctbench_open": ctbench_answers.score_ctbench_open,
             "ctbench_choice": ctbench_answers.score_ctbench_choice,
@@ -199,7 +203,7 @@ _BUILT_IN = (
         "ctbench_reward",
         f"{ALGEBRA_FILE}:reward_ctbench",
         reference="MLLM-CTBench",
-        extraction="raw",
+        extraction="verbatim",
         columns=("solution",),
     ),
     # UCIT (arXiv 2503.12941).

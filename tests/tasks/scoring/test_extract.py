@@ -72,15 +72,32 @@ def test_extraction_is_linear_in_degenerate_responses():
     start = time.perf_counter()
     extract_answer("\\boxed{" * 20_000, "boxed")
     extract_answer("<answer>" * 20_000, "answer_tag")
+    extract_answer("<think>" * 20_000, "whole")
     for repeated in ("answer is B (x ", "answer: \n", "answer is option: ", "B\n", "B (cat ("):
         extract_answer(repeated * 10_000, "letter")
     assert time.perf_counter() - start < 1.0
 
 
+@pytest.mark.parametrize(
+    "thought", ["<think>\n\n</think>\n\n", "\n<think>A? The answer is A.</think>"]
+)
+def test_a_leading_thought_is_not_part_of_the_answer(thought):
+    for how, response in (
+        ("whole", "blue"), ("raw", "blue\n"), ("letter", "B. cat"), ("answer_is", "Answer: blue"),
+        ("letter", "<think> B"),
+    ):  # fmt: skip
+        assert extract_answer(thought + response, how) == extract_answer(response, how)
+    assert extract_answer(thought, "whole") is None and extract_answer(thought, "raw") == ""
+    later = f"blue {thought}"
+    assert extract_answer(later, "raw") == extract_answer(later, "verbatim") == later
+    assert extract_answer(thought + "blue", "verbatim") == thought + "blue"
+    assert extract_answer("<think> A", "whole") == "<think> A"
+
+
 def test_unknown_extraction_names_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="whole, boxed, boxed_option, answer_tag, answer_is, letter, raw; got 'box'",
+        match="whole, boxed, boxed_option, answer_tag, answer_is, letter, raw, verbatim; got 'box'",
     ):
         extract_answer("x", "box")
 

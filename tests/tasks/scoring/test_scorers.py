@@ -122,7 +122,7 @@ def test_every_scorer_scores_a_right_and_a_wrong_answer(pool):
 def test_the_id_of_a_scorer_names_the_public_scorer_that_it_re_implements():
     ids = [scorer.id for scorer in scorers.SCORERS.values()]
     assert {"pope@1=LLaVA", "mmlu_pro@2=MMLU-Pro", "mmmu_official@2=lmms-eval"} <= set(ids)
-    assert {"rlvr_ifeval@1=retaining-by-doing", "exact@1"} <= set(ids) and len(set(ids)) == len(ids)
+    assert {"rlvr_ifeval@2=retaining-by-doing", "exact@1"} <= set(ids) and len(set(ids)) == len(ids)
 
 
 def test_scores_do_not_depend_on_the_order_of_rows():
