@@ -86,8 +86,8 @@ class Scorer:
 _BUILT_IN = (
     Scorer("exact", text.score_exact),
     Scorer("contains", text.score_contains),
-    Scorer("contains_words", text.score_contains_words),
-    Scorer("only_option", text.score_only_option),
+    Scorer("contains_words", text.score_contains_words, "2"),
+    Scorer("only_option", text.score_only_option, "2"),
     Scorer("json", text.score_json),
     Scorer("exact_match", text.score_exact_match),
     Scorer("lower_exact_match", text.score_lower_exact_match, reference="RFTvsSFT"),

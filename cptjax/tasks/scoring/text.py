@@ -5,6 +5,7 @@ import json
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -102,13 +103,26 @@ def score_contains(prediction: str, answer: Any, meta: Any = None) -> float:
     )
 
 
+def fold_accents(text: str) -> str:
+    """Remove accents, and write each apostrophe as in ASCII: "Brasília" -> "Brasilia"."""
+    if text.isascii():
+        return text
+    # One character at a time, since a long run of accents takes quadratic time.
+    parts = (unicodedata.normalize("NFKD", character) for character in text)
+    return "".join(c for c in "".join(parts) if not unicodedata.combining(c)).replace("’", "'")
+
+
 def has_words(text: str, words: str) -> bool:
-    """Return whether a text contains some words, not as a part of longer ones, ignoring case."""
+    """Return whether a text contains some words, not as a part of longer ones.
+
+    Case, accents and the form of apostrophes are ignored.
+    """
+    text, words = fold_accents(text), fold_accents(words)
     return re.search(rf"(?<![\w-]){re.escape(words)}(?![\w-])", text, re.IGNORECASE) is not None
 
 
 def score_contains_words(prediction: str, answer: Any, meta: Any = None) -> float:
-    """Return 1 if one of the answers occurs in the prediction as whole words, ignoring case."""
+    """Return 1 if one of the answers occurs in the prediction as whole words; see has_words."""
     return float(any(has_words(prediction, a.strip()) for a in gold_answers(answer) if a.strip()))
 
 

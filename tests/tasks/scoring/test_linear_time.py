@@ -18,6 +18,7 @@ UNITS = (
     + ["}", "$", "$x", "[", "(", "[1,", "<", "<<", ">", "/", " /", "*", "* ", "-", "- ", ".", "...!"]
     + ["?x", '"', "'", "`", "answer is ", "The answer", "the ", "Answer: ", "A. ", "frac", "\\text{"]
     + ["<answer>", "<think>", "1+", "((", "\n\n", "word ", "is so ", "P.S", "Section 1", "no "]
+    + ["\u0301\u0327"]
 )  # fmt: skip
 TAILS = ("x",)  # a text that a rule almost matches to its end
 ROWS = {  # answer and columns of each scorer

@@ -153,6 +153,17 @@ def test_words_are_whole_and_case_is_ignored(said, words, is_in):
     assert text.score_contains_words(said, [words, "nothing"]) == is_in
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [("It is Brasília", "Brasilia"), ("Yaounde", "Yaoundé"), ("Bogota\N{COMBINING ACUTE ACCENT}",
+     "Bogota"), ("Chișinău", "CHISINAU"), ("N’Djamena", "N'Djamena"), ("N'Djamena", "N’Djamena")],
+)  # fmt: skip
+def test_words_are_found_with_or_without_accents(said, words):
+    assert text.score_contains_words(said, words) == 1.0
+    assert text.score_contains_words(f"{said}x", words) == 0.0
+    assert text.score_only_option(said, words, {"options": [words, "Rome"]}) == 1.0
+
+
 def test_one_option_alone_is_right():
     row = {"options": ["Tom", "Anna"]}
     score = lambda said: text.score_only_option(said, "Tom", row)
