@@ -143,10 +143,12 @@ def split_key(config: ConfigDict, spec: SplitSpec) -> tuple:
 
 
 def resolve_config_task(config: ConfigDict, name: str) -> Task:
-    """Return a task of the config; raise a ValueError if it needs other pixel limits."""
+    """Return a task of the config; raise a ValueError if it needs other pixel limits or patches."""
     pixels = (config.model.min_pixels, config.model.max_pixels)
     outside = DataConfig.from_config(config.data).outside_images
-    return registry.resolve_task(name, config.tasks.to_dict(), pixels, outside)
+    vision = find_model_config(config.model).vision
+    patch = vision.patch if vision else None
+    return registry.resolve_task(name, config.tasks.to_dict(), pixels, outside, patch)
 
 
 def load_split(config: ConfigDict, spec: SplitSpec, task: Task) -> Sequence[Example]:

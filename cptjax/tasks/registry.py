@@ -144,11 +144,13 @@ def resolve_task(
     user_tasks: Mapping[str, Mapping[str, Any]] | None = None,
     pixels: tuple[int, int] | None = None,
     outside_images: tuple[str, ...] = (),
+    patch: int | None = None,
 ) -> Task:
     """Return a task by name: one of the config's tasks, or else a built-in one.
 
-    `pixels` are the model's limits (min_pixels, max_pixels). A task whose answers are positions
-    in pixels must have the same limits. `outside_images` are folders outside of the data's from
+    `pixels` are the model's limits (min_pixels, max_pixels), and `patch` is the side of its
+    patches. A task whose answers are positions in pixels must have the same, since both decide how
+    an image is resized. `outside_images` are folders outside of the data's from
     which a user's rows may take images.
     """
     resolved = _find_task(name, user_tasks or {}, outside_images)
@@ -157,6 +159,12 @@ def resolve_task(
             f"task {name}: its answers are positions in images of {resolved.pixels[0]} to "
             f"{resolved.pixels[1]} pixels, but the model sees {pixels[0]} to {pixels[1]}; "
             f"set min_pixels and max_pixels of tasks.{name} or of model to agree"
+        )
+    if patch and resolved.patch not in (None, patch):
+        raise ValueError(
+            f"task {name}: its answers are positions in images for patches of {resolved.patch} "
+            f"pixels, but the model's have {patch}; leave the task out, or choose a model with "
+            f"patches of {resolved.patch} pixels"
         )
     return resolved
 
@@ -192,7 +200,7 @@ def _find_task(
 
 def _check_task_settings(name: str, make: Callable[..., Task], settings: Mapping[str, Any]) -> None:
     known = {*inspect.signature(make).parameters, *inspect.signature(Task).parameters}
-    known -= {"name", "load", "fields", "pixels", "find_task"}
+    known -= {"name", "load", "fields", "pixels", "patch", "find_task"}
     for key in settings:
         if key not in known:
             refuse_old_name(f"tasks.{name}", key)

@@ -47,6 +47,8 @@ class Task:
     judge: str = ""
     # the limits of the model's image size that the answers depend on; None = any
     pixels: tuple[int, int] | None = None
+    # the side in pixels of the model's patches that the answers depend on; None = any
+    patch: int | None = None
 
     def __post_init__(self) -> None:
         kinds: dict[str, Any] = {

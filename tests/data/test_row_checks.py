@@ -159,3 +159,6 @@ def test_a_task_that_needs_other_pixel_limits_is_refused(tmp_path):
         c.tasks.boxes = {"task": "refcoco", "min_pixels": 3136, "max_pixels": 50176}
     with pytest.raises(ValueError, match="but the model sees 1024 to 4096"):
         row_checks.resolve_config_task(c, "boxes")
+    c.tasks.boxes.update(min_pixels=1024, max_pixels=4096)
+    with pytest.raises(ValueError, match="patches of 14 pixels, but the model's have 8"):
+        row_checks.resolve_config_task(c, "boxes")

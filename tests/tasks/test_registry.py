@@ -65,6 +65,17 @@ def test_boxes_in_pixels_are_refused_under_other_limits():
     ).pixels
 
 
+def test_boxes_in_pixels_are_refused_for_other_patches():
+    limits = (200_704, 1_003_520)
+    assert resolve_task("refcoco", pixels=limits, patch=14) is BUILT_IN_TASKS["refcoco"]
+    assert resolve_task("refcoco", pixels=limits).patch == 14
+    with pytest.raises(
+        ValueError, match="patches of 14 pixels, but the model's have 16; leave the task out, or"
+    ):
+        resolve_task("refcoco", pixels=limits, patch=16)
+    assert resolve_task("gqa", pixels=limits, patch=16) is BUILT_IN_TASKS["gqa"]
+
+
 def test_resolve_prefers_the_config_and_names_the_nearest():
     own = resolve_task(
         "textvqa",

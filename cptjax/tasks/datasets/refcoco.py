@@ -3,8 +3,10 @@
 Qwen2.5-VL states boxes in pixels *after* the processor's resizing. Therefore `build_example`
 resizes the image, and the box with it, to the size that the processor would choose within
 `min_pixels` and `max_pixels`; the processor then changes neither. The limits must be those of
-model.min_pixels and model.max_pixels. Each expression of a row is a question of its own. The public
-copy has no training split: where another split is tested, its "val" is for training.
+model.min_pixels and model.max_pixels, and the model's patches those of Qwen2.5-VL; Qwen3-VL has
+larger patches and states boxes in thousandths of the image. Each expression of a row is a question
+of its own. The public copy has no training split: where another split is tested, its "val" is for
+training.
 """
 
 import functools
@@ -19,6 +21,7 @@ from cptjax.tasks.task import Examples, Task, did_you_mean, limit_rows, user_tur
 from cptjax.types import Example
 
 SPLITS = ("val", "test", "testA", "testB")
+PATCH = 14  # pixels; of Qwen2.5-VL
 INSTRUCTION = "The final answer is the box alone."
 QUESTION = (
     '<image>Locate "{expression}" in the image. '
@@ -45,7 +48,8 @@ class Expressions(Sequence[tuple[dict[str, Any], int]]):
 def build_example(place: tuple[dict[str, Any], int], min_pixels: int, max_pixels: int) -> Example:
     row, k = place
     image = open_image(row["image"])
-    height, width = ImageSettings(min_pixels, max_pixels).size(image.width, image.height)
+    settings = ImageSettings(min_pixels, max_pixels, patch=PATCH)
+    height, width = settings.size(image.width, image.height)
     x, y, w, h = row["bbox"]
     across, down = width / image.width, height / image.height
     left, top = round(x * across), round(y * down)
@@ -103,5 +107,6 @@ def make_task(
         "scorer": "iou50",
         "answer_instruction": INSTRUCTION,
         "pixels": (min_pixels, max_pixels),
+        "patch": PATCH,
     }
     return Task(name, functools.partial(load_split, name, sources, build_row), **{**own, **fields})
