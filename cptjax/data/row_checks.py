@@ -39,6 +39,7 @@ class SplitSpec:
     split: str
     template: str
     with_gold: bool  # the gold response is part of the row
+    is_scored: bool  # responses to its rows are rewarded or scored
     # Of the longest gold response that a teacher reads after the prompt; 0 = no teacher.
     demonstration_tokens: int
     limit: int | None
@@ -103,6 +104,7 @@ def split_spec(config: ConfigDict, task: str, split: str, template: str = "") ->
         split=split,
         template=template or data.template,
         with_gold=train and method.source == "gold",
+        is_scored=not train or method.source in ("rollouts", "self"),
         demonstration_tokens=config.rollout.max_new_tokens if distills else 0,
         limit=data.limit if train else config.eval.limit,
         root=data.root,
@@ -275,6 +277,8 @@ def measure_row(
     try:
         example = examples[row]
         # Decode each image once: a header does not show that the rest of the file is complete.
+        if spec.is_scored:
+            prompted.check_answer(example, rewarded=spec.split == "train")
         opened = dataclasses.replace(example, messages=open_conversation_images(example.messages))
         conversation = _conversation(opened, prompted, spec)
         characters = sum(len(content_text(turn["content"])) for turn in conversation)

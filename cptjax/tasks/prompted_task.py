@@ -93,6 +93,18 @@ class PromptedTask:
             )
         return self.reward(completions, *_scoring_columns(examples), pool=self.sandbox)
 
+    def check_answer(self, example: Example, rewarded: bool) -> None:
+        """Raise the error of a built-in scorer that cannot use the row's answer or columns.
+
+        `rewarded` checks for the reward's scorer, else for those that evaluate. Scorers in worker
+        processes are left out, since they are slow.
+        """
+        used = (self.reward.scorer,) if rewarded else (self.scorer, *self.extra_scorers)
+        for scorer in () if rewarded and self.reward.target else used:
+            is_plain = scorers.SCORERS.get(scorer.name) is scorer and callable(scorer.rule)
+            if is_plain and scorer.reads == "response":
+                scorer.rule("", example.answer, example.meta)
+
     def score(
         self, responses: Sequence[str], examples: Sequence[Example], forced: bool = False
     ) -> list[scorers.ScoreRecord]:

@@ -101,6 +101,22 @@ def test_an_image_of_a_training_row_is_opened_once_an_epoch(tmp_path, opened, ke
     assert [item.row for item in items] == list(range(ROWS))
 
 
+@pytest.mark.parametrize(
+    ("split", "source", "is_bad"),
+    [("test", "gold", True), ("train", "rollouts", True), ("train", "self", True),
+     ("train", "gold", False)],
+)  # fmt: skip
+def test_a_gold_answer_that_cannot_be_scored_is_a_bad_row(tmp_path, split, source, is_bad):
+    c = user_config(tmp_path)
+    c.method.source = source
+    with c.unlocked():
+        c.tasks.mine.scorer = "numeric"
+    spec = row_checks.split_spec(c, "mine", split)
+    bad = row_checks.check_split(c, spec, None, None).bad
+    assert len(bad) == (ROWS if is_bad else 0)
+    assert not is_bad or "expected a number as the answer, got 'red'" in bad[0].reason
+
+
 def test_checked_rows_hold_no_pixels(tmp_path):
     rows, _, _ = load(user_config(tmp_path), "mine", "test", tmp_path)
     assert rows[0] is rows[0]

@@ -84,5 +84,22 @@ def test_a_likelihood_is_no_reward():
         task.compute_rewards(["cat"], [EXAMPLE])
 
 
+def test_answers_that_a_scorer_cannot_use_are_found_without_a_response():
+    number = dataclasses.replace(EXAMPLE, answer="5")
+    prompted("direct", reward="numeric").check_answer(EXAMPLE, rewarded=False)
+    prompted("direct", reward="numeric").check_answer(number, rewarded=True)
+    with pytest.raises(ValueError, match="expected a number as the answer, got 'cat'"):
+        prompted("direct", reward="numeric").check_answer(EXAMPLE, rewarded=True)
+    with pytest.raises(ValueError, match="expected the column `options`"):
+        prompted("direct", also=("only_option",)).check_answer(EXAMPLE, rewarded=False)
+
+    def own(completion, answer, **columns):
+        raise AssertionError("a user's function is not called")
+
+    task = Task("t", list, own, reward=own)
+    for rewarded in (True, False):
+        make_prompted_task(task, "direct", SETTINGS, None).check_answer(EXAMPLE, rewarded)
+
+
 def test_the_tasks_own_template_takes_precedence():
     assert prompted("boxed", template="none").template.name == "none"

@@ -106,6 +106,12 @@ def test_other_rules(name):
         assert_fast(name, lambda text: score(text, "B", {"options": ["cat", "dog"], "id": "x"}))
 
 
+def test_an_empty_response_is_scored_without_an_error():
+    for scorer in IN_PROCESS:
+        answer, meta = ROWS.get(scorer.name, ("B", {}))
+        scorer.score("", answer, meta)
+
+
 def test_a_long_number_is_a_wrong_answer_and_no_error():
     digits = "7" * 5_000
     for scorer in IN_PROCESS:
