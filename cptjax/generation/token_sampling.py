@@ -88,29 +88,32 @@ def _select(x: Array, tokens: Array) -> Array:
 def invert_cumulative(weights: Array, uniform: Array) -> tuple[Array, Array]:
     """Return the token at which the running sum of weights [B V] passes uniform * total, and total.
 
-    The search finds the token's block first, then the token in it. A token of weight 0 does not
-    increase the running sum, so it is never sampled.
+    The search finds the token's block first, then the token in it. A token of weight 0 is never
+    sampled.
     """
     b, v = weights.shape
     # Devices that share the vocabulary get whole blocks; otherwise each would fetch all weights.
     whole = TOKEN_BLOCK * sharding.decoder_shards()
     padded = jnp.pad(weights, ((0, 0), (0, -v % whole)))
     blocks = constrain(padded.reshape(b, -1, TOKEN_BLOCK), "mlp_batch", "vocab", None)
-    sums = jnp.cumsum(constrain(jnp.sum(blocks, -1), "mlp_batch", None), -1)
-    total = sums[:, -1]
-    block, rest = _first_above(sums, uniform * total)
+    sums = constrain(jnp.sum(blocks, -1), "mlp_batch", None)
+    running = jnp.cumsum(sums, -1)
+    total = running[:, -1]
+    block, rest = _first_above(sums, running, uniform * total)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    token, _ = _first_above(jnp.cumsum(inside, -1), rest)
+    token, _ = _first_above(inside, jnp.cumsum(inside, -1), rest)
     return block * TOKEN_BLOCK + token, total
 
 
-def _first_above(sums: Array, goal: Array) -> tuple[Array, Array]:
-    """Return where running sums [B n] first exceed goal [B], and goal minus the sum before."""
-    # Rounding may raise the goal to the last sum, which no sum exceeds.
-    goal = jnp.minimum(goal, jnp.nextafter(sums[:, -1], jnp.zeros(())))
-    below = sums <= goal[:, None]
-    before = jnp.max(jnp.where(below, sums, 0.0), -1)
-    return jnp.sum(below, -1, dtype=jnp.int32), goal - before
+def _first_above(weights: Array, sums: Array, goal: Array) -> tuple[Array, Array]:
+    """Return where the running sums of weights [B n] first exceed goal [B], and its rest there."""
+    # XLA adds in a tree, so a weight of 0 can change the running sum in its last bit.
+    sums = jnp.where(weights > 0, sums, 0.0)
+    # Rounding may raise the goal to the highest sum, which no sum exceeds.
+    goal = jnp.minimum(goal, jnp.nextafter(jnp.max(sums, -1), jnp.zeros(())))
+    above = sums > goal[:, None]
+    before = jnp.max(jnp.where(above, 0.0, sums), -1)
+    return jnp.argmax(above, -1).astype(jnp.int32), goal - before
 
 
 def keep_likely(z: Array, weights: Array, controls: SamplingControls) -> Array:

@@ -115,6 +115,33 @@ def test_a_token_without_weight_is_never_sampled():
         assert set(tokens) <= {0, 130, 131} - set(forbidden) and np.isfinite(logps).all()
 
 
+def test_a_dropped_token_is_not_sampled_where_rounding_changes_the_running_sum():
+    """XLA adds in a tree: here the sum over the blocks rises at blocks of dropped tokens."""
+    v, rng = 151_936, np.random.default_rng(0)
+    row, kept = rng.normal(-8, 0.5, v), rng.choice(v - 1000, 200, replace=False)
+    row[kept] = 20 - rng.exponential(3, 200)
+    z = np.where(np.isin(np.arange(v), kept), row - row.max(), -np.inf).astype(np.float32)
+    blocks = jnp.sum(jnp.pad(jnp.exp(z), (0, -v % 128)).reshape(1, -1, 128), -1)
+    running = np.asarray(jnp.cumsum(blocks, -1))[0]
+    rises = np.flatnonzero((np.diff(running) > 0) & (np.asarray(blocks)[0, 1:] == 0))
+    assert len(rises) > 3
+    near = np.round(running[rises] / running[-1] * 2**23)
+    uniform = np.concatenate([near - 1, near, near + 1, [0, 2**23 - 1]]).astype(np.float32) / 2**23
+    tokens, logps, _ = sample(row, uniform, top_k=200)
+    assert np.isin(tokens, kept).all()
+    np.testing.assert_allclose(logps, np.log(exact(row, top_k=200)[tokens]), atol=2e-5)
+
+
+def test_the_search_passes_over_weights_of_zero_whose_sum_differs_by_rounding():
+    weights, one = np.array([[0, 2, 0, 0, 1, 1, 0]], np.float32), np.float32(1)
+    up = np.nextafter(2 * one, 3 * one)
+    sums = np.array([[0, 2, up, 2, 3, 4, np.nextafter(4 * one, 5 * one)]], np.float32)
+    goals = [0, 1, 2, 3, 3.5, 4, sums[0, -1]]
+    found = [token_sampling._first_above(weights, sums, jnp.array([g], jnp.float32)) for g in goals]
+    assert [int(at[0]) for at, _ in found] == [1, 1, 4, 5, 5, 5, 5]
+    np.testing.assert_allclose([float(r[0]) for _, r in found], [0, 1, 0, 0, 0.5, 1, 1], rtol=1e-6)
+
+
 def test_ties_at_the_cut_stay_together():
     row = np.zeros(V)
     row[5] = 2.0
@@ -192,8 +219,9 @@ def test_a_vocabulary_without_an_allowed_token_is_refused():
 
 
 def test_devices_that_share_the_vocabulary_do_not_fetch_all_of_it():
-    """The vocabulary is no whole number of blocks on each device."""
+    """The vocabulary is no whole number of blocks on each device; some blocks have no weight."""
     weights = np.random.default_rng(0).random((8, 1100), np.float32)
+    weights[:, 128:640] = weights[:, 1000:] = 0
     uniform = np.linspace(0, 0.999, 8, dtype=np.float32)
     mesh = sharding.make_mesh(1, 2, 4)
     placed = jax.device_put(weights, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "model")))
@@ -206,3 +234,4 @@ def test_devices_that_share_the_vocabulary_do_not_fetch_all_of_it():
         program(placed, uniform), token_sampling.invert_cumulative(weights, uniform), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert (weights[np.arange(8), np.asarray(program(placed, uniform)[0])] > 0).all()
