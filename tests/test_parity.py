@@ -92,7 +92,10 @@ def case(request, tmp_path_factory):
     model, cfg, params = _models(str(kwargs), str(root))
     rng = np.random.default_rng(1)
     rows = [tiny.random_row(row, cfg, rng) for row in rows]
-    return model, cfg, params, tiny.prompts(rows, cfg, left), tiny.hf_inputs(rows, cfg, left)
+    inputs = tiny.hf_inputs(rows, cfg, left)
+    if "second_per_grid_ts" in inputs:
+        inputs["position_ids"] = tiny.released_positions(model.model, inputs)
+    return model, cfg, params, tiny.prompts(rows, cfg, left), inputs
 
 
 def _real(prompts) -> np.ndarray:

@@ -297,3 +297,20 @@ def hf_inputs(rows: list[PreparedRow], cfg: ModelConfig, left: bool = True) -> d
     if seconds and find_family(cfg).tower.rewrite_videos is None:
         out["second_per_grid_ts"] = torch.tensor(seconds)
     return out
+
+
+def released_positions(model: Any, inputs: dict[str, Any]) -> Any:
+    """Return the position ids [3 B T] of the released Qwen2.5-VL for inputs of transformers.
+
+    The code released with it (huggingface/transformers#35569) continues after a video at one more
+    than the highest id so far, as the rope_deltas of every version do. get_rope_index of the
+    installed version skips only the sides of a frame, so ids after a long video are too low.
+    """
+    grids = {k: v for k, v in inputs.items() if not k.startswith("pixel")}
+    out = model.get_rope_index(**grids)[0]
+    for row, real in enumerate(inputs["attention_mask"].bool()):
+        ids, types = out[:, row, real], inputs["mm_token_type_ids"][row, real]
+        for start in (types.diff().nonzero()[:, 0] + 1).tolist():
+            ids[:, start:] += ids[:, :start].max() + 1 - ids[0, start]
+        out[:, row, real] = ids
+    return out

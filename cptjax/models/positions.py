@@ -64,7 +64,8 @@ def mrope(
 
     types: 0 text, 1 image, 2 video. `grids` lists (t, h, w) in patches, in order of appearance;
     `seconds_per_grid` has one entry per video, from one frame pair to the next, and a second adds
-    `tokens_per_second` to the time ids. Example with text, an image of 2 x 2 units, text:
+    `tokens_per_second` to the time ids. What follows an image or a video starts at one more than
+    the highest id of any axis so far. Example with text, an image of 2 x 2 units, text:
 
         token    a b i i i i c d
         time     0 1 2 2 2 2 4 5
@@ -91,7 +92,7 @@ def mrope(
             ids = times[:, None, None], np.arange(h)[:, None], np.arange(w)
             for row, axis_ids in zip(out[:, at : at + n], ids, strict=True):
                 row.reshape(t, h, w)[...] = start + axis_ids
-            start += max(h, w)
+            start += max(h, w, int(times[-1]) + 1)
         at += n
     return out
 

@@ -119,8 +119,13 @@ def test_a_prompt_is_the_start_of_its_conversation(stage, request):
 def test_a_response_appended_to_its_prompt_is_the_whole_conversation(stage, request):
     p = request.getfixturevalue(stage)
     clip = {"type": "video", "video": [make_image(56, 56, s) for s in range(4)]}
+    # The time ids of this clip exceed the sides of its frames, which have 2 x 2 tokens.
+    long_clip = {"type": "video", "video": [make_image(56, 56, s) for s in range(16)], "fps": 1.0}
+    e = p.encode([user(long_clip, "x")])
+    assert np.ptp(e.positions[0][e.types == 2]) > 2
     several = [user(make_image(40, 30), "x"), says("red"), user("and", make_image(60, 90, 1), "?")]
-    for prompt in ([user("x")], [user(make_image(40, 30), "x")], [user(clip, "x")], several):
+    prompts = [[user("x")], [user(make_image(40, 30), "x")], [user(clip, "x")], several]
+    for prompt in (*prompts, [user(long_clip, "x")], [user("see", long_clip)]):
         for answer in ("it is red", "\n\nred ", "", "assistant\n?", "Größe 漢字 🙂 \\boxed{x}"):
             ours, whole = (
                 p.append_response(p.encode(prompt), answer),
