@@ -217,6 +217,8 @@ def load_hf_checkpoint(
     """
     folder = locate_checkpoint(folder, weights=True)
     stored = safetensors_io.find_tensors(folder, functools.partial(released_name, cfg=cfg))
+    # Older checkpoints store the rotary frequencies, which config.json gives.
+    stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
     expected = tensor_table(cfg)
     _drop_tied_head(stored, cfg)
     _check_tensors(stored, expected, folder)

@@ -211,6 +211,13 @@ def test_the_names_of_newer_transformers_are_read(copy):
     assert equal(before, hf_checkpoint.load_hf_checkpoint(copy, CFG))
 
 
+def test_rotary_frequencies_of_older_checkpoints_are_ignored(copy):
+    before = hf_checkpoint.load_hf_checkpoint(copy, CFG)
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    rewrite(copy, lambda t: t.update({name.format(i): np.ones(4, np.float32) for i in range(2)}))
+    assert equal(before, hf_checkpoint.load_hf_checkpoint(copy, CFG))
+
+
 def test_adapters_are_merged_on_save(tmp_path):
     """The export has the logits of the model with adapters; those of both towers matter."""
     cfg, rng = dataclasses.replace(tiny.our_config(), lora_scale=0.5), np.random.default_rng(1)
