@@ -213,7 +213,8 @@ def load_hf_checkpoint(
 ) -> Params:
     """Load the parameters of a folder or hub id; each process reads only its devices' parts.
 
-    They have the dtype of the checkpoint unless `dtype` is given.
+    Each has its dtype in the checkpoint unless `dtype` is given; layers of several dtypes have the
+    one that holds all of them.
     """
     folder = locate_checkpoint(folder, weights=True)
     stored = safetensors_io.find_tensors(folder, functools.partial(released_name, cfg=cfg))
@@ -222,9 +223,6 @@ def load_hf_checkpoint(
     expected = tensor_table(cfg)
     _drop_tied_head(stored, cfg)
     _check_tensors(stored, expected, folder)
-    if dtype is None:
-        dtype = safetensors_io.SAFETENSORS_DTYPES[stored[_released_leaf(EMBED_LEAF, cfg)].dtype]
-    dtype = jnp.dtype(dtype)
     if mesh is not None and rules is None:
         rules = sharding.rules_for(cfg.text.kv_heads, mesh)
     layers: dict[LeafPath, list[StoredTensor]] = {}
@@ -233,7 +231,9 @@ def load_hf_checkpoint(
     out = {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for path, p in declared_leaves(cfg).items():
-            read = functools.partial(_read_leaf, layers[path], p, dtype, pool=pool)
+            own = [safetensors_io.SAFETENSORS_DTYPES[tensor.dtype] for tensor in layers[path]]
+            leaf_dtype = jnp.dtype(dtype or functools.reduce(jnp.promote_types, own))
+            read = functools.partial(_read_leaf, layers[path], p, leaf_dtype, pool=pool)
             if mesh is None:
                 whole = (slice(None),) * len(p.shape)
                 out[path] = jax.block_until_ready(jax.device_put(read(whole)))

@@ -171,6 +171,23 @@ def test_every_type_is_read_as_every_type(tmp_path, source, wanted):
     )
 
 
+def test_tensors_of_several_dtypes_keep_their_values(tmp_path):
+    """The embedding in bfloat16, norms in float16 and bfloat16, the rest in float32."""
+    narrow = {EMBED_TENSOR: jnp.bfloat16, "model.layers.0.input_layernorm.weight": np.float16}
+    narrow["model.layers.1.input_layernorm.weight"] = jnp.bfloat16
+    hf_checkpoint.write_random_checkpoint(CFG, tmp_path / "a", "float32")
+    rewrite(tmp_path / "a", lambda t: t.update({k: t[k].astype(d) for k, d in narrow.items()}))
+    stored = tensors(tmp_path / "a")
+    params = hf_checkpoint.load_hf_checkpoint(tmp_path / "a", CFG)
+    flat = trainable.flatten_params(params)
+    assert {path for path, x in flat.items() if x.dtype != np.float32} == {("text", "embed")}
+    hf_checkpoint.save_hf_checkpoint(params, CFG, tmp_path / "b", dtype="float32")
+    for name, x in tensors(tmp_path / "b").items():
+        assert np.array_equal(x, stored[name].astype(np.float32)), name
+    params = hf_checkpoint.load_hf_checkpoint(tmp_path / "a", CFG, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1), (1, 1, 4)])
 def test_a_mesh_loads_the_same_tree_with_the_declared_shardings(folder, shape):
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
