@@ -9,7 +9,7 @@ import huggingface_hub
 from cptjax.common import files
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import FAMILIES, PRESETS, find_family
-from cptjax.models.family import check_shape, find_key, text_keys
+from cptjax.models.family import check_shape, text_keys
 
 
 def _end_tokens(*sources: dict) -> tuple[int, ...]:
@@ -35,9 +35,9 @@ def config_from_hf(raw: dict, generation: dict | None = None) -> ModelConfig:
         )
     cfg, text, generation = family.read_config(raw), text_keys(raw), generation or {}
     stops = _end_tokens(generation, raw, text) or cfg.eos
-    default_pad = stops[-1] if stops else cfg.pad
-    pad = find_key(text, "pad_token_id", default=default_pad)
-    pad = find_key(generation, "pad_token_id", default=pad)
+    # Older configs have -1 where no token is set.
+    pads = (generation.get("pad_token_id"), text.get("pad_token_id"), *reversed(stops), cfg.pad)
+    pad = next(token for token in pads if token not in (None, -1))
     check_shape(cfg, (*stops, pad))
     return dataclasses.replace(cfg, eos=stops, pad=pad)
 

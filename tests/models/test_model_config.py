@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 
+from cptjax.generation import decode_loop
 from cptjax.models.families import PRESETS
 from cptjax.models.hf_config import config_from_hf, config_to_hf, read_model_config
 
@@ -167,6 +168,18 @@ def test_a_written_config_reads_back(size):
     assert text.rope_parameters["rope_theta"] == cfg.text.rope.theta
     if cfg.text.rope.sections is not None:
         assert text.rope_parameters["mrope_section"] == list(cfg.text.rope.sections)
+
+
+@pytest.mark.parametrize(
+    "pads,wanted",
+    [((-1, None), 2), ((7, -1), 7), ((-1, 9), 9), ((-1, -1), 2), ((7, 9), 9), ((None, None), 2)],
+)
+def test_a_padding_token_of_minus_one_is_not_set(pads, wanted):
+    """Neither of config.json nor of generation_config.json; the end token pads then."""
+    raw = config_to_hf(PRESETS["tiny_llama"]) | {"eos_token_id": 2, "pad_token_id": pads[0]}
+    cfg = config_from_hf(raw, {"pad_token_id": pads[1]})
+    assert cfg.eos == (2,) and cfg.pad == wanted
+    assert not decode_loop.forbidden_tokens(cfg, cfg.eos)[-1]
 
 
 def test_config_is_hashable_and_frozen():
