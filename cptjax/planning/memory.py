@@ -1,5 +1,6 @@
 """Estimate the memory of a stage on one device: resident arrays exactly, the peak roughly."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -75,6 +76,8 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     if c.method.source not in ("rollouts", "self"):
         return {"rollout weights": 0.0, "cache": 0.0}
     sampling = rollout_sampling(c)
+    if stage.needs.self_samples:
+        sampling = dataclasses.replace(sampling, group=stage.needs.self_samples)
     dtype = sampling.compute_dtype(stage.dtype)
     weights, mesh = stage.params, sampling.mesh(stage.mesh)
     gather = rollout_weights.gathers_weights(weights, cfg, sampling, stage.dtype)

@@ -423,6 +423,17 @@ def test_the_memory_estimate_counts_no_more_slots_than_groups():
     assert cache(**rows) == cache(**rows | {"slots": batch}) < cache()
 
 
+def test_the_memory_estimate_counts_the_responses_of_self_sft():
+    """They are method.self_samples; rollout.group is not used."""
+
+    def cache(method, samples, group):
+        c = small(method, method={"self_samples": samples}, rollout={"group": group})
+        stage = abstract_stage(c, PRESETS["tiny"], memory.mesh_of_size(c.mesh, 8))
+        return memory.estimate_bytes(stage, 64, 96)["cache"]
+
+    assert cache("self_sft", 6, 2) == cache("grpo", 4, 6) > cache("self_sft", 2, 6)
+
+
 def test_results_of_earlier_programs_stay_in_memory_during_later_ones(mesh):
     """The queue while responses are decoded.
 
