@@ -165,6 +165,11 @@ def without_axis(old: Any, *names: str) -> NamedSharding | None:
     return NamedSharding(old.mesh, PartitionSpec(*map(drop, old.spec)))
 
 
+def is_quantised(path: tuple[str, ...]) -> bool:
+    """Return whether int8 sampling quantises the leaf at a path."""
+    return path[:2] == ("text", "blocks") and path[2] in DECODER_LINEARS and path[-1] == "w"
+
+
 def _quantise(params: Params) -> Params:
     """Replace the linear maps of the text blocks by {int8, scale}.
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cptjax import sharding
 from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import rollout_sampling
+from cptjax.models import trainable
 from cptjax.training.programs import AbstractStage
 from cptjax.training.step_batch import extra_response_tokens
 
@@ -82,7 +83,9 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
     weights, mesh = stage.params, sampling.mesh(stage.mesh)
     gather = rollout_weights.gathers_weights(weights, cfg, sampling, stage.dtype)
     weights = rollout_weights.weights_output(weights, cfg, sampling, stage.dtype, gather)
-    weights = _cast(weights, jnp.int8 if sampling.dtype == "int8" else dtype)
+    if sampling.dtype == "int8":  # the scales are few and not counted
+        quantised, rest = trainable.split_params(weights, rollout_weights.is_quantised)
+        weights = trainable.join_params(_cast(quantised, jnp.int8), rest)
     groups = (sampling.slots_for(c.train.batch) or c.train.batch) / sharding.batch_shards(mesh)
     model = mesh.shape["model"]
     cache = decode_loop.kv_cache_bytes(
