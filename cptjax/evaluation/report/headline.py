@@ -62,7 +62,7 @@ def comparison_headline(arms: Sequence[Arm]) -> list[Markup]:
     if all(len(arm.runs) == 1 for arm in arms):
         sentences.append(Markup("One seed each: differences of a few points may be chance."))
     elif len(arms) > 1 and seeds < FEW_PAIRS:
-        text = "At most {n} seeds each: methods that are called equal may differ."
+        text = "At most {n} seeds each: where no difference is clear, methods may still differ."
         sentences.append(html_sentence(text, n=seeds))
     return [sentence for sentence in sentences if sentence]
 
