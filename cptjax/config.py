@@ -24,6 +24,9 @@ RESUME_SECTIONS = (
     *("expect", "report", "sweep", "fresh"),
 )
 
+# Settings that are None or a dict, which a stage replaces as a whole.
+OPTIONAL_DICTS = ("filter", "online_filter", "plugin_settings")
+
 # What a stage may override, except the keys that belong to the whole run, which has one model, one
 # mesh and one evaluation.
 STAGE_SECTIONS = ("data", "method", "rewards", "rollout", "train", "eval.every", "eval.mini", "log")
@@ -111,6 +114,22 @@ def is_optional(section: ConfigDict, key: str) -> bool:
     """Return whether a setting may be None, that is, whether it is declared with `optional`."""
     fields = dict(section.items(preserve_field_references=True))
     return isinstance(fields[key], FieldReference)
+
+
+def declare_recorded(config: ConfigDict) -> ConfigDict:
+    """Let every setting of a recorded config be None: JSON does not say which ones may be.
+
+    The values were checked when the run was started.
+    """
+    for key, value in list(config.items()):
+        if isinstance(value, ConfigDict) and key not in OPTIONAL_DICTS:
+            declare_recorded(value)
+            continue
+        value = value.to_dict() if isinstance(value, ConfigDict) else value
+        kind = object if value is None or isinstance(value, dict) else type(value)
+        del config[key]
+        config[key] = FieldReference(value, field_type=kind)
+    return config
 
 
 def _cast_value(section: ConfigDict, key: str, value: Any, name: str) -> Any:

@@ -35,6 +35,8 @@ from rich.table import Table
 MAX_ERROR = 2000  # characters of the line that ends a command
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one bar
 RECENT = 50  # calls of `advance` that tell the present speed of a bar
+COMPILES = 5.0  # seconds from which a first unit alone does not tell the speed
+WIDTH = 160  # characters of a line outside of a terminal, for tables
 # Control characters except tab and new line, characters that change the direction of text, and
 # halves of surrogate pairs, which cannot be written.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -191,11 +193,14 @@ class ProgressBar:
         output with its own line."""
 
     def eta(self) -> float | None:
-        """Return the seconds left at the present speed; None before the first finished unit.
+        """Return the seconds left at the present speed; None if it is not known yet.
 
-        The first unit, which compiles programs, counts only until another one is finished.
+        The first unit, which compiles programs, counts only until another one is finished, and not
+        at all if it took long.
         """
         if not self._recent or not self.total:
+            return None
+        if self.done - self.resumed == 1 and time.monotonic() - self.started > COMPILES:
             return None
         start = (self.started, self.resumed) if len(self._recent) == 1 else self._recent[0]
         seconds, units = time.monotonic() - start[0], self.done - start[1]
@@ -233,7 +238,8 @@ class _PlainBar(ProgressBar):
         super().advance(n, **shown)
 
     def _show(self) -> None:
-        if time.monotonic() - self.printed >= PLAIN_EVERY:
+        is_last = self.done == self.total  # `_end` prints it
+        if time.monotonic() - self.printed >= PLAIN_EVERY and not is_last:
             self.printed = time.monotonic()
             print_message(self.line())
 
@@ -356,7 +362,10 @@ class _Stderr:
 
 
 def _console() -> Console:
-    return _live.console if _live else Console(file=_Stderr())
+    if _live:
+        return _live.console
+    is_set = sys.stderr.isatty() or "COLUMNS" in os.environ
+    return Console(file=_Stderr(), width=None if is_set else WIDTH)
 
 
 @contextlib.contextmanager

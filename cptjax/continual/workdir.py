@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from cptjax.common import buckets, config_checks, console, distributed, files
 from cptjax.common.compiler_options import compiler_options
-from cptjax.config import config_differences, recorded_config
+from cptjax.config import config_differences, declare_recorded, recorded_config
 from cptjax.continual import fingerprints
 from cptjax.continual.checkpoint import RunRefused
 from cptjax.data.model_context import ModelContext
@@ -156,6 +156,7 @@ def read_run_config(workdir: Path) -> ConfigDict:
     config = ConfigDict(files.read_json(path, dict))
     with files.explain_errors(str(path)):
         config_checks.check_sections(config)
+    config = declare_recorded(config)
     if len(config.prestage):
         config.model.path = str(workdir / config.model.path)
         buckets.fetch_model(config.model.path)

@@ -80,6 +80,7 @@ class SplitReport:
     """The results of the pre-flight check of a split."""
 
     spec: SplitSpec
+    template: str  # the name of the template that is used
     rows: list[RowSize]  # the good rows
     bad: list[BadRow]
     prompts: list[str]
@@ -221,6 +222,7 @@ def check_split(
     good = [row for row, size in zip(chosen, sizes, strict=True) if isinstance(size, RowSize)]
     return SplitReport(
         spec,
+        prompted.template.name,
         rows=[size for size in sizes if isinstance(size, RowSize)],
         bad=[*unreadable, *(size for size in sizes if isinstance(size, BadRow))],
         prompts=[

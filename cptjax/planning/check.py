@@ -152,7 +152,7 @@ def histogram_lines(title: str, values: Sequence[int], limit: int) -> list[str]:
 def show_split(name: str, report: SplitReport, limit: int, prompts: bool) -> None:
     """Print one split: bad rows, sizes, prompts."""
     console.print_message(
-        f"\n{_label(name)}{report.name}, template {report.spec.template}: "
+        f"\n{_label(name)}{report.name}, template {report.template}: "
         f"{report.read} of {report.total} rows read, {len(report.bad)} bad"
     )
     for row in report.bad[:BAD_ROWS_SHOWN]:

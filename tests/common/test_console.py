@@ -24,6 +24,24 @@ def test_plain_progress_has_counts_eta_and_values(monkeypatch, capsys):
     )
 
 
+def test_the_last_line_of_a_plain_bar_is_printed_once(monkeypatch, capsys):
+    console.set_console_mode("plain")
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
+    with console.progress_bar("evaluate", 2) as bar:
+        bar.advance()
+        bar.advance()
+    assert capsys.readouterr().err.count("evaluate  2/2 (100%)") == 1
+
+
+def test_a_table_in_a_log_file_keeps_its_numbers(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    console.set_console_mode("plain")
+    row = [f"{1.2345678 * k:.6f}" for k in range(1, 12)]
+    console.print_table("numbers", [f"c{k}" for k in range(11)], [row])
+    shown = capsys.readouterr().err
+    assert all(cell in shown for cell in row)
+
+
 def test_the_line_of_an_error_or_a_signal_is_the_last_one(monkeypatch, capsys):
     console.set_console_mode("plain")
     monkeypatch.setattr(console, "PLAIN_EVERY", 0.02)
@@ -77,11 +95,15 @@ def test_eta_leaves_out_a_first_step_that_compiles_and_follows_the_speed(monkeyp
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     bar = console.ProgressBar("train", 1000)
     assert bar.eta() is None
-    for seconds, eta in ((30, 30 * 999), (1, 998), (1, 997)):  # the first step compiles
+    for seconds, eta in ((30, None), (1, 998), (1, 997)):  # the first step compiles
         now[0] += seconds
         bar.advance()
         bar.advance(0, loss=1.0)
-        assert bar.eta() == pytest.approx(eta)
+        assert bar.eta() == (eta and pytest.approx(eta))
+    quick = console.ProgressBar("evaluate", 10)
+    now[0] += 2
+    quick.advance()
+    assert quick.eta() == pytest.approx(18)
     for _ in range(console.RECENT):
         now[0] += 2
         bar.advance()

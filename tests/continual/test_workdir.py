@@ -7,8 +7,12 @@ import types
 import jax
 import numpy as np
 import pytest
+import run_helpers
 from jax.sharding import Mesh
 
+from configs.base import METHODS
+from cptjax.common import files
+from cptjax.config import config_to_dict, recorded_config, resolve_stages
 from cptjax.continual import fingerprints, workdir
 
 
@@ -56,3 +60,20 @@ def test_each_start_is_recorded_and_changed_software_is_named(
         assert (changed in said) == (code == "b") and ("warning" in said) == (code == "b")
     starts = json.loads((tmp_path / "versions.json").read_text())["starts"]
     assert [start["commit"] for start in starts] == ["commit a", "commit a", "commit b"]
+
+
+def test_a_recorded_config_gives_the_stages_that_the_run_had(tmp_path):
+    """A preset sets optional settings to None, and replaces the dict of a whole run."""
+    c = run_helpers.config("sft", steps=1)
+    changes = dict(plugin="a.py:A", plugin_settings=dict(coef=0.1), filter=dict(samples=4))
+    c.method.update(changes)
+    c.stages = (
+        dict(task="colour", steps=1),
+        dict(task="digit", steps=1, method=METHODS["gspo"], train=dict(clip=None)),
+        dict(task="colour", steps=1, method=dict(filter=dict(like="elsewhere"))),
+    )
+    files.write_json(tmp_path / "config.json", recorded_config(c, tmp_path))
+    read = workdir.read_run_config(tmp_path)
+    assert config_to_dict(read) == config_to_dict(c)
+    for made, found in zip(resolve_stages(c), resolve_stages(read), strict=True):
+        assert config_to_dict(found.config) == config_to_dict(made.config)

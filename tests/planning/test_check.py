@@ -83,6 +83,13 @@ def test_counts_tokens_and_images():
     assert len(reports[0].prompts) == 3 and "what colour" in reports[0].prompts[0]
 
 
+def test_the_template_that_a_task_has_of_its_own_is_reported(tmp_path):
+    source = write(tmp_path, [row()])
+    c = config(mine=source | {"template": "boxed", "scorer": "exact"})
+    assert {report.template for report in check.run_preflight(c)} == {"boxed"}
+    assert c.data.template == "direct"
+
+
 def test_rows_limits_what_is_read():
     reports = check.run_preflight(config(), rows=7)
     assert [(f.read, f.total) for f in reports] == [(7, 40), (7, 10)]

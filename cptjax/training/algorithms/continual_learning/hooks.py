@@ -234,9 +234,13 @@ jax.tree_util.register_dataclass(HookArrays, ["start", "kept"], [])
 
 def total_penalty(methods: Methods, trained: Params, arrays: HookArrays) -> Array | None:
     """Return the sum of all penalties; None if there is none."""
-    values = [m.penalty(trained, arrays.start, arrays.kept.get(m.name)) for m in methods]
-    values = [value for value in values if value is not None]
-    return sum(values[1:], values[0]) if values else None
+    values = {m.name: m.penalty(trained, arrays.start, arrays.kept.get(m.name)) for m in methods}
+    known = {name: value for name, value in values.items() if value is not None}
+    for name, value in known.items():
+        if jnp.shape(value):
+            raise ValueError(f"{name}.penalty: expected a scalar, got shape {jnp.shape(value)}")
+    first, *others = known.values() or [None]
+    return sum(others, first)
 
 
 def begin_methods(methods: Methods, trained: Params) -> dict[str, Any]:

@@ -143,6 +143,9 @@ def load_plugin(target: str) -> type[ContinualMethod]:
             f"{where}: expected a frozen dataclass with a `name` that inherits from "
             f"cptjax.ContinualMethod, got {cls!r}"
         )
+    hooks = [h for h, value in vars(ContinualMethod).items() if callable(value) and h[0] != "_"]
+    if all(getattr(cls, h) is getattr(ContinualMethod, h) for h in hooks if h != "check"):
+        raise ValueError(f"{where}: it has none of the hooks {', '.join(sorted(hooks))}")
     return cls
 
 

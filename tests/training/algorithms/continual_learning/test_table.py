@@ -3,12 +3,17 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from stage_fixtures import method_config, train_all_stages
 
 from configs import base
 from cptjax.training.algorithms.continual_learning.ewc import EWC
-from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod
+from cptjax.training.algorithms.continual_learning.hooks import (
+    ContinualMethod,
+    HookArrays,
+    total_penalty,
+)
 from cptjax.training.algorithms.continual_learning.table import (
     CONTINUAL_METHODS,
     check_methods,
@@ -79,6 +84,12 @@ def test_a_class_of_the_users_own_acts_in_the_update(tmp_path):
     [
         ("1 / 0", "raises ZeroDivisionError"),
         ("class Decay: pass", "inherits from cptjax.ContinualMethod"),
+        (
+            "import dataclasses, cptjax\n@dataclasses.dataclass(frozen=True)\n"
+            "class Decay(cptjax.ContinualMethod):\n    name = 'decay'\n"
+            "    def penalti(self, trained, start, kept): return 1.0\n",
+            "it has none of the hooks .*begin_stage, .*penalty, ",
+        ),
     ],
 )
 def test_a_plugin_that_is_no_method_is_refused(text, words, tmp_path):
@@ -86,6 +97,18 @@ def test_a_plugin_that_is_no_method_is_refused(text, words, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         check_methods(config(plugin=f"{path}:Decay"))
+
+
+def test_a_penalty_that_is_no_scalar_is_refused_by_its_name():
+    class Three(ContinualMethod):
+        name = "three"
+
+        def penalty(self, trained, start, kept):
+            return jnp.ones(3)
+
+    with pytest.raises(ValueError, match=r"three.penalty: expected a scalar, got shape \(3,\)"):
+        total_penalty([Three()], {}, HookArrays())
+    assert total_penalty([], {}, HookArrays()) is None
 
 
 def test_hooks_of_the_base_class_do_nothing():
