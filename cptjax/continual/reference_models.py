@@ -54,7 +54,9 @@ def make_teacher(
     c, d = stage.config, stage.config.method.distill
     if kind == "model":
         model_ctx, params = load_other_model(run, d.teacher)
-        distillation.refuse_other_inputs(run.model_ctx, model_ctx, d.teacher)
+        distillation.refuse_other_inputs(
+            run.model_ctx, model_ctx, f"method.distill.teacher={d.teacher}"
+        )
         return Teacher(model_ctx, prompted_tasks, 0.0, {}, params)
     model_ctx = run.model_ctx.with_longer_rows(
         prompts.extra_demonstration_tokens(run.model_ctx.processor, c.rollout.max_new_tokens)
@@ -65,19 +67,24 @@ def make_teacher(
     return Teacher(model_ctx, prompted_tasks, 0.0, *split_trained(run.config, start))
 
 
-def load_reference(run: Run, stage: Stage, start: Params | None) -> Params | None:
-    """Return the reference model of the KL term, or None without a KL term.
+def load_reference(
+    run: Run, stage: Stage, start: Params | None
+) -> tuple[ModelContext, Params | None]:
+    """Return the reference model of the KL term; its weights are None without a KL term.
 
-    It is the base model, the start of the stage, or a model loaded from a folder.
+    It is the base model, the start of the stage, or a model loaded from a folder, which may have
+    another config.
     """
     reference = method_needs(stage.config.method).reference
     if not reference:
-        return None
+        return run.model_ctx, None
     if reference == "base":
-        return run.base_params
+        return run.model_ctx, run.base_params
     if reference == "stage":
-        return start
-    return load_other_model(run, reference)[1]
+        return run.model_ctx, start
+    model_ctx, params = load_other_model(run, reference)
+    distillation.refuse_other_inputs(run.model_ctx, model_ctx, f"method.kl_reference={reference}")
+    return model_ctx, params
 
 
 def load_other_model(run: Run, folder: str) -> tuple[ModelContext, Params]:

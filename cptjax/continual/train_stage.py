@@ -191,6 +191,9 @@ def make_stage_context(
         corpus_tasks = {
             name: datasets.prompted_task(name, c, c.method.corpus_template) for name in names
         }
+    reference_ctx, reference = load_reference(run, stage, start)
+    score = build.scoring_program_from_config(reference_ctx.cfg, reference_ctx.dtype, c)
+    builder = dataclasses.replace(builder, score_reference=score)
     ctx = StageContext(
         stage,
         builder,
@@ -199,7 +202,7 @@ def make_stage_context(
         stage.steps or order.steps(stage.epochs),
         run.config.seed,
         run.files.workdir,
-        load_reference(run, stage, start),
+        reference,
         make_teacher(run, stage, prompted_tasks, params, start),
         start if method_needs(c.method).drift and stage.number > 1 else None,
         corpus_tasks,

@@ -62,6 +62,7 @@ class AbstractStage:
     frozen: Params
     start: Params | None  # the model at the stage's start
     reference: Params | None  # of the KL term
+    reference_cfg: ModelConfig
     teacher: Params | None
     teacher_cfg: ModelConfig
     methods: Methods  # continual-learning methods that act in the update
@@ -153,19 +154,24 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
             return abstract(declared, dtype)
         return trainable.join_params(abstract(trained_params, dtype), frozen)
 
+    def other_model(folder: str) -> tuple[ModelConfig, Params]:
+        settings = other_model_settings(config, folder)
+        other_cfg = load.fit_config(load.find_model_config(settings), settings, mesh)
+        return other_cfg, abstract(load.declare_model_params(settings, other_cfg), dtype)
+
     needs = method_needs(method)
     start = reference = teacher = None
+    reference_cfg = teacher_cfg = cfg
     if needs.start:
         start = earlier_model(param_dtype if needs.start == "exact" else dtype)
     if needs.reference == "stage":
         reference = start
+    elif needs.reference == "base":
+        reference = earlier_model(dtype)
     elif needs.reference:
-        reference = earlier_model(dtype) if needs.reference == "base" else abstract(declared, dtype)
-    teacher_cfg = cfg
+        reference_cfg, reference = other_model(needs.reference)
     if needs.teacher == "model":
-        settings = other_model_settings(config, method.distill.teacher)
-        teacher_cfg = load.fit_config(load.find_model_config(settings), settings, mesh)
-        teacher = abstract(load.declare_model_params(settings, teacher_cfg), dtype)
+        teacher_cfg, teacher = other_model(method.distill.teacher)
     elif needs.teacher == "follower":
         teacher = trainable.join_params(abstract(trained_params, jnp.float32), frozen)
     elif needs.teacher:
@@ -188,6 +194,7 @@ def abstract_stage(config: ConfigDict, cfg: ModelConfig, mesh: Mesh) -> Abstract
         frozen,
         start,
         reference,
+        reference_cfg,
         teacher,
         teacher_cfg,
         methods,
@@ -473,7 +480,6 @@ def scoring_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
 
     The policy before the updates is scored only for the updates that need its log-probabilities.
     """
-    score = build.scoring_program_from_config(stage.cfg, stage.dtype, stage.config)
     models, needs = {}, stage.needs
     if stage.reference is not None:
         models["reference log-probs"] = stage.reference
@@ -486,6 +492,8 @@ def scoring_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
     for name, params in models.items():
         own_tower = name == "reference log-probs" and needs.other_reference
         seen = for_other_tower(batch) if own_tower else batch
+        cfg = stage.reference_cfg if own_tower else stage.cfg
+        score = build.scoring_program_from_config(cfg, stage.dtype, stage.config)
         useful = forward_flops(stage, layout, own_tower)
         is_later = name == "own log-probs" and not needs.first_policy_logps
         count = calls - layout.micro_batches if is_later else calls

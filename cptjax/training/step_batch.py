@@ -91,6 +91,8 @@ class BatchBuilder:
     score: Callable[[Params, Batch], Array]  # log-probabilities [B A] of a batch's targets
     # The frozen vision tower that the models of a step share; None = each runs its own.
     tower: Params | None = None
+    # `score` for a reference of a folder, which has its own config; None = `score`.
+    score_reference: Callable[[Params, Batch], Array] | None = None
 
     @property
     def needs(self) -> MethodNeeds:
@@ -149,12 +151,13 @@ class BatchBuilder:
     ) -> list[Array]:
         """Start to compute the log-probabilities of a model: policy, reference or start.
 
-        A reference of a folder runs its own vision tower.
+        A reference of a folder has its own config and runs its own vision tower.
         """
-        began = time.perf_counter()
+        began, score = time.perf_counter(), self.score
         if model == "reference" and self.needs.other_reference:
+            score = self.score_reference or score
             batches = [tower_states.for_other_tower(batch) for batch in batches]
-        logps = [self.score(params, batch) for batch in batches]
+        logps = [score(params, batch) for batch in batches]
         device_time.watch(model, began, logps)
         return logps
 

@@ -98,19 +98,22 @@ class Teacher:
         return {"teacher_hidden": hidden, "teacher_unembed": unembed}
 
 
-def refuse_other_inputs(student: ModelContext, teacher: ModelContext, folder: str) -> None:
-    """Refuse a teacher that cannot read the student's tokens and images."""
-    where = f"method.distill.teacher={folder}"
-    if student.processor.tokenizer.get_vocab() != teacher.processor.tokenizer.get_vocab():
+def refuse_other_inputs(trained: ModelContext, other: ModelContext, setting: str) -> None:
+    """Refuse a teacher or a reference that cannot read the trained model's tokens and images.
+
+    setting: the name and the value of the setting that chooses the other model
+    """
+    if trained.processor.tokenizer.get_vocab() != other.processor.tokenizer.get_vocab():
         raise ValueError(
-            f"{where}: expected a model with the student's tokens, got another vocabulary"
+            f"{setting}: expected a model with the tokens of the trained one, got another "
+            "vocabulary; choose a model with the same tokenizer"
         )
     layouts = [
         c.vision and (c.family, c.vision_tokens, c.vision.patch, c.vision.temporal, c.vision.merge)
-        for c in (student.cfg, teacher.cfg)
+        for c in (trained.cfg, other.cfg)
     ]
     if layouts[0] != layouts[1]:
         raise ValueError(
-            f"{where}: expected a model whose images have the layout of the student's "
-            f"({student.cfg.family}), got {teacher.cfg.family}"
+            f"{setting}: expected a model whose images have the layout of the trained one's "
+            f"({trained.cfg.family}), got {other.cfg.family}; choose a model of the same family"
         )
