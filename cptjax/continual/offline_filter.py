@@ -23,6 +23,8 @@ from cptjax.training.sampling_cache import SamplingCache
 from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Example, Params
 
+SAMPLING_KEY = 2**30  # in the place of a step, whose keys are counted from 0
+
 
 def filter_prompts(
     run: Run,
@@ -149,7 +151,8 @@ def count_correct(
 ) -> tuple[np.ndarray, WorkCost]:
     """Count for each example how many of K responses of the current model are correct.
 
-    The examples are divided among the processes.
+    The examples are divided among the processes. Each has its own random stream, so equal prompts
+    of several batches, processes or tasks get other responses.
     """
     model_ctx, count, index = builder.model_ctx, jax.process_count(), jax.process_index()
     encode = make_example_encoder(model_ctx, builder.prompted_tasks, False, max(model_ctx.buckets))
@@ -157,7 +160,8 @@ def count_correct(
     # The last rows are counted twice where the shares of the processes would differ.
     mine = [min(i, len(examples) - 1) for i in range(index * share, (index + 1) * share)]
     stage_key = jax.random.fold_in(jax.random.key(stage.config.seed), stage.number)
-    key = jax.random.fold_in(stage_key, 2**30)
+    key = jax.random.fold_in(stage_key, SAMPLING_KEY)
+    key = jax.random.fold_in(key, stage.tasks.index(name))
     counts: list[int] = []
     spent = WorkCost()
     title = f"filter {name}: {samples} responses per prompt"
@@ -165,7 +169,7 @@ def count_correct(
         for part in batch_slices(len(mine), builder.batch_size // count):
             items = [encode(examples[i]) for i in mine[part]]
             correct, cost = self_training.sample_correct_responses(
-                builder, params, items, samples, key, bar, cache, unfinished=True
+                builder, params, items, mine[part], samples, key, bar, cache, unfinished=True
             )
             spent += cost
             counts += np.bincount([i for i, _ in correct], minlength=len(items)).tolist()

@@ -143,13 +143,16 @@ def _sample_window(
     builder, count = ctx.builder, jax.process_count()
     rows = [row for step in range(start, start + steps) for row in ctx.mixture.rows(step)]
     places = list(dict.fromkeys((row.source, row.index) for row in rows))
-    local = places[jax.process_index() :: count]
-    local += local[-1:] * (-(-len(places) // count) - len(local))
+    numbers = list(range(jax.process_index(), len(places), count))
+    numbers += numbers[-1:] * (-(-len(places) // count) - len(numbers))
+    local = [places[n] for n in numbers]
     label = f"own responses, stage {ctx.stage.number}"
     with console.progress_bar(label, total=len(local)) as bar:
         items = ctx.prompt_reader([RowRef(*place) for place in local])
         samples, key = builder.needs.self_samples, ctx.step_key(start)
-        correct, cost = sample_correct_responses(builder, params, items, samples, key, bar, cache)
+        correct, cost = sample_correct_responses(
+            builder, params, items, numbers, samples, key, bar, cache
+        )
 
     # When encoded again, a text may have other tokens than the sampled ones. Two more tokens end
     # the turn and its line.
@@ -180,6 +183,7 @@ def sample_correct_responses(
     builder: BatchBuilder,
     params: Params,
     items: Sequence[EncodedExample],
+    numbers: Sequence[int],
     samples: int,
     key: jax.Array,
     bar: console.ProgressBar,
@@ -190,6 +194,9 @@ def sample_correct_responses(
 
     Each device pass is a part of the cache. With `unfinished`, responses that reached the length
     limit are included.
+
+    numbers: of each prompt among all that are sampled with `key`, over all processes; its responses
+        depend on it, and not on its batch or process
     """
     model_ctx, sampling = builder.model_ctx, dataclasses.replace(builder.sampling, group=samples)
     shards = sharding.batch_shards(model_ctx.mesh)
@@ -200,8 +207,8 @@ def sample_correct_responses(
         count = p.stop - p.start
         batch = [*items[p], *[items[p.stop - 1]] * (rows - count)]
         encoded = [i.encoded for i in batch]
-        numbers = np.arange(p.start, p.start + rows)
-        out = generate.sample_responses(model_ctx, weights, encoded, key, numbers, sampling)
+        padded = np.array([*numbers[p], *[numbers[p.stop - 1]] * (rows - count)])
+        out = generate.sample_responses(model_ctx, weights, encoded, key, padded, sampling)
         parts = grade_responses(builder.prompted_tasks, batch, out.texts)
         correct = [
             (p.start + r // samples, out.texts[r])

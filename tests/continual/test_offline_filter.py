@@ -1,7 +1,9 @@
 """The offline prompt filter and its control keep equally many prompts, decided once."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import stage_fixtures
@@ -9,6 +11,8 @@ from stage_fixtures import method_config
 
 from cptjax.common.files import read_jsonl
 from cptjax.continual import offline_filter, train_stage
+from cptjax.generation import generate
+from cptjax.training.sampling_cache import SamplingCache
 
 
 def test_the_offline_filter_and_its_random_control_keep_equally_many(tmp_path):
@@ -84,3 +88,32 @@ def test_a_filter_is_decided_once(tmp_path, monkeypatch):
             prepared.run, prepared.ctx.stage, prepared.params, None
         )
         assert [e.id for e in again.sources[0]] == [e.id for e in prepared.ctx.sources[0]]
+
+
+def test_each_prompt_of_a_filter_has_its_own_random_stream(tmp_path, monkeypatch):
+    """Copies of a prompt get other responses, in other batches and under other tasks."""
+    sample, texts = generate.sample_responses, []
+
+    def recorded(*args):
+        out = sample(*args)
+        texts.append(out.texts)
+        return out
+
+    monkeypatch.setattr(generate, "sample_responses", recorded)
+    filter = dict(name="window", samples=8, lo=0, hi=8)
+    c = method_config("grpo", stages=2, method=dict(filter=filter, kl_coef=0.0))
+    c.stages = (dict(task=("first", "second"), steps=1),)
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        texts.clear()
+        ctx = prepared.ctx
+        sampling = dataclasses.replace(ctx.builder.sampling, group=8)
+        builder = dataclasses.replace(ctx.builder, sampling=sampling)
+        for name in ctx.stage.tasks:
+            cache = SamplingCache(tmp_path / f"{name}.jsonl", ctx.stage, builder.model_ctx.mesh)
+            copies = [ctx.sources[0][0]] * 12
+            with jax.set_mesh(builder.model_ctx.mesh):
+                offline_filter.count_correct(
+                    ctx.stage, builder, prepared.params, name, copies, 8, cache
+                )
+    groups = [tuple(t[q * 8 : (q + 1) * 8]) for t in texts for q in range(4)]
+    assert len(groups) == len(set(groups)) == 24

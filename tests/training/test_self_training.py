@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import pytest
 import stage_fixtures
 from stage_fixtures import method_config
 
@@ -13,6 +14,7 @@ from cptjax.common.files import read_jsonl
 from cptjax.generation import generate
 from cptjax.tasks import rewards
 from cptjax.training import self_training
+from cptjax.training.sampling_cache import SamplingCache
 
 
 def test_each_window_is_sampled_from_the_current_policy_and_read_back(tmp_path):
@@ -80,3 +82,37 @@ def test_own_responses_that_spell_a_special_token_are_left_out(tmp_path, monkeyp
     lines = read_jsonl(tmp_path / "corpus" / "stage1_step0.jsonl")
     assert lines and not any("<|im_end|>" in line["response"] for line in lines)
     assert re.search(r"; [1-9]\d* more spell a special token", capsys.readouterr().err)
+
+
+def test_own_responses_depend_on_the_prompts_number_alone(tmp_path, monkeypatch):
+    """Not on the batch; and with two processes a prompt has the number that it has with one."""
+    c = method_config("self_sft", steps=1, batch=5)
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        ctx, params, mesh = prepared.ctx, prepared.params, prepared.run.model_ctx.mesh
+        places = list(dict.fromkeys(ctx.mixture.rows(0)))
+        items = ctx.prompt_reader(places)
+
+        def sampled(name, chosen):
+            cache = SamplingCache(tmp_path / name, ctx.stage, mesh)
+            some = [items[n] for n in chosen]
+            with console.progress_bar("", total=len(some)) as bar, jax.set_mesh(mesh):
+                pairs, _ = self_training.sample_correct_responses(
+                    ctx.builder, params, some, chosen, 8, ctx.step_key(0), bar, cache
+                )
+            return {(chosen[i], text) for i, text in pairs}
+
+        assert len(places) == 5
+        whole = sampled("all", [0, 1, 2, 3, 4])
+        assert whole and whole == sampled("one", [0, 2, 4]) | sampled("two", [1, 3, 3])
+
+        def recorded(builder, params, items, numbers, *_):
+            raise RuntimeError([(n, i.row) for n, i in zip(numbers, items, strict=True)])
+
+        monkeypatch.setattr(self_training, "sample_correct_responses", recorded)
+        rows = [place.index for place in places]
+        for index, numbers in ((0, [0, 2, 4]), (1, [1, 3, 3])):
+            monkeypatch.setattr(jax, "process_count", lambda: 2)
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            with pytest.raises(RuntimeError) as found:
+                self_training._sample_window(ctx, params, 0, 1, None)
+            assert found.value.args[0] == [(n, rows[n]) for n in numbers]
