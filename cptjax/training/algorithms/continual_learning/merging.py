@@ -37,6 +37,7 @@ class Merge(ContinualMethod):
     def check(self, config: ConfigDict) -> None:
         if not self.weight > 0:
             raise ValueError(f"{self.name}: weight={self.weight}: expected a number above 0")
+        check_trained_weights(self, config)
 
     def stage_end(self, end: StageEnd) -> tuple[Params, Any]:
         key = jax.random.fold_in(jax.random.key(end.seed), end.stage)
@@ -62,6 +63,22 @@ def _merge(method: Merge, trained: Params, base: Params, kept: Any, key: Array) 
         trained,
     )
     return merged, kept
+
+
+def check_trained_weights(method: ContinualMethod, config: ConfigDict) -> None:
+    """Refuse adapters that go on from stage to stage.
+
+    A mean of the factors A and of the factors B is not that of the products A B, which are what the
+    adapters add to the weights. Methods that make new adapters in each stage refuse a merge
+    themselves.
+    """
+    rank = config.model.lora.rank
+    if rank and config.method.parameters.name == "none":
+        raise ValueError(
+            f"method.stage_end.name={method.name!r} with model.lora.rank={rank}: expected trained "
+            "weights, got the two factors of adapters, whose merge is not that of their products; "
+            "set model.lora.rank=0, or method.parameters.name='merge_lora' without stage_end"
+        )
 
 
 def check_density(method: Any) -> None:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cptjax.models.trainable import interpolate
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, StageEnd
+from cptjax.training.algorithms.continual_learning.merging import check_trained_weights
 from cptjax.types import Params
 
 
@@ -27,6 +28,7 @@ class WiseFT(ContinualMethod):
                 f"wise_ft: weight={self.weight}: expected the weight of the stage's start, "
                 "0 < weight < 1"
             )
+        check_trained_weights(self, config)
 
     def stage_end(self, end: StageEnd) -> tuple[Params, Any]:
         return interpolate(end.trained, end.start, self.weight), end.kept

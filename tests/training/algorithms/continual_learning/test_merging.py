@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from method_helpers import stage_end
+from stage_fixtures import method_config
 
 from cptjax.training.algorithms.continual_learning.dare import DARE, drop_and_rescale
 from cptjax.training.algorithms.continual_learning.hooks import KeptLayout
 from cptjax.training.algorithms.continual_learning.max_merge import MaxMerge
 from cptjax.training.algorithms.continual_learning.merging import largest_share
+from cptjax.training.algorithms.continual_learning.table import check_methods
 from cptjax.training.algorithms.continual_learning.task_arithmetic import TaskArithmetic
 from cptjax.training.algorithms.continual_learning.ties import TIES
 
@@ -75,6 +77,19 @@ def test_a_merge_follows_its_formula_after_each_stage(name):
 )
 def test_a_merge_of_one_stage_is_that_stage(method):
     np.testing.assert_allclose(merged(method, ENDS[:1])[0][0], flat(ENDS[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wise_ft", "task_arithmetic", "ties", "dare", "max_merge"])
+def test_a_merge_of_adapters_is_refused(name):
+    """Merged factors are not a merge of the weights: (A + A')(B + B') / 4 is not (AB + A'B') / 2."""
+    weight = dict(weight=0.5) if name == "wise_ft" else {}
+    c = method_config("sft", method=dict(stage_end=dict(name=name, **weight)))
+    check_methods(c)
+    c.model.lora.rank = 2
+    words = f"name='{name}' with model.lora.rank=2: .*; set model.lora.rank=0, or .*'merge_lora'"
+    with pytest.raises(ValueError, match=words) as error:
+        check_methods(c)
+    assert "\n" not in str(error.value)
 
 
 def test_dare_drops_most_values_and_keeps_their_mean():
