@@ -25,7 +25,7 @@ def _is_shape(x: Any) -> bool:
 def stage_end(trained: Any = None, **known: Any) -> StageEnd:
     """Return the end of a stage with what a method needs."""
     fields = dict.fromkeys(StageEnd.__dataclass_fields__)
-    return StageEnd(**fields | dict(trained=trained) | known)
+    return StageEnd(**fields | dict(trained=trained, unmerged=trained) | known)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -85,6 +85,7 @@ def end_methods(
             stage.number,
             run.config.seed,
             trained,
+            state.params,
             split_trained(run.config, start)[0] if method.needs_start else None,
             state.methods.get(method.name),
             kept.get(method.name),

@@ -81,7 +81,8 @@ class StageEnd:
 
     stage: int  # the number of the stage
     seed: int
-    trained: Params  # the trained parameters after the last step
+    trained: Params  # the trained parameters, as earlier methods of the stage's end left them
+    unmerged: Params  # the trained parameters after the last step, before a merge
     start: Params | None  # their values at the start of the stage
     state: Any  # what `after_update` returned last
     kept: Any  # what `stage_end` of an earlier stage returned

@@ -6,8 +6,8 @@
 
 The path of a parameter is its share of the decrease of the loss. The gradient is that of the
 objective without penalties, and the change is what the optimizer did, with momentum and decay. The
-coefficient of the paper is coef / 2. Its code clips the sum over stages at 0; here each stage's
-share is clipped.
+end of a stage is its last update, before a merge of method.stage_end. The coefficient of the paper
+is coef / 2. Its code clips the sum over stages at 0; here each stage's share is clipped.
 
 Damping is 1e-3 in the authors' code for split CIFAR, and 0.1 for permuted MNIST.
 
@@ -50,4 +50,4 @@ class SI(ImportancePenalty):
             change = p.astype(jnp.float32) - start.astype(jnp.float32)
             return jnp.maximum(path, 0) / (jnp.square(change) + self.damping)
 
-        return jax.tree.map(importance, end.state, end.trained, end.start)
+        return jax.tree.map(importance, end.state, end.unmerged, end.start)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from method_helpers import assert_kept_as_planned, random_tree, stage_end, tree_bytes
-from stage_fixtures import method_config, prepare_stage
+from stage_fixtures import method_config, prepare_stage, train_all_stages
 
 from cptjax.training.algorithms.continual_learning.si import SI
 from cptjax.training.stage_context import StageProgress
@@ -47,6 +47,19 @@ def test_importance_of_random_stages_by_hand():
     assert_kept_as_planned(method, kept, 4)
     with pytest.raises(ValueError, match="damping=0: expected a number above 0"):
         SI(1.0, damping=0).check(None)
+
+
+def test_a_merge_at_the_stages_end_does_not_change_the_importance(tmp_path):
+    """The path is divided by the change that the updates made, not by what a merge leaves of it."""
+    ends = []
+    for merge in ({}, {"stage_end": {"name": "wise_ft", "weight": 0.9}}):
+        method = merge | {"penalty": {"name": "si", "coef": 1.0, "damping": 1e-6}}
+        c = method_config("sft", method=method, train=dict(lr=1e-2))
+        _, end, _ = train_all_stages(c, tmp_path / str(len(ends)))
+        ends.append(jax.device_get((end.kept["si"], end.params)))
+    (plain, params), (merged, averaged) = ends
+    jax.tree.map(np.testing.assert_array_equal, plain, merged)
+    assert tree_bytes(plain) and np.any(params["text"]["embed"] != averaged["text"]["embed"])
 
 
 def test_an_update_of_a_model_adds_its_gradient_times_its_change(tmp_path):
