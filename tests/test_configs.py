@@ -605,6 +605,32 @@ WRONG = {
     "average": (dict(stage_end=dict(name="wise_ft", weight=1.0)), {}, "weight=1.0"),
     "packed rollouts": ({}, dict(data=dict(pack=True)), "only conversations"),
     "overlong": (dict(overlong=5000), {}, "overlong=5000"),
+    "windows of gold answers": (
+        dict(source="gold", objective="sft", kl_coef=0.0, refresh="epoch"),
+        {},
+        "refresh='epoch' belongs to source='self'; with source='gold' leave it 'never'",
+    ),
+    "windows of rollouts": (dict(refresh="2"), {}, "with source='rollouts' leave it 'never'"),
+    "gold answers ahead": (
+        dict(source="gold", objective="sft", kl_coef=0.0),
+        dict(rollout=dict(ahead=1)),
+        "rollout.ahead=1 belongs to method.source='rollouts'; with source='gold' leave it 0",
+    ),
+    "own responses ahead": (
+        dict(source="self", objective="sft", kl_coef=0.0),
+        dict(rollout=dict(ahead=1)),
+        "with source='self' leave it 0",
+    ),
+    "truncated responses of a distillation": (
+        dict(objective="distill", kl_coef=0.0, truncated="zero"),
+        {},
+        "truncated='zero', overlong=0 change rewards, which objective='distill' does not use",
+    ),
+    "long responses of a distillation": (
+        dict(objective="distill", kl_coef=0.0, overlong=2),
+        {},
+        "truncated='score', overlong=2 change rewards",
+    ),
 }
 
 

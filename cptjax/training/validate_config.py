@@ -134,6 +134,11 @@ def _check_source(m: ConfigDict) -> None:
         raise ValueError(
             f"method.refresh={m.refresh!r}: expected never, epoch or a number of steps"
         )
+    if m.source != "self" and m.refresh != "never":
+        raise ValueError(
+            f"method.refresh={m.refresh!r} belongs to source='self'; "
+            f"with source={m.source!r} leave it 'never'"
+        )
 
 
 def _check_epoch_unit(m: ConfigDict) -> None:
@@ -166,6 +171,11 @@ def _check_ignored_settings(m: ConfigDict, data: ConfigDict) -> None:
         raise ValueError(
             f"method.tempered=False belongs to objective='policy', not {m.objective!r}: leave it "
             "True"
+        )
+    if m.objective != "policy" and (m.truncated == "zero" or m.overlong):
+        raise ValueError(
+            f"method.truncated={m.truncated!r}, overlong={m.overlong} change rewards, which "
+            f"objective={m.objective!r} does not use: leave them at 'score' (or 'mask') and 0"
         )
     if m.advantage == "reinforce01" and m.kl_coef and m.kl_place == "reward":
         raise ValueError(
@@ -237,8 +247,13 @@ def _check_keys_of(
 
 def _check_ahead(m: ConfigDict, r: ConfigDict) -> None:
     """Check that a method can train on responses of the weights before the last update."""
-    if not r.ahead or m.source != "rollouts":
+    if not r.ahead:
         return
+    if m.source != "rollouts":
+        raise ValueError(
+            f"rollout.ahead=1 belongs to method.source='rollouts'; with source={m.source!r} leave "
+            "it 0, or set it in the stages or arms that need it"
+        )
     if m.objective != "policy" or m.online_filter or m.advantage == "remax":
         raise ValueError(
             "rollout.ahead=1 trains on responses of the weights before the last update: expected "
