@@ -572,7 +572,9 @@ def _shape_by_methods(
         everywhere, new[m.name] = m.shape_rewards(
             everywhere, all_keep, all_drift, carried.get(m.name)
         )
-    metrics = {} if drift is None else {"drift": float(all_drift.mean())}
+    metrics = {}
+    if drift is not None and all_keep.any():  # a response that is left out has no drift
+        metrics["drift"] = float(all_drift[all_keep].mean())
     first = sum(len(parts[0]) for parts in gathered[: jax.process_index()])
     return everywhere[first : first + len(rewards)], new, metrics
 

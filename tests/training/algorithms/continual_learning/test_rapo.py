@@ -102,6 +102,13 @@ def test_the_rewards_of_a_step_have_the_drift_from_the_start_of_the_stage(tmp_pa
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_the_metric_of_the_drift_is_that_of_the_responses_that_are_trained_on():
+    method = method_config("dr_grpo", method=dict(reward=dict(name="rapo"))).method
+    drift, rewards = np.array([[0.5, 0.0], [0.1, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    for keep, metrics in ((drift > 0, {"drift": pytest.approx(0.3)}), (drift < 0, {})):
+        assert rollouts._shape_by_methods(method, rewards, keep, drift, {})[2] == metrics
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "words"),
     [
