@@ -283,7 +283,8 @@ METHODS = dict(
     dft=_method(name="dft", source="gold", objective="dft", kl_coef=0.0),
     asft=_method(name="asft", source="gold", objective="dft", kl_coef=0.0,
                  loss=dict(name="lwf", coef=0.05)),
-    # Own correct responses, sampled at the start of the stage | of each epoch.
+    # Own correct responses, sampled at the start of the stage | of each epoch. Equal ones to a
+    # prompt are trained on once; so are those of a corpus.
     self_sft=_method(name="self_sft", source="self", refresh="never", **_SFT),
     iterative_sft=_method(name="iterative_sft", source="self", refresh="epoch", **_SFT),
     # Another run's rollouts: set method.corpus.

@@ -3,6 +3,8 @@
 A corpus is a jsonl file with a line per response: its `id` (of the task's row), `response`, and
 where known `rewards` and `finished`. It is the rollouts/*.jsonl of a run, or has its provenance in
 FILE.source.json beside FILE.jsonl, where launch/generate.py writes it.
+
+Equal responses to a row are trained on once: lines that repeat a response are dropped.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,8 @@
 """SFT on listed responses: the policy's own in windows of steps, a corpus, or gold and a corpus.
 
+Equal correct responses to a prompt are listed once, so a prompt counts with its distinct correct
+responses, however often each was sampled.
+
 The responses of a window are written to corpus/stage{K}_step{start}.jsonl before they are used, so
 that a resumed run trains on the same responses. Their sampling cost (.cost.json) and their origin
 (.source.json) are written next to that file.

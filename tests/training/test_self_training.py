@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 import stage_fixtures
 from stage_fixtures import method_config
@@ -116,3 +117,27 @@ def test_own_responses_depend_on_the_prompts_number_alone(tmp_path, monkeypatch)
             with pytest.raises(RuntimeError) as found:
                 self_training._sample_window(ctx, params, 0, 1, None)
             assert found.value.args[0] == [(n, rows[n]) for n in numbers]
+
+
+def test_equal_responses_to_a_prompt_are_trained_on_once(tmp_path, monkeypatch):
+    """The responses of a policy, and the lines of a corpus."""
+    sample, right = generate.sample_responses, "a" if stage_fixtures.coin("a", None) else "b"
+    assert stage_fixtures.coin(right, None) == 1
+
+    def equal(*args):
+        out = sample(*args)
+        finished = np.ones_like(out.finished)
+        return dataclasses.replace(out, texts=[right] * len(out.texts), finished=finished)
+
+    monkeypatch.setattr(generate, "sample_responses", equal)
+    line = json.dumps({"id": "first/train/0", "response": right, "reward": 1.0}) + "\n"
+    (tmp_path / "other.jsonl").write_text(line * 3)
+    (tmp_path / "other.source.json").write_text('{"model": "somebody"}')
+    corpus = dict(corpus=str(tmp_path / "other.jsonl"))
+    for name, method, prompts in (("self_sft", {}, 4), ("corpus_sft", corpus, 1)):
+        c = method_config(name, steps=1, method=method)
+        with stage_fixtures.prepare_stage(c, tmp_path / name) as prepared:
+            items, _ = self_training.response_examples(prepared.ctx, prepared.params, 0)
+        lines = read_jsonl(tmp_path / name / "corpus" / "stage1_step0.jsonl")
+        assert [line["response"] for line in lines] == [right] * prompts and len(items) == 4
+        assert len({line["row"] for line in lines}) == prompts
