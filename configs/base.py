@@ -97,11 +97,14 @@ def get_config() -> ConfigDict:
         kl_estimator="k3",  # k1 (in reward only) | k2 | k3
         kl_place="loss",  # loss | reward
         kl_limit=optional(float, 10.0),  # largest k3 of a token, 0 gradient beyond; None = no limit
-        kl_reference="stage",  # base | stage | the folder of a model
+        kl_reference="stage",  # base | stage | the folder of a model with the same tokenizer
         updates_per_batch=1,  # parts of a batch of rollouts, one optimizer update each
         passes=1,  # number of passes over a batch of rollouts
-        truncated="score",  # score | zero | mask: for responses that reach the length limit
-        overlong=0,  # tokens before the limit over which DAPO's length penalty grows to 1; 0 = none
+        # For responses that reach the length limit: score | zero (objective="policy") | mask
+        truncated="score",
+        # objective="policy": tokens before the limit over which DAPO's length penalty grows to 1;
+        # 0 = none
+        overlong=0,
         # objective="policy": largest importance weight (policy / sampler) of a token; None = none
         tis_cap=optional(float),
         entropy_coef=0.0,
@@ -167,7 +170,8 @@ def get_config() -> ConfigDict:
         parameters=dict(name="none", coef=optional(float)),
         # none | wise_ft: average with the weight of the stage's start, in (0, 1)
         # | task_arithmetic | ties | dare | max_merge: base model + weight * a mixture of the
-        # changes of all stages; ties and dare use a share of them, `density`
+        # changes of all stages; ties and dare use a share of them, `density`. All with
+        # model.lora.rank=0: merged factors of adapters are no merge of the weights.
         stage_end=dict(name="none", weight=optional(float), density=optional(float)),
         plugin="",  # a class of your own, "file.py:Class"; see README
         plugin_settings=optional(object),  # dict of its settings
@@ -205,9 +209,9 @@ def get_config() -> ConfigDict:
         # Devices that share MLPs and the vocabulary while sampling, a multiple of rollout.model;
         # 0 = rollout.model. MLPs can be split more often than the few key/value heads.
         mlp=0,
-        # 1: the responses of a step are sampled with the weights before the update of the step
-        # before it, while the rewards of that step are computed. Ratios, or method.tis_cap, are
-        # relative to these weights. 0: they are sampled after that update.
+        # method.source="rollouts": 1 = the responses of a step are sampled with the weights before
+        # the update of the step before it, while the rewards of that step are computed. Ratios, or
+        # method.tis_cap, are relative to these weights. 0 = they are sampled after that update.
         ahead=0,
     ))  # fmt: skip
 
