@@ -611,16 +611,6 @@ WRONG = {
         "refresh='epoch' belongs to source='self'; with source='gold' leave it 'never'",
     ),
     "windows of rollouts": (dict(refresh="2"), {}, "with source='rollouts' leave it 'never'"),
-    "gold answers ahead": (
-        dict(source="gold", objective="sft", kl_coef=0.0),
-        dict(rollout=dict(ahead=1)),
-        "rollout.ahead=1 belongs to method.source='rollouts'; with source='gold' leave it 0",
-    ),
-    "own responses ahead": (
-        dict(source="self", objective="sft", kl_coef=0.0),
-        dict(rollout=dict(ahead=1)),
-        "with source='self' leave it 0",
-    ),
     "truncated responses of a distillation": (
         dict(objective="distill", kl_coef=0.0, truncated="zero"),
         {},

@@ -247,13 +247,8 @@ def _check_keys_of(
 
 def _check_ahead(m: ConfigDict, r: ConfigDict) -> None:
     """Check that a method can train on responses of the weights before the last update."""
-    if not r.ahead:
+    if not r.ahead or m.source != "rollouts":
         return
-    if m.source != "rollouts":
-        raise ValueError(
-            f"rollout.ahead=1 belongs to method.source='rollouts'; with source={m.source!r} leave "
-            "it 0, or set it in the stages or arms that need it"
-        )
     if m.objective != "policy" or m.online_filter or m.advantage == "remax":
         raise ValueError(
             "rollout.ahead=1 trains on responses of the weights before the last update: expected "
