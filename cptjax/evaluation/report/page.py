@@ -188,6 +188,7 @@ def render_comparison_page(
             method_costs=method_cost_rows(arms, baseline),
             cost_rows=arm_cost_rows(arms),
             differences=setting_differences(arms),
+            uneven=[(arm.label, names) for arm in arms if (names := uneven_settings(arm))],
         )
     )
 
@@ -365,6 +366,22 @@ def flatten_settings(config: Any, prefix: str = "") -> dict[str, Any]:
     for name, part in config.items():
         settings |= flatten_settings(part, f"{prefix}.{name}" if prefix else name)
     return settings
+
+
+def uneven_settings(arm: Arm) -> list[str]:
+    """Return the settings, other than the seed and the order, in which an arm's runs differ."""
+    configs = []
+    for run in arm.runs:
+        settings = flatten_settings(run.config)
+        stages = settings.get("stages") or ()
+        configs.append(settings | {"stages": sorted(json.dumps(s, sort_keys=True) for s in stages)})
+    names = dict.fromkeys(name for config in configs for name in config)
+    varying = ("seed", "seeds", "orders", "model.path")  # the path of a pre-stage has the seed
+    return [
+        name
+        for name in names
+        if name not in varying and any(c.get(name) != configs[0].get(name) for c in configs)
+    ]
 
 
 def setting_differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:

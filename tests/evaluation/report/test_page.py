@@ -105,6 +105,19 @@ def test_arms_are_compared_in_the_papers_order(tmp_path):
     )  # 4 x 60 steps
 
 
+def test_seeds_with_other_settings_are_named(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / "a" / f"seed{seed}", seed=seed)
+    assert "differ in more than the seed" not in write_page(tmp_path)
+    path = tmp_path / "a" / "seed1" / "config.json"
+    config = json.loads(path.read_text())
+    files.write_json(path, config | {"stages": config["stages"][::-1]})  # another order
+    assert "differ in more than the seed" not in write_page(tmp_path)
+    config["stages"][0]["steps"] = 7
+    files.write_json(path, config | {"train": {"lr": 0.5}})
+    assert "The runs of a differ in more than the seed: stages, train.lr." in write_page(tmp_path)
+
+
 def test_different_base_models_are_shown_as_a_range(tmp_path):
     for k, name in enumerate(("a", "b")):
         make_run(tmp_path / name, seed=k)
