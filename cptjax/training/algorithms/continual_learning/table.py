@@ -21,7 +21,11 @@ from cptjax.training.algorithms.continual_learning.der import DER, DERPP
 from cptjax.training.algorithms.continual_learning.er import ER
 from cptjax.training.algorithms.continual_learning.ewc import EWC
 from cptjax.training.algorithms.continual_learning.gpm import GPM
-from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, Methods
+from cptjax.training.algorithms.continual_learning.hooks import (
+    ContinualMethod,
+    Methods,
+    overrides_hook,
+)
 from cptjax.training.algorithms.continual_learning.l2 import L2
 from cptjax.training.algorithms.continual_learning.lwf import LwF
 from cptjax.training.algorithms.continual_learning.mas import MAS
@@ -72,12 +76,22 @@ def continual_methods(method: ConfigDict) -> Methods:
     return tuple(m for m in chosen if m is not None)
 
 
+# What a method can override to do something.
+HOOKS = sorted(
+    name
+    for name, value in vars(ContinualMethod).items()
+    if name[0] != "_" and name != "check" and (callable(value) or isinstance(value, property))
+)
+
+
 def check_methods(config: ConfigDict) -> None:
     """Refuse settings and combinations of a stage's methods that make no sense."""
     methods = continual_methods(config.method)
     for m in methods:
         with files.explain_errors(f"config.method, {m.name}"):
             m.check(config)
+        if not overrides_hook(m, *HOOKS):
+            raise ValueError(f"{m.name}: expected one of the hooks {', '.join(HOOKS)}, got none")
     with_memory = [m.name for m in methods if m.memory is not None]
     if len(with_memory) > 1:
         raise ValueError(f"expected one method with a memory, got {' and '.join(with_memory)}")
@@ -143,9 +157,6 @@ def load_plugin(target: str) -> type[ContinualMethod]:
             f"{where}: expected a frozen dataclass with a `name` that inherits from "
             f"cptjax.ContinualMethod, got {cls!r}"
         )
-    hooks = [h for h, value in vars(ContinualMethod).items() if callable(value) and h[0] != "_"]
-    if all(getattr(cls, h) is getattr(ContinualMethod, h) for h in hooks if h != "check"):
-        raise ValueError(f"{where}: it has none of the hooks {', '.join(sorted(hooks))}")
     return cls
 
 

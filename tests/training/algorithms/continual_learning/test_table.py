@@ -88,7 +88,7 @@ def test_a_class_of_the_users_own_acts_in_the_update(tmp_path):
             "import dataclasses, cptjax\n@dataclasses.dataclass(frozen=True)\n"
             "class Decay(cptjax.ContinualMethod):\n    name = 'decay'\n"
             "    def penalti(self, trained, start, kept): return 1.0\n",
-            "it has none of the hooks .*begin_stage, .*penalty, ",
+            "decay: expected one of the hooks .*begin_stage, .*penalty, .*, got none",
         ),
     ],
 )
