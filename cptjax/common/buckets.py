@@ -165,7 +165,7 @@ class BucketFailed(OSError):
     """A bucket that cannot be used."""
 
 
-class BucketUnreachable(BucketFailed):
+class BucketUnreachable(BucketFailed, files.TryAgain):
     """A bucket that does not answer now; the same command may work later."""
 
 

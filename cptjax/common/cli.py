@@ -143,9 +143,7 @@ def exit_with_error(error: object) -> NoReturn:
         reason = files.describe_error(error) if isinstance(error, Exception) else error
         error = f"out of memory ({reason}); lower the size of batches or rows"
     is_unexpected = isinstance(error, Exception) and not isinstance(error, ValueError | OSError)
-    may_pass = isinstance(
-        error, (buckets.BucketUnreachable, files.TryAgain, ConnectionError, TimeoutError)
-    )
+    may_pass = isinstance(error, (files.TryAgain, ConnectionError, TimeoutError))
     code = 1 if is_unexpected or may_pass else 2
     if cluster.is_connected():
         if isinstance(error, Exception):

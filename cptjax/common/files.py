@@ -33,7 +33,7 @@ def explain_errors(what: str) -> Iterator[None]:
 
 
 class TryAgain(OSError):
-    """The hub or a disk does not answer now; the same command may work later."""
+    """The hub, a bucket or a disk does not answer now; the same command may work later."""
 
 
 def is_outage(error: BaseException | None) -> bool:

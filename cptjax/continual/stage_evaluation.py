@@ -151,11 +151,11 @@ def evaluate_and_record(
     """
     e, log, began = run.config.eval, run.files.log, time.perf_counter()
     templates = templates_of_task(run, task)
-    results = None if number else base_evaluations.find(run, task, templates)
+    path = None if number else base_evaluations.kept_path(run, task, templates)
+    results = None if number else base_evaluations.find(path)
     if results is None:
         results = evaluate_with_templates(run, number, params, task, templates, columns)
-        if not number:
-            base_evaluations.keep(run, task, templates, results)
+        base_evaluations.keep(run, path, results)
     kl_rows = measure_task_drift(run, params, task, columns) if e.drift else []
     if log:
         log.evals([*results["evals"], *kl_rows])

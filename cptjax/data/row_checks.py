@@ -278,9 +278,9 @@ def measure_row(
     """Return the size of a row, or the reason why it cannot be used."""
     try:
         example = examples[row]
-        # Decode each image once: a header does not show that the rest of the file is complete.
         if spec.is_scored:
             prompted.check_answer(example, rewarded=spec.split == "train")
+        # Decode each image once: a header does not show that the rest of the file is complete.
         opened = dataclasses.replace(example, messages=open_conversation_images(example.messages))
         conversation = _conversation(opened, prompted, spec)
         characters = sum(len(content_text(turn["content"])) for turn in conversation)

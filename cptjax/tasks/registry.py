@@ -150,8 +150,8 @@ def resolve_task(
 
     `pixels` are the model's limits (min_pixels, max_pixels), and `patch` is the side of its
     patches. A task whose answers are positions in pixels must have the same, since both decide how
-    an image is resized. `outside_images` are folders outside of the data's from
-    which a user's rows may take images.
+    an image is resized. `outside_images` are folders outside of the data's from which a user's rows
+    may take images.
     """
     resolved = _find_task(name, user_tasks or {}, outside_images)
     if pixels and resolved.pixels not in (None, pixels):

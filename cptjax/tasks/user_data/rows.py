@@ -82,12 +82,12 @@ def build_user_example(spec: UserTaskSpec, row: UserRow) -> Example:
             if any(part.get("type", "text") != "text" for part in parts):
                 raise ValueError("messages: expected only text in the last response")
             content = "".join(_read_text(part.get("text")) for part in parts)
-        target = content if clean_answer(target) is None else target
-    answer = target if clean_answer(answer) is None else answer
-    if spec.scorer == "mcq_letter" and clean_answer(answer) is not None:
+        target = _first_given(target, content)
+    answer = _first_given(answer, target)
+    if spec.scorer == "mcq_letter" and answer is not None:
         answer = gold_letter(answer)
-    target = answer if clean_answer(target) is None else target
-    if clean_answer(answer) is None and spec.needs_answer:
+    target = _first_given(target, answer)
+    if answer is None and spec.needs_answer:
         raise ValueError("the answer is empty")
     if not turns or turns[-1]["role"] != "user":
         raise ValueError(
@@ -274,6 +274,11 @@ def parse_json_list(text: str) -> list[Any]:
     except ValueError as error:
         raise ValueError(f"expected a list in JSON, got {text!r:.60} ({error})") from error
     return value if isinstance(value, list) else [value]
+
+
+def _first_given(*cells: Any) -> Any:
+    """Return the first cell that is not empty, or None."""
+    return next((cell for cell in cells if clean_answer(cell) is not None), None)
 
 
 def read_answer(spec: UserTaskSpec, cell: Any) -> Any:
