@@ -27,6 +27,9 @@ COMPILER_OPTIONS: dict[str, Options] = {
         "xla_gpu_enable_command_buffer": (
             "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
         ),
+        # By default at least five instructions make a command buffer. Between two checks whether
+        # all responses have ended there are three: the loop over the steps and two others.
+        "xla_gpu_graph_min_graph_size": 2,
     },
 }
 
