@@ -29,8 +29,8 @@ optionally `paper` or `official`, a slice and a corpus, in any order:
     qwen3vl2b qwen3vl4b qwen3vl8b           or Qwen3-VL, also qwen3vl32b
     paper                                   the protocol of the released code, see below
     official                                the standard data and scorers, not the paper's
-    v5p-4x4x4 v6e-16x16                     how a TPU slice is fastest, for models up to 8B: mesh,
-                                            micro-batch and what layers keep
+    v5p-4x4x4 v6e-16x16 h100-8              how a TPU slice or eight GPUs are fastest, for models up
+                                            to 8B: mesh, micro-batch and what layers keep
     corpus=DIR                              DIR/stage1.jsonl ... stage7.jsonl with id and response,
                                             such as the rollouts/ of a grpo run
 
@@ -69,12 +69,13 @@ SIZES = {
     **{f"qwen3vl{n}b": f"Qwen/Qwen3-VL-{n}B-Instruct" for n in (2, 4, 8, 32)},
     "tiny": "",
 }
-# Settings of RL by slice, from plans of 7B (README, "Plans for TPU slices"). A chip of v5p has room
+# Settings of RL by slice, from plans of 7B (README, "Plans for TPU slices and GPUs"). A chip of v5p has room
 # for a whole model and row; of 128 prompts in an update, every two of 256 chips get one. Without
 # data=4 so many devices share a weight that the compiler sums whole arrays over them: weights on
 # v5p, gradients on v6e. While sampling, a weight is read for few tokens, so more devices share it.
 # v5p has room for the logits of a device pass, so the backward pass does not compute them again. On
-# v6e so few rows are left for a chip that reading MLPs takes longer than sending rows.
+# v6e so few rows are left for a chip that reading MLPs takes longer than sending rows. Of eight GPUs
+# each gets one prompt with its responses in a device pass.
 SLICES = {
     "v5p-4x4x4": dict(
         mesh=dict(data=4, model=1), rollout=dict(model=4), micro_batch=64, chunk=8192
@@ -82,6 +83,7 @@ SLICES = {
     "v6e-16x16": dict(
         mesh=dict(data=4, model=2), rollout=dict(model=4, mlp=8), micro_batch=128, chunk=1024
     ),
+    "h100-8": dict(mesh=dict(model=1), rollout=dict(model=4), micro_batch=8, chunk=1024),
 }
 FILTER = dict(samples=8)
 MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens
@@ -153,12 +155,13 @@ def _as_released(c, arm):
 def _for_slice(c, name):
     """Set what the plans for a slice show to be fastest.
 
-    SFT keeps its mesh: its batch of 24 rows has too few for more batch shards.
+    On TPU slices SFT keeps its mesh: its batch of 24 rows has too few for more batch shards.
     """
     c.model.remat = "dots"
-    if c.method.source == "rollouts":
-        chosen = SLICES[name]
+    chosen = SLICES[name]
+    if c.method.source == "rollouts" or name == "h100-8":
         c.mesh.update(chosen["mesh"])
+    if c.method.source == "rollouts":
         c.train.update(micro_batch=chosen["micro_batch"], chunk=chosen["chunk"])
         c.rollout.update(chosen["rollout"])
 
@@ -269,6 +272,8 @@ def get_config(arg="grpo,7b"):
     for name in names:
         if name in SLICES:
             _for_slice(c, name)
+            if size == "3b":  # more devices would hold copies of its two key/value heads
+                c.rollout.model = min(c.rollout.model, 2)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")
     if paper:
         _as_released(c, arm)

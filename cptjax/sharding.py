@@ -117,8 +117,11 @@ def sampling_mesh(mesh: Mesh | AbstractMesh, model: int, mlp: int) -> Mesh | Abs
 def _grid(shape: tuple[int, ...], devices: list, slices: int) -> np.ndarray:
     """Arrange devices so that neighbours in the mesh are neighbours in the torus.
 
-    An axis of the torus is split only if whole axes do not make the mesh.
+    An axis of the torus is split only if whole axes do not make the mesh. Other devices than TPUs
+    have no torus; their order is that of the hosts, so the first axis spans the hosts.
     """
+    if devices[0].platform != "tpu":
+        return np.array(devices, object).reshape(shape)
     within = (shape[0] // slices, *shape[1:])
     for split in (False, True):
         try:

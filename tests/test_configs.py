@@ -693,6 +693,10 @@ def test_a_slice_changes_how_cpt7_is_computed_and_not_what():
         ("grpo,7b,v5p-4x4x4", (4, -1, 1), 64, (4, 0)),
         ("grpo,7b,v6e-16x16", (4, -1, 2), 128, (4, 8)),
         ("sft,7b,v5p-4x4x4", (1, -1, 4), 0, (0, 0)),
+        ("grpo,7b,h100-8", (1, -1, 1), 8, (4, 0)),
+        ("sft,7b,h100-8", (1, -1, 1), 0, (0, 0)),
+        ("grpo,3b,h100-8", (1, -1, 1), 8, (2, 0)),
+        ("grpo,3b,v6e-16x16", (4, -1, 2), 128, (2, 8)),
     ):
         c, plain = cpt7.get_config(arg), cpt7.get_config(",".join(arg.split(",")[:2]))
         assert (c.mesh.data, c.mesh.fsdp, c.mesh.model, c.train.micro_batch) == (*mesh, micro)

@@ -2,16 +2,21 @@
 
 Memory, FLOPs and memory bandwidth are from the vendors' data sheets. TPU interconnect is per link
 and direction (Google's documentation and "How to scale your model"). A tpu7x device is half a chip;
-a v4 device is a whole chip, or half a chip if jax lists its two cores as devices. The share of a
-device in the data-center network (DCN) is 25 Gbit/s for v5e, 50 for v4, v5p and tpu7x, 100 for v6e,
-and 400 for a GPU.
+a v4 device is a whole chip, or half a chip if jax lists its two cores as devices. The interconnect
+of a GPU is its NVLink to the switch, in one direction. The share of a device in the data-center
+network (DCN) is 25 Gbit/s for v5e, 50 for v4, v5p and tpu7x, 100 for v6e, 200 for an A100 and 400
+for other GPUs.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+# The share of a GPU's memory that JAX allocates. The rest is for CUDA, cuBLAS and NCCL.
+GPU_MEMORY_SHARE = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Chip:
     @property
     def usable(self) -> float:
         """The memory that a program can use; the runtime reserves the rest."""
-        return self.memory * (0.98 if self.name.startswith(("v", "tpu")) else 0.95)
+        is_tpu = self.name.startswith(("v", "tpu"))
+        return self.memory * (0.98 if is_tpu else GPU_MEMORY_SHARE)
 
 
 GIB, TERA, GIGA = 2.0**30, 1e12, 1e9
@@ -38,8 +44,10 @@ CHIPS = {
         Chip("v5p", 95 * GIB, 459 * TERA, 2765 * GIGA, 90 * GIGA, 6.25 * GIGA),
         Chip("v6e", 32 * GIB, 918 * TERA, 1640 * GIGA, 90 * GIGA, 12.5 * GIGA),
         Chip("tpu7x", 96 * GIB, 1153.5 * TERA, 3690 * GIGA, 90 * GIGA, 6.25 * GIGA),
+        Chip("a100", 80e9, 312 * TERA, 2039 * GIGA, 300 * GIGA, 25 * GIGA),
         Chip("h100", 80e9, 989 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA),
         Chip("h200", 141e9, 989 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
+        Chip("b200", 180e9, 2250 * TERA, 7700 * GIGA, 900 * GIGA, 50 * GIGA),
     )
 }
 DEVICE_KINDS = {  # part of a device's name -> chip; the first match is used
@@ -52,8 +60,10 @@ DEVICE_KINDS = {  # part of a device's name -> chip; the first match is used
     "tpu v6e": "v6e",
     "tpu7x": "tpu7x",
     "tpu v7": "tpu7x",
+    "b200": "b200",
     "h200": "h200",
     "h100": "h100",
+    "a100-sxm4-80gb": "a100",
 }
 
 
@@ -70,6 +80,11 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
     return dataclasses.replace(
         chip, memory=chip.memory / 2, flops=chip.flops / 2, bandwidth=chip.bandwidth / 2
     )
+
+
+def reserve_gpu_memory() -> None:
+    """Let JAX allocate the share of a GPU that plans count with; by itself it takes 75 %."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
 
 
 def usable_memory(devices: Sequence[Any]) -> float | None:

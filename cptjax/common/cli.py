@@ -65,8 +65,9 @@ def run_launcher(main: Callable[[], None]) -> None:
             if "config" in flags.FLAGS:
                 _check_config_flag(flags.FLAGS["config"].value)
             if "compilation_cache" in flags.FLAGS:
-                from cptjax.common import compilation_cache  # imports jax
+                from cptjax.common import chips, compilation_cache  # import jax
 
+                chips.reserve_gpu_memory()
                 compilation_cache.keep_compiled_programs(flags.FLAGS["compilation_cache"].value)
             main()
             cluster.disconnect()

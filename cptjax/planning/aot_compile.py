@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cptjax import sharding
 from cptjax.common.program import Program
 from cptjax.config import config_to_dict
-from cptjax.planning import hlo, programs
+from cptjax.planning import gpu_topology, hlo, programs
 
 # Run the TPU compiler on a machine without a TPU: do not search for one, allow several processes,
 # write no log.
@@ -34,13 +34,20 @@ TPU_COMPILER_ENV = {
 
 
 def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
-    """Return the devices of a TPU slice by name (v5p:4x4x4), or those of this machine."""
+    """Return the devices of a TPU slice (v5p:4x4x4), of GPUs (h100:8), or of this machine.
+
+    With `slices`, there are so many of these slices, or machines with GPUs.
+    """
     if not topology:
         if slices > 1:
             raise ValueError(f"--slices={slices} needs --topology")
         return list(jax.devices())
+    if gpu_topology.is_gpu_topology(topology):
+        return gpu_topology.gpu_devices(topology, slices)
     if not re.fullmatch(r"[\w-]+:[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", topology):  # or libtpu aborts
-        raise ValueError(f"topology {topology!r}: expected a name like v5e:4x4 or v5p:4x4x4")
+        raise ValueError(
+            f"topology {topology!r}: expected a name like v5e:4x4, v5p:4x4x4 or h100:8"
+        )
     from jax.experimental import topologies
 
     os.environ.update(TPU_COMPILER_ENV)
@@ -71,12 +78,14 @@ def compile_program(
 
     The abstract results of the program are added to `outputs`.
     """
-    tpu = mesh.devices.flat[0].platform == "tpu"
+    platform = mesh.devices.flat[0].platform
+    # For other devices than CPUs the compiler writes its text and its list of buffers. jax cannot
+    # read programs for TPUs that use the sparse core.
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform != "cpu" else {}
+    if platform == "gpu":
+        options |= gpu_topology.COMPILER_OPTIONS
     with jax.set_mesh(program.mesh or mesh):
         lowered = program.lower(outputs)
-        # For TPUs the compiler itself writes the text, because jax cannot read programs that use
-        # the sparse core.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
         compiled = lowered.compile(options)
     outputs[program.name] = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -90,7 +99,7 @@ def compile_program(
         "donated": analysis.alias_size_in_bytes,
         "temporaries": analysis.temp_size_in_bytes,
     }
-    return sizes if tpu else sizes | {"text": compiled.as_text()}
+    return sizes | {"text": compiled.as_text()} if platform == "cpu" else sizes
 
 
 @dataclasses.dataclass(frozen=True)

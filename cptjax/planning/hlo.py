@@ -53,7 +53,8 @@ _called = re.compile(
 )
 _trip = re.compile(r'known_trip_count"?:\s*\{\s*"n":\s*"(\d+)"')
 _groups = re.compile(
-    r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^\]]*\] ?\{[^}]*\})"
+    r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+    r"|mesh\[[^\]]*\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? ?\{[^}]*\})"
 )
 
 
@@ -286,7 +287,7 @@ def _volume(i: Instruction, kind: str, members: int) -> float:
     The shape of an asynchronous start includes both the input and the output.
     """
     volume = float(shape_bytes(i.shape))
-    if i.op == "all-gather-start":
+    if i.op in ("all-gather-start", "reduce-scatter-start"):
         return volume * members / (members + 1)
     if i.op == "collective-permute-start":
         return volume / 2
@@ -313,11 +314,20 @@ def _first_group(rest: str) -> tuple[int, ...]:
 
 
 def _named_group(text: str) -> tuple[int, ...]:
-    """Return the devices along the named axes of mesh['a'=16,'b'=4] {'a'}."""
+    """Return the devices along the named axes of mesh['a'=16,'b'=4] {'a'}.
+
+    If the mesh does not have the devices in order, they follow: device_ids=([4,16]T(1,0)).
+    """
     axes, chosen = text.split("]", 1)
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     names = re.findall(r"'([^']+)'", chosen)
-    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    ids = np.arange(math.prod(sizes.values()))
+    if order := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", chosen):
+        shape, permutation = ([int(n) for n in part.split(",")] for part in order.groups())
+        ids = ids.reshape(shape).transpose(permutation)
+    elif "device_ids" in chosen:
+        raise ValueError(f"cannot read the devices of a transfer: {text}")
+    ids = ids.reshape(tuple(sizes.values()))
     return tuple(ids[tuple(slice(None) if a in names else 0 for a in sizes)].reshape(-1).tolist())
 
 
@@ -339,9 +349,11 @@ def _ring_links(group: tuple[int, ...], mesh: Mesh) -> int:
     """Return how many links of a device the rings of a group use at the same time.
 
     Along each axis of the torus that the group spans these are two links where the axis is closed,
-    else one: of a line, the devices at the ends have one neighbour.
+    else one: of a line, the devices at the ends have one neighbour. A GPU has one link to a switch.
     """
     devices = list(mesh.devices.flat)
+    if devices[0].platform == "gpu":
+        return 1
     if not hasattr(devices[0], "coords"):
         return 2  # no torus
     everywhere, members = np.array([d.coords for d in devices]), np.array(group)
@@ -357,7 +369,7 @@ def _ring_links(group: tuple[int, ...], mesh: Mesh) -> int:
 
 
 def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
-    """Return the largest buffers as (bytes, content), from the TPU compiler's memory report."""
+    """Return the largest buffers as (bytes, content), from the compiler's memory report."""
     units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     main = report.split("Memory Space:")[1] if "Memory Space:" in report else report
     lines = re.findall(
@@ -367,9 +379,9 @@ def largest_buffers(report: str, count: int = 12) -> list[tuple[float, str]]:
 
 
 def read_compiler_dump(folder: str) -> tuple[str, str]:
-    """Return the TPU compiler's text of the largest program, and its memory report."""
+    """Return the compiler's text of the largest program, and its memory report."""
     texts = sorted(
-        Path(folder).glob("*.after_optimizations.txt"), key=lambda path: -path.stat().st_size
+        Path(folder).glob("*after_optimizations.txt"), key=lambda path: -path.stat().st_size
     )
     if not texts:
         return "", ""

@@ -42,13 +42,11 @@ def instruction_shapes(instructions: list[hlo.Instruction]) -> dict[str, str]:
 
 def _flops(i: hlo.Instruction, shapes: dict[str, str]) -> float:
     if i.op == "dot":
-        left = hlo.array_dims(shapes[i.operands[0]])
-        over = [
-            int(d)
-            for d in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1].split(",")
-            if d
-        ]
-        return 2.0 * math.prod(hlo.array_dims(i.shape)) * math.prod(left[d] for d in over)
+        over = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
+        return _product(i, shapes, over)
+    if i.op == "custom-call" and "__cublas" in i.rest:
+        over = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.rest)[1]
+        return _product(i, shapes, over.replace('"', ""))
     if i.op == "convolution":
         return _convolution(
             i, hlo.array_dims(shapes[i.operands[0]]), hlo.array_dims(shapes[i.operands[1]])
@@ -60,6 +58,13 @@ def _flops(i: hlo.Instruction, shapes: dict[str, str]) -> float:
     if i.op == "custom-call" and "__cudnn$fmha" in i.rest:
         return _cudnn(i, [hlo.array_dims(shapes[o]) for o in i.operands[:3]])
     return 0.0
+
+
+def _product(i: hlo.Instruction, shapes: dict[str, str], contracted: str) -> float:
+    """Count the FLOPs of a product; `contracted` lists axes of the left operand, as in "0,2"."""
+    left = hlo.array_dims(shapes[i.operands[0]])
+    over = math.prod(left[int(d)] for d in contracted.split(",") if d)
+    return 2.0 * math.prod(hlo.array_dims(i.shape)) * over
 
 
 def _stated_cost(i: hlo.Instruction, name: str) -> float | None:
@@ -179,7 +184,9 @@ def moved_bytes(
         return stated
     if i.op == "async-start":
         return sum(_body_bytes(name, computations) for name in hlo.called_computations(i))
-    given = hlo.shape_bytes(i.shape, only_main=True)
+    # The last result of a call of cuBLAS is its workspace.
+    has_workspace = i.op == "custom-call" and "__cublas" in i.rest
+    given = hlo.shape_bytes(i.shape.split(", s8[")[0] if has_workspace else i.shape, True)
     if i.op.endswith("-start"):
         return given  # its shape has the inputs too
     taken = [hlo.shape_bytes(shapes.get(o, ""), only_main=True) for o in i.operands]

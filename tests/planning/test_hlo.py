@@ -300,6 +300,7 @@ class Chip:
 
     coords: tuple[int, int, int]
     device_kind: str
+    platform: str = "tpu"
 
 
 @pytest.mark.parametrize(
