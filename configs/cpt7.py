@@ -69,13 +69,13 @@ SIZES = {
     **{f"qwen3vl{n}b": f"Qwen/Qwen3-VL-{n}B-Instruct" for n in (2, 4, 8, 32)},
     "tiny": "",
 }
-# Settings of RL by slice, from plans of 7B (README, "Plans for TPU slices and GPUs"). A chip of v5p has room
-# for a whole model and row; of 128 prompts in an update, every two of 256 chips get one. Without
-# data=4 so many devices share a weight that the compiler sums whole arrays over them: weights on
-# v5p, gradients on v6e. While sampling, a weight is read for few tokens, so more devices share it.
-# v5p has room for the logits of a device pass, so the backward pass does not compute them again. On
-# v6e so few rows are left for a chip that reading MLPs takes longer than sending rows. Of eight GPUs
-# each gets one prompt with its responses in a device pass.
+# Settings of RL by slice, from plans of 7B (README, "Plans for TPU slices and GPUs"). A chip of v5p
+# has room for a whole model and row; of 128 prompts in an update, every two of 256 chips get one.
+# Without data=4 so many devices share a weight that the compiler sums whole arrays over them:
+# weights on v5p, gradients on v6e. While sampling, a weight is read for few tokens, so more devices
+# share it. v5p has room for the logits of a device pass, so the backward pass does not compute them
+# again. On v6e so few rows are left for a chip that reading MLPs takes longer than sending rows. In
+# a device pass each of eight GPUs gets one prompt with its responses.
 SLICES = {
     "v5p-4x4x4": dict(
         mesh=dict(data=4, model=1), rollout=dict(model=4), micro_batch=64, chunk=8192
