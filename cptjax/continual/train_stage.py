@@ -193,7 +193,7 @@ def make_stage_context(
         }
     reference_ctx, reference = load_reference(run, stage, start)
     score = build.scoring_program_from_config(reference_ctx.cfg, reference_ctx.dtype, c)
-    builder = dataclasses.replace(builder, score_reference=score)
+    builder = dataclasses.replace(builder, score_reference=score, reference_cfg=reference_ctx.cfg)
     ctx = StageContext(
         stage,
         builder,

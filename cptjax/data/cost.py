@@ -8,6 +8,7 @@ import numpy as np
 from cptjax.data.collate import EncodedConversation
 from cptjax.models import flops
 from cptjax.models.config import ModelConfig
+from cptjax.models.flops import PassCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,17 @@ class WorkCost:
 
 
 def conversation_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:
-    """Return the FLOPs of a conversation's forward pass; the backward pass costs twice as much."""
+    """Return the FLOPs of a conversation's forward pass."""
+    return conversation_training_flops(cfg, encoded, PassCosts(text=1, vision=1))
+
+
+def conversation_training_flops(
+    cfg: ModelConfig, encoded: EncodedConversation, costs: PassCosts
+) -> float:
+    """Return the FLOPs of a conversation's forward and backward pass."""
     targets = int(encoded.loss_mask.sum())
-    return flops.text_forward_flops(cfg, 1, len(encoded), targets) + image_flops(cfg, encoded)
+    text = flops.text_forward_flops(cfg, 1, len(encoded), targets)
+    return costs.text * text + costs.vision * image_flops(cfg, encoded)
 
 
 def image_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:

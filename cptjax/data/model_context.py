@@ -13,6 +13,7 @@ from cptjax.data import collate
 from cptjax.data.collate import BatchShape, EncodedConversation, widest_shape
 from cptjax.data.processor import Processor, load_processor
 from cptjax.models.config import ModelConfig
+from cptjax.models.flops import PassCosts, training_pass_costs
 from cptjax.models.load import MODEL_DTYPES, find_model_config, fit_config
 from cptjax.sharding import check_batch_shards, place_prompts
 from cptjax.types import Prompts
@@ -27,6 +28,7 @@ class ModelContext:
     mesh: Mesh
     dtype: Any  # of the arithmetic
     buckets: tuple[int, ...]  # token lengths that prompts are padded to
+    pass_costs: PassCosts = PassCosts()  # of training
 
     @property
     def shards(self) -> int:
@@ -62,8 +64,14 @@ def load_model_context(settings: Any, mesh_settings: Any, buckets: Sequence[int]
     check_batch_shards(sharding.batch_shards(mesh), jax.process_count())
     cfg = fit_config(find_model_config(settings), settings, mesh)
     processor = load_processor(settings.path or None, cfg, settings.min_pixels, settings.max_pixels)
+    lora = settings.lora
     return ModelContext(
-        processor.cfg, processor, mesh, MODEL_DTYPES[settings.compute_dtype], tuple(buckets)
+        processor.cfg,
+        processor,
+        mesh,
+        MODEL_DTYPES[settings.compute_dtype],
+        tuple(buckets),
+        training_pass_costs(settings.freeze, lora.rank, lora.vision),
     )
 
 

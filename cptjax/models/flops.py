@@ -3,8 +3,34 @@
 A multiply-add counts as two, causal attention counts half, and recomputation does not count.
 """
 
+import dataclasses
+from collections.abc import Sequence
+
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
+
+
+@dataclasses.dataclass(frozen=True)
+class PassCosts:
+    """What a forward and backward pass costs, in forward passes of the text model and the tower.
+
+    A backward pass computes the gradients of the inputs and those of the weights; each costs as
+    much as a forward pass.
+    """
+
+    text: int = 3
+    vision: int = 3
+
+
+def training_pass_costs(freeze: Sequence[str], lora_rank: int, lora_vision: bool) -> PassCosts:
+    """Return the costs with frozen parts (`model.freeze`) and adapters (`model.lora`).
+
+    Frozen weights need no gradient, and a tower in which nothing is trained no backward pass. The
+    adapters themselves do not count.
+    """
+    if lora_rank:
+        return PassCosts(text=2, vision=2 if lora_vision else 1)
+    return PassCosts(text=2 if "language" in freeze else 3, vision=1 if "vision" in freeze else 3)
 
 
 def text_forward_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> float:

@@ -355,9 +355,8 @@ def update_flops(stage: AbstractStage, rows: int) -> float:
 def backward_flops(stage: AbstractStage, text: float, vision: float) -> float:
     """Count the FLOPs of forward and backward passes from those of the forward passes."""
     m = stage.config.model
-    text_passes = 2 if m.lora.rank or "language" in m.freeze else 3
-    vision_passes = 1 if "vision" in m.freeze else text_passes
-    return text_passes * text + vision_passes * vision
+    costs = flops.training_pass_costs(m.freeze, m.lora.rank, m.lora.vision)
+    return costs.text * text + costs.vision * vision
 
 
 # ---- programs ------------------------------------------------------------------------------------

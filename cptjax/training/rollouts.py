@@ -35,6 +35,7 @@ from cptjax.generation import generate
 from cptjax.generation.generate import Samples
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import flops
+from cptjax.models.config import ModelConfig
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.tasks.task import example_text
 from cptjax.training.algorithms import advantages, losses, prompt_filters
@@ -470,16 +471,15 @@ def scored_step_batch(
 
     metrics |= graded.seconds | {"seconds/score": scored.seconds + time.perf_counter() - began}
     metrics |= rollout_metrics(graded, shaped, advantage)
-    models = sum(map(bool, (ref_logps, old_logps, start_logps)))
-    if old_logps and not needs.first_policy_logps:
-        models -= 1 / layout.parts
-    forwards = models + (3 * method.passes) + (teacher is not None)
     trained = sum(len(i.encoded) for i in graded.items) + int(
         (graded.samples.mask.astype(bool) & keep.reshape(-1, 1)).sum()
     )
-    cost = WorkCost(
-        flops=forwards * _forward_flops(builder, graded), trained=method.passes * trained
-    )
+    policies = bool(old_logps) + bool(start_logps)
+    if old_logps and not needs.first_policy_logps:
+        policies -= 1 / layout.parts
+    scorers = builder.scorers(reference if ref_logps else None, teacher)
+    work = _step_flops(builder, graded, policies, scorers)
+    cost = WorkCost(flops=work, trained=method.passes * trained)
     rows = rollout_rows(graded, advantage.reshape(-1), step, stage)
     return StepBatch(updates, metrics, rows, graded.cost + cost, carried=new)
 
@@ -592,18 +592,38 @@ def _batch_advantages(
     return out[start : start + len(rewards)]
 
 
-def _forward_flops(builder: BatchBuilder, graded: GradedRollouts) -> float:
-    """Count the FLOPs of one forward pass over all groups.
+def _step_flops(
+    builder: BatchBuilder,
+    graded: GradedRollouts,
+    policies: float,
+    scorers: Sequence[tuple[ModelConfig, bool]],
+) -> float:
+    """Count the FLOPs of the updates and of the log-probabilities before them.
 
     A tower that the models of a step share runs once, which `sampling_cost` counts.
+
+    policies: how often the policy computes the log-probabilities of the groups
+    scorers: the other models, see `BatchBuilder.scorers`
     """
-    cfg, lengths = builder.model_ctx.cfg, graded.lengths
-    encoded = [i.encoded for i in graded.items]
-    prompt = sum(map(len, encoded)) / len(encoded)
-    images = sum(image_flops(cfg, e) for e in encoded) if builder.tower is None else 0.0
-    return images + flops.group_forward_flops(
-        cfg, len(encoded), prompt, lengths.shape[1], lengths.mean()
-    )
+    cfg, costs = builder.model_ctx.cfg, builder.model_ctx.pass_costs
+    shared, passes = builder.tower is not None, builder.method.passes
+    work = (policies + passes * costs.text) * _text_flops(cfg, graded)
+    if not shared:
+        work += (policies + passes * costs.vision) * _vision_flops(cfg, graded)
+    for scorer, own_tower in scorers:
+        work += _text_flops(scorer, graded) + own_tower * _vision_flops(scorer, graded)
+    return work
+
+
+def _text_flops(cfg: ModelConfig, graded: GradedRollouts) -> float:
+    """Count the FLOPs of one forward pass of the text model over all groups."""
+    prompt = sum(len(i.encoded) for i in graded.items) / len(graded.items)
+    group, response = graded.lengths.shape[1], graded.lengths.mean()
+    return flops.group_forward_flops(cfg, len(graded.items), prompt, group, response)
+
+
+def _vision_flops(cfg: ModelConfig, graded: GradedRollouts) -> float:
+    return sum(image_flops(cfg, i.encoded) for i in graded.items)
 
 
 # ---- logging -------------------------------------------------------------------------------------

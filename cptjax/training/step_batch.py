@@ -18,11 +18,13 @@ import jax
 from cptjax import sharding
 from cptjax.common import device_time, phases
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.cost import WorkCost, conversation_flops, image_flops
+from cptjax.data.cost import WorkCost, conversation_training_flops
 from cptjax.data.device_batches import batch_slices, conversation_batch, micro_batch_layout
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation.sampling_config import SamplingConfig
+from cptjax.models.config import ModelConfig
+from cptjax.models.flops import PassCosts
 from cptjax.tasks.prompted_task import PromptedTask
 from cptjax.training import tower_states
 from cptjax.training.algorithms.distillation import Teacher
@@ -93,6 +95,7 @@ class BatchBuilder:
     tower: Params | None = None
     # `score` for a reference of a folder, which has its own config; None = `score`.
     score_reference: Callable[[Params, Batch], Array] | None = None
+    reference_cfg: ModelConfig | None = None  # None = the policy's
 
     @property
     def needs(self) -> MethodNeeds:
@@ -145,6 +148,19 @@ class BatchBuilder:
             tower_states.replace_images(p, s, self.needs) if s else p
             for p, s in zip(prompts, states, strict=True)
         ]
+
+    def scorers(
+        self, reference: Params | None, teacher: Teacher | None
+    ) -> list[tuple[ModelConfig, bool]]:
+        """Return the config of each model that scores a batch, and whether it runs a tower."""
+        shared = self.tower is not None
+        found = []
+        if reference is not None:
+            cfg = self.reference_cfg or self.model_ctx.cfg
+            found.append((cfg, self.needs.other_reference or not shared))
+        if teacher is not None:
+            found.append((teacher.model_ctx.cfg, self.needs.teacher == "model" or not shared))
+        return found
 
     def score_batches(
         self, model: str, params: Params | None, batches: Sequence[Batch]
@@ -205,11 +221,12 @@ def sft_step_batch(
         with phases.phase("logps"):
             ref_logps = builder.score_batches("reference", reference, batches)
         batches = attach_arrays(batches, ref_logps=ref_logps)
-    forwards = 3 + (reference is not None) + (teacher is not None)  # a backward pass costs two
-    cfg, encoded = builder.model_ctx.cfg, [i.encoded for i in items]
-    work = forwards * sum(conversation_flops(cfg, e) for e in encoded)
-    if builder.tower is not None:  # it runs once
-        work -= (forwards - 1) * sum(image_flops(cfg, e) for e in encoded)
+    cfg, costs = builder.model_ctx.cfg, builder.model_ctx.pass_costs
+    encoded = [i.encoded for i in items]
+    work = sum(conversation_training_flops(cfg, e, costs) for e in encoded)
+    for scorer, own_tower in builder.scorers(reference, teacher):
+        costs = PassCosts(text=1, vision=int(own_tower))
+        work += sum(conversation_training_flops(scorer, e, costs) for e in encoded)
     tokens = sum(map(len, encoded))
     return StepBatch(
         iterate_updates([batches], teacher),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from cptjax import sharding
-from cptjax.models import causal_lm, flops, trainable
+from cptjax.data import collate
+from cptjax.models import causal_lm, flops, lora, trainable
 from cptjax.models.families import PRESETS
 from cptjax.planning import hlo_costs
 from cptjax.types import Prompts
@@ -74,3 +75,45 @@ def test_compiled_forward_does_what_was_counted(depth):
     pair = 4 * depth * cfg.text.heads * cfg.text.head_dim
     expected = flops.text_forward_flops(cfg, b, t, t) + b * pair * (t * t - t * (t + 1) / 2)
     assert hlo_costs.count_flops(text) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "rank", "costs"),
+    [
+        ((), 0, (3, 3)),
+        (("vision", "merger"), 0, (3, 1)),
+        (("language",), 0, (2, 3)),
+        ((), 1, (2, 1)),
+    ],
+)
+def test_a_compiled_gradient_does_what_was_counted(freeze, rank, costs):
+    """The gradients of frozen weights are not computed.
+
+    Attention has no weights, so its gradients cost two forward passes in any case; the reference
+    computes whole squares of it.
+    """
+    cfg = TINY
+    declared = causal_lm.declare_params(cfg)
+    if rank:
+        declared = lora.add_lora(declared, rank)
+    params = sharding.abstract_params(declared, jnp.float32)
+    is_trained = trainable.is_trained(freeze, rank)
+    trained, frozen = trainable.split_params(params, is_trained)
+    shape = collate.largest_batch_shape(cfg, 64 * 64, 4, 1, 64)
+    prompts = collate.prompt_arrays(shape, 1, cfg)
+
+    def loss(trained, frozen, prompts):
+        joined = trainable.join_params(trained, frozen)
+        return jnp.sum(jnp.square(causal_lm.forward(joined, prompts, cfg)))
+
+    compiled = jax.jit(jax.grad(loss)).lower(trained, frozen, prompts).compile()
+    found = flops.training_pass_costs(freeze, rank, False)
+    assert (found.text, found.vision) == costs
+    text = flops.text_forward_flops(cfg, *prompts.tokens.shape, 0)
+    *images, patches, _ = prompts.vision.patches.shape
+    vision = flops.vision_forward_flops(cfg, math.prod(images) * patches, patches)
+    t, (rows, length) = cfg.text, prompts.tokens.shape
+    pair = 4 * t.depth * t.heads * t.head_dim
+    squares, counted = rows * pair * length**2, rows * pair * length * (length + 1) / 2
+    expected = found.text * (text - counted) + 3 * squares + found.vision * vision
+    assert hlo_costs.count_flops(compiled.as_text()) == pytest.approx(expected, rel=0.05)

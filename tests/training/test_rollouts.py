@@ -18,6 +18,7 @@ from cptjax.data import collate, device_batches
 from cptjax.data.cost import WorkCost
 from cptjax.generation import decode_loop, generate
 from cptjax.generation.generate import Samples
+from cptjax.models.families import PRESETS
 from cptjax.training import rollouts
 from cptjax.training.algorithms import losses
 from cptjax.training.rollouts import GradedRollouts
@@ -519,8 +520,27 @@ def test_the_first_update_needs_no_scores_of_the_policy_that_sampled(image_stage
     # Half a forward pass for the scores, and three for the update.
     twice = builder(prepared, updates_per_batch=2, passes=2)
     more = stage_fixtures.rollout_step_batch(twice, prepared.params, graded, None, 1, 1)
-    forward = rollouts._forward_flops(b, graded)
+    cfg = b.model_ctx.cfg
+    forward = rollouts._text_flops(cfg, graded) + rollouts._vision_flops(cfg, graded)
+    assert b.tower is None
     assert more.cost.flops - found.cost.flops == pytest.approx((1 + 6 - 0.5 - 3) * forward)
+
+
+def test_a_reference_of_another_size_counts_with_its_own_config(image_stage):
+    prepared = image_stage
+    b = builder(prepared, kl_coef=0.1)
+    graded = sample(prepared, b)
+    larger = dataclasses.replace(b, reference_cfg=PRESETS["3b"])
+    costs = [
+        stage_fixtures.rollout_step_batch(x, prepared.params, graded, prepared.params, 1, 1).cost
+        for x in (b, larger)
+    ]
+    forward = [
+        rollouts._text_flops(cfg, graded) + rollouts._vision_flops(cfg, graded)
+        for cfg in (b.model_ctx.cfg, PRESETS["3b"])
+    ]
+    assert costs[1].flops - costs[0].flops == pytest.approx(forward[1] - forward[0])
+    assert forward[1] > 1000 * forward[0]
 
 
 def check_micro_batches_sample_the_same(prepared, micro_batch, counts):
