@@ -325,7 +325,7 @@ def sample_with_refill(
     Also return the number of decode steps. `on_finished` is called while the device decodes.
     """
     weights = cast_program(params, cfg, static)
-    queue = queue_program(weights, prompts, limits, row_ids, cfg, static)
+    queue = queue_program(weights, prompts, limits, row_ids, cfg, static, slots)
     count, sizes = queue.segments.shape[0], refill_sizes(slots, _batch_shards())
     pool = prefill_program(weights, queue, np.arange(slots), traced, cfg, static)
     results, started, finished = None, slots, _FinishedGroups(slots, on_finished)
@@ -403,7 +403,7 @@ def _decode_until_check(
 
 _jit = functools.partial(PlatformJit, static_argnames=("cfg", "static"))
 cast_program = _jit(decode_pool.cast_weights)
-queue_program = _jit(decode_pool.queue_prompts)
+queue_program = PlatformJit(decode_pool.queue_prompts, static_argnames=("cfg", "static", "slots"))
 _scoped = jax.named_scope("rollout")  # their name in profiles
 prefill_program = _jit(_scoped(_prefill_from_queue))
 decode_program = _jit(_scoped(_decode_until_check), donate_argnames="pool")
@@ -499,7 +499,7 @@ def sampling_programs(
         trips /= len(column_parts(static, cfg))  # of each loop
         return [Program(name, sample_whole_batch, args, calls, useful, loop_trips=trips, mesh=mesh)]
     cast, queue = Output(f"{name}: cast"), Output(f"{name}: queue")
-    queue_args = (cast, prompts, per_response, per_response, cfg, static)
+    queue_args = (cast, prompts, per_response, per_response, cfg, static, slots)
     programs = [
         Program(cast.program, cast_program, (weights, cfg, static), calls, 0.0),
         Program(queue.program, queue_program, queue_args, calls, vision_flops, kept),

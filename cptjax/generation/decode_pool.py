@@ -137,13 +137,21 @@ def queue_prompts(
     row_ids: Array,
     cfg: ModelConfig,
     static: StaticSettings,
+    slots: int = 0,
 ) -> QueuedPrompts:
-    """Embed the tokens and images of all prompts; an empty prompt gets a limit of 0."""
+    """Embed the tokens and images of all prompts; an empty prompt gets a limit of 0.
+
+    With `slots`, the tower runs on about as many prompts at a time as are decoded at a time.
+    """
     filled = jnp.any(prompts.segments > 0, 1)[:, None]
     first_position = causal_lm.next_positions(prompts)
     images = jax.tree.leaves((prompts.vision, (prompts.tower_states or ())[:1]))
     with sharding.whole_rows(len(prompts.tokens), *map(len, images)):
-        inputs = causal_lm.embed_inputs(weights, prompts, cfg, static.dtype)
+        chunks = 1
+        if slots and prompts.vision is not None:
+            windows, most = prompts.vision.patches.shape[1], len(prompts.tokens) // slots
+            chunks = max(n for n in range(1, windows + 1) if windows % n == 0 and n <= max(most, 1))
+        inputs = causal_lm.embed_inputs(weights, prompts, cfg, static.dtype, chunks)
     return QueuedPrompts(
         inputs=inputs,
         positions=prompts.positions,

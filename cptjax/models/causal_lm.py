@@ -6,15 +6,17 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cptjax.models import attention, attention_decode, decoder, packed_groups, unrolled
 from cptjax.models.attention_decode import Past
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
+from cptjax.models.family import VisionFeatures
 from cptjax.models.layers import rms_norm
 from cptjax.models.unrolled import LayerArrays, read_layer, unstack_for_forward, write_column
 from cptjax.sharding import constrain, on_cpu
-from cptjax.types import Array, Packing, Params, Prompts
+from cptjax.types import Array, Packing, Params, Prompts, Vision
 
 
 def declare_params(cfg: ModelConfig) -> Params:
@@ -31,16 +33,22 @@ class DecoderInputs(NamedTuple):
     added: Array | None = None  # [n B T D] added to the hidden states after the first n layers
 
 
-def embed_inputs(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype) -> DecoderInputs:
-    """Return token embeddings with the vision features in their slots."""
+def embed_inputs(
+    p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype, image_chunks: int = 1
+) -> DecoderInputs:
+    """Return token embeddings with the vision features in their slots.
+
+    The tower runs on so many equal parts of the images, one after the other.
+    """
     x = decoder.embed_tokens(p["text"], prompts.tokens, dtype)
     if prompts.vision is None and prompts.tower_states is None:
         return DecoderInputs(x)
     tower, states = find_family(cfg).tower, prompts.tower_states
     with jax.named_scope("vision"):
         if states is None:
-            states = tower.run(p, prompts.vision, cfg, dtype)
-        features = tower.merge(p, states, cfg)
+            features = _image_features(p, prompts.vision, cfg, dtype, image_chunks)
+        else:
+            features = tower.merge(p, states, cfg)
     shards, (b, t) = features.merged.shape[0], prompts.slots.shape
     slots = prompts.slots.reshape(shards, b // shards * t)
     is_image = prompts.slots[..., None] >= 0
@@ -53,6 +61,28 @@ def embed_inputs(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype
     if added is not None:
         added = jax.vmap(lambda layer: place(layer, jnp.zeros((), x.dtype)))(added)
     return DecoderInputs(place(features.merged, x), added)
+
+
+def _image_features(
+    p: Params, vision: Vision, cfg: ModelConfig, dtype: jnp.dtype, chunks: int
+) -> VisionFeatures:
+    """Return the features of images; see `embed_inputs`."""
+    tower = find_family(cfg).tower
+
+    def run(part: Vision) -> VisionFeatures:
+        return tower.merge(p, tower.run(p, part, cfg, dtype), cfg)
+
+    if chunks == 1:
+        return run(vision)
+
+    def cut(x: Array) -> Array:  # [S W ..] -> [chunks S W/chunks ..]
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:  # [chunks .. S N/chunks D] -> [.. S N D]
+        x = jnp.moveaxis(x, 0, -3)
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+    return jax.tree.map(join, lax.map(run, jax.tree.map(cut, vision)))
 
 
 def forward(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Array:

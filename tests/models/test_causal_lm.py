@@ -252,3 +252,25 @@ def test_positions_continue_after_the_prompt(model):
             for d in rows
         ]
         assert causal_lm.next_positions(tiny.prompts(rows, cfg, left)).tolist() == wanted
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_parts_of_the_images_give_the_features_of_all(family):
+    """Two rows of images of one shard, in the tower together and one after the other."""
+    cfg = tiny.our_config() if family == "qwen2_5_vl" else PRESETS["tiny_qwen3_vl"]
+    params = jax.tree.map(jnp.asarray, tiny.random_params(cfg))
+    prompts = tiny.prompts(
+        _random_rows([[5, Image(6, 10), 9], [3, Image(4, 4), 2]], cfg), cfg, shards=2
+    )
+    features = prompts.vision.patches.shape[2] // cfg.vision.merge**2
+    after = np.where(prompts.slots >= 0, features * np.arange(2)[:, None], 0)
+    one_shard = prompts.replace(
+        slots=prompts.slots + after, vision=jax.tree.map(lambda x: x[:, 0][None], prompts.vision)
+    )
+    embed = functools.partial(causal_lm.embed_inputs, params, cfg=cfg, dtype=jnp.float32)
+    apart = embed(prompts)
+    for chunks in (1, 2):
+        found = embed(one_shard, image_chunks=chunks)
+        for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert len(jax.tree.leaves(apart)) == (1 if family == "qwen2_5_vl" else 2)
