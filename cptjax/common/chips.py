@@ -110,15 +110,19 @@ def sent_bytes(kind: str, members: int, size: float) -> float:
 
 
 def transfer_seconds(
-    kind: str, members: int, size: float, chip: Chip, slow: bool, links: int = 2
+    kind: str, members: int, size: float, chip: Chip, slices: int = 1, links: int = 2
 ) -> float:
     """Return the seconds of a collective on rings that use `links` links of a device.
 
-    A `slow` collective crosses slices. A permutation uses one link.
+    A permutation uses one link. Of members on several `slices`, those of a slice share what it
+    exchanges with the others through the data-center network, beside the transfers within it.
     """
+    if slices > 1:
+        across, within = sent_bytes(kind, slices, size), members // slices
+        if kind in ("all-gather", "all-reduce", "reduce-scatter"):
+            across /= within
+        return max(across / chip.dcn, transfer_seconds(kind, within, size, chip, links=links))
     sent = sent_bytes(kind, members, size)
-    if slow:
-        return sent / chip.dcn
     if kind == "all-to-all":
         sent /= 4
     return sent / (chip.link * (1 if kind == "collective-permute" else links))

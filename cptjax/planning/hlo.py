@@ -68,6 +68,7 @@ class Collective:
     bytes: float  # of the whole array: the output of an all-gather, the input of a reduce-scatter
     calls: float
     links: int = 2  # of a device that its rings use at the same time, in any direction
+    slices: int = 1  # that a group spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,25 +217,27 @@ def array_dims(shape: str) -> list[int]:
     return [int(d) for d in SHAPE_PATTERN.search(shape)[2].split(",") if d]
 
 
-def find_collectives(text: str, mesh: Mesh, dynamic: float = 1.0) -> list[Collective]:
+def find_collectives(
+    text: str, mesh: Mesh, dynamic: float = 1.0, slices: int = 1
+) -> list[Collective]:
     """Return every kind of transfer with its mesh axis, the largest first."""
     computations, entry = parse_hlo(text)
     runs = run_counts(computations, entry, dynamic)
-    total: dict[tuple[str, str, int, int], list[float]] = {}
+    total: dict[tuple[str, str, int, int, int], list[float]] = {}
     chains: set[str] = set()
     for name, instructions in computations.items():
         for i in instructions if runs[name] else ():
-            transfer = find_transfer(i, name, mesh)
+            transfer = find_transfer(i, name, mesh, slices)
             if transfer is None or (transfer.chain and transfer.chain in chains):
                 continue
             chains.add(transfer.chain)
-            key = (transfer.kind, transfer.axis, transfer.members, transfer.links)
+            key = (transfer.kind, transfer.axis, transfer.members, transfer.links, transfer.slices)
             sums = total.setdefault(key, [0.0, 0.0])
             sums[0] += transfer.bytes * runs[name]
             sums[1] += runs[name]
     return [
-        Collective(kind, axis, members, volume, calls, links)
-        for (kind, axis, members, links), (volume, calls) in sorted(
+        Collective(kind, axis, members, volume, calls, links, spanned)
+        for (kind, axis, members, links, spanned), (volume, calls) in sorted(
             total.items(), key=lambda item: -item[1][0]
         )
     ]
@@ -251,17 +254,21 @@ class Transfer:
     links: int = 2
     backwards: bool = False  # a permutation to the previous member
     chain: str = ""  # the same for all parts of a transfer that is spread over fused groups
+    slices: int = 1  # that the members are on
 
 
-def find_transfer(i: Instruction, computation: str, mesh: Mesh) -> Transfer | None:
-    """Return what an instruction of a computation transfers, or None."""
+def find_transfer(i: Instruction, computation: str, mesh: Mesh, slices: int = 1) -> Transfer | None:
+    """Return what an instruction of a computation transfers, or None.
+
+    The mesh is over so many `slices`, one after the other along its first axis.
+    """
     # A transfer between slices goes through the hosts.
     if across := re.search(r"_xla_megascale_transfer_type=\"(\w+)\"", i.rest):
         kind = across[1].lower().replace("_", "-")
         if i.op != ("recv" if kind == "all-gather" else "send"):
             return None
-        slices = len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
-        return Transfer(kind, "data", slices, float(shape_bytes(SHAPE_PATTERN.search(i.shape)[0])))
+        volume = float(shape_bytes(SHAPE_PATTERN.search(i.shape)[0]))
+        return Transfer(kind, "data", slices, volume, slices=slices)
     kind = i.op.removesuffix("-start")
     if kind not in COLLECTIVE_KINDS:
         return None
@@ -278,6 +285,7 @@ def find_transfer(i: Instruction, computation: str, mesh: Mesh) -> Transfer | No
         _ring_links(group, mesh),
         kind == "collective-permute" and group[-1] < group[0],
         chain[0] if chain else "",
+        _spanned_slices(_moves(i.rest) or [group], mesh, slices),
     )
 
 
@@ -298,9 +306,7 @@ def _first_group(rest: str) -> tuple[int, ...]:
     """Return the devices of the first group of a collective."""
     groups = _groups.search(rest)
     if not groups:
-        pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
-        moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
-        return next(((int(a), int(b)) for a, b in moved if a != b), (0,))
+        return next((pair for pair in _moves(rest) if pair[0] != pair[1]), (0,))
     if groups[1].startswith("{{"):
         return tuple(int(d) for d in groups[1][2:].split("}")[0].split(",") if d)
     if groups[1].startswith("mesh["):
@@ -311,6 +317,19 @@ def _first_group(rest: str) -> tuple[int, ...]:
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     ids = ids.transpose([int(d) for d in order[1].split(",")]) if order else ids
     return tuple(ids.reshape([int(d) for d in shape.strip("[]").split(",")])[0].tolist())
+
+
+def _moves(rest: str) -> list[tuple[int, ...]]:
+    """Return from which device to which a permutation moves; [] for other collectives."""
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
+    moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
+    return [(int(a), int(b)) for a, b in moved]
+
+
+def _spanned_slices(groups: list[tuple[int, ...]], mesh: Mesh, slices: int) -> int:
+    """Return how many slices the group that spans most of them is on."""
+    size = mesh.devices.size // slices
+    return max(len({place // size for place in group}) for group in groups)
 
 
 def _named_group(text: str) -> tuple[int, ...]:
@@ -338,11 +357,6 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
         a for a, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1
     ]
     return "+".join(moved) or "none"
-
-
-def crosses_slices(axis: str, slices: int) -> bool:
-    """Return whether a transfer along a mesh axis goes through the data-center network."""
-    return slices > 1 and "data" in axis
 
 
 def _ring_links(group: tuple[int, ...], mesh: Mesh) -> int:

@@ -182,10 +182,10 @@ def program_cost(
         text, report = hlo.read_compiler_dump(folder)
     text, seconds = sizes.pop("text", text), time.monotonic() - started
     mesh = program.mesh or stage.mesh
-    collectives = hlo.find_collectives(text, mesh, program.loop_trips)
+    collectives = hlo.find_collectives(text, mesh, program.loop_trips, slices)
     arithmetic = hlo_costs.count_flops(text, program.loop_trips)
     traffic = hlo_costs.count_memory_traffic(text, program.loop_trips)
-    bounds = roofline_seconds(arithmetic, traffic, collectives, chip, slices)
+    bounds = roofline_seconds(arithmetic, traffic, collectives, chip)
     if chip is not None:
         bounds["in all"] = timeline.scheduled_seconds(text, mesh, chip, slices, program.loop_trips)
     return ProgramCost(
@@ -238,15 +238,12 @@ def roofline_seconds(
     traffic: float,
     collectives: Sequence[hlo.Collective],
     chip: Chip | None,
-    slices: int,
 ) -> dict[str, float]:
     """Return the seconds that each resource takes by itself; {} for a chip without figures."""
     if chip is None:
         return {}
     network = sum(
-        chips.transfer_seconds(
-            c.kind, c.size, c.bytes, chip, hlo.crosses_slices(c.axis, slices), c.links
-        )
+        chips.transfer_seconds(c.kind, c.size, c.bytes, chip, c.slices, c.links)
         for c in collectives
     )
     return {

@@ -137,7 +137,7 @@ class ScheduledProgram:
 
     def _transfers(self, i: hlo.Instruction, name: str) -> list[hlo.Transfer]:
         """Return the transfers of an instruction and of what is fused into it."""
-        own = hlo.find_transfer(i, name, self.mesh)
+        own = hlo.find_transfer(i, name, self.mesh, self.slices)
         inner = [
             t
             for called in hlo.called_computations(i)
@@ -147,13 +147,16 @@ class ScheduledProgram:
         return [*([own] if own else []), *inner]
 
     def _transfer_seconds(self, t: hlo.Transfer) -> float:
-        slow = hlo.crosses_slices(t.axis, self.slices)
-        return chips.transfer_seconds(t.kind, t.members, t.bytes, self.chip, slow, t.links)
+        return chips.transfer_seconds(t.kind, t.members, t.bytes, self.chip, t.slices, t.links)
 
 
 def _queue(t: hlo.Transfer) -> str:
-    """Return the links that a transfer uses; permutations in both directions use different ones."""
-    return f"{t.axis} backwards" if t.backwards else t.axis
+    """Return the links that a transfer uses.
+
+    Permutations in both directions use different ones, and so do transfers between slices.
+    """
+    between = " between slices" if t.slices > 1 else ""
+    return f"{t.axis}{between} backwards" if t.backwards else f"{t.axis}{between}"
 
 
 def scheduled_seconds(

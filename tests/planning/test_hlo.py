@@ -119,6 +119,25 @@ def test_a_sum_between_slices_goes_through_the_hosts(mesh):
     assert hlo.find_collectives(line, mesh) == [hlo.Collective("all-reduce", "data", 1, 256.0, 1.0)]
 
 
+def test_a_transfer_along_data_may_stay_within_a_slice():
+    """Eight devices of two slices, data=4: of two members in the same slice, of two in both, of
+    all four, and a permutation whose second move leaves the slice.
+    """
+    mesh = sharding.make_mesh(4, 2, 1)
+    for kind, groups, size, spanned in (
+        ("all-reduce", "replica_groups={{0,2},{1,3},{4,6},{5,7}}", 2, 1),
+        ("all-reduce", "replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, 2),
+        ("all-reduce", "replica_groups={{0,2,4,6},{1,3,5,7}}", 4, 2),
+        ("collective-permute", "source_target_pairs={{0,2},{2,4},{4,6}}", 2, 2),
+    ):
+        text = (
+            "ENTRY %main (a: f32[16]) -> f32[16] {\n  %a = f32[16]{0} parameter(0)\n"
+            f"  ROOT %r = f32[16]{{0}} {kind}(%a), {groups}\n}}\n"
+        )
+        found = hlo.find_collectives(text, mesh, slices=2)
+        assert found == [hlo.Collective(kind, "data", size, 64.0, 1.0, slices=spanned)]
+
+
 def test_a_slice_of_a_stack_moves_the_slice_only():
     layer, product, rows, scattered, gathered = 128 * 64, 32 * 64, 32 * 128, 8 * 64, 32 * 128
     words = (

@@ -172,14 +172,16 @@ def test_the_bound_is_the_slowest_resource():
     """
     chip = chips.CHIPS["v5e"]
     collectives = [hlo.Collective("all-reduce", "model", 2, 9e9, 1)]
-    times = plan.roofline_seconds(1e12, 1e9, collectives, chip, 1)
+    times = plan.roofline_seconds(1e12, 1e9, collectives, chip)
     assert times == pytest.approx({"compute": 1e12 / 197e12, "memory": 1e9 / 819e9, "network": 0.1})
-    across = plan.roofline_seconds(
-        0, 0, [dataclasses.replace(collectives[0], axis="data")], chip, 2
-    )
+    slow = dataclasses.replace(collectives[0], axis="data", slices=2)
+    across = plan.roofline_seconds(0, 0, [slow], chip)
     assert across["network"] == pytest.approx(9e9 / 3.125e9)
+    # Two in each of two slices: each sends half of its slice's sum.
+    shared = dataclasses.replace(slow, size=4)
+    assert plan.roofline_seconds(0, 0, [shared], chip)["network"] == pytest.approx(4.5e9 / 3.125e9)
     on_a_line = [dataclasses.replace(collectives[0], links=1)]
-    assert plan.roofline_seconds(0, 0, on_a_line, chip, 1)["network"] == pytest.approx(0.2)
+    assert plan.roofline_seconds(0, 0, on_a_line, chip)["network"] == pytest.approx(0.2)
 
 
 def test_empty_rows_that_fill_a_batch_up_are_no_useful_work(mesh):

@@ -122,3 +122,19 @@ ENTRY %main (a: f32[25], i: s32[]) -> f32[25] {
     assert timeline.scheduled_seconds(known, mesh, CHIP) == pytest.approx(5 * 2 + branch)
     found = timeline.scheduled_seconds(computed, mesh, CHIP, dynamic=7)
     assert found == pytest.approx(7 * 2 + branch)
+
+
+def test_transfers_within_a_slice_run_beside_those_between_slices():
+    """Two slices, data=4: 40 bytes to the other slice take 4 seconds, 400 within one take 2."""
+    mesh = sharding.make_mesh(4, 2, 1)
+    text = (
+        "ENTRY %main (a: f32[10], b: f32[100]) -> f32[] {\n"
+        "  %a = f32[10]{0:S(1)} parameter(0)\n"
+        "  %b = f32[100]{0:S(1)} parameter(1)\n"
+        "  %s = f32[10]{0:S(1)} all-reduce-start(%a), replica_groups={{0,4},{1,5},{2,6},{3,7}}\n"
+        "  %t = f32[100]{0:S(1)} all-reduce(%b), replica_groups={{0,2},{1,3},{4,6},{5,7}}\n"
+        "  %d = f32[10]{0:S(1)} all-reduce-done(%s)\n}\n"
+    )
+    assert timeline.scheduled_seconds(text, mesh, CHIP, slices=2) == pytest.approx(4)
+    alone = "\n".join(line for line in text.splitlines() if "%s)" not in line and "%s " not in line)
+    assert timeline.scheduled_seconds(alone, mesh, CHIP, slices=2) == pytest.approx(2)
