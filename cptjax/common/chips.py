@@ -60,15 +60,20 @@ DEVICE_KINDS = {  # part of a device's name -> chip; the first match is used
     "tpu v6e": "v6e",
     "tpu7x": "tpu7x",
     "tpu v7": "tpu7x",
-    "b200": "b200",
-    "h200": "h200",
-    "h100": "h100",
-    "a100-sxm4-80gb": "a100",
+}
+# The whole name -> chip. Those of other boards and of parts of a GPU (MIG) contain the same words.
+GPU_KINDS = {
+    "nvidia b200": "b200",
+    "nvidia h200": "h200",
+    "nvidia h100 80gb hbm3": "h100",
+    "nvidia a100-sxm4-80gb": "a100",
 }
 
 
 def find_chip(kind: str) -> Chip | None:
     """Return the chip of a `device_kind`; None if the table has no such chip (a CPU)."""
+    if name := GPU_KINDS.get(kind.lower()):
+        return CHIPS[name]
     return next((CHIPS[name] for part, name in DEVICE_KINDS.items() if part in kind.lower()), None)
 
 
