@@ -99,6 +99,9 @@ def refuse_unused_flags() -> None:
 
 def main() -> None:
     refuse_unused_flags()
+    from cptjax.common import chips
+
+    chips.reserve_gpu_memory()
     if SUITE.value:
         run_suite()
     elif CHECK.value:

@@ -16,7 +16,6 @@ if [ "${JAX_PLATFORMS:-}" = cpu ]; then source launch/cpu_memory.sh; fi
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR="$out/jax_cache"
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 failed=()
 part() {  # NAME SECONDS COMMAND: its output is DIR/NAME.json, its messages DIR/NAME.log

@@ -17,6 +17,8 @@ import jax
 
 # The share of a GPU's memory that JAX allocates. The rest is for CUDA, cuBLAS and NCCL.
 GPU_MEMORY_SHARE = 0.92
+# Where a user gives another share. JAX refuses both together; the second is the older name.
+SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Chip:
     def usable(self) -> float:
         """The memory that a program can use; the runtime reserves the rest."""
         is_tpu = self.name.startswith(("v", "tpu"))
-        return self.memory * (0.98 if is_tpu else GPU_MEMORY_SHARE)
+        return self.memory * (0.98 if is_tpu else gpu_memory_share())
 
 
 GIB, TERA, GIGA = 2.0**30, 1e12, 1e9
@@ -87,9 +89,21 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
     )
 
 
+def gpu_memory_share() -> float:
+    """Return the share of a GPU's memory that JAX allocates in a command."""
+    given = {name: os.environ[name] for name in SHARE_VARIABLES if os.environ.get(name)}
+    for name, value in given.items():
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value}: expected a number such as 0.9") from None
+    return GPU_MEMORY_SHARE
+
+
 def reserve_gpu_memory() -> None:
     """Let JAX allocate the share of a GPU that plans count with; by itself it takes 75 %."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+    if not any(os.environ.get(name) for name in SHARE_VARIABLES):
+        os.environ[SHARE_VARIABLES[-1]] = str(GPU_MEMORY_SHARE)
 
 
 def usable_memory(devices: Sequence[Any]) -> float | None:

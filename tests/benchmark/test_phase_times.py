@@ -12,6 +12,7 @@ import tiny
 
 from cptjax.benchmark import checkpoint_loading, data_pipeline, phase_times, workload
 from cptjax.benchmark.workload import MODEL_PHASES, Workload
+from cptjax.common import chips
 from cptjax.models import flops
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,19 @@ def test_the_launcher_exits_with_code_2():
     assert (done.returncode, done.stdout) == (2, "")
     expected = "error: --size=70b: expected one of cpu-s, cpu-m, 3b, 7b, or another preset of"
     assert done.stderr.strip() == f"{expected} config.model"
+
+
+def test_the_launcher_lets_jax_allocate_as_much_of_a_gpu_as_a_run():
+    code = (
+        "import os, sys; from absl import flags; from launch import bench; flags.FLAGS(['bench']); "
+        "bench.run_phases = lambda: print(os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION']); "
+        "bench.main()"
+    )
+    environ = {name: v for name, v in os.environ.items() if not name.endswith("MEM_FRACTION")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(chips.GPU_MEMORY_SHARE), done.stderr
 
 
 def test_the_memory_settings_for_a_cpu_extend_what_is_given_and_are_added_once():

@@ -1,9 +1,9 @@
 """Figures of accelerators, and the memory that a program gets."""
 
-import os
 import types
 
 import pytest
+from jaxlib import xla_client
 
 from cptjax.common import chips
 
@@ -40,10 +40,24 @@ def test_an_unknown_device_has_no_figures(kind):
 
 
 def test_a_gpu_gives_jax_the_memory_that_plans_count_with(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in chips.SHARE_VARIABLES:
+        monkeypatch.setenv(name, "")
+    gpus = devices("NVIDIA H100 80GB HBM3")
     chips.reserve_gpu_memory()
-    share = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
-    assert chips.usable_memory(devices("NVIDIA H100 80GB HBM3")) == share * 80e9
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".15")
+    share = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
+    assert chips.usable_memory(gpus) == share * 80e9 and share > 0.75
+
+
+@pytest.mark.parametrize("name", chips.SHARE_VARIABLES)
+def test_a_share_that_the_user_gives_counts(monkeypatch, name):
+    """JAX refuses the two variables together."""
+    for other in chips.SHARE_VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, ".15")
     chips.reserve_gpu_memory()
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == ".15"
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.15
+    assert chips.usable_memory(devices("NVIDIA H100 80GB HBM3")) == 0.15 * 80e9
+    assert chips.usable_memory(devices("TPU v5e")) == 0.98 * 16 * 2**30
+    monkeypatch.setenv(name, "most")
+    with pytest.raises(ValueError, match=f"{name}=most: expected a number such as 0.9"):
+        chips.gpu_memory_share()
