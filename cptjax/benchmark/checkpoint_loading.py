@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cptjax.benchmark.workload import BENCH_SIZES, Workload
+from cptjax.benchmark.workload import Workload, find_size
 from cptjax.common import console
 from cptjax.continual import checksums
 from cptjax.models import causal_lm, hf_checkpoint, trainable
@@ -46,7 +46,7 @@ def process_memory(peak: bool = False) -> int:
 
 def measure_loading(work: Workload) -> dict[str, float]:
     """Write a random checkpoint of several files, and measure how another process loads it."""
-    cfg = BENCH_SIZES[work.size]
+    cfg = find_size(work.size)
     size = trainable.count_params(causal_lm.declare_params(cfg)) * 2
     with tempfile.TemporaryDirectory() as folder:
         free = shutil.disk_usage(folder).free

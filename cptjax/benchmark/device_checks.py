@@ -20,7 +20,7 @@ import numpy as np
 from cptjax import sharding
 from cptjax.benchmark.grpo_steps import with_other_layers
 from cptjax.benchmark.phase_times import BenchModel
-from cptjax.benchmark.workload import Workload
+from cptjax.benchmark.workload import Workload, check_size
 from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import attention, logprobs, trainable
@@ -47,6 +47,7 @@ class Check:
 
 def run_checks(size: str) -> list[Check]:
     """Run every check with a model of a size of the benchmark."""
+    check_size(size)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     shards = sharding.batch_shards(sharding.make_mesh())
     work = Workload(size, image=84, prompts=4 * shards, group=2, text=16, new=24, dtype=dtype)

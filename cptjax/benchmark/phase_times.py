@@ -74,6 +74,11 @@ class BenchModel:
                 f"--prompts={work.prompts}: "
                 f"expected a multiple of the {shards} devices that share a batch"
             )
+        if work.micro % shards:
+            raise ValueError(
+                f"--micro={work.micro}: "
+                f"expected a multiple of the {shards} devices that share a batch"
+            )
         size = find_size(work.size)
         compute = ComputeConfig(
             remat=work.remat,
@@ -400,12 +405,17 @@ def open_peer(model: BenchModel) -> Iterator[tuple[Callable[[str], float], dict[
 def run_benchmark(work: Workload, phases: Sequence[str], peer: str | None = None) -> dict[str, Any]:
     """Measure the phases, and return all metrics by name."""
     check_workload(work, phases)
+    model_phases = [p for p in MODEL_PHASES if p in phases]
+    if peer and not model_phases:
+        raise ValueError(
+            f"--peer={peer}: --phases={','.join(phases)} has nothing that the peer runs; expected "
+            f"some of {', '.join(MODEL_PHASES)}"
+        )
     metrics: dict[str, Any] = {}
     if "load" in phases:
         metrics |= checkpoint_loading.measure_loading(work)
     if "data" in phases:
         metrics |= data_pipeline.measure_data_pipeline()
-    model_phases = [p for p in MODEL_PHASES if p in phases]
     compilations = CompilationCounter()
     if not model_phases:
         return metrics

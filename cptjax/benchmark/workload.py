@@ -97,13 +97,18 @@ class Workload:
         return self.grid**2 // find_size(self.size).vision.merge ** 2 if self.grid else 0
 
 
-def check_workload(work: Workload, phases: Sequence[str]) -> None:
-    """Refuse a workload that cannot be measured."""
-    if work.size not in BENCH_SIZES | PRESETS:
+def check_size(name: str) -> None:
+    """Refuse an unknown size."""
+    if name not in BENCH_SIZES | PRESETS:
         raise ValueError(
-            f"--size={work.size}: expected one of {', '.join(BENCH_SIZES)}, or another preset of "
+            f"--size={name}: expected one of {', '.join(BENCH_SIZES)}, or another preset of "
             "config.model"
         )
+
+
+def check_workload(work: Workload, phases: Sequence[str]) -> None:
+    """Refuse a workload that cannot be measured."""
+    check_size(work.size)
     named = [
         ("dtype", work.dtype, BENCH_DTYPES),
         ("remat", work.remat, layers.REMAT_POLICIES),

@@ -40,6 +40,11 @@ def test_every_path_of_a_cpu_computes_what_float32_does(model):
     assert 1e-6 < checks[-1].error, "int8 weights are rounded"
 
 
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="^--size=70b: expected one of cpu-s, cpu-m, 3b, 7b"):
+        device_checks.run_checks("70b")
+
+
 def test_a_wrong_back_end_fails(model, monkeypatch):
     assert all(c.passed for c in device_checks.check_attention(model))
     kernel = attention._tiled

@@ -116,6 +116,11 @@ def test_loading_is_measured_in_another_process(nano):
     assert phase_times.phase_line("load", metrics).startswith("load")
 
 
+def test_a_preset_can_be_loaded():
+    metrics = phase_times.run_benchmark(Workload("tiny_qwen2", image=0), ["load"])
+    assert metrics["load_gb"] > 0
+
+
 def test_resident_memory_grows_with_an_array():
     before = checkpoint_loading.process_memory()
     with mmap.mmap(
@@ -150,12 +155,18 @@ def test_data_is_measured_by_the_pipeline(nano, monkeypatch):
         ({"image": 100}, ["sft"], "--image=100: expected a multiple of 28"),
         ({"micro": 7}, ["sft"], "--micro=7: it must divide the 64 rows"),
         ({"prompts": 3}, ["logp"], "--prompts=3: expected a multiple of the 8 devices"),
+        ({"micro": 4}, ["logp"], "--micro=4: expected a multiple of the 8 devices"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(settings, phases, message):
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")) as error:
         phase_times.run_benchmark(Workload(**settings), phases)
     assert "\n" not in str(error.value)
+
+
+def test_a_peer_without_a_phase_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="^--peer=hf: --phases=load,data has nothing"):
+        phase_times.run_benchmark(Workload(), ["load", "data"], "hf")
 
 
 def test_the_launcher_exits_with_code_2():
