@@ -7,6 +7,10 @@
 # on PATH that has JAX is used as it is; otherwise an environment is created.
 set -euo pipefail
 size=${1:-3b} out=$(realpath -m "${2:-runs/gpu_check}")
+case "$size" in
+  3b | 7b | cpu-s) ;;
+  *) echo "SIZE: expected 3b, 7b or cpu-s, got $size" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 if ! python -c 'import jax, orbax.checkpoint, transformers, grain' 2> /dev/null; then
   if [ "${JAX_PLATFORMS:-}" = cpu ]; then extras=int8; else extras=cuda,int8; fi

@@ -40,3 +40,10 @@ def test_each_part_leaves_its_result(tmp_path, code):
         assert done.returncode == 1 and f"failed: checks; see {out}" in done.stderr
     else:
         assert done.returncode == 0 and f"The results: {out}" in done.stdout, done.stderr
+
+
+def test_an_unknown_size_is_refused_before_the_checks(tmp_path):
+    command = ["bash", ROOT / "launch" / "gpu_check.sh", "70b", "results"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    expected = "SIZE: expected 3b, 7b or cpu-s, got 70b\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
