@@ -47,6 +47,8 @@ CONFIG = config_flag.define_config_flag()
 def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; expected --config=configs/X.py[:argument]")
+    if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
+        raise ValueError(f"--json={JSON.value}: its folder does not exist; create it first")
     if TOPOLOGY.value:
         os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiler is used, no accelerator
         # JAX cannot load programs for devices that are not there.

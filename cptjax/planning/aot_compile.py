@@ -60,7 +60,7 @@ def topology_devices(topology: str | None, slices: int = 1) -> list[Any]:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"topology {topology!r}: {reason}; expected the package libtpu and a name like v5e:4x4 "
-            "or v5p:4x4x4"
+            f"or v5p:4x4x4, or GPUs ({', '.join(gpu_topology.GPUS)}) like h100:8"
         ) from None
     return list(description.devices)
 

@@ -78,6 +78,8 @@ GPUS = {
     ),
 }
 
+MACHINE = 8  # GPUs that NVLink connects; more are several machines
+
 # Load the compiler although there is no driver, and do not report that there is none.
 GPU_COMPILER_ENV = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
@@ -96,6 +98,11 @@ def gpu_devices(topology: str, hosts: int = 1) -> list[Any]:
     name, _, count = topology.partition(":")
     if not re.fullmatch(r"[1-9]\d{0,2}", count):
         raise ValueError(f"topology {topology!r}: expected a name and a number of GPUs, as h100:8")
+    if int(count) > MACHINE:
+        raise ValueError(
+            f"topology {topology!r}: expected at most {MACHINE} GPUs, those of one machine; for N "
+            f"machines give --topology={name}:{MACHINE} --slices=N"
+        )
     os.environ.update(GPU_COMPILER_ENV)
     try:
         description = topologies.get_topology_desc(

@@ -51,6 +51,11 @@ def planned_model_config(settings: ConfigDict) -> ModelConfig:
 def memory_advice(name: str, resident: dict[str, float], mesh: dict[str, int]) -> str:
     """Return advice on what to change so that a program needs less memory."""
     size = " ".join(f"{k}={v}" for k, v in mesh.items())
+    if name.endswith(": weights"):
+        return (
+            "set rollout.gather=False, raise rollout.model, or shard over more devices (mesh now "
+            f"{size})"
+        )
     if name.startswith("filter"):
         return (
             "lower method.filter.samples, set or lower rollout.slots, or lower "

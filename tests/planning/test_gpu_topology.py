@@ -122,6 +122,18 @@ def test_a_wrong_number_of_gpus_is_refused(name):
         aot_compile.topology_devices(name)
 
 
+def test_more_gpus_than_a_machine_has_are_refused():
+    """Otherwise the plan would have all of them exchange data through NVLink."""
+    with pytest.raises(ValueError, match="at most 8 GPUs.*--topology=h100:8 --slices=N"):
+        aot_compile.topology_devices("h100:16")
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match=r"topology 'l40s:8'.*GPUs \(a100, h100, h200, b200\)"):
+        aot_compile.topology_devices("l40s:8")
+
+
 def test_a_missing_compiler_is_named():
     with pytest.raises(ValueError, match=r"expected the package jax\[cuda12\]"):
         gpu_topology.gpu_devices("h100:8")

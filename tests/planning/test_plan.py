@@ -26,7 +26,7 @@ from cptjax.models import trainable
 from cptjax.models.families import PRESETS
 from cptjax.planning import aot_compile, hlo, memory, plan
 from cptjax.planning.memory import resident_bytes
-from cptjax.planning.programs import planned_stage, stage_programs
+from cptjax.planning.programs import memory_advice, planned_stage, stage_programs
 from cptjax.training.programs import (
     abstract_conversations,
     abstract_groups,
@@ -585,6 +585,20 @@ def test_the_command_plans_a_slice_and_ends_with_0_where_all_fits_and_1_where_no
     assert (
         "train step needs" in output and "train.micro_batch" in output and "Traceback" not in output
     )
+
+
+def test_a_copy_of_the_weights_does_not_get_smaller_with_fewer_rows():
+    advice = memory_advice("rollouts: weights", {}, {"data": 1, "fsdp": 4, "model": 2})
+    assert "rollout.gather=False" in advice and "slots" not in advice and "fsdp=4" in advice
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_anything_is_compiled(tmp_path):
+    file = tmp_path / "missing" / "plan.json"
+    command = ["launch/plan.py", "--config=configs/demo.py", f"--json={file}"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
+    expected = f"error: --json={file}: its folder does not exist; create it first\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 
 def test_an_unknown_slice_is_one_line():
