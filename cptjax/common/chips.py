@@ -121,7 +121,7 @@ def sent_bytes(kind: str, members: int, size: float) -> float:
     """Return the bytes that each member of a collective sends; `size` is that of the whole array.
 
     On a ring this is (members - 1) / members of the array, twice for an all-reduce. A permutation
-    sends its array to one neighbour.
+    sends its array to one neighbour. The size of an all-to-all is that of a member's own part.
     """
     if kind == "collective-permute":
         return size
@@ -142,6 +142,4 @@ def transfer_seconds(
             across /= within
         return max(across / chip.dcn, transfer_seconds(kind, within, size, chip, links=links))
     sent = sent_bytes(kind, members, size)
-    if kind == "all-to-all":
-        sent /= 4
     return sent / (chip.link * (1 if kind == "collective-permute" else links))

@@ -290,7 +290,7 @@ def find_transfer(i: Instruction, computation: str, mesh: Mesh, slices: int = 1)
 
 
 def _volume(i: Instruction, kind: str, members: int) -> float:
-    """Return the bytes of the whole array of a collective.
+    """Return the bytes of the whole array of a collective; of an all-to-all, those of a member.
 
     The shape of an asynchronous start includes both the input and the output.
     """

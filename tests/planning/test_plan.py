@@ -180,6 +180,9 @@ def test_the_bound_is_the_slowest_resource():
     # Two in each of two slices: each sends half of its slice's sum.
     shared = dataclasses.replace(slow, size=4)
     assert plan.roofline_seconds(0, 0, [shared], chip)["network"] == pytest.approx(4.5e9 / 3.125e9)
+    # Each of four sends three quarters of its part, on both links.
+    exchange = [hlo.Collective("all-to-all", "fsdp", 4, 1.2e9, 1)]
+    assert plan.roofline_seconds(0, 0, exchange, chip)["network"] == pytest.approx(0.9e9 / 90e9)
     on_a_line = [dataclasses.replace(collectives[0], links=1)]
     assert plan.roofline_seconds(0, 0, on_a_line, chip)["network"] == pytest.approx(0.2)
 
