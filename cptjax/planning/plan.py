@@ -120,7 +120,15 @@ def make_plans(
             planned.add(key)
             name = arm or single.name
             name += f" stage {stage.number}" if stage.number > 1 else ""
-            plans.append(plan_stage(name, stage.config, devices, topology, slices, thorough))
+            try:
+                plans.append(plan_stage(name, stage.config, devices, topology, slices, thorough))
+            except RuntimeError as error:  # attention asks cuDNN for its version
+                if not str(error).startswith("cuDNN"):
+                    raise
+                raise ValueError(
+                    f"{error} Expected all packages of jax[cuda12], which contain cuDNN; install "
+                    "them, or set model.attention='xla'"
+                ) from None
     return plans
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cptjax.planning import aot_compile, gpu_topology
+from configs.base import get_config
+from cptjax.planning import aot_compile, gpu_topology, plan
 
 COMPILER = Path(sys.prefix) / "gpu_compiler"
 CHILD = """
@@ -114,6 +115,17 @@ def nested_kinds(path):
             out.append((kind, [k for _, k in around]))
             around.append((depth, kind))
     return out
+
+
+def test_missing_cudnn_is_named(monkeypatch):
+    def plan_stage(*args):
+        raise RuntimeError("cuDNN not found.")  # as jax does
+
+    monkeypatch.setattr(plan, "plan_stage", plan_stage)
+    c = get_config()
+    c.stages = ({"task": "gqa", "steps": 1},)
+    with pytest.raises(ValueError, match=r"^cuDNN not found\. Expected all packages of jax"):
+        plan.make_plans(c)
 
 
 @pytest.mark.parametrize("name", ["h100:0", "h100", "h100:2x2"])
