@@ -39,7 +39,8 @@ JSON = flags.DEFINE_string("json", None, "Also write all numbers to this file.")
 THOROUGH = flags.DEFINE_bool(
     "thorough",
     False,
-    "Compile to machine code: sizes stay the same, but it shows that every program compiles.",
+    "For TPUs, compile to machine code, as is always done for other devices: sizes stay the same, "
+    "but it shows that every program compiles.",
 )
 CONFIG = config_flag.define_config_flag()
 
