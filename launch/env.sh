@@ -1,15 +1,18 @@
 # Create or reuse a virtual environment with cptjax, and activate it. The other scripts source this
 # file: `source launch/env.sh [extras]`. PYTHON sets the interpreter (>= 3.11), VENV the folder.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
-for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+_candidates=${PYTHON:-python3 python3.13 python3.12 python3.11}
+PYTHON=
+for candidate in $_candidates; do
   "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
   PYTHON=$candidate
   break
 done
-if [ -z "${PYTHON:-}" ]; then
-  echo "expected Python 3.11 or newer on PATH, got $(python3 --version 2>&1); set PYTHON=..." >&2
+if [ -z "$PYTHON" ]; then
+  echo "expected Python 3.11 or newer, got none of: $_candidates; set PYTHON=..." >&2
   exit 2
 fi
+unset _candidates
 VENV=${VENV:-.venv}
 extras=${1:+[$1]}
 stamp="$VENV/.installed$(cksum < setup.py | tr -d ' ')${1:-}"

@@ -20,7 +20,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 source launch/env.sh "${EXTRAS-cuda}"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  mapfile -t parts < <(python launch/train.py "$@" --list)
+  listed=$(python launch/train.py "$@" --list) # which says what is wrong with the flags
+  mapfile -t parts <<< "$listed"
   if [ "$SLURM_ARRAY_TASK_ID" -ge ${#parts[@]} ]; then
     echo "--array: got task $SLURM_ARRAY_TASK_ID, but the config has ${#parts[@]} arms and seeds," \
       "counted from 0: ${parts[*]:-run it without --array}" >&2

@@ -130,6 +130,9 @@ pack_run() { # FLAGS of train.py
   : > "$folder/environment"
   chmod 600 "$folder/environment"
   for variable in "${variables[@]}"; do
+    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] \
+      || fail "--env: expected the name of a variable, got one with other characters;" \
+        "export the variable here, and give its name alone"
     [ -n "${!variable+set}" ] || fail "--env=$variable: the variable is not set here"
     printf '%s=%q\n' "$variable" "${!variable}" >> "$folder/environment"
   done
@@ -221,7 +224,8 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[[ $slices$restarts =~ ^[0-9]+$ ]] || fail "--slices and --restarts: expected whole numbers"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: expected a whole number of at least 1"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--restarts=$restarts: expected a whole number"
 if [ -z "$zone" ] || [ -z "$type" ]; then
   fail "$name is not known here: give --zone and --type"
 fi

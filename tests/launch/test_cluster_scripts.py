@@ -112,6 +112,12 @@ def test_a_task_of_a_slurm_array_runs_one_arm_and_seed(repository):
     assert code == 2 and "got task 2, but the config has 2 arms" in error and len(lines) == 1
 
 
+def test_a_task_of_a_slurm_array_with_a_wrong_flag_ends_with_the_error_of_train(repository):
+    write_program(repository, "python", "echo 'error: a wrong flag' >&2; exit 2")
+    done = call(repository, "slurm.sh", *ARGUMENTS, SLURM_JOB_ID="7", SLURM_ARRAY_TASK_ID="0")
+    assert done.returncode == 2 and done.stderr == "error: a wrong flag\n"
+
+
 def test_train_lists_the_parts_of_a_config_and_fails_on_sigterm_where_it_is_asked_to():
     script = """
 import sys, types
@@ -136,6 +142,22 @@ import runpy; runpy.run_path("launch/train.py", run_name="__main__")
     assert [process.returncode for process in started] == [143, 0]
     listed = [f"{arm}/seed{seed}" for arm in ("sft_bare", "sft_style") for seed in (0, 1)]
     assert outputs[1].split() == listed
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python3", "false"])
+def test_an_interpreter_that_is_missing_or_too_old_is_refused_in_one_line(tmp_path, python):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "env.sh", tmp_path / "launch")
+    done = subprocess.run(
+        ["bash", "-c", "source launch/env.sh"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": python},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    expected = f"expected Python 3.11 or newer, got none of: {python}; set PYTHON=...\n"
+    assert done.stderr == expected
 
 
 # ---- TPU slices ----------------------------------------------------------------------------------
@@ -278,6 +300,10 @@ def test_resume_follows_a_run_that_goes_on_and_run_refuses_it(repository):
         (["run", "s", *CREATE, "--ref=nothing", "--", "--x"], "no such commit"),
         (["run", "s", *CREATE, "--tarball=no.tar", "--", "--x"], "no such file"),
         (["run", "s", *CREATE, "--env=NOT_SET_X", "--", "--x"], "is not set here"),
+        (["run", "s", *CREATE, "--env=HF_TOKEN=x", "--", "--x"], "expected the name of a variable"),
+        (["create", "s", *CREATE, "--slices=0"], "--slices=0: expected a whole number"),
+        (["create", "s", *CREATE, "--slices="], "--slices=: expected a whole number"),
+        (["create", "s", *CREATE, "--restarts=x"], "--restarts=x: expected a whole number"),
         (["run", "s", *CREATE, "--config=x"], "unexpected argument --config=x"),
         (["resume", "s", *CREATE], "no run was started on s from here"),
     ],
@@ -373,6 +399,13 @@ def test_the_job_sets_start_again_after_a_preemption_and_agree_on_their_hosts():
             assert rows * columns == pods * container["resources"]["limits"]["google.com/tpu"]
 
 
+def test_the_job_sets_ask_for_the_roles_that_the_readme_names():
+    needed = re.search(r"the account needs the roles ([\w ]+)\)", (ROOT / "README.md").read_text())
+    names = needed[1].removeprefix("Storage ").split(" and Storage ")
+    roles = [f"roles/storage.{name[0].lower()}{name[1:].replace(' ', '')}" for name in names]
+    assert roles == re.findall(r"roles/[\w.]*\w", (LAUNCH / "gke.yaml").read_text())
+
+
 def test_the_container_copies_files_that_exist_and_installs_extras_that_exist():
     text = (LAUNCH / "Dockerfile").read_text()
     kept = [
@@ -385,6 +418,11 @@ def test_the_container_copies_files_that_exist_and_installs_extras_that_exist():
     setup = (ROOT / "setup.py").read_text()
     extras = [*re.findall(r"EXTRAS=(\w+)", text)]
     assert {"tpu", "cuda"} <= {*extras} and all(f'"{extra}": [' in setup for extra in extras)
+    (package,) = re.findall(r"^RUN pip install .* -e (.*)$", text, re.M)  # as its shell expands it
+    for given, expected in (("cuda,gcs", ".[cuda,gcs]"), ("", ".")):
+        env = {"EXTRAS": given}
+        found = subprocess.check_output(["sh", "-c", f"printf %s {package}"], env=env, text=True)
+        assert found == expected
     assert 'ENTRYPOINT ["python", "launch/train.py"]' in text  # SIGTERM reaches Python
     if shutil.which("hadolint"):
         subprocess.run(["hadolint", str(LAUNCH / "Dockerfile")], check=True)
