@@ -7,9 +7,8 @@ python launch/analyze.py mixture | parity | drift DIR ... | pareto DIR ... | inf
 import argparse
 import importlib
 import os
-from pathlib import Path
 
-from cptjax.common import buckets, cli, console
+from cptjax.common import buckets, cli, console, files
 
 ANALYSES = {
     "mixture": "forward and reverse KL on mixtures of Gaussians: which forgets at equal gain",
@@ -111,12 +110,13 @@ def main() -> None:
                 "analyses run in one process, got CPTJAX_DISTRIBUTED="
                 f"{os.environ['CPTJAX_DISTRIBUTED']}; unset it and start one process on one host"
             )
+        page = None if out is None else files.output_page(out)  # an analysis may take hours
         from cptjax.analysis import finding
 
         module = importlib.import_module(f"cptjax.analysis.{MODULES[name]}")
         result = module.analyze(**arguments)
         finding.print_finding(result)
-        page = Path(out) if out else buckets.local_path(folder, buckets.READ) / f"{name}.html"
+        page = page or buckets.local_path(folder, buckets.READ) / f"{name}.html"
         print(console.with_addresses(str(finding.write_finding(result, page))))
     except Exception as error:
         cli.exit_with_error(error)

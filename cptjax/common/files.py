@@ -74,6 +74,18 @@ def local_folder(folder: str | Path, setting: str = "--workdir") -> Path:
     return Path(folder).expanduser()
 
 
+def output_page(path: str | Path, setting: str = "--out") -> Path:
+    """Return the path of a page to write, which has its numbers next to it as .json."""
+    page = local_folder(path or ".", setting)
+    if page.is_dir() or page.suffix == ".json":
+        got = "no name" if path == "" else "a folder" if page.is_dir() else "that of its numbers"
+        raise ValueError(
+            f"{setting}={path}: expected the path of a page, got {got}; "
+            "add a name such as page.html"
+        )
+    return page
+
+
 def orbax_folder(folder: str | Path, setting: str = "--workdir") -> Path:
     """Return the path of a local folder; refuse one in which Orbax finds no checkpoint."""
     path = local_folder(folder, setting)

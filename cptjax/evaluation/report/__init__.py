@@ -21,7 +21,7 @@ def write_report(
     `baseline` and `sort` replace those of `config.report`.
     """
     folders = [buckets.fetch(folder) for folder in folders]
-    page_path = files.local_folder(out, "--out") if out else folders[0] / "report.html"
+    page_path = folders[0] / "report.html" if out is None else files.output_page(out)
     with files.explain_errors(f"the result files in {', '.join(map(str, folders))}"):
         _write_page(read.read_arms(folders, sort), folders, page_path, baseline)
     for path in (page_path, page_path.with_suffix(".json")):
@@ -62,6 +62,7 @@ def _write_page(
     arms: Sequence[Arm], folders: Sequence[Path | str], out: Path, baseline: str = ""
 ) -> Path:
     if len(arms) == 1 and len(arms[0].runs) == 1:
+        differences.choose_baseline(arms, baseline)  # refuses an unknown one
         files.write_text(out, page.render_run_page(arms[0].runs[0]))
         return out
     title = Path(folders[0]).resolve().name

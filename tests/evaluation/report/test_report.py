@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from report_runs import ARMS, TASKS, make_run, write_page
 
 from cptjax.evaluation import report, summary
@@ -71,6 +72,20 @@ def launch(*args):
         capture_output=True,
         text=True,
     )
+
+
+def test_a_page_that_cannot_be_written_and_an_unknown_baseline_of_one_run_are_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    for out, words in (
+        (tmp_path, "got a folder; add a name such as page.html"),
+        ("", "got no name"),
+        (tmp_path / "a.json", "got that of its numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"--out={out}: expected the path of a page, {words}"):
+            report.write_report([run], out)
+    with pytest.raises(ValueError, match="the baseline is the arm 'other'; known: "):
+        report.write_report([run], tmp_path / "x.html", "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_launcher_prints_one_line(tmp_path):
