@@ -59,6 +59,8 @@ def load(
     path: a Hugging Face folder or hub id; the workdir of a run, for the model of its last finished
         stage or of `stage` (0 = base); or the name of a preset, for random weights.
     mesh: the mesh that the weights are placed on; None = a mesh that shards them over all devices.
+    min_pixels, max_pixels: of an image of a folder, hub id or preset; a workdir has its run's.
+    seed: of the random weights of a preset.
     """
     if not str(path):
         raise ValueError("the path of the model is empty; is a shell variable not set?")
@@ -68,6 +70,11 @@ def load(
     path = buckets.fetch(path) if buckets.is_address(path) else path
     kind = folder_kind(Path(path))
     if kind == "run":
+        if min_pixels is not None or max_pixels is not None:
+            raise ValueError(
+                f"min_pixels={min_pixels}, max_pixels={max_pixels}: expected None for a workdir, "
+                "whose images have the pixel limits of its run; leave them out"
+            )
         model_ctx, params, _ = load_stage_model(path, mesh, stage, dtype)
         params = trainable.cast_params(params, MODEL_DTYPES[dtype])
         return Model(model_ctx.cfg, params, model_ctx.processor, mesh, dtype)
@@ -104,6 +111,7 @@ def generate(
 ) -> list[list[str]]:
     """Return `n` responses to each conversation, without their end tokens.
 
+    temperature: 0 is greedy, so all responses to a conversation are equal.
     stop: strings; a response ends before the first of them.
     batch: conversations that are decoded at a time; the responses do not depend on it.
     """
@@ -119,6 +127,11 @@ def generate(
         raise ValueError(
             f"max_new_tokens={max_new_tokens}: expected at most the "
             f"{model.config.text.max_positions} positions of the model"
+        )
+    if temperature == 0 and (top_p, top_k, min_p) != (1.0, 0, 0.0):
+        raise ValueError(
+            f"top_p={top_p}, top_k={top_k}, min_p={min_p}: expected a temperature above 0 with "
+            "them, got 0, which is greedy; set the temperature, or leave them out"
         )
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 conversation")
@@ -178,12 +191,16 @@ def score(
             "give one for each"
         )
     encoded = _encode(model, conversations)
-    tokens = [
-        np.asarray(model.processor.ids(c) if isinstance(c, str) else c, np.int32)
-        for c in completions
-    ]
-    if empty := [i for i, t in enumerate(tokens) if not len(t)]:
-        raise ValueError(f"completion {empty[0]}: expected at least one token, got none")
+    tokens = [np.asarray(model.processor.ids(c) if isinstance(c, str) else c) for c in completions]
+    vocab = model.config.text.vocab
+    for i, t in enumerate(tokens):
+        if not t.size:
+            raise ValueError(f"completion {i}: expected at least one token, got none")
+        if t.ndim != 1 or t.dtype.kind not in "iu" or not 0 <= t.min() <= t.max() < vocab:
+            raise ValueError(
+                f"completion {i}: expected a text or a list of token ids from 0 to {vocab - 1}, "
+                f"got {str(t.tolist())[:80]}"
+            )
     prompts = _prompts(model, encoded)
     length = round_up_size(max(map(len, tokens)))
     responses = np.zeros((prompts.tokens.shape[0], 1, length), np.int32)

@@ -43,7 +43,9 @@ DTYPE = flags.DEFINE_enum(
     "Type to write; default: that of the source, for a run its model.compute_dtype, for a GGUF "
     "file bfloat16.",
 )
-SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest safetensors file in GB.", lower_bound=0.001)
+SHARD_GB = flags.DEFINE_float(
+    "shard_gb", None, "Largest safetensors file in GB; default: 5.", lower_bound=0.001
+)
 
 
 def main() -> None:
@@ -62,6 +64,12 @@ def main() -> None:
             )
     if DRY_RUN.value and PUSH.value is None:
         raise ValueError("--dry_run: expected --push with it; other conversions have no dry run")
+    is_gguf = SRC.value is not None and Path(SRC.value).suffix == ".gguf"
+    if SHARD_GB.value is not None and SRC.value is not None and not is_gguf:
+        raise ValueError(
+            f"--shard_gb={SHARD_GB.value}: expected a conversion to a Hugging Face folder, got one "
+            "to Orbax; leave it out"
+        )
     import jax
 
     from cptjax import sharding
@@ -74,9 +82,9 @@ def main() -> None:
     from cptjax.models.hf_config import locate_checkpoint, read_model_config
     from cptjax.models.orbax_io import load_orbax, save_orbax
 
-    shard_bytes = SHARD_GB.value * 1e9
+    shard_bytes = 1e9 * (5.0 if SHARD_GB.value is None else SHARD_GB.value)
     mesh = sharding.make_mesh() if jax.device_count() > 1 else None
-    if SRC.value and Path(SRC.value).suffix == ".gguf":
+    if is_gguf:
         convert_gguf(SRC.value, DST.value, DTYPE.value or "bfloat16", shard_bytes)
     elif SRC.value:
         check_folder_kind("--src", SRC.value, "hf")

@@ -18,6 +18,7 @@ from cptjax.data import processor
 from cptjax.models.hf_config import locate_checkpoint, read_model_config
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
+TEXT = {"type": "text", "text": "What is this?"}
 CONVERSATIONS = [
     [{"role": "user", "content": "Name a colour."}],
     [
@@ -168,6 +169,26 @@ def test_public_names_are_imported_on_first_use():
             "expected strings with at least one character",
         ),
         (lambda m: cptjax.generate(m, CONVERSATIONS, batch=0), "batch=0"),
+        (
+            lambda m: cptjax.generate(m, CONVERSATIONS, top_p=0.5),
+            "top_p=0.5, top_k=0, min_p=0.0: expected a temperature above 0",
+        ),
+        (
+            lambda m: cptjax.generate(m, [[{"role": "user", "content": None}]]),
+            "the content of a message: expected a text or a list of parts, got None",
+        ),
+        (
+            lambda m: cptjax.generate(m, [[{"role": "user", "content": TEXT}]]),
+            "the content of a message: expected a text or a list of parts, got {'type'",
+        ),
+        (
+            lambda m: cptjax.generate(m, [[{"role": "user", "content": [{"type": "text"}]}]]),
+            "a part of type text: expected a text, got None",
+        ),
+        (
+            lambda m: cptjax.generate(m, [[{"role": "user", "content": [7]}]]),
+            "a part of a message: expected type text, image or video, got 7",
+        ),
         (lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=0), "max_new_tokens=0"),
         (
             lambda m: cptjax.generate(m, CONVERSATIONS, max_new_tokens=5000),
@@ -177,6 +198,13 @@ def test_public_names_are_imported_on_first_use():
         (
             lambda m: cptjax.score(m, CONVERSATIONS[:1], [""]),
             "completion 0: expected at least one token",
+        ),
+        *(
+            (
+                lambda m, ids=ids: cptjax.score(m, CONVERSATIONS[:2], ["a", ids]),
+                "completion 1: expected a text or a list of token ids from 0 to 383",
+            )
+            for ids in ([0, 384], [-1], [0.5], [[1]])
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -40,12 +40,21 @@ def separate_media(
         if isinstance(content, str):
             bare.append({**message, "content": refuse_reserved_tokens(content, reserved)})
             continue
+        if isinstance(content, dict) or not isinstance(content, Iterable):
+            raise ValueError(
+                "the content of a message: expected a text or a list of parts, got "
+                f"{str(content)[:80]}"
+            )
         parts: list[dict[str, str]] = []
         for part in content:
             if isinstance(part, str):
                 part = {"type": "text", "text": part}
-            kind = part.get("type")
+            kind = part.get("type") if isinstance(part, dict) else part
             if kind == "text":
+                if not isinstance(part.get("text"), str):
+                    raise ValueError(
+                        f"a part of type text: expected a text, got {str(part.get('text'))[:80]}"
+                    )
                 text = refuse_reserved_tokens(part["text"], reserved)
                 parts.append({"type": "text", "text": text})
             elif kind in ("image", "video"):

@@ -119,6 +119,11 @@ def test_a_wrong_folder_is_named_as_what_it_is(launcher, folders, tmp_path, flag
     assert not (tmp_path / "dst").exists()
 
 
+def test_load_refuses_pixel_limits_for_a_workdir(folders):
+    with pytest.raises(ValueError, match="max_pixels=784: expected None for a workdir"):
+        cptjax.load(folders / "run", max_pixels=784)
+
+
 def test_load_names_a_wrong_folder_too(folders):
     for folder, words in (("orbax", "--checkpoint="), ("runs", "choose one of")):
         with pytest.raises(ValueError, match=words):
@@ -169,6 +174,7 @@ def test_flags_that_do_not_fit_together_are_refused(launcher, folders, tmp_path,
         ({"src": "a", "push": "org/name"}, "expected --workdir with it"),
         ({"src": "a", "dst": "c", "dry_run": True}, "expected --push with it"),
         ({"src": "a", "dst": "c", "stage": 1}, "expected --workdir with it"),
+        ({"src": "a", "dst": "c", "shard_gb": 1.0}, "expected a conversion to a Hugging Face"),
         ({"src": str(folders / "hf"), "dst": "gs://bucket/m"}, "gs://bucket/m: expected a folder"),
         (
             {"checkpoint": str(folders / "orbax"), "dst": "gs://bucket/m"},
