@@ -189,10 +189,11 @@ def read_evals(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     try:
         text = files.read_bytes(path).decode() if path.exists() else ""
-        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        rows, columns = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); restore it") from None
-    if rows and (missing := set(EVAL_COLUMNS[:9]) - set(rows[0])):
+    if columns and (missing := set(EVAL_COLUMNS[:9]) - set(columns)):
         raise ValueError(
             f"{path}: columns {', '.join(sorted(missing))} are missing; "
             f"expected {','.join(EVAL_COLUMNS)}"

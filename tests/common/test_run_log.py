@@ -138,6 +138,12 @@ def test_the_share_of_step_time_that_waited_for_data():
     assert run_log.data_wait_share(lines[-1:]) is None
 
 
+def test_a_table_with_other_columns_is_refused_without_a_row_too(tmp_path):
+    (tmp_path / "evals.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match="evals.csv: columns metric, .* are missing"):
+        run_log.read_evals(tmp_path / "evals.csv")
+
+
 def test_a_row_with_a_wrong_column_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a row with exactly stage,"):
         RunLog(tmp_path).evals([{**EVAL_ROW, "oops": 1}])

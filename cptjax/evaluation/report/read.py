@@ -120,10 +120,13 @@ def last_write_time(folder: Path) -> float:
 def is_run_folder(folder: Path) -> bool:
     """Return whether a run was started in a folder.
 
-    An exported model also has a config.json, but without stages.
+    An exported model also has a config.json, but without stages. A run whose config.json is damaged
+    still has its other files.
     """
     path = folder / "config.json"
-    return path.is_file() and b'"stages"' in path.read_bytes()
+    if not path.is_file():
+        return False
+    return b'"stages"' in path.read_bytes() or (folder / "versions.json").is_file()
 
 
 def read_run_names(folder: Path) -> list[str]:
@@ -170,7 +173,8 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
 
     They are in the order of their config; if it is not known, SFT is first. With `sort`, here or
     in the config, the arms with the best mean of that metric are first. Joint training is last: it
-    is the reference for the intransigence of the other arms.
+    is the reference for the intransigence of the other arms. A run under several of the folders
+    counts once.
     """
     found: list[tuple[Path, list[Path]]] = []
     for folder in map(buckets.fetch, folders):
@@ -181,6 +185,7 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
                 "expected a workdir with config.json, or a folder of such workdirs"
             )
         found += arms_of_folder
+    found = drop_repeated_arms(found)
     labels = distinct_labels([folder for folder, _ in found])
     arms = [
         Arm(label, tuple(read_run(path, label) for path in paths))
@@ -193,6 +198,16 @@ def read_arms(folders: Sequence[Path | str], sort: str = "") -> list[Arm]:
     elif not any(read_run_names(Path(folder)) for folder in folders):
         arms.sort(key=lambda arm: not arm.label.startswith("sft"))
     return sorted(arms, key=lambda arm: arm.is_joint)
+
+
+def drop_repeated_arms(found: Sequence[tuple[Path, list[Path]]]) -> list[tuple[Path, list[Path]]]:
+    """Return the arms whose workdirs are not all in another arm, or in an equal one before."""
+    runs = [{path.resolve() for path in paths} for _, paths in found]
+    return [
+        arm
+        for i, arm in enumerate(found)
+        if not any(runs[i] < other or (runs[i] == other and j < i) for j, other in enumerate(runs))
+    ]
 
 
 def report_setting(arms: Sequence[Arm], name: str) -> str:

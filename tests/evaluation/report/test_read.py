@@ -52,6 +52,22 @@ def test_arms_of_equal_name_have_distinct_labels(tmp_path, folders, labels):
     assert read.distinct_labels([tmp_path / folder for folder in folders]) == labels
 
 
+def test_a_run_under_several_folders_counts_once(tmp_path):
+    for name in ("sft/seed0", "sft/seed1", "grpo/seed0"):
+        make_run(tmp_path / name)
+    for folders in (("", "sft"), ("sft/seed1", ""), ("sft", "grpo", "sft/", "grpo/seed0")):
+        arms = read.read_arms([tmp_path / folder for folder in folders])
+        assert {arm.label: len(arm.runs) for arm in arms} == {"sft": 2, "grpo": 1}
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "versions.json").write_text("{}")
+    (run / "config.json").write_text("")
+    with pytest.raises(ValueError, match="run/config.json: expected JSON .*; restore the file"):
+        read.read_arms([tmp_path])
+
+
 def test_arms_of_equal_name_keep_their_own_numbers(tmp_path):
     for name, arm in (("lr1e-5", "sft_bare"), ("lr1e-6", "grpo")):
         for seed in range(2):
