@@ -16,6 +16,16 @@ def optional(kind: type, default: object = None) -> FieldReference:
     return FieldReference(default, field_type=kind)
 
 
+def pick_word(config: str, words: list[str], known: object, default: str) -> str:
+    """Return the word of a config's argument that is one of `known`; refuse several."""
+    found = [word for word in words if word in known]
+    if len(found) > 1:
+        raise ValueError(
+            f"{config}: expected one of {', '.join(found)}, got {len(found)}; start a run for each"
+        )
+    return found[0] if found else default
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "run"

@@ -56,7 +56,7 @@ The averages reported in the paper: SFT 54.0, GRPO 60.0, w/o KL 59.5, w/o CoT 59
 joint 62.9; FM -10.4 for SFT and -2.3 for GRPO.
 """
 
-from configs.base import METHODS
+from configs.base import METHODS, pick_word
 from configs.base import get_config as base
 
 ORDER = ("scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "superclevr")
@@ -247,8 +247,8 @@ def get_config(arg="grpo,7b"):
         )
     if {"official", "paper"} <= set(names):
         raise ValueError(f"configs/cpt7.py:{arg}: choose official or paper, not both")
-    arm = next((n for n in names if n in ARMS), "grpo")
-    size = next((n for n in names if n in SIZES), "7b")
+    arm = pick_word(f"configs/cpt7.py:{arg}", names, ARMS, "grpo")
+    size = pick_word(f"configs/cpt7.py:{arg}", names, SIZES, "7b")
     prefix = "" if "official" in names else "released_" if "paper" in names else "cpt7_"
     c = base()
     paper = "paper" in names
@@ -269,11 +269,10 @@ def get_config(arg="grpo,7b"):
     ARMS[arm](c)
     if size == "3b" and c.method.source == "rollouts":
         c.train.micro_batch = 128
-    for name in names:
-        if name in SLICES:
-            _for_slice(c, name)
-            if size == "3b":  # more devices would hold copies of its two key/value heads
-                c.rollout.model = min(c.rollout.model, 2)
+    if name := pick_word(f"configs/cpt7.py:{arg}", names, SLICES, ""):
+        _for_slice(c, name)
+        if size == "3b":  # more devices would hold copies of its two key/value heads
+            c.rollout.model = min(c.rollout.model, 2)
     c.eval.templates = ("direct", "cot") if c.data.template == "direct" else ("cot", "direct")
     if paper:
         _as_released(c, arm)

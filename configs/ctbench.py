@@ -44,7 +44,7 @@ paper's tables have is not stated. The paper's other measure, a judge of the cha
 weights are not public, is missing.
 """
 
-from configs.base import METHODS
+from configs.base import METHODS, pick_word
 from configs.base import get_config as base
 
 ORDERS = {
@@ -125,7 +125,7 @@ def get_config(arg="grpo,3b"):
             f"configs/ctbench.py:{arg}: {unknown[0]!r} is not an arm ({', '.join(ARMS)}), "
             f"a size ({', '.join(SIZES)}) or an order ({', '.join(ORDERS)})"
         )
-    pick = lambda known, default: next((n for n in names if n in known), default)
+    pick = lambda known, default: pick_word(f"configs/ctbench.py:{arg}", names, known, default)
     arm, size, order = pick(ARMS, "grpo"), pick(SIZES, "3b"), pick(ORDERS, "order3")
     c = base()
     c.name = f"ctbench_{arm}_{size}_{order}"

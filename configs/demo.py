@@ -96,8 +96,12 @@ def _method_arms(arms):
 
 
 def get_config(arg="0"):
-    seed, *rest = arg.split(",")
-    short = "short" in rest
+    seed, *words = (arg or "0").rstrip(",").split(",")
+    if not (seed or "0").isdigit() or set(words) - {"short", "methods"}:
+        raise ValueError(
+            f"configs/demo.py: got {arg!r}, expected a seed, then some of short, methods"
+        )
+    short = "short" in words
     seed, steps, first = int(seed or 0), 4 if short else 100, 150 if short else 1000
     batch, limit = (32, 16) if short else (128, TEST)  # training rows per step, test rows per task
     c = base()
@@ -142,7 +146,7 @@ def get_config(arg="0"):
     ))  # fmt: skip
     # 16 prompts x 8 responses are as many sequences as the batch of the other arms, 128.
     c.arms.grpo.train.batch = batch // 8
-    if "methods" in rest:
+    if "methods" in words:
         c.name, c.expect = "methods", ()
         c.arms = ConfigDict(_method_arms(c.arms))
     return c

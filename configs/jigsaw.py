@@ -26,7 +26,7 @@ paper, whose RFT has 27,360 steps of an unknown batch size. Learning rates, batc
 not public; those of paper A are used.
 """
 
-from configs.base import METHODS
+from configs.base import METHODS, pick_word
 from configs.base import get_config as base
 
 SIZES = {
@@ -63,8 +63,8 @@ def get_config(arg="grpo,3b"):
             f"nor a size ({', '.join(SIZES)}) nor images=NAME"
         )
     images = next((w.removeprefix("images=") for w in words if w not in names), PHOTOGRAPHS)
-    arm = next((n for n in names if n in METHOD), "grpo")
-    size = next((n for n in names if n in SIZES), "3b")
+    arm = pick_word(f"configs/jigsaw.py:{arg}", names, METHOD, "grpo")
+    size = pick_word(f"configs/jigsaw.py:{arg}", names, SIZES, "3b")
     c = base()
     c.name = f"jigsaw_{arm}_{size}{'_synthetic' * (images == 'synthetic')}"
     c.tasks.jigsaw = dict(task="jigsaw", images=images)

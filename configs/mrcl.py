@@ -39,7 +39,7 @@ Final averages (MFN) reported in the paper for 2B | 4B | 8B: SFT 39.1 | 44.0 | 4
 GRPO 49.4 | 56.8 | 50.7, GSPO 48.6 | 53.7 | 61.8, CPO 57.8 | 71.6 | 75.5.
 """
 
-from configs.base import METHODS
+from configs.base import METHODS, pick_word
 from configs.base import get_config as base
 
 ORDER = ("medbookvqa", "navigation", "wemath2", "puzzle", "finmme")
@@ -107,8 +107,8 @@ def get_config(arg="grpo,2b"):
             f"configs/mrcl.py:{arg}: {unknown[0]!r} is neither an arm ({', '.join(ARMS)}) "
             f"nor a size ({', '.join(SIZES)})"
         )
-    arm = next((n for n in names if n in ARMS), "grpo")
-    size = next((n for n in names if n in SIZES), "2b")
+    arm = pick_word(f"configs/mrcl.py:{arg}", names, ARMS, "grpo")
+    size = pick_word(f"configs/mrcl.py:{arg}", names, SIZES, "2b")
     c = base()
     c.name = f"mrcl_{arm}_{size}"
     c.model.update(path=SIZES[size], remat="block", min_pixels=131_072, max_pixels=524_288)

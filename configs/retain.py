@@ -39,7 +39,7 @@ that of the scripts.
 update by rounding, and SFT is not.
 """
 
-from configs.base import METHODS
+from configs.base import METHODS, pick_word
 from configs.base import get_config as base
 
 TASKS = {"ifeval": "retain_ifeval", "mmlu": "retain_mmlu", "countdown": "countdown"}
@@ -100,7 +100,7 @@ def get_config(arg="grpo,countdown,qwen1.5b"):
     unknown = [n for n in names if n not in words]
     if unknown:
         raise ValueError(f"configs/retain.py:{arg}: {unknown[0]!r} is none of {', '.join(words)}")
-    pick = lambda known, default: next((n for n in names if n in known), default)
+    pick = lambda known, default: pick_word(f"configs/retain.py:{arg}", names, known, default)
     arm, task, size = pick(ARMS, "grpo"), pick(TASKS, "countdown"), pick(SIZES, "qwen1.5b")
     protocol = pick(PROTOCOLS, "")
     if ARMS[arm]["source"] == "gold" and task not in GOLD:

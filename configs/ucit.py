@@ -24,7 +24,7 @@ is the mean of BLEU-1 to 4, METEOR, ROUGE-L and CIDEr; METEOR is missing here, a
 ROUGE-L. Which of these the papers' tables have is not stated in the code.
 """
 
-from configs.base import METHODS
+from configs.base import METHODS, pick_word
 from configs.base import get_config as base
 
 ORDER = ("imagenet_r", "arxivqa", "vizwiz", "iconqa", "clevr_math", "flickr30k")
@@ -54,8 +54,8 @@ def get_config(arg="lora_sft,3b"):
             f"configs/ucit.py:{arg}: {unknown[0]!r} is neither an arm ({', '.join(ARMS)}) "
             f"nor a size ({', '.join(SIZES)})"
         )
-    arm = next((n for n in names if n in ARMS), "lora_sft")
-    size = next((n for n in names if n in SIZES), "3b")
+    arm = pick_word(f"configs/ucit.py:{arg}", names, ARMS, "lora_sft")
+    size = pick_word(f"configs/ucit.py:{arg}", names, SIZES, "3b")
     c = base()
     c.name = f"ucit_{arm}_{size}"
     c.model.update(path=SIZES[size], remat="block")

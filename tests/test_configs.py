@@ -95,6 +95,25 @@ def test_unknown_word_is_one_line_that_names_the_known_ones(module, known):
     )
 
 
+@pytest.mark.parametrize(
+    ("module", "arg"),
+    [
+        *((cpt7, "grpo,7b,sft"), (cpt7, "3b,grpo,7b"), (jigsaw, "grpo,bare"), (mrcl, "2b,4b")),
+        *((retain, "self_sft,grpo"), (retain, "ifeval,mmlu"), (retain, "paper,scripts")),
+        *((ctbench, "order1,order3"), (ucit, "3b,7b"), (cpt7, "grpo,7b,v5p-4x4x4,h100-8")),
+    ],
+)
+def test_two_words_of_one_kind_are_refused_not_the_second_ignored(module, arg):
+    with pytest.raises(ValueError, match=f"{arg}: expected one of .*, got 2; start a run for each"):
+        module.get_config(arg)
+
+
+@pytest.mark.parametrize("arg", ["0,shrot", "x", "short", "-1"])
+def test_the_demo_refuses_other_words(arg):
+    with pytest.raises(ValueError, match=f"got '{arg}', expected a seed, then some of short"):
+        demo.get_config(arg)
+
+
 def test_every_arm_of_the_papers_exists():
     assert set(cpt7.ARMS) >= {
         "sft",

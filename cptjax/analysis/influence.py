@@ -91,11 +91,11 @@ def analyze(
             "expected numbers above 0"
         )
     with open_probe(folder, stage, others, dtype) as (probe, names):
+        chosen = chosen_steps(probe, steps)  # before anything is sampled
         known = {name: probe.gold_test_responses(name, probes) for name in names}
         corpora = {
             name: corpus_responses(probe, name, rows, samples) for name in corpus.split(",") if name
         }
-        chosen = chosen_steps(probe, steps)
         pairs = min(ASYMMETRY_PAIRS, sum(map(len, known.values())))
         total = sum(len(responses) + pairs for responses in corpora.values()) * len(chosen)
         by_step: dict[int, list[CorpusInfluence]] = {}

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -124,6 +125,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _last_line(error: Exception) -> str:
     """Return the reason of a flag error, without the traceback of an error in a config file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", str(error)):
+        return f"{', '.join(missing)}: expected a value, got none; add {missing[0]}=..., see --help"
     head = lines[0].removesuffix("Error whilst parsing config file:")
     return lines[0] if len(lines) == 1 else f"{head}{lines[-1].removeprefix('ValueError: ')}"
 

@@ -229,6 +229,12 @@ def test_a_mistake_prints_one_line(workdir, argv, message, monkeypatch, capsys):
     assert left.value.code == 2 and message in error and len(error.strip().splitlines()) == 1
 
 
+def test_wrong_steps_are_refused_before_anything_is_sampled(workdir, monkeypatch):
+    monkeypatch.setattr(influence, "corpus_responses", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="--steps='abc': expected all, or numbers of steps"):
+        influence.analyze(workdir, stage=1, rows=2, samples=2, probes=2, steps="abc")
+
+
 def test_several_processes_are_refused_in_one_line(monkeypatch, capsys):
     from launch import analyze
 

@@ -12,6 +12,16 @@ from cptjax.common import cli, files
 ROOT = Path(__file__).parents[2]
 
 
+def test_required_flags_that_are_missing_are_named_in_one_line():
+    given = ["launch/generate.py", "--config=configs/demo.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *given], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    expected = "error: --task, --out: expected a value, got none; add --task=..., see --help\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
