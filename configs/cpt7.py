@@ -83,7 +83,7 @@ SLICES = {
     "v6e-16x16": dict(
         mesh=dict(data=4, model=2), rollout=dict(model=4, mlp=8), micro_batch=128, chunk=1024
     ),
-    "h100-8": dict(mesh=dict(model=1), rollout=dict(model=4), micro_batch=8, chunk=1024),
+    "h100-8": dict(mesh=dict(model=1), rollout=dict(model=2), micro_batch=8, chunk=1024),
 }
 FILTER = dict(samples=8)
 MEMORY = dict(rows=1000, batch=24, tokens=64)  # bare answers have few tokens

@@ -1,6 +1,7 @@
 """Published figures of accelerators, per device as jax lists them.
 
-Memory, FLOPs and memory bandwidth are from the vendors' data sheets. TPU interconnect is per link
+FLOPs, memory bandwidth and the memory of TPUs are from the vendors' data sheets; the memory of GPUs
+is what their drivers report, of which JAX allocates a share. TPU interconnect is per link
 and direction (Google's documentation and "How to scale your model"). A tpu7x device is half a chip;
 a v4 device is a whole chip, or half a chip if jax lists its two cores as devices. The interconnect
 of a GPU is its NVLink to the switch, in one direction. The share of a device in the data-center
@@ -46,10 +47,10 @@ CHIPS = {
         Chip("v5p", 95 * GIB, 459 * TERA, 2765 * GIGA, 90 * GIGA, 6.25 * GIGA),
         Chip("v6e", 32 * GIB, 918 * TERA, 1640 * GIGA, 90 * GIGA, 12.5 * GIGA),
         Chip("tpu7x", 96 * GIB, 1153.5 * TERA, 3690 * GIGA, 90 * GIGA, 6.25 * GIGA),
-        Chip("a100", 80e9, 312 * TERA, 2039 * GIGA, 300 * GIGA, 25 * GIGA),
-        Chip("h100", 80e9, 989 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA),
-        Chip("h200", 141e9, 989 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
-        Chip("b200", 180e9, 2250 * TERA, 7700 * GIGA, 900 * GIGA, 50 * GIGA),
+        Chip("a100", 85.1e9, 312 * TERA, 2039 * GIGA, 300 * GIGA, 25 * GIGA),
+        Chip("h100", 84.9e9, 989 * TERA, 3350 * GIGA, 450 * GIGA, 50 * GIGA),
+        Chip("h200", 150.1e9, 989 * TERA, 4800 * GIGA, 450 * GIGA, 50 * GIGA),
+        Chip("b200", 191.5e9, 2250 * TERA, 7700 * GIGA, 900 * GIGA, 50 * GIGA),
     )
 }
 DEVICE_KINDS = {  # part of a device's name -> chip; the first match is used
