@@ -530,7 +530,7 @@ def truncate_weights(folder: Path) -> None:
 # ---- workdirs ------------------------------------------------------------------------------------
 
 WORKDIR_FILES = {  # (command, file, content): a part of the error
-    ("report", "config.json", "[]"): "is not a run",
+    ("report", "config.json", "[]"): "config.json: expected an object {...}, got list",
     ("report", "config.json", '{"stages": 5}'): "expected a run's config with stages",
     ("report", "config.json", '{"stages": [{"task": "facts", "steps": 1}], "eval": "x"}'): "the result files in",
     ("report", "evals.csv", b"\xff\xfe\0"): "evals.csv: not a CSV file in UTF-8",
@@ -551,7 +551,7 @@ WORKDIR_FILES = {  # (command, file, content): a part of the error
     ("train", "config.json", DEEP): "config.json: expected JSON (nested deeper",
     ("train", "inputs.json", "{}"): "inputs.json",
     ("train", "versions.json", '{"starts": 5}'): "versions.json: expected a list of starts",
-    ("evaluate", "config.json", "[]"): "expected the workdir of a run",
+    ("evaluate", "config.json", "[]"): "config.json: expected an object {...}, got list",
     ("convert", "config.json", '{"stages": []}'): "config.arms: expected a section",
 }  # fmt: skip
 
@@ -576,7 +576,7 @@ def workdir_case(command: str, file: str, content: str | bytes, error: str) -> C
 # ---- flags ---------------------------------------------------------------------------------------
 
 FLAGS = {  # {config}, {run}, {model}, {here} are paths
-    "train --config={config}": "flag --workdir",
+    "train --config={config}": "--workdir: expected a value, got none",
     "train --workdir={here}/r": "--config is missing",
     "train --config={config} --workdir=": "--workdir is empty",
     "train --config={config} --workdir=/dev/null": "/dev/null",
