@@ -1,10 +1,10 @@
 """Published figures of accelerators, per device as jax lists them.
 
 FLOPs, memory bandwidth and the memory of TPUs are from the vendors' data sheets; the memory of GPUs
-is what their drivers report, of which JAX allocates a share. TPU interconnect is per link
-and direction (Google's documentation and "How to scale your model"). A tpu7x device is half a chip;
-a v4 device is a whole chip, or half a chip if jax lists its two cores as devices. The interconnect
-of a GPU is its NVLink to the switch, in one direction. The share of a device in the data-center
+is what their drivers report, of which JAX allocates a share. TPU interconnect is per link and
+direction (Google's documentation and "How to scale your model"). A tpu7x device is half a chip; a
+v4 device is a whole chip, or half a chip if jax lists its two cores as devices. The interconnect of
+a GPU is its NVLink to the switch, in one direction. The share of a device in the data-center
 network (DCN) is 25 Gbit/s for v5e, 50 for v4, v5p and tpu7x, 100 for v6e, 200 for an A100 and 400
 for other GPUs.
 """
@@ -92,18 +92,23 @@ def chip_of_devices(devices: Sequence[Any]) -> Chip | None:
 
 def gpu_memory_share() -> float:
     """Return the share of a GPU's memory that JAX allocates in a command."""
-    given = {name: os.environ[name] for name in SHARE_VARIABLES if os.environ.get(name)}
-    for name, value in given.items():
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{name}={value}: expected a number such as 0.9") from None
-    return GPU_MEMORY_SHARE
+    name = _given_share()
+    if name is None:
+        return GPU_MEMORY_SHARE
+    try:
+        return float(os.environ[name])
+    except ValueError:
+        raise ValueError(f"{name}={os.environ[name]}: expected a number such as 0.9") from None
+
+
+def _given_share() -> str | None:
+    """Return the variable in which the user gives a share."""
+    return next((name for name in SHARE_VARIABLES if os.environ.get(name)), None)
 
 
 def reserve_gpu_memory() -> None:
     """Let JAX allocate the share of a GPU that plans count with; by itself it takes 75 %."""
-    if not any(os.environ.get(name) for name in SHARE_VARIABLES):
+    if _given_share() is None:
         os.environ[SHARE_VARIABLES[-1]] = str(GPU_MEMORY_SHARE)
 
 

@@ -26,7 +26,7 @@ from cptjax.continual.checkpoint import abstract_tree
 from cptjax.continual.model_state import restore_stage_params, split_trained
 from cptjax.continual.open_run import Run
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.cost import WorkCost, conversation_training_flops
+from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import conversation_batch
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import make_example_encoder
@@ -244,7 +244,7 @@ def run_gradient_pass(
             if mean is None:
                 mean = _zeros(abstract_mean(gradient, a_pass))
             mean = _add_row(mean, gradient, a_pass.transform, len(examples), jax.process_count())
-            work = conversation_training_flops(model_ctx.cfg, encoded, model_ctx.pass_costs)
+            work = conversation_flops(model_ctx.cfg, encoded, model_ctx.pass_costs)
             cost += WorkCost(flops=work)
             bar.advance()
     return mean, cost

@@ -37,15 +37,8 @@ class WorkCost:
         }
 
 
-def conversation_flops(cfg: ModelConfig, encoded: EncodedConversation) -> float:
-    """Return the FLOPs of a conversation's forward pass."""
-    return conversation_training_flops(cfg, encoded, PassCosts(text=1, vision=1))
-
-
-def conversation_training_flops(
-    cfg: ModelConfig, encoded: EncodedConversation, costs: PassCosts
-) -> float:
-    """Return the FLOPs of a conversation's forward and backward pass."""
+def conversation_flops(cfg: ModelConfig, encoded: EncodedConversation, costs: PassCosts) -> float:
+    """Return the FLOPs of a conversation's passes through the text model and the tower."""
     targets = int(encoded.loss_mask.sum())
     text = flops.text_forward_flops(cfg, 1, len(encoded), targets)
     return costs.text * text + costs.vision * image_flops(cfg, encoded)

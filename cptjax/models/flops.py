@@ -12,10 +12,10 @@ from cptjax.models.families import find_family
 
 @dataclasses.dataclass(frozen=True)
 class PassCosts:
-    """What a forward and backward pass costs, in forward passes of the text model and the tower.
+    """What passes cost, in forward passes of the text model and the tower.
 
-    A backward pass computes the gradients of the inputs and those of the weights; each costs as
-    much as a forward pass.
+    The default is a forward and backward pass. A backward pass computes the gradients of the inputs
+    and those of the weights; each costs as much as a forward pass.
     """
 
     text: int = 3

@@ -10,23 +10,33 @@ import os
 import re
 from typing import Any
 
+from cptjax.common import chips
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """The figures of a GPU, as its driver reports them."""
+    """What a GPU's driver reports, beside the figures of `chips.CHIPS`."""
 
     description: str
     compute_capability: int  # the major version
     cores: int  # streaming multiprocessors
     fpus: int  # of a core
     clock: float  # GHz
-    memory: int  # bytes, as are the next four
-    bandwidth: int  # per second
-    l2_cache: int
+    l2_cache: int  # bytes, as are the next two
     shared_memory: int  # of a core
     block_shared_memory: int  # that a block can ask for
 
 
+H100 = Gpu(
+    description="NVIDIA H100 80GB HBM3",
+    compute_capability=9,
+    cores=132,
+    fpus=128,
+    clock=1.98,
+    l2_cache=52_428_800,
+    shared_memory=233_472,
+    block_shared_memory=232_448,
+)
 GPUS = {
     "a100": Gpu(
         description="NVIDIA A100-SXM4-80GB",
@@ -34,47 +44,19 @@ GPUS = {
         cores=108,
         fpus=64,
         clock=1.41,
-        memory=85_100_068_864,
-        bandwidth=2_039_040_000_000,
         l2_cache=41_943_040,
         shared_memory=167_936,
         block_shared_memory=166_912,
     ),
-    "h100": Gpu(
-        description="NVIDIA H100 80GB HBM3",
-        compute_capability=9,
-        cores=132,
-        fpus=128,
-        clock=1.98,
-        memory=84_942_979_072,
-        bandwidth=3_352_320_000_000,
-        l2_cache=52_428_800,
-        shared_memory=233_472,
-        block_shared_memory=232_448,
-    ),
-    "h200": Gpu(
-        description="NVIDIA H200",
-        compute_capability=9,
-        cores=132,
-        fpus=128,
-        clock=1.98,
-        memory=151_397_597_184,
-        bandwidth=4_800_000_000_000,
-        l2_cache=52_428_800,
-        shared_memory=233_472,
-        block_shared_memory=232_448,
-    ),
-    "b200": Gpu(
+    "h100": H100,
+    "h200": dataclasses.replace(H100, description="NVIDIA H200"),
+    "b200": dataclasses.replace(
+        H100,
         description="NVIDIA B200",
         compute_capability=10,
         cores=148,
-        fpus=128,
         clock=1.965,
-        memory=191_514_411_008,
-        bandwidth=7_672_320_000_000,
         l2_cache=132_644_864,
-        shared_memory=233_472,
-        block_shared_memory=232_448,
     ),
 }
 
@@ -109,7 +91,7 @@ def gpu_devices(topology: str, hosts: int = 1) -> list[Any]:
             platform="cuda",
             topology_name=topology,
             topology=f"{hosts} x 1 x {count}",
-            target_config=target_text(GPUS[name.lower()]),
+            target_config=target_text(name.lower()),
         )
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
@@ -119,8 +101,9 @@ def gpu_devices(topology: str, hosts: int = 1) -> list[Any]:
     return list(description.devices)
 
 
-def target_text(gpu: Gpu) -> str:
-    """Return the figures as the text of a GpuTargetConfigProto."""
+def target_text(name: str) -> str:
+    """Return the figures of a GPU as the text of a GpuTargetConfigProto."""
+    gpu, chip = GPUS[name], chips.CHIPS[name]
     device = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -136,8 +119,8 @@ def target_text(gpu: Gpu) -> str:
         "core_count": gpu.cores,
         "fpus_per_core": gpu.fpus,
         "clock_rate_ghz": gpu.clock,
-        "device_memory_size": gpu.memory,
-        "memory_bandwidth": gpu.bandwidth,
+        "device_memory_size": int(chip.memory),
+        "memory_bandwidth": int(chip.bandwidth),
         "l2_cache_size": gpu.l2_cache,
         "driver_version": '"13.0.0"',
         "runtime_version": '"12.9.0"',

@@ -8,7 +8,7 @@ import numpy as np
 
 from cptjax import sharding
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.cost import WorkCost, conversation_training_flops
+from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import conversation_batch, pad_to_shards
 from cptjax.data.mixture import Mixture, RowRef
 from cptjax.data.model_context import ModelContext
@@ -52,7 +52,7 @@ class MemoryBatches:
         batch = batch.replace(extra=batch.extra | sharding.place_rows(arrays, self.model_ctx.mesh))
         tokens = sum(map(len, encoded))
         cfg, costs = self.model_ctx.cfg, self.model_ctx.pass_costs
-        work = sum(conversation_training_flops(cfg, e, costs) for e in encoded)
+        work = sum(conversation_flops(cfg, e, costs) for e in encoded)
         return batch, WorkCost(flops=work, seen=tokens, trained=tokens)
 
 

@@ -18,7 +18,7 @@ import jax
 from cptjax import sharding
 from cptjax.common import device_time, phases
 from cptjax.data.collate import EncodedConversation
-from cptjax.data.cost import WorkCost, conversation_training_flops
+from cptjax.data.cost import WorkCost, conversation_flops
 from cptjax.data.device_batches import batch_slices, conversation_batch, micro_batch_layout
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample
@@ -223,10 +223,10 @@ def sft_step_batch(
         batches = attach_arrays(batches, ref_logps=ref_logps)
     cfg, costs = builder.model_ctx.cfg, builder.model_ctx.pass_costs
     encoded = [i.encoded for i in items]
-    work = sum(conversation_training_flops(cfg, e, costs) for e in encoded)
+    work = sum(conversation_flops(cfg, e, costs) for e in encoded)
     for scorer, own_tower in builder.scorers(reference, teacher):
         costs = PassCosts(text=1, vision=int(own_tower))
-        work += sum(conversation_training_flops(scorer, e, costs) for e in encoded)
+        work += sum(conversation_flops(scorer, e, costs) for e in encoded)
     tokens = sum(map(len, encoded))
     return StepBatch(
         iterate_updates([batches], teacher),

@@ -4,6 +4,7 @@ The compiler is in a folder of its own beside the packages (launch/test.sh): ins
 every start of JAX would look for a GPU.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -146,6 +147,9 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones():
         aot_compile.topology_devices("l40s:8")
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="it is installed"
+)
 def test_a_missing_compiler_is_named():
     with pytest.raises(ValueError, match=r"expected the package jax\[cuda12\]"):
         gpu_topology.gpu_devices("h100:8")
