@@ -24,6 +24,7 @@ from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import make_example_encoder
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig, rollout_sampling
+from cptjax.models.flops import PassCosts
 from cptjax.models.logprobs import make_top_logps_program
 from cptjax.training import build, programs
 from cptjax.training.algorithms.continual_learning.hooks import ContinualMethod, MemorySettings
@@ -264,7 +265,8 @@ def store_responses(
     for name, array in zip(("ids", "logps"), program(params, batch), strict=True):
         for row, tokens in enumerate(responses.tokens):
             stored[name][row, : len(tokens)] = sharding.local_rows(array)[row, : len(tokens)]
-    work = sum(conversation_flops(model_ctx.cfg, e) for e in encoded)
+    costs = PassCosts(text=1, vision=1)  # one forward pass
+    work = sum(conversation_flops(model_ctx.cfg, e, costs) for e in encoded)
     return stored, responses.cost + WorkCost(flops=work, seen=sum(map(len, encoded)))
 
 
