@@ -15,8 +15,9 @@ from cptjax.continual import driver, live_report
 from cptjax.evaluation import report
 
 SECTIONS = {
-    "stages": ({"task": "colour", "steps": 3},),
-    "eval": {"limit": 4, "batch": 4, "every": 2, "mini": 4, "tasks": "colour"},
+    "model": run_helpers.TEXT,
+    "stages": ({"task": "facts", "steps": 3},),
+    "eval": {"limit": 4, "batch": 4, "every": 2, "mini": 4, "tasks": "facts"},
     "log": {"report_minutes": 1e-9},
 }
 
@@ -45,7 +46,7 @@ def watched(tmp_path_factory):
     subprocess.run(
         [sys.executable, "-c", code, str(folder)],
         check=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=run_helpers.environment(PYTHONPATH=path),
         capture_output=True,
     )
     return folder / "run", json.loads((folder / "pages.json").read_text())
