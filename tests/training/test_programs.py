@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import logging
 
 import jax
 import numpy as np
 import pytest
 import stage_fixtures
+from jax._src import pjit
 from stage_fixtures import method_config
 
 from cptjax.continual import stage_end, stage_memory
@@ -64,31 +64,29 @@ def test_a_planned_stage_has_the_models_and_batches_of_a_real_one(tmp_path, meth
 
 @contextlib.contextmanager
 def compiled_programs():
-    """Return a set to which the name and argument shapes of each newly compiled program are added."""
-    compiled = set()
+    """Return a set to which the name and argument shapes of each program are added that is lowered,
+    or called for the first time after a lowering of the same program.
+    """
+    compiled, lower = set(), pjit._resolve_and_lower
 
-    class Handler(logging.Handler):
-        def emit(self, record):
-            if record.msg.startswith("Compiling %s with global shapes"):
-                name, arguments, _ = record.args
-                compiled.add((name, tuple((x.shape, str(x.dtype)) for x in arguments)))
+    def record(*args, **settings):
+        program = lower(*args, **settings)
+        arguments = program.compile_args["global_in_avals"]
+        shapes = tuple((x.shape, str(x.dtype)) for x in arguments)
+        compiled.add((program._name, shapes))
+        return program
 
-    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Handler()
-    level, propagates = logger.level, logger.propagate
-    jax.clear_caches()
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pjit, "_resolve_and_lower", record)
         yield compiled
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagates
 
 
 def planned_programs(stage, listed):
-    """Return the name and argument shapes of planned programs."""
+    """Return the name and argument shapes of planned programs.
+
+    What JAX traced and compiled before is forgotten, so that a run compiles its programs again.
+    """
+    jax.clear_caches()
     with compiled_programs() as planned, jax.set_mesh(stage.mesh):
         for program in listed:
             program.lower({})
