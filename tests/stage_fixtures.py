@@ -12,6 +12,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import run_helpers
 from ml_collections import ConfigDict
 
 from configs import base
@@ -29,17 +30,8 @@ from cptjax.types import Params, TrainState
 
 MAKE_MESH = sharding.make_mesh
 EOS = (2, 0, *range(40, 320, 4))  # so that a random model often ends its response
-SMALL_TEXT = dataclasses.replace(
-    PRESETS["tiny_qwen2"],
-    text=dataclasses.replace(PRESETS["tiny_qwen2"].text, depth=1, mlp=64),
-    eos=EOS,
-)
-SMALL = dataclasses.replace(
-    PRESETS["tiny"],
-    text=dataclasses.replace(PRESETS["tiny"].text, depth=1, mlp=64),
-    vision=dataclasses.replace(PRESETS["tiny"].vision, depth=1, full_blocks=(0,)),
-    eos=EOS,
-)
+SMALL_TEXT = dataclasses.replace(run_helpers.SMALL_TEXT, eos=EOS)
+SMALL = dataclasses.replace(run_helpers.SMALL, eos=EOS)
 MODELS = {"tiny": SMALL, "tiny_qwen2": SMALL_TEXT}  # the presets of runs with these fixtures
 
 

@@ -7,10 +7,9 @@ from configs import base
 from configs.base import METHODS
 from cptjax.config import resolve_stages
 from cptjax.models import causal_lm, trainable
-from cptjax.models.families import PRESETS
 from cptjax.planning import disk
 
-N = trainable.count_params(causal_lm.declare_params(PRESETS["tiny"]))
+N = trainable.count_params(causal_lm.declare_params(run_helpers.SMALL))
 
 
 def sizes(name="sft", /, keep=2, **sections):
