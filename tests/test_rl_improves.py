@@ -4,12 +4,13 @@ import time
 
 import jax
 import pytest
+import run_helpers
 import stage_fixtures
 
 from configs import base, cpt7
 from cptjax.continual import open_run, stage_evaluation, train_stage
 from cptjax.continual.model_state import ModelState
-from cptjax.models.families import PRESETS
+from cptjax.data import packing
 from cptjax.tasks.synthetic.dataset import styled_exact
 
 ARMS = (
@@ -49,8 +50,8 @@ def config():
     rollout = lambda name: dict(
         group=8, max_new_tokens=4, check_every=4, top_p=0.99 if name == "cpt7" else 1.0
     )
-    arm = lambda task, name: dict(
-        task=task, steps=STEPS.get(name, 20), method=method(name), rollout=rollout(name), **rl
+    arm = lambda task, name, steps=12: dict(
+        task=task, steps=STEPS.get(name, steps), method=method(name), rollout=rollout(name), **rl
     )
     c.stages = (
         dict(
@@ -60,14 +61,14 @@ def config():
             train=dict(lr=2e-3, batch=32, schedule="linear", warmup=0.1),
         ),
         *(arm("true", name) for name in ARMS),
-        arm("negated", "grpo"),
+        arm("negated", "grpo", steps=20),
     )
     counting = dict(task="synthetic", family="count")
     c.tasks.update(
         dict(biased=dict(counting, bias=0.55), true=counting, negated=dict(counting, scorer=wrong))
     )
     c.model.update(compute_dtype="float32", min_pixels=1024, max_pixels=1024, remat="none")
-    c.data.update(template="none", prompt_limit=32, buckets=(24, 32), limit=2500)
+    c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=2500)
     c.train.update(b2=0.99, weight_decay=0.0, clip=1.0)
     c.eval.update(general=(), batch=128, max_new_tokens=4)
     c.log.rollouts = False
@@ -76,7 +77,10 @@ def config():
 
 @pytest.mark.slow
 def test_every_rl_arm_improves_and_a_negated_reward_makes_worse(tmp_path, monkeypatch):
-    with stage_fixtures.open_tiny_run(config(), tmp_path, PRESETS["tiny"]) as (run, base):
+    # Rows of one size, so that each arm compiles one program for its updates.
+    monkeypatch.setattr(packing, "row_size", lambda tokens, capacity: capacity)
+    monkeypatch.setattr(packing, "target_size", lambda targets, capacity: capacity)
+    with stage_fixtures.open_tiny_run(config(), tmp_path, run_helpers.SMALL) as (run, base):
 
         def score(params) -> float:
             result = stage_evaluation.evaluate_with_template(
@@ -86,12 +90,13 @@ def test_every_rl_arm_improves_and_a_negated_reward_makes_worse(tmp_path, monkey
 
         first = train_stage.train_stage(run, run.stages[0], base)
         start, before = jax.device_get(first.params), score(first.params)
+        places = jax.tree.map(lambda x: x.sharding, first.params)
         # The base model of the RL arms is what the first stage made.
         monkeypatch.setattr(open_run.Run, "base_params", run.copy_for_comparison(first.params))
         reached, took = {}, {}
         for stage, name in zip(run.stages[1:], (*ARMS, "negated"), strict=True):
             began = time.process_time()
-            last = train_stage.train_stage(run, stage, ModelState(jax.device_put(start)))
+            last = train_stage.train_stage(run, stage, ModelState(jax.device_put(start, places)))
             reached[name] = round(score(last.params), 3)
             took[name] = round(time.process_time() - began)
         print(f"base {before:.3f}, then {reached} in {took} s")
