@@ -222,8 +222,12 @@ def test_several_runs_continue_after_sigterm_in_any_of_them(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_short_demo_runs_all_arms_and_reports_them(tmp_path):
-    """All five arms on the base model of the pre-stage, and the report on them."""
-    matrices = driver.run(demo.get_config("0,short"), tmp_path)
+    """All five arms on the base model of a pre-stage that is cut further, and the report on them."""
+    c = demo.get_config("0,short")
+    c.prestage.stages = tuple({**stage, "steps": 60} for stage in c.prestage.stages)
+    c.stages = tuple({**stage, "steps": 2} for stage in c.stages)
+    c.eval.general = demo.TEXT
+    matrices = driver.run(c, tmp_path)
     assert matrices.shape == (5, 5, 4) and np.isfinite(matrices[:, -1]).any()
     arms = ["grpo", "iterative", "joint", "sft_bare", "sft_style"]
     assert all(
