@@ -156,6 +156,14 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size // mesh.shape["model"]
 
 
+def slow_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Return the number of parts of the batch shards between which the network may be slow.
+
+    These are the indices of the axis `data`. The mesh is by default the one in use.
+    """
+    return (mesh or jax.sharding.get_abstract_mesh()).shape.get("data", 1)
+
+
 def decoder_shards() -> int:
     """Return the number of parts that MLPs and the vocabulary are cut into, on the mesh in use."""
     sizes = jax.sharding.get_abstract_mesh().shape

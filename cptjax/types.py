@@ -94,6 +94,9 @@ class Prompts:
     # The states of `vision` in a frozen tower, which several models share: after the last block
     # [S W*P D], and in some families also after earlier blocks [n S W*P D].
     tower_states: tuple[Array, ...] | None = None
+    # [S n] features of the shard's images that other shards use as well; -1 = another shard's. All
+    # shards of an index of the mesh axis `data` get these n features, numbered after their own.
+    pool: Array | None = None
 
 
 @flax.struct.dataclass

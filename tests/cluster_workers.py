@@ -138,6 +138,54 @@ def damaged_samples(index: int) -> None:
             say(refused=str(error))
 
 
+def moved_responses(index: int) -> None:
+    """Log-probabilities of responses on the shards of their prompts, and of balanced shards."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import tiny
+    from jax.sharding import Mesh
+
+    from cptjax import sharding
+    from cptjax.data import balance, packing
+    from cptjax.data.device_batches import group_batch
+    from cptjax.data.model_context import ModelContext
+    from cptjax.models import logprobs
+
+    packing.SMALLEST, balance.flops.padded_attention_in_tokens = 4, lambda *_: 0
+    cfg, rng = tiny.our_config(family="qwen2"), np.random.default_rng(0)
+    # The processes have every second shard.
+    devices = np.array(sorted(jax.devices(), key=lambda d: (d.id % 2, d.process_index)))
+    mesh = Mesh(devices.reshape(1, 4, 1), sharding.AXES)
+    rows = [tiny.random_row([n], cfg, rng) for n in (4, 9, 6, 5, 3, 8, 7, 5)]
+    lengths = [*[8, 8, 8, 7], *[1, 2, 1, 1], *[3, 1, 0, 1], *[1, 8, 2, 1]]
+    mask = np.arange(8) < np.array(lengths)[:, None]
+    tokens = rng.integers(10, 300, mask.shape).astype(np.int32)
+    prompts = jax.tree.map(np.asarray, tiny.prompts(rows, cfg))
+    shards = [i for i, device in enumerate(devices) if device.process_index == index]
+    own = np.concatenate([[2 * i, 2 * i + 1] for i in shards])
+    responses = (2 * own[:, None] + np.arange(2)).reshape(-1)
+    prompts = sharding.map_prompts(prompts, lambda x: x[own], lambda x: x[:, own])
+    prompts = sharding.place_prompts(prompts, mesh)
+    tokens, mask = tokens[responses], mask[responses]
+    ctx = ModelContext(cfg, None, mesh, jnp.float32, (16,))
+    score, params = logprobs.make_scoring_program(cfg, ctx.dtype, 64, 1.0), tiny.random_params(cfg)
+    params = jax.tree.map(np.asarray, params)
+    plain = group_batch(ctx, prompts, tokens, mask, length=8, extra={})
+    moved, placement = balance.balanced_group_batch(ctx, prompts, tokens, mask, {})
+    with jax.set_mesh(mesh):
+        want, got = (sharding.local_rows(score(params, batch)) for batch in (plain, moved))
+    difference = np.abs(balance.to_prompts(placement, got) - want)[mask].max()
+    say(
+        shards=shards,
+        sent=int(placement.leave.sum()),
+        received=int(placement.guests.sum()),
+        saved=1 - moved.tokens_with_padding / plain.tokens_with_padding,
+        difference=float(difference),
+        scale=float(np.abs(want[mask]).max()),
+    )
+
+
 def kill_in_program(index: int) -> None:
     """Process 1 dies while process 0 waits for a device program."""
     run_programs([])
@@ -256,6 +304,7 @@ FAILURES = {
     "sigterm": sigterm,
     "damaged": damaged,
     "damaged samples": damaged_samples,
+    "moved responses": moved_responses,
     "kill 1": kill_in_program,
     "kill 0": lost(0, signal.SIGKILL, wait_in_exchange),
     "places": places,
@@ -486,6 +535,10 @@ def start(name: str, index: int, port: int) -> int:
         os.dup2(os.open(f"{name}.{index}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if name in FAILURES:
         cluster.LOST_SECONDS = LOST_SECONDS
+    if name == "moved responses":
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", 2)
     console.set_console_mode("plain")
     sys.argv[1:] = []
 

@@ -162,6 +162,17 @@ def test_damaged_samples_are_refused_on_both_processes(failures):
         assert part.startswith("samples/.stage1.jsonl.partial1: expected one JSON object per line")
 
 
+def test_responses_that_move_to_another_process_have_equal_log_probabilities(failures):
+    folder, ended = failures
+    for index in range(2):
+        assert ended[f"moved responses.{index}"][::2] == [0, []]
+        lines = (folder / f"moved responses.{index}.out").read_text().splitlines()
+        (found,) = [json.loads(line) for line in lines if line[0] == "{"]
+        assert found["shards"] == [index, index + 2] and found["saved"] > 0.2
+        assert found["sent" if index == 0 else "received"] > 0
+        assert found["difference"] < 1e-5 < found["scale"]
+
+
 def test_a_process_that_works_may_let_another_wait(failures):
     """The time is counted as waiting, not as a part of the phase around it."""
     folder, ended = failures

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cptjax import sharding
 from cptjax.models import attention, attention_decode, decoder, packed_groups, unrolled
 from cptjax.models.attention_decode import Past
 from cptjax.models.config import ModelConfig
@@ -49,6 +50,8 @@ def embed_inputs(
             features = _image_features(p, prompts.vision, cfg, dtype, image_chunks)
         else:
             features = tower.merge(p, states, cfg)
+        if prompts.pool is not None:
+            features = jax.tree.map(lambda x: _add_pool(x, prompts.pool), features)
     shards, (b, t) = features.merged.shape[0], prompts.slots.shape
     slots = prompts.slots.reshape(shards, b // shards * t)
     is_image = prompts.slots[..., None] >= 0
@@ -61,6 +64,18 @@ def embed_inputs(
     if added is not None:
         added = jax.vmap(lambda layer: place(layer, jnp.zeros((), x.dtype)))(added)
     return DecoderInputs(place(features.merged, x), added)
+
+
+def _add_pool(features: Array, pool: Array) -> Array:
+    """Return the features [.. S N D] with those of `Prompts.pool` [S n] after them."""
+    if features.ndim == 4:
+        return jax.vmap(lambda layer: _add_pool(layer, pool))(features)
+    own = jnp.take_along_axis(features, jnp.maximum(pool, 0)[..., None], 1)
+    own = jnp.where(pool[..., None] < 0, jnp.zeros((), own.dtype), own)
+    # Each feature is of one shard, so the sum over the shards is exact in any dtype.
+    parts = own.reshape(sharding.slow_parts(), -1, *own.shape[1:])
+    shared = jnp.broadcast_to(parts.sum(1, keepdims=True), parts.shape).reshape(own.shape)
+    return jnp.concatenate([features, constrain(shared, "batch", None, None)], 1)
 
 
 def _image_features(

@@ -53,6 +53,12 @@ def group_forward_flops(
     )
 
 
+def padded_attention_in_tokens(cfg: ModelConfig, prompt: int, group: int, response: int) -> float:
+    """Return for how many tokens the rest of the decoder costs as much as a group's attention."""
+    pairs = prompt * (prompt + 1) / 2 + group * response * (prompt + (response + 1) / 2)
+    return pairs * _per_pair(cfg) / _per_token(cfg)
+
+
 def decode_flops(cfg: ModelConfig, prompts: int, prompt: int, group: int, steps: int) -> float:
     """Return the FLOPs to generate `steps` tokens of each response, without the prefill."""
     pairs = steps * prompt + steps * (steps + 1) / 2

@@ -65,6 +65,7 @@ def pack_tokens(
         slots=jnp.where(is_real, slots, -1),
         vision=prompts.vision,
         tower_states=prompts.tower_states,
+        pool=prompts.pool,
     )
 
 

@@ -28,8 +28,9 @@ from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.common import distributed, phases
+from cptjax.data.balance import Placement, balanced_group_batch, to_places, to_prompts
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
-from cptjax.data.device_batches import batch_slices, group_batch, join_prompts, response_buckets
+from cptjax.data.device_batches import batch_slices, join_prompts, response_buckets
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
 from cptjax.generation.generate import Samples
@@ -309,6 +310,7 @@ class ScoredRollouts:
     keep: np.ndarray  # [Q G] responses to train on
     slices: list[slice]  # the prompts of each micro-batch
     batches: list[Batch]
+    placements: list[Placement | None]  # of the responses in each of them
     # Log-probabilities [B A] of each batch's targets, on the device; [] = not needed. Those of the
     # policy may be unknown (NaN) in the batches of the first update.
     ref_logps: list[Array]
@@ -330,7 +332,7 @@ def score_rollouts(
     began, needs = time.perf_counter(), builder.needs
     finished = graded.samples.finished.reshape(len(graded.items), -1)
     keep = advantages.trained_responses(finished, builder.method.truncated)
-    slices, batches = _group_batches(builder, graded, keep)
+    slices, batches, placements = _group_batches(builder, graded, keep)
     with phases.phase("logps"):
         ref_logps = []
         if needs.reference:
@@ -342,9 +344,9 @@ def score_rollouts(
             old = [_unknown_logps(builder, batch) for batch in batches[:first]]
             old += builder.score_batches("policy", params, batches[first:])
         else:
-            old = _place_logps(builder, old_logps, batches)
+            old = _place_logps(builder, old_logps, batches, placements)
     seconds = time.perf_counter() - began
-    return ScoredRollouts(graded, keep, slices, batches, ref_logps, old, seconds)
+    return ScoredRollouts(graded, keep, slices, batches, placements, ref_logps, old, seconds)
 
 
 # ---- rollouts in a checkpoint --------------------------------------------------------------------
@@ -355,7 +357,7 @@ def rollouts_to_arrays(builder: BatchBuilder, scored: ScoredRollouts) -> dict[st
     samples, width = scored.graded.samples, builder.sampling.max_new_tokens
     arrays = {name: getattr(samples, name) for name in SAMPLE_ARRAYS}
     if scored.old_logps:
-        logps = _fetch_rows(scored.old_logps)
+        logps = _fetch_rows(scored.old_logps, scored.placements)
         arrays["old_logps"] = np.pad(logps, ((0, 0), (0, width - logps.shape[1])))
     return sharding.place_rows(arrays, builder.model_ctx.mesh)
 
@@ -402,12 +404,17 @@ def _unknown_logps(builder: BatchBuilder, batch: Batch) -> Array:
     return sharding.place_rows(nans, builder.model_ctx.mesh)
 
 
-def _place_logps(builder: BatchBuilder, logps: np.ndarray, batches: Sequence[Batch]) -> list[Array]:
+def _place_logps(
+    builder: BatchBuilder,
+    logps: np.ndarray,
+    batches: Sequence[Batch],
+    placements: Sequence[Placement | None],
+) -> list[Array]:
     """Cut this process's rows [B R] into those of micro-batches, as wide as their targets."""
     count = len(logps) // len(batches)
     parts = [
-        logps[i * count : (i + 1) * count, : batch.targets.shape[1]]
-        for i, batch in enumerate(batches)
+        to_places(placement, logps[i * count : (i + 1) * count, : batch.targets.shape[1]])
+        for i, (batch, placement) in enumerate(zip(batches, placements, strict=True))
     ]
     return sharding.place_rows(parts, builder.model_ctx.mesh)
 
@@ -435,18 +442,22 @@ def scored_step_batch(
     """
     method, needs, layout = builder.method, builder.needs, builder.layout
     keep, slices, batches = scored.keep, scored.slices, scored.batches
+    placements = scored.placements
     ref_logps, old_logps = scored.ref_logps, scored.old_logps
     graded, metrics = scored.graded.wait(), {}
     began = time.perf_counter()
     rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
     shaped, _ = _apply_length_rules(builder, rewards, graded.samples)
     if needs.kl_in_reward:
-        shaped, metrics["kl"] = _subtract_kl(builder, shaped, batches, old_logps, ref_logps)
+        shaped, metrics["kl"] = _subtract_kl(
+            builder, shaped, batches, placements, old_logps, ref_logps
+        )
     drift, start_logps = None, []
     if start is not None:
         if start is not reference:
             start_logps = builder.score_batches("start", start, batches)
-        drift = _drift(batches, old_logps, start_logps or ref_logps).reshape(shaped.shape)
+        drift = _drift(batches, placements, old_logps, start_logps or ref_logps)
+        drift = drift.reshape(shaped.shape)
     shaped, new, more = _shape_by_methods(method, shaped, keep, drift, carried)
     metrics |= more
     scores = {"ref_logps": ref_logps, "old_logps": old_logps}
@@ -455,14 +466,18 @@ def scored_step_batch(
     advantage = np.zeros_like(shaped)  # a distillation does not use rewards
     if method.objective == "policy":
         advantage = _batch_advantages(method.advantage, shaped, graded.greedy_rewards, keep)
-    parts = [sharding.place_rows(advantage[p].reshape(-1), builder.model_ctx.mesh) for p in slices]
+    parts = [
+        to_places(placement, advantage[p].reshape(-1))
+        for p, placement in zip(slices, placements, strict=True)
+    ]
+    parts = sharding.place_rows(parts, builder.model_ctx.mesh)
     batches = attach_arrays(batches, advantages=parts)
 
     seen = batches
     if teacher is not None and needs.demonstrations:
         seen = [
-            teacher.demonstration_batch(batch, graded.items[p])
-            for batch, p in zip(batches, slices, strict=True)
+            teacher.demonstration_batch(batch, graded.items[p], placement)
+            for batch, p, placement in zip(batches, slices, placements, strict=True)
         ]
     elif needs.teacher == "model":
         seen = [for_other_tower(batch) for batch in batches]
@@ -486,8 +501,8 @@ def scored_step_batch(
 
 def _group_batches(
     builder: BatchBuilder, graded: GradedRollouts, keep: np.ndarray
-) -> tuple[list[slice], list[Batch]]:
-    """Build the micro-batches of whole groups, with the slice of prompts of each.
+) -> tuple[list[slice], list[Batch], list[Placement | None]]:
+    """Build the micro-batches, with the slice of prompts and the placement of each.
 
     Groups of several batches have no common arrays on the device: their prompts are collated and
     uploaded once more.
@@ -506,46 +521,54 @@ def _group_batches(
     placed = graded.prompts
     if placed is None:
         placed = builder.place_prompts([i.encoded for i in graded.items])
-    batches = []
+    batches, placements = [], []
     for r, prompts, length in zip(rows, placed, lengths, strict=True):
-        extra = {name: x[r] for name, x in arrays.items()}
-        batches.append(
-            group_batch(
-                builder.model_ctx, prompts, samples.tokens[r], mask[r], length=length, extra=extra
-            )
+        extra = {name: x[r, :length] for name, x in arrays.items()}
+        batch, placement = balanced_group_batch(
+            builder.model_ctx, prompts, samples.tokens[r, :length], mask[r, :length], extra
         )
-    return slices, batches
+        batches.append(batch)
+        placements.append(placement)
+    return slices, batches, placements
 
 
 def _subtract_kl(
     builder: BatchBuilder,
     rewards: np.ndarray,
     batches: Sequence[Batch],
+    placements: Sequence[Placement | None],
     logps: Sequence[Array],
     ref_logps: Sequence[Array],
 ) -> tuple[np.ndarray, float]:
     """Return the rewards [Q G] minus the KL term, and the mean KL per token of all processes."""
-    logps, ref_logps = _fetch_rows(logps), _fetch_rows(ref_logps)
-    mask = _fetch_rows([b.mask for b in batches])
+    logps, ref_logps = _fetch_rows(logps, placements), _fetch_rows(ref_logps, placements)
+    mask = _fetch_rows([b.mask for b in batches], placements)
     kl = np.asarray(losses.estimate_kl(logps, ref_logps, builder.loss.kl_estimator, None))[mask]
     total, count = np.sum(distributed.gather_objects((float(kl.sum()), kl.size)), 0)
     reduced = losses.subtract_kl(rewards.reshape(-1), logps, ref_logps, mask, builder.loss)
     return np.asarray(reduced).reshape(rewards.shape), float(total / max(count, 1))
 
 
-def _fetch_rows(arrays: Sequence[Array]) -> np.ndarray:
-    """Return this process's rows of micro-batches, all as wide as the widest."""
+def _fetch_rows(arrays: Sequence[Array], placements: Sequence[Placement | None]) -> np.ndarray:
+    """Return the rows of this process's prompts in micro-batches, all as wide as the widest."""
     width = max(x.shape[1] for x in arrays)
-    rows = [sharding.local_rows(x) for x in arrays]
+    rows = [
+        to_prompts(placement, sharding.local_rows(x))
+        for x, placement in zip(arrays, placements, strict=True)
+    ]
     return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in rows])
 
 
 def _drift(
-    batches: Sequence[Batch], logps: Sequence[Array], start_logps: Sequence[Array]
+    batches: Sequence[Batch],
+    placements: Sequence[Placement | None],
+    logps: Sequence[Array],
+    start_logps: Sequence[Array],
 ) -> np.ndarray:
     """Return the mean of logps - start_logps over the tokens of each response [B]."""
-    mask = _fetch_rows([b.mask for b in batches])
-    moved = np.where(mask, _fetch_rows(logps) - _fetch_rows(start_logps), 0)
+    mask = _fetch_rows([b.mask for b in batches], placements)
+    moved = _fetch_rows(logps, placements) - _fetch_rows(start_logps, placements)
+    moved = np.where(mask, moved, 0)
     return moved.sum(1) / np.maximum(mask.sum(1), 1)
 
 

@@ -14,7 +14,7 @@ from stage_fixtures import method_config
 from cptjax import sharding
 from cptjax.common import distributed
 from cptjax.config import merge_config
-from cptjax.data import collate, device_batches
+from cptjax.data import balance, collate, device_batches, packing
 from cptjax.data.cost import WorkCost
 from cptjax.generation import decode_loop, generate
 from cptjax.generation.generate import Samples
@@ -614,3 +614,63 @@ def test_a_micro_batch_is_as_long_as_its_own_longest_response(tmp_path):
         assert cut_kl == pytest.approx(kl, rel=1e-5) and abs(kl) > 1e-4
         for name in ("loss", "grad_norm"):
             assert cut_metrics[name] == pytest.approx(metrics[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("grpo", dict(kl_coef=0.1, ratio="token", updates_per_batch=2)),
+        ("grpo", dict(kl_coef=0.1, kl_place="reward", kl_estimator="k1", updates_per_batch=1)),
+        ("sdft", {}),  # the teacher's prompts are others
+    ],
+)
+def test_responses_on_other_shards_give_the_same_updates(name, settings, tmp_path, monkeypatch):
+    c = method_config(
+        name, batch=8, method=settings, mesh=dict(fsdp=4), rollout=dict(max_new_tokens=32)
+    )
+    c.data.update(prompt_limit=128, buckets=(128,))
+    with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
+        graded, ctx = sample(prepared), prepared.ctx
+        # The first shard has the longest responses.
+        lengths = np.array([32, 32, 31, 32, *[1, 2, 1, 3] * 3])
+        mask = np.arange(32) < lengths[:, None]
+        samples = dataclasses.replace(graded.samples, mask=mask, finished=np.ones(16, bool))
+        graded = dataclasses.replace(graded, samples=samples)
+
+        def update():
+            found = stage_fixtures.rollout_step_batch(
+                *(ctx.builder, prepared.params, graded, ctx.reference, 0, 1), teacher=ctx.teacher
+            )
+            numbers = {k: v for k, v in found.metrics.items() if not k.startswith("seconds")}
+            updates, tokens = list(found.updates), 0
+            state = prepared.state
+            for batches in updates:
+                state, more = dataclasses.replace(prepared, state=state).update(batches, lr=1e-2)
+                numbers |= more
+                tokens += sum(batch.tokens_with_padding for batch in batches)
+            return state.params, numbers, tokens
+
+        def saved():  # in a checkpoint, and read from it
+            scored = rollouts.score_rollouts(ctx.builder, prepared.params, graded, ctx.reference)
+            arrays = rollouts.rollouts_to_arrays(ctx.builder, scored)
+            again = rollouts.restore_rollouts(
+                ctx.builder, prepared.params, graded.items, ctx.reference, arrays
+            )
+            return arrays, rollouts.rollouts_to_arrays(ctx.builder, again)
+
+        monkeypatch.setattr(packing, "SMALLEST", 4)
+        monkeypatch.setattr(balance.flops, "padded_attention_in_tokens", lambda *_: 1e9)
+        params, numbers, tokens = update()
+        stored, _ = saved()
+        monkeypatch.setattr(balance.flops, "padded_attention_in_tokens", lambda *_: 0)
+        moved, of_moved, fewer = update()
+        for arrays in saved():
+            for name, want in stored.items():
+                got = np.asarray(arrays[name])
+                if name == "old_logps":
+                    got, want = np.where(mask, got, 0), np.where(mask, want, 0)
+                np.testing.assert_allclose(got, want, atol=1e-5)
+    assert fewer < 0.9 * tokens
+    assert of_moved == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+    for want, got in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cptjax.common.compiler_options import PlatformJit
+from cptjax.data.balance import Placement, move_prompts
 from cptjax.data.device_batches import with_other_prompts
 from cptjax.data.model_context import ModelContext
 from cptjax.data.prompts import EncodedExample, demonstration_prompt
@@ -73,10 +74,14 @@ class Teacher:
         if self.rate:
             self.trained = _update_average(self.trained, student, self.rate)
 
-    def demonstration_batch(self, batch: Batch, items: Sequence[EncodedExample]) -> Batch:
+    def demonstration_batch(
+        self, batch: Batch, items: Sequence[EncodedExample], placement: Placement | None = None
+    ) -> Batch:
         """Return the batch with prompts that show the demonstrations.
 
         Its targets and mask are the device arrays of `batch`, and its states are in the same order.
+
+        items: those of this process, whose responses are where `placement` says
         """
         limit = max(self.model_ctx.buckets)
         encoded = [
@@ -88,6 +93,7 @@ class Teacher:
             for i in items
         ]
         prompts = self.model_ctx.place_prompts(encoded)
+        prompts = move_prompts(self.model_ctx, prompts, placement)
         return with_other_prompts(self.model_ctx, batch, prompts)
 
     def compute_states(self, batch: Batch) -> dict[str, Array]:

@@ -1,0 +1,337 @@
+"""Move responses between batch shards, so that all shards process about as many tokens.
+
+A shard samples and keeps the responses to its own prompts. If they are long, the other shards wait
+in each pass of an update. `plan_places` moves responses, each with a copy of its prompt:
+
+    2 shards with 1 prompt each      shard 0   p p a a a a a b b b b b     12 tokens
+                                     shard 1   q q c d                      4
+    after                            shard 0   p p a a a a a                7
+                                     shard 1   q q c d p p b b b b b       11
+
+Each shard has one place for a prompt and its responses more than it has prompts, and the places of
+all shards have the same shape, so few programs are compiled. The attention of a place costs as much
+as that of a full group; responses move only if they save more than that. The copies of a prompt
+together get the gradient of the prompt, up to the order of sums.
+
+Token ids of responses go from process to process. On the devices, `move_prompts` copies prompts; of
+their images only the features move, in each pass of the model (`Prompts.pool`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cptjax.common import distributed
+from cptjax.data.device_batches import group_batch
+from cptjax.data.model_context import ModelContext
+from cptjax.data.packing import row_size
+from cptjax.models import flops
+from cptjax.models.config import ModelConfig
+from cptjax.sharding import (
+    batch_shards,
+    local_row_numbers,
+    local_rows,
+    named_sharding,
+    slow_parts,
+)
+from cptjax.types import Array, Batch, Prompts
+
+
+class Part(NamedTuple):
+    """Responses to one prompt that are at one place."""
+
+    prompt: int
+    responses: np.ndarray  # their numbers in the group
+    shard: int
+
+
+def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[Part] | None:
+    """Divide groups among shards with at most `limit` tokens each, or return None.
+
+    A shard has q + 1 places for its q prompts. What fits stays on its shard; of all prompts, at
+    most `max_moved` are copied to other shards.
+
+    prompts: [S q] tokens; responses: [S q G] tokens of each response, 0 = not trained on
+    """
+    shards, q = prompts.shape
+    p, r = prompts.reshape(-1), responses.reshape(shards * q, -1)
+    groups = [_split_group(p[i], r[i], limit) for i in range(len(p))]
+    if any(parts is None for parts in groups):
+        return None
+    load, free = np.zeros(shards, int), np.full(shards, q + 1)
+    placed: list[Part] = []
+
+    def place(prompt: int, chosen: np.ndarray, shard: int) -> None:
+        load[shard] += p[prompt] + r[prompt, chosen].sum()
+        free[shard] -= 1
+        placed.append(Part(prompt, chosen, shard))
+
+    waiting = []
+    parts = [(p[i] + r[i, part].sum(), i, part) for i, cut in enumerate(groups) for part in cut]
+    at_home = set()  # further parts of a group at home would copy its prompt
+    for size, i, part in sorted(parts, key=lambda part: -part[0]):
+        if i not in at_home and free[i // q] and load[i // q] + size <= limit:
+            place(i, part, i // q)
+            at_home.add(i)
+        else:
+            waiting.append((i, part))
+    for i, part in waiting:
+        while part.size:
+            room = np.where(free > 0, limit - load - p[i], -1)
+            whole = room >= r[i, part].sum()
+            # The fullest shard that has room for all, or the emptiest one.
+            shard = int(np.argmin(np.where(whole, room, limit)) if whole.any() else room.argmax())
+            fits = _first_that_fit(r[i, part], room[shard])
+            if not fits.any():
+                return None
+            place(i, part[fits], shard)
+            part = part[~fits]
+    moved = {part.prompt for part in placed if part.shard != part.prompt // q}
+    return placed if len(moved) <= max_moved(shards) else None
+
+
+def max_moved(shards: int) -> int:
+    """Return how many prompts of a micro-batch may be copied to other shards."""
+    return max(1, shards // 2)
+
+
+def _split_group(prompt: int, responses: np.ndarray, limit: int) -> list[np.ndarray] | None:
+    """Divide the trained responses of a group, longest first, into parts of at most `limit` tokens.
+
+    Each part has a copy of the prompt. None = the longest response does not fit.
+    """
+    left, parts = np.argsort(-responses, kind="stable")[: np.count_nonzero(responses)], []
+    while left.size:
+        fits = _first_that_fit(responses[left], limit - prompt)
+        if not fits.any():
+            return None
+        parts.append(left[fits])
+        left = left[~fits]
+    return parts
+
+
+def _first_that_fit(sizes: np.ndarray, room: int) -> np.ndarray:
+    """Return a mask of the sizes that fit if they are taken in order and too large ones skipped."""
+    fits = np.zeros(len(sizes), bool)
+    for i, size in enumerate(sizes):
+        if size <= room:
+            fits[i], room = True, room - size
+    return fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The places of the responses of a micro-batch.
+
+    Prompts and responses of all processes are numbered in the order of the batch shards.
+    """
+
+    prompts: np.ndarray  # [S * V] the prompt at each place, -1 = none
+    # [S * V] the number of each place's prompt in `copied`, -1 = the prompt of its shard, or none
+    copies: np.ndarray
+    copied: np.ndarray  # [parts M] the prompts that are copied to shards of each part, -1 = none
+    own: np.ndarray  # [B] the responses to this process's prompts
+    at: np.ndarray  # [s * V * G] the responses at this process's places, -1 = none
+    leave: np.ndarray  # [B] those of `own` that are at a place of another process
+    guests: np.ndarray  # [s * V * G] those of `at` to a prompt of another process
+
+
+def balanced_group_batch(
+    model_ctx: ModelContext,
+    prompts: Prompts,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    extra: dict[str, np.ndarray],
+) -> tuple[Batch, Placement | None]:
+    """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
+    placement, length = plan_placement(model_ctx, prompts, mask), tokens.shape[1]
+    tokens, mask, extra = to_places(placement, (tokens, mask, extra))
+    prompts = move_prompts(model_ctx, prompts, placement)
+    return group_batch(model_ctx, prompts, tokens, mask, length=length, extra=extra), placement
+
+
+def to_places(placement: Placement | None, rows: Any) -> Any:
+    """Return arrays [B ...] by response to this process's prompts as arrays by its places.
+
+    Rows without a response are 0.
+    """
+    if placement is None:
+        return rows
+    return _exchange_rows(rows, placement.own, placement.at, placement.leave)
+
+
+def to_prompts(placement: Placement | None, rows: Any) -> Any:
+    """Do the opposite of `to_places`; responses that are at no place get 0."""
+    if placement is None:
+        return rows
+    return _exchange_rows(rows, placement.at, placement.own, placement.guests)
+
+
+def _exchange_rows(rows: Any, have: np.ndarray, want: np.ndarray, sends: np.ndarray) -> Any:
+    """Return the rows with the numbers `want` of arrays whose rows have the numbers `have`.
+
+    sends: [B] the rows that another process wants
+    """
+    sent = distributed.gather_objects((have[sends], jax.tree.map(lambda x: x[sends], rows)))
+    numbers = np.concatenate([have, *(numbers for numbers, _ in sent)])
+    row_of = np.full(max(numbers.max(), want.max()) + 2, -1)
+    row_of[numbers] = np.arange(len(numbers))
+    row_of[-1] = -1  # of the number -1
+    at = row_of[want]
+
+    def take(own: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        found = np.concatenate([own, *others])[np.maximum(at, 0)]
+        found[at < 0] = 0
+        return found
+
+    return jax.tree.map(take, rows, *(others for _, others in sent))
+
+
+def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) -> Placement | None:
+    """Choose the places of responses; None = each stays with its prompt, which costs no more.
+
+    All processes get the same plan. mask: [B R] the targets of the responses to this process's
+    prompts
+    """
+    shards, parts = batch_shards(model_ctx.mesh), slow_parts(model_ctx.mesh)
+    if shards == parts:
+        return None
+    own = local_row_numbers(prompts.tokens)
+    group, limit = len(mask) // len(own), mask.shape[1]
+    lengths = np.where(mask.any(1), limit - np.argmax(mask[:, ::-1], 1), 0).reshape(-1, group)
+    found = own, (local_rows(prompts.segments) > 0).sum(1), lengths
+    gathered = distributed.gather_objects(found)
+    numbers, tokens, lengths = map(np.concatenate, zip(*gathered, strict=True))
+    order = np.argsort(numbers)
+    p, r = tokens[order].reshape(shards, -1), lengths[order].reshape(shards, -1, group)
+
+    shape = p.shape[1], prompts.tokens.shape[1], group, limit
+    longest = int((p.sum(1) + r.sum((1, 2))).max())
+    sizes = balanced_row_sizes(model_ctx.cfg, *shape, longest, (p.sum() + r.sum()) / shards)
+    for size in sizes:
+        plans = [
+            plan_places(*part, size)
+            for part in zip(np.split(p, parts), np.split(r, parts), strict=True)
+        ]
+        if all(plan is not None for plan in plans):
+            process_of = np.repeat(np.arange(len(gathered)), [len(g[0]) for g in gathered])[order]
+            return _placement(plans, shards, group, process_of.reshape(shards, -1), own)
+    return None
+
+
+def balanced_row_sizes(
+    cfg: ModelConfig,
+    prompts: int,
+    prompt: int,
+    group: int,
+    response: int,
+    longest: int,
+    mean: float,
+) -> list[int]:
+    """Return the lengths of packed rows from `mean` tokens that save more than another place costs.
+
+    prompts: of a shard, of `prompt` tokens with `group` responses of `response` tokens, all with
+        padding
+    longest: tokens of the longest row without a move
+    """
+    capacity = prompts * (prompt + group * response)
+    most = row_size(longest, capacity) - flops.padded_attention_in_tokens(
+        cfg, prompt, group, response
+    )
+    sizes = [row_size(int(np.ceil(mean)), capacity)]
+    while sizes[-1] < capacity:
+        sizes.append(row_size(sizes[-1] + 1, capacity))
+    return [size for size in sizes if size < most]
+
+
+def _placement(
+    plans: Sequence[list[Part]],
+    shards: int,
+    group: int,
+    process_of: np.ndarray,
+    own: np.ndarray,
+) -> Placement:
+    """Number the places of the plans of each part of the shards.
+
+    process_of: [S q] the process of each prompt; own: the prompts of this process
+    """
+    (_, q), part_shards = process_of.shape, shards // len(plans)
+    prompts = np.full((shards, q + 1), -1)
+    responses = np.full((shards, q + 1, group), -1)
+    copies, copied = prompts.copy(), np.full((len(plans), max_moved(part_shards)), -1)
+    for i, plan in enumerate(plans):
+        first = i * part_shards
+        moved = sorted({part.prompt for part in plan if part.shard != part.prompt // q})
+        copied[i, : len(moved)] = np.array(moved, int) + first * q
+        for prompt, chosen, shard in plan:
+            shard, number = shard + first, prompt + first * q
+            place = np.count_nonzero(prompts[shard] >= 0)
+            prompts[shard, place] = number
+            responses[shard, place, : len(chosen)] = number * group + chosen
+            if number // q != shard:
+                copies[shard, place] = moved.index(prompt)
+    process, home = process_of[:, 0], process_of.reshape(-1)
+    this, rows = home[own[0]], (own[:, None] * group + np.arange(group)).reshape(-1)
+    at = responses[process == this].reshape(-1)
+    holder = home.repeat(group)  # the process that has each response
+    holder[responses[responses >= 0]] = process[np.nonzero(responses >= 0)[0]]
+    leave, guests = holder[rows] != this, (at >= 0) & (home[at // group] != this)
+    return Placement(prompts.reshape(-1), copies.reshape(-1), copied, rows, at, leave, guests)
+
+
+def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement | None) -> Prompts:
+    """Return the prompts at the places of a micro-batch; their images stay where they are."""
+    if placement is None:
+        return prompts
+    images = prompts.vision is not None or prompts.tower_states is not None
+    slots = 0
+    if images:
+        states = prompts.tower_states
+        patches = states[0].shape[-2] if states else prompts.vision.frames[0].size
+        slots = patches // model_ctx.cfg.vision.merge**2
+    rows = prompts.replace(vision=None, tower_states=None)
+    program = _move_program(model_ctx.mesh, slots)
+    moved = program(rows, placement.prompts, placement.copies, placement.copied)
+    return moved.replace(vision=prompts.vision, tower_states=prompts.tower_states)
+
+
+@functools.lru_cache(maxsize=16)
+def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
+    """Return the program that copies the rows of prompts; a shard has `slots` image features."""
+    shards, parts = batch_shards(mesh), slow_parts(mesh)
+
+    def move(rows: Prompts, chosen: Array, copies: Array, copied: Array) -> Prompts:
+        is_prompt = (chosen >= 0)[:, None]
+
+        def take(x: Array) -> Array:
+            return jnp.where(is_prompt, x[jnp.maximum(chosen, 0)], 0)
+
+        length = rows.slots.shape[1]
+        pooled = slots + jnp.maximum(copies, 0)[:, None] * length + jnp.arange(length)
+        own = take(rows.slots)
+        is_image = is_prompt & (own >= 0)
+        placed = jnp.where(is_image, jnp.where(copies[:, None] < 0, own, pooled), -1)
+        pool = None
+        if slots:
+            home = copied // (len(rows.slots) // shards)  # the shard of each copied prompt
+            is_home = home.repeat(shards // parts, 0) == jnp.arange(shards)[:, None]
+            is_home &= copied.repeat(shards // parts, 0) >= 0
+            sources = rows.slots[jnp.maximum(copied, 0)].repeat(shards // parts, 0)
+            pool = jnp.where(is_home[..., None], sources, -1).reshape(shards, -1)
+        return Prompts(
+            take(rows.tokens),
+            jax.vmap(take)(rows.positions),
+            take(rows.segments),
+            placed,
+            pool=pool,
+        )
+
+    by_row = named_sharding(("batch", None), mesh)
+    places = Prompts(by_row, named_sharding((None, "batch", None), mesh), by_row, by_row)
+    return jax.jit(move, out_shardings=places.replace(pool=by_row) if slots else places)

@@ -1,0 +1,147 @@
+"""Responses that move between batch shards: the plan, the tokens saved, and equal results."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_qwen3_vl
+from test_packing import DISTRIBUTIONS, lengths_of
+from tiny import Image
+
+from cptjax import sharding
+from cptjax.data import balance, packing
+from cptjax.data.balance import Part, balanced_group_batch, plan_places, to_places, to_prompts
+from cptjax.data.device_batches import group_batch
+from cptjax.data.model_context import ModelContext
+from cptjax.models import logprobs, packed_groups
+from cptjax.models.families import PRESETS
+
+G, R = 3, 8
+IMAGE = [3, Image(4, 4), 2]
+PROMPTS = [[5], IMAGE, [6, Image(4, 8)], [9], IMAGE, [7], [4, Image(4, 4), 3, Image(4, 4)], [5]]
+# Shards of two prompts each. The first and the fifth have the longest responses.
+LENGTHS = [*[8, 8, 8, 8, 8, 7], *[1, 0, 1, 1, 1, 1], *[2, 1, 1, 8, 1, 8], *[1, 1, 1, 0, 0, 0]]
+
+
+def as_tuples(plan: list[Part]) -> list[tuple]:
+    return [(prompt, sorted(chosen.tolist()), shard) for prompt, chosen, shard in plan]
+
+
+def test_the_plan_of_the_docstring():
+    prompts, responses = np.array([[2], [2]]), np.array([[[5, 5]], [[1, 1]]])
+    assert plan_places(prompts, responses, 10) is None  # 4 + 2 + 5 tokens on the second shard
+    plan = as_tuples(plan_places(prompts, responses, 11))
+    assert sorted(plan) == [(0, [0], 0), (0, [1], 1), (1, [0, 1], 1)]
+    # Whole groups that fit stay at home.
+    assert as_tuples(plan_places(prompts, responses, 12)) == [(0, [0, 1], 0), (1, [0, 1], 1)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_response_has_one_place_and_no_shard_has_more_than_the_limit(seed):
+    rng = np.random.default_rng(seed)
+    shards, q, group = (4, 2, 3) if seed % 2 else (6, 3, 4)
+    p, r = rng.integers(1, 20, (shards, q)), rng.integers(0, 40, (shards, q, group))
+    mean = (p.sum() + r.sum()) / shards
+    found = [plan_places(p, r, int(mean * more)) for more in (0.9, 1.0, 1.1, 1.2, 1.5, 3.0)]
+    assert found[0] is None and found[-1] is not None
+    for plan, more in zip(found, (0.9, 1.0, 1.1, 1.2, 1.5, 3.0), strict=True):
+        if plan is None:
+            continue
+        load, places = np.zeros(shards), np.zeros(shards)
+        at = np.zeros((shards * q, group), int)
+        for prompt, chosen, shard in plan:
+            load[shard] += p.reshape(-1)[prompt] + r.reshape(-1, group)[prompt, chosen].sum()
+            places[shard] += 1
+            at[prompt, chosen] += 1
+        assert (load <= int(mean * more)).all() and (places <= q + 1).all()
+        assert (at == (r.reshape(at.shape) > 0)).all()
+        moved = {prompt for prompt, _, shard in plan if shard != prompt // q}
+        assert len(moved) <= balance.max_moved(shards)
+
+
+@pytest.mark.parametrize("shards", [8, 64])
+@pytest.mark.parametrize(("prompts", "most"), [(2, 1.2), (4, 1.15), (8, 1.15)])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_padding_with_few_prompts_on_each_shard(name, prompts, most, shards):
+    """Tokens processed per real token, where shards have 2, 4 or 8 prompts in a micro-batch."""
+    prompt, group, mean, limit = DISTRIBUTIONS[name]
+    processed = before = real = 0
+    for seed in range(3):
+        r = lengths_of(mean, limit, (shards, prompts, group), seed)
+        p = np.full((shards, prompts), prompt)
+        capacity, tokens = prompts * (prompt + group * limit), p.sum(1) + r.sum((1, 2))
+        sizes = balance.balanced_row_sizes(
+            PRESETS["7b"],
+            *(prompts, prompt, group, limit),
+            longest=int(tokens.max()),
+            mean=tokens.mean(),
+        )
+        size = packing.row_size(int(tokens.max()), capacity)
+        before += size * shards
+        processed += shards * next((n for n in sizes if plan_places(p, r, n)), size)
+        real += tokens.sum()
+    assert processed / real <= most
+    assert before > processed
+
+
+@functools.cache
+def groups(family: str, sizes: tuple[int, int, int]):
+    """Return (context, parameters, prompts on a mesh, responses, mask, an array by token)."""
+    if family == "qwen3_vl":
+        cfg = tiny_qwen3_vl.our_config()
+    else:
+        cfg = tiny.our_config(family=family)
+    shards, rng = sizes[0] * sizes[1], np.random.default_rng(0)
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: shards * sizes[2]])
+    rows = [tiny.random_row(row, cfg, rng) for row in (PROMPTS if cfg.vision else [[9], [5]] * 4)]
+    prompts = sharding.place_prompts(tiny.prompts(rows, cfg, shards=shards), mesh)
+    mask = np.arange(R) < np.array(LENGTHS)[:, None]
+    tokens = rng.integers(10, 300, mask.shape).astype(np.int32)
+    ctx = ModelContext(cfg, None, mesh, jnp.float32, (64,))
+    return ctx, tiny.random_params(cfg), prompts, tokens, mask, rng.random(mask.shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("qwen2_5_vl", (1, 4, 1)), ("qwen3_vl", (2, 2, 2)), ("qwen2", (1, 4, 1))],
+)
+def test_moved_responses_have_equal_values_and_gradients(family, sizes, monkeypatch):
+    monkeypatch.setattr(packing, "SMALLEST", 4)  # shorter rows than those of a real batch
+    monkeypatch.setattr(balance.flops, "padded_attention_in_tokens", lambda *_: 4)
+    ctx, params, prompts, tokens, mask, weights = groups(family, sizes)
+    extra = {"weights": weights}
+    plain = group_batch(ctx, prompts, tokens, mask, length=R, extra=extra)
+    moved, placement = balanced_group_batch(ctx, prompts, tokens, mask, extra)
+    assert placement is not None and (placement.copied >= 0).any()
+    assert moved.packing.source.shape[1] < 0.8 * plain.packing.source.shape[1]
+    assert (moved.prompts.pool is not None) == (family != "qwen2")
+    np.testing.assert_array_equal(
+        to_prompts(placement, sharding.local_rows(moved.targets))[mask], tokens[mask]
+    )
+    again = to_prompts(placement, to_places(placement, weights))
+    np.testing.assert_array_equal(again, np.where(mask.any(1)[:, None], weights, 0))
+
+    @jax.jit
+    def run(params, batch):
+        def loss(params):
+            states = logprobs.predicting_states(params, batch, ctx.cfg, jnp.float32)
+            out = packed_groups.by_target(batch, states.reshape(-1, states.shape[-1]))
+            weighted = batch.extra["weights"] * jnp.sin(3 * out).sum(-1)
+            return jnp.sum(jnp.where(batch.mask, weighted, 0)), out
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    with jax.set_mesh(ctx.mesh):
+        (total, states), gradient = run(params, plain)
+        (found, at_places), of_moved = run(params, moved)
+    assert found == pytest.approx(float(total), rel=1e-5)
+    at_home = to_prompts(placement, sharding.local_rows(at_places))
+    np.testing.assert_allclose(
+        at_home[mask], sharding.local_rows(states)[mask], rtol=1e-5, atol=1e-5
+    )
+    for want, got in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_moved), strict=True):
+        scale = max(np.abs(want).max(), 1e-6)
+        np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
