@@ -19,6 +19,7 @@ their images only the features move, in each pass of the model (`Prompts.pool`).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from cptjax.sharding import (
     local_row_numbers,
     local_rows,
     named_sharding,
+    place_prompts,
     slow_parts,
 )
 from cptjax.types import Array, Batch, Prompts
@@ -250,6 +252,20 @@ def balanced_row_sizes(
     return [size for size in sizes if size < most]
 
 
+def longest_balanced_row(
+    cfg: ModelConfig, mesh: Mesh, prompts: int, prompt: int, group: int, response: int
+) -> int:
+    """Return the longest of the packed rows of moved responses; 0 = none ever move.
+
+    See `balanced_row_sizes`.
+    """
+    if batch_shards(mesh) == slow_parts(mesh):
+        return 0
+    shape = prompts, prompt, group, response
+    capacity = prompts * (prompt + group * response)
+    return max(balanced_row_sizes(cfg, *shape, longest=capacity, mean=1), default=0)
+
+
 def _placement(
     plans: Sequence[list[Part]],
     shards: int,
@@ -289,16 +305,30 @@ def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement
     """Return the prompts at the places of a micro-batch; their images stay where they are."""
     if placement is None:
         return prompts
-    images = prompts.vision is not None or prompts.tower_states is not None
-    slots = 0
-    if images:
-        states = prompts.tower_states
-        patches = states[0].shape[-2] if states else prompts.vision.frames[0].size
-        slots = patches // model_ctx.cfg.vision.merge**2
+    program = _move_program(model_ctx.mesh, _feature_slots(model_ctx.cfg, prompts))
     rows = prompts.replace(vision=None, tower_states=None)
-    program = _move_program(model_ctx.mesh, slots)
     moved = program(rows, placement.prompts, placement.copies, placement.copied)
     return moved.replace(vision=prompts.vision, tower_states=prompts.tower_states)
+
+
+def abstract_moved_prompts(cfg: ModelConfig, mesh: Mesh, prompts: Prompts) -> Prompts:
+    """Return the shapes of `move_prompts` on the mesh."""
+    shards, parts = batch_shards(mesh), slow_parts(mesh)
+    places = jax.ShapeDtypeStruct((len(prompts.tokens) + shards,), np.int32)
+    copied = jax.ShapeDtypeStruct((parts, max_moved(shards // parts)), np.int32)
+    rows = prompts.replace(vision=None, tower_states=None)
+    program = _move_program(mesh, _feature_slots(cfg, prompts))
+    moved = place_prompts(jax.eval_shape(program, rows, places, places, copied), mesh)
+    return moved.replace(vision=prompts.vision, tower_states=prompts.tower_states)
+
+
+def _feature_slots(cfg: ModelConfig, prompts: Prompts) -> int:
+    """Return the number of image features of a shard, 0 without images."""
+    if prompts.tower_states:
+        return prompts.tower_states[0].shape[-2] // cfg.vision.merge**2
+    if prompts.vision:
+        return math.prod(prompts.vision.frames.shape[1:]) // cfg.vision.merge**2
+    return 0
 
 
 @functools.lru_cache(maxsize=16)

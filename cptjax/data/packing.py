@@ -70,14 +70,19 @@ def plan_packing(
 
 
 def packing_shapes(
-    prompts: tuple[int, int], responses: tuple[int, int], shards: int
+    prompts: tuple[int, int],
+    responses: tuple[int, int],
+    shards: int,
+    longest: int | None = None,
 ) -> tuple[jax.ShapeDtypeStruct, Packing]:
-    """Return the largest shapes of `plan_packing`, without padding to leave out.
+    """Return the largest shapes of `plan_packing`, for rows of at most `longest` tokens.
 
-    prompts: (Q, P); responses: (B, R), of all processes, as `shards`
+    None = without padding to leave out. prompts: (Q, P); responses: (B, R), of all processes, as
+    `shards`
     """
     tokens, targets = (rows // shards * length for rows, length in (prompts, responses))
-    sizes = tokens + targets, tokens + targets, targets, targets
+    longest = longest or tokens + targets
+    sizes = longest, tokens + targets, min(longest, targets), targets
     arrays = (jax.ShapeDtypeStruct((shards, n), np.int32) for n in sizes)
     packing = Packing(*arrays)
     return packing.real, packing

@@ -17,7 +17,7 @@ from cptjax import sharding
 from cptjax.common.compiler_options import PlatformJit
 from cptjax.common.program import Program
 from cptjax.config import merge_config
-from cptjax.data import collate, device_batches
+from cptjax.data import balance, collate, device_batches
 from cptjax.data.collate import max_image_slots
 from cptjax.data.data_config import DataConfig
 from cptjax.data.packing import packing_shapes
@@ -251,22 +251,36 @@ def abstract_conversations(
     return sharding.place_batch(device_batches.conversation_arrays(prompts, width), stage.mesh)
 
 
-def abstract_groups(stage: AbstractStage, rows: int, length: int) -> Batch:
-    """Return `rows` prompts of `length` tokens with their groups of responses."""
-    r = stage.config.rollout
+def abstract_groups(stage: AbstractStage, rows: int, length: int, balanced: bool = False) -> Batch:
+    """Return `rows` prompts of `length` tokens with their groups of responses.
+
+    balanced: responses have moved between shards (`data.balance`), to rows as long as those can be
+    """
+    r, longest = stage.config.rollout, None
+    prompts = abstract_prompts(stage, rows, length)
+    if balanced:
+        longest = longest_balanced_row(stage, rows)
+        prompts = balance.abstract_moved_prompts(stage.cfg, stage.mesh, prompts)
+        rows = len(prompts.tokens)
     shape = (rows * r.group, r.max_new_tokens)
-    where, packing = packing_shapes((rows, length), shape, stage.shards)
+    where, packing = packing_shapes((rows, length), shape, stage.shards, longest)
     rest = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool), where
-    return Batch(
-        abstract_prompts(stage, rows, length),
-        *sharding.place_rows((*rest, {}, packing), stage.mesh),
-    )
+    return Batch(prompts, *sharding.place_rows((*rest, {}, packing), stage.mesh))
 
 
-def abstract_scoring_batch(stage: AbstractStage, rows: int) -> Batch:
-    """Return one device pass of the programs of log-probabilities."""
+def longest_balanced_row(stage: AbstractStage, rows: int) -> int:
+    """Return the most tokens of a shard after responses to `rows` prompts have moved; 0 = never."""
+    r = stage.config.rollout
+    if stage.config.method.source != "rollouts":
+        return 0
+    shape = rows // stage.shards, stage.longest_prompt, r.group, r.max_new_tokens
+    return balance.longest_balanced_row(stage.cfg, stage.mesh, *shape)
+
+
+def abstract_scoring_batch(stage: AbstractStage, rows: int, balanced: bool = False) -> Batch:
+    """Return one device pass of the programs of log-probabilities; see `abstract_groups`."""
     if stage.config.method.source == "rollouts":
-        batch = abstract_groups(stage, rows, stage.longest_prompt)
+        batch = abstract_groups(stage, rows, stage.longest_prompt, balanced)
     else:
         batch = abstract_conversations(stage, rows, stage.longest_row)
     return batch.replace(prompts=share_tower(stage, batch.prompts))
@@ -294,9 +308,9 @@ def abstract_memory_rows(stage: AbstractStage, rows: int) -> Batch:
     return abstract_conversations(stage, rows, length, tokens)
 
 
-def abstract_update_batch(stage: AbstractStage, rows: int) -> Batch:
+def abstract_update_batch(stage: AbstractStage, rows: int, balanced: bool = False) -> Batch:
     """Return one device pass of the update, with advantages and the outputs of other models."""
-    batch, text = abstract_scoring_batch(stage, rows), stage.teacher_cfg.text
+    batch, text = abstract_scoring_batch(stage, rows, balanced), stage.teacher_cfg.text
     shapes = {
         "B": batch.targets.shape[:1],
         "B A": batch.targets.shape,
@@ -534,7 +548,11 @@ def memory_programs(stage: AbstractStage, updates: int) -> list[Program]:
 
 
 def update_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
-    """Return one fused step, or programs that sum gradients over micro-batches and apply them."""
+    """Return one fused step, or programs that sum gradients over micro-batches and apply them.
+
+    The program of balanced shards takes the place of another one in some steps, so it has no calls
+    of its own.
+    """
     state, frozen, steps = stage.state, stage.frozen, step_programs(stage)
     batch, passes, updates = (
         abstract_update_batch(stage, layout.rows),
@@ -546,29 +564,44 @@ def update_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
         memory_batch = abstract_memory_batch(stage)
         of_memory = abstract_gradient_sum(steps.memory_gradient, stage, memory_batch)
     useful, others = update_flops(stage, layout.filled_rows), waiting_batches(stage, 1)
+    batches = [("", batch, passes * updates)]
+    if longest_balanced_row(stage, layout.rows):
+        balanced = abstract_update_batch(stage, layout.rows, balanced=True)
+        batches.append((", balanced shards", balanced, 0.0))
     if passes == 1:
-        args = (state, frozen, batch, lr, stage.arrays, of_memory)
-        return [Program("train step", steps.step, args, updates, useful, others=others)]
+        return [
+            Program(
+                f"train step{name}",
+                steps.step,
+                (state, frozen, batch, lr, stage.arrays, of_memory),
+                calls,
+                useful,
+                others=others,
+            )
+            for name, batch, calls in batches
+        ]
     # The teacher's states of all micro-batches of an update are computed before its first gradient.
     kept = (TEACHER_STATES,) * passes if stage.teacher is not None else ()
     total = abstract_gradient_sum(steps.begin, stage, batch)
-    add_args = (total, state.params, frozen, batch)
     apply_args = (state, total, lr, stage.arrays, of_memory)
     waiting = (MEMORY_GRADIENT,) if stage.memory is not None else ()
-    add = Program(
-        "add gradients",
-        steps.add,
-        add_args,
-        passes * updates,
-        useful,
-        kept[1:] + waiting,
-        others=others,
-    )
+    add = [
+        Program(
+            f"add gradients{name}",
+            steps.add,
+            (total, state.params, frozen, batch),
+            calls,
+            useful,
+            kept[1:] + waiting,
+            others=others,
+        )
+        for name, batch, calls in batches
+    ]
     everything = waiting_batches(stage, 0)
     finish = Program(
         "apply gradients", steps.finish, apply_args, updates, 0.0, kept, others=everything
     )
-    return [add, finish]
+    return [*add, finish]
 
 
 def step_programs(stage: AbstractStage) -> train_step.StepPrograms:
