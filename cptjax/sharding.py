@@ -156,12 +156,9 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size // mesh.shape["model"]
 
 
-def slow_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Return the number of parts of the batch shards between which the network may be slow.
-
-    These are the indices of the axis `data`. The mesh is by default the one in use.
-    """
-    return (mesh or jax.sharding.get_abstract_mesh()).shape.get("data", 1)
+def slice_count(mesh: Mesh) -> int:
+    """Return the number of TPU slices, or of domains of fast links between GPUs, of a mesh."""
+    return len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
 
 
 def decoder_shards() -> int:

@@ -94,9 +94,18 @@ class Prompts:
     # The states of `vision` in a frozen tower, which several models share: after the last block
     # [S W*P D], and in some families also after earlier blocks [n S W*P D].
     tower_states: tuple[Array, ...] | None = None
-    # [S n] features of the shard's images that other shards use as well; -1 = another shard's. All
-    # shards of an index of the mesh axis `data` get these n features, numbered after their own.
-    pool: Array | None = None
+    pool: "FeaturePool | None" = None
+
+
+@flax.struct.dataclass
+class FeaturePool:
+    """Image features that other shards use as well.
+
+    All shards of a part get the same n features, and number them after those of their own images.
+    """
+
+    slots: Array  # [S n] number of each feature in the shard that has it, -1 in the others
+    parts: int = flax.struct.field(pytree_node=False)  # equal parts of the shards
 
 
 @flax.struct.dataclass

@@ -40,9 +40,9 @@ from cptjax.sharding import (
     local_rows,
     named_sharding,
     place_prompts,
-    slow_parts,
+    slice_count,
 )
-from cptjax.types import Array, Batch, Prompts
+from cptjax.types import Array, Batch, FeaturePool, Prompts
 
 
 class Part(NamedTuple):
@@ -56,8 +56,8 @@ class Part(NamedTuple):
 def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[Part] | None:
     """Divide groups among shards with at most `limit` tokens each, or return None.
 
-    A shard has q + 1 places for its q prompts. What fits stays on its shard; of all prompts, at
-    most `max_moved` are copied to other shards.
+    A shard has q + 1 places for its q prompts, and at most `max_moved` prompts are copied to other
+    shards. What fits stays on its shard; if that does not work, only size decides.
 
     prompts: [S q] tokens; responses: [S q G] tokens of each response, 0 = not trained on
     """
@@ -66,6 +66,28 @@ def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[
     groups = [_split_group(p[i], r[i], limit) for i in range(len(p))]
     if any(parts is None for parts in groups):
         return None
+    parts = [(p[i] + r[i, part].sum(), i, part) for i, cut in enumerate(groups) for part in cut]
+    parts = [(i, part) for _, i, part in sorted(parts, key=lambda part: -part[0])]
+    for at_home in (True, False):
+        plan = _fill_shards(p, r, parts, (shards, q, limit), at_home)
+        if plan and len({i for i, _, shard in plan if shard != i // q}) <= max_moved(shards):
+            return plan
+    return None
+
+
+def _fill_shards(
+    p: np.ndarray,
+    r: np.ndarray,
+    parts: Sequence[tuple[int, np.ndarray]],
+    sizes: tuple[int, int, int],
+    at_home: bool,
+) -> list[Part] | None:
+    """Place parts of groups one after the other; divide one further if it fits nowhere.
+
+    p: [Q] tokens of prompts; r: [Q G] of responses; parts: (prompt, responses)
+    at_home: first place on its own shard what fits there
+    """
+    shards, q, limit = sizes
     load, free = np.zeros(shards, int), np.full(shards, q + 1)
     placed: list[Part] = []
 
@@ -74,13 +96,12 @@ def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[
         free[shard] -= 1
         placed.append(Part(prompt, chosen, shard))
 
-    waiting = []
-    parts = [(p[i] + r[i, part].sum(), i, part) for i, cut in enumerate(groups) for part in cut]
-    at_home = set()  # further parts of a group at home would copy its prompt
-    for size, i, part in sorted(parts, key=lambda part: -part[0]):
-        if i not in at_home and free[i // q] and load[i // q] + size <= limit:
+    waiting, at_own_shard = [], set()  # another part of a group would copy the prompt once more
+    for i, part in parts:
+        fits = load[i // q] + p[i] + r[i, part].sum() <= limit and free[i // q]
+        if at_home and fits and i not in at_own_shard:
             place(i, part, i // q)
-            at_home.add(i)
+            at_own_shard.add(i)
         else:
             waiting.append((i, part))
     for i, part in waiting:
@@ -94,8 +115,28 @@ def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[
                 return None
             place(i, part[fits], shard)
             part = part[~fits]
-    moved = {part.prompt for part in placed if part.shard != part.prompt // q}
-    return placed if len(moved) <= max_moved(shards) else None
+    return placed if at_home else _exchange_shards(placed, shards, q)
+
+
+def _exchange_shards(placed: Sequence[Part], shards: int, q: int) -> list[Part]:
+    """Give each shard the parts of another one, so that many of them are at home."""
+    shard_of: dict[int, int] = {}  # by number in `placed`
+    for prompt, _, number in placed:
+        if number not in shard_of and prompt // q not in shard_of.values():
+            shard_of[number] = prompt // q
+    left = sorted(set(range(shards)) - set(shard_of.values()))
+    others = sorted(set(range(shards)) - set(shard_of))
+    shard_of |= dict(zip(others, left, strict=True))
+    return [part._replace(shard=shard_of[part.shard]) for part in placed]
+
+
+def _exchange_parts(mesh: Mesh) -> int:
+    """Return the number of parts of the batch shards between which nothing moves.
+
+    These are the slices, whose network is slow; if they divide a shard, each shard is a part.
+    """
+    shards, slices = batch_shards(mesh), slice_count(mesh)
+    return slices if shards % slices == 0 else shards
 
 
 def max_moved(shards: int) -> int:
@@ -201,7 +242,7 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
     All processes get the same plan. mask: [B R] the targets of the responses to this process's
     prompts
     """
-    shards, parts = batch_shards(model_ctx.mesh), slow_parts(model_ctx.mesh)
+    shards, parts = batch_shards(model_ctx.mesh), _exchange_parts(model_ctx.mesh)
     if shards == parts:
         return None
     own = local_row_numbers(prompts.tokens)
@@ -259,7 +300,7 @@ def longest_balanced_row(
 
     See `balanced_row_sizes`.
     """
-    if batch_shards(mesh) == slow_parts(mesh):
+    if batch_shards(mesh) == _exchange_parts(mesh):
         return 0
     shape = prompts, prompt, group, response
     capacity = prompts * (prompt + group * response)
@@ -313,7 +354,7 @@ def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement
 
 def abstract_moved_prompts(cfg: ModelConfig, mesh: Mesh, prompts: Prompts) -> Prompts:
     """Return the shapes of `move_prompts` on the mesh."""
-    shards, parts = batch_shards(mesh), slow_parts(mesh)
+    shards, parts = batch_shards(mesh), _exchange_parts(mesh)
     places = jax.ShapeDtypeStruct((len(prompts.tokens) + shards,), np.int32)
     copied = jax.ShapeDtypeStruct((parts, max_moved(shards // parts)), np.int32)
     rows = prompts.replace(vision=None, tower_states=None)
@@ -334,7 +375,7 @@ def _feature_slots(cfg: ModelConfig, prompts: Prompts) -> int:
 @functools.lru_cache(maxsize=16)
 def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
     """Return the program that copies the rows of prompts; a shard has `slots` image features."""
-    shards, parts = batch_shards(mesh), slow_parts(mesh)
+    shards, parts = batch_shards(mesh), _exchange_parts(mesh)
 
     def move(rows: Prompts, chosen: Array, copies: Array, copied: Array) -> Prompts:
         is_prompt = (chosen >= 0)[:, None]
@@ -354,6 +395,7 @@ def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
             is_home &= copied.repeat(shards // parts, 0) >= 0
             sources = rows.slots[jnp.maximum(copied, 0)].repeat(shards // parts, 0)
             pool = jnp.where(is_home[..., None], sources, -1).reshape(shards, -1)
+            pool = FeaturePool(pool, parts)
         return Prompts(
             take(rows.tokens),
             jax.vmap(take)(rows.positions),
@@ -364,4 +406,6 @@ def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
 
     by_row = named_sharding(("batch", None), mesh)
     places = Prompts(by_row, named_sharding((None, "batch", None), mesh), by_row, by_row)
-    return jax.jit(move, out_shardings=places.replace(pool=by_row) if slots else places)
+    if slots:
+        places = places.replace(pool=FeaturePool(by_row, parts))
+    return jax.jit(move, out_shardings=places)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cptjax import sharding
 from cptjax.models import attention, attention_decode, decoder, packed_groups, unrolled
 from cptjax.models.attention_decode import Past
 from cptjax.models.config import ModelConfig
@@ -17,7 +16,7 @@ from cptjax.models.family import VisionFeatures
 from cptjax.models.layers import rms_norm
 from cptjax.models.unrolled import LayerArrays, read_layer, unstack_for_forward, write_column
 from cptjax.sharding import constrain, on_cpu
-from cptjax.types import Array, Packing, Params, Prompts, Vision
+from cptjax.types import Array, FeaturePool, Packing, Params, Prompts, Vision
 
 
 def declare_params(cfg: ModelConfig) -> Params:
@@ -66,15 +65,15 @@ def embed_inputs(
     return DecoderInputs(place(features.merged, x), added)
 
 
-def _add_pool(features: Array, pool: Array) -> Array:
-    """Return the features [.. S N D] with those of `Prompts.pool` [S n] after them."""
+def _add_pool(features: Array, pool: FeaturePool) -> Array:
+    """Return the features [.. S N D] of each shard with the n of the pool after them."""
     if features.ndim == 4:
         return jax.vmap(lambda layer: _add_pool(layer, pool))(features)
-    own = jnp.take_along_axis(features, jnp.maximum(pool, 0)[..., None], 1)
-    own = jnp.where(pool[..., None] < 0, jnp.zeros((), own.dtype), own)
-    # Each feature is of one shard, so the sum over the shards is exact in any dtype.
-    parts = own.reshape(sharding.slow_parts(), -1, *own.shape[1:])
-    shared = jnp.broadcast_to(parts.sum(1, keepdims=True), parts.shape).reshape(own.shape)
+    own = jnp.take_along_axis(features, jnp.maximum(pool.slots, 0)[..., None], 1)
+    own = jnp.where(pool.slots[..., None] < 0, jnp.zeros((), own.dtype), own)
+    # One shard has each feature, so the sum over the shards is exact.
+    by_part = own.reshape(pool.parts, -1, *own.shape[1:])
+    shared = jnp.broadcast_to(by_part.sum(1, keepdims=True), by_part.shape).reshape(own.shape)
     return jnp.concatenate([features, constrain(shared, "batch", None, None)], 1)
 
 

@@ -63,10 +63,10 @@ def test_each_response_has_one_place_and_no_shard_has_more_than_the_limit(seed):
 
 
 @pytest.mark.parametrize("shards", [8, 64])
-@pytest.mark.parametrize(("prompts", "most"), [(2, 1.2), (4, 1.15), (8, 1.15)])
+@pytest.mark.parametrize(("prompts", "most"), [(1, 1.45), (2, 1.2), (4, 1.15), (8, 1.15)])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_padding_with_few_prompts_on_each_shard(name, prompts, most, shards):
-    """Tokens processed per real token, where shards have 2, 4 or 8 prompts in a micro-batch."""
+    """Tokens processed per real token, where shards have 1 to 8 prompts in a micro-batch."""
     prompt, group, mean, limit = DISTRIBUTIONS[name]
     processed = before = real = 0
     for seed in range(3):
@@ -84,7 +84,7 @@ def test_padding_with_few_prompts_on_each_shard(name, prompts, most, shards):
         processed += shards * next((n for n in sizes if plan_places(p, r, n)), size)
         real += tokens.sum()
     assert processed / real <= most
-    assert before > processed
+    assert before >= processed
 
 
 @functools.cache
@@ -105,10 +105,11 @@ def groups(family: str, sizes: tuple[int, int, int]):
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
-    [("qwen2_5_vl", (1, 4, 1)), ("qwen3_vl", (2, 2, 2)), ("qwen2", (1, 4, 1))],
+    ("family", "sizes", "slices"),
+    [("qwen2_5_vl", (1, 4, 1), 1), ("qwen3_vl", (2, 2, 2), 2), ("qwen2", (2, 2, 1), 1)],
 )
-def test_moved_responses_have_equal_values_and_gradients(family, sizes, monkeypatch):
+def test_moved_responses_have_equal_values_and_gradients(family, sizes, slices, monkeypatch):
+    monkeypatch.setattr(balance, "slice_count", lambda _: slices)
     monkeypatch.setattr(packing, "SMALLEST", 4)  # shorter rows than those of a real batch
     monkeypatch.setattr(balance.flops, "padded_attention_in_tokens", lambda *_: 4)
     ctx, params, prompts, tokens, mask, weights = groups(family, sizes)
@@ -118,6 +119,7 @@ def test_moved_responses_have_equal_values_and_gradients(family, sizes, monkeypa
     assert placement is not None and (placement.copied >= 0).any()
     assert moved.packing.source.shape[1] < 0.8 * plain.packing.source.shape[1]
     assert (moved.prompts.pool is not None) == (family != "qwen2")
+    assert placement.copied.shape == (slices, 2 // slices)
     np.testing.assert_array_equal(
         to_prompts(placement, sharding.local_rows(moved.targets))[mask], tokens[mask]
     )
