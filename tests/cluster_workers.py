@@ -152,7 +152,7 @@ def moved_responses(index: int) -> None:
     from cptjax.data.model_context import ModelContext
     from cptjax.models import logprobs
 
-    packing.SMALLEST, balance.flops.padded_attention_in_tokens = 4, lambda *_: 0
+    packing.SMALLEST, balance._place_cost = 4, lambda *_: 0
     cfg, rng = tiny.our_config(family="qwen2"), np.random.default_rng(0)
     # The processes have every second shard.
     devices = np.array(sorted(jax.devices(), key=lambda d: (d.id % 2, d.process_index)))

@@ -9,9 +9,9 @@ in each pass of an update. `plan_places` moves responses, each with a copy of it
                                      shard 1   q q c d p p b b b b b       11
 
 Each shard has one place for a prompt and its responses more than it has prompts, and the places of
-all shards have the same shape, so few programs are compiled. The attention of a place costs as much
-as that of a full group; responses move only if they save more than that. The copies of a prompt
-together get the gradient of the prompt, up to the order of sums.
+all shards have the same shape, so few programs are compiled. Where attention takes packed rows back
+to the padded form, a place costs as much as a full group, and responses move only if they save more
+than that. The copies of a prompt together get the gradient of the prompt, up to the order of sums.
 
 Token ids of responses go from process to process. On the devices, `move_prompts` copies prompts; of
 their images only the features move, in each pass of the model (`Prompts.pool`).
@@ -32,7 +32,7 @@ from cptjax.common import distributed
 from cptjax.data.device_batches import group_batch
 from cptjax.data.model_context import ModelContext
 from cptjax.data.packing import row_size
-from cptjax.models import flops
+from cptjax.models import attention, flops
 from cptjax.models.config import ModelConfig
 from cptjax.sharding import (
     batch_shards,
@@ -284,13 +284,22 @@ def balanced_row_sizes(
     longest: tokens of the longest row without a move
     """
     capacity = prompts * (prompt + group * response)
-    most = row_size(longest, capacity) - flops.padded_attention_in_tokens(
-        cfg, prompt, group, response
-    )
+    most = row_size(longest, capacity) - _place_cost(cfg, prompt, group, response)
     sizes = [row_size(int(np.ceil(mean)), capacity)]
     while sizes[-1] < capacity:
         sizes.append(row_size(sizes[-1] + 1, capacity))
     return [size for size in sizes if size < most]
+
+
+def _place_cost(cfg: ModelConfig, prompt: int, group: int, response: int) -> float:
+    """Return the cost of another place of a shard, in tokens of a packed row.
+
+    Only attention in the padded form has such a cost.
+    """
+    if attention.reads_packed_rows(cfg.compute.attention):
+        return 0.0
+    # In plans of the update of 7B for v5p, the padded form takes three times as long as its FLOPs.
+    return 3 * flops.padded_attention_in_tokens(cfg, prompt, group, response)
 
 
 def longest_balanced_row(

@@ -35,11 +35,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.models import attention_tiled
+from cptjax.models import attention_packed, attention_tiled
+from cptjax.models.attention_packed import PackedReads
 from cptjax.models.attention_tiled import MASKED
 from cptjax.models.config import ModelConfig
 from cptjax.models.layers import ATTENTION_RESULTS
-from cptjax.types import Array
+from cptjax.types import Array, Packing
 
 # The back end of each platform; "xla" is `reference_attention` and runs everywhere.
 BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
@@ -233,6 +234,31 @@ def attend_padded_groups(
     return head, _group_by_copy(q, k, v, own_k, own_v, segments, backend)
 
 
+def reads_packed_rows(backend: str) -> bool:
+    """Return whether packed groups stay packed in attention (`attention_packed`)."""
+    return backend == "splash"
+
+
+def plan_packed_reads(
+    packing: Packing, prompts: tuple[int, int], responses: tuple[int, int]
+) -> PackedReads:
+    """Return what each device's packed groups read: prompts (Q, P) with responses (B, R)."""
+    shards = packing.source.shape[0]
+    (q, p), (b, r) = prompts, responses
+    return attention_packed.plan_reads(packing.source, (q // shards, p), (b // shards, r))
+
+
+def attend_packed_rows(q: Array, k: Array, v: Array, reads: PackedReads) -> Array:
+    """Attend in packed rows: queries [S N heads H], keys and values [S N K H]."""
+    arrays, structure = jax.tree.flatten(reads)
+
+    def kernel(q: Array, k: Array, v: Array, *arrays: Array) -> Array:
+        reads = structure.unflatten(arrays)
+        return attention_packed.attend_packed(q, k, v, reads, INTERPRET)
+
+    return _per_device(kernel, (q, k, v), arrays)
+
+
 def _group_by_copy(
     q: Array,
     prompt_k: Array,
@@ -340,7 +366,7 @@ def _cudnn(
 def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Array]) -> Array:
     """Run a kernel that the compiler cannot partition on each device's own rows and heads.
 
-    arrays: [B .. heads H], the queries first.
+    arrays: [B .. heads H], the queries first; segments: [B ..]
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -355,6 +381,6 @@ def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Ar
         return sharding.activation_spec(("batch", *(None,) * (x.ndim - 3), "heads", None))
 
     specs = [spec(x) for x in (q, *others)]
-    specs += [sharding.activation_spec(("batch", None)) for _ in segments]
+    specs += [sharding.activation_spec(("batch", *(None,) * (x.ndim - 1))) for x in segments]
     run = jax.shard_map(kernel, in_specs=tuple(specs), out_specs=spec(q), check_vma=False)
     return run(q, *others, *segments)

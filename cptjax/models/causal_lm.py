@@ -161,12 +161,15 @@ def forward_packed(
     (nq, plen), (b, r) = prompts.tokens.shape, responses.shape
     shapes = (nq, plen), (nq, b // nq, r)
     rows = packed_groups.pack_tokens(prompts, responses, next_positions(prompts), packing)
-    inputs = embed_inputs(p, rows, cfg, dtype)
+    inputs, backend = embed_inputs(p, rows, cfg, dtype), cfg.compute.attention
+    if attention.reads_packed_rows(backend):
+        reads = attention.plan_packed_reads(packing, (nq, plen), (b, r))
 
     def attend(q, k, v):
+        if attention.reads_packed_rows(backend):
+            return attention.attend_packed_rows(q, k, v, reads), None
         padded = (packed_groups.to_padded(x, *shapes, packing) for x in (q, k, v))
         heads, tails = zip(*padded, strict=True)
-        backend = cfg.compute.attention
         out = attention.attend_padded_groups(heads, tails, prompts.segments, backend)
         return packed_groups.to_packed(*out, packing), None
 

@@ -659,10 +659,10 @@ def test_responses_on_other_shards_give_the_same_updates(name, settings, tmp_pat
             return arrays, rollouts.rollouts_to_arrays(ctx.builder, again)
 
         monkeypatch.setattr(packing, "SMALLEST", 4)
-        monkeypatch.setattr(balance.flops, "padded_attention_in_tokens", lambda *_: 1e9)
+        monkeypatch.setattr(balance, "_place_cost", lambda *_: 1e9)
         params, numbers, tokens = update()
         stored, _ = saved()
-        monkeypatch.setattr(balance.flops, "padded_attention_in_tokens", lambda *_: 0)
+        monkeypatch.setattr(balance, "_place_cost", lambda *_: 0)
         moved, of_moved, fewer = update()
         for arrays in saved():
             for name, want in stored.items():
