@@ -1,5 +1,6 @@
 """A run in a bucket ends in the bits of a run on the local disk, whatever interrupts it."""
 
+import asyncio
 import os
 import random
 import signal
@@ -28,6 +29,11 @@ pytestmark = [
     ),
 ]
 SECTIONS = {"steps": 4, "eval": {"limit": 4, "batch": 4}}
+TEXTS = {  # two stages without images
+    "model": run_helpers.TEXT,
+    "tasks": {t: {"task": "synthetic", "family": t} for t in ("facts", "arithmetic")},
+    "stages": ({"task": "facts", "steps": 4}, {"task": "arithmetic", "steps": 4}),
+}
 KILL = int(signal.SIGKILL)
 
 
@@ -110,6 +116,9 @@ def test_a_second_process_is_refused_in_one_line(bucket, tmp_path, monkeypatch):
 def test_the_server_stops_in_the_middle(local, bucket, server, tmp_path, monkeypatch, moment):
     """The run ends in one line with the address; the same command ends in the same bits."""
     monkeypatch.setattr(buckets, "RETRY_SECONDS", 2.0)
+    # gcsfs tries a request six times, with pauses of 31 seconds in all.
+    short = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 20))
+    monkeypatch.setattr("gcsfs.retry.asyncio", short)
     saves, save = [], checkpoint.Checkpoints.save
     pushes, push = [], buckets.FolderCopy.push
 
@@ -294,7 +303,7 @@ def test_killed_runs_end_in_the_same_bits(bucket, server, tmp_path, place):
     if place == "local" and count == 2:
         pytest.skip("tests/test_resume.py kills runs on the local disk; set CPTJAX_LONG=1")
     more = server.environment(tmp_path / "cache")
-    plan = {"method": "grpo", "sections": SECTIONS, "log": str(tmp_path / "log")}
+    plan = {"method": "grpo", "sections": SECTIONS | TEXTS, "log": str(tmp_path / "log")}
     whole = tmp_path / "whole"
     again = (KILL, None)
     run_helpers.run_processes({**plan, "workdir": str(whole), "signals": [again]}, **more)
