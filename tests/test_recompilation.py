@@ -15,7 +15,7 @@ from cptjax.benchmark.phase_times import CompilationCounter
 from cptjax.data import collate, device_batches, model_context, processor
 from cptjax.generation import generate
 from cptjax.generation.sampling_config import SamplingConfig
-from cptjax.models import causal_lm
+from cptjax.models import causal_lm, trainable
 from cptjax.training import train_step
 from cptjax.training.algorithms.losses import LossConfig
 from cptjax.training.algorithms.objective import Objective
@@ -40,9 +40,11 @@ def model_ctx() -> model_context.ModelContext:
 
 @pytest.fixture(scope="module")
 def params(model_ctx):
-    return sharding.init_params(
+    """The trained and the frozen weights; few are trained, so that a program compiles quickly."""
+    params = sharding.init_params(
         causal_lm.declare_params(model_ctx.cfg), jax.random.key(0), jnp.float32, model_ctx.mesh
     )
+    return trainable.split_params(params, lambda path: path == ("text", "embed"))
 
 
 def vision_shapes(model_ctx) -> list[tuple[int, int]]:
@@ -109,7 +111,8 @@ def step_programs(model_ctx, kind, opt, state):
 def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """200 steps of random batches after one step of each of 16 shapes."""
     rng, heard, opt = np.random.default_rng(0), CompilationCounter(), make_optimizer(OPTIMIZER)
-    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
+    trained, frozen = params
+    state = train_step.init_state(opt, jax.tree.map(jnp.copy, trained), model_ctx.mesh)
     steps = step_programs(model_ctx, "sft", opt, state)
     plain = model_ctx.processor.encode(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -126,7 +129,7 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
                 forced(patch, collate.BatchShape(ROWS, length, patches, vision_rows), width)
                 state, metrics = steps.run(
                     state,
-                    {},
+                    frozen,
                     [device_batches.conversation_batch(model_ctx, [plain], rows=ROWS)],
                     1e-3,
                 )
@@ -145,7 +148,7 @@ def test_sft_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
                     batch.prompts.vision and batch.prompts.vision.patches.shape,
                 )
             )
-            state, metrics = steps.run(state, {}, [batch], 1e-3)
+            state, metrics = steps.run(state, frozen, [batch], 1e-3)
         assert np.isfinite(float(metrics["loss"].value)) and len(seen) >= 8
     assert heard.count == before
 
@@ -155,13 +158,19 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
     """200 steps of rollouts and updates on groups with other images."""
     rng, heard, opt = np.random.default_rng(1), CompilationCounter(), make_optimizer(OPTIMIZER)
     short = dataclasses.replace(model_ctx, buckets=(32,))
-    state = train_step.init_state(opt, jax.tree.map(jnp.copy, params), model_ctx.mesh)
+    trained, frozen = params
+    state = train_step.init_state(opt, jax.tree.map(jnp.copy, trained), model_ctx.mesh)
     steps = step_programs(model_ctx, "policy", opt, state)
     sampling = SamplingConfig(2, 4, temperature=1.0, check_every=16)
 
     def learn(state, rows):
         out = generate.sample_responses(
-            short, state.params, rows, jax.random.key(0), np.arange(ROWS), sampling
+            short,
+            trainable.join_params(state.params, frozen),
+            rows,
+            jax.random.key(0),
+            np.arange(ROWS),
+            sampling,
         )
         numbers = {
             "advantages": rng.standard_normal(2 * ROWS, np.float32),
@@ -171,7 +180,7 @@ def test_rl_compiles_nothing_after_its_shapes(model_ctx, params, monkeypatch):
         batch: Batch = device_batches.group_batch(
             short, short.place_prompts(rows), out.tokens, out.mask, length=length, extra=numbers
         )
-        return steps.run(state, {}, [batch], 1e-3)[0]
+        return steps.run(state, frozen, [batch], 1e-3)[0]
 
     plain = model_ctx.processor.encode([{"role": "user", "content": "x"}], generation=True)
     with jax.set_mesh(model_ctx.mesh):
