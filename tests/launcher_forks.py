@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MEMORY = 8 << 30  # bytes of address space of one command
 TOGETHER = 2  # commands that run at the same time
+TEMPLATE_SECONDS = 3.0  # for which a template may be rendered; in production longer
 
 
 @contextlib.contextmanager
@@ -121,7 +122,9 @@ if __name__ == "__main__":
     import cptjax.evaluation.report
     import cptjax.planning.check
     import cptjax.planning.plan  # noqa: F401
+    from cptjax.tasks import template_worker
 
+    template_worker.TIME_LIMIT = TEMPLATE_SECONDS
     AutoTokenizer.from_pretrained  # noqa: B018, imported on first access
     gc.freeze()  # a collection in a fork would copy the pages of what is imported
     for line in sys.stdin:
