@@ -17,6 +17,9 @@ os.environ["TPU_STDERR_LOG_LEVEL"] = os.environ["TPU_MIN_LOG_LEVEL"] = os.enviro
     "TF_CPP_MIN_LOG_LEVEL"
 ] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Two test processes use both cores. Threads of torch and numpy would spend half of the time of the
+# tests of parity waiting for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 # Most of the time is compilation of programs that run for milliseconds. Level 0 generates machine code
 # faster, and the older emitters of fused operations, which jaxlib has until 0.10, take a third of

@@ -36,15 +36,29 @@ KEY = jax.random.key(7)
 
 @pytest.fixture(scope="module")
 def cfg() -> ModelConfig:
-    return tiny.our_config(text={"eos_token_id": [2, 7]})
+    """A tower of one block with windows and one without."""
+    tower = {"depth": 2, "fullatt_block_indexes": [1]}
+    return tiny.our_config(text={"eos_token_id": [2, 7]}, vision=tower)
 
 
-@pytest.fixture(scope="module")
-def params(cfg):
+def make_params(cfg):
     """Random weights with logits wide enough that tokens differ."""
     tree = sharding.init_params(causal_lm.declare_params(cfg), jax.random.key(0), jnp.float32)
     tree["text"]["embed"] *= 4
     return tree
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    return make_params(cfg)
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    """A small text model and its weights, for tests of which row is decoded when."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64}
+    cfg = tiny.our_config(family="qwen2", text=sizes)
+    return cfg, make_params(cfg)
 
 
 def prompts(cfg, rows=ROWS, shards=1):
@@ -222,8 +236,7 @@ def test_the_tpu_kernel_does_not_change_rows(shape, slots, monkeypatch):
     """Rows end at different steps, slots are refilled, and the ring of 12 columns is padded."""
     monkeypatch.setattr(attention, "INTERPRET", True)
     cfg = tiny.our_config(family="qwen2")
-    params = sharding.init_params(causal_lm.declare_params(cfg), jax.random.key(0), jnp.float32)
-    params["text"]["embed"] *= 4
+    params = make_params(cfg)
     batch, stops = prompts(cfg, [[9], [14], [4], [11], [6], [3], [8], [12]]), tuple(range(2, 40))
     whole = run(params, batch, cfg, stop=stops)
     assert len(set(whole.mask.sum(1).tolist())) > 3
@@ -320,13 +333,13 @@ def test_whole_rows_are_only_computed_where_all_devices_get_some():
 
 
 @pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
-def test_a_long_row_does_not_hold_up_the_queue(cfg, params, group, at):
+def test_a_long_row_does_not_hold_up_the_queue(one_layer, group, at):
     """256 groups, one row ten times longer than the rest, at any place of the queue: under 1.5
     times the steps of the ideal schedule.
 
     A group is as long as its longest row: a slot becomes free when all of its rows are done.
     """
-    count, slots, every, n = 256, 8, 4, 18
+    (cfg, params), count, slots, every, n = one_layer, 256, 8, 4, 18
     batch = prompts(cfg, [[3]] * count)
     limits = np.random.default_rng(0).integers(1, n + 1, (count, group))
     limits[:, 0], limits[at, -1] = n, 10 * n
@@ -359,9 +372,9 @@ def row_steps(lengths, rows, first):
     return max(busy)
 
 
-def test_rows_of_a_slot_do_not_wait_for_the_longest_response(cfg, params):
+def test_rows_of_a_slot_do_not_wait_for_the_longest_response(one_layer):
     """Lognormal lengths, 16 rows: 8 slots of 2 rows take 0.7 times the steps of 2 slots of 8."""
-    count, group, most = 32, 8, 48
+    (cfg, params), count, group, most = one_layer, 32, 8, 48
     noise = np.exp(np.random.default_rng(0).standard_normal((count, group)))
     limits = np.clip((8 * noise).astype(int), 0, most)
     batch, taken = prompts(cfg, [[3]] * count), {}
@@ -387,11 +400,11 @@ def test_rows_of_a_slot_do_not_wait_for_the_longest_response(cfg, params):
     assert taken[2] < 0.7 * taken[8]
 
 
-def test_refills_prefill_each_prompt_once(cfg, params, monkeypatch):
+def test_refills_prefill_each_prompt_once(one_layer, monkeypatch):
     """Groups that end at different times are refilled in batches of 4, 2 and 1."""
     assert decode_loop.refill_sizes(64, 1) == [8, 4, 2, 1]
     assert decode_loop.refill_sizes(24, 2) == [2] and decode_loop.refill_sizes(6, 3) == [3]
-    sizes, refill = [], decode_loop.refill_program
+    (cfg, params), sizes, refill = one_layer, [], decode_loop.refill_program
 
     def record(weights, pool, queue, slots, index, *settings):
         sizes.append(len(index))
