@@ -183,6 +183,7 @@ class Placement:
     at: np.ndarray  # [s * V * G] the responses at this process's places, -1 = none
     leave: np.ndarray  # [B] those of `own` that are at a place of another process
     guests: np.ndarray  # [s * V * G] those of `at` to a prompt of another process
+    tokens: np.ndarray  # [s * V] of the prompts at this process's places, without padding
 
 
 def balanced_group_batch(
@@ -195,8 +196,15 @@ def balanced_group_batch(
     """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
     placement, length = plan_placement(model_ctx, prompts, mask), tokens.shape[1]
     tokens, mask, extra = to_places(placement, (tokens, mask, extra))
+    prompt_mask = None
+    if placement is not None:  # the moved prompts may wait for a step that still runs
+        columns = np.arange(prompts.tokens.shape[1])[::-1]
+        prompt_mask = columns < placement.tokens[:, None]
     prompts = move_prompts(model_ctx, prompts, placement)
-    return group_batch(model_ctx, prompts, tokens, mask, length=length, extra=extra), placement
+    batch = group_batch(
+        model_ctx, prompts, tokens, mask, length=length, extra=extra, prompt_mask=prompt_mask
+    )
+    return batch, placement
 
 
 def to_places(placement: Placement | None, rows: Any) -> Any:
@@ -264,7 +272,7 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
         ]
         if all(plan is not None for plan in plans):
             process_of = np.repeat(np.arange(len(gathered)), [len(g[0]) for g in gathered])[order]
-            return _placement(plans, shards, group, process_of.reshape(shards, -1), own)
+            return _placement(plans, group, process_of.reshape(shards, -1), own, p)
     return None
 
 
@@ -318,16 +326,18 @@ def longest_balanced_row(
 
 def _placement(
     plans: Sequence[list[Part]],
-    shards: int,
     group: int,
     process_of: np.ndarray,
     own: np.ndarray,
+    tokens: np.ndarray,
 ) -> Placement:
     """Number the places of the plans of each part of the shards.
 
     process_of: [S q] the process of each prompt; own: the prompts of this process
+    tokens: [S q] of each prompt
     """
-    (_, q), part_shards = process_of.shape, shards // len(plans)
+    shards, q = process_of.shape
+    part_shards = shards // len(plans)
     prompts = np.full((shards, q + 1), -1)
     responses = np.full((shards, q + 1, group), -1)
     copies, copied = prompts.copy(), np.full((len(plans), max_moved(part_shards)), -1)
@@ -348,7 +358,9 @@ def _placement(
     holder = home.repeat(group)  # the process that has each response
     holder[responses[responses >= 0]] = process[np.nonzero(responses >= 0)[0]]
     leave, guests = holder[rows] != this, (at >= 0) & (home[at // group] != this)
-    return Placement(prompts.reshape(-1), copies.reshape(-1), copied, rows, at, leave, guests)
+    here = prompts[process == this].reshape(-1)
+    here = np.where(here < 0, 0, tokens.reshape(-1)[here])
+    return Placement(prompts.reshape(-1), copies.reshape(-1), copied, rows, at, leave, guests, here)
 
 
 def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement | None) -> Prompts:

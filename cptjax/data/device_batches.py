@@ -189,17 +189,22 @@ def group_batch(
     *,
     length: int,
     extra: dict[str, Any],
+    prompt_mask: np.ndarray | None = None,
 ) -> Batch:
     """Return Q prompts on the mesh with their Q * G responses, packed.
 
     The token arrays, including those of `extra`, are cut to `length`.
+
+    prompt_mask: [Q P] the tokens of this process's prompts; None = read them from the device
     """
 
     def cut(x: Any) -> np.ndarray:
         return np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)
 
     mask = cut(mask).astype(bool)
-    where, packing = plan_packing(local_rows(prompts.segments) > 0, mask, model_ctx.shards)
+    if prompt_mask is None:
+        prompt_mask = local_rows(prompts.segments) > 0
+    where, packing = plan_packing(prompt_mask, mask, model_ctx.shards)
     arrays = (cut(tokens), mask, where, {name: cut(x) for name, x in extra.items()}, packing)
     return Batch(prompts, *place_rows(arrays, model_ctx.mesh))
 
