@@ -46,7 +46,8 @@ CUBE_LENGTH = 4
 _head = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _line = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 SHAPE_PATTERN = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
-_operand = re.compile(r"%([\w.\-]+)")
+_operand = re.compile(r"%([\w.\-]+(?:#\d+)?)")
+_element = re.compile(r"%([\w.\-]+)#(\d+)")  # of a tuple, where the text has no instruction for it
 _called = re.compile(
     r"(?:calls|body|to_apply|called_computations|branch_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
@@ -100,9 +101,13 @@ Computations = dict[str, list[Instruction]]
 
 @functools.lru_cache(maxsize=2)
 def parse_hlo(text: str) -> tuple[Computations, str]:
-    """Return the computations by name, and the name of the entry."""
+    """Return the computations by name, and the name of the entry.
+
+    A newer form of the text reads an element of a tuple as `%tuple#2`; the instruction that older
+    forms have for it is added.
+    """
     computations: Computations = {}
-    entry, instructions = "", None
+    entry, instructions, shapes = "", None, {}
     for line in text.splitlines():
         stripped = line.rstrip()
         if (
@@ -110,10 +115,18 @@ def parse_hlo(text: str) -> tuple[Computations, str]:
             and not stripped.startswith(" ")
             and (head := _head.match(stripped))
         ):
-            instructions = computations.setdefault(head[1], [])
+            instructions, shapes = computations.setdefault(head[1], []), {}
             entry = head[1] if stripped.startswith("ENTRY") else entry
         elif instructions is not None and (match := _line.match(stripped)):
             root, name, shape, op, rest = match.groups()
+            for read, index in _element.findall(_operand_list(rest)):
+                if (element := f"{read}#{index}") not in shapes:
+                    shapes[element] = tuple_shapes(shapes[read])[int(index)]
+                    get = f"%{read}), index={index}"
+                    instructions.append(
+                        Instruction(element, shapes[element], "get-tuple-element", get)
+                    )
+            shapes[name] = shape
             instructions.append(Instruction(name, shape, op, rest, bool(root)))
         elif instructions and stripped != "}":  # an attribute of the last one has several lines
             last = instructions[-1]
@@ -198,6 +211,18 @@ def run_counts(computations: Computations, entry: str, dynamic: float = 1.0) -> 
 
     visit(entry, 1.0, dynamic)
     return runs
+
+
+def tuple_shapes(shape: str) -> list[str]:
+    """Return the shapes of the elements of a tuple, as in `(s32[], f32[2]{0:T(128)})`."""
+    parts, depth = [""], 0
+    for c in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
 
 
 def shape_bytes(shape: str, only_main: bool = False) -> int:
