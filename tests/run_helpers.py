@@ -49,6 +49,7 @@ def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDic
     )
     c.data.update(template="none", prompt_limit=32, buckets=(32,), limit=48, prefetch=1)
     c.tasks = ConfigDict({t: dict(task="synthetic", family=t, side=32) for t in (*TASKS, "facts")})
+    c.tasks.words = dict(task="synthetic", family="facts", world=1)
     c.stages = tuple(dict(task=t, steps=steps) for t in TASKS)
     c.train.update(batch=4, lr=1e-2, b2=0.99)
     c.rollout.update(group=2, max_new_tokens=4, check_every=4)
@@ -65,6 +66,7 @@ def config(method: str = "sft", /, steps: int = 3, **sections: Any) -> ConfigDic
 
 
 TEXT = {"preset": "small_text"}  # for runs without images: a third less to compile
+TEXT_STAGES = ({"task": "facts", "steps": 1}, {"task": "words", "steps": 1})
 QUICK = {"steps": 2, "eval": {"limit": 4, "batch": 4}}
 
 

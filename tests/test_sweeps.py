@@ -59,15 +59,15 @@ def test_a_part_that_another_process_runs_is_refused_before_anything_is_run(tmp_
 
 def test_plasticity_compares_with_the_stage_trained_from_the_base_model(tmp_path, devices):
     devices(1)
-    stages = ({"task": "facts", "steps": 2}, {"task": "digit", "steps": 2})
-    c, matrix = run_helpers.run_quickly(tmp_path, stages=stages, fresh=True)
+    stages = run_helpers.TEXT_STAGES
+    c, matrix = run_helpers.run_quickly(tmp_path, stages=stages, model=run_helpers.TEXT, fresh=True)
     assert matrix.shape == (3, 2)
     fresh = tmp_path / "fresh" / "stage2"
     accuracy = {r["task"]: float(r["value"]) for r in run_helpers.read_evals(fresh)}
-    assert accuracy.keys() == {"digit"}
+    assert accuracy.keys() == {"words"}
     found = json.loads((tmp_path / "summary.json").read_text())["metrics"]["plasticity"]
-    assert found["value"] == pytest.approx(matrix[2, 1] - accuracy["digit"])
+    assert found["value"] == pytest.approx(matrix[2, 1] - accuracy["words"])
     assert "Plasticity</th>" in (tmp_path / "report.html").read_text()
-    assert reevaluate.select_run(c, fresh).eval.tasks == "digit"
+    assert reevaluate.select_run(c, fresh).eval.tasks == "words"
     assert np.array_equal(driver.run(c, tmp_path), matrix)
     assert json.loads((tmp_path / "summary.json").read_text())["metrics"]["plasticity"] == found

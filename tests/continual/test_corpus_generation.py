@@ -36,8 +36,10 @@ def test_the_summary_counts_rows_and_responses():
 
 @pytest.mark.slow
 def test_a_corpus_of_a_stage_resumes_to_the_same_bytes_and_feeds_other_runs(tmp_path, monkeypatch):
-    config, _ = run_helpers.run_quickly(tmp_path / "run", stages=({"task": "digit", "steps": 1},))
-    request = CorpusRequest("digit", samples=3, rows=10, max_new_tokens=3, temperature=1.3)
+    config, _ = run_helpers.run_quickly(
+        tmp_path / "run", stages=run_helpers.TEXT_STAGES[1:], model=run_helpers.TEXT
+    )
+    request = CorpusRequest("words", samples=3, rows=10, max_new_tokens=3, temperature=1.3)
     calls = []
     sample, killed_at = corpus_generation.generate.sample_responses, 0
 
@@ -69,10 +71,10 @@ def test_a_corpus_of_a_stage_resumes_to_the_same_bytes_and_feeds_other_runs(tmp_
     counts = corpus.count_correct_responses(str(tmp_path / "whole.jsonl"), ids, 3)
     assert counts.sum() == whole["correct"]
     # The base model as a teacher gives the responses of stage 0; a finished file is not replaced.
-    base = made("base.jsonl", CorpusRequest("digit", 3, stage=0, rows=10, max_new_tokens=3))
+    base = made("base.jsonl", CorpusRequest("words", 3, stage=0, rows=10, max_new_tokens=3))
     assert base["fingerprint"] != whole["fingerprint"]
     with pytest.raises(ValueError, match="exists and was generated with other settings"):
-        made("whole.jsonl", CorpusRequest("digit", samples=2))
+        made("whole.jsonl", CorpusRequest("words", samples=2))
     assert made("whole.jsonl") == whole
 
 
@@ -87,5 +89,5 @@ def test_a_corpus_of_a_stage_resumes_to_the_same_bytes_and_feeds_other_runs(tmp_
 )
 def test_wrong_requests_are_one_line(workdir, given, out, words):
     with pytest.raises(ValueError, match=words) as error:
-        generate_corpus(None, workdir, CorpusRequest("digit", 1, **given), out)
+        generate_corpus(None, workdir, CorpusRequest("words", 1, **given), out)
     assert "\n" not in str(error.value)

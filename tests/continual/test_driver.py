@@ -76,13 +76,14 @@ def test_a_run_writes_its_matrix_logs_and_checkpoints(tmp_path, method, rank):
 
 @pytest.mark.slow
 def test_arms_and_seeds_run_side_by_side_with_joint_as_reference(tmp_path):
-    joint = {"stages": ({"task": ("facts", "digit"), "steps": 2},)}
+    joint = {"stages": ({"task": ("facts", "words"), "steps": 2},)}
     arms = {"sft": {"checkpoint": {"keep_stages": False}}, "joint": joint}
     c, found = run_helpers.run_quickly(
         tmp_path,
         arms=arms,
         seeds=(1, 2),
-        stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}),
+        stages=run_helpers.TEXT_STAGES,
+        model=run_helpers.TEXT,
     )
     assert found.shape == (4, 3, 2)
     assert (
@@ -120,11 +121,12 @@ def test_an_order_rearranges_the_stages(tmp_path):
     run_helpers.run_quickly(
         tmp_path,
         orders=((0, 1), (1, 0)),
-        stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1}),
+        stages=run_helpers.TEXT_STAGES,
+        model=run_helpers.TEXT,
         eval={"before": False},
     )
     names = [[r[1] for r in matrix_file(tmp_path / f"order{i}")[1]] for i in (0, 1)]
-    assert names == [["base", "facts", "digit"], ["base", "digit", "facts"]]
+    assert names == [["base", "facts", "words"], ["base", "words", "facts"]]
 
 
 def test_a_prestage_trains_the_base_model_once(tmp_path):

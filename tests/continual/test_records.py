@@ -35,6 +35,7 @@ def config(rows):
         "mine": {"train": str(rows), "test": str(rows), "template": "none"}
     }
     sections = {"tasks": tasks, "stages": STAGES, "checkpoint": {"every": 1}}
+    sections["model"] = run_helpers.TEXT
     return run_helpers.config("sft", **{**run_helpers.QUICK, **sections})
 
 

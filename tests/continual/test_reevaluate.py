@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def test_a_stage_is_evaluated_again_with_the_same_result_and_recorded_on_request(tmp_path):
     c, matrix = run_helpers.run_quickly(
-        tmp_path, stages=({"task": "facts", "steps": 1}, {"task": "digit", "steps": 1})
+        tmp_path, stages=run_helpers.TEXT_STAGES, model=run_helpers.TEXT
     )
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     value = lambda rows, task: next(
@@ -20,7 +20,7 @@ def test_a_stage_is_evaluated_again_with_the_same_result_and_recorded_on_request
     for stage in (0, 1, 2, None):
         rows = reevaluate.reevaluate_stage(c, tmp_path, stage)
         expected = matrix[2 if stage is None else stage]
-        assert [value(rows, t) for t in ("facts", "digit")] == list(expected)
+        assert [value(rows, t) for t in ("facts", "words")] == list(expected)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
     assert {r["task"] for r in reevaluate.reevaluate_stage(c, tmp_path, 1, tasks=("facts",))} == {
         "facts"
@@ -32,7 +32,7 @@ def test_a_stage_is_evaluated_again_with_the_same_result_and_recorded_on_request
     assert len(run_helpers.read_evals(tmp_path)) == before + len(added)
     for arguments, message in (
         (dict(stage=3), "no finished stage 3"),
-        (dict(tasks=("x",)), "--tasks names x; the config evaluates facts, digit"),
+        (dict(tasks=("x",)), "--tasks names x; the config evaluates facts, words"),
         (dict(model="m", stage=1), "--model is not a stage"),
     ):
         with pytest.raises(ValueError, match=message):

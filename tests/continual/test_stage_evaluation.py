@@ -61,7 +61,10 @@ def test_kl_to_base_counts_the_rows_of_the_config_on_any_device_count(tmp_path, 
         devices(count)
         small = {"train": {"batch": 8}, "eval": {"drift": 3, "limit": 4, "batch": 8}}
         run_helpers.run_quickly(
-            tmp_path / str(count), stages=({"task": "digit", "steps": 2},), **small
+            tmp_path / str(count),
+            stages=({"task": "facts", "steps": 2},),
+            model=run_helpers.TEXT,
+            **small,
         )
         found[count] = [
             (r["stage"], r["n"], float(r["value"]))
