@@ -189,9 +189,9 @@ def moved_bytes(
     given = hlo.shape_bytes(i.shape.split(", s8[")[0] if has_workspace else i.shape, True)
     if i.op.endswith("-start"):
         return given  # its shape has the inputs too
-    taken = [hlo.shape_bytes(shapes.get(o, ""), only_main=True) for o in i.operands]
+    taken = [hlo.shape_bytes(_shape(shapes, o), only_main=True) for o in i.operands]
     if i.op == "dynamic-update-slice":
-        return taken[1] + min(given, hlo.shape_bytes(shapes.get(i.operands[1], "")))
+        return taken[1] + min(given, hlo.shape_bytes(_shape(shapes, i.operands[1])))
     if i.op in ("dynamic-slice", "gather", "slice"):
         return min(taken[0], hlo.shape_bytes(i.shape)) + given
     if i.op == "fusion" and (body := computations.get(next(iter(hlo.called_computations(i)), ""))):
@@ -200,6 +200,15 @@ def moved_bytes(
         ]
         given = min(given, _written(body, given))
     return sum(taken) + given
+
+
+def _shape(shapes: dict[str, str], name: str) -> str:
+    if name not in shapes:
+        raise ValueError(
+            f"the compiled program reads %{name}, which it does not define: plans do not know the "
+            "form of this compiler's text; use a tested version of jax"
+        )
+    return shapes[name]
 
 
 def _body_bytes(name: str, computations: hlo.Computations) -> float:
@@ -251,5 +260,5 @@ def _written(body: list[hlo.Instruction], given: float) -> float:
         root in updates or {u.name for u in updates} & set(root.operands)
     )
     return (
-        sum(hlo.shape_bytes(shapes.get(u.operands[1], "")) for u in updates) if in_place else given
+        sum(hlo.shape_bytes(_shape(shapes, u.operands[1])) for u in updates) if in_place else given
     )

@@ -104,6 +104,12 @@ def test_elements_of_tuples_may_have_no_instructions(mesh):
     ]
 
 
+def test_a_text_that_reads_an_unknown_value_is_refused():
+    text = LOOP.replace("%stack = f32", "%stacked = f32")
+    with pytest.raises(ValueError, match="reads %stack, which it does not define"):
+        hlo_costs.count_memory_traffic(text)
+
+
 def test_an_unrolled_loop_runs_less_often():
     """The counter of a loop that the compiler has unrolled grows by 2: four turns for seven."""
     step = "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %out = "

@@ -29,6 +29,7 @@ def seconds(mesh, *lines, before=""):
         f"  %fast = {shape} parameter(0)\n"
         "  %b = f32[25]{0} parameter(1)\n"
         "  %c = f32[25]{0} parameter(2)\n"
+        "  %x = f32[100]{0:S(1)} parameter(3)\n"
         f"{body}\n}}\n"
     )
     return timeline.scheduled_seconds(before + text, mesh, CHIP)
