@@ -127,6 +127,7 @@ def test_every_response_is_counted_in_one_line_of_metrics(whole):
 def test_sigterm_stops_an_estimate_of_the_fisher_between_two_rows(tmp_path, monkeypatch, devices):
     """The stage's last step is saved, and the next start only repeats the estimate."""
     short = {"stages": ({"task": "facts", "steps": 2},), "eval": {"before": False, "limit": 2}}
+    short["model"] = run_helpers.TEXT
     c, estimated, agreed, answers = (
         run_helpers.config("sft", **SFT, **short),
         [],
@@ -162,6 +163,7 @@ def test_responses_that_are_sampled_ahead_are_saved(tmp_path, monkeypatch, devic
     """A checkpoint holds the responses of weights that it does not hold."""
     c = run_helpers.config(
         "grpo",
+        model=run_helpers.TEXT,
         stages=({"task": "facts", "steps": 4},),
         method={"ratio": "token", "updates_per_batch": 2},
         rollout={"ahead": 1},

@@ -21,6 +21,7 @@ from cptjax.training.sampling_cache import SamplingCache
 pytestmark = pytest.mark.usefixtures("one_device")
 
 SELF = {
+    "model": run_helpers.TEXT,
     "stages": ({"task": "facts", "steps": 4},),
     "eval": {"before": False, "limit": 2},
     "checkpoint": {"every": 0},
