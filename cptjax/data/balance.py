@@ -184,6 +184,7 @@ class Placement:
     leave: np.ndarray  # [B] those of `own` that are at a place of another process
     guests: np.ndarray  # [s * V * G] those of `at` to a prompt of another process
     tokens: np.ndarray  # [s * V] of the prompts at this process's places, without padding
+    longest: int  # tokens of the packed rows
 
 
 def balanced_group_batch(
@@ -196,14 +197,14 @@ def balanced_group_batch(
     """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
     placement, length = plan_placement(model_ctx, prompts, mask), tokens.shape[1]
     tokens, mask, extra = to_places(placement, (tokens, mask, extra))
-    prompt_mask = None
-    if placement is not None:  # the moved prompts may wait for a step that still runs
+    known: dict[str, Any] = {}
+    if placement is not None:
+        # On the device, the moved prompts may wait for a step that still runs.
         columns = np.arange(prompts.tokens.shape[1])[::-1]
-        prompt_mask = columns < placement.tokens[:, None]
+        known["prompt_mask"] = columns < placement.tokens[:, None]
+        known["longest"] = placement.longest
     prompts = move_prompts(model_ctx, prompts, placement)
-    batch = group_batch(
-        model_ctx, prompts, tokens, mask, length=length, extra=extra, prompt_mask=prompt_mask
-    )
+    batch = group_batch(model_ctx, prompts, tokens, mask, length=length, extra=extra, **known)
     return batch, placement
 
 
@@ -272,7 +273,7 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
         ]
         if all(plan is not None for plan in plans):
             process_of = np.repeat(np.arange(len(gathered)), [len(g[0]) for g in gathered])[order]
-            return _placement(plans, group, process_of.reshape(shards, -1), own, p)
+            return _placement(plans, size, group, process_of.reshape(shards, -1), own, p)
     return None
 
 
@@ -293,9 +294,9 @@ def balanced_row_sizes(
     """
     capacity = prompts * (prompt + group * response)
     most = row_size(longest, capacity) - _place_cost(cfg, prompt, group, response)
-    sizes = [row_size(int(np.ceil(mean)), capacity)]
+    sizes = [row_size(int(np.ceil(mean)), capacity, balanced=True)]
     while sizes[-1] < capacity:
-        sizes.append(row_size(sizes[-1] + 1, capacity))
+        sizes.append(row_size(sizes[-1] + 1, capacity, balanced=True))
     return [size for size in sizes if size < most]
 
 
@@ -326,6 +327,7 @@ def longest_balanced_row(
 
 def _placement(
     plans: Sequence[list[Part]],
+    longest: int,
     group: int,
     process_of: np.ndarray,
     own: np.ndarray,
@@ -360,7 +362,8 @@ def _placement(
     leave, guests = holder[rows] != this, (at >= 0) & (home[at // group] != this)
     here = prompts[process == this].reshape(-1)
     here = np.where(here < 0, 0, tokens.reshape(-1)[here])
-    return Placement(prompts.reshape(-1), copies.reshape(-1), copied, rows, at, leave, guests, here)
+    prompts, copies = prompts.reshape(-1), copies.reshape(-1)
+    return Placement(prompts, copies, copied, rows, at, leave, guests, here, longest)
 
 
 def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement | None) -> Prompts:

@@ -190,12 +190,14 @@ def group_batch(
     length: int,
     extra: dict[str, Any],
     prompt_mask: np.ndarray | None = None,
+    longest: int | None = None,
 ) -> Batch:
     """Return Q prompts on the mesh with their Q * G responses, packed.
 
     The token arrays, including those of `extra`, are cut to `length`.
 
     prompt_mask: [Q P] the tokens of this process's prompts; None = read them from the device
+    longest: the length of the packed rows; None = that of the longest one
     """
 
     def cut(x: Any) -> np.ndarray:
@@ -204,7 +206,7 @@ def group_batch(
     mask = cut(mask).astype(bool)
     if prompt_mask is None:
         prompt_mask = local_rows(prompts.segments) > 0
-    where, packing = plan_packing(prompt_mask, mask, model_ctx.shards)
+    where, packing = plan_packing(prompt_mask, mask, model_ctx.shards, longest)
     arrays = (cut(tokens), mask, where, {name: cut(x) for name, x in extra.items()}, packing)
     return Batch(prompts, *place_rows(arrays, model_ctx.mesh))
 

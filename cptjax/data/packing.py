@@ -10,12 +10,17 @@ SMALLEST = 512  # size of packed rows, and of their targets; all sizes are multi
 LONG_ROW = 4096  # tokens from which padding costs more than the compilation for another size
 
 
-def row_size(tokens: int, capacity: int) -> int:
+def row_size(tokens: int, capacity: int, balanced: bool = False) -> int:
     """Return the length of packed rows with so many tokens.
 
     There are 4 sizes from 2^k to 2^(k+1), of long rows 8, so that at most an eighth of the tokens
     is added. No row is longer than `capacity`, the number of tokens of the padded form.
+
+    balanced: the rows of balanced shards (`data.balance`) hardly differ from step to step, so 16
+        sizes do not make many programs
     """
+    if balanced:
+        return min(_round_up(tokens, 16, SMALLEST // 2), capacity)
     return min(_round_up(tokens, 8 if tokens > LONG_ROW else 4), capacity)
 
 
@@ -27,14 +32,14 @@ def target_size(targets: int, capacity: int) -> int:
     return min(_round_up(targets, 2), capacity)
 
 
-def _round_up(n: int, steps: int) -> int:
+def _round_up(n: int, steps: int, smallest: int | None = None) -> int:
     """Return the smallest of the sizes, `steps` from 2^k to 2^(k+1), that holds n."""
-    step = max(SMALLEST, (1 << max(n - 1, 1).bit_length() - 1) // steps)
+    step = max(smallest or SMALLEST, (1 << max(n - 1, 1).bit_length() - 1) // steps)
     return -(-max(n, 1) // step) * step
 
 
 def plan_packing(
-    prompt_mask: np.ndarray, mask: np.ndarray, shards: int
+    prompt_mask: np.ndarray, mask: np.ndarray, shards: int, longest: int | None = None
 ) -> tuple[np.ndarray, Packing]:
     """Return the states [S A] that predict the targets, as indices in the packed rows, and a plan.
 
@@ -43,6 +48,7 @@ def plan_packing(
     prompt_mask: [Q P] the tokens of this process's prompts, which are padded on the left
     mask: [B R] the targets among the tokens of the responses
     shards: batch shards of this process
+    longest: the length of the rows, where they are balanced; None = that of the longest one
     """
     (nq, p), (b, r) = prompt_mask.shape, mask.shape
     q, group = nq // shards, b // nq  # prompts of a shard, responses of a prompt
@@ -58,7 +64,7 @@ def plan_packing(
     sources = [at[shard] for shard in used]
     real = [np.flatnonzero(shard) for shard in mask]
     most = np.max(distributed.gather_objects((max(map(len, sources)), max(map(len, real)))), axis=0)
-    source = _rows(sources, row_size(int(most[0]), at.size))
+    source = _rows(sources, longest or row_size(int(most[0]), at.size))
     place = _inverse(source, at.size)
     targets = _rows(real, target_size(int(most[1]), mask.shape[1]))
     # The last token of the prompt predicts the first one of each response.

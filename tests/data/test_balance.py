@@ -63,7 +63,7 @@ def test_each_response_has_one_place_and_no_shard_has_more_than_the_limit(seed):
 
 
 @pytest.mark.parametrize("shards", [8, 64])
-@pytest.mark.parametrize(("prompts", "most"), [(1, 1.45), (2, 1.2), (4, 1.15), (8, 1.15)])
+@pytest.mark.parametrize(("prompts", "most"), [(1, 1.35), (2, 1.16), (4, 1.15), (8, 1.1)])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_padding_with_few_prompts_on_each_shard(name, prompts, most, shards):
     """Tokens processed per real token, where shards have 1 to 8 prompts in a micro-batch."""
@@ -118,7 +118,7 @@ def test_moved_responses_have_equal_values_and_gradients(family, sizes, slices, 
     plain = group_batch(ctx, prompts, tokens, mask, length=R, extra=extra)
     moved, placement = balanced_group_batch(ctx, prompts, tokens, mask, extra)
     assert placement is not None and (placement.copied >= 0).any()
-    assert moved.packing.source.shape[1] < 0.8 * plain.packing.source.shape[1]
+    assert moved.packing.source.shape[1] < 0.85 * plain.packing.source.shape[1]
     assert (moved.prompts.pool is not None) == (family != "qwen2")
     assert placement.copied.shape == (slices, 2 // slices)
     np.testing.assert_array_equal(

@@ -14,6 +14,8 @@ def test_the_sizes_of_rows_are_few_and_long_rows_have_at_most_an_eighth_of_paddi
     # 512 1024 ... 4096 | 4608 ... 8192 | 9216 ... 16384 | 18432 ... 32768 | 36864 40960
     assert len(set(sizes)) == 8 + 8 + 8 + 8 + 2
     assert packing.row_size(980, 1000) == 1000  # never more than the padded form
+    sizes = np.array([packing.row_size(n, 1 << 30, balanced=True) for n in real.tolist()])
+    assert (sizes[4096:] <= 1.0625 * real[4096:]).all() and (sizes % 256 == 0).all()
 
 
 def test_a_plan_by_hand():
