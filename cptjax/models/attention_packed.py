@@ -36,6 +36,8 @@ from cptjax.types import Array
 
 BLOCK = 512  # tokens of a block of a long row
 LANES = 128
+# Blocks of queries of so many bytes do not fit into the vector memory that a kernel has by default.
+LARGE_BLOCK, VECTOR_MEMORY = 2**21, 2**25
 
 
 @flax.struct.dataclass
@@ -250,6 +252,7 @@ def _run(
     scores = shape.pairs * s * kv * m
     read_again = scores / m / block * h * sum(x.dtype.itemsize for x, kind in inner)
     whole = sum(x.size * x.dtype.itemsize for x, _ in outer + outputs)
+    is_large = m * h * block * q.dtype.itemsize >= LARGE_BLOCK
     run = pl.pallas_call(
         functools.partial(kernel, of=_Blocks(n, block)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -261,7 +264,8 @@ def _run(
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VECTOR_MEMORY if is_large else None,
         ),
         cost_estimate=pl.CostEstimate(
             flops=int(2 * products * scores * h),

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cptjax import sharding
 from cptjax.data import packing
 from cptjax.models import attention, attention_packed
+from cptjax.planning import aot_compile
 
 BLOCK = 128
 P, G, R = 150, 3, 200  # tokens of prompts, responses to each, and their tokens, with padding
@@ -102,3 +104,20 @@ def test_a_mesh_does_not_change_the_result(packed, kv):
     devices = np.array(jax.devices()[:4]).reshape(1, 2, 2)
     with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "fsdp", "model"))):
         np.testing.assert_allclose(run(q, k, v, reads), alone, atol=1e-6)
+
+
+def test_blocks_of_many_heads_fit_into_the_memory_of_a_tpu(quick_tpu_compiler):
+    """A key/value head has 8 heads, as in the models of 3B and 72B, and arrays are float32."""
+    pytest.importorskip("libtpu")
+    mesh = sharding.make_mesh(devices=aot_compile.topology_devices("v5e:2x2"))
+    abstract = lambda *shape, dtype=jnp.float32: sharding.abstract_array(
+        (4, 1024, *shape), dtype, mesh, ("batch",)
+    )
+    q, k = abstract(8, 128), abstract(1, 128)
+
+    def loss(q, k, v, source):
+        reads = attention_packed.plan_reads(source, (1, 512), (2, 256))
+        return jnp.sum(attention.attend_packed_rows(q, k, v, reads))
+
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, abstract(dtype=jnp.int32)).compile()
