@@ -264,7 +264,8 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
     p, r = tokens[order].reshape(shards, -1), lengths[order].reshape(shards, -1, group)
 
     shape = p.shape[1], prompts.tokens.shape[1], group, limit
-    longest = int((p.sum(1) + r.sum((1, 2))).max())
+    # A row has no last token of a response; the plan has room for it.
+    longest = int((p.sum(1) + np.maximum(r - 1, 0).sum((1, 2))).max())
     sizes = balanced_row_sizes(model_ctx.cfg, *shape, longest, (p.sum() + r.sum()) / shards)
     for size in sizes:
         plans = [

@@ -148,3 +148,19 @@ def test_moved_responses_have_equal_values_and_gradients(family, sizes, slices, 
     for want, got in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_moved), strict=True):
         scale = max(np.abs(want).max(), 1e-6)
         np.testing.assert_allclose(got / scale, want / scale, atol=1e-5)
+
+
+def test_responses_move_only_to_shorter_rows(monkeypatch):
+    monkeypatch.setattr(packing, "SMALLEST", 4)
+    monkeypatch.setattr(balance, "_place_cost", lambda *_: 0)
+    ctx, _, prompts, tokens, _, _ = groups("qwen2", (2, 2, 1))
+    rows_of = lambda batch: batch.packing.source.shape[1]
+    moved = []
+    for seed in range(12):
+        lengths = np.random.default_rng(seed).integers(0, R + 1, len(tokens))
+        mask = np.arange(R) < lengths[:, None]
+        plain = group_batch(ctx, prompts, tokens, mask, length=R, extra={})
+        batch, placement = balanced_group_batch(ctx, prompts, tokens, mask, {})
+        assert placement is None or rows_of(batch) < rows_of(plain)
+        moved.append(placement is not None)
+    assert any(moved)
