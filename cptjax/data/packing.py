@@ -88,7 +88,8 @@ def packing_shapes(
     """
     tokens, targets = (rows // shards * length for rows, length in (prompts, responses))
     longest = longest or tokens + targets
-    sizes = longest, tokens + targets, min(longest, targets), targets
+    real = target_size(min(longest, targets), targets)
+    sizes = longest, tokens + targets, real, targets
     arrays = (jax.ShapeDtypeStruct((shards, n), np.int32) for n in sizes)
     packing = Packing(*arrays)
     return packing.real, packing

@@ -164,3 +164,15 @@ def test_responses_move_only_to_shorter_rows(monkeypatch):
         assert placement is None or rows_of(batch) < rows_of(plain)
         moved.append(placement is not None)
     assert any(moved)
+
+
+def test_planned_shapes_hold_more_targets_than_full_groups():
+    """A shard with full groups of short prompts may get another response."""
+    p, r = np.array([[50, 50], [2048, 50]]), np.full((2, 2, 8), 1024)
+    plan = plan_places(p, r, 18432)
+    targets = [0, 0]
+    for _, chosen, shard in plan:
+        targets[shard] += 1024 * len(chosen)
+    assert max(targets) > r[0].sum()
+    _, planned = packing.packing_shapes((6, 2048), (48, 1024), 2, longest=18432)
+    assert planned.real.shape[1] >= packing.target_size(max(targets), 3 * 8 * 1024)
