@@ -83,7 +83,8 @@ class Prompts:
     """Token rows ready for the device.
 
     segments: 0 = padding; the packed conversations of a row are numbered 1, 2, ...
-    slots: -1 for text; otherwise the number of the vision feature in the batch shard [W * P / 4].
+    slots: -1 for text; otherwise the number of the vision feature in the batch shard [W * P / 4],
+        or after these, in `pool`.
     """
 
     tokens: Array  # [B T]
@@ -138,7 +139,9 @@ class Batch:
     """Target tokens, each with the state that predicts it.
 
     The states are those of rows of single or packed conversations, one or more targets a row, or
-    those of packed groups: the targets are the B = Q * G responses to Q left-padded prompts.
+    those of packed groups: the targets are the B = Q * G responses to Q left-padded prompts. If
+    responses have moved between shards (`data.balance`), some prompts are copies, and some prompts
+    and responses are empty.
     """
 
     prompts: Prompts

@@ -88,6 +88,14 @@ def test_padding_with_few_prompts_on_each_shard(name, prompts, most, shards):
     assert before >= processed
 
 
+def abstract(prompts):
+    """Return the shapes of prompts, equal only if their shardings are."""
+    place = lambda x: sharding.canonical_sharding(x.sharding)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), prompts
+    )
+
+
 @functools.cache
 def groups(family: str, sizes: tuple[int, int, int]):
     """Return (context, parameters, prompts on a mesh, responses, mask, an array by token)."""
@@ -121,6 +129,8 @@ def test_moved_responses_have_equal_values_and_gradients(family, sizes, slices, 
     assert moved.packing.source.shape[1] < 0.85 * plain.packing.source.shape[1]
     assert (moved.prompts.pool is not None) == (family != "qwen2")
     assert placement.copied.shape == (slices, 2 // slices)
+    planned = balance.abstract_moved_prompts(ctx.cfg, ctx.mesh, abstract(prompts))
+    assert abstract(planned) == abstract(moved.prompts)
     np.testing.assert_array_equal(
         to_prompts(placement, sharding.local_rows(moved.targets))[mask], tokens[mask]
     )
