@@ -171,7 +171,7 @@ def moved_responses(index: int) -> None:
     ctx = ModelContext(cfg, None, mesh, jnp.float32, (16,))
     score, params = logprobs.make_scoring_program(cfg, ctx.dtype, 64, 1.0), tiny.random_params(cfg)
     params = jax.tree.map(np.asarray, params)
-    plain = group_batch(ctx, prompts, tokens, mask, length=8, extra={})
+    plain = group_batch(ctx, prompts, tokens, mask, extra={})
     moved, placement = balance.balanced_group_batch(ctx, prompts, tokens, mask, {})
     with jax.set_mesh(mesh):
         want, got = (sharding.local_rows(score(params, batch)) for batch in (plain, moved))

@@ -195,7 +195,7 @@ def balanced_group_batch(
     extra: dict[str, np.ndarray],
 ) -> tuple[Batch, Placement | None]:
     """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
-    placement, length = plan_placement(model_ctx, prompts, mask), tokens.shape[1]
+    placement = plan_placement(model_ctx, prompts, mask)
     tokens, mask, extra = to_places(placement, (tokens, mask, extra))
     known: dict[str, Any] = {}
     if placement is not None:
@@ -204,7 +204,7 @@ def balanced_group_batch(
         known["prompt_mask"] = columns < placement.tokens[:, None]
         known["longest"] = placement.longest
     prompts = move_prompts(model_ctx, prompts, placement)
-    batch = group_batch(model_ctx, prompts, tokens, mask, length=length, extra=extra, **known)
+    batch = group_batch(model_ctx, prompts, tokens, mask, extra=extra, **known)
     return batch, placement
 
 

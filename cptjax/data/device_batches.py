@@ -187,27 +187,20 @@ def group_batch(
     tokens: np.ndarray,
     mask: np.ndarray,
     *,
-    length: int,
     extra: dict[str, Any],
     prompt_mask: np.ndarray | None = None,
     longest: int | None = None,
 ) -> Batch:
     """Return Q prompts on the mesh with their Q * G responses, packed.
 
-    The token arrays, including those of `extra`, are cut to `length`.
-
     prompt_mask: [Q P] the tokens of this process's prompts; None = read them from the device
     longest: the length of the packed rows; None = that of the longest one
     """
-
-    def cut(x: Any) -> np.ndarray:
-        return np.asarray(x)[:, :length] if np.ndim(x) == 2 else np.asarray(x)
-
-    mask = cut(mask).astype(bool)
     if prompt_mask is None:
         prompt_mask = local_rows(prompts.segments) > 0
+    mask = mask.astype(bool)
     where, packing = plan_packing(prompt_mask, mask, model_ctx.shards, longest)
-    arrays = (cut(tokens), mask, where, {name: cut(x) for name, x in extra.items()}, packing)
+    arrays = (tokens, mask, where, extra, packing)
     return Batch(prompts, *place_rows(arrays, model_ctx.mesh))
 
 

@@ -86,9 +86,8 @@ def sample_base_responses(
             model_ctx, base, prompts, key, np.asarray(rows[part]), sampling
         )
         (length,) = response_buckets([samples.mask], sampling.max_new_tokens)
-        device_batch = group_batch(
-            model_ctx, prompts, samples.tokens, samples.mask, length=length, extra={}
-        )
+        tokens, mask = samples.tokens[:, :length], samples.mask[:, :length]
+        device_batch = group_batch(model_ctx, prompts, tokens, mask, extra={})
         responses.append((device_batch, samples.mask.sum(1) * is_counted[part]))
     return responses
 

@@ -211,7 +211,7 @@ def score_continuations(
                 tokens[row, : lengths[row]] = [*before, *after]
                 mask[row, len(before) : lengths[row]] = True
             prompts = model_ctx.place_prompts([encoded[i] for i in filled])
-            placed = group_batch(model_ctx, prompts, tokens, mask, length=length, extra={})
+            placed = group_batch(model_ctx, prompts, tokens, mask, extra={})
             with jax.set_mesh(model_ctx.mesh):
                 by_token = sharding.local_rows(program(params, placed))
             count = len(batch_rows)

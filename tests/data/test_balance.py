@@ -123,7 +123,7 @@ def test_moved_responses_have_equal_values_and_gradients(family, sizes, slices, 
     monkeypatch.setattr(balance, "_place_cost", lambda *_: 4)
     ctx, params, prompts, tokens, mask, weights = groups(family, sizes)
     extra = {"weights": weights}
-    plain = group_batch(ctx, prompts, tokens, mask, length=R, extra=extra)
+    plain = group_batch(ctx, prompts, tokens, mask, extra=extra)
     moved, placement = balanced_group_batch(ctx, prompts, tokens, mask, extra)
     assert placement is not None and (placement.copied >= 0).any()
     assert moved.packing.source.shape[1] < 0.85 * plain.packing.source.shape[1]
@@ -169,7 +169,7 @@ def test_responses_move_only_to_shorter_rows(monkeypatch):
     for seed in range(12):
         lengths = np.random.default_rng(seed).integers(0, R + 1, len(tokens))
         mask = np.arange(R) < lengths[:, None]
-        plain = group_batch(ctx, prompts, tokens, mask, length=R, extra={})
+        plain = group_batch(ctx, prompts, tokens, mask, extra={})
         batch, placement = balanced_group_batch(ctx, prompts, tokens, mask, {})
         assert placement is None or rows_of(batch) < rows_of(plain)
         moved.append(placement is not None)

@@ -465,10 +465,9 @@ def test_a_step_collates_and_uploads_its_prompts_once(image_stage, counts, name)
         p, r = slice(i * size, (i + 1) * size), slice(i * size * 2, (i + 1) * size * 2)
         prompts = b.model_ctx.place_prompts([item.encoded for item in graded.items[p]])
         jax.tree.map(np.testing.assert_array_equal, batch.prompts, prompts)
-        tokens, mask = graded.samples.tokens[r], graded.samples.mask[r]
-        alone = device_batches.group_batch(
-            b.model_ctx, prompts, tokens, mask, length=batch.targets.shape[1], extra={}
-        )
+        cut = r, slice(batch.targets.shape[1])
+        tokens, mask = graded.samples.tokens[cut], graded.samples.mask[cut]
+        alone = device_batches.group_batch(b.model_ctx, prompts, tokens, mask, extra={})
         np.testing.assert_array_equal(batch.targets, alone.targets)
         np.testing.assert_array_equal(batch.mask, alone.mask)
         own = b.score(prepared.params, alone)
