@@ -102,11 +102,11 @@ class Prompts:
 class FeaturePool:
     """Image features that other shards use as well.
 
-    All shards of a part get the same n features, and number them after those of their own images.
+    All shards of a domain get the same n features, and number them after those of their own images.
     """
 
     slots: Array  # [S n] number of each feature in the shard that has it, -1 in the others
-    parts: int = flax.struct.field(pytree_node=False)  # equal parts of the shards
+    domains: int = flax.struct.field(pytree_node=False)  # equal parts of the shards
 
 
 @flax.struct.dataclass

@@ -44,8 +44,10 @@ from cptjax.sharding import (
 )
 from cptjax.types import Array, Batch, FeaturePool, Prompts
 
+POOL_BYTES = 1 << 29  # of image features in bfloat16 that a shard gets from others
 
-class Part(NamedTuple):
+
+class Subgroup(NamedTuple):
     """Responses to one prompt that are at one place."""
 
     prompt: int
@@ -53,13 +55,16 @@ class Part(NamedTuple):
     shard: int
 
 
-def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[Part] | None:
+def plan_places(
+    prompts: np.ndarray, responses: np.ndarray, limit: int, copied: int
+) -> list[Subgroup] | None:
     """Divide groups among shards with at most `limit` tokens each, or return None.
 
-    A shard has q + 1 places for its q prompts, and at most `max_moved` prompts are copied to other
-    shards. What fits stays on its shard; if that does not work, only size decides.
+    A shard has q + 1 places for its q prompts. What fits stays on its shard; if that does not work,
+    only size decides.
 
     prompts: [S q] tokens; responses: [S q G] tokens of each response, 0 = not trained on
+    copied: the most prompts that have copies on other shards
     """
     shards, q = prompts.shape
     p, r = prompts.reshape(-1), responses.reshape(shards * q, -1)
@@ -70,7 +75,7 @@ def plan_places(prompts: np.ndarray, responses: np.ndarray, limit: int) -> list[
     parts = [(i, part) for _, i, part in sorted(parts, key=lambda part: -part[0])]
     for at_home in (True, False):
         plan = _fill_shards(p, r, parts, (shards, q, limit), at_home)
-        if plan and len({i for i, _, shard in plan if shard != i // q}) <= max_moved(shards):
+        if plan is not None and len({i for i, _, s in plan if s != i // q}) <= copied:
             return plan
     return None
 
@@ -81,7 +86,7 @@ def _fill_shards(
     parts: Sequence[tuple[int, np.ndarray]],
     sizes: tuple[int, int, int],
     at_home: bool,
-) -> list[Part] | None:
+) -> list[Subgroup] | None:
     """Place parts of groups one after the other; divide one further if it fits nowhere.
 
     p: [Q] tokens of prompts; r: [Q G] of responses; parts: (prompt, responses)
@@ -89,12 +94,12 @@ def _fill_shards(
     """
     shards, q, limit = sizes
     load, free = np.zeros(shards, int), np.full(shards, q + 1)
-    placed: list[Part] = []
+    placed: list[Subgroup] = []
 
     def place(prompt: int, chosen: np.ndarray, shard: int) -> None:
         load[shard] += p[prompt] + r[prompt, chosen].sum()
         free[shard] -= 1
-        placed.append(Part(prompt, chosen, shard))
+        placed.append(Subgroup(prompt, chosen, shard))
 
     waiting, at_own_shard = [], set()  # another part of a group would copy the prompt once more
     for i, part in parts:
@@ -118,7 +123,7 @@ def _fill_shards(
     return placed if at_home else _exchange_shards(placed, shards, q)
 
 
-def _exchange_shards(placed: Sequence[Part], shards: int, q: int) -> list[Part]:
+def _exchange_shards(placed: Sequence[Subgroup], shards: int, q: int) -> list[Subgroup]:
     """Give each shard the parts of another one, so that many of them are at home."""
     shard_of: dict[int, int] = {}  # by number in `placed`
     for prompt, _, number in placed:
@@ -130,18 +135,24 @@ def _exchange_shards(placed: Sequence[Part], shards: int, q: int) -> list[Part]:
     return [part._replace(shard=shard_of[part.shard]) for part in placed]
 
 
-def _exchange_parts(mesh: Mesh) -> int:
-    """Return the number of parts of the batch shards between which nothing moves.
+def _domains(mesh: Mesh) -> int:
+    """Return the number of equal parts of the batch shards between which nothing moves.
 
-    These are the slices, whose network is slow; if they divide a shard, each shard is a part.
+    The network between slices is slow. If slices divide a shard, each shard is a domain.
     """
     shards, slices = batch_shards(mesh), slice_count(mesh)
     return slices if shards % slices == 0 else shards
 
 
-def max_moved(shards: int) -> int:
-    """Return how many prompts of a micro-batch may be copied to other shards."""
-    return max(1, shards // 2)
+def max_copied(cfg: ModelConfig, shards: int, prompt: int) -> int:
+    """Return how many prompts of `prompt` tokens may have copies on other shards of a domain.
+
+    Each shard of the domain gets the image features of all of them.
+    """
+    if cfg.vision is None:
+        return max(1, shards // 2)
+    features = (1 + cfg.vision.added_layers) * cfg.text.width * np.dtype(np.float16).itemsize
+    return max(1, min(shards // 2, POOL_BYTES // (prompt * features)))
 
 
 def _split_group(prompt: int, responses: np.ndarray, limit: int) -> list[np.ndarray] | None:
@@ -178,7 +189,7 @@ class Placement:
     prompts: np.ndarray  # [S * V] the prompt at each place, -1 = none
     # [S * V] the number of each place's prompt in `copied`, -1 = the prompt of its shard, or none
     copies: np.ndarray
-    copied: np.ndarray  # [parts M] the prompts that are copied to shards of each part, -1 = none
+    copied: np.ndarray  # [domains M] the prompts with copies on other shards, -1 = none
     own: np.ndarray  # [B] the responses to this process's prompts
     at: np.ndarray  # [s * V * G] the responses at this process's places, -1 = none
     leave: np.ndarray  # [B] those of `own` that are at a place of another process
@@ -251,8 +262,8 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
     All processes get the same plan. mask: [B R] the targets of the responses to this process's
     prompts
     """
-    shards, parts = batch_shards(model_ctx.mesh), _exchange_parts(model_ctx.mesh)
-    if shards == parts:
+    shards, domains = batch_shards(model_ctx.mesh), _domains(model_ctx.mesh)
+    if shards == domains:
         return None
     own = local_row_numbers(prompts.tokens)
     group, limit = len(mask) // len(own), mask.shape[1]
@@ -260,22 +271,37 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
     found = own, (local_rows(prompts.segments) > 0).sum(1), lengths
     gathered = distributed.gather_objects(found)
     numbers, tokens, lengths = map(np.concatenate, zip(*gathered, strict=True))
+    if not lengths.any():
+        return None
     order = np.argsort(numbers)
     p, r = tokens[order].reshape(shards, -1), lengths[order].reshape(shards, -1, group)
 
-    shape = p.shape[1], prompts.tokens.shape[1], group, limit
+    cfg, length, shape = model_ctx.cfg, prompts.tokens.shape[1], r.shape
+    copied = max_copied(cfg, shards // domains, length)
     # A row has no last token of a response; the plan has room for it.
     longest = int((p.sum(1) + np.maximum(r - 1, 0).sum((1, 2))).max())
-    sizes = balanced_row_sizes(model_ctx.cfg, *shape, longest, (p.sum() + r.sum()) / shards)
-    for size in sizes:
+    mean = (p.sum() + r.sum()) / shards
+    for size in balanced_row_sizes(cfg, shape[1], length, group, limit, longest, mean):
         plans = [
-            plan_places(*part, size)
-            for part in zip(np.split(p, parts), np.split(r, parts), strict=True)
+            plan_places(*of_domain, size, copied)
+            for of_domain in zip(np.split(p, domains), np.split(r, domains), strict=True)
         ]
         if all(plan is not None for plan in plans):
-            process_of = np.repeat(np.arange(len(gathered)), [len(g[0]) for g in gathered])[order]
-            return _placement(plans, size, group, process_of.reshape(shards, -1), own, p)
-    return None
+            break
+    else:
+        return None
+    places, responses, copies, prompts_copied = _number_places(plans, shape, copied)
+    process_of = np.repeat(np.arange(len(gathered)), [len(g[0]) for g in gathered])[order]
+    process_of = process_of.reshape(shards, -1)
+    here = places[process_of[:, 0] == process_of.reshape(-1)[own[0]]].reshape(-1)
+    return Placement(
+        places.reshape(-1),
+        copies.reshape(-1),
+        prompts_copied,
+        *_processes_of_rows(responses, process_of, own),
+        tokens=np.where(here < 0, 0, p.reshape(-1)[here]),
+        longest=size,
+    )
 
 
 def balanced_row_sizes(
@@ -319,34 +345,28 @@ def longest_balanced_row(
 
     See `balanced_row_sizes`.
     """
-    if batch_shards(mesh) == _exchange_parts(mesh):
+    if batch_shards(mesh) == _domains(mesh):
         return 0
     shape = prompts, prompt, group, response
     capacity = prompts * (prompt + group * response)
     return max(balanced_row_sizes(cfg, *shape, longest=capacity, mean=1), default=0)
 
 
-def _placement(
-    plans: Sequence[list[Part]],
-    longest: int,
-    group: int,
-    process_of: np.ndarray,
-    own: np.ndarray,
-    tokens: np.ndarray,
-) -> Placement:
-    """Number the places of the plans of each part of the shards.
+def _number_places(
+    plans: Sequence[list[Subgroup]], shape: tuple[int, int, int], most_copied: int
+) -> tuple[np.ndarray, ...]:
+    """Return `Placement.prompts`, `responses` and `copies` by shard and place, and `copied`.
 
-    process_of: [S q] the process of each prompt; own: the prompts of this process
-    tokens: [S q] of each prompt
+    plans: of each domain, with its own numbers; shape: (S, q, G) of all shards
     """
-    shards, q = process_of.shape
-    part_shards = shards // len(plans)
+    shards, q, group = shape
+    of_domain = shards // len(plans)
     prompts = np.full((shards, q + 1), -1)
     responses = np.full((shards, q + 1, group), -1)
-    copies, copied = prompts.copy(), np.full((len(plans), max_moved(part_shards)), -1)
+    copies, copied = prompts.copy(), np.full((len(plans), most_copied), -1)
     for i, plan in enumerate(plans):
-        first = i * part_shards
-        moved = sorted({part.prompt for part in plan if part.shard != part.prompt // q})
+        first = i * of_domain
+        moved = sorted({prompt for prompt, _, shard in plan if shard != prompt // q})
         copied[i, : len(moved)] = np.array(moved, int) + first * q
         for prompt, chosen, shard in plan:
             shard, number = shard + first, prompt + first * q
@@ -355,16 +375,23 @@ def _placement(
             responses[shard, place, : len(chosen)] = number * group + chosen
             if number // q != shard:
                 copies[shard, place] = moved.index(prompt)
-    process, home = process_of[:, 0], process_of.reshape(-1)
+    return prompts, responses, copies, copied
+
+
+def _processes_of_rows(
+    responses: np.ndarray, process_of: np.ndarray, own: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return `Placement.own`, `at`, `leave` and `guests` of the process with the prompts `own`.
+
+    responses: [S V G]; process_of: [S q] the process of each prompt
+    """
+    group, home = responses.shape[2], process_of.reshape(-1)
     this, rows = home[own[0]], (own[:, None] * group + np.arange(group)).reshape(-1)
-    at = responses[process == this].reshape(-1)
+    at = responses[process_of[:, 0] == this].reshape(-1)
     holder = home.repeat(group)  # the process that has each response
-    holder[responses[responses >= 0]] = process[np.nonzero(responses >= 0)[0]]
-    leave, guests = holder[rows] != this, (at >= 0) & (home[at // group] != this)
-    here = prompts[process == this].reshape(-1)
-    here = np.where(here < 0, 0, tokens.reshape(-1)[here])
-    prompts, copies = prompts.reshape(-1), copies.reshape(-1)
-    return Placement(prompts, copies, copied, rows, at, leave, guests, here, longest)
+    placed = responses >= 0
+    holder[responses[placed]] = process_of[np.nonzero(placed)[0], 0]
+    return rows, at, holder[rows] != this, (at >= 0) & (home[at // group] != this)
 
 
 def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement | None) -> Prompts:
@@ -379,9 +406,10 @@ def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement
 
 def abstract_moved_prompts(cfg: ModelConfig, mesh: Mesh, prompts: Prompts) -> Prompts:
     """Return the shapes of `move_prompts` on the mesh."""
-    shards, parts = batch_shards(mesh), _exchange_parts(mesh)
+    shards, domains = batch_shards(mesh), _domains(mesh)
     places = jax.ShapeDtypeStruct((len(prompts.tokens) + shards,), np.int32)
-    copied = jax.ShapeDtypeStruct((parts, max_moved(shards // parts)), np.int32)
+    most_copied = max_copied(cfg, shards // domains, prompts.tokens.shape[1])
+    copied = jax.ShapeDtypeStruct((domains, most_copied), np.int32)
     rows = prompts.replace(vision=None, tower_states=None)
     program = _move_program(mesh, _feature_slots(cfg, prompts))
     moved = place_prompts(jax.eval_shape(program, rows, places, places, copied), mesh)
@@ -400,7 +428,7 @@ def _feature_slots(cfg: ModelConfig, prompts: Prompts) -> int:
 @functools.lru_cache(maxsize=16)
 def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
     """Return the program that copies the rows of prompts; a shard has `slots` image features."""
-    shards, parts = batch_shards(mesh), _exchange_parts(mesh)
+    shards, domains = batch_shards(mesh), _domains(mesh)
 
     def move(rows: Prompts, chosen: Array, copies: Array, copied: Array) -> Prompts:
         is_prompt = (chosen >= 0)[:, None]
@@ -416,11 +444,11 @@ def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
         pool = None
         if slots:
             home = copied // (len(rows.slots) // shards)  # the shard of each copied prompt
-            is_home = home.repeat(shards // parts, 0) == jnp.arange(shards)[:, None]
-            is_home &= copied.repeat(shards // parts, 0) >= 0
-            sources = rows.slots[jnp.maximum(copied, 0)].repeat(shards // parts, 0)
+            is_home = home.repeat(shards // domains, 0) == jnp.arange(shards)[:, None]
+            is_home &= copied.repeat(shards // domains, 0) >= 0
+            sources = rows.slots[jnp.maximum(copied, 0)].repeat(shards // domains, 0)
             pool = jnp.where(is_home[..., None], sources, -1).reshape(shards, -1)
-            pool = FeaturePool(pool, parts)
+            pool = FeaturePool(pool, domains)
         return Prompts(
             take(rows.tokens),
             jax.vmap(take)(rows.positions),
@@ -432,5 +460,5 @@ def _move_program(mesh: Mesh, slots: int) -> Callable[..., Prompts]:
     by_row = named_sharding(("batch", None), mesh)
     places = Prompts(by_row, named_sharding((None, "batch", None), mesh), by_row, by_row)
     if slots:
-        places = places.replace(pool=FeaturePool(by_row, parts))
+        places = places.replace(pool=FeaturePool(by_row, domains))
     return jax.jit(move, out_shardings=places)

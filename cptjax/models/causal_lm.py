@@ -72,8 +72,8 @@ def _add_pool(features: Array, pool: FeaturePool) -> Array:
     own = jnp.take_along_axis(features, jnp.maximum(pool.slots, 0)[..., None], 1)
     own = jnp.where(pool.slots[..., None] < 0, jnp.zeros((), own.dtype), own)
     # One shard has each feature, so the sum over the shards is exact.
-    by_part = own.reshape(pool.parts, -1, *own.shape[1:])
-    shared = jnp.broadcast_to(by_part.sum(1, keepdims=True), by_part.shape).reshape(own.shape)
+    by_domain = own.reshape(pool.domains, -1, *own.shape[1:])
+    shared = jnp.broadcast_to(by_domain.sum(1, keepdims=True), by_domain.shape).reshape(own.shape)
     return jnp.concatenate([features, constrain(shared, "batch", None, None)], 1)
 
 

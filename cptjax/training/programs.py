@@ -259,7 +259,7 @@ def abstract_groups(stage: AbstractStage, rows: int, length: int, balanced: bool
     r, longest = stage.config.rollout, None
     prompts = abstract_prompts(stage, rows, length)
     if balanced:
-        longest = longest_balanced_row(stage, rows)
+        longest = stage_balanced_row(stage, rows)
         prompts = balance.abstract_moved_prompts(stage.cfg, stage.mesh, prompts)
         rows = len(prompts.tokens)
     shape = (rows * r.group, r.max_new_tokens)
@@ -268,7 +268,7 @@ def abstract_groups(stage: AbstractStage, rows: int, length: int, balanced: bool
     return Batch(prompts, *sharding.place_rows((*rest, {}, packing), stage.mesh))
 
 
-def longest_balanced_row(stage: AbstractStage, rows: int) -> int:
+def stage_balanced_row(stage: AbstractStage, rows: int) -> int:
     """Return the most tokens of a shard after responses to `rows` prompts have moved; 0 = never."""
     r = stage.config.rollout
     if stage.config.method.source != "rollouts":
@@ -565,7 +565,7 @@ def update_programs(stage: AbstractStage, layout: StepLayout) -> list[Program]:
         of_memory = abstract_gradient_sum(steps.memory_gradient, stage, memory_batch)
     useful, others = update_flops(stage, layout.filled_rows), waiting_batches(stage, 1)
     batches = [("", batch, passes * updates)]
-    if longest_balanced_row(stage, layout.rows):
+    if stage_balanced_row(stage, layout.rows):
         balanced = abstract_update_batch(stage, layout.rows, balanced=True)
         batches.append((", balanced shards", balanced, 0.0))
     if passes == 1:
