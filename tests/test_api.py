@@ -1,7 +1,6 @@
 """The Python interface, and launch/sample.py."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import run_helpers
 from PIL import Image
 
 import cptjax
@@ -218,7 +218,7 @@ def test_a_wrong_call_is_reported_in_one_line(model, call, words):
 def test_sample_prints_responses_and_one_line_on_a_mistake(tmp_path):
     IMAGE.save(tmp_path / "a.png")
     root = Path(__file__).parents[1]
-    env = os.environ | {"PYTHONPATH": str(root)}
+    env = run_helpers.environment()
     run = lambda *flags: subprocess.run(
         [sys.executable, "launch/sample.py", *flags],
         capture_output=True,

@@ -34,7 +34,7 @@ def workdir(tmp_path_factory):
     fast = {"train": {"lr": 0.02}, "tasks": tasks}
     arms = {name: short.arms[name].to_dict() | fast for name in ("sft_bare", "grpo_nokl")}
     changes = {
-        "model": {"path": "", "preset": "tiny"},
+        "model": {"path": "", "preset": "tiny_qwen2"},
         "data": {"buckets": (128,)},
         "eval": {"general": GENERAL, "groups": {}, "drift": 2, "max_new_tokens": 4},
         "rollout": {"max_new_tokens": 4, "check_every": 4},

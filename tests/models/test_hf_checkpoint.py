@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import run_helpers
 import tiny
 from flax import traverse_util
 from safetensors import safe_open
@@ -392,7 +393,7 @@ def test_two_processes_write_what_one_wrote(folder, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "4"}
+    env = run_helpers.environment(JAX_NUM_CPU_DEVICES="4")
     command = lambda i: [sys.executable, "-c", TWO, port, str(i), str(tmp_path)]
     running = [
         subprocess.Popen(command(i), env=env, stdout=-1, stderr=-2, text=True) for i in range(2)
