@@ -245,7 +245,7 @@ def plan_packed_reads(
     """Return what each device's packed groups read: prompts (Q, P) with responses (B, R)."""
     shards = packing.source.shape[0]
     (q, p), (b, r) = prompts, responses
-    return attention_packed.plan_reads(packing.source, (q // shards, p), (b // shards, r))
+    return attention_packed.find_packed_reads(packing.source, (q // shards, p), (b // shards, r))
 
 
 def attend_packed_rows(q: Array, k: Array, v: Array, reads: PackedReads) -> Array:

@@ -67,22 +67,39 @@ def block_size(tokens: int) -> int:
     return BLOCK if tokens >= BLOCK else LANES
 
 
-def plan_reads(source: Array, prompts: tuple[int, int], responses: tuple[int, int]) -> PackedReads:
+def find_packed_reads(
+    source: Array, prompts: tuple[int, int], responses: tuple[int, int]
+) -> PackedReads:
     """Return the reads of the groups of `Packing.source` [S N].
 
     prompts: (number, tokens) of a shard, padded; responses: the same
     """
     (shards, tokens), (q, p), (b, r) = source.shape, prompts, responses
-    group = b // q
-    padding = -tokens % block_size(tokens)
-    source = jnp.pad(source, ((0, 0), (0, padding)), constant_values=-1)
+    block = block_size(tokens)
+    source = jnp.pad(source, ((0, 0), (0, -tokens % block)), constant_values=-1)
+    start, stop, own = _ranges(source, q, p, r, b // q)
+    bounds = jnp.pad(jnp.stack([start, stop, own], 1), ((0, 0), (0, 5), (0, 0)))
+
+    number = jnp.arange(source.shape[1])[:, None]
+    first = number[::block, 0]  # of each block
+    live = (start[..., None] < first + block) & (stop[..., None] > first)
+    live |= (own[..., None] < first + block) & (number >= first)
+    live = live.reshape(shards, len(first), block, len(first)).any(2)  # [S queries keys]
+    keys, queries = _list_blocks(live), _list_blocks(live.swapaxes(1, 2))
+    pairs = _computed_pairs(tokens, block, q, p, b // q, r)
+    return PackedReads(bounds.astype(jnp.int32), *keys, *queries, pairs)
+
+
+def _ranges(source: Array, q: int, p: int, r: int, group: int) -> tuple[Array, Array, Array]:
+    """Return the first and the end of the prompt's range of each token, and the first of its own.
+
+    source: [S N] the index of each token in q prompts of p tokens and then q * group responses of r
+    """
     number = jnp.arange(source.shape[1])
-    is_real, is_prompt = source >= 0, source < q * p
+    is_prompt = (source >= 0) & (source < q * p)
     response = jnp.maximum(source - q * p, 0) // r
     group_of = jnp.where(is_prompt, source // p, response // group)
-    # Padding is a range of one token each.
-    group_of = jnp.where(is_real, group_of, -1 - number)
-    part = jnp.where(is_prompt, -1, response)
+    group_of = jnp.where(source < 0, -1 - number, group_of)  # padding: ranges of one token
 
     def last_start(starts: Array) -> Array:
         return lax.cummax(jnp.where(starts, number, 0), axis=1)
@@ -91,29 +108,23 @@ def plan_reads(source: Array, prompts: tuple[int, int], responses: tuple[int, in
         return jnp.concatenate([jnp.ones_like(x[:, :1], bool), x[:, 1:] != x[:, :-1]], 1)
 
     new_group = differs(group_of)
-    own = last_start(new_group | differs(part))
-    start = last_start(new_group)
-    stop = last_start(~is_prompt & jnp.concatenate([is_prompt[:, :1], is_prompt[:, :-1]], 1))
-    in_response = is_real & ~is_prompt
-    start, stop = (jnp.where(in_response, x, 0) for x in (start, stop))
-    bounds = jnp.pad(jnp.stack([start, stop, own], 1), ((0, 0), (0, 5), (0, 0)))
+    own = last_start(new_group | differs(jnp.where(is_prompt, -1, response)))
+    after_prompt = ~is_prompt & jnp.concatenate([is_prompt[:, :1], is_prompt[:, :-1]], 1)
+    of_prompt = last_start(new_group), last_start(after_prompt)
+    in_response = (source >= 0) & ~is_prompt
+    start, stop = (jnp.where(in_response, x, 0) for x in of_prompt)
+    return start, stop, own
 
-    block = block_size(tokens)
-    first = jnp.arange(0, source.shape[1], block)
-    live = (start[..., None] < first + block) & (stop[..., None] > first)
-    live |= (own[..., None] < first + block) & (number[:, None] >= first)
-    live = live.reshape(shards, len(first), block, len(first)).any(2)  # [S queries keys]
 
-    def table(live: Array) -> tuple[Array, Array]:
-        count = live.sum(2, dtype=jnp.int32)
-        listed = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32)
-        at = jnp.minimum(jnp.arange(listed.shape[2]), count[..., None] - 1)
-        return jnp.take_along_axis(listed, at, 2), count
+def _list_blocks(live: Array) -> tuple[Array, Array]:
+    """Return the live blocks [S n n] of each block [S n n], and how many there are [S n].
 
-    pairs = _computed_pairs(tokens, block, q, p, group, r)
-    keys, key_count = table(live)
-    queries, query_count = table(live.swapaxes(1, 2))
-    return PackedReads(bounds.astype(jnp.int32), keys, key_count, queries, query_count, pairs)
+    The list goes on with the last one.
+    """
+    count = live.sum(2, dtype=jnp.int32)
+    listed = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32)
+    at = jnp.minimum(jnp.arange(listed.shape[2]), count[..., None] - 1)
+    return jnp.take_along_axis(listed, at, 2), count
 
 
 def _computed_pairs(

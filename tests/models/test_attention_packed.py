@@ -88,7 +88,7 @@ def test_the_estimate_counts_the_blocks_of_full_groups(monkeypatch):
     source = jnp.arange(8 * BLOCK)[None]  # prompts first, as in the padded form
     groups = [0, 1, 4, 5, 2, 3, 6, 7]  # the same blocks group by group
     source = source.reshape(8, BLOCK)[jnp.array(groups)].reshape(1, -1)
-    reads = attention_packed.plan_reads(source, prompts, responses)
+    reads = attention_packed.find_packed_reads(source, prompts, responses)
     # Blocks p p a b: 1 + 2 + 3 + 3, for each of two groups.
     assert reads.pairs == 18 * BLOCK**2 == int(reads.key_count.sum()) * BLOCK**2
 
@@ -116,7 +116,7 @@ def test_blocks_of_many_heads_fit_into_the_memory_of_a_tpu(quick_tpu_compiler):
     q, k = abstract(8, 128), abstract(1, 128)
 
     def loss(q, k, v, source):
-        reads = attention_packed.plan_reads(source, (1, 512), (2, 256))
+        reads = attention_packed.find_packed_reads(source, (1, 512), (2, 256))
         return jnp.sum(attention.attend_packed_rows(q, k, v, reads))
 
     with jax.set_mesh(mesh):
