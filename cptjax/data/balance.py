@@ -151,7 +151,7 @@ def max_copied(cfg: ModelConfig, shards: int, prompt: int) -> int:
     """
     if cfg.vision is None:
         return max(1, shards // 2)
-    features = (1 + cfg.vision.added_layers) * cfg.text.width * np.dtype(np.float16).itemsize
+    features = (1 + cfg.vision.added_layers) * cfg.text.width * 2  # bytes of a token's
     return max(1, min(shards // 2, POOL_BYTES // (prompt * features)))
 
 
@@ -206,16 +206,17 @@ def balanced_group_batch(
     extra: dict[str, np.ndarray],
 ) -> tuple[Batch, Placement | None]:
     """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
-    placement = plan_placement(model_ctx, prompts, mask)
-    tokens, mask, extra = to_places(placement, (tokens, mask, extra))
-    known: dict[str, Any] = {}
+    prompt_mask, longest = local_rows(prompts.segments) > 0, None
+    placement = plan_placement(model_ctx, prompts, prompt_mask, mask)
     if placement is not None:
         # On the device, the moved prompts may wait for a step that still runs.
-        columns = np.arange(prompts.tokens.shape[1])[::-1]
-        known["prompt_mask"] = columns < placement.tokens[:, None]
-        known["longest"] = placement.longest
+        columns = np.arange(prompt_mask.shape[1])[::-1]
+        prompt_mask, longest = columns < placement.tokens[:, None], placement.longest
+    tokens, mask, extra = to_places(placement, (tokens, mask, extra))
     prompts = move_prompts(model_ctx, prompts, placement)
-    batch = group_batch(model_ctx, prompts, tokens, mask, extra=extra, **known)
+    batch = group_batch(
+        model_ctx, prompts, tokens, mask, extra=extra, prompt_mask=prompt_mask, longest=longest
+    )
     return batch, placement
 
 
@@ -256,11 +257,15 @@ def _exchange_rows(rows: Any, have: np.ndarray, want: np.ndarray, sends: np.ndar
     return jax.tree.map(take, rows, *(others for _, others in sent))
 
 
-def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) -> Placement | None:
+def plan_placement(
+    model_ctx: ModelContext, prompts: Prompts, prompt_mask: np.ndarray, mask: np.ndarray
+) -> Placement | None:
     """Choose the places of responses; None = each stays with its prompt, which costs no more.
 
-    All processes get the same plan. mask: [B R] the targets of the responses to this process's
-    prompts
+    All processes get the same plan.
+
+    prompt_mask: [Q P] the tokens of this process's prompts
+    mask: [B R] the targets of the responses to them
     """
     shards, domains = batch_shards(model_ctx.mesh), _domains(model_ctx.mesh)
     if shards == domains:
@@ -268,15 +273,14 @@ def plan_placement(model_ctx: ModelContext, prompts: Prompts, mask: np.ndarray) 
     own = local_row_numbers(prompts.tokens)
     group, limit = len(mask) // len(own), mask.shape[1]
     lengths = np.where(mask.any(1), limit - np.argmax(mask[:, ::-1], 1), 0).reshape(-1, group)
-    found = own, (local_rows(prompts.segments) > 0).sum(1), lengths
-    gathered = distributed.gather_objects(found)
+    gathered = distributed.gather_objects((own, prompt_mask.sum(1), lengths))
     numbers, tokens, lengths = map(np.concatenate, zip(*gathered, strict=True))
     if not lengths.any():
         return None
     order = np.argsort(numbers)
     p, r = tokens[order].reshape(shards, -1), lengths[order].reshape(shards, -1, group)
 
-    cfg, length, shape = model_ctx.cfg, prompts.tokens.shape[1], r.shape
+    cfg, length, shape = model_ctx.cfg, prompt_mask.shape[1], r.shape
     copied = max_copied(cfg, shards // domains, length)
     # A row has no last token of a response; the plan has room for it.
     longest = int((p.sum(1) + np.maximum(r - 1, 0).sum((1, 2))).max())

@@ -6,7 +6,9 @@ import numpy as np
 from cptjax.common import distributed
 from cptjax.types import Packing
 
-SMALLEST = 512  # size of packed rows, and of their targets; all sizes are multiples of it
+# Size of packed rows, and of their targets. All sizes are multiples of it; those of the rows of
+# balanced shards, of half of it.
+SMALLEST = 512
 LONG_ROW = 4096  # tokens from which padding costs more than the compilation for another size
 
 

@@ -364,6 +364,14 @@ def _forward_kernel(
             logs[at] = top[at] + jnp.log(total[at])
 
 
+def _score_gradient(
+    keys: Array, values: Array, mask: Array, q: Array, slope: Array, logs: Array, delta: Array
+) -> tuple[Array, Array]:
+    """Return the weights [keys queries] of one head, and the gradient of its scores."""
+    weights = jnp.exp(jnp.where(mask, _product(keys, q), MASKED) - logs)
+    return weights, weights * (_product(values, slope) - delta)
+
+
 def _query_gradient_kernel(
     table, count, q, slope, logs, delta, bounds, k, v, k_columns, of_q, total, *, of: _Blocks
 ) -> None:
@@ -379,9 +387,8 @@ def _query_gradient_kernel(
         keys, values, columns = k[...], v[...], k_columns[...]
         for head in range(q.shape[0]):
             at = slice(head, head + 1)
-            scores = jnp.where(mask, _product(keys, q[head]), MASKED)
-            weights = jnp.exp(scores - logs[at])
-            of_scores = weights * (_product(values, slope[head]) - delta[at])
+            row = q[head], slope[head], logs[at], delta[at]
+            _, of_scores = _score_gradient(keys, values, mask, *row)
             total[head] += _product(columns, of_scores.astype(columns.dtype))
 
     @pl.when(step.is_last)
@@ -405,10 +412,9 @@ def _key_gradient_kernel(
         keys, values = k[...], v[...]
         for head in range(q.shape[0]):
             at, queries, slopes = slice(head, head + 1), q[head], slope[head]
-            scores = jnp.where(mask, _product(keys, queries), MASKED)
-            weights = jnp.exp(scores - logs[at])
+            row = queries, slopes, logs[at], delta[at]
+            weights, of_scores = _score_gradient(keys, values, mask, *row)
             total_v[...] += _product_of_rows(weights.astype(slopes.dtype), slopes)
-            of_scores = weights * (_product(values, slopes) - delta[at])
             total_k[...] += _product_of_rows(of_scores.astype(queries.dtype), queries)
 
     @pl.when(step.is_last)
