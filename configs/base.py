@@ -61,7 +61,9 @@ def get_config() -> ConfigDict:
         max_pixels=1003520,  # pixels per image
         freeze=(),  # some of vision, merger, language
         remat="dots",  # none | dots | block | offload: what a layer keeps for its backward pass
-        attention="auto",  # auto | xla | tiled (CPU) | cudnn (GPU) | splash (TPU)
+        # auto | xla | tiled (CPU) | cudnn (GPU) | splash (TPU); cudnn_padded: packed groups (GRPO)
+        # with the kernel of cuDNN too, in a padded form
+        attention="auto",
         lora=dict(  # rank 0 = no LoRA: all weights are trained
             rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"), vision=False),
     ))  # fmt: skip

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cptjax import sharding
-from cptjax.models import attention_packed, attention_tiled
+from cptjax.models import attention_packed, attention_packed_gpu, attention_tiled
 from cptjax.models.attention_packed import PackedReads
 from cptjax.models.attention_tiled import MASKED
 from cptjax.models.config import ModelConfig
@@ -45,7 +45,10 @@ from cptjax.types import Array, Packing
 # The back end of each platform; "xla" is `reference_attention` and runs everywhere.
 BACKENDS = {"cpu": "tiled", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla"}
 
-INTERPRET = False  # tests interpret the TPU kernel on a CPU
+# The kernels that attend in packed rows, by the back end that they belong to.
+PACKED_KERNELS = {"splash": attention_packed, "cudnn": attention_packed_gpu}
+
+INTERPRET = False  # tests interpret the kernels of Pallas on a CPU
 
 
 def short_row_backend(backend: str) -> str:
@@ -54,8 +57,10 @@ def short_row_backend(backend: str) -> str:
 
 
 def check_backend_name(wanted: str) -> None:
-    if wanted not in ("auto", "xla", "tiled", "cudnn", "splash"):
-        raise ValueError(f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn or splash")
+    if wanted not in ("auto", "xla", "tiled", "cudnn", "cudnn_padded", "splash"):
+        raise ValueError(
+            f"model.attention={wanted!r}; expected auto, xla, tiled, cudnn, cudnn_padded or splash"
+        )
 
 
 def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str = "auto") -> str:
@@ -69,11 +74,13 @@ def choose_backend(mesh: Mesh | None, cfg: ModelConfig, dtype: Any, wanted: str 
         and jnp.dtype(dtype).itemsize == 2
         and all(h % 8 == 0 and h <= 128 for h in widths)
     )
-    if wanted == "cudnn" and not fits:
+    if wanted in ("cudnn", "cudnn_padded") and not fits:
+        found = (
+            f"{jnp.dtype(dtype).name} and heads of {' and '.join(map(str, widths))} on {platform}"
+        )
         raise ValueError(
-            "model.attention='cudnn': expected bfloat16 and heads of 8, 16, ... 128 on an NVIDIA "
-            f"GPU, got {jnp.dtype(dtype).name} and heads of {' and '.join(map(str, widths))} on "
-            f"{platform}; set it to 'auto'"
+            f"model.attention={wanted!r}: expected bfloat16 and heads of 8, 16, ... 128 on an "
+            f"NVIDIA GPU, got {found}; set it to 'auto'"
         )
     if wanted != "auto":
         return wanted
@@ -114,10 +121,10 @@ def attend(
     offset: int = 0,
 ) -> Array:
     """Return the attention of q [B T N H] over k and v [B S K H], within segments."""
-    kernel = {"splash": _splash, "cudnn": _cudnn, "tiled": _tiled}.get(backend)
-    if kernel:
+    kernels = {"splash": _splash, "cudnn": _cudnn, "cudnn_padded": _cudnn, "tiled": _tiled}
+    if backend in kernels:
         return _per_device(
-            functools.partial(kernel, causal=causal, offset=offset),
+            functools.partial(kernels[backend], causal=causal, offset=offset),
             (q, k, v),
             (q_segments, kv_segments),
         )
@@ -235,26 +242,31 @@ def attend_padded_groups(
 
 
 def reads_packed_rows(backend: str) -> bool:
-    """Return whether packed groups stay packed in attention (`attention_packed`)."""
-    return backend == "splash"
+    """Return whether packed groups stay packed in attention."""
+    return backend in PACKED_KERNELS
 
 
 def plan_packed_reads(
-    packing: Packing, prompts: tuple[int, int], responses: tuple[int, int]
+    packing: Packing, prompts: tuple[int, int], responses: tuple[int, int], backend: str
 ) -> PackedReads:
     """Return what each device's packed groups read: prompts (Q, P) with responses (B, R)."""
-    shards = packing.source.shape[0]
+    shards, tokens = packing.source.shape
     (q, p), (b, r) = prompts, responses
-    return attention_packed.find_packed_reads(packing.source, (q // shards, p), (b // shards, r))
+    return attention_packed.find_packed_reads(
+        packing.source,
+        (q // shards, p),
+        (b // shards, r),
+        PACKED_KERNELS[backend].block_size(tokens),
+    )
 
 
-def attend_packed_rows(q: Array, k: Array, v: Array, reads: PackedReads) -> Array:
+def attend_packed_rows(q: Array, k: Array, v: Array, reads: PackedReads, backend: str) -> Array:
     """Attend in packed rows: queries [S N heads H], keys and values [S N K H]."""
     arrays, structure = jax.tree.flatten(reads)
 
     def kernel(q: Array, k: Array, v: Array, *arrays: Array) -> Array:
         reads = structure.unflatten(arrays)
-        return attention_packed.attend_packed(q, k, v, reads, INTERPRET)
+        return PACKED_KERNELS[backend].attend_packed(q, k, v, reads, INTERPRET)
 
     return _per_device(kernel, (q, k, v), arrays)
 

@@ -50,6 +50,7 @@ class PackedReads:
     key_count: Array  # [S n] how many of them
     queries: Array  # [S n n] the blocks of queries of each block of keys, in the same way
     query_count: Array  # [S n]
+    block: int = flax.struct.field(pytree_node=False)  # tokens of a block
     # Pairs of a query and a key that the kernel computes in a shard, an estimate.
     pairs: float = flax.struct.field(pytree_node=False)
 
@@ -68,14 +69,13 @@ def block_size(tokens: int) -> int:
 
 
 def find_packed_reads(
-    source: Array, prompts: tuple[int, int], responses: tuple[int, int]
+    source: Array, prompts: tuple[int, int], responses: tuple[int, int], block: int
 ) -> PackedReads:
-    """Return the reads of the groups of `Packing.source` [S N].
+    """Return the reads of the groups of `Packing.source` [S N], in blocks of so many tokens.
 
     prompts: (number, tokens) of a shard, padded; responses: the same
     """
     (shards, tokens), (q, p), (b, r) = source.shape, prompts, responses
-    block = block_size(tokens)
     source = jnp.pad(source, ((0, 0), (0, -tokens % block)), constant_values=-1)
     start, stop, own = _ranges(source, q, p, r, b // q)
     bounds = jnp.pad(jnp.stack([start, stop, own], 1), ((0, 0), (0, 5), (0, 0)))
@@ -87,7 +87,7 @@ def find_packed_reads(
     live = live.reshape(shards, len(first), block, len(first)).any(2)  # [S queries keys]
     keys, queries = _list_blocks(live), _list_blocks(live.swapaxes(1, 2))
     pairs = _computed_pairs(tokens, block, q, p, b // q, r)
-    return PackedReads(bounds.astype(jnp.int32), *keys, *queries, pairs)
+    return PackedReads(bounds.astype(jnp.int32), *keys, *queries, block, pairs)
 
 
 def _ranges(source: Array, q: int, p: int, r: int, group: int) -> tuple[Array, Array, Array]:
@@ -158,7 +158,7 @@ def attend_packed(q: Array, k: Array, v: Array, reads: PackedReads, interpret: b
     width = h + -h % LANES
     queries = pad(q * h**-0.5).reshape(s, tokens, kv, heads // kv, width).transpose(0, 2, 3, 4, 1)
     keys, values = (pad(x).transpose(0, 2, 1, 3) for x in (k, v))
-    shape = _Shape(block_size(n), reads.pairs, interpret)
+    shape = _Shape(reads.block, reads.pairs, interpret)
     out = _attention(shape, queries, keys, values, reads)
     return out.transpose(0, 4, 1, 2, 3)[:, :n, ..., :h].reshape(q.shape)
 

@@ -163,11 +163,11 @@ def forward_packed(
     rows = packed_groups.pack_tokens(prompts, responses, next_positions(prompts), packing)
     inputs, backend = embed_inputs(p, rows, cfg, dtype), cfg.compute.attention
     if attention.reads_packed_rows(backend):
-        reads = attention.plan_packed_reads(packing, (nq, plen), (b, r))
+        reads = attention.plan_packed_reads(packing, (nq, plen), (b, r), backend)
 
     def attend(q, k, v):
         if attention.reads_packed_rows(backend):
-            return attention.attend_packed_rows(q, k, v, reads), None
+            return attention.attend_packed_rows(q, k, v, reads, backend), None
         padded = (packed_groups.to_padded(x, *shapes, packing) for x in (q, k, v))
         heads, tails = zip(*padded, strict=True)
         out = attention.attend_padded_groups(heads, tails, prompts.segments, backend)

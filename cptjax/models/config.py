@@ -95,7 +95,8 @@ class ComputeConfig:
     """How a model is computed; its shape and outputs do not depend on it."""
 
     remat: str = "none"  # a name of layers.REMAT_POLICIES
-    attention: str = "xla"  # xla | tiled | cudnn | splash, from attention.choose_backend
+    # xla | tiled | cudnn | cudnn_padded | splash, from attention.choose_backend
+    attention: str = "xla"
     unroll: bool = False  # run the text layers without a loop; see unrolled.py
     unroll_sampling: bool = False  # the same only while sampling
 

@@ -9,10 +9,10 @@ and is left out:
                                        c c c c
                                        d d - -
 
-On TPUs a kernel attends in the packed rows (`attention_packed`). Other kernels know what a prompt
-and its responses are only in the padded form, to which queries, keys and values go back
-(`attention.attend_padded_groups`). All other work of the decoder, and the unembedding of the
-targets, is done on packed arrays.
+On TPUs and NVIDIA GPUs, kernels attend in the packed rows (`attention_packed`,
+`attention_packed_gpu`). Other kernels know what a prompt and its responses are only in the padded
+form, to which queries, keys and values go back (`attention.attend_padded_groups`). All other work
+of the decoder, and the unembedding of the targets, is done on packed arrays.
 """
 
 import jax

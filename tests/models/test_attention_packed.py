@@ -1,4 +1,9 @@
-"""The TPU kernel of packed groups, interpreted: equal to a mask, and only live blocks are listed."""
+"""Kernels of packed groups, interpreted: equal to a mask, and only live blocks are listed.
+
+"splash" has the kernel of TPUs, "cudnn" that of NVIDIA GPUs.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +53,15 @@ def weighted(run, weights):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
 
-def test_values_and_gradients_are_those_of_the_mask(packed):
+@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+def test_values_and_gradients_are_those_of_the_mask(packed, backend):
     plan, visible = packed
     assert plan.source.shape[1] > 4 * BLOCK
     arrays, weights = inputs(plan.source)
 
     def run(q, k, v):
-        reads = attention.plan_packed_reads(plan, (Q, P), (Q * G, R))
-        return attention.attend_packed_rows(q, k, v, reads)
+        reads = attention.plan_packed_reads(plan, (Q, P), (Q * G, R), backend)
+        return attention.attend_packed_rows(q, k, v, reads, backend)
 
     reference = weighted(lambda *x: attention.reference_attention(*x, visible), weights)
     found, wanted = weighted(run, weights)(*arrays), reference(*arrays)
@@ -66,7 +72,7 @@ def test_values_and_gradients_are_those_of_the_mask(packed):
 
 def test_the_listed_blocks_are_those_with_a_visible_pair(packed):
     plan, visible = packed
-    reads = attention.plan_packed_reads(plan, (Q, P), (Q * G, R))
+    reads = attention.plan_packed_reads(plan, (Q, P), (Q * G, R), "splash")
     n = reads.keys.shape[1]
     visible |= np.eye(visible.shape[1], dtype=bool)  # padding attends to itself
     padded = np.zeros((SHARDS, n * BLOCK, n * BLOCK), bool)
@@ -82,24 +88,23 @@ def test_the_listed_blocks_are_those_with_a_visible_pair(packed):
             assert set(reads.queries[s, i].tolist()) == set(np.flatnonzero(live[s, :, i]))
 
 
-def test_the_estimate_counts_the_blocks_of_full_groups(monkeypatch):
-    monkeypatch.setattr(attention_packed, "BLOCK", BLOCK)
+def test_the_estimate_counts_the_blocks_of_full_groups():
     prompts, responses = (2, 2 * BLOCK), (4, BLOCK)
     source = jnp.arange(8 * BLOCK)[None]  # prompts first, as in the padded form
     groups = [0, 1, 4, 5, 2, 3, 6, 7]  # the same blocks group by group
     source = source.reshape(8, BLOCK)[jnp.array(groups)].reshape(1, -1)
-    reads = attention_packed.find_packed_reads(source, prompts, responses)
+    reads = attention_packed.find_packed_reads(source, prompts, responses, BLOCK)
     # Blocks p p a b: 1 + 2 + 3 + 3, for each of two groups.
     assert reads.pairs == 18 * BLOCK**2 == int(reads.key_count.sum()) * BLOCK**2
 
 
-@pytest.mark.parametrize("kv", [2, 1])
-def test_a_mesh_does_not_change_the_result(packed, kv):
+@pytest.mark.parametrize(("backend", "kv"), [("splash", 2), ("splash", 1), ("cudnn", 2)])
+def test_a_mesh_does_not_change_the_result(packed, backend, kv):
     """Rows and heads are on other devices; a single key/value head is repeated for two devices."""
     plan, _ = packed
     (q, k, v), _ = inputs(plan.source, kv)
-    run = jax.jit(attention.attend_packed_rows)
-    reads = attention.plan_packed_reads(plan, (Q, P), (Q * G, R))
+    run = jax.jit(functools.partial(attention.attend_packed_rows, backend=backend))
+    reads = attention.plan_packed_reads(plan, (Q, P), (Q * G, R), backend)
     alone = run(q, k, v, reads)
     devices = np.array(jax.devices()[:4]).reshape(1, 2, 2)
     with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "fsdp", "model"))):
@@ -116,8 +121,9 @@ def test_blocks_of_many_heads_fit_into_the_memory_of_a_tpu(quick_tpu_compiler):
     q, k = abstract(8, 128), abstract(1, 128)
 
     def loss(q, k, v, source):
-        reads = attention_packed.find_packed_reads(source, (1, 512), (2, 256))
-        return jnp.sum(attention.attend_packed_rows(q, k, v, reads))
+        block = attention_packed.block_size(source.shape[1])
+        reads = attention_packed.find_packed_reads(source, (1, 512), (2, 256), block)
+        return jnp.sum(attention.attend_packed_rows(q, k, v, reads, "splash"))
 
     with jax.set_mesh(mesh):
         jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, abstract(dtype=jnp.int32)).compile()
