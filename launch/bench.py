@@ -68,7 +68,8 @@ SUITE = flags.DEFINE_bool(
 ROWS = flags.DEFINE_list(
     "rows",
     None,
-    "Rows of --suite, all by default: base, layers, prefix, ahead, top_p=1, slots, slot_rows, xla.",
+    "Rows of --suite, all by default: base, padded (GPUs only), layers, prefix, ahead, top_p=1, "
+    "slots, slot_rows, xla.",
 )
 CHECK = flags.DEFINE_bool(
     "check",
@@ -131,7 +132,7 @@ def run_suite() -> None:
     from configs.base import get_config
     from cptjax.benchmark import suite
 
-    rows = suite.SUITE_ROWS if ROWS.value is None else ROWS.value
+    rows = suite.platform_rows() if ROWS.value is None else ROWS.value
     found = suite.run_suite(get_config(), SIZE.value, rows, REPEAT.value or 5, MINUTES.value)
     suite.print_rows(found)
     print(json.dumps(found))

@@ -6,6 +6,7 @@
     slot_rows       as many responses at a time, half of each of twice as many groups
     ahead           responses are sampled before the update of the step before
     layers          sampling with the layers in a loop if they are unrolled, or the reverse
+    padded          attention of groups by cuDNN in the padded form, not in packed rows; GPUs only
     xla             the attention of every platform instead of the best one
     prefix          phases with unrelated rows, which share no prompt, against groups
 
@@ -36,7 +37,7 @@ from cptjax.models.config import ModelConfig
 from cptjax.models.families import find_family
 from cptjax.models.load import MODEL_DTYPES
 
-SUITE_ROWS = ("base", "layers", "prefix", "ahead", "top_p=1", "slots", "slot_rows", "xla")
+SUITE_ROWS = ("base", "padded", "layers", "prefix", "ahead", "top_p=1", "slots", "slot_rows", "xla")
 PHASES = ("rollout", "policy", "reference", "update", "idle")  # of seconds/device/
 LABELS = {
     "step_s": "seconds of a step",
@@ -79,6 +80,11 @@ def run_suite(
             console.print_message(json.dumps(rounded(measured)))
             gc.collect()  # the arrays of the row
     return rounded(out)
+
+
+def platform_rows() -> list[str]:
+    """Return the rows that this platform can measure."""
+    return [row for row in SUITE_ROWS if row != "padded" or jax.default_backend() == "gpu"]
 
 
 def check_suite(size: str, rows: Sequence[str]) -> None:
@@ -125,6 +131,7 @@ def row_changes(row: str, size: StepSize) -> dict[str, Any]:
         "slots": {"rollout": {"slots": size.prompts // 4}},
         "slot_rows": {"rollout": half},
         "ahead": {"rollout": {"ahead": 1}},
+        "padded": {"model": {"attention": "cudnn_padded"}},
         "xla": {"model": {"attention": "xla"}},
     }.get(row, {})
 

@@ -1,5 +1,6 @@
 """The model of any family: forward over rows and groups, prefill and decode, as pure functions."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -158,22 +159,36 @@ def forward_packed(
     The states are those of `forward_group`, without padding and with those of the prompts.
     """
     p = unstack_for_forward(p, cfg)
-    (nq, plen), (b, r) = prompts.tokens.shape, responses.shape
-    shapes = (nq, plen), (nq, b // nq, r)
     rows = packed_groups.pack_tokens(prompts, responses, next_positions(prompts), packing)
     inputs, backend = embed_inputs(p, rows, cfg, dtype), cfg.compute.attention
-    if attention.reads_packed_rows(backend):
-        reads = attention.plan_packed_reads(packing, (nq, plen), (b, r), backend)
+    attend_rows = packed_attention(prompts.segments, responses.shape, packing, backend)
 
     def attend(q, k, v):
-        if attention.reads_packed_rows(backend):
-            return attention.attend_packed_rows(q, k, v, reads, backend), None
-        padded = (packed_groups.to_padded(x, *shapes, packing) for x in (q, k, v))
-        heads, tails = zip(*padded, strict=True)
-        out = attention.attend_padded_groups(heads, tails, prompts.segments, backend)
-        return packed_groups.to_packed(*out, packing), None
+        return attend_rows(q, k, v), None
 
     return decoder.run_decoder(p["text"], inputs.x, rows.positions, attend, cfg, inputs.added)[0]
+
+
+def packed_attention(
+    segments: Array, responses: tuple[int, int], packing: Packing, backend: str
+) -> Callable[[Array, Array, Array], Array]:
+    """Return the attention of packed rows, of queries [S N heads H], keys and values [S N K H].
+
+    segments: [Q P] of the prompts; responses: (B, R)
+    """
+    prompts, (b, r) = segments.shape, responses
+    if attention.reads_packed_rows(backend):
+        reads = attention.plan_packed_reads(packing, prompts, responses, backend)
+        return functools.partial(attention.attend_packed_rows, reads=reads, backend=backend)
+    shapes = prompts, (prompts[0], b // prompts[0], r)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        padded = (packed_groups.to_padded(x, *shapes, packing) for x in (q, k, v))
+        heads, tails = zip(*padded, strict=True)
+        out = attention.attend_padded_groups(heads, tails, segments, backend)
+        return packed_groups.to_packed(*out, packing)
+
+    return attend
 
 
 @flax.struct.dataclass

@@ -46,7 +46,8 @@ def test_an_unknown_size_is_refused():
 
 
 def test_a_wrong_back_end_fails(model, monkeypatch):
-    assert all(c.passed for c in device_checks.check_attention(model))
+    checks = [*device_checks.check_attention(model), *device_checks.check_group_attention(model)]
+    assert all(c.passed for c in checks) and len(checks) == 4
     kernel = attention._tiled
     monkeypatch.setattr(
         attention, "_tiled", lambda *args, causal, offset: kernel(*args, causal=False, offset=0)

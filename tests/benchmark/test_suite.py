@@ -92,6 +92,7 @@ def test_rows_change_what_they_name():
         config = grpo_steps.make_config(base, SIZE, 3, task, suite.row_changes(row, SIZE))
         assert config.rollout[name] == value and config.method.kl_coef > 0
     assert base.rollout.top_p == 1.0 and suite.row_changes("xla", SIZE)["model"]
+    assert set(suite.SUITE_ROWS) - set(suite.platform_rows()) == {"padded"}, "it needs a GPU"
 
 
 @pytest.mark.parametrize(

@@ -278,14 +278,17 @@ def test_cudnn_is_chosen_only_where_it_runs():
         == attention.choose_backend(gpu, cfg, jnp.bfloat16, "cudnn")
         == "cudnn"
     )
+    padded = attention.choose_backend(gpu, cfg, "bfloat16", "cudnn_padded")
+    assert attention.reads_packed_rows("cudnn") and not attention.reads_packed_rows(padded)
     for place, model, dtype, auto in (
         (gpu, cfg, "float32", "xla"),
         (gpu, odd, "bfloat16", "xla"),
         (cpu, cfg, "bfloat16", "tiled"),
     ):
         assert attention.choose_backend(place, model, dtype) == auto
-        with pytest.raises(ValueError, match=f"got {dtype} and heads of 128 and"):
-            attention.choose_backend(place, model, dtype, "cudnn")
+        for wanted in ("cudnn", "cudnn_padded"):
+            with pytest.raises(ValueError, match=f"{wanted}'.*got {dtype} and heads of 128 and"):
+                attention.choose_backend(place, model, dtype, wanted)
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 1, 8)])

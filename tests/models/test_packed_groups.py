@@ -106,7 +106,7 @@ def test_packed_groups_equal_the_mask(family):
     _assert_equal(_values_and_gradients(_masked, params, batch, cfg), _reference(family))
 
 
-@pytest.mark.parametrize("backend", ["tiled", "splash"])
+@pytest.mark.parametrize("backend", ["tiled", "splash", "cudnn"])
 def test_a_kernel_gives_the_states_of_separate_groups(backend, monkeypatch):
     """The kernels themselves, with that of cuDNN: test_attention."""
     monkeypatch.setattr(attention, "INTERPRET", True)
