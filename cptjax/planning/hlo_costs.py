@@ -68,7 +68,7 @@ def _product(i: hlo.Instruction, shapes: dict[str, str], contracted: str) -> flo
 
 
 def _stated_cost(i: hlo.Instruction, name: str) -> float | None:
-    """Return a cost that a TPU kernel states (pl.CostEstimate), where it depends on data."""
+    """Return a cost that a kernel of Pallas states, where it depends on data."""
     stated = re.search(rf'"cost_estimate":\{{[^}}]*"{name}":"(\d+)"', i.rest)
     return float(stated[1]) if stated and i.op == "custom-call" else None
 
