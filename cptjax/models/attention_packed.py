@@ -48,8 +48,10 @@ class PackedReads:
     bounds: Array
     keys: Array  # [S n n] the blocks of keys of each block of queries, then the last one again
     key_count: Array  # [S n] how many of them
+    whole_keys: Array  # [S n] how many of them, the first ones, have no pair that is masked
     queries: Array  # [S n n] the blocks of queries of each block of keys, in the same way
     query_count: Array  # [S n]
+    whole_queries: Array  # [S n]
     block: int = flax.struct.field(pytree_node=False)  # tokens of a block
     # Pairs of a query and a key that the kernel computes in a shard, an estimate.
     pairs: float = flax.struct.field(pytree_node=False)
@@ -84,8 +86,11 @@ def find_packed_reads(
     first = number[::block, 0]  # of each block
     live = (start[..., None] < first + block) & (stop[..., None] > first)
     live |= (own[..., None] < first + block) & (number >= first)
-    live = live.reshape(shards, len(first), block, len(first)).any(2)  # [S queries keys]
-    keys, queries = _list_blocks(live), _list_blocks(live.swapaxes(1, 2))
+    whole = (start[..., None] <= first) & (stop[..., None] >= first + block)
+    whole |= (own[..., None] <= first) & (number >= first + block - 1)
+    of_blocks = (shards, len(first), block, len(first))
+    live, whole = live.reshape(of_blocks).any(2), whole.reshape(of_blocks).all(2)
+    keys, queries = _list_blocks(live, whole), _list_blocks(live.mT, whole.mT)
     pairs = _computed_pairs(tokens, block, q, p, b // q, r)
     return PackedReads(bounds.astype(jnp.int32), *keys, *queries, block, pairs)
 
@@ -116,15 +121,17 @@ def _ranges(source: Array, q: int, p: int, r: int, group: int) -> tuple[Array, A
     return start, stop, own
 
 
-def _list_blocks(live: Array) -> tuple[Array, Array]:
+def _list_blocks(live: Array, whole: Array) -> tuple[Array, Array, Array]:
     """Return the live blocks [S n n] of each block [S n n], and how many there are [S n].
 
-    The list goes on with the last one.
+    Those that are `whole` come first; the last array [S n] is their number. The list goes on with
+    the last block.
     """
-    count = live.sum(2, dtype=jnp.int32)
-    listed = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32)
+    count, whole_count = (x.sum(2, dtype=jnp.int32) for x in (live, whole))
+    order = 2 - live.astype(jnp.int32) - whole
+    listed = jnp.argsort(order, axis=2, stable=True).astype(jnp.int32)
     at = jnp.minimum(jnp.arange(listed.shape[2]), count[..., None] - 1)
-    return jnp.take_along_axis(listed, at, 2), count
+    return jnp.take_along_axis(listed, at, 2), count, whole_count
 
 
 def _computed_pairs(

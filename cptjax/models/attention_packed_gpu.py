@@ -2,8 +2,9 @@
 
 The ranges that tokens attend to, and the lists of blocks with a visible key, are those of the TPU
 kernel (`attention_packed`). A program of a kernel has one block of queries, or of keys, of one head
-of queries. It loops over the blocks that are listed for its own, in parts that fit into registers.
-The arrays are those of the layers, and nothing is transposed in memory.
+of queries. It loops over the blocks that are listed for its own, in parts that fit into registers:
+first over those without a masked pair, then over the others. The arrays are those of the layers,
+and nothing is transposed in memory.
 
 Exponentials and logarithms of the softmax are to the base 2, which takes a GPU one instruction.
 """
@@ -11,7 +12,7 @@ Exponentials and logarithms of the softmax are to the base 2, which takes a GPU 
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ def _forward(
     out, logs = _run(
         FORWARD,
         shape,
-        (reads.keys, reads.key_count),
+        (reads.keys, reads.key_count, reads.whole_keys),
         block=[(q, "queries"), (reads.bounds, "bounds")],
         row=[(k, "keys"), (v, "keys")],
         outputs=[(q, "queries"), (sums, "sums")],
@@ -95,7 +96,7 @@ def _backward(shape: _Shape, kept: tuple[Any, ...], slope: Array) -> tuple[Any, 
     (of_q,) = _run(
         QUERY_GRADIENT,
         shape,
-        (reads.keys, reads.key_count),
+        (reads.keys, reads.key_count, reads.whole_keys),
         block=of_queries,
         row=of_keys,
         outputs=[(q, "queries")],
@@ -105,7 +106,7 @@ def _backward(shape: _Shape, kept: tuple[Any, ...], slope: Array) -> tuple[Any, 
     of_k, of_v = _run(
         KEY_GRADIENT,
         shape,
-        (reads.queries, reads.query_count),
+        (reads.queries, reads.query_count, reads.whole_queries),
         block=of_keys,
         row=of_queries,
         outputs=shares,
@@ -129,43 +130,44 @@ def _sums(q: Array) -> tuple[int, int, int]:
 def _run(
     kernel: _Kernel,
     shape: _Shape,
-    reads: tuple[Array, Array],
+    lists: tuple[Array, Array, Array],
     *,
     block: list[tuple[Array, str]],
     row: list[tuple[Array, str]],
     outputs: list[tuple[Any, str]],
 ) -> list[Array]:
-    """Run a kernel whose programs go over the blocks that `reads` list for their own block.
+    """Run a kernel whose programs go over the blocks that are listed for their own block.
 
     Inputs and outputs are arrays with their kind. Of those of `block` and of the outputs, a program
     gets its block; of those of `row`, it gets the whole row.
+
+    lists: of `PackedReads`, the blocks [S n n], and how many there are and are whole [S n]
     """
     from jax.experimental.pallas import triton
 
-    table, count = reads
     q = next(x for x, kind in block + row if kind == "queries")
     kv = next(x for x, kind in block + row if kind == "keys").shape[2]
-    (s, tokens, heads, h), n, ways = q.shape, table.shape[2], q.shape[2] // kv
+    (s, tokens, heads, h), n, ways = q.shape, lists[0].shape[2], q.shape[2] // kv
 
     def spec(kind: str, is_block: bool) -> pl.BlockSpec:
         size = shape.block if is_block else tokens
         sizes, index = {
-            "queries": ((None, size, None, h), lambda i, head, row: (row, i, head, 0)),
-            "keys": ((None, size, None, h), lambda i, head, row: (row, i, lax.div(head, ways), 0)),
-            "sums": ((None, None, size), lambda i, head, row: (row, head, i)),
-            "bounds": ((None, 8, size), lambda i, head, row: (row, 0, i)),
+            "queries": ((None, size, None, h), lambda head, i, row: (row, i, head, 0)),
+            "keys": ((None, size, None, h), lambda head, i, row: (row, i, lax.div(head, ways), 0)),
+            "sums": ((None, None, size), lambda head, i, row: (row, head, i)),
+            "bounds": ((None, 8, size), lambda head, i, row: (row, 0, i)),
         }[kind]
         if is_block:
             return pl.BlockSpec(sizes, index)
-        return pl.BlockSpec(sizes, lambda i, head, row: index(0, head, row))
+        return pl.BlockSpec(sizes, lambda head, i, row: index(head, 0, row))
 
-    listed = [
-        pl.BlockSpec((None, None, n), lambda i, head, row: (row, i, 0)),
-        pl.BlockSpec((None, n), lambda i, head, row: (row, 0)),
-    ]
+    counts = pl.BlockSpec((None, n), lambda head, i, row: (row, 0))
+    listed = [pl.BlockSpec((None, None, n), lambda head, i, row: (row, i, 0)), counts, counts]
     run = pl.pallas_call(
         functools.partial(kernel.body, of=_Parts(shape.block, kernel.part, shape.scale)),
-        grid=(n, heads, s),
+        # All heads of a block run at about the same time. Blocks of prompts, whose keys have long
+        # lists, come before those of their responses.
+        grid=(heads, n, s),
         in_specs=listed + [spec(x, True) for _, x in block] + [spec(x, False) for _, x in row],
         out_specs=[spec(x, True) for _, x in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
@@ -177,7 +179,7 @@ def _run(
     cost = {"flops": str(int(2 * kernel.products * shape.pairs * s * heads * h))}
     stated = json.dumps({"cost_estimate": cost}, separators=(",", ":"))
     with set_xla_metadata(kernel_metadata=stated):
-        return run(table, count, *(x for x, _ in block + row))
+        return run(*lists, *(x for x, _ in block + row))
 
 
 # ---- kernels: one block of one head --------------------------------------------------------------
@@ -190,25 +192,35 @@ class _Parts(NamedTuple):
     part: int
     scale: float
 
-    def loop(self, table: Any, count: Any, step: Callable, start: Any) -> Any:
-        """Return the result of the last step(first token of a part, result of the one before)."""
+    def first_token(self) -> Array:
+        """Return the first token of the program's own block."""
+        return pl.program_id(1) * self.block
+
+    def loop(self, lists: tuple[Any, Any, Any], step: Callable, start: Any) -> Any:
+        """Return the last result of step(first token, whether it is masked, result before)."""
+        (table, count, whole), own = lists, pl.program_id(1)
         parts = self.block // self.part
 
-        def next_part(j: Array, carry: Any) -> Any:
-            first = table[lax.div(j, parts)] * self.block + lax.rem(j, parts) * self.part
-            return step(pl.multiple_of(first, self.part), carry)
+        def steps(masked: bool, first: Array, end: Array, start: Any) -> Any:
+            def next_part(j: Array, carry: Any) -> Any:
+                token = table[lax.div(j, parts)] * self.block + lax.rem(j, parts) * self.part
+                return step(pl.multiple_of(token, self.part), masked, carry)
 
-        return lax.fori_loop(0, count[pl.program_id(0)] * parts, next_part, start)
+            return lax.fori_loop(first * parts, end * parts, next_part, start)
 
-    def scores(self, x: Array, y: Array, mask: Array) -> Array:
+        # A mask takes about as many instructions as the softmax, and most blocks need none.
+        return steps(True, whole[own], count[own], steps(False, 0, whole[own], start))
+
+    def scores(self, x: Array, y: Array, mask: Array | None) -> Array:
         """Return the scores of rows x with rows y, to the base 2."""
-        return jnp.where(mask, _product(x, y.T) * (self.scale * math.log2(math.e)), MASKED)
+        scores = _product(x, y.T) * (self.scale * math.log2(math.e))
+        return scores if mask is None else jnp.where(mask, scores, MASKED)
 
 
 _product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def _visible(bounds: Array, query: Array, key: Array) -> Array:
+def _visible(bounds: Sequence[Array], query: Array, key: Array) -> Array:
     """Return whether queries attend to keys; the arguments are arrays that broadcast.
 
     bounds: the first and the end of the prompt's range of each query, the first of its own range
@@ -217,15 +229,14 @@ def _visible(bounds: Array, query: Array, key: Array) -> Array:
     return ((key >= start) & (key < stop)) | ((key >= own) & (key <= query))
 
 
-def _forward_kernel(table, count, q, bounds, k, v, out, logs, *, of: _Parts) -> None:
-    queries = q[...]
-    query = pl.program_id(0) * of.block + jnp.arange(of.block)[:, None]
+def _forward_kernel(table, count, whole, q, bounds, k, v, out, logs, *, of: _Parts) -> None:
+    queries, query = q[...], of.first_token() + jnp.arange(of.block)[:, None]
     ranges = [bounds[i][:, None] for i in range(3)]
 
-    def step(first: Array, carry: Any) -> Any:
+    def step(first: Array, masked: bool, carry: Any) -> Any:
         top, total, mixed = carry
-        at = pl.ds(first, of.part)
-        mask = _visible(ranges, query, first + jnp.arange(of.part)[None])
+        at, key = pl.ds(first, of.part), first + jnp.arange(of.part)[None]
+        mask = _visible(ranges, query, key) if masked else None
         scores = of.scores(queries, k[at, :], mask)
         largest = jnp.maximum(top, jnp.max(scores, 1))
         weights, shrink = jnp.exp2(scores - largest[:, None]), jnp.exp2(top - largest)
@@ -235,42 +246,41 @@ def _forward_kernel(table, count, q, bounds, k, v, out, logs, *, of: _Parts) -> 
         return largest, total, mixed
 
     start = jnp.full(of.block, MASKED), jnp.zeros(of.block), jnp.zeros(queries.shape, jnp.float32)
-    top, total, mixed = of.loop(table, count, step, start)
+    top, total, mixed = of.loop((table, count, whole), step, start)
     out[...] = (mixed / total[:, None]).astype(out.dtype)
     logs[...] = top + jnp.log2(total)
 
 
 def _query_gradient_kernel(
-    table, count, q, slope, logs, delta, bounds, k, v, of_q, *, of: _Parts
+    table, count, whole, q, slope, logs, delta, bounds, k, v, of_q, *, of: _Parts
 ) -> None:
     queries, slopes, log, less = q[...], slope[...], logs[...][:, None], delta[...][:, None]
-    query = pl.program_id(0) * of.block + jnp.arange(of.block)[:, None]
+    query = of.first_token() + jnp.arange(of.block)[:, None]
     ranges = [bounds[i][:, None] for i in range(3)]
 
-    def step(first: Array, total: Array) -> Array:
-        at = pl.ds(first, of.part)
+    def step(first: Array, masked: bool, total: Array) -> Array:
+        at, key = pl.ds(first, of.part), first + jnp.arange(of.part)[None]
         keys = k[at, :]
-        mask = _visible(ranges, query, first + jnp.arange(of.part)[None])
+        mask = _visible(ranges, query, key) if masked else None
         weights = jnp.exp2(of.scores(queries, keys, mask) - log)
         of_scores = weights * (_product(slopes, v[at, :].T) - less)
         return total + _product(of_scores.astype(keys.dtype), keys)
 
-    total = of.loop(table, count, step, jnp.zeros(queries.shape, jnp.float32))
+    total = of.loop((table, count, whole), step, jnp.zeros(queries.shape, jnp.float32))
     of_q[...] = (total * of.scale).astype(of_q.dtype)
 
 
 def _key_gradient_kernel(
-    table, count, k, v, q, slope, logs, delta, bounds, of_k, of_v, *, of: _Parts
+    table, count, whole, k, v, q, slope, logs, delta, bounds, of_k, of_v, *, of: _Parts
 ) -> None:
-    keys, values = k[...], v[...]
-    key = pl.program_id(0) * of.block + jnp.arange(of.block)[:, None]
+    keys, values, key = k[...], v[...], of.first_token() + jnp.arange(of.block)[:, None]
 
-    def step(first: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(first: Array, masked: bool, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         total_k, total_v = carry
-        at = pl.ds(first, of.part)
-        queries, slopes = q[at, :], slope[at, :]
-        ranges = [bounds[i, at][None] for i in range(3)]
-        mask = _visible(ranges, first + jnp.arange(of.part)[None], key)
+        at, query = pl.ds(first, of.part), first + jnp.arange(of.part)[None]
+        queries, slopes, mask = q[at, :], slope[at, :], None
+        if masked:
+            mask = _visible([bounds[i, at][None] for i in range(3)], query, key)
         weights = jnp.exp2(of.scores(keys, queries, mask) - logs[at][None])  # [keys queries]
         of_scores = weights * (_product(values, slopes.T) - delta[at][None])
         total_v += _product(weights.astype(slopes.dtype), slopes)
@@ -278,7 +288,7 @@ def _key_gradient_kernel(
         return total_k, total_v
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    total_k, total_v = of.loop(table, count, step, (zeros, zeros))
+    total_k, total_v = of.loop((table, count, whole), step, (zeros, zeros))
     of_k[...], of_v[...] = (total_k * of.scale).astype(of_k.dtype), total_v.astype(of_v.dtype)
 
 

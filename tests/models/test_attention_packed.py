@@ -78,12 +78,17 @@ def test_the_listed_blocks_are_those_with_a_visible_pair(packed):
     padded = np.zeros((SHARDS, n * BLOCK, n * BLOCK), bool)
     padded[:, : visible.shape[1], : visible.shape[1]] = visible
     padded |= np.eye(n * BLOCK, dtype=bool)
-    live = padded.reshape(SHARDS, n, BLOCK, n, BLOCK).any((2, 4))
+    blocks = padded.reshape(SHARDS, n, BLOCK, n, BLOCK)
+    live, whole = blocks.any((2, 4)), blocks.all((2, 4))
     assert 0.5 * n * (n + 1) * SHARDS > live.sum()  # causal blocks without a visible pair
+    assert whole.sum() > n
     for s in range(SHARDS):
         for i in range(n):
             assert reads.key_count[s, i] == live[s, i].sum()
             assert set(reads.keys[s, i].tolist()) == set(np.flatnonzero(live[s, i]))
+            keys, queries = reads.keys[s, i].tolist(), reads.queries[s, i].tolist()
+            assert keys[: reads.whole_keys[s, i]] == np.flatnonzero(whole[s, i]).tolist()
+            assert queries[: reads.whole_queries[s, i]] == np.flatnonzero(whole[s, :, i]).tolist()
             assert reads.query_count[s, i] == live[s, :, i].sum()
             assert set(reads.queries[s, i].tolist()) == set(np.flatnonzero(live[s, :, i]))
 
