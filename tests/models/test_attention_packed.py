@@ -81,7 +81,7 @@ def test_the_listed_blocks_are_those_with_a_visible_pair(packed):
     blocks = padded.reshape(SHARDS, n, BLOCK, n, BLOCK)
     live, whole = blocks.any((2, 4)), blocks.all((2, 4))
     assert 0.5 * n * (n + 1) * SHARDS > live.sum()  # causal blocks without a visible pair
-    assert whole.sum() > n
+    assert whole.any()
     for s in range(SHARDS):
         for i in range(n):
             assert reads.key_count[s, i] == live[s, i].sum()
