@@ -37,7 +37,7 @@ c = get_config()
 c.stages = ({"task": "gqa", "steps": 1},)
 c.model.update(preset="tiny_qwen2", compute_dtype="bfloat16", remat="none")
 c.mesh.update(data=2, fsdp=-1)
-c.data.prompt_limit, c.rollout.max_new_tokens, c.eval.max_new_tokens = 64, 32, 32
+c.data.prompt_limit, c.rollout.max_new_tokens, c.eval.max_new_tokens = 2048, 32, 32
 c.rollout.group, c.rollout.top_p, c.rollout.gather = 2, 0.9, True
 c.train.update(batch=16, chunk=64)
 c.method.update(METHODS["grpo"])
@@ -99,7 +99,7 @@ def test_the_products_of_cublas_are_counted(planned):
     """
     made, programs, _ = planned
     program = programs["reference log-probs"]
-    assert 1.0 <= program["arithmetic"] * made["devices"] / program["useful"] < 1.2
+    assert 1.0 <= program["arithmetic"] * made["devices"] / program["useful"] < 1.1
 
 
 def test_machines_exchange_gradients_over_the_data_axis(planned):
