@@ -172,7 +172,7 @@ def moved_responses(index: int) -> None:
     score, params = logprobs.make_scoring_program(cfg, ctx.dtype, 64, 1.0), tiny.random_params(cfg)
     params = jax.tree.map(np.asarray, params)
     plain = group_batch(ctx, prompts, tokens, mask, extra={})
-    moved, placement = balance.balanced_group_batch(ctx, prompts, tokens, mask, {})
+    moved, placement = tiny.balanced_group_batch(ctx, prompts, tokens, mask, {})
     with jax.set_mesh(mesh):
         want, got = (sharding.local_rows(score(params, batch)) for batch in (plain, moved))
     difference = np.abs(balance.to_prompts(placement, got) - want)[mask].max()

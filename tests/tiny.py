@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cptjax import sharding
+from cptjax.data import balance
 from cptjax.models import causal_lm, positions
 from cptjax.models.config import ModelConfig
 from cptjax.models.families import FAMILIES, find_family
@@ -223,6 +225,13 @@ def _vision(
     return slots, tuple(
         np.concatenate([*x, e]) for x, e in zip((patches, places, frames), empty, strict=True)
     )
+
+
+def balanced_group_batch(ctx, prompts: Prompts, tokens, mask, extra):
+    """Return the batch of `balance.balanced_group_batch`, and the places of its responses."""
+    lengths = (sharding.local_rows(prompts.segments) > 0).sum(1)
+    (sizes,) = balance.gather_group_sizes(prompts, [lengths], [mask])
+    return balance.balanced_group_batch(ctx, prompts, sizes, tokens, mask, extra)
 
 
 def prompts(

@@ -20,7 +20,7 @@ their images only the features move, in each pass of the model (`Prompts.pool`).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,6 @@ from cptjax.models.config import ModelConfig
 from cptjax.sharding import (
     batch_shards,
     local_row_numbers,
-    local_rows,
     named_sharding,
     place_prompts,
     slice_count,
@@ -60,8 +59,8 @@ def plan_places(
 ) -> list[Subgroup] | None:
     """Divide groups among shards with at most `limit` tokens each, or return None.
 
-    A shard has q + 1 places for its q prompts. What fits stays on its shard; if that does not work,
-    only size decides.
+    A shard has q + 1 places for its q prompts. What fits stays on its shard. If that does not work,
+    the fullest shards and as few of the emptiest as possible divide their groups by size alone.
 
     prompts: [S q] tokens; responses: [S q G] tokens of each response, 0 = not trained on
     copied: the most prompts that have copies on other shards
@@ -73,11 +72,28 @@ def plan_places(
         return None
     parts = [(p[i] + r[i, part].sum(), i, part) for i, cut in enumerate(groups) for part in cut]
     parts = [(i, part) for _, i, part in sorted(parts, key=lambda part: -part[0])]
-    for at_home in (True, False):
-        plan = _fill_shards(p, r, parts, (shards, q, limit), at_home)
+    for mixed in (None, *_mixed_shards(prompts.sum(1) + responses.sum((1, 2)), limit)):
+        plan = _fill_shards(p, r, parts, (shards, q, limit), mixed)
         if plan is not None and len({i for i, _, s in plan if s != i // q}) <= copied:
             return plan
     return None
+
+
+def _mixed_shards(load: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    """Yield masks [S] of the shards with more than `limit` tokens and of more and more others.
+
+    load: [S] tokens of each shard
+    """
+    order, full = np.argsort(-load, kind="stable"), np.count_nonzero(load > limit)
+    empty = max(1, full // 2)
+    while True:
+        mixed = np.ones(len(load), bool)
+        mixed[order[full : len(load) - empty]] = False
+        if load[mixed].sum() <= limit * mixed.sum():
+            yield mixed
+        if mixed.all():
+            return
+        empty = math.ceil(1.5 * empty)
 
 
 def _fill_shards(
@@ -85,12 +101,12 @@ def _fill_shards(
     r: np.ndarray,
     parts: Sequence[tuple[int, np.ndarray]],
     sizes: tuple[int, int, int],
-    at_home: bool,
+    mixed: np.ndarray | None,
 ) -> list[Subgroup] | None:
     """Place parts of groups one after the other; divide one further if it fits nowhere.
 
     p: [Q] tokens of prompts; r: [Q G] of responses; parts: (prompt, responses)
-    at_home: first place on its own shard what fits there
+    mixed: [S] the shards that divide their groups by size; None = what fits stays on its shard
     """
     shards, q, limit = sizes
     load, free = np.zeros(shards, int), np.full(shards, q + 1)
@@ -103,12 +119,18 @@ def _fill_shards(
 
     waiting, at_own_shard = [], set()  # another part of a group would copy the prompt once more
     for i, part in parts:
-        fits = load[i // q] + p[i] + r[i, part].sum() <= limit and free[i // q]
-        if at_home and fits and i not in at_own_shard:
+        if mixed is None:
+            fits = load[i // q] + p[i] + r[i, part].sum() <= limit and free[i // q]
+            stays = fits and i not in at_own_shard
+        else:
+            stays = not mixed[i // q]
+        if stays:
             place(i, part, i // q)
             at_own_shard.add(i)
         else:
             waiting.append((i, part))
+    if mixed is not None:
+        free[~mixed] = 0
     for i, part in waiting:
         while part.size:
             room = np.where(free > 0, limit - load - p[i], -1)
@@ -120,7 +142,7 @@ def _fill_shards(
                 return None
             place(i, part[fits], shard)
             part = part[~fits]
-    return placed if at_home else _exchange_shards(placed, shards, q)
+    return placed if mixed is None else _exchange_shards(placed, shards, q)
 
 
 def _exchange_shards(placed: Sequence[Subgroup], shards: int, q: int) -> list[Subgroup]:
@@ -144,15 +166,17 @@ def _domains(mesh: Mesh) -> int:
     return slices if shards % slices == 0 else shards
 
 
-def max_copied(cfg: ModelConfig, shards: int, prompt: int) -> int:
-    """Return how many prompts of `prompt` tokens may have copies on other shards of a domain.
+def max_copied(cfg: ModelConfig, shards: int, prompts: int, prompt: int) -> int:
+    """Return how many of the prompts of a domain may have copies on other shards.
 
-    Each shard of the domain gets the image features of all of them.
+    Each shard of the domain gets the image features of all of them. The shards of the domain have
+    `prompts` prompts of `prompt` tokens each.
     """
+    most = max(1, shards * prompts // 2)
     if cfg.vision is None:
-        return max(1, shards // 2)
+        return most
     features = (1 + cfg.vision.added_layers) * cfg.text.width * 2  # bytes of a token's
-    return max(1, min(shards // 2, POOL_BYTES // (prompt * features)))
+    return max(1, min(most, POOL_BYTES // (prompt * features)))
 
 
 def _split_group(prompt: int, responses: np.ndarray, limit: int) -> list[np.ndarray] | None:
@@ -195,27 +219,76 @@ class Placement:
     leave: np.ndarray  # [B] those of `own` that are at a place of another process
     guests: np.ndarray  # [s * V * G] those of `at` to a prompt of another process
     tokens: np.ndarray  # [s * V] of the prompts at this process's places, without padding
-    longest: int  # tokens of the packed rows
+
+
+class GroupSizes(NamedTuple):
+    """Tokens of the groups of a micro-batch, of all processes, by batch shard."""
+
+    prompts: np.ndarray  # [S q] without padding
+    responses: np.ndarray  # [S q G], 0 = not trained on
+    process_of: np.ndarray  # [S] the process that has each shard
+
+    @classmethod
+    def join(cls, parts: Sequence["GroupSizes"]) -> "GroupSizes":
+        """Return the sizes of micro-batches that `join_prompts` joins."""
+        prompts, responses = (np.concatenate([part[i] for part in parts], 1) for i in range(2))
+        return cls(prompts, responses, parts[0].process_of)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest packed row if no response moves."""
+        # A row has no last token of a response.
+        responses = np.maximum(self.responses - 1, 0)
+        return int((self.prompts.sum(1) + responses.sum((1, 2))).max())
+
+
+def gather_group_sizes(
+    prompts: Prompts, tokens: Sequence[np.ndarray], masks: Sequence[np.ndarray]
+) -> list[GroupSizes]:
+    """Return the sizes of micro-batches.
+
+    prompts: those of one of them on the mesh
+    tokens: [Q] of this process's prompts, of each micro-batch; masks: [B R] of their targets
+    """
+    own, shards = local_row_numbers(prompts.tokens), batch_shards(prompts.tokens.sharding.mesh)
+    lengths = [
+        np.where(mask.any(1), mask.shape[1] - np.argmax(mask[:, ::-1], 1), 0) for mask in masks
+    ]
+    lengths = np.reshape(lengths, (len(masks), len(own), -1))
+    gathered = distributed.gather_objects((own, np.array(tokens), lengths))
+    order = np.argsort(np.concatenate([numbers for numbers, *_ in gathered]))
+    process = np.repeat(np.arange(len(gathered)), [len(numbers) for numbers, *_ in gathered])
+    p, r = (np.concatenate([part[i] for part in gathered], 1)[:, order] for i in (1, 2))
+    process_of = process[order].reshape(shards, -1)[:, 0]
+    by_shard = p.reshape(len(p), shards, -1), r.reshape(len(r), shards, -1, r.shape[-1])
+    return [GroupSizes(*sizes, process_of) for sizes in zip(*by_shard, strict=True)]
 
 
 def balanced_group_batch(
     model_ctx: ModelContext,
     prompts: Prompts,
+    sizes: GroupSizes,
     tokens: np.ndarray,
     mask: np.ndarray,
     extra: dict[str, np.ndarray],
 ) -> tuple[Batch, Placement | None]:
     """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
-    prompt_mask, longest = local_rows(prompts.segments) > 0, None
-    placement = plan_placement(model_ctx, prompts, prompt_mask, mask)
-    if placement is not None:
-        # On the device, the moved prompts may wait for a step that still runs.
-        columns = np.arange(prompt_mask.shape[1])[::-1]
-        prompt_mask, longest = columns < placement.tokens[:, None], placement.longest
+    length = prompts.tokens.shape[1]
+    longest, placement = plan_placement(model_ctx, sizes, length, mask.shape[1])
+    if placement is None:
+        prompt_tokens = sizes.prompts[sizes.process_of == jax.process_index()].reshape(-1)
+    else:
+        prompt_tokens = placement.tokens
     tokens, mask, extra = to_places(placement, (tokens, mask, extra))
-    prompts = move_prompts(model_ctx, prompts, placement)
     batch = group_batch(
-        model_ctx, prompts, tokens, mask, extra=extra, prompt_mask=prompt_mask, longest=longest
+        model_ctx,
+        move_prompts(model_ctx, prompts, placement),
+        tokens,
+        mask,
+        extra=extra,
+        # On the device, the moved prompts may wait for a step that still runs.
+        prompt_mask=np.arange(length)[::-1] < prompt_tokens[:, None],
+        longest=longest,
     )
     return batch, placement
 
@@ -258,53 +331,40 @@ def _exchange_rows(rows: Any, have: np.ndarray, want: np.ndarray, sends: np.ndar
 
 
 def plan_placement(
-    model_ctx: ModelContext, prompts: Prompts, prompt_mask: np.ndarray, mask: np.ndarray
-) -> Placement | None:
-    """Choose the places of responses; None = each stays with its prompt, which costs no more.
+    model_ctx: ModelContext, sizes: GroupSizes, prompt: int, response: int
+) -> tuple[int, Placement | None]:
+    """Return the length of the packed rows, and the places of the responses.
 
-    All processes get the same plan.
+    None = each stays with its prompt, which costs no more. All processes get the same plan.
 
-    prompt_mask: [Q P] the tokens of this process's prompts
-    mask: [B R] the targets of the responses to them
+    prompt: tokens of prompts with padding; response: the same of responses
     """
-    shards, domains = batch_shards(model_ctx.mesh), _domains(model_ctx.mesh)
-    if shards == domains:
-        return None
-    own = local_row_numbers(prompts.tokens)
-    group, limit = len(mask) // len(own), mask.shape[1]
-    lengths = np.where(mask.any(1), limit - np.argmax(mask[:, ::-1], 1), 0).reshape(-1, group)
-    gathered = distributed.gather_objects((own, prompt_mask.sum(1), lengths))
-    numbers, tokens, lengths = map(np.concatenate, zip(*gathered, strict=True))
-    if not lengths.any():
-        return None
-    order = np.argsort(numbers)
-    p, r = tokens[order].reshape(shards, -1), lengths[order].reshape(shards, -1, group)
-
-    cfg, length, shape = model_ctx.cfg, prompt_mask.shape[1], r.shape
-    copied = max_copied(cfg, shards // domains, length)
-    # A row has no last token of a response; the plan has room for it.
-    longest = int((p.sum(1) + np.maximum(r - 1, 0).sum((1, 2))).max())
+    cfg, shards, domains = model_ctx.cfg, batch_shards(model_ctx.mesh), _domains(model_ctx.mesh)
+    p, r = sizes.prompts, sizes.responses
+    q, group, longest = p.shape[1], r.shape[2], sizes.longest
+    unmoved = row_size(longest, q * (prompt + group * response)), None
+    if shards == domains or not r.any():
+        return unmoved
+    copied = max_copied(cfg, shards // domains, q, prompt)
     mean = (p.sum() + r.sum()) / shards
-    for size in balanced_row_sizes(cfg, shape[1], length, group, limit, longest, mean):
+    for size in balanced_row_sizes(cfg, q, prompt, group, response, longest, mean):
         plans = [
+            # A row has no last token of a response; the plan has room for it.
             plan_places(*of_domain, size, copied)
             for of_domain in zip(np.split(p, domains), np.split(r, domains), strict=True)
         ]
         if all(plan is not None for plan in plans):
             break
     else:
-        return None
-    places, responses, copies, prompts_copied = _number_places(plans, shape, copied)
-    process_of = np.repeat(np.arange(len(gathered)), [len(g[0]) for g in gathered])[order]
-    process_of = process_of.reshape(shards, -1)
-    here = places[process_of[:, 0] == process_of.reshape(-1)[own[0]]].reshape(-1)
-    return Placement(
+        return unmoved
+    places, responses, copies, prompts_copied = _number_places(plans, r.shape, copied)
+    here = places[sizes.process_of == jax.process_index()].reshape(-1)
+    return size, Placement(
         places.reshape(-1),
         copies.reshape(-1),
         prompts_copied,
-        *_processes_of_rows(responses, process_of, own),
+        *_processes_of_rows(responses, sizes.process_of.repeat(q).reshape(shards, q)),
         tokens=np.where(here < 0, 0, p.reshape(-1)[here]),
-        longest=size,
     )
 
 
@@ -382,15 +442,13 @@ def _number_places(
     return prompts, responses, copies, copied
 
 
-def _processes_of_rows(
-    responses: np.ndarray, process_of: np.ndarray, own: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Return `Placement.own`, `at`, `leave` and `guests` of the process with the prompts `own`.
+def _processes_of_rows(responses: np.ndarray, process_of: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return `Placement.own`, `at`, `leave` and `guests` of this process.
 
     responses: [S V G]; process_of: [S q] the process of each prompt
     """
-    group, home = responses.shape[2], process_of.reshape(-1)
-    this, rows = home[own[0]], (own[:, None] * group + np.arange(group)).reshape(-1)
+    this, group, home = jax.process_index(), responses.shape[2], process_of.reshape(-1)
+    rows = (np.flatnonzero(home == this)[:, None] * group + np.arange(group)).reshape(-1)
     at = responses[process_of[:, 0] == this].reshape(-1)
     holder = home.repeat(group)  # the process that has each response
     placed = responses >= 0
@@ -411,8 +469,9 @@ def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement
 def abstract_moved_prompts(cfg: ModelConfig, mesh: Mesh, prompts: Prompts) -> Prompts:
     """Return the shapes of `move_prompts` on the mesh."""
     shards, domains = batch_shards(mesh), _domains(mesh)
-    places = jax.ShapeDtypeStruct((len(prompts.tokens) + shards,), np.int32)
-    most_copied = max_copied(cfg, shards // domains, prompts.tokens.shape[1])
+    count, length = prompts.tokens.shape
+    places = jax.ShapeDtypeStruct((count + shards,), np.int32)
+    most_copied = max_copied(cfg, shards // domains, count // shards, length)
     copied = jax.ShapeDtypeStruct((domains, most_copied), np.int32)
     rows = prompts.replace(vision=None, tower_states=None)
     program = _move_program(mesh, _feature_slots(cfg, prompts))

@@ -176,9 +176,12 @@ def target_buckets(length: int) -> list[int]:
 def response_buckets(masks: Sequence[np.ndarray], limit: int) -> list[int]:
     """Return the bucket of each mask that holds its longest response, over all processes."""
     own = [max(1, int(mask.sum(1).max())) for mask in masks]
-    longest = np.max(distributed.gather_objects(own), 0)
-    buckets = length_buckets(limit, MIN_RESPONSE_BUCKET)
-    return [smallest_bucket(int(n), buckets) for n in longest]
+    return [response_bucket(int(n), limit) for n in np.max(distributed.gather_objects(own), 0)]
+
+
+def response_bucket(longest: int, limit: int) -> int:
+    """Return the bucket of responses of at most `longest` tokens."""
+    return smallest_bucket(max(1, longest), length_buckets(limit, MIN_RESPONSE_BUCKET))
 
 
 def group_batch(

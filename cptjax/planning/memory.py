@@ -14,6 +14,7 @@ from cptjax import sharding
 from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models import trainable
+from cptjax.training.device_passes import activation_bytes
 from cptjax.training.programs import AbstractStage
 from cptjax.training.step_batch import extra_response_tokens
 
@@ -64,9 +65,14 @@ def _update_bytes(stage: AbstractStage, prompt: int, patches: int) -> dict[str, 
     gradients = sums * sharding.bytes_per_device(_cast(trained, jnp.float32))
     if c.model.param_dtype != c.model.compute_dtype:
         gradients += sharding.bytes_per_device(_cast(trained, stage.dtype))
+    activations = activation_bytes(
+        *(stage.cfg, c.model.remat, stage.dtype, stage.shares_tower),
+        tokens=rows * (prompt + response),
+        patches=rows * patches,
+    )
     return {
         "gradients": gradients,
-        "activations": activation_bytes(stage, rows * (prompt + response), rows * patches) / model,
+        "activations": activations / model,
         "logits": 2 * 4 * t.chunk * stage.cfg.text.vocab / model,
     }
 
@@ -100,23 +106,6 @@ def _rollout_bytes(stage: AbstractStage, prompt: int) -> dict[str, float]:
 
 def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
-
-
-def activation_bytes(stage: AbstractStage, tokens: float, patches: float) -> float:
-    """Return the bytes that all layers keep for the backward pass, plus those inside one layer."""
-    t, v, itemsize = stage.cfg.text, stage.cfg.vision, jnp.dtype(stage.dtype).itemsize
-    text_inner = 2 * (t.heads + t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
-    parts = [(tokens, t.depth, t.width, text_inner)]
-    total = 0.0 if v is None else tokens * itemsize * v.added_layers * t.width
-    if stage.shares_tower:
-        total += patches * itemsize * (1 + v.added_layers) * v.width
-    elif v is not None:
-        parts.append((patches, v.depth, v.width, v.block_values))
-    for n, depth, width, inner in parts:
-        kept = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}
-        per_layer = width + kept[stage.config.model.remat]
-        total += n * itemsize * (depth * per_layer + 2 * inner)
-    return total
 
 
 def mesh_of_size(settings: ConfigDict, devices: int) -> AbstractMesh:

@@ -28,9 +28,9 @@ from jax.sharding import Mesh
 
 from cptjax import sharding
 from cptjax.common import distributed, phases
-from cptjax.data.balance import Placement, balanced_group_batch, to_places, to_prompts
+from cptjax.data.balance import to_places, to_prompts
 from cptjax.data.cost import WorkCost, image_flops, sampling_cost
-from cptjax.data.device_batches import batch_slices, join_prompts, response_buckets
+from cptjax.data.device_batches import join_prompts
 from cptjax.data.prompts import EncodedExample
 from cptjax.generation import generate
 from cptjax.generation.generate import Samples
@@ -43,6 +43,7 @@ from cptjax.training.algorithms import advantages, losses, prompt_filters
 from cptjax.training.algorithms.continual_learning.hooks import overrides_hook
 from cptjax.training.algorithms.continual_learning.table import continual_methods
 from cptjax.training.algorithms.distillation import Teacher
+from cptjax.training.device_passes import GroupPass, build_passes
 from cptjax.training.method_needs import method_needs
 from cptjax.training.step_batch import BatchBuilder, StepBatch, attach_arrays, iterate_updates
 from cptjax.training.tower_states import for_other_tower
@@ -308,9 +309,8 @@ class ScoredRollouts:
 
     graded: GradedRollouts
     keep: np.ndarray  # [Q G] responses to train on
-    slices: list[slice]  # the prompts of each micro-batch
-    batches: list[Batch]
-    placements: list[Placement | None]  # of the responses in each of them
+    passes: list[GroupPass]
+    parts: list[slice]  # the passes of each part of the prompts
     # Log-probabilities [B A] of each batch's targets, on the device; [] = not needed. Those of the
     # policy may be unknown (NaN) in the batches of the first update.
     ref_logps: list[Array]
@@ -332,7 +332,8 @@ def score_rollouts(
     began, needs = time.perf_counter(), builder.needs
     finished = graded.samples.finished.reshape(len(graded.items), -1)
     keep = advantages.trained_responses(finished, builder.method.truncated)
-    slices, batches, placements = _group_batches(builder, graded, keep)
+    passes, parts = _build_passes(builder, graded, keep)
+    batches = [p.batch for p in passes]
     with phases.phase("logps"):
         ref_logps = []
         if needs.reference:
@@ -340,13 +341,13 @@ def score_rollouts(
         if not needs.policy_logps:
             old = []
         elif old_logps is None:
-            first = 0 if needs.first_policy_logps else builder.layout.micro_batches
+            first = 0 if needs.first_policy_logps else parts[0].stop
             old = [_unknown_logps(builder, batch) for batch in batches[:first]]
             old += builder.score_batches("policy", params, batches[first:])
         else:
-            old = _place_logps(builder, old_logps, batches, placements)
+            old = _place_logps(builder, old_logps, passes)
     seconds = time.perf_counter() - began
-    return ScoredRollouts(graded, keep, slices, batches, placements, ref_logps, old, seconds)
+    return ScoredRollouts(graded, keep, passes, parts, ref_logps, old, seconds)
 
 
 # ---- rollouts in a checkpoint --------------------------------------------------------------------
@@ -357,7 +358,7 @@ def rollouts_to_arrays(builder: BatchBuilder, scored: ScoredRollouts) -> dict[st
     samples, width = scored.graded.samples, builder.sampling.max_new_tokens
     arrays = {name: getattr(samples, name) for name in SAMPLE_ARRAYS}
     if scored.old_logps:
-        logps = _fetch_rows(scored.old_logps, scored.placements)
+        logps = _fetch_rows(scored.old_logps, scored.passes)
         arrays["old_logps"] = np.pad(logps, ((0, 0), (0, width - logps.shape[1])))
     return sharding.place_rows(arrays, builder.model_ctx.mesh)
 
@@ -405,17 +406,10 @@ def _unknown_logps(builder: BatchBuilder, batch: Batch) -> Array:
 
 
 def _place_logps(
-    builder: BatchBuilder,
-    logps: np.ndarray,
-    batches: Sequence[Batch],
-    placements: Sequence[Placement | None],
+    builder: BatchBuilder, logps: np.ndarray, passes: Sequence[GroupPass]
 ) -> list[Array]:
-    """Cut this process's rows [B R] into those of micro-batches, as wide as their targets."""
-    count = len(logps) // len(batches)
-    parts = [
-        to_places(placement, logps[i * count : (i + 1) * count, : batch.targets.shape[1]])
-        for i, (batch, placement) in enumerate(zip(batches, placements, strict=True))
-    ]
+    """Cut this process's rows [B R] into those of device passes, as wide as their targets."""
+    parts = [to_places(p.placement, logps[p.rows, : p.batch.targets.shape[1]]) for p in passes]
     return sharding.place_rows(parts, builder.model_ctx.mesh)
 
 
@@ -441,22 +435,19 @@ def scored_step_batch(
     carried: what continual-learning methods returned in the step before, by name
     """
     method, needs, layout = builder.method, builder.needs, builder.layout
-    keep, slices, batches = scored.keep, scored.slices, scored.batches
-    placements = scored.placements
+    keep, passes, batches = scored.keep, scored.passes, [p.batch for p in scored.passes]
     ref_logps, old_logps = scored.ref_logps, scored.old_logps
     graded, metrics = scored.graded.wait(), {}
     began = time.perf_counter()
     rewards = graded.accuracy if method.advantage == "reinforce01" else graded.rewards
     shaped, _ = _apply_length_rules(builder, rewards, graded.samples)
     if needs.kl_in_reward:
-        shaped, metrics["kl"] = _subtract_kl(
-            builder, shaped, batches, placements, old_logps, ref_logps
-        )
+        shaped, metrics["kl"] = _subtract_kl(builder, shaped, passes, old_logps, ref_logps)
     drift, start_logps = None, []
     if start is not None:
         if start is not reference:
             start_logps = builder.score_batches("start", start, batches)
-        drift = _drift(batches, placements, old_logps, start_logps or ref_logps)
+        drift = _drift(passes, old_logps, start_logps or ref_logps)
         drift = drift.reshape(shaped.shape)
     shaped, new, more = _shape_by_methods(method, shaped, keep, drift, carried)
     metrics |= more
@@ -466,22 +457,19 @@ def scored_step_batch(
     advantage = np.zeros_like(shaped)  # a distillation does not use rewards
     if method.objective == "policy":
         advantage = _batch_advantages(method.advantage, shaped, graded.greedy_rewards, keep)
-    parts = [
-        to_places(placement, advantage[p].reshape(-1))
-        for p, placement in zip(slices, placements, strict=True)
-    ]
-    parts = sharding.place_rows(parts, builder.model_ctx.mesh)
-    batches = attach_arrays(batches, advantages=parts)
+    rows = [to_places(p.placement, advantage.reshape(-1)[p.rows]) for p in passes]
+    rows = sharding.place_rows(rows, builder.model_ctx.mesh)
+    batches = attach_arrays(batches, advantages=rows)
 
     seen = batches
     if teacher is not None and needs.demonstrations:
         seen = [
-            teacher.demonstration_batch(batch, graded.items[p], placement)
-            for batch, p, placement in zip(batches, slices, placements, strict=True)
+            teacher.demonstration_batch(batch, [graded.items[i] for i in p.items], p.placement)
+            for batch, p in zip(batches, passes, strict=True)
         ]
     elif needs.teacher == "model":
         seen = [for_other_tower(batch) for batch in batches]
-    cuts = batch_slices(len(batches), layout.micro_batches) * layout.passes
+    cuts = scored.parts * layout.passes
     updates = iterate_updates([batches[c] for c in cuts], teacher, [seen[c] for c in cuts])
 
     metrics |= graded.seconds | {"seconds/score": scored.seconds + time.perf_counter() - began}
@@ -499,75 +487,64 @@ def scored_step_batch(
     return StepBatch(updates, metrics, rows, graded.cost + cost, carried=new)
 
 
-def _group_batches(
+def _build_passes(
     builder: BatchBuilder, graded: GradedRollouts, keep: np.ndarray
-) -> tuple[list[slice], list[Batch], list[Placement | None]]:
-    """Build the micro-batches, with the slice of prompts and the placement of each.
+) -> tuple[list[GroupPass], list[slice]]:
+    """Build the device passes of a step, see `build_passes`.
 
     Groups of several batches have no common arrays on the device: their prompts are collated and
     uploaded once more.
     """
-    samples = graded.samples
+    samples, encoded = graded.samples, [i.encoded for i in graded.items]
     untempered = builder.loss.temperature == 1
     arrays = {
         "sampler_logps": samples.policy_logps if untempered else samples.logps,
         "behaviour_logps": samples.logps,
     }
-    arrays = {name: x for name, x in arrays.items() if name in builder.needs.arrays}
-    mask = samples.mask.astype(bool) & keep.reshape(-1, 1)
-    slices = builder.prompt_slices(len(graded.items))
-    rows = [slice(p.start * graded.group, p.stop * graded.group) for p in slices]
-    lengths = response_buckets([mask[r] for r in rows], builder.sampling.max_new_tokens)
-    placed = graded.prompts
-    if placed is None:
-        placed = builder.place_prompts([i.encoded for i in graded.items])
-    batches, placements = [], []
-    for r, prompts, length in zip(rows, placed, lengths, strict=True):
-        extra = {name: x[r, :length] for name, x in arrays.items()}
-        batch, placement = balanced_group_batch(
-            builder.model_ctx, prompts, samples.tokens[r, :length], mask[r, :length], extra
-        )
-        batches.append(batch)
-        placements.append(placement)
-    return slices, batches, placements
+    return build_passes(
+        builder,
+        graded.prompts or builder.place_prompts(encoded),
+        np.array([len(e) for e in encoded]),
+        samples.tokens,
+        samples.mask.astype(bool) & keep.reshape(-1, 1),
+        {name: x for name, x in arrays.items() if name in builder.needs.arrays},
+    )
 
 
 def _subtract_kl(
     builder: BatchBuilder,
     rewards: np.ndarray,
-    batches: Sequence[Batch],
-    placements: Sequence[Placement | None],
+    passes: Sequence[GroupPass],
     logps: Sequence[Array],
     ref_logps: Sequence[Array],
 ) -> tuple[np.ndarray, float]:
     """Return the rewards [Q G] minus the KL term, and the mean KL per token of all processes."""
-    logps, ref_logps = _fetch_rows(logps, placements), _fetch_rows(ref_logps, placements)
-    mask = _fetch_rows([b.mask for b in batches], placements)
+    logps, ref_logps = _fetch_rows(logps, passes), _fetch_rows(ref_logps, passes)
+    mask = _fetch_rows([p.batch.mask for p in passes], passes)
     kl = np.asarray(losses.estimate_kl(logps, ref_logps, builder.loss.kl_estimator, None))[mask]
     total, count = np.sum(distributed.gather_objects((float(kl.sum()), kl.size)), 0)
     reduced = losses.subtract_kl(rewards.reshape(-1), logps, ref_logps, mask, builder.loss)
     return np.asarray(reduced).reshape(rewards.shape), float(total / max(count, 1))
 
 
-def _fetch_rows(arrays: Sequence[Array], placements: Sequence[Placement | None]) -> np.ndarray:
-    """Return the rows of this process's prompts in micro-batches, all as wide as the widest."""
-    width = max(x.shape[1] for x in arrays)
+def _fetch_rows(arrays: Sequence[Array], passes: Sequence[GroupPass]) -> np.ndarray:
+    """Return [B A] of this process's responses from the arrays of passes, as wide as the widest."""
     rows = [
-        to_prompts(placement, sharding.local_rows(x))
-        for x, placement in zip(arrays, placements, strict=True)
+        to_prompts(p.placement, sharding.local_rows(x)) for x, p in zip(arrays, passes, strict=True)
     ]
-    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in rows])
+    shape = sum(map(len, rows)), max(x.shape[1] for x in rows)
+    out = np.zeros(shape, rows[0].dtype)
+    for x, p in zip(rows, passes, strict=True):
+        out[p.rows, : x.shape[1]] = x
+    return out
 
 
 def _drift(
-    batches: Sequence[Batch],
-    placements: Sequence[Placement | None],
-    logps: Sequence[Array],
-    start_logps: Sequence[Array],
+    passes: Sequence[GroupPass], logps: Sequence[Array], start_logps: Sequence[Array]
 ) -> np.ndarray:
     """Return the mean of logps - start_logps over the tokens of each response [B]."""
-    mask = _fetch_rows([b.mask for b in batches], placements)
-    moved = _fetch_rows(logps, placements) - _fetch_rows(start_logps, placements)
+    mask = _fetch_rows([p.batch.mask for p in passes], passes)
+    moved = _fetch_rows(logps, passes) - _fetch_rows(start_logps, passes)
     moved = np.where(mask, moved, 0)
     return moved.sum(1) / np.maximum(mask.sum(1), 1)
 

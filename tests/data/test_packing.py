@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from length_distributions import DISTRIBUTIONS, lengths_of
 
 from cptjax.data import packing
 
@@ -49,22 +50,6 @@ def test_processes_agree_on_the_sizes(monkeypatch):
     monkeypatch.setattr(packing.distributed, "gather_objects", lambda own: [own, *others])
     together = packing.plan_packing(*masks, 1)[1]
     assert (together.source.shape, together.real.shape) == ((1, 3072), (1, 1024))
-
-
-# Tokens of a prompt, responses to it, their mean and longest length.
-DISTRIBUTIONS = {
-    "mean 246 of 1,024": (1400, 8, 246, 1024),
-    "mean 348 of 2,048": (600, 5, 348, 2048),
-}
-
-
-def lengths_of(mean: float, limit: int, shape: tuple, seed: int = 0) -> np.ndarray:
-    """Return lognormal lengths, cut at a limit, with this mean."""
-    noise = np.exp(np.random.default_rng(seed).standard_normal(shape))
-    scales = np.linspace(1, mean, 2000)
-    means = [np.minimum(scale * noise, limit).mean() for scale in scales]
-    scale = scales[np.argmin(np.abs(np.array(means) - mean))]
-    return np.maximum(np.minimum(scale * noise, limit).astype(int), 1)
 
 
 @pytest.mark.parametrize("shards", [1, 4])

@@ -19,7 +19,7 @@ from cptjax.data.cost import WorkCost
 from cptjax.generation import decode_loop, generate
 from cptjax.generation.generate import Samples
 from cptjax.models.families import PRESETS
-from cptjax.training import rollouts
+from cptjax.training import device_passes, rollouts
 from cptjax.training.algorithms import losses
 from cptjax.training.rollouts import GradedRollouts
 
@@ -623,9 +623,11 @@ def test_a_micro_batch_is_as_long_as_its_own_longest_response(tmp_path):
         ("sdft", {}),  # the teacher's prompts are others
     ],
 )
-def test_responses_on_other_shards_give_the_same_updates(name, settings, tmp_path, monkeypatch):
+def test_moved_responses_and_joined_micro_batches_give_the_same_updates(
+    name, settings, tmp_path, monkeypatch
+):
     c = method_config(
-        name, batch=8, method=settings, mesh=dict(fsdp=4), rollout=dict(max_new_tokens=32)
+        name, batch=8, method=settings, mesh=dict(fsdp=2), rollout=dict(max_new_tokens=32)
     )
     c.data.update(prompt_limit=128, buckets=(128,))
     with stage_fixtures.prepare_stage(c, tmp_path) as prepared:
@@ -636,11 +638,11 @@ def test_responses_on_other_shards_give_the_same_updates(name, settings, tmp_pat
         lengths = np.array([32, 32, 31, 32, *[1, 2, 1, 3] * 3])
         mask = np.arange(32) < lengths[:, None]
         samples = dataclasses.replace(graded.samples, mask=mask, finished=np.ones(16, bool))
-        graded = dataclasses.replace(graded, samples=samples)
+        graded = dataclasses.replace(graded, samples=samples, prompts=None)
 
-        def update():
+        def update(builder=ctx.builder):
             found = stage_fixtures.rollout_step_batch(
-                *(ctx.builder, prepared.params, graded, reference, 0, 1), teacher=ctx.teacher
+                *(builder, prepared.params, graded, reference, 0, 1), teacher=ctx.teacher
             )
             numbers = {k: v for k, v in found.metrics.items() if not k.startswith("seconds")}
             updates, tokens = list(found.updates), 0
@@ -651,27 +653,32 @@ def test_responses_on_other_shards_give_the_same_updates(name, settings, tmp_pat
                 tokens += sum(batch.tokens_with_padding for batch in batches)
             return state.params, numbers, tokens
 
-        def saved():  # in a checkpoint, and read from it
-            scored = rollouts.score_rollouts(ctx.builder, prepared.params, graded, reference)
-            arrays = rollouts.rollouts_to_arrays(ctx.builder, scored)
+        def saved(builder=ctx.builder):  # in a checkpoint, and read from it
+            scored = rollouts.score_rollouts(builder, prepared.params, graded, reference)
+            arrays = rollouts.rollouts_to_arrays(builder, scored)
             again = rollouts.restore_rollouts(
-                ctx.builder, prepared.params, graded.items, reference, arrays
+                builder, prepared.params, graded.items, reference, arrays
             )
-            return arrays, rollouts.rollouts_to_arrays(ctx.builder, again)
+            return arrays, rollouts.rollouts_to_arrays(builder, again)
 
         monkeypatch.setattr(packing, "SMALLEST", 4)
         monkeypatch.setattr(balance, "_place_cost", lambda *_: 1e9)
         params, numbers, tokens = update()
         stored, _ = saved()
         monkeypatch.setattr(balance, "_place_cost", lambda *_: 0)
-        moved, of_moved, fewer = update()
-        for arrays in saved():
+        moved = update()
+        # Micro-batches of one prompt on a shard, joined; the shards have them in another order.
+        monkeypatch.setattr(device_passes, "_largest_pass_bytes", lambda *_: 1e12)
+        cut = dataclasses.replace(ctx.builder, micro_batch=2)
+        joined = update(cut)
+        for arrays in (*saved(), *saved(cut)):
             for name, want in stored.items():
                 got = np.asarray(arrays[name])
                 if name == "old_logps":
                     got, want = np.where(mask, got, 0), np.where(mask, want, 0)
                 np.testing.assert_allclose(got, want, atol=1e-5)
-    assert fewer < 0.9 * tokens
-    assert of_moved == pytest.approx(numbers, rel=1e-4, abs=1e-5)
-    for want, got in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-4)
+    for other, of_other, fewer in (moved, joined):
+        assert fewer < 0.9 * tokens
+        assert of_other == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+        for want, got in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4)
