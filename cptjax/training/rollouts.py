@@ -1,17 +1,17 @@
 """Rollouts of an RL step: sampling, rewards, advantages, and the updates on them.
 
     prompts -> responses -> reward parts (GradedRollouts) -> length rules -> advantages ->
-    micro-batches of whole groups
+    device passes of whole groups
 
 A thread computes the rewards: those of a finished group while the device decodes other groups
 (rollout.slots), the last ones while it computes the log-probabilities.
 
 An online filter (DAPO) samples further prompts until enough groups have mixed rewards.
 
-Prompts and images are collated and uploaded once, as the micro-batches of the updates; for the
-sampler they are joined on the device. The reference, the policy before the updates and the teacher
-score the micro-batches, and their results stay on the device; only a KL term in the reward, or the
-drift in it, transfers log-probabilities to the host.
+Prompts and images are collated and uploaded once, as micro-batches; on the device they are joined
+for the sampler, and where their rows are short for the updates (`device_passes`). The reference,
+the policy before the updates and the teacher score the device passes, and their results stay on the
+device; only a KL term in the reward, or the drift in it, transfers log-probabilities to the host.
 """
 
 import concurrent.futures
@@ -305,7 +305,7 @@ def join_groups(
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRollouts:
-    """The micro-batches of a step's rollouts, with what does not depend on their rewards."""
+    """The device passes of a step's rollouts, with what does not depend on their rewards."""
 
     graded: GradedRollouts
     keep: np.ndarray  # [Q G] responses to train on
@@ -325,7 +325,7 @@ def score_rollouts(
     reference: Params | None,
     old_logps: np.ndarray | None = None,
 ) -> ScoredRollouts:
-    """Build the micro-batches of whole groups, and compute their log-probabilities.
+    """Build the device passes of whole groups, and compute their log-probabilities.
 
     The rewards may still be computed. `old_logps` [B R] replace those under `params`.
     """
@@ -426,7 +426,7 @@ def scored_step_batch(
     start: Params | None = None,
     carried: Mapping[str, Any] = MappingProxyType({}),
 ) -> StepBatch:
-    """Build the updates on a batch of rollouts: rewards -> advantages -> micro-batches.
+    """Build the updates on a batch of rollouts: rewards -> advantages -> device passes.
 
     It waits for the rewards, which may be computed while the device computes log-probabilities. A
     KL term in the reward does not change ReMax's baseline.
