@@ -229,8 +229,8 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict(dict(
         batch=128,  # prompts (RL) or conversations (SFT) per rollout batch
-        # Prompts or conversations per device pass; 0 = all. In RL, it is for the longest rows:
-        # micro-batches of an update with shorter ones share a pass.
+        # Prompts or conversations per device pass; 0 = all. In RL, it is for the longest rows: if
+        # the rows of an update are shorter, several micro-batches share a pass.
         micro_batch=0,
         lr=1e-6, schedule="constant",  # constant | cosine | linear | wsd
         warmup=0.0,  # share of the stage's updates

@@ -139,7 +139,11 @@ def damaged_samples(index: int) -> None:
 
 
 def moved_responses(index: int) -> None:
-    """Log-probabilities of responses on the shards of their prompts, and of balanced shards."""
+    """Log-probabilities of responses on the shards of their prompts, and of balanced shards, also
+    of two micro-batches in one device pass."""
+    import math
+    from types import SimpleNamespace
+
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -151,6 +155,7 @@ def moved_responses(index: int) -> None:
     from cptjax.data.device_batches import group_batch
     from cptjax.data.model_context import ModelContext
     from cptjax.models import logprobs
+    from cptjax.training import device_passes
 
     packing.SMALLEST, balance._place_cost = 4, lambda *_: 0
     cfg, rng = tiny.our_config(family="qwen2"), np.random.default_rng(0)
@@ -165,18 +170,39 @@ def moved_responses(index: int) -> None:
     shards = [i for i, device in enumerate(devices) if device.process_index == index]
     own = np.concatenate([[2 * i, 2 * i + 1] for i in shards])
     responses = (2 * own[:, None] + np.arange(2)).reshape(-1)
-    prompts = sharding.map_prompts(prompts, lambda x: x[own], lambda x: x[:, own])
-    prompts = sharding.place_prompts(prompts, mesh)
+    rows_here = sharding.map_prompts(prompts, lambda x: x[own], lambda x: x[:, own])
+    prompts = sharding.place_prompts(rows_here, mesh)
     tokens, mask = tokens[responses], mask[responses]
     ctx = ModelContext(cfg, None, mesh, jnp.float32, (16,))
     score, params = logprobs.make_scoring_program(cfg, ctx.dtype, 64, 1.0), tiny.random_params(cfg)
     params = jax.tree.map(np.asarray, params)
     plain = group_batch(ctx, prompts, tokens, mask, extra={})
     moved, placement = tiny.balanced_group_batch(ctx, prompts, tokens, mask, {})
+    # Two micro-batches with a prompt of each shard, joined to one pass.
+    device_passes._largest_pass_bytes = lambda *_: math.inf
+    halves = [np.arange(first, len(own), 2) for first in range(2)]
+    parts = [sharding.map_prompts(rows_here, lambda x: x[h], lambda x: x[:, h]) for h in halves]
+    order = np.concatenate(halves)
+    rows = (2 * order[:, None] + np.arange(2)).reshape(-1)
+    builder = SimpleNamespace(model_ctx=ctx, tower=None, layout=SimpleNamespace(micro_batches=2))
+    (joined,), _ = device_passes.build_passes(
+        builder,
+        [sharding.place_prompts(part, mesh) for part in parts],
+        (rows_here.segments > 0).sum(1)[order],
+        tokens[rows],
+        mask[rows],
+        {},
+    )
     with jax.set_mesh(mesh):
-        want, got = (sharding.local_rows(score(params, batch)) for batch in (plain, moved))
+        want, got, of_joined = (
+            sharding.local_rows(score(params, batch)) for batch in (plain, moved, joined.batch)
+        )
     difference = np.abs(balance.to_prompts(placement, got) - want)[mask].max()
+    found = np.zeros_like(want)
+    found[rows[joined.rows]] = balance.to_prompts(joined.placement, of_joined)
     say(
+        joined=float(np.abs(found - want)[mask].max()),
+        moved_in_joined=joined.placement is not None,
         shards=shards,
         sent=int(placement.leave.sum()),
         received=int(placement.guests.sum()),

@@ -171,6 +171,7 @@ def test_responses_that_move_to_another_process_have_equal_log_probabilities(fai
         assert found["shards"] == [index, index + 2] and found["saved"] > 0.2
         assert found["sent" if index == 0 else "received"] > 0
         assert found["difference"] < 1e-5 < found["scale"]
+        assert found["joined"] < 1e-5 and found["moved_in_joined"]
 
 
 def test_a_process_that_works_may_let_another_wait(failures):

@@ -231,7 +231,9 @@ def balanced_group_batch(ctx, prompts: Prompts, tokens, mask, extra):
     """Return the batch of `balance.balanced_group_batch`, and the places of its responses."""
     lengths = (sharding.local_rows(prompts.segments) > 0).sum(1)
     (sizes,) = balance.gather_group_sizes(prompts, [lengths], [mask])
-    return balance.balanced_group_batch(ctx, prompts, sizes, tokens, mask, extra)
+    plan = balance.plan_placement(ctx, sizes, prompts.tokens.shape[1], mask.shape[1])
+    batch = balance.balanced_group_batch(ctx, prompts, lengths, *plan, tokens, mask, extra)
+    return batch, plan[1]
 
 
 def prompts(

@@ -74,13 +74,13 @@ def plan_places(
     parts = [(i, part) for _, i, part in sorted(parts, key=lambda part: -part[0])]
     for mixed in (None, *_mixed_shards(prompts.sum(1) + responses.sum((1, 2)), limit)):
         plan = _fill_shards(p, r, parts, (shards, q, limit), mixed)
-        if plan is not None and len({i for i, _, s in plan if s != i // q}) <= copied:
-            return plan
+        if plan is not None:  # later ones copy more
+            return plan if len({i for i, _, s in plan if s != i // q}) <= copied else None
     return None
 
 
 def _mixed_shards(load: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    """Yield masks [S] of the shards with more than `limit` tokens and of more and more others.
+    """Yield masks [S] of the shards above the limit, and of more and more of the emptiest.
 
     load: [S] tokens of each shard
     """
@@ -169,14 +169,26 @@ def _domains(mesh: Mesh) -> int:
 def max_copied(cfg: ModelConfig, shards: int, prompts: int, prompt: int) -> int:
     """Return how many of the prompts of a domain may have copies on other shards.
 
-    Each shard of the domain gets the image features of all of them. The shards of the domain have
-    `prompts` prompts of `prompt` tokens each.
+    Each shard of the domain gets the image features of all of them. Each of its `shards` shards has
+    `prompts` prompts of `prompt` tokens.
     """
     most = max(1, shards * prompts // 2)
     if cfg.vision is None:
         return most
-    features = (1 + cfg.vision.added_layers) * cfg.text.width * 2  # bytes of a token's
-    return max(1, min(most, POOL_BYTES // (prompt * features)))
+    return max(1, min(most, POOL_BYTES // (prompt * _feature_bytes(cfg))))
+
+
+def _feature_bytes(cfg: ModelConfig) -> int:
+    """Return the bytes of the image features of a token, in bfloat16."""
+    return 0 if cfg.vision is None else (1 + cfg.vision.added_layers) * cfg.text.width * 2
+
+
+def pool_bytes(cfg: ModelConfig, mesh: Mesh, prompts: int, prompt: int) -> int:
+    """Return the bytes of image features that a shard gets from others, see `max_copied`."""
+    of_domain = batch_shards(mesh) // _domains(mesh)
+    if of_domain == 1:
+        return 0
+    return max_copied(cfg, of_domain, prompts, prompt) * prompt * _feature_bytes(cfg)
 
 
 def _split_group(prompt: int, responses: np.ndarray, limit: int) -> list[np.ndarray] | None:
@@ -205,7 +217,7 @@ def _first_that_fit(sizes: np.ndarray, room: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The places of the responses of a micro-batch.
+    """The places of the responses of a device pass.
 
     Prompts and responses of all processes are numbered in the order of the batch shards.
     """
@@ -222,7 +234,7 @@ class Placement:
 
 
 class GroupSizes(NamedTuple):
-    """Tokens of the groups of a micro-batch, of all processes, by batch shard."""
+    """Tokens of the groups of a micro-batch or a device pass, of all processes, by batch shard."""
 
     prompts: np.ndarray  # [S q] without padding
     responses: np.ndarray  # [S q G], 0 = not trained on
@@ -267,30 +279,30 @@ def gather_group_sizes(
 def balanced_group_batch(
     model_ctx: ModelContext,
     prompts: Prompts,
-    sizes: GroupSizes,
+    prompt_tokens: np.ndarray,
+    longest: int,
+    placement: Placement | None,
     tokens: np.ndarray,
     mask: np.ndarray,
     extra: dict[str, np.ndarray],
-) -> tuple[Batch, Placement | None]:
-    """Return Q prompts on the mesh with their responses [B R], packed, where `Placement` says."""
-    length = prompts.tokens.shape[1]
-    longest, placement = plan_placement(model_ctx, sizes, length, mask.shape[1])
-    if placement is None:
-        prompt_tokens = sizes.prompts[sizes.process_of == jax.process_index()].reshape(-1)
-    else:
+) -> Batch:
+    """Return Q prompts on the mesh with their responses [B R], packed, where `placement` says.
+
+    prompt_tokens: [Q] of this process's prompts, without padding; longest: of the packed rows
+    """
+    if placement is not None:
         prompt_tokens = placement.tokens
     tokens, mask, extra = to_places(placement, (tokens, mask, extra))
-    batch = group_batch(
+    return group_batch(
         model_ctx,
         move_prompts(model_ctx, prompts, placement),
         tokens,
         mask,
         extra=extra,
         # On the device, the moved prompts may wait for a step that still runs.
-        prompt_mask=np.arange(length)[::-1] < prompt_tokens[:, None],
+        prompt_mask=np.arange(prompts.tokens.shape[1])[::-1] < prompt_tokens[:, None],
         longest=longest,
     )
-    return batch, placement
 
 
 def to_places(placement: Placement | None, rows: Any) -> Any:
@@ -335,7 +347,8 @@ def plan_placement(
 ) -> tuple[int, Placement | None]:
     """Return the length of the packed rows, and the places of the responses.
 
-    None = each stays with its prompt, which costs no more. All processes get the same plan.
+    A placement of None means that each stays with its prompt, which costs no more. All processes
+    get the same plan.
 
     prompt: tokens of prompts with padding; response: the same of responses
     """
@@ -457,7 +470,7 @@ def _processes_of_rows(responses: np.ndarray, process_of: np.ndarray) -> tuple[n
 
 
 def move_prompts(model_ctx: ModelContext, prompts: Prompts, placement: Placement | None) -> Prompts:
-    """Return the prompts at the places of a micro-batch; their images stay where they are."""
+    """Return the prompts at the places of a device pass; their images stay where they are."""
     if placement is None:
         return prompts
     program = _move_program(model_ctx.mesh, _feature_slots(model_ctx.cfg, prompts))

@@ -14,7 +14,7 @@ from cptjax import sharding
 from cptjax.generation import decode_loop, rollout_weights
 from cptjax.generation.sampling_config import rollout_sampling
 from cptjax.models import trainable
-from cptjax.training.device_passes import activation_bytes
+from cptjax.models.activation_memory import activation_bytes
 from cptjax.training.programs import AbstractStage
 from cptjax.training.step_batch import extra_response_tokens
 

@@ -11,9 +11,8 @@ them, and the batch shards have more groups, which are easier to balance:
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from cptjax.data.balance import (
@@ -22,11 +21,12 @@ from cptjax.data.balance import (
     balanced_group_batch,
     gather_group_sizes,
     plan_placement,
+    pool_bytes,
 )
 from cptjax.data.collate import largest_batch_shape
 from cptjax.data.device_batches import batch_slices, join_prompts, response_bucket
 from cptjax.models import attention
-from cptjax.models.config import ModelConfig
+from cptjax.models.activation_memory import activation_bytes
 from cptjax.training.step_batch import BatchBuilder
 from cptjax.types import Batch, Prompts
 
@@ -38,7 +38,16 @@ class GroupPass:
     batch: Batch
     placement: Placement | None  # of the responses
     items: np.ndarray  # [Q] the number in the step of each of this process's prompts
-    rows: np.ndarray  # [B] that of each of its responses
+    rows: np.ndarray  # [B] the number in the step of each of this process's responses
+
+
+class PassPlan(NamedTuple):
+    """How the micro-batches of a device pass are put together."""
+
+    micro_batches: slice
+    response: int  # tokens of responses with padding
+    longest: int  # tokens of the packed rows
+    placement: Placement | None
 
 
 def build_passes(
@@ -49,7 +58,7 @@ def build_passes(
     mask: np.ndarray,
     extra: Mapping[str, np.ndarray],
 ) -> tuple[list[GroupPass], list[slice]]:
-    """Return the passes of a step, and those of each part of its prompts.
+    """Return the passes of a step, and the slice of them for each part of its prompts.
 
     prompts: the micro-batches on the device
     prompt_tokens: [Q] of this process's prompts; tokens, mask and `extra`: [B R] of their responses
@@ -57,80 +66,109 @@ def build_passes(
     count, group = len(prompts), len(mask) // len(prompt_tokens)
     sizes = gather_group_sizes(prompts[0], np.split(prompt_tokens, count), np.split(mask, count))
     share, limit = len(prompt_tokens) // count, mask.shape[1]
-    passes, cuts = [], []
+    passes, parts = [], []
     for part in batch_slices(count, builder.layout.micro_batches):
-        first = len(passes)
-        for joined in join_short(builder, prompts[part], sizes[part], limit):
-            at = slice(part.start + joined.start, part.start + joined.stop)
-            together, order = join_prompts(builder.model_ctx, prompts[at])
-            items = at.start * share + order
+        plans = plan_passes(builder, prompts, sizes, part, limit)
+        parts.append(slice(len(passes), len(passes) + len(plans)))
+        for micro_batches, response, longest, placement in plans:
+            together, order = join_prompts(builder.model_ctx, prompts[micro_batches])
+            items = micro_batches.start * share + order
             rows = (items[:, None] * group + np.arange(group)).reshape(-1)
-            of_all = GroupSizes.join(sizes[at])
-            length = response_bucket(int(of_all.responses.max()), limit)
-            batch, placement = balanced_group_batch(
+            batch = balanced_group_batch(
                 builder.model_ctx,
                 together,
-                of_all,
-                tokens[rows, :length],
-                mask[rows, :length],
-                {name: x[rows, :length] for name, x in extra.items()},
+                prompt_tokens[items],
+                longest,
+                placement,
+                tokens[rows, :response],
+                mask[rows, :response],
+                {name: x[rows, :response] for name, x in extra.items()},
             )
             passes.append(GroupPass(batch, placement, items, rows))
-        cuts.append(slice(first, len(passes)))
-    return passes, cuts
+    return passes, parts
 
 
-def join_short(
-    builder: BatchBuilder, prompts: Sequence[Prompts], sizes: Sequence[GroupSizes], limit: int
-) -> list[slice]:
-    """Cut the micro-batches of an update into as few equal passes as fit; all processes agree.
+def plan_passes(
+    builder: BatchBuilder,
+    prompts: Sequence[Prompts],
+    sizes: Sequence[GroupSizes],
+    part: slice,
+    limit: int,
+) -> list[PassPlan]:
+    """Join the micro-batches of a part of a step to as few equal passes as fit.
+
+    If no equal division fits, each micro-batch is a pass. All processes get the same plans.
 
     limit: tokens of the longest response
     """
-    count = len(prompts)
-    largest = _largest_pass_bytes(builder, sizes[0], limit)
+    count, largest = part.stop - part.start, _largest_pass_bytes(builder, sizes[0], limit)
     for joined in range(count, 1, -1):
         if count % joined:
             continue
-        passes = batch_slices(count, joined)
-        if all(_pass_bytes(builder, prompts[p], sizes[p], limit) <= largest for p in passes):
-            return passes
-    return batch_slices(count, 1)
+        plans = []
+        for start in range(part.start, part.stop, joined):
+            together = slice(start, start + joined)
+            plan = _plan_pass(builder, prompts, sizes, together, limit, largest)
+            if plan is None:
+                break
+            plans.append(plan)
+        else:
+            return plans
+    alone = [slice(i, i + 1) for i in range(part.start, part.stop)]
+    return [_plan_pass(builder, prompts, sizes, cut, limit, math.inf) for cut in alone]
 
 
-def _pass_bytes(
-    builder: BatchBuilder, prompts: Sequence[Prompts], sizes: Sequence[GroupSizes], limit: int
-) -> float:
-    """Return the bytes of activations of joined micro-batches on a device."""
-    ctx, of_all = builder.model_ctx, GroupSizes.join(sizes)
-    length, q, group = (
-        prompts[0].tokens.shape[1],
-        of_all.prompts.shape[1],
-        of_all.responses.shape[2],
-    )
-    response = response_bucket(int(of_all.responses.max()), limit)
-    if attention.reads_packed_rows(ctx.cfg.compute.attention):
-        tokens, _ = plan_placement(ctx, of_all, length, response)
-    else:  # attention has all responses in the padded form
-        tokens = q * (length + group * response)
-    patches = sum(_patches(p) for p in prompts)
-    return _activation_bytes(builder, tokens, patches)
+def _plan_pass(
+    builder: BatchBuilder,
+    prompts: Sequence[Prompts],
+    sizes: Sequence[GroupSizes],
+    together: slice,
+    limit: int,
+    most: float,
+) -> PassPlan | None:
+    """Plan the pass of some micro-batches; None = it needs more than `most` bytes on a device."""
+    ctx, joined, parts = builder.model_ctx, GroupSizes.join(sizes[together]), prompts[together]
+    (shards, q), group = joined.prompts.shape, joined.responses.shape[2]
+    length = parts[0].tokens.shape[1]
+    response = response_bucket(int(joined.responses.max()), limit)
+    patches = sum(_patches(p) for p in parts)
+
+    def fits(longest: float, places: int) -> bool:
+        tokens = longest
+        if not attention.reads_packed_rows(ctx.cfg.compute.attention):
+            tokens = places * (length + group * response)  # attention has them in the padded form
+        return _pass_bytes(builder, q, length, tokens, patches) <= most
+
+    if not fits((joined.prompts.sum() + joined.responses.sum()) / shards, q):
+        return None  # the longest row is no shorter than the mean
+    longest, placement = plan_placement(ctx, joined, length, response)
+    if not fits(longest, q if placement is None else q + 1):
+        return None
+    return PassPlan(together, response, longest, placement)
 
 
 def _largest_pass_bytes(builder: BatchBuilder, sizes: GroupSizes, limit: int) -> float:
-    """Return the bytes of activations of a micro-batch with the longest prompts and responses."""
+    """Return the bytes of a micro-batch with the longest prompts and responses on a device."""
     ctx, (shards, q) = builder.model_ctx, sizes.prompts.shape
     longest, pixels = max(ctx.buckets), ctx.processor.pixels
     shape = largest_batch_shape(
         ctx.cfg, pixels.max_pixels if pixels else 0, q * shards, shards, longest
     )
     tokens = q * (longest + sizes.responses.shape[2] * limit)
-    return _activation_bytes(builder, tokens, shape.patches * shape.vision_rows)
+    return _pass_bytes(builder, q, longest, tokens, shape.patches * shape.vision_rows)
 
 
-def _activation_bytes(builder: BatchBuilder, tokens: int, patches: int) -> float:
+def _pass_bytes(
+    builder: BatchBuilder, prompts: int, length: int, tokens: float, patches: int
+) -> float:
+    """Return the bytes of activations and of other shards' image features on a device.
+
+    A shard has `prompts` prompts of `length` tokens, with padding.
+    """
     ctx, shared = builder.model_ctx, builder.tower is not None
-    return activation_bytes(ctx.cfg, ctx.cfg.compute.remat, ctx.dtype, shared, tokens, patches)
+    cfg, remat = ctx.cfg, ctx.cfg.compute.remat
+    pool = pool_bytes(cfg, ctx.mesh, prompts, length)
+    return pool + activation_bytes(cfg, remat, ctx.dtype, shared, tokens, patches)
 
 
 def _patches(prompts: Prompts) -> int:
@@ -138,25 +176,3 @@ def _patches(prompts: Prompts) -> int:
     if prompts.tower_states:
         return prompts.tower_states[0].shape[-2]
     return math.prod(prompts.vision.frames.shape[1:]) if prompts.vision else 0
-
-
-def activation_bytes(
-    cfg: ModelConfig, remat: str, dtype: Any, shares_tower: bool, tokens: float, patches: float
-) -> float:
-    """Return the bytes that all layers keep for the backward pass, plus those inside one layer.
-
-    shares_tower: the states of images in the frozen tower are arguments of the pass
-    """
-    t, v, itemsize = cfg.text, cfg.vision, jnp.dtype(dtype).itemsize
-    text_inner = 2 * (t.heads + t.kv_heads) * t.head_dim + 2 * t.width + 2 * t.mlp
-    parts = [(tokens, t.depth, t.width, text_inner)]
-    total = 0.0 if v is None else tokens * itemsize * v.added_layers * t.width
-    if shares_tower:
-        total += patches * itemsize * (1 + v.added_layers) * v.width
-    elif v is not None:
-        parts.append((patches, v.depth, v.width, v.block_values))
-    for n, depth, width, inner in parts:
-        kept = {"block": 0, "offload": 0, "dots": inner, "none": 2 * inner}
-        per_layer = width + kept[remat]
-        total += n * itemsize * (depth * per_layer + 2 * inner)
-    return total

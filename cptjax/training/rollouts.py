@@ -310,7 +310,7 @@ class ScoredRollouts:
     graded: GradedRollouts
     keep: np.ndarray  # [Q G] responses to train on
     passes: list[GroupPass]
-    parts: list[slice]  # the passes of each part of the prompts
+    parts: list[slice]  # of the passes; an update is on one part
     # Log-probabilities [B A] of each batch's targets, on the device; [] = not needed. Those of the
     # policy may be unknown (NaN) in the batches of the first update.
     ref_logps: list[Array]
@@ -347,6 +347,8 @@ def score_rollouts(
         else:
             old = _place_logps(builder, old_logps, passes)
     seconds = time.perf_counter() - began
+    # The passes have prompts of their own where they join some.
+    graded = dataclasses.replace(graded, prompts=None)
     return ScoredRollouts(graded, keep, passes, parts, ref_logps, old, seconds)
 
 

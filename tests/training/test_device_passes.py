@@ -10,11 +10,11 @@ import pytest
 from length_distributions import DISTRIBUTIONS, lengths_of
 
 from cptjax import sharding
-from cptjax.data.balance import GroupSizes, plan_placement
+from cptjax.data.balance import GroupSizes
 from cptjax.data.model_context import ModelContext
 from cptjax.data.packing import row_size
 from cptjax.models.families import PRESETS
-from cptjax.training.device_passes import join_short
+from cptjax.training.device_passes import plan_passes
 
 LONGEST, LIMIT = 2048, 1024  # tokens of a prompt, of a response
 PATCHES = 4 * 1300  # of an image of the largest size
@@ -43,12 +43,19 @@ def prompts(length: int, patches: int = 0):
     return SimpleNamespace(tokens=np.zeros((8, length)), vision=vision, tower_states=None)
 
 
+def plans(builder, prompts, parts, limit=LIMIT):
+    """Return the plans of an update, whose passes have all micro-batches once and in order."""
+    found = plan_passes(builder, prompts, parts, slice(0, len(parts)), limit)
+    cuts = [plan.micro_batches for plan in found]
+    assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(len(parts)))
+    return found
+
+
 def joined(builder, lengths, prompt=1400, bucket=1536, patches=PATCHES):
     """Return how many micro-batches each pass has; `lengths` of eight responses, by micro-batch."""
     parts = [sizes([[prompt]] * 8, np.full((8, 1, 8), n)) for n in lengths]
-    cuts = join_short(builder, [prompts(bucket, patches)] * len(lengths), parts, LIMIT)
-    assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(len(lengths)))
-    return [cut.stop - cut.start for cut in cuts]
+    found = plans(builder, [prompts(bucket, patches)] * len(lengths), parts)
+    return [plan.micro_batches.stop - plan.micro_batches.start for plan in found]
 
 
 def test_micro_batches_share_a_pass_that_is_no_larger_than_the_largest():
@@ -78,7 +85,7 @@ def test_attention_in_the_padded_form_counts_padding():
     uneven[0, 0, 0] = 1024
     for attention, passes in (("splash", 1), ("tiled", 2)):
         parts = [sizes([[1400]] * 8, uneven)] * 2
-        assert len(join_short(builder(attention), [prompts(1536)] * 2, parts, LIMIT)) == passes
+        assert len(plans(builder(attention), [prompts(1536)] * 2, parts)) == passes
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -93,10 +100,8 @@ def test_padding_of_a_step_with_one_prompt_on_each_shard(name):
         of_part = [prompts(1536 if prompt > 1024 else 768, 4 * (prompt - 100))] * 8
         for first in range(0, 8, 2):
             part = slice(first, first + 2)
-            for cut in join_short(b, of_part[part], parts[part], limit):
-                together = GroupSizes.join(parts[part][cut])
-                tokens, _ = plan_placement(b.model_ctx, together, of_part[0].tokens.shape[1], limit)
-                processed += shards * tokens
+            found = plans(b, of_part[part], parts[part], limit)
+            processed += shards * sum(plan.longest for plan in found)
         real += 8 * shards * prompt + lengths.sum()
         capacity = prompt + group * limit
         alone += shards * sum(row_size(p.longest, capacity) for p in parts)

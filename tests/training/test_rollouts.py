@@ -655,6 +655,7 @@ def test_moved_responses_and_joined_micro_batches_give_the_same_updates(
 
         def saved(builder=ctx.builder):  # in a checkpoint, and read from it
             scored = rollouts.score_rollouts(builder, prepared.params, graded, reference)
+            assert scored.graded.prompts is None  # the passes have them on the device
             arrays = rollouts.rollouts_to_arrays(builder, scored)
             again = rollouts.restore_rollouts(
                 builder, prepared.params, graded.items, reference, arrays
