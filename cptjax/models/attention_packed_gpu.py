@@ -7,6 +7,9 @@ first over those without a masked pair, then over the others. The arrays are tho
 and nothing is transposed in memory.
 
 Exponentials and logarithms of the softmax are to the base 2, which takes a GPU one instruction.
+
+JAX 0.12 warns that it will remove the Triton back end of Pallas. The other one for GPUs, Mosaic,
+does not support the A100.
 """
 
 import functools

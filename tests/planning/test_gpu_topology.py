@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 
 from configs.base import METHODS, get_config
+from cptjax import sharding
 from cptjax.models import attention, attention_packed
 from cptjax.planning import aot_compile, gpu_topology, plan
 
@@ -60,12 +61,14 @@ def loss(q, k, v, source):
     return jnp.sum(attention.attend_packed_rows(q, k, v, reads, "cudnn"), dtype=jnp.float32)
 
 
-place = jax.sharding.SingleDeviceSharding(aot_compile.topology_devices("a100:1")[0])
+mesh = sharding.make_mesh(1, 1, 1, devices=aot_compile.topology_devices("a100:1"))
+place = jax.NamedSharding(mesh, jax.P())
 shapes = [(1, 1024, 2, 128), (1, 1024, 1, 128), (1, 1024, 1, 128)]
 arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=place) for x in shapes]
 arrays.append(jax.ShapeDtypeStruct((1, 1024), jnp.int32, sharding=place))
 options = gpu_topology.COMPILER_OPTIONS | {"xla_dump_to": sys.argv[1] + "/a100"}
-jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile(options)
+with jax.set_mesh(mesh):
+    jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile(options)
 """
 
 
