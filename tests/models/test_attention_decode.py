@@ -49,7 +49,11 @@ def draw(shape: Shape, *sizes):
     return jnp.asarray(rng.normal(size=sizes), shape.dtype)
 
 
-def inputs(shape: Shape, column: int):
+def zeros(shape: Shape, *sizes):
+    return jnp.zeros(sizes, shape.dtype)
+
+
+def inputs(shape: Shape, column: int, draw=draw):
     """Queries, caches, masks of left-padded prompts, and groups of different ages.
 
     The first group is whole, the last one is done.
@@ -152,7 +156,7 @@ def compiled_text(topology: str, shape: Shape) -> str:
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     place = jax.NamedSharding(Mesh(np.array(devices[:1]), "x"), jax.P())
-    q, cache, mask, past = jax.eval_shape(functools.partial(inputs, shape, 0))
+    q, cache, mask, past = jax.eval_shape(functools.partial(inputs, shape, 0, zeros))
     arrays = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         (q, cache, mask, *past[:3]),
