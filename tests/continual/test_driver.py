@@ -16,6 +16,7 @@ from configs import demo
 from cptjax.continual import driver, reevaluate
 from cptjax.evaluation.report import read
 from cptjax.models import hf_checkpoint
+from cptjax.models.families import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -188,10 +189,17 @@ ARMS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The config, the matrix and the folder of several runs without a disturbance."""
+    folder = tmp_path_factory.mktemp("whole")
+    return *run_helpers.run_quickly(folder, **ARMS), folder
+
+
 @pytest.mark.parametrize(
     "ends", ["after the base", "in the export", "between the arms", "at the last summary"]
 )
-def test_several_runs_continue_after_sigterm_in_any_of_them(tmp_path, monkeypatch, ends):
+def test_several_runs_continue_after_sigterm_in_any_of_them(whole, tmp_path, monkeypatch, ends):
     """SIGTERM also has an effect outside of runs, and the same command continues the same files."""
     places = {
         "after the base": (driver, "run_one", 2),
@@ -199,7 +207,7 @@ def test_several_runs_continue_after_sigterm_in_any_of_them(tmp_path, monkeypatc
         "between the arms": (driver, "open_run", 3),
         "at the last summary": (driver, "write_final_results", 3),
     }
-    c, whole = run_helpers.run_quickly(tmp_path / "whole", **ARMS)
+    c, matrix, undisturbed = whole
     module, name, count = places[ends]
     before, calls = getattr(module, name), []
 
@@ -213,18 +221,22 @@ def test_several_runs_continue_after_sigterm_in_any_of_them(tmp_path, monkeypatc
         patched.setattr(module, name, stopped)
         driver.run(c, tmp_path / "run")
     assert end.value.code == 0 and len(calls) == count
-    assert np.array_equal(driver.run(c, tmp_path / "run"), whole)
+    assert np.array_equal(driver.run(c, tmp_path / "run"), matrix)
     for sub in ("base", "a", "b"):
         run_helpers.assert_same(
-            run_helpers.run_state(tmp_path / "whole" / sub),
+            run_helpers.run_state(undisturbed / sub),
             run_helpers.run_state(tmp_path / "run" / sub),
         )
     assert (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.slow
-def test_a_short_demo_runs_all_arms_and_reports_them(tmp_path):
-    """All five arms on the base model of a pre-stage that is cut further, and the report on them."""
+def test_a_short_demo_runs_all_arms_and_reports_them(tmp_path, monkeypatch):
+    """All five arms on the base model of a pre-stage that is cut further, and the report on them.
+
+    The model of the preset has one layer here.
+    """
+    monkeypatch.setitem(PRESETS, "tiny", run_helpers.SMALL)
     c = demo.get_config("0,short")
     c.prestage.stages = tuple({**stage, "steps": 60} for stage in c.prestage.stages)
     c.stages = tuple({**stage, "steps": 2} for stage in c.stages)
