@@ -107,8 +107,11 @@ def torch_model(seed: int = 0, **kwargs: Any) -> Any:
     return model
 
 
-def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Return our parameters in numpy, at the scale of `torch_model`."""
+def random_params(cfg: ModelConfig, seed: int = 0, declared: Any = None) -> dict:
+    """Return our parameters in numpy, at the scale of `torch_model`.
+
+    `declared` replaces those of the config, for a model with adapters.
+    """
     import jax
 
     rng = np.random.default_rng(seed)
@@ -118,7 +121,8 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
         is_scale = path[-1].key != "b" and any("norm" in key.key for key in path)
         return 1 + 0.1 * noise if is_scale else 0.08 * noise
 
-    return jax.tree.map_with_path(make, causal_lm.declare_params(cfg), is_leaf=is_param)
+    declared = causal_lm.declare_params(cfg) if declared is None else declared
+    return jax.tree.map_with_path(make, declared, is_leaf=is_param)
 
 
 def save(

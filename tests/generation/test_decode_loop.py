@@ -18,7 +18,6 @@ from cptjax.generation import decode_loop, generate, rollout_weights
 from cptjax.generation.sampling_config import SamplingConfig
 from cptjax.models import attention, causal_lm, decoder, hf_checkpoint, logprobs, lora, trainable
 from cptjax.models.config import ModelConfig
-from cptjax.models.families import PRESETS
 from cptjax.training import tower_states, validate_config
 
 ROWS = [
@@ -36,14 +35,14 @@ KEY = jax.random.key(7)
 
 @pytest.fixture(scope="module")
 def cfg() -> ModelConfig:
-    """A tower of one block with windows and one without."""
-    tower = {"depth": 2, "fullatt_block_indexes": [1]}
+    """A tower of one block: the blocks of towers have their own tests."""
+    tower = {"depth": 1, "fullatt_block_indexes": [0]}
     return tiny.our_config(text={"eos_token_id": [2, 7]}, vision=tower)
 
 
-def make_params(cfg):
-    """Random weights with logits wide enough that tokens differ."""
-    tree = sharding.init_params(causal_lm.declare_params(cfg), jax.random.key(0), jnp.float32)
+def make_params(cfg, declared=None):
+    """Random weights in numpy, with logits wide enough that tokens differ."""
+    tree = tiny.random_params(cfg, declared=declared)
     tree["text"]["embed"] *= 4
     return tree
 
@@ -105,9 +104,15 @@ def trainer_logps(params, prompts, tokens, cfg, group):
     ).reshape(tokens.shape)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 0.0}], ids=str
+    "settings, unroll",
+    [
+        ({}, False),
+        ({}, True),
+        ({"temperature": 0.6, "top_k": 20, "top_p": 0.9}, False),
+        ({"temperature": 0.0}, False),
+    ],
+    ids=str,
 )
 def test_policy_logps_equal_the_trainers(cfg, params, settings, unroll):
     cfg = cfg.with_compute(unroll=unroll)
@@ -187,6 +192,7 @@ def test_slots_do_not_change_rows(cfg, params, slots, slot_rows, unroll):
 
 
 def test_batch_split_does_not_change_rows(cfg, params):
+    """The parts are padded to another length than the whole."""
     whole = run(params, prompts(cfg, [[9], [14], [4], [11]]), cfg, rows=np.array([4, 5, 6, 7]))
     rows = [
         tiny.random_row(r, cfg, rng)
@@ -194,7 +200,7 @@ def test_batch_split_does_not_change_rows(cfg, params):
         for r in ([9], [14], [4], [11])
     ]
     parts = [
-        run(params, tiny.prompts(rows[i : i + 2], cfg), cfg, rows=np.array([4, 5]) + i)
+        run(params, tiny.prompts(rows[i : i + 2], cfg, length=16), cfg, rows=np.array([4, 5]) + i)
         for i in (0, 2)
     ]
     same(whole, jax.tree.map(lambda *x: np.concatenate(x), *parts))
@@ -243,8 +249,7 @@ def test_the_tpu_kernel_does_not_change_rows(shape, slots, monkeypatch):
     kernel = cfg.with_compute(attention="splash")
     if shape is None:
         changes = dict(stop=stops, slots=slots, check_every=3)
-        for rows in {0, 2 if slots else 0}:
-            same(whole, run(params, batch, kernel, slot_rows=rows, **changes))
+        same(whole, run(params, batch, kernel, slot_rows=2 if slots else 0, **changes))
         return
     mesh = sharding.make_mesh(*shape)
     if slots:  # groups that share the MLP with others
@@ -288,8 +293,9 @@ def test_more_devices_on_model_while_sampling_do_not_change_rows(cfg, params, ga
         states = tower_states.make_tower_program(cfg, jnp.float32)(placed, batch.vision)
     with jax.set_mesh(settings.mesh(mesh)):
         same(whole, run(weights, batch, cfg, **changes))
-        frozen = batch.replace(vision=None, tower_states=states)
-        same(whole, run(weights, frozen, cfg, **changes))
+        if not (slots and mlp):  # with each of the two, and so of other programs to compile
+            frozen = batch.replace(vision=None, tower_states=states)
+            same(whole, run(weights, frozen, cfg, **changes))
 
 
 @pytest.mark.parametrize("kind", ["int8", "lora"])
@@ -298,12 +304,7 @@ def test_a_mesh_of_sampling_takes_int8_weights_and_adapters(cfg, kind):
     declared = causal_lm.declare_params(cfg)
     if kind == "lora":
         declared = lora.add_lora(declared, 2)
-    params = sharding.init_params(declared, jax.random.key(0), jnp.float32)
-    params["text"]["embed"] *= 4
-    for path, x in trainable.flatten_params(params).items():
-        if path[-1] == "lora_b":  # adapters start as zeros
-            values = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
-            params["text"]["blocks"][path[2]]["lora_b"] = values
+    params = make_params(cfg, declared)
     dtype = "int8" if kind == "int8" else ""
 
     def sample(mesh, **changes):
@@ -332,14 +333,14 @@ def test_whole_rows_are_only_computed_where_all_devices_get_some():
         assert spec() == jax.P(("data", "fsdp"), "model")
 
 
-@pytest.mark.parametrize("group, at", [(1, 0), (1, 128), (1, 255), (8, 255)])
+@pytest.mark.parametrize("group, at", [(1, 0), (1, 64), (1, 127), (8, 127)])
 def test_a_long_row_does_not_hold_up_the_queue(one_layer, group, at):
-    """256 groups, one row ten times longer than the rest, at any place of the queue: under 1.5
+    """128 groups, one row ten times longer than the rest, at any place of the queue: under 1.5
     times the steps of the ideal schedule.
 
     A group is as long as its longest row: a slot becomes free when all of its rows are done.
     """
-    (cfg, params), count, slots, every, n = one_layer, 256, 8, 4, 18
+    (cfg, params), count, slots, every, n = one_layer, 128, 4, 4, 18
     batch = prompts(cfg, [[3]] * count)
     limits = np.random.default_rng(0).integers(1, n + 1, (count, group))
     limits[:, 0], limits[at, -1] = n, 10 * n
@@ -491,7 +492,8 @@ def test_parts_of_the_cache_end_at_checks(cfg, new, every, parts):
 
 def test_a_cache_in_parts_gives_the_policy_logps_of_the_trainer(cfg, params):
     """Responses of up to 256 tokens have two parts; some end before, at and after the first."""
-    batch, limits = prompts(cfg, ROWS[:3]), np.array([[256, 20], [200, 129], [127, 128]])
+    batch = prompts(cfg, [[9], [14], [4]])
+    limits = np.array([[256, 20], [200, 129], [127, 128]])
     settings = {"group": 2, "max_new_tokens": 256, "check_every": 16, "stop": (-1,)}
     stacked, unrolled = (
         run(params, batch, cfg.with_compute(unroll=unroll), limits=limits, **settings)
@@ -566,7 +568,7 @@ def test_a_run_tells_once_whether_it_gathers_weights(cfg, params, monkeypatch, c
 
 def test_integer_weights_stay_near_the_policy(cfg, params):
     pytest.importorskip("qwix")
-    gentle = jax.tree.map(lambda x: x / 2 if x.ndim > 1 else x, params)
+    gentle = jax.device_put(jax.tree.map(lambda x: x / 2 if x.ndim > 1 else x, params))
     for unroll in (False, True):
         c = cfg.with_compute(unroll=unroll)
         out = run(
@@ -582,7 +584,9 @@ def test_integer_weights_stay_near_the_policy(cfg, params):
 def test_integer_weights_name_the_missing_package(cfg, params, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package qwix"):
-        rollout_weights.prepare_rollout_weights(params, cfg, sampling(dtype="int8"), jnp.float32)
+        rollout_weights.prepare_rollout_weights(
+            jax.device_put(params), cfg, sampling(dtype="int8"), jnp.float32
+        )
 
 
 @pytest.mark.parametrize(
@@ -632,7 +636,7 @@ def test_responses_are_sampled_in_the_type_of_the_setting(cfg, params):
     Int8 keeps the model's type.
     """
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    tiny_cfg = PRESETS["tiny"].with_compute(unroll=True)
+    tiny_cfg = run_helpers.SMALL.with_compute(unroll=True)
     model_ctx = model_context.ModelContext(
         tiny_cfg, processor.load_processor(None, tiny_cfg, 256, 256), mesh, jnp.float32, (32,)
     )
@@ -752,8 +756,9 @@ def test_greedy_tokens_of_text_families_equal_transformers(family):
 
 @pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)
 def test_a_group_of_a_text_family_has_the_responses_of_plain_copies(family):
-    cfg = tiny.our_config(family=family).with_compute(unroll=True)
-    params = jax.tree.map(jnp.asarray, tiny.random_params(cfg))
+    """One layer: two are in the test before."""
+    cfg = tiny.our_config(family=family, text={"num_hidden_layers": 1}).with_compute(unroll=True)
+    params = tiny.random_params(cfg)
     rng = np.random.default_rng(0)
     prompts = tiny.prompts([tiny.random_row([n], cfg, rng) for n in (5, 9)], cfg)
 
