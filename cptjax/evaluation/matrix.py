@@ -31,6 +31,7 @@ difference is slightly smaller). Scores and differences are fractions of 1; repo
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -172,7 +173,7 @@ class AccuracyTable:
     # groups of general tasks, by their names in the config
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property  # a report asks for it a hundred thousand times
     def tasks(self) -> tuple[str, ...]:
         trained = dict.fromkeys(task for stage in self.stages for task in stage)
         return tuple(task for task in trained if self.evaluated is None or task in self.evaluated)
