@@ -28,7 +28,7 @@ from cptjax.training import rollouts, step_batch, train_step, validate_config
 from cptjax.training.algorithms.continual_learning.hooks import HookArrays
 from cptjax.types import Params, TrainState
 
-MAKE_MESH = sharding.make_mesh
+MAKE_MESH, INIT_PARAMS = sharding.make_mesh, sharding.init_params
 EOS = (2, 0, *range(40, 320, 4))  # so that a random model often ends its response
 SMALL_TEXT = dataclasses.replace(run_helpers.SMALL_TEXT, eos=EOS)
 SMALL = dataclasses.replace(run_helpers.SMALL, eos=EOS)
@@ -123,6 +123,12 @@ def method_config(
     return c
 
 
+def init_params(declared: Any, key: Any, dtype: Any, mesh: Any, rules: dict) -> Params:
+    """Return the values of `sharding.init_params`, from one program for all meshes."""
+    values = jax.device_get(INIT_PARAMS(declared, key, dtype))
+    return jax.device_put(values, sharding.param_shardings(declared, mesh, rules))
+
+
 @contextlib.contextmanager
 def open_tiny_run(
     config: ConfigDict, workdir: Path, model: Any = None, saved: bool = False
@@ -137,6 +143,7 @@ def open_tiny_run(
         sizes = [max(config.mesh[axis], 1) for axis in sharding.AXES]
         some = functools.partial(MAKE_MESH, *sizes, jax.devices()[: math.prod(sizes)])
         stack.enter_context(mock.patch.object(sharding, "make_mesh", lambda **_: some()))
+        stack.enter_context(mock.patch.object(sharding, "init_params", init_params))
         if not saved:
             stack.enter_context(mock.patch.object(open_run, "Checkpoints", UnsavedCheckpoints))
         stack.enter_context(mock.patch.dict(PRESETS, models))

@@ -76,6 +76,7 @@ def add_lora(
 
 
 @functools.cache
+@functools.cache  # so that equal adapters share the program that creates them
 def adapter_init(ndim: int) -> Initializer:
     """Return the initializer of a `lora_a` with `ndim` axes: layer, inputs, rank."""
     return jax.nn.initializers.variance_scaling(
