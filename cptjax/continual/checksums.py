@@ -49,6 +49,7 @@ def _sum_program(sharding: Any) -> Any:
     return jax.jit(checksums, out_shardings=sharding)
 
 
+@jax.jit  # traced once for all arrays of a shape and type
 def _checksum(x: jax.Array) -> jax.Array:
     """Return two sums [2] modulo 2^32."""
     words = _as_words(x)
