@@ -62,11 +62,13 @@ def inputs(shape: Shape, column: int, draw=draw):
     keys, own = (s.layers, s.q, s.k, s.h, s.p), (s.layers, s.q, s.g, s.k, s.w, s.h)
     cache = Cache(draw(s, *keys), draw(s, *keys[:3], s.p, s.h), draw(s, *own), draw(s, *own) + 1)
     start = rng.integers(0, s.p, s.q)
-    mask = jnp.asarray(np.arange(s.p) >= start[:, None])
-    active = jnp.asarray(rng.random((s.q, s.g)) < 0.7).at[0].set(True).at[-1].set(False)
+    mask = np.arange(s.p) >= start[:, None]
+    active = rng.random((s.q, s.g)) < 0.7
+    active[0], active[-1] = True, False
     # A row that starts another response has the age -1: it attends to the prompt only.
-    age = jnp.asarray(rng.integers(-1, s.ring, (s.q, s.g if s.own_ages else 1)))
-    age = age.at[0, 0].set(s.ring - 1).at[0, -1].set(-1 if s.own_ages else s.ring - 1)
+    age = rng.integers(-1, s.ring, (s.q, s.g if s.own_ages else 1), dtype=np.int32)
+    age[0, 0], age[0, -1] = s.ring - 1, -1 if s.own_ages else s.ring - 1
+    mask, active, age = map(jnp.asarray, (mask, active, age))
     return draw(s, s.q, s.g, s.n, s.h), cache, mask, Past(jnp.int32(column), age, active, s.ring)
 
 
@@ -104,9 +106,10 @@ def test_the_kernel_equals_attention_over_all_columns(name, column):
 
 def read_columns(shape: Shape, past: Past, mask):
     """Return the number of columns that are copied: of prompts, and of each response."""
-    _, cache, *_ = inputs(shape, 0)
+    _, cache, *_ = inputs(shape, 0, zeros)
     blocks = Blocks.of(cache)
-    reads = attention_decode.plan_reads(cache, mask, past, None)
+    plan = lambda *past: attention_decode.plan_reads(cache, mask, Past(*past, shape.ring), None)
+    reads = jax.jit(plan)(*past[:3])
     changes = lambda held: (np.diff(held, axis=0, prepend=-1) != 0).sum(0)
     own = np.asarray(reads.own_held).reshape(-1, blocks.responses)
     return changes(np.asarray(reads.prompt_held)) * blocks.prompt, changes(own) * blocks.own
