@@ -51,6 +51,8 @@ def test_resumed_stream_equals_the_uninterrupted_one(workers):
     expected = [[sources[p.source][p.index].id for p in mixture.rows(s)] for s in range(9)]
     follow = functools.partial(read, mixture, sources, workers=workers)
     assert follow(3, start=6) == expected[6:]
+    if workers == 1:  # shards are in the cases of none and of several
+        return
     halves = [follow(6, start=3, shard=(index, 2)) for index in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == expected[3:]
 
