@@ -5,7 +5,6 @@ import shutil
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import run_helpers
@@ -47,7 +46,7 @@ def workdir(tmp_path_factory):
 
 def dot(a, b):
     return sum(
-        float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -174,11 +173,11 @@ def test_risks_of_a_run_follow_from_its_gradients(workdir, tmp_path):
     )
     with open_probe(workdir, 2, "facts", "float32") as (probe, _):
         answers = probe.gold_test_responses("facts", 2)
-        squares = [jax.tree.map(jnp.square, probe.gradient(e)) for e in answers]
+        squares = [jax.tree.map(np.square, probe.gradient(e)) for e in answers]
         gradient = probe.gradient(
             probe.with_gold_response(probe.encode_prompts(probe.training_rows(4))[0])
         )
-        expected = np.mean([dot(s, jax.tree.map(jnp.square, gradient)) for s in squares])
+        expected = np.mean([dot(s, jax.tree.map(np.square, gradient)) for s in squares])
     assert prompts[0]["sft"] == pytest.approx(expected, rel=1e-3)
 
 
