@@ -191,7 +191,7 @@ def test_the_kernel_of_7b_compiles_for_tpus(topology, no_cache):
 
 
 @pytest.mark.parametrize("topology", TPUS)
-def test_other_shapes_compile_for_tpus(topology, no_cache):
+def test_other_shapes_compile_for_tpus(topology, quick_tpu_compiler):
     """One response to a prompt, heads of 64, float32; responses of different ages."""
     pytest.importorskip("libtpu")
     assert "decode_attention" in compiled_text(topology, Shape(4, 1, 8, 2, 64, 384, 384, 300))
