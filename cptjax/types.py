@@ -96,6 +96,8 @@ class Prompts:
     # [S W*P D], and in some families also after earlier blocks [n S W*P D].
     tower_states: tuple[Array, ...] | None = None
     pool: "FeaturePool | None" = None
+    # Each row has one conversation and then padding.
+    right_padded: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass

@@ -92,6 +92,7 @@ def conversation_batch(
         rows=0 if pack else rows,
         agree=gather_batch_shape,
     )
+    prompts = prompts.replace(right_padded=not pack)
     counts = mask.sum(1)
     width = smallest_bucket(
         max_over_processes(int(counts.max())), target_buckets(prompts.tokens.shape[1])

@@ -119,9 +119,15 @@ def attend(
     causal: bool,
     backend: str,
     offset: int = 0,
+    padding: str = "",
 ) -> Array:
-    """Return the attention of q [B T N H] over k and v [B S K H], within segments."""
-    kernels = {"splash": _splash, "cudnn": _cudnn, "cudnn_padded": _cudnn, "tiled": _tiled}
+    """Return the attention of q [B T N H] over k and v [B S K H], within segments.
+
+    padding: "left" or "right" if rows of one segment have padding only on that side; results of
+        padding are then undefined
+    """
+    cudnn = functools.partial(_cudnn, padding=padding)
+    kernels = {"splash": _splash, "cudnn": cudnn, "cudnn_padded": cudnn, "tiled": _tiled}
     if backend in kernels:
         return _per_device(
             functools.partial(kernels[backend], causal=causal, offset=offset),
@@ -361,18 +367,39 @@ def _splash(
 
 
 def _cudnn(
-    q: Array, k: Array, v: Array, q_segments: Array, kv_segments: Array, causal: bool, offset: int
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    causal: bool,
+    offset: int,
+    padding: str,
 ) -> Array:
     """Call the cuDNN flash kernel, which supports only even lengths.
 
-    With `is_causal` it skips the tiles above the diagonal.
+    With `is_causal` it skips the tiles above the diagonal. A mask becomes an array of the size of
+    all scores, which rows with padding on the right do not need: no token before the padding
+    attends to it. Rows with padding on the left are rolled.
     """
     t = q.shape[1]
+    square = causal and offset == 0 and t == k.shape[1]
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if square and padding:
+        shift = (q_segments == 0).sum(1) if padding == "left" else None
+        q, k, v = (_pad(_roll(x, shift), 1, 2) for x in (q, k, v))
+        return _roll(attend(q, k, v, is_causal=True)[:, :t], None if shift is None else -shift)
     q, k, v, q_segments, kv_segments = (_pad(x, 1, 2) for x in (q, k, v, q_segments, kv_segments))
     mask = segment_mask(q_segments, kv_segments, causal, offset)[:, None]
-    square = causal and offset == 0 and q.shape[1] == k.shape[1]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=square, implementation="cudnn")
-    return out[:, :t]
+    return attend(q, k, v, mask=mask, is_causal=square)[:, :t]
+
+
+def _roll(x: Array, shift: Array | None) -> Array:
+    """Move the columns of each row of x [B T N H] to the left by `shift` [B], in a circle."""
+    if shift is None:
+        return x
+    columns = (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1]
+    return jnp.take_along_axis(x, columns[..., None, None], 1)
 
 
 def _per_device(kernel: Callable, arrays: Sequence[Array], segments: Sequence[Array]) -> Array:

@@ -103,10 +103,11 @@ def _image_features(
 def forward(p: Params, prompts: Prompts, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Array:
     """Return hidden states [B T D] after the final norm, for single or packed rows."""
     p = unstack_for_forward(p, cfg)
-    seg = prompts.segments
+    seg, backend = prompts.segments, cfg.compute.attention
+    padding = "right" if prompts.right_padded else ""
 
     def attend(q, k, v):
-        out = attention.attend(q, k, v, seg, seg, causal=True, backend=cfg.compute.attention)
+        out = attention.attend(q, k, v, seg, seg, causal=True, backend=backend, padding=padding)
         return out, None
 
     inputs = embed_inputs(p, prompts, cfg, dtype)
@@ -224,10 +225,12 @@ def prefill(
     Return the last hidden states [Q D], and the keys and values [L Q P K H].
     """
 
+    attend_left_padded = functools.partial(
+        attention.attend, causal=True, backend=cfg.compute.attention, padding="left"
+    )
+
     def attend(q, k, v):
-        backend = cfg.compute.attention
-        out = attention.attend(q, k, v, segments, segments, causal=True, backend=backend)
-        return out, (k, v)
+        return attend_left_padded(q, k, v, segments, segments), (k, v)
 
     hidden, (keys, values) = decoder.run_decoder(
         p["text"], inputs.x, positions, attend, cfg, inputs.added

@@ -77,6 +77,11 @@ def scoring_program_from_config(
     return make_scoring_program(cfg, dtype, loss.chunk, loss.temperature)
 
 
+def packs_conversations(config: ConfigDict) -> bool:
+    """Return whether a row that a stage trains on may have several conversations."""
+    return config.data.pack and config.method.objective in TOKEN_OBJECTIVES
+
+
 def batch_builder_from_config(
     model_ctx: ModelContext,
     prompted_tasks: dict[str, PromptedTask],
@@ -97,7 +102,7 @@ def batch_builder_from_config(
         loss=LossConfig.from_config(config),
         batch_size=config.train.batch,
         micro_batch=config.train.micro_batch,
-        pack=config.data.pack and config.method.objective in TOKEN_OBJECTIVES,
+        pack=packs_conversations(config),
         score=scoring_program_from_config(model_ctx.cfg, model_ctx.dtype, config),
         tower=tower_params(params) if shares_tower(config, model_ctx.cfg) else None,
     )

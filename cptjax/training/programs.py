@@ -239,13 +239,14 @@ def share_tower(stage: AbstractStage, prompts: Prompts) -> Prompts:
 
 
 def abstract_conversations(
-    stage: AbstractStage, rows: int, length: int, response: int = 0
+    stage: AbstractStage, rows: int, length: int, response: int = 0, packed: bool = False
 ) -> Batch:
     """Return `rows` conversations of `length` tokens.
 
     response: the most tokens of a response; 0 = it may fill the whole row
+    packed: a row may have several conversations
     """
-    prompts = abstract_prompts(stage, rows, length)
+    prompts = abstract_prompts(stage, rows, length).replace(right_padded=not packed)
     buckets = device_batches.target_buckets(length)
     width = collate.smallest_bucket(min(response or length, length), buckets)
     return sharding.place_batch(device_batches.conversation_arrays(prompts, width), stage.mesh)
@@ -282,7 +283,8 @@ def abstract_scoring_batch(stage: AbstractStage, rows: int, balanced: bool = Fal
     if stage.config.method.source == "rollouts":
         batch = abstract_groups(stage, rows, stage.longest_prompt, balanced)
     else:
-        batch = abstract_conversations(stage, rows, stage.longest_row)
+        packed = build.packs_conversations(stage.config)
+        batch = abstract_conversations(stage, rows, stage.longest_row, packed=packed)
     return batch.replace(prompts=share_tower(stage, batch.prompts))
 
 

@@ -6,6 +6,7 @@ The TPU kernel is interpreted.
 import contextlib
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def portable_cudnn(monkeypatch):
     calls, original = [], jax.nn.dot_product_attention
 
     def answer(*args, implementation, **kwargs):
-        calls.append(implementation)
+        calls.append(implementation if "mask" in kwargs else f"{implementation} without a mask")
         return original(*args, **kwargs, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
@@ -228,6 +229,24 @@ def test_the_arguments_of_cudnn_give_the_reference(h, causal, portable_cudnn):
     assert set(portable_cudnn) == {"cudnn"}
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_on_one_side_needs_no_mask_of_cudnn(padding, portable_cudnn):
+    """Rows with 0 to 199 columns of padding, and an empty one."""
+    real = np.arange(199) < np.array([1, 60, 200, 120, 0])[:, None]
+    segments = (real if padding == "right" else real[:, ::-1]).astype(np.int32)
+    q, k, v, weight = _draw(5, 199, 199, 4, 2, 32, jnp.bfloat16)
+    run = lambda backend: functools.partial(
+        attention.attend,
+        q_segments=segments,
+        kv_segments=segments,
+        causal=True,
+        backend=backend,
+        padding=padding,
+    )
+    _compare(run("cudnn"), run("xla"), q, k, v, weight, segments > 0, 0.03)
+    assert set(portable_cudnn) == {"cudnn without a mask"}
+
+
 MESHES = {"2,2,2": (2, 2, 2), "1,4,2": (1, 4, 2), "1,1,8": (1, 1, 8)}
 
 
@@ -292,8 +311,8 @@ def test_cudnn_is_chosen_only_where_it_runs():
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 1, 8)])
-@pytest.mark.parametrize("t", [127, 128])
-def test_a_gpu_program_calls_cudnn(t, sizes, monkeypatch):
+@pytest.mark.parametrize(("t", "padding"), [(127, ""), (128, "left"), (128, "right")])
+def test_a_gpu_program_calls_cudnn(t, padding, sizes, monkeypatch):
     """Forward and backward, with odd lengths and on meshes, without a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo
 
@@ -301,7 +320,7 @@ def test_a_gpu_program_calls_cudnn(t, sizes, monkeypatch):
     q, k, v, _ = _draw(4, t, t, 8, 2, 80, jnp.bfloat16)
     segments = np.array([PACKED[:t], LEFT[:t]] * 2)
     f = lambda q, k, v: (
-        attention.attend(q, k, v, segments, segments, causal=True, backend="cudnn")
+        attention.attend(q, k, v, segments, segments, causal=True, backend="cudnn", padding=padding)
         .astype(jnp.float32)
         .sum()
     )
@@ -312,8 +331,9 @@ def test_a_gpu_program_calls_cudnn(t, sizes, monkeypatch):
             .lower(lowering_platforms=("cuda",))
             .as_text()
         )
-    assert "__cudnn$fmhaScaleBiasSoftmax(" in lowered or "__cudnn$fmhaScaleBiasSoftmax" in lowered
-    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in lowered
+    called = "__cudnn$fmhaSoftmax" if padding else "__cudnn$fmhaScaleBiasSoftmax"
+    found = set(re.findall(r"__cudnn\$\w+", lowered))
+    assert found == {called, called + "Backward"}
 
 
 def _one_layer(backend, remat):
