@@ -75,7 +75,6 @@ def add_lora(
     return unflatten_params(out)
 
 
-@functools.cache
 @functools.cache  # so that equal adapters share the program that creates them
 def adapter_init(ndim: int) -> Initializer:
     """Return the initializer of a `lora_a` with `ndim` axes: layer, inputs, rank."""
