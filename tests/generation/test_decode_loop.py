@@ -110,6 +110,7 @@ def trainer_logps(params, prompts, tokens, cfg, group):
         ({}, False),
         ({}, True),
         ({"temperature": 0.6, "top_k": 20, "top_p": 0.9}, False),
+        ({"temperature": 0.6, "top_k": 20, "top_p": 0.9}, True),
         ({"temperature": 0.0}, False),
     ],
     ids=str,
