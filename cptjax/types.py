@@ -99,6 +99,13 @@ class Prompts:
     # Each row has one conversation and then padding.
     right_padded: bool = flax.struct.field(pytree_node=False, default=False)
 
+    @property
+    def patches(self) -> int:
+        """The patches of a batch shard's images or of their states, with empty slots; 0 = none."""
+        if self.tower_states:
+            return self.tower_states[0].shape[-2]
+        return math.prod(self.vision.frames.shape[1:]) if self.vision else 0
+
 
 @flax.struct.dataclass
 class FeaturePool:

@@ -88,7 +88,7 @@ def _mixed_shards(load: np.ndarray, limit: int) -> Iterator[np.ndarray]:
     empty = max(1, full // 2)
     while True:
         mixed = np.ones(len(load), bool)
-        mixed[order[full : len(load) - empty]] = False
+        mixed[order[full : max(full, len(load) - empty)]] = False
         if load[mixed].sum() <= limit * mixed.sum():
             yield mixed
         if mixed.all():
@@ -494,11 +494,7 @@ def abstract_moved_prompts(cfg: ModelConfig, mesh: Mesh, prompts: Prompts) -> Pr
 
 def _feature_slots(cfg: ModelConfig, prompts: Prompts) -> int:
     """Return the number of image features of a shard, 0 without images."""
-    if prompts.tower_states:
-        return prompts.tower_states[0].shape[-2] // cfg.vision.merge**2
-    if prompts.vision:
-        return math.prod(prompts.vision.frames.shape[1:]) // cfg.vision.merge**2
-    return 0
+    return prompts.patches // cfg.vision.merge**2 if prompts.patches else 0
 
 
 @functools.lru_cache(maxsize=16)

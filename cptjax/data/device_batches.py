@@ -1,7 +1,6 @@
 """Build batches on the mesh from encoded conversations or sampled responses, in few shapes."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -144,11 +143,7 @@ def _join_program(
     specs = jax.tree.map(lambda x: x.spec, shardings)
 
     def join_shard(*parts: Prompts) -> Prompts:
-        patches = 0
-        if parts[0].tower_states:
-            patches = parts[0].tower_states[0].shape[1]
-        elif parts[0].vision:
-            patches = math.prod(parts[0].vision.frames.shape)
+        patches = parts[0].patches
         numbered = [
             p.replace(slots=jnp.where(p.slots < 0, -1, p.slots + i * patches // area))
             for i, p in enumerate(parts)

@@ -131,7 +131,7 @@ def _plan_pass(
     (shards, q), group = joined.prompts.shape, joined.responses.shape[2]
     length = parts[0].tokens.shape[1]
     response = response_bucket(int(joined.responses.max()), limit)
-    patches = sum(_patches(p) for p in parts)
+    patches = sum(p.patches for p in parts)
 
     def fits(longest: float, places: int) -> bool:
         tokens = longest
@@ -169,10 +169,3 @@ def _pass_bytes(
     cfg, remat = ctx.cfg, ctx.cfg.compute.remat
     pool = pool_bytes(cfg, ctx.mesh, prompts, length)
     return pool + activation_bytes(cfg, remat, ctx.dtype, shared, tokens, patches)
-
-
-def _patches(prompts: Prompts) -> int:
-    """Return the patches of a shard's images."""
-    if prompts.tower_states:
-        return prompts.tower_states[0].shape[-2]
-    return math.prod(prompts.vision.frames.shape[1:]) if prompts.vision else 0

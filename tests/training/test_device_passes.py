@@ -15,6 +15,7 @@ from cptjax.data.model_context import ModelContext
 from cptjax.data.packing import row_size
 from cptjax.models.families import PRESETS
 from cptjax.training.device_passes import plan_passes
+from cptjax.types import Prompts, Vision
 
 LONGEST, LIMIT = 2048, 1024  # tokens of a prompt, of a response
 PATCHES = 4 * 1300  # of an image of the largest size
@@ -39,8 +40,8 @@ def sizes(prompts, responses):
 def prompts(length: int, patches: int = 0):
     """Return prompts of a bucket with images on a shard."""
     frames = np.zeros((1, 1, patches))
-    vision = SimpleNamespace(frames=frames) if patches else None
-    return SimpleNamespace(tokens=np.zeros((8, length)), vision=vision, tower_states=None)
+    vision = Vision(patches=None, positions=None, frames=frames) if patches else None
+    return Prompts(np.zeros((8, length)), positions=None, segments=None, slots=None, vision=vision)
 
 
 def plans(builder, prompts, parts, limit=LIMIT):
