@@ -98,20 +98,11 @@ def _tile(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def _tile_gradient(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array,
-    out: Array,
-    norm: Array,
-    slope: Array,
-    norm_slope: Array,
+    q: Array, k: Array, v: Array, mask: Array, norm: Array, slope: Array, shift: Array
 ) -> tuple[Array, Array, Array]:
     """Return the gradients with respect to queries, keys and values."""
     probs = jnp.exp(_scores(q, k, mask) - norm)
-    dot = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), -1, keepdims=True)
-    dot = dot - norm_slope
-    score_slope = probs * (_product("rkxh,rksh->rkxs", slope, v) - dot)
+    score_slope = probs * (_product("rkxh,rksh->rkxs", slope, v) - shift)
     return (
         _product("rkxs,rksh->rkxh", score_slope.astype(k.dtype), k),
         _sum_over_queries(score_slope.astype(q.dtype), q),
@@ -144,7 +135,11 @@ def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple[Array, Ar
 
 
 def _backward(kept: tuple, slopes: tuple[Array, Array]) -> tuple:
-    gradients = jax.lax.map(lambda tile: _tile_gradient(*tile), (*kept, *slopes))
+    q, k, v, mask, out, norm = kept
+    slope, norm_slope = slopes
+    shift = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), -1, keepdims=True)
+    tiles = (q, k, v, mask, norm, slope, shift - norm_slope)
+    gradients = jax.lax.map(lambda tile: _tile_gradient(*tile), tiles)
     return *(g.astype(x.dtype) for g, x in zip(gradients, kept[:3], strict=True)), None
 
 
