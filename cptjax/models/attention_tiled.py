@@ -137,8 +137,8 @@ def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple[Array, Ar
 def _backward(kept: tuple, slopes: tuple[Array, Array]) -> tuple:
     q, k, v, mask, out, norm = kept
     slope, norm_slope = slopes
-    shift = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), -1, keepdims=True)
-    tiles = (q, k, v, mask, norm, slope, shift - norm_slope)
+    shift = _product("irkxh,irkxh->irkx", out, slope)[..., None] - norm_slope
+    tiles = (q, k, v, mask, norm, slope, shift)
     gradients = jax.lax.map(lambda tile: _tile_gradient(*tile), tiles)
     return *(g.astype(x.dtype) for g, x in zip(gradients, kept[:3], strict=True)), None
 
