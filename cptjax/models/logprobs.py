@@ -58,7 +58,8 @@ def token_logps(
         logp = jnp.take_along_axis(z, t[:, None], -1)[:, 0] - norm
         if not entropy:
             return logp, None
-        return logp, _entropy(z if entropy_grad else lax.stop_gradient(z))
+        seen = (z, norm) if entropy_grad else lax.stop_gradient((z, norm))
+        return logp, _entropy(*seen)
 
     return _by_chunks(numbers, (unembed,), (hidden, targets), chunk)
 
@@ -136,7 +137,8 @@ def top_entropy(hidden: Array, unembed: Array, *, k: int = 20, chunk: int = 1024
         raise ValueError(f"k={k}: the entropy of the likeliest tokens needs at least 2 of them")
 
     def numbers(weights: tuple, h: Array) -> Array:
-        return _entropy(lax.top_k(_logits(h, weights[0]), k)[0]) / jnp.log(float(k))
+        top = lax.top_k(_logits(h, weights[0]), k)[0]
+        return _entropy(top, jax.nn.logsumexp(top, -1)) / jnp.log(float(k))
 
     return lax.stop_gradient(_by_chunks(numbers, (unembed,), (hidden,), chunk))
 
@@ -211,8 +213,9 @@ def _logits_gradients(inputs: tuple[Array, Array], gradient: Array) -> tuple[Arr
 _logits.defvjp(_logits_and_inputs, _logits_gradients)
 
 
-def _entropy(logits: Array) -> Array:
-    logp = jax.nn.log_softmax(logits)
+def _entropy(logits: Array, norm: Array) -> Array:
+    """Return the entropy [n] of the distributions of logits [n V], given their logsumexp [n]."""
+    logp = logits - norm[:, None]
     return -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
