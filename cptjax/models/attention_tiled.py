@@ -100,7 +100,10 @@ def _tile(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
 def _tile_gradient(
     q: Array, k: Array, v: Array, mask: Array, norm: Array, slope: Array, shift: Array
 ) -> tuple[Array, Array, Array]:
-    """Return the gradients with respect to queries, keys and values."""
+    """Return the gradients with respect to queries, keys and values.
+
+    shift: [r K X 1] what the softmax subtracts from the gradients of a query's scores
+    """
     probs = jnp.exp(_scores(q, k, mask) - norm)
     score_slope = probs * (_product("rkxh,rksh->rkxs", slope, v) - shift)
     return (

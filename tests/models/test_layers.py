@@ -1,5 +1,7 @@
 """Layers equal their formulas in numpy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,25 @@ def test_rms_norm_normalises_in_float32_and_scales_in_the_dtype_of_x():
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
     np.testing.assert_allclose(layers.rms_norm(x, scale, 1e-6), expected, rtol=1e-5)
     assert layers.rms_norm(jnp.bfloat16(x), scale, 1e-6).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norms_reduce_arrays_without_row_axes_of_size_1(norm):
+    scale = {"w": 1 + _normal(8, seed=1), "b": _normal(8, seed=2)}
+
+    def total(scale, x):
+        if norm == "rms":
+            return jnp.sum(jnp.sin(layers.rms_norm(x, scale["w"], 1e-6)))
+        return jnp.sum(jnp.sin(layers.layer_norm(scale, x, 1e-6)))
+
+    gradient, x = jax.jit(jax.grad(total, (0, 1))), _normal(5, 8)
+    of_scale, of_x = gradient(scale, x)
+    of_scale_again, of_row = gradient(scale, x[None])
+    jax.tree.map(np.testing.assert_allclose, of_scale_again, of_scale)
+    np.testing.assert_allclose(of_row[0], of_x)
+    program = gradient.lower(scale, x[None]).as_text()
+    reduced = re.findall(r"stablehlo.reduce.*?across dimensions.*?: \(tensor<(\S+)xf32>", program)
+    assert "5x8" in reduced and "1x5x8" not in reduced
 
 
 def test_a_rotation_keeps_lengths_and_depends_on_the_distance_alone():
