@@ -143,7 +143,7 @@ def _backward(kept: tuple, slopes: tuple[Array, Array]) -> tuple:
     shift = _product("irkxh,irkxh->irkx", out, slope)[..., None] - norm_slope
     tiles = (q, k, v, mask, norm, slope, shift)
     gradients = jax.lax.map(lambda tile: _tile_gradient(*tile), tiles)
-    return *(g.astype(x.dtype) for g, x in zip(gradients, kept[:3], strict=True)), None
+    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None
 
 
 _tiles.defvjp(_forward, _backward)

@@ -58,8 +58,9 @@ def token_logps(
         logp = jnp.take_along_axis(z, t[:, None], -1)[:, 0] - norm
         if not entropy:
             return logp, None
-        seen = (z, norm) if entropy_grad else lax.stop_gradient((z, norm))
-        return logp, _entropy(*seen)
+        if not entropy_grad:
+            z, norm = lax.stop_gradient((z, norm))
+        return logp, _entropy(z, norm)
 
     return _by_chunks(numbers, (unembed,), (hidden, targets), chunk)
 
